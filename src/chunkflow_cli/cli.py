@@ -1,0 +1,215 @@
+"""The command line: compose the configuration, then call `<command>.run`. Heavy imports stay inside the functions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from chunkflow_cli import __version__
+from chunkflow_cli.errors import ChunkflowError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDES]...", help="recipe=NAME, group.key=value, +key=value, ~key", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+Cfg = Annotated[
+    str | None,
+    typer.Option("--cfg", metavar="job", help="Print the composed configuration and stop.", show_default=False),
+]
+Resolve = Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve interpolations.")]
+ConfigDir = Annotated[
+    str | None,
+    typer.Option(
+        "--config-dir", metavar="DIR", help="Find recipes in DIR/recipe and groups in DIR first.", show_default=False
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Exact chunked fine-tuning of language models on long-tailed data.
+
+    Short samples are packed, long ones split, into chunks of one size; memory follows the chunk, not the longest
+    sample, and loss and gradients are those of ordinary training.
+    """
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Run every combination of key=a,b,c.")] = False,
+    json_output: Json = False,
+    cfg: Cfg = None,
+    resolve: Resolve = False,
+    config_dir: ConfigDir = None,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model.
+
+    [bold]Examples[/]
+
+      chunkflow train recipe=tiny_random
+
+      chunkflow train recipe=qwen7b data.path=chats.jsonl chunk.size=4096
+
+      chunkflow train recipe=tiny_random -m chunk.size=64,128 chunk.k=1,2
+    """
+
+    def command() -> dict[str, Any] | None:
+        if multirun:
+            from chunkflow_cli import multirun as sweep
+
+            return sweep.run(overrides or [], config_dir=config_dir, json_output=json_output)
+        loaded = _load(overrides, cfg, resolve, config_dir)
+        from chunkflow_cli import train as command_module
+
+        return command_module.run(loaded, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
+@app.command()
+def verify(
+    overrides: Overrides = None,
+    json_output: Json = False,
+    cfg: Cfg = None,
+    resolve: Resolve = False,
+    config_dir: ConfigDir = None,
+    debug: Debug = False,
+) -> None:
+    """Prove that chunked training of the configured model equals whole-sequence training. Exit code 1 if not.
+
+    [bold]Examples[/]
+
+      chunkflow verify recipe=tiny_random
+
+      chunkflow verify recipe=tiny_random model.dtype=float64 chunk.size=64 chunk.k=2
+
+      chunkflow verify model.path=my-model chunk.size=256 --json
+    """
+
+    def command() -> dict[str, Any]:
+        loaded = _load(overrides, cfg, resolve, config_dir, require=("model.path",))
+        from chunkflow_cli import verify as command_module
+
+        return command_module.run(loaded, json_output=json_output)
+
+    result = _finish(command, json_output, debug)
+    if result is not None and not result["passed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's train.output_dir.", show_default=False)],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", metavar="DIR", help="Where to; default RUN_DIR/export.", show_default=False),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add LoRA adapters into the model's weights.")] = False,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's model as a Hugging Face folder.
+
+    [bold]Examples[/]
+
+      chunkflow export outputs/my-run
+
+      chunkflow export outputs/my-run --output exported
+
+      chunkflow export outputs/my-lora-run --merge --output merged
+    """
+
+    def command() -> dict[str, Any]:
+        from chunkflow_cli import export as command_module
+
+        return command_module.run(run_dir, output=output, merge=merge, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
+class _PrintedConfiguration(Exception):
+    """`--cfg` has printed what it was asked for; nothing else is to be done."""
+
+
+def _load(
+    overrides: list[str] | None,
+    cfg: str | None,
+    resolve: bool,
+    config_dir: str | None,
+    *,
+    require: tuple[str, ...] = (),
+) -> Any:
+    from omegaconf import OmegaConf
+
+    from chunkflow_cli.config import compose, convert
+    from chunkflow_cli.errors import UsageError
+
+    recipe, tree = compose(overrides or [], config_dir)
+    if cfg is not None:
+        if cfg != "job":
+            raise UsageError(f"--cfg={cfg} is not known: --cfg job prints the configuration")
+        print(OmegaConf.to_yaml(tree, resolve=resolve), end="")
+        raise _PrintedConfiguration
+    return convert(tree, recipe=recipe, overrides=overrides or [], require=require)
+
+
+def _finish(command: Callable[[], dict[str, Any] | None], json_output: bool, debug: bool) -> dict[str, Any] | None:
+    """Run a command; turn what it raises into a few lines and an exit code."""
+    try:
+        result = command()
+    except _PrintedConfiguration:
+        return None
+    except KeyboardInterrupt:
+        _say("interrupted")
+        raise typer.Exit(130) from None
+    except ChunkflowError as error:
+        if debug:
+            raise
+        _say(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        if debug:
+            raise
+        _say(_unexpected(error))
+        raise typer.Exit(1) from None
+    if json_output and result is not None:
+        print(json.dumps(result))
+    return result
+
+
+def _unexpected(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return (
+            f"error: out of memory. {text[0] if text else ''}\n"
+            "  memory follows chunk.size x chunk.k: lower them, or set model.activation_checkpointing=full"
+        )
+    return f"error: {type(error).__name__}: {text[0] if text else 'no message'}\n  the whole story: the same command with --debug"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main() -> None:
+    app()

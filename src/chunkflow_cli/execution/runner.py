@@ -1,0 +1,232 @@
+"""The runner interprets a schedule, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from chunkflow_cli.chunks import Chunk, Chunks
+from chunkflow_cli.execution.batch import ChunkBatch, TokenizedSequence, build_batch
+from chunkflow_cli.execution.chunk_model import ChunkCall
+from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.schedule import Op, OpKind, Schedule
+
+
+class Engine(Protocol):
+    """What the runner asks of an engine; it knows nothing of chunks."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The sequences of one optimizer step and how they are cut."""
+
+    chunks: Chunks
+    sequences: Sequence[TokenizedSequence]
+    weights: NDArray[np.float64]
+    """(sequences,): what each target of a sequence counts in the loss."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    """Weighted sum over all targets of the step."""
+    target_tokens: int
+    """Targets that went through the loss and backward, counted from the tensors that did."""
+    peak_state_bytes: int
+    not_finite: tuple[int, ...]
+    """Chunks whose loss is NaN or infinite."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop; raised between two operations."""
+
+
+class Runner:
+    """Runs the schedules of one rank on one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        device: torch.device,
+        *,
+        weight_dtype: torch.dtype = torch.float32,
+        replay_random: bool = False,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            engine: forwards a ChunkModel and takes gradients.
+            device: where batches go.
+            weight_dtype: float32, or float64 for a float64 model.
+            replay_random: give a recompute the random numbers of its state pass; needed under dropout.
+            stop_requested: asked before every operation.
+        """
+        self._engine = engine
+        self._device = device
+        self._weight_dtype = weight_dtype
+        self._replay_random = replay_random
+        self._stop_requested = stop_requested
+
+    def run(
+        self, schedule: Schedule, batch: StepBatch, on_backward: Callable[[int], None] = lambda tokens: None
+    ) -> StepResult:
+        """All operations of one optimizer step; gradients are left in the engine.
+
+        Args:
+            schedule: valid for `batch.chunks`.
+            batch: the sequences of the step.
+            on_backward: told the tokens of each chunk that has gone backward.
+
+        Raises:
+            Interrupted: `stop_requested` said so; gradients are incomplete.
+        """
+        step = _Step(self, batch)
+        for op in schedule.ops:
+            if self._stop_requested():
+                raise Interrupted
+            step.execute(op)
+            if op.kind is OpKind.backward:
+                on_backward(sum(batch.chunks[index].tokens for index in op.chunks))
+        return step.result()
+
+    @torch.no_grad()
+    def evaluate(self, batch: StepBatch, on_chunk: Callable[[int], None] = lambda tokens: None) -> float:
+        """The weighted loss of whole sequences, chunk by chunk, without gradient.
+
+        Raises:
+            Interrupted: `stop_requested` said so.
+        """
+        store = StateStore()
+        total = 0.0
+        for chunk in batch.chunks:
+            if self._stop_requested():
+                raise Interrupted
+            tensors = self.build(chunk, batch)
+            total += float(self._engine.forward(call_of(chunk, tensors, batch.chunks, store, retained=False)))
+            sequence = chunk.long_sequence
+            if sequence is not None and not chunk.segments[0].continues:
+                store.close(sequence)
+            on_chunk(chunk.tokens)
+        return total
+
+    def build(self, chunk: Chunk, batch: StepBatch) -> ChunkBatch:
+        return build_batch(chunk, batch.sequences, batch.weights, self._device, self._weight_dtype)
+
+
+class _Step:
+    """What is alive while one schedule runs: losses with their graphs, state, random states."""
+
+    def __init__(self, runner: Runner, batch: StepBatch) -> None:
+        self._runner = runner
+        self._batch = batch
+        self._store = StateStore()
+        self._live: dict[tuple[int, ...], Tensor] = {}
+        self._random_states: dict[int, Tensor] = {}
+        self._losses: list[tuple[tuple[int, ...], Tensor]] = []
+        self._target_tokens: dict[int, int] = {}
+        self._peak_state_bytes = 0
+        groups = batch.chunks.dependent_groups()
+        self._group_of = {index: group for group in groups for index in group}
+
+    def execute(self, op: Op) -> None:
+        match op.kind:
+            case OpKind.state_pass:
+                self._state_pass(op.chunks[0])
+            case OpKind.forward:
+                self._live[op.chunks] = self._forward(
+                    op.chunks, len(op.chunks) > 1 or self._others_retained(op.chunks[0])
+                )
+            case OpKind.recompute:
+                self._live[op.chunks] = self._recompute(op.chunks[0])
+            case OpKind.backward:
+                self._backward(op.chunks)
+
+    def _state_pass(self, index: int) -> None:
+        if self._runner._replay_random:
+            self._random_states[index] = _random_state(self._runner._device)
+        with torch.no_grad():
+            self._runner._engine.forward(self._call(index, retained=False), state_pass=True)
+
+    def _forward(self, indices: tuple[int, ...], retained: bool) -> Tensor:
+        loss: Tensor = self._runner._engine.forward(*(self._call(index, retained=retained) for index in indices))
+        self._peak_state_bytes = max(self._peak_state_bytes, self._store.nbytes)
+        return loss
+
+    def _recompute(self, index: int) -> Tensor:
+        state = self._random_states.pop(index, None)
+        if state is None:
+            return self._forward((index,), retained=False)
+        after = _random_state(self._runner._device)
+        _set_random_state(self._runner._device, state)
+        loss = self._forward((index,), retained=False)
+        _set_random_state(self._runner._device, after)
+        return loss
+
+    def _backward(self, indices: tuple[int, ...]) -> None:
+        loss = self._live.pop(indices if indices in self._live else tuple(reversed(indices)))
+        self._losses.append((indices, loss.detach()))
+        self._runner._engine.backward(loss)
+        self._peak_state_bytes = max(self._peak_state_bytes, self._store.nbytes)
+        for index in indices:
+            group = self._group_of.get(index)
+            if group is not None and index == group.start:
+                sequence = self._batch.chunks[index].long_sequence
+                assert sequence is not None
+                self._store.close(sequence)
+
+    def _call(self, index: int, *, retained: bool) -> ChunkCall:
+        chunk = self._batch.chunks[index]
+        tensors = self._runner.build(chunk, self._batch)
+        self._target_tokens[index] = tensors.target_tokens
+        return call_of(chunk, tensors, self._batch.chunks, self._store, retained=retained)
+
+    def _others_retained(self, index: int) -> bool:
+        """Whether more chunks of the same sequence will hold activations before this one goes backward."""
+        group = self._group_of.get(index)
+        return group is not None and (bool(self._live) or index != group.stop - 1)
+
+    def result(self) -> StepResult:
+        assert not self._live and not len(self._store), "the schedule left activations or state behind"
+        values = torch.stack([loss.double() for _, loss in self._losses]).tolist()  # one synchronisation a step
+        bad = [indices for (indices, _), value in zip(self._losses, values, strict=True) if not np.isfinite(value)]
+        return StepResult(
+            loss=float(sum(values)),
+            target_tokens=sum(self._target_tokens.values()),
+            peak_state_bytes=self._peak_state_bytes,
+            not_finite=tuple(sorted(index for indices in bad for index in indices)),
+        )
+
+
+def call_of(chunk: Chunk, tensors: ChunkBatch, chunks: Chunks, store: StateStore, *, retained: bool) -> ChunkCall:
+    """The model call of a chunk, with the state of the long sequence that it holds a piece of."""
+    first = chunk.segments[0]
+    if not chunk.is_dependent:
+        return ChunkCall(tensors, None, 0, False, retained)
+    last_chunk_start = (first.length - 1) // chunks.chunk_size * chunks.chunk_size
+    return ChunkCall(tensors, store.open(first.sequence, last_chunk_start), first.start, first.continues, retained)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward in train mode draws random numbers."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

@@ -1,0 +1,161 @@
+"""What one rank does in one optimizer step: a list of operations that can be read, checked and simulated.
+
+    S0 S1 F2 B2 R1 B1 R0 B0        one sequence of three chunks, K = 1
+    S0 F1+2 B2+1 R0 B0             K = 2, the retained chunks in one engine call (ZeRO-3 needs that)
+
+Source: ChunkFlow (arXiv 2503.02356), section 4.2, in the reading of its prose: the *last* K chunks of a sequence keep
+their activations, and backwards descend strictly, for the keys and values of a chunk collect gradient from every later
+one. (Algorithm 2 as printed keeps the others and ends ascending, which breaks the memory bound and the gradient.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from chunkflow_cli.chunks import Chunks
+
+
+class OpKind(str, Enum):
+    state_pass = "S"
+    """Forward of a chunk that will be recomputed: no autograd, only its keys and values are kept."""
+    forward = "F"
+    """Forward that keeps its activations."""
+    recompute = "R"
+    """Second forward of a chunk that had a state pass, right before its backward."""
+    backward = "B"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    kind: OpKind
+    chunks: tuple[int, ...]
+    """Usually one. Retained chunks of a sequence may share one engine call; a backward lists them descending."""
+
+    def __str__(self) -> str:
+        return self.kind.value + "+".join(map(str, self.chunks))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    ops: tuple[Op, ...]
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.ops))
+
+    @classmethod
+    def parse(cls, line: str) -> Schedule:
+        """The inverse of `str`.
+
+        Raises:
+            ValueError: a word is not an operation.
+        """
+        ops = []
+        for word in line.split():
+            if re.fullmatch(r"[SFRB]\d+(\+\d+)*", word) is None:
+                raise ValueError(f"{word!r} is not an operation such as S0, F2, R1, B1 or F1+2")
+            ops.append(Op(OpKind(word[0]), tuple(int(chunk) for chunk in word[1:].split("+"))))
+        return cls(tuple(ops))
+
+    @property
+    def recomputed_chunks(self) -> int:
+        return sum(len(op.chunks) for op in self.ops if op.kind is OpKind.recompute)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work lies on the machine, as far as a schedule must know it."""
+
+    join_retained: bool = False
+    """Run the retained chunks of a sequence as one engine call: ZeRO-3 traces one forward for one backward."""
+
+
+def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
+    """The operations of one step on one stage.
+
+    A standalone chunk is forwarded and goes backward at once. A sequence of N dependent chunks runs state passes over
+    the first N - K, forwards over the last K, then all backwards descending, each early chunk recomputed right before.
+
+    Args:
+        chunks: the chunks of the step.
+        k: how many chunks of a long sequence keep their activations.
+        layout: defaults to one rank that runs every chunk as its own engine call.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    layout = layout or Layout()
+    ops: list[Op] = []
+    groups = chunks.dependent_groups()
+    first_dependent = groups[0].start if groups else len(chunks)
+    for chunk in range(first_dependent):
+        ops += [Op(OpKind.forward, (chunk,)), Op(OpKind.backward, (chunk,))]
+    for group in groups:
+        retained_from = max(group.start, group.stop - k)
+        early, retained = range(group.start, retained_from), range(retained_from, group.stop)
+        ops += [Op(OpKind.state_pass, (chunk,)) for chunk in early]
+        if layout.join_retained:
+            ops += [Op(OpKind.forward, tuple(retained)), Op(OpKind.backward, tuple(reversed(retained)))]
+        else:
+            ops += [Op(OpKind.forward, (chunk,)) for chunk in retained]
+            ops += [Op(OpKind.backward, (chunk,)) for chunk in reversed(retained)]
+        for chunk in reversed(early):
+            ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
+    return Schedule(tuple(ops))
+
+
+def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
+    """Prove what the gradient and the memory bound rest on.
+
+    Each chunk goes backward exactly once, with live activations; state is read only after it was written and before
+    it was freed; backwards of a sequence descend; at most K chunks hold activations at once.
+
+    Raises:
+        ValueError: names the first operation that breaks a rule, and the rule.
+    """
+    groups = chunks.dependent_groups()
+    group_of = {chunk: group for group in groups for chunk in group}
+    written: set[int] = set()
+    passed: set[int] = set()
+    live: set[int] = set()
+    done: set[int] = set()
+    for position, op in enumerate(schedule.ops):
+
+        def refuse(rule: str, position: int = position, op: Op = op) -> ValueError:
+            return ValueError(f"operation {position} ({op}): {rule}")
+
+        for chunk in op.chunks:
+            if not 0 <= chunk < len(chunks):
+                raise refuse(f"there are only {len(chunks)} chunks")
+            group = group_of.get(chunk, range(chunk, chunk + 1))
+            if chunk in done:
+                raise refuse(f"chunk {chunk} already went backward, its state is freed")
+            if op.kind is OpKind.backward:
+                if chunk not in live:
+                    raise refuse(f"chunk {chunk} holds no activations")
+                if any(later not in done for later in range(chunk + 1, group.stop)):
+                    raise refuse(f"a later chunk of the sequence of chunk {chunk} has yet to give it gradient")
+                live.remove(chunk)
+                done.add(chunk)
+                continue
+            if chunk in live:
+                raise refuse(f"chunk {chunk} already holds activations")
+            if any(earlier not in written for earlier in range(group.start, chunk)):
+                raise refuse(f"an earlier chunk of the sequence of chunk {chunk} has not written its state")
+            if any(earlier in done for earlier in range(group.start, chunk)):
+                raise refuse(f"the state of an earlier chunk of the sequence of chunk {chunk} is freed")
+            if op.kind is OpKind.state_pass:
+                if chunk not in group_of or chunk in passed:
+                    raise refuse(f"chunk {chunk} needs no state pass")
+                passed.add(chunk)
+            elif (op.kind is OpKind.recompute) != (chunk in passed):
+                raise refuse(f"chunk {chunk} is recomputed if and only if it had a state pass")
+            else:
+                live.add(chunk)
+            written.add(chunk)
+        if len(live) > k:
+            raise refuse(f"{len(live)} chunks hold activations, K is {k}")
+    missing = [chunk for chunk in range(len(chunks)) if chunk not in done]
+    if missing:
+        raise ValueError(f"chunk {missing[0]} never goes backward")
