@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -50,6 +51,8 @@ def root(
     if version:
         print(__version__)
         raise typer.Exit
+    # Bars of libraries (loading, dequantising) would break into ours. tqdm reads this when it is first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @app.command()

@@ -50,10 +50,10 @@ def check_settings(settings: EngineSettings) -> None:
     stage, offload = settings.engine.zero_stage, settings.engine.offload
     if settings.dtype is Dtype.float64:
         raise UsageError("model.dtype=float64 is for `chunkflow verify`: DeepSpeed trains in bfloat16 or float32")
-    if stage == 0 and settings.dtype is Dtype.bfloat16:
+    if stage in (0, 2) and settings.dtype is Dtype.bfloat16:  # 257 gradients 1, 2^-9, 2^-9... sum to 1.0 there, not 1.5
         raise UsageError(
-            "engine.zero_stage=0 would accumulate the gradients of all chunks in bfloat16\n"
-            "  take engine.zero_stage=1, which accumulates them in float32"
+            f"engine.zero_stage={stage} would add up the gradients of all chunks in bfloat16 and lose the small ones\n"
+            "  take engine.zero_stage=1 or 3, which add them up in float32"
         )
     if offload is not Offload.none and settings.device.type == "cpu":
         raise UsageError(
@@ -175,9 +175,9 @@ class Engine:
         if self._stage < 3:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(self.module.parameters())):
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
 
     def save(self, folder: Path) -> None:

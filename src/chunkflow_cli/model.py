@@ -12,6 +12,7 @@ from torch import nn
 from chunkflow_cli.config import ActivationCheckpointing, Init, LoraConfig, ModelConfig
 from chunkflow_cli.costs import ModelShape
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,7 +34,12 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         UsageError: the model is not to be found, or uses what chunked training cannot do exactly.
     """
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # its advice is about calls that the user did not make
+    logging.disable_progress_bar()
+    if not Path(config.path).exists():
+        go_offline_if_unreachable()
     name, extra = pretrained_arguments(config.path)
     try:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
@@ -110,7 +116,8 @@ def _not_found(config: ModelConfig, error: Exception) -> UsageError:
         remedy = "\n  to train it from random weights: model.init=random" if what.startswith("weights") else ""
         return UsageError(f"model.path={config.path}: no usable {what} there\n  {reason}{remedy}")
     return UsageError(
-        f"model.path={config.path}: neither a local folder nor in the local cache, and the Hugging Face hub did not give it\n"
+        f"model.path={config.path}: neither a local folder nor in the local cache, and the Hugging Face hub "
+        f"{'cannot be reached' if go_offline_if_unreachable() else 'did not give it'}\n"
         "  with network: check the name, and `hf auth login` for a gated model\n"
         "  without: copy the model's folder here and give model.path=FOLDER"
     )

@@ -118,13 +118,15 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
     group_of = {chunk: group for group in groups for chunk in group}
     written: set[int] = set()
     passed: set[int] = set()
-    live: set[int] = set()
+    live: dict[int, tuple[int, ...]] = {}  # chunk -> the chunks of its engine call
     done: set[int] = set()
     for position, op in enumerate(schedule.ops):
 
         def refuse(rule: str, position: int = position, op: Op = op) -> ValueError:
             return ValueError(f"operation {position} ({op}): {rule}")
 
+        if len(op.chunks) > 1 and op.kind not in (OpKind.forward, OpKind.backward):
+            raise refuse("only forwards and backwards may join chunks")
         for chunk in op.chunks:
             if not 0 <= chunk < len(chunks):
                 raise refuse(f"there are only {len(chunks)} chunks")
@@ -136,7 +138,9 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
                     raise refuse(f"chunk {chunk} holds no activations")
                 if any(later not in done for later in range(chunk + 1, group.stop)):
                     raise refuse(f"a later chunk of the sequence of chunk {chunk} has yet to give it gradient")
-                live.remove(chunk)
+                if live[chunk] not in (op.chunks, op.chunks[::-1]):
+                    raise refuse("the chunks were not forwarded by one engine call of their own")
+                del live[chunk]
                 done.add(chunk)
                 continue
             if chunk in live:
@@ -152,7 +156,7 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
             elif (op.kind is OpKind.recompute) != (chunk in passed):
                 raise refuse(f"chunk {chunk} is recomputed if and only if it had a state pass")
             else:
-                live.add(chunk)
+                live[chunk] = op.chunks
             written.add(chunk)
         if len(live) > k:
             raise refuse(f"{len(live)} chunks hold activations, K is {k}")
