@@ -57,8 +57,8 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
 
 
 def test_config_dir_adds_recipes_and_groups(tmp_path: Path) -> None:
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "mine.yaml").write_text("chunk: {size: 99}\n")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text("chunk: {size: 99}\n")
     (tmp_path / "optim").mkdir()
     (tmp_path / "optim" / "careful.yaml").write_text("lr: 1.0e-7\n")
     config = load(["recipe=mine", "optim=careful"], str(tmp_path)).config
@@ -151,7 +151,18 @@ def test_wheel_ships_what_the_editable_install_finds(tmp_path: Path) -> None:
     import zipfile
 
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, REPOSITORY],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            REPOSITORY,
+        ],
         check=True,
     )
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()

@@ -47,11 +47,13 @@ print(json.dumps({"weights": weights, "norms": norms}))
                                               (1, "bfloat16"), (3, "bfloat16")])  # fmt: skip
 def test_gradients_of_many_backwards_add_up_in_float32(stage: int, dtype: str) -> None:
     """1 + 256 x 2^-9 is 1.5; a sum kept in bfloat16 stays at 1, and ZeRO-2 without coalescing keeps the last one only."""
-    run = subprocess.run([sys.executable, "-c", ACCUMULATE, str(stage), dtype], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", ACCUMULATE, str(stage), dtype], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     second = 1 + 3 * 2.0**-9
-    assert result["norms"] == pytest.approx([1.5, second], rel=1e-6)
+    assert result["norms"] == pytest.approx([1.5, second], rel=1e-5)
     tolerance = 1e-6 if dtype == "float32" else 2**-8
     assert result["weights"] == pytest.approx([-1.5, -1.5 - second], rel=tolerance)
 

@@ -33,7 +33,7 @@ Resolve = Annotated[bool, typer.Option("--resolve", help="With --cfg: resolve in
 ConfigDir = Annotated[
     str | None,
     typer.Option(
-        "--config-dir", metavar="DIR", help="Find recipes in DIR/recipe and groups in DIR first.", show_default=False
+        "--config-dir", metavar="DIR", help="Find recipes in DIR/recipes and groups in DIR first.", show_default=False
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -170,7 +170,7 @@ class OptimConfig:
     name: OptimizerName = OptimizerName.adamw
     lr: float = 1e-5
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW only."""
     eps: float = 1e-8
     """AdamW only."""
@@ -302,7 +302,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise UsageError(f"--config-dir={config_dir} is not a folder")
-        recipe_folders.append(Path(config_dir) / "recipe")
+        recipe_folders.append(Path(config_dir) / "recipes")
     for folder in recipe_folders:
         for path in sorted(folder.glob("*.yaml")):
             _store_recipe(path, path.stem)
@@ -368,6 +368,8 @@ def check(config: Config) -> None:
     for key, share in shares.items():
         if not 0 <= share < 1:
             raise UsageError(f"{key}={share} must be at least 0 and below 1")
+    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise UsageError(f"optim.betas={config.optim.betas} must be two numbers, each at least 0 and below 1")
     if config.engine.zero_stage not in (0, 1, 2, 3):
         raise UsageError(f"engine.zero_stage={config.engine.zero_stage} must be 0, 1, 2 or 3")
     if config.data.eval_path is not None and config.data.eval_fraction > 0:

@@ -86,6 +86,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     if settings.dtype is Dtype.bfloat16:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"  # or the float32 sum is rounded to bfloat16 before it is used
     if stage in (0, 1):
         config["managed_gradient_accumulation"] = False
     return _merge(config, settings.engine.deepspeed)
@@ -209,7 +210,7 @@ def _optimizer(module: nn.Module, settings: EngineSettings) -> torch.optim.Optim
     groups = [group for group in groups if group["params"]]
     if optim.name is OptimizerName.sgd:
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-    betas = (float(optim.betas[0]), float(optim.betas[1]))
+    betas = (optim.betas[0], optim.betas[1])
     if settings.engine.offload is not Offload.none:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -71,10 +71,10 @@ class _ProductThroughFloat32(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         input, weight = ctx.saved_tensors
         grad = grad_out.float()
-        flat_grad = grad.flatten(0, -2)
+        flat_grad = grad.reshape(-1, grad.shape[-1])
         grad_input = (grad @ weight.float()).to(input.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (flat_grad.T @ input.flatten(0, -2).float()).to(weight.dtype)
+            grad_weight = (flat_grad.T @ input.reshape(-1, input.shape[-1]).float()).to(weight.dtype)
         grad_bias = flat_grad.sum(0).to(weight.dtype) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_input, grad_weight, grad_bias
