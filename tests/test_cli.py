@@ -13,7 +13,12 @@ import pytest
 
 def chunkflow(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "chunkflow_cli", *words], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-m", "chunkflow_cli", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 
@@ -107,7 +112,9 @@ def test_train_from_any_folder_with_json(tmp_path: Path) -> None:
     assert "\x1b[" not in run.stderr
     for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "metrics.jsonl", "final/model.safetensors"):
         assert (tmp_path / "run" / name).is_file()
-    noise = [line for line in run.stderr.splitlines() if "WARN" in line or "deepspeed" in line.lower() or "it/s" in line]
+    noise = [
+        line for line in run.stderr.splitlines() if "WARN" in line or "deepspeed" in line.lower() or "it/s" in line
+    ]
     assert not noise
 
 

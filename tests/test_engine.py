@@ -75,7 +75,7 @@ def test_what_deepspeed_would_do_wrongly_is_refused(engine: EngineConfig, dtype:
 
 def test_offload_needs_its_stage() -> None:
     cuda = torch.device("cuda", 0)
-    with pytest.raises(UsageError, match="engine.zero_stage=3"):
+    with pytest.raises(UsageError, match=r"engine\.zero_stage=3"):
         check_settings(
             EngineSettings(EngineConfig(zero_stage=1, offload=Offload.parameters), OptimConfig(), Dtype.bfloat16, cuda)
         )

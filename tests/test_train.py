@@ -354,8 +354,21 @@ def test_tensorboard_rows(tmp_path: Path) -> None:
 
 
 def test_metric_rows_hold_what_is_promised(uninterrupted: Path) -> None:
-    promised = """step loss grad_norm lr samples tokens target_tokens chunks recomputed_chunks step_seconds
-        tokens_per_second mfu peak_memory_bytes""".split()
+    promised = [
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "samples",
+        "tokens",
+        "target_tokens",
+        "chunks",
+        "recomputed_chunks",
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+    ]
     for row in rows(uninterrupted):
         assert set(promised) <= set(row)
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])

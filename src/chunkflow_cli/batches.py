@@ -1,4 +1,4 @@
-"""Which samples each optimizer step takes: a pure function of seed, epoch and step, so a resumed run needs no replay."""
+"""Which samples each optimizer step takes: a pure function of seed, epoch and step, so resuming needs no replay."""
 
 from __future__ import annotations
 

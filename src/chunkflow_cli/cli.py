@@ -150,7 +150,7 @@ def export(
     _finish(command, json_output, debug)
 
 
-class _PrintedConfiguration(Exception):
+class _PrintedConfiguration(Exception):  # noqa: N818 - no error
     """`--cfg` has printed what it was asked for; nothing else is to be done."""
 
 
@@ -207,7 +207,8 @@ def _unexpected(error: Exception) -> str:
             f"error: out of memory. {text[0] if text else ''}\n"
             "  memory follows chunk.size x chunk.k: lower them, or set model.activation_checkpointing=full"
         )
-    return f"error: {type(error).__name__}: {text[0] if text else 'no message'}\n  the whole story: the same command with --debug"
+    what = text[0] if text else "no message"
+    return f"error: {type(error).__name__}: {what}\n  the whole story: the same command with --debug"
 
 
 def _say(text: str) -> None:

@@ -134,7 +134,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     path: str = ""
-    """A file, folder or glob (.jsonl, .json, .parquet; .gz and .zst of them), or a Hugging Face data set id. Required."""
+    """A file, folder or glob (.jsonl, .json, .parquet; .gz, .zst), or a Hugging Face data set id. Required."""
     format: DataFormat = DataFormat.auto
     """Shape of a row; `auto` looks at the first rows."""
     train_on: TrainOn = TrainOn.assistant
@@ -413,7 +413,7 @@ def _refuse_unknown_keys(tree: DictConfig) -> None:
 
     def walk(node: DictConfig, prefix: str) -> None:
         for name in node:
-            key = f"{prefix}{name}"
+            key = prefix + str(name)
             if key in known:
                 continue
             if key not in sections and not any(section.startswith(f"{key}.") for section in sections):
@@ -503,7 +503,8 @@ def _explain(error: BaseException, overrides: Sequence[str]) -> str:
             "  as a list write key=[a,b]; to run each of them: chunkflow train --multirun"
         )
     if re.search(r"Key '[^']*' (?:is )?not in|Could not override", text):
-        return _unknown_key(re.search(r"override '([^']+)'", text).group(1) if not key else key)  # type: ignore[union-attr]
+        named = re.search(r"override '([^']+)'", text)
+        return _unknown_key(key or (named.group(1) if named is not None else "?"))
     value = re.search(r"(?:Value|Invalid value) '[^']*'.*|.*could not be converted.*", text)
     if key and value is not None:
         word = next((word for word in overrides if word.lstrip("+").partition("=")[0] == key), key)

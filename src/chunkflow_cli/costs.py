@@ -20,7 +20,7 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     matmul_parameters: int
-    """Weights that every token is multiplied with: all linear layers and the head; of experts, those that are active."""
+    """Weights that every token is multiplied with: all linear layers and the head; of experts, the active ones."""
 
     @property
     def state_elements_per_token(self) -> int:

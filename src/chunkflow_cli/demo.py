@@ -45,7 +45,7 @@ class Pair:
 
 
 def stdlib_pairs(folder: Path | None = None) -> Iterator[Pair]:
-    """Request and answer of every documented module, class and function of the standard library; nothing is imported."""
+    """Request and answer of every documented module, class and function of the library; nothing is imported."""
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts

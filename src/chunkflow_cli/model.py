@@ -48,7 +48,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     text = hf_config.get_text_config()
     if getattr(text, "output_router_logits", False):
         raise UsageError(
-            "the model's configuration has output_router_logits=true: the auxiliary loss of its router is not supported\n"
+            "the model's configuration has output_router_logits=true: the auxiliary loss of a router is not supported\n"
             "  set it to false in the model's config.json to train without that loss"
         )
     refuse_length_dependent_rope(text)
@@ -65,8 +65,8 @@ def refuse_length_dependent_rope(hf_config: Any) -> None:
     parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     for kind in sorted({str(part.get("rope_type")) for part in parts} & {"dynamic", "longrope"}):
         raise UsageError(
-            f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position of a forward:\n"
-            "  the chunks of one sequence would disagree. Use a fixed kind (default, linear, yarn, llama3) in config.json"
+            f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position seen\n"
+            "  chunks of one sequence would disagree: use a fixed kind (default, linear, yarn, llama3) in config.json"
         )
 
 
@@ -143,11 +143,11 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     except ValueError as error:
         raise UsageError(f"model.lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}") from error
     peft_model.train()
-    return peft_model  # type: ignore[return-value]
+    return peft_model  # type: ignore[no-any-return]
 
 
 def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -> None:
-    """Recompute layers, or all but their products and attention, in backward. Non-reentrant, so that state passes through."""
+    """Recompute layers, or all but their products and attention, in backward; not reentrant, so state passes."""
     if mode is ActivationCheckpointing.none:
         return
     arguments: dict[str, Any] = {"use_reentrant": False}
@@ -156,7 +156,7 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
 
         arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _operations_to_keep())
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     except ValueError as error:
         raise UsageError(f"model.activation_checkpointing={mode.value}: {error}") from error
 
@@ -197,7 +197,7 @@ def model_shape(model: Any) -> ModelShape:
 
 
 def _active_matmul_parameters(model: Any, config: Any) -> int:
-    """Weights that each token is multiplied with. Of stacked experts (experts, out, in), the share that a token visits."""
+    """Weights that each token is multiplied with; of stacked experts (experts, out, in), the share that it visits."""
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
     total = 0 if head is None else head.weight.numel()

@@ -1,4 +1,4 @@
-"""What a person sees: progress, tables, the closing summary. Standard output is for results, standard error for the rest."""
+"""What a person sees: progress, tables, the closing summary. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -171,8 +171,8 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
 
 def _samples(report: dict[str, Any]) -> str:
     parts = [f"{report['samples_trained']:,} trained on"]
-    for key, word in (("samples_held_out", "held out"), ("samples_rejected", "rejected"), ("samples_dropped", "dropped"),
-                      ("samples_truncated", "truncated")):  # fmt: skip
-        if report[key]:
-            parts.append(f"{report[key]:,} {word}")
+    for word in ("held out", "rejected", "dropped", "truncated"):
+        count = report["samples_" + word.replace(" ", "_")]
+        if count:
+            parts.append(f"{count:,} {word}")
     return f"{report['samples_read']:,} read; " + ", ".join(parts)

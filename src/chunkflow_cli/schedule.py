@@ -11,7 +11,6 @@ one. (Algorithm 2 as printed keeps the others and ends ascending, which breaks t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 

@@ -83,7 +83,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
 
 
 def check_requirements(loaded: LoadedConfig) -> Any:
-    """The Hugging Face configuration, after everything that must be at hand was looked for: all that is missing at once.
+    """The Hugging Face configuration, after a look for everything that must be at hand: all that is missing at once.
 
     Raises:
         UsageError: one error that names each missing thing.
@@ -326,7 +326,7 @@ class _Training:
         return len(self.eval_data) > 0 and (step == self.steps or (every is not None and step % every == 0))
 
     def _with_held_out_loss(self, row: StepMetrics, progress: Progress) -> StepMetrics:
-        """The row with its held-out loss; without it if the user stops the run meanwhile, for the step itself is done."""
+        """The row with its held-out loss; without it if the user stops the run meanwhile, for the step is done."""
         try:
             loss = self._evaluate()
         except Interrupted:
@@ -386,7 +386,7 @@ class _Training:
         return epochs * int(self.train_data.lengths.sum()) + partial
 
     def _measure_activations(self) -> float | None:
-        """Bytes of activations a token; not under ZeRO-3, whose weights are not here outside the engine's own forward."""
+        """Bytes of activations a token; not under ZeRO-3, where weights are whole only within the engine's forward."""
         if self.config.engine.zero_stage == 3:
             return None
         sample = int(np.argmax(self.train_data.lengths))

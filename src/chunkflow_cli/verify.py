@@ -84,7 +84,7 @@ def _test_size(config: Config, console: Console) -> tuple[int, int]:
     if chunk_size * 2 > length:
         smaller = max(1, length * 2 // 7)
         console.print(
-            f"verify.length={length:,} has no two chunks of chunk.size={chunk_size:,}: comparing with chunks of {smaller:,}",
+            f"{length:,} tokens have no two chunks of chunk.size={chunk_size:,}: comparing in chunks of {smaller:,}",
             soft_wrap=True,
         )
         chunk_size = smaller
@@ -118,5 +118,6 @@ def _print(console: Console, result: dict[str, Any], config: Config) -> None:
     table.add_row("gradient", f"{result['grad_rel_error']:.1e} apart, {result['tolerance']:.0e} allowed")
     table.add_row("worst", f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})")
     console.print(table)
-    console.print("[green]passed[/]: chunked training of this model is exact" if result["passed"]
-                  else "[red]failed[/]: chunked training of this model differs from whole-sequence training")  # fmt: skip
+    passed = "[green]passed[/]: chunked training of this model is exact"
+    failed = "[red]failed[/]: chunked training of this model differs from whole-sequence training"
+    console.print(passed if result["passed"] else failed)

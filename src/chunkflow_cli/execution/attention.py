@@ -68,7 +68,7 @@ def attend(
     """The attention function that transformers calls; returns (1, tokens, heads, head_dim)."""
     if chunk is None:
         raise UsageError(
-            f"{type(module).__name__} does not pass keyword arguments to its attention, so it cannot be trained in chunks"
+            f"{type(module).__name__} does not pass keyword arguments to its attention: it cannot be trained in chunks"
         )
     if dropout != 0.0:
         raise UsageError(
@@ -100,7 +100,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 class ChunkAttention(torch.autograd.Function):
-    """Attention of one chunk in one layer: own tokens, merged with the past; its backward moves gradient by the store."""
+    """Attention of one chunk in one layer: own tokens, merged with the past; backward, gradient goes by the store."""
 
     @staticmethod
     def forward(
@@ -126,12 +126,10 @@ class ChunkAttention(torch.autograd.Function):
             rows = slice(0, seen.queries)
             past_keys, past_values = seen.read(layer)
             past_out, past_lse = chunk.backend.past_forward(queries[:, :, rows], past_keys, past_values, rule)
-            own_lse = log_sum_exp[:, :, rows]
-            merged = torch.logaddexp(own_lse, past_lse)
-            own_part = out[:, :, rows] * torch.exp(own_lse - merged).unsqueeze(-1)
-            past_part = past_out * torch.exp(past_lse - merged).unsqueeze(-1)
-            out[:, :, rows] = (own_part + past_part).to(out.dtype)
-            log_sum_exp[:, :, rows] = merged
+            merged_out, merged_lse = _merge(out[:, :, rows], log_sum_exp[:, :, rows], past_out, past_lse)
+            # New tensors: under selective checkpointing the kernel's own outputs are kept and must not change.
+            out = _with_first_rows(out, merged_out)
+            log_sum_exp = _with_first_rows(log_sum_exp, merged_lse)
         if sinks is not None:
             # A sink is one more key per head with a learned score and no value: it takes weight and gives nothing.
             with_sink = torch.logaddexp(log_sum_exp, sinks.to(log_sum_exp.dtype).view(1, -1, 1))
@@ -200,6 +198,20 @@ class _PastInSight:
         keys = self.state.read(layer, "keys", self.start, self.stop)
         values = self.state.read(layer, "values", self.start, self.stop)
         return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+
+
+def _merge(own_out: Tensor, own_lse: Tensor, past_out: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to both sets of keys, from attention to each; rounded once."""
+    merged = torch.logaddexp(own_lse, past_lse)
+    own_part = own_out * torch.exp(own_lse - merged).unsqueeze(-1)
+    past_part = past_out * torch.exp(past_lse - merged).unsqueeze(-1)
+    return (own_part + past_part).to(own_out.dtype), merged
+
+
+def _with_first_rows(rows: Tensor, first: Tensor) -> Tensor:
+    """`rows` (1, heads, tokens, ...) with its first ones exchanged, as a new tensor."""
+    count = first.shape[2]
+    return first if count == rows.shape[2] else torch.cat([first, rows[:, :, count:]], dim=2)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Packing:
 
     @property
     def longest(self) -> int:
-        return max(span.stop - span.start for span in self.spans)
+        return max(stop - start for start, stop in zip(self.boundaries, self.boundaries[1:], strict=False))
 
     @cached_property
     def cumulative(self) -> Tensor:
@@ -163,8 +163,13 @@ class _BlockBackend(Backend):
         spans = packing.spans
         if len(spans) == 1:
             return self._backward(grad_out, queries, keys, values, out, log_sum_exp, 0, rule)
-        tensors = (grad_out, queries, keys, values, out, log_sum_exp)
-        parts = [self._backward(*(tensor[:, :, s] for tensor in tensors), 0, rule) for s in spans]
+        parts = [
+            self._backward(
+                grad_out[:, :, s], queries[:, :, s], keys[:, :, s], values[:, :, s],
+                out[:, :, s], log_sum_exp[:, :, s], 0, rule,
+            )
+            for s in spans
+        ]  # fmt: skip
         grad_queries, grad_keys, grad_values = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         return grad_queries, grad_keys, grad_values
 
@@ -246,7 +251,7 @@ class CpuBackend(_BlockBackend):
     def _arrange(
         self, queries: Tensor, keys: Tensor, values: Tensor, offset: int, rule: AttentionRule
     ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], dict[str, Any]]:
-        """How queries and keys are laid out for the kernel, which wants as many key heads as query heads, and its options.
+        """How queries and keys are laid out for the kernel, which wants equally many heads of both, and its options.
 
         Queries of the heads that share a key head are laid one after the other, so that the past, the larger side, is
         never copied; under the kernel's causal mask that cannot be, and keys are repeated instead.
@@ -323,8 +328,10 @@ class _VariableLengthBackend(Backend):
     def own_forward(
         self, queries: Tensor, keys: Tensor, values: Tensor, packing: Packing, rule: AttentionRule
     ) -> tuple[Tensor, Tensor]:
-        tokens = (_tokens_first(tensor) for tensor in (queries, keys, values))
-        out, log_sum_exp = self._forward(*tokens, packing, packing, True, _window_left(rule, None), rule)
+        out, log_sum_exp = self._forward(
+            _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
+            packing, packing, True, _window_left(rule, None), rule,
+        )  # fmt: skip
         return _heads_first(out), log_sum_exp.unsqueeze(0)
 
     def own_backward(
@@ -338,15 +345,17 @@ class _VariableLengthBackend(Backend):
         packing: Packing,
         rule: AttentionRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = (_tokens_first(tensor) for tensor in (grad_out, queries, keys, values, out))
-        lse = log_sum_exp[0].contiguous()
-        grads = self._backward(*tokens, lse, packing, packing, True, _window_left(rule, None), rule)
+        grads = self._backward(
+            _tokens_first(grad_out), _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
+            _tokens_first(out), log_sum_exp[0].contiguous(), packing, packing, True, _window_left(rule, None), rule,
+        )  # fmt: skip
         return _heads_first(grads[0]), _heads_first(grads[1]), _heads_first(grads[2])
 
     def past_forward(self, queries: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor]:
-        packings = _one_segment(queries), _one_segment(keys)
-        tokens = (_tokens_first(tensor) for tensor in (queries, keys, values))
-        out, log_sum_exp = self._forward(*tokens, *packings, False, _window_left(rule, queries), rule)
+        out, log_sum_exp = self._forward(
+            _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
+            _one_segment(queries), _one_segment(keys), False, _window_left(rule, queries), rule,
+        )  # fmt: skip
         return _heads_first(out), log_sum_exp.unsqueeze(0)
 
     def past_backward(
@@ -359,10 +368,11 @@ class _VariableLengthBackend(Backend):
         log_sum_exp: Tensor,
         rule: AttentionRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        packings = _one_segment(queries), _one_segment(keys)
-        tokens = (_tokens_first(tensor) for tensor in (grad_out, queries, keys, values, out))
-        lse = log_sum_exp[0].contiguous()
-        grads = self._backward(*tokens, lse, *packings, False, _window_left(rule, queries), rule)
+        grads = self._backward(
+            _tokens_first(grad_out), _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
+            _tokens_first(out), log_sum_exp[0].contiguous(), _one_segment(queries), _one_segment(keys),
+            False, _window_left(rule, queries), rule,
+        )  # fmt: skip
         return _heads_first(grads[0]), _heads_first(grads[1]), _heads_first(grads[2])
 
 
@@ -425,7 +435,9 @@ class _EfficientKernel:
         outs, log_sum_exps = [], []
         for rows, columns in zip(query_packing.spans, key_packing.spans, strict=True):
             out, log_sum_exp, *_ = torch.ops.aten._efficient_attention_forward(
-                queries[None, rows], repeat_heads(keys[columns], group)[None], repeat_heads(values[columns], group)[None],
+                queries[None, rows],
+                repeat_heads(keys[columns], group)[None],
+                repeat_heads(values[columns], group)[None],
                 None, None, None, None, None, 0.0, int(causal), True, scale=rule.scale,
             )  # fmt: skip
             outs.append(out[0])

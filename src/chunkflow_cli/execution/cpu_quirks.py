@@ -2,7 +2,7 @@
 
 **bfloat16.** On processors without instructions for it, the bfloat16 product of oneDNN runs at a fifth of the float32
 one (62 against 300 GFLOP/s on a Xeon without AVX512-BF16, conversions counted; benchmarks/LOG.md). Multiplying in
-float32 and rounding the result to bfloat16 gives what hardware with bfloat16 gives, for that too accumulates in float32.
+float32 and rounding the result to bfloat16 gives what hardware with bfloat16 gives: that too accumulates in float32.
 
 **The first call.** The first exp, log, sin, cos or tanh of a process that runs on several threads goes wrong now and
 then: all threads but one compute with reduced accuracy, 1e-4 relative in float32 (seen with torch 2.13.0 and its MKL in
@@ -44,7 +44,8 @@ class LinearThroughFloat32(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype is not torch.bfloat16 or self.weight.dtype is not torch.bfloat16:
             return super().forward(input)
-        return _ProductThroughFloat32.apply(input, self.weight, self.bias)
+        product: Tensor = _ProductThroughFloat32.apply(input, self.weight, self.bias)
+        return product
 
 
 def convert_linear_layers(model: nn.Module) -> int:

@@ -63,9 +63,10 @@ def weighted_cross_entropy(
     rows = tile_rows(_head_rows(head), hidden.device)
     if type(head) in FUSED_HEADS and (keep_head_gradient or not torch.is_grad_enabled()):
         differentiate = torch.is_grad_enabled()
-        return _FusedCrossEntropy.apply(
+        fused: Tensor = _FusedCrossEntropy.apply(
             hidden, head.weight, head.bias, targets, weights, transform, rows, differentiate
         )
+        return fused
     total = hidden.new_zeros((), dtype=_accumulation_dtype(hidden)) + hidden.sum() * 0
     for start in range(0, len(targets), rows):
         tile = slice(start, start + rows)
@@ -81,7 +82,7 @@ FUSED_HEADS: set[type[nn.Module]] = {nn.Linear, LinearThroughFloat32}
 
 def _head_rows(head: nn.Module) -> int:
     rows = getattr(head, "out_features", None)
-    return int(rows) if rows is not None else int(head.weight.shape[0])  # type: ignore[union-attr]
+    return int(rows if isinstance(rows, int) else head.get_parameter("weight").shape[0])
 
 
 def _tile_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, transform: LogitTransform) -> Tensor:
@@ -120,7 +121,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, targets[tile, None]).squeeze(1)
             tile_weights = weights[tile].to(accumulate)
             total += torch.dot(log_sum_exp - picked, tile_weights)
-            if not (needs_hidden or needs_weight):
+            if not (needs_hidden or needs_weight or needs_bias):
                 continue
             slope = None if transform.softcap is None else 1 - (logits / transform.softcap).square()
             grad_logits = logits.sub_(log_sum_exp[:, None]).exp_()  # softmax, in the logits' memory

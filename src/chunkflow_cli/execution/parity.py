@@ -43,7 +43,7 @@ GUARD_WINDOW = 37
 GUARD_VOCABULARY = 512
 GUARD_PROJECTION_STD = 1.6
 """Spread of a projection of a normalised input: weights are drawn with this over sqrt(hidden_size), 0.2 at 64. Scores
-are then far from zero, so a missing soft cap or multiplier shows, and not so large that float32 drowns the comparison."""
+are far from zero then, so a missing soft cap or multiplier shows, but not so large that rounding drowns everything."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,10 @@ def guard(
         ) from error
     if not parity.passed:
         raise UsageError(
-            f"models of the kind {name!r} cannot be trained exactly in chunks: on a small random one the gradient differs "
-            f"by {parity.grad_rel_error:.1e}\n  from whole-sequence training ({parity.tolerance:.0e} is allowed), most in "
-            f"{parity.grad_max_rel_error_parameter}.\n  Such a model does more than attention across tokens (recurrent "
-            "layers, say), or changes its logits in a way that is not supported yet."
+            f"models of the kind {name!r} cannot be trained exactly in chunks: on a small random one the gradient "
+            f"differs by {parity.grad_rel_error:.1e}\n  from whole-sequence training ({parity.tolerance:.0e} is "
+            f"allowed), most in {parity.grad_max_rel_error_parameter}.\n  Such a model does more than attention across "
+            "tokens (recurrent layers, say), or changes its logits in a way that is not supported yet."
         )
     return parity
 

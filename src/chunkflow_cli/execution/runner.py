@@ -47,7 +47,7 @@ class StepResult:
     """Chunks whose loss is NaN or infinite."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - no error
     """The user asked to stop; raised between two operations."""
 
 
@@ -196,7 +196,8 @@ class _Step:
         return group is not None and (bool(self._live) or index != group.stop - 1)
 
     def result(self) -> StepResult:
-        assert not self._live and not len(self._store), "the schedule left activations or state behind"
+        assert not self._live, "the schedule left activations behind"
+        assert not len(self._store), "the schedule left state behind"
         values = torch.stack([loss.double() for _, loss in self._losses]).tolist()  # one synchronisation a step
         bad = [indices for (indices, _), value in zip(self._losses, values, strict=True) if not np.isfinite(value)]
         return StepResult(

@@ -1,0 +1,63 @@
+"""What every test stands on: one thread, settled vector math, and tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("chunkflow", deadline=None)  # two shared cores: the clock says nothing about the code
+settings.load_profile("chunkflow")
+
+TINY: dict[str, Any] = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 1024,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_settled() -> None:
+    """The first threaded exp of a process can be wrong by 1e-4, which would fail a random test of exactness."""
+    import torch
+
+    from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+
+    torch.set_num_threads(1)  # tensors this small run ten times slower on threads that wait for each other
+    settle_vector_math()
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """`tiny_config(model_type, **settings)`: a Hugging Face configuration of two narrow layers."""
+    from transformers import AutoConfig
+
+    def build(model_type: str, **settings: Any) -> Any:
+        return AutoConfig.for_model(model_type, **{**TINY, **settings})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: Callable[..., Any]) -> Callable[..., Any]:
+    """`tiny_model(model_type, dtype=..., seed=0, **settings)`: that model in train mode, with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def build(model_type: str, *, dtype: Any = torch.float32, seed: int = 0, **settings: Any) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(tiny_config(model_type, **settings), dtype=dtype)
+        model.config.use_cache = False
+        return model.train()
+
+    return build
