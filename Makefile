@@ -33,7 +33,8 @@ format: setup ## rewrite in the project's format
 	$(BIN)/ruff check --fix .
 
 test: setup check ## setup, check and all tests that need no GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	# One thread each: two processes of two spinning threads on two cores wait for each other more than they work.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: setup ## the parity tests on CUDA
 	$(BIN)/python -m pytest tests/gpu -m gpu

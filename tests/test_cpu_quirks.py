@@ -77,6 +77,29 @@ def test_at_least_as_close_as_the_ordinary_layer(layers: tuple[nn.Linear, Linear
         assert my_error <= 1.001 * their_error, name
 
 
+def test_the_product_is_taken_in_float32(
+    layers: tuple[nn.Linear, LinearThroughFloat32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bfloat16 product gives the same numbers, five times slower: only the dtype of the operands tells."""
+    seen: list[torch.dtype] = []
+    linear = nn.functional.linear
+
+    def recorded(*args: Any) -> Tensor:
+        seen.extend(arg.dtype for arg in args if arg is not None)
+        return linear(*args)
+
+    monkeypatch.setattr(nn.functional, "linear", recorded)
+    layers[1](draw(7, 96, seed=1))
+    assert set(seen) == {torch.float32}
+
+
+def test_mixed_dtypes_fail_as_they_do_in_the_ordinary_layer(layers: tuple[nn.Linear, LinearThroughFloat32]) -> None:
+    """A float32 input of a bfloat16 layer is a mistake in the model: it must not be rounded in silence."""
+    for layer in layers:
+        with pytest.raises(RuntimeError, match="same dtype"):
+            layer(torch.ones(2, 96))
+
+
 def test_frozen_weights_get_no_gradient() -> None:
     """Under LoRA the base weights are frozen: their gradient must not be computed, and the input's must."""
     layer = LinearThroughFloat32(8, 4).bfloat16().requires_grad_(False)

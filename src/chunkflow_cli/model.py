@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
     logging.set_verbosity_error()  # its advice is about calls that the user did not make
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls its old names
     if not Path(config.path).exists():
         go_offline_if_unreachable()
     name, extra = pretrained_arguments(config.path)

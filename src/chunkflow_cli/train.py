@@ -395,7 +395,7 @@ class _Training:
         tensors = self.runner.build(chunks[0], StepBatch(chunks, probe, np.ones(1)))
         module = self.engine.module
         assert isinstance(module, ChunkModel)
-        return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore(), retained=False))
+        return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore()))
 
     def _request_stop(self) -> None:
         self.stop_requested = True

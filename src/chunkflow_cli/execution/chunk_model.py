@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from chunkflow_cli.execution.attention import ChunkAttentionContext
 from chunkflow_cli.execution.backends import Backend, Packing
 from chunkflow_cli.execution.batch import ChunkBatch
-from chunkflow_cli.execution.loss import LogitTransform, weighted_cross_entropy
+from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
 from chunkflow_cli.execution.state import SequenceState
 
 
@@ -23,8 +23,8 @@ class ChunkCall:
     state: SequenceState | None
     past: int
     continues: bool
-    retained_with_others: bool = False
-    """Whether other chunks hold activations at the same time: then the head's gradient is not kept as well."""
+    head_gradient: SharedHeadGradient | None = None
+    """Where chunks that hold activations at the same time sum the gradient of the head; None for a chunk alone."""
 
 
 class ChunkModel(nn.Module):
@@ -71,7 +71,7 @@ class ChunkModel(nn.Module):
             call.batch.targets,
             call.batch.target_weights,
             self.transform,
-            keep_head_gradient=not call.retained_with_others,
+            shared=call.head_gradient,
         )
 
 

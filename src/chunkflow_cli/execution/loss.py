@@ -7,7 +7,7 @@ linear cross entropy, arXiv 2410.10989, section 3.3).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,24 @@ def tile_rows(vocab_size: int, device: torch.device) -> int:
     return max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * vocab_size))
 
 
+@dataclass
+class SharedHeadGradient:
+    """The gradient of the head's weight and bias, summed over chunks that hold activations at the same time.
+
+    Each adds its share in forward; the last of them to go backward hands the sum to autograd. So K retained chunks
+    keep one tensor of the head's size between them, not K. All of them must be given the same gradient of their loss.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    pending: int = 0
+    """Chunks that have added and not gone backward yet."""
+
+    def buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(like, dtype=dtype)
+        return self.sums[name]
+
+
 def weighted_cross_entropy(
     hidden: Tensor,
     head: nn.Module,
@@ -47,7 +65,7 @@ def weighted_cross_entropy(
     weights: Tensor,
     transform: LogitTransform,
     *,
-    keep_head_gradient: bool,
+    shared: SharedHeadGradient | None = None,
 ) -> Tensor:
     """Sum over rows of weight x cross entropy, a scalar in float32 (float64 in float64).
 
@@ -57,14 +75,13 @@ def weighted_cross_entropy(
         targets: (targets,) token ids.
         weights: (targets,) what each target counts.
         transform: what the model does to its logits.
-        keep_head_gradient: whether the gradient of the head's weight, one more tensor of its size, may be kept from
-            forward to backward. Retained chunks would each keep one: they compute the logits twice instead.
+        shared: where this chunk's share of the head's gradient goes; None for a chunk that is alone.
     """
     rows = tile_rows(_head_rows(head), hidden.device)
-    if type(head) in FUSED_HEADS and (keep_head_gradient or not torch.is_grad_enabled()):
-        differentiate = torch.is_grad_enabled()
+    if type(head) in FUSED_HEADS:
+        gradient = (shared or SharedHeadGradient()) if torch.is_grad_enabled() else None
         fused: Tensor = _FusedCrossEntropy.apply(
-            hidden, head.weight, head.bias, targets, weights, transform, rows, differentiate
+            hidden, head.weight, head.bias, targets, weights, transform, rows, gradient
         )
         return fused
     total = hidden.new_zeros((), dtype=_accumulation_dtype(hidden)) + hidden.sum() * 0
@@ -101,15 +118,18 @@ class _FusedCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         transform: LogitTransform,
         rows: int,
-        differentiate: bool,
+        shared: SharedHeadGradient | None,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = (differentiate and needed for needed in ctx.needs_input_grad[:3])
+        needs_hidden, needs_weight, needs_bias = (shared is not None and it for it in ctx.needs_input_grad[:3])
         accumulate = _accumulation_dtype(hidden)
         through_float32 = matrix_dtype(hidden)
         head = weight.to(through_float32)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulate) if needs_bias and bias is not None else None
+        grad_weight = grad_bias = None
+        if shared is not None:
+            shared.pending += 1
+            grad_weight = shared.buffer("weight", weight, accumulate) if needs_weight else None
+            grad_bias = shared.buffer("bias", bias, accumulate) if needs_bias and bias is not None else None
         total = hidden.new_zeros((), dtype=accumulate)
         for start in range(0, len(targets), rows):
             tile = slice(start, start + rows)
@@ -139,17 +159,23 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_logits.T, tile_hidden)
                 else:
                     grad_weight += grad_logits.T @ tile_hidden
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+        ctx.save_for_backward(grad_hidden)
+        ctx.shared, ctx.head_dtype = shared, weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = [None if grad is None else grad.mul_(grad_total.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        shared: SharedHeadGradient = ctx.shared
+        (grad_hidden,) = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        shared.pending -= 1
+        grad_weight = grad_bias = None
+        if shared.pending == 0:
+            sums = {name: (gradient * grad_total).to(ctx.head_dtype) for name, gradient in shared.sums.items()}
+            grad_weight, grad_bias = sums.get("weight"), sums.get("bias")
+            shared.sums.clear()
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from chunkflow_cli.chunks import Chunk, Chunks
 from chunkflow_cli.execution.batch import ChunkBatch, TokenizedSequence, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkCall
+from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.schedule import Op, OpKind, Schedule
 
@@ -112,7 +113,7 @@ class Runner:
             if self._stop_requested():
                 raise Interrupted
             tensors = self.build(chunk, batch)
-            total += float(self._engine.forward(call_of(chunk, tensors, batch.chunks, store, retained=False)))
+            total += float(self._engine.forward(call_of(chunk, tensors, batch.chunks, store)))
             sequence = chunk.long_sequence
             if sequence is not None and not chunk.segments[0].continues:
                 store.close(sequence)
@@ -134,6 +135,7 @@ class _Step:
         self._random_states: dict[int, Tensor] = {}
         self._losses: list[tuple[tuple[int, ...], Tensor]] = []
         self._target_tokens: dict[int, int] = {}
+        self._head_gradients: dict[int, SharedHeadGradient] = {}
         self._peak_state_bytes = 0
         groups = batch.chunks.dependent_groups()
         self._group_of = {index: group for group in groups for index in group}
@@ -143,9 +145,7 @@ class _Step:
             case OpKind.state_pass:
                 self._state_pass(op.chunks[0])
             case OpKind.forward:
-                self._live[op.chunks] = self._forward(
-                    op.chunks, len(op.chunks) > 1 or self._others_retained(op.chunks[0])
-                )
+                self._live[op.chunks] = self._forward(op.chunks, self._head_gradient_of(op.chunks[0]))
             case OpKind.recompute:
                 self._live[op.chunks] = self._recompute(op.chunks[0])
             case OpKind.backward:
@@ -155,20 +155,20 @@ class _Step:
         if self._runner._replay_random:
             self._random_states[index] = _random_state(self._runner._device)
         with torch.no_grad():
-            self._runner._engine.forward(self._call(index, retained=False), state_pass=True)
+            self._runner._engine.forward(self._call(index, None), state_pass=True)
 
-    def _forward(self, indices: tuple[int, ...], retained: bool) -> Tensor:
-        loss: Tensor = self._runner._engine.forward(*(self._call(index, retained=retained) for index in indices))
+    def _forward(self, indices: tuple[int, ...], head_gradient: SharedHeadGradient | None) -> Tensor:
+        loss: Tensor = self._runner._engine.forward(*(self._call(index, head_gradient) for index in indices))
         self._peak_state_bytes = max(self._peak_state_bytes, self._store.nbytes)
         return loss
 
     def _recompute(self, index: int) -> Tensor:
         state = self._random_states.pop(index, None)
         if state is None:
-            return self._forward((index,), retained=False)
+            return self._forward((index,), None)
         after = _random_state(self._runner._device)
         _set_random_state(self._runner._device, state)
-        loss = self._forward((index,), retained=False)
+        loss = self._forward((index,), None)
         _set_random_state(self._runner._device, after)
         return loss
 
@@ -184,16 +184,16 @@ class _Step:
                 assert sequence is not None
                 self._store.close(sequence)
 
-    def _call(self, index: int, *, retained: bool) -> ChunkCall:
+    def _call(self, index: int, head_gradient: SharedHeadGradient | None) -> ChunkCall:
         chunk = self._batch.chunks[index]
         tensors = self._runner.build(chunk, self._batch)
         self._target_tokens[index] = tensors.target_tokens
-        return call_of(chunk, tensors, self._batch.chunks, self._store, retained=retained)
+        return call_of(chunk, tensors, self._batch.chunks, self._store, head_gradient)
 
-    def _others_retained(self, index: int) -> bool:
-        """Whether more chunks of the same sequence will hold activations before this one goes backward."""
+    def _head_gradient_of(self, index: int) -> SharedHeadGradient | None:
+        """One for all retained chunks of a sequence; none for a standalone chunk, which goes backward at once."""
         group = self._group_of.get(index)
-        return group is not None and (bool(self._live) or index != group.stop - 1)
+        return None if group is None else self._head_gradients.setdefault(group.start, SharedHeadGradient())
 
     def result(self) -> StepResult:
         assert not self._live, "the schedule left activations behind"
@@ -208,18 +208,31 @@ class _Step:
         )
 
 
-def call_of(chunk: Chunk, tensors: ChunkBatch, chunks: Chunks, store: StateStore, *, retained: bool) -> ChunkCall:
+def call_of(
+    chunk: Chunk,
+    tensors: ChunkBatch,
+    chunks: Chunks,
+    store: StateStore,
+    head_gradient: SharedHeadGradient | None = None,
+) -> ChunkCall:
     """The model call of a chunk, with the state of the long sequence that it holds a piece of."""
     first = chunk.segments[0]
     if not chunk.is_dependent:
-        return ChunkCall(tensors, None, 0, False, retained)
+        return ChunkCall(tensors, None, 0, False, head_gradient)
     last_chunk_start = (first.length - 1) // chunks.chunk_size * chunks.chunk_size
-    return ChunkCall(tensors, store.open(first.sequence, last_chunk_start), first.start, first.continues, retained)
+    return ChunkCall(tensors, store.open(first.sequence, last_chunk_start), first.start, first.continues, head_gradient)
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward in train mode draws random numbers."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    """Whether a forward in train mode may draw random numbers.
+
+    Some models (seed_oss, starcoder2, opt) have no dropout modules: they keep the rate as a number, for the function.
+    """
+    return any(
+        (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+        for module in model.modules()
+    )
 
 
 def _random_state(device: torch.device) -> Tensor:
