@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -336,14 +337,15 @@ def test_retained_chunks_share_one_gradient_of_the_head() -> None:
     head.zero_grad()
     shared = SharedHeadGradient()
     cuts = (0, 7, 20, ROWS)
-    parts = [slice(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
     totals = [
         weighted_cross_entropy(hidden[part], head, targets[part], weights[part], LogitTransform(), shared=shared)
         for part in parts
     ]
     kept = shared.sums["weight"]
     for index, total in enumerate(reversed(totals)):
-        assert (head.weight.grad is None) and shared.sums["weight"] is kept, index
+        assert head.weight.grad is None, index
+        assert shared.sums["weight"] is kept, index
         total.backward()
     assert not shared.sums
     assert hidden.grad is not None

@@ -26,7 +26,7 @@ class GlobalBatches:
         """Indices of the samples of a step, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
-        return _epoch_order(self, epoch)[start : start + self.global_batch_size]
+        return _epoch_order(self, epoch)[start : start + self.global_batch_size].copy()  # the order itself is cached
 
 
 @lru_cache(maxsize=2)

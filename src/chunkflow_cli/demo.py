@@ -24,7 +24,7 @@ ALL_PAIRS = Path("data/stdlib_pairs.jsonl")
 SUBSET = Path("data/stdlib_demo.jsonl")
 SEED = 0
 # Characters of request and answer together; about 3.4 make a token.
-SUBSET_SHARES = ((0, 3_000, 150), (3_000, 9_000, 7), (16_500, 19_000, 1))
+SUBSET_SHARES = ((0, 2_500, 80), (3_000, 6_000, 3), (15_000, 16_500, 1))
 """(at least, below, how many): mostly short, some longer, and one of eight or more chunks of 512 tokens."""
 QUESTION = "What is the capital of France?"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"}

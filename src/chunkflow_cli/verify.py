@@ -14,7 +14,7 @@ from chunkflow_cli.engine import training_device
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backend_choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-from chunkflow_cli.execution.parity import compare, random_sequences, use_float64_experts
+from chunkflow_cli.execution.parity import compare, random_sequences, remove_dropout, use_float64_experts
 from chunkflow_cli.model import add_lora, enable_activation_checkpointing, load_config, load_model
 from chunkflow_cli.report import stderr_console, stdout_console, working
 
@@ -37,6 +37,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     dtype_name = config.verify.dtype or (Dtype.float64 if config.model.dtype is Dtype.float64 else Dtype.float32)
     dtype: torch.dtype = getattr(torch, dtype_name.value)
     hf_config = load_config(config.model)
+    remove_dropout(hf_config.get_text_config())
     choice = choose_backend(config.model.attention, hf_config, device, dtype)
     length, chunk_size = _test_size(config, console)
     attention.register()
@@ -47,7 +48,6 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         if config.model.lora.enabled:
             model = add_lora(model, replace(config.model.lora, dropout=0.0))
             _give_adapters_gradient(model)
-        _turn_off_dropout(model)
         model.to(device)
     vocabulary = hf_config.get_text_config().vocab_size
     lengths = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
@@ -98,12 +98,6 @@ def _give_adapters_gradient(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-
-
-def _turn_off_dropout(model: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
 
 
 def _print(console: Console, result: dict[str, Any], config: Config) -> None:

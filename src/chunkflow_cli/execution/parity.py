@@ -232,15 +232,20 @@ def small_config(hf_config: Any) -> Any:
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(config, name, None):
             setattr(config, name, min(int(getattr(config, name)), GUARD_WINDOW))
-    for name in list(vars(config)):
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)
+    remove_dropout(config)
     _narrow(config)
     if hasattr(config, "initializer_range"):
         config.initializer_range = max(float(config.initializer_range), GUARD_PROJECTION_STD / config.hidden_size**0.5)
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     return small
+
+
+def remove_dropout(config: Any) -> None:
+    """Set every dropout rate of a configuration to zero: under dropout no two forwards agree."""
+    for name in list(vars(config)):
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
 
 
 def _keep_one_layer_of_each_kind(config: Any) -> None:
