@@ -4,7 +4,7 @@
     python benchmarks/memory.py --lengths 4096 32768 --whole-lengths 4096 8192 --out memory.json
     python benchmarks/memory.py --lengths 2048 8192 --whole-lengths 2048     a first look
 
-Every point is a process of its own, and its peak is what the kernel says of that process (ru_maxrss, from wait4): weights,
+Every point is a process of its own; its peak is what the kernel says of it (ru_maxrss, from wait4): weights,
 gradients, optimizer, activations, libraries, everything. The data is one sample of random tokens, all of them targets.
 
 Held by `chunkflow train` for each weight, in bfloat16: 2 bytes weight, 4 master weight, 8 AdamW moments, 4 summed
