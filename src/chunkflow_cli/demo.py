@@ -13,6 +13,7 @@ import argparse
 import ast
 import json
 import random
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ ALL_PAIRS = Path("data/stdlib_pairs.jsonl")
 SUBSET = Path("data/stdlib_demo.jsonl")
 SEED = 0
 # Characters of request and answer together; about 3.4 make a token.
-SUBSET_SHARES = ((0, 2_500, 80), (3_000, 6_000, 3), (15_000, 16_500, 1))
+SUBSET_SHARES = ((0, 2_500, 110), (3_000, 6_000, 4), (16_500, 18_000, 1))
 """(at least, below, how many): mostly short, some longer, and one of eight or more chunks of 512 tokens."""
 QUESTION = "What is the capital of France?"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"}
@@ -124,7 +125,9 @@ def main() -> None:
 
     command = ["train", f"recipe={RECIPE}", *arguments.overrides]
     print("\n$ chunkflow " + " ".join(command), flush=True)
-    app(command, standalone_mode=False)
+    exit_code = app(command, standalone_mode=False)
+    if exit_code:
+        sys.exit(exit_code)
     final = max(Path("outputs", RECIPE).glob("*/final"), key=lambda path: path.stat().st_mtime)
     print(f"\nIt has not forgotten what it knew:\n  > {QUESTION}\n  {ask(str(final), QUESTION)}")
 

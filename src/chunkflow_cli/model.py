@@ -100,9 +100,11 @@ def load_model(
             )  # fmt: skip
         except OSError as error:
             raise _not_found(config, error) from error
-    # GGUF weights are dequantised on loading; what is trained and saved from here on is a float model.
-    if getattr(model.config, "quantization_config", None) is not None and config.path.endswith(".gguf"):
-        del model.config.quantization_config
+    if config.path.endswith(".gguf"):
+        # Its weights are dequantised on loading: what is trained and saved from here on is a float model.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     model.config.use_cache = False
     model.train()
     return model
