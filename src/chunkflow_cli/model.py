@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         UsageError: the model is not to be found, or uses what chunked training cannot do exactly.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # its advice is about calls that the user did not make
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls its old names
+    _quiet_libraries()
     if not Path(config.path).exists():
         go_offline_if_unreachable()
     name, extra = pretrained_arguments(config.path)
@@ -55,6 +53,17 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         )
     refuse_length_dependent_rope(text)
     return hf_config
+
+
+def _quiet_libraries() -> None:
+    """Silence advice about calls that the user did not make; errors still raise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft calls its old names
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports deepspeed, which prints that it found no GPU
 
 
 def refuse_length_dependent_rope(hf_config: Any) -> None:

@@ -488,7 +488,7 @@ def learning_rate_schedule(config: Config, steps: int) -> Callable[[int], float]
     idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
     warmup = math.ceil(optim.warmup_ratio * steps)
     if optim.schedule is LearningRateSchedule.wsd:
-        decay = max(1, math.ceil(0.1 * steps))
+        decay = math.ceil(0.1 * steps) + 1  # it begins at the full rate: one more, for the last tenth to be below it
         scheduler = get_scheduler(
             "warmup_stable_decay", idle, num_warmup_steps=warmup, num_training_steps=steps + 1,
             scheduler_specific_kwargs={"num_decay_steps": decay},
