@@ -132,7 +132,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 4096 if device.type == "cuda" else 1536
     matrix = torch.randn(size, size, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
     best = 0.0
-    for _ in range(5):
+    for _ in range(12):
         _synchronise(device)
         start = time.perf_counter()
         matrix @ matrix

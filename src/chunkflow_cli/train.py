@@ -417,6 +417,8 @@ class _Training:
         longest = int(self.train_data.lengths.max())
         peak = peak_memory_bytes(self.device)
         flops = self._trained_flops(progress)
+        # Measured again, for other work on the machine may have slowed the first measurement.
+        self.peak_flops = max(self.peak_flops, peak_flops(self.device, self.dtype))
         whole = None
         if self.activation_bytes is not None and longest > chunk.size * chunk.k:
             whole = whole_sequence_bytes(
