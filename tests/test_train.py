@@ -333,6 +333,24 @@ def test_accounting_of_every_policy(model_folder: Path, samples: list[dict[str, 
     assert all(row["reason"] for row in rejected)
 
 
+def test_rows_of_the_held_out_file_are_accounted_for_too(
+    model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """A held-out file that lost its rows silently would still give a loss."""
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    held_out = [json.dumps(samples[0]), '{"input_ids": []}', json.dumps(samples[2]), json.dumps(samples[3])]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(held_out) + "\n")
+    train(*TINY, *SGD, f"model.path={model_folder}", "data.path=samples.jsonl", "data.eval_path=held_out.jsonl",
+          "data.bad_rows=skip", "data.max_length=100", "data.overlong=drop", "data.cache_dir=cache", "train.output_dir=run",
+          cwd=tmp_path)  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    counts = [report[f"eval_samples_{word}"] for word in ("read", "rejected", "dropped", "truncated")]
+    assert counts == [4, 1, 1, 0]
+    assert (report["samples_read"], report["samples_dropped"], report["samples_held_out"]) == (12, 1, 0)
+    (rejected,) = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+    assert "held_out.jsonl" in rejected
+
+
 def test_held_out_losses_are_taken_when_asked(tmp_path: Path) -> None:
     train("recipe=tiny_random", "train.guard=false", "train.global_batch_size=8", "eval.every=3", "train.output_dir=run",
           "log.every=100", cwd=tmp_path)  # fmt: skip

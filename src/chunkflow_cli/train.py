@@ -199,9 +199,10 @@ class _Training:
     def _write_rejected(self) -> None:
         import json
 
-        if not self.data.rejected:
+        rejected = [*self.data.rejected, *(self.eval_data.rejected if self.config.data.eval_path is not None else ())]
+        if not rejected:
             return
-        rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in self.data.rejected]
+        rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in rejected]
         path = self.folder.path / "rejected.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.console.print(
@@ -431,6 +432,7 @@ class _Training:
             "samples_truncated": self.data.samples_truncated,
             "samples_held_out": 0 if self.config.data.eval_path is not None else len(self.eval_data),
             "samples_to_train": len(self.train_data),
+            **self._eval_path_accounting(),
             **{key: value for key, value in asdict(progress).items() if key != "step"},
             "steps": progress.step,
             "epochs": progress.step / self.batches.steps_per_epoch,
@@ -444,6 +446,17 @@ class _Training:
             "activation_bytes_per_token": self.activation_bytes,
             "whole_sequence_peak_bytes_predicted": whole,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        }
+
+    def _eval_path_accounting(self) -> dict[str, int]:
+        """What became of the rows of `data.eval_path`; they are not among those of `data.path`."""
+        if self.config.data.eval_path is None:
+            return {}
+        return {
+            "eval_samples_read": self.eval_data.samples_read,
+            "eval_samples_rejected": self.eval_data.samples_rejected,
+            "eval_samples_dropped": self.eval_data.samples_dropped,
+            "eval_samples_truncated": self.eval_data.samples_truncated,
         }
 
     def _trained_flops(self, progress: Progress) -> float:
