@@ -146,8 +146,6 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
                 raise refuse(f"chunk {chunk} already holds activations")
             if any(earlier not in written for earlier in range(group.start, chunk)):
                 raise refuse(f"an earlier chunk of the sequence of chunk {chunk} has not written its state")
-            if any(earlier in done for earlier in range(group.start, chunk)):
-                raise refuse(f"the state of an earlier chunk of the sequence of chunk {chunk} is freed")
             if op.kind is OpKind.state_pass:
                 if chunk not in group_of or chunk in passed:
                     raise refuse(f"chunk {chunk} needs no state pass")
