@@ -150,6 +150,7 @@ def test_glob_and_a_name_that_looks_like_one(tmp_path: Path) -> None:
         ("a.json", json.dumps({"data": ROWS}, indent=2).encode(), "is one JSON object, not rows"),
         ("a.txt", JSONL, "this kind of file is not known"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # compressed bytes hold the time: no name for a test
 )
 def test_a_file_that_is_no_data_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     """Each of these has been trained on as nothing, or as noise, by some trainer; a cut-off file above all."""
