@@ -123,7 +123,8 @@ def load_plain_model(dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     from chunkflow_cli.config import ModelConfig
-    from chunkflow_cli.model import load_config, load_model
+    from chunkflow_cli.hf_config import load_config
+    from chunkflow_cli.model import load_model
 
     config = ModelConfig(path=smollm2_path())
     read = load_model(config, load_config(config), dtype=dtype, attention="sdpa", seed=0)

@@ -229,7 +229,8 @@ def work_chunkflow(connection: Connection, loads: dict[str, Load], dtype: torch.
     from chunkflow_cli.execution.chunk_model import ChunkModel
     from chunkflow_cli.execution.cpu_quirks import convert_linear_layers, settle_vector_math
     from chunkflow_cli.execution.runner import Runner, StepBatch
-    from chunkflow_cli.model import load_config, load_model
+    from chunkflow_cli.hf_config import load_config
+    from chunkflow_cli.model import load_model
     from chunkflow_cli.schedule import plan
 
     settle_vector_math()
@@ -391,7 +392,7 @@ def summary(load: Load, timings: Timings, rate: float) -> dict[str, Any]:
 def load_flops(load: Load) -> float:
     from chunkflow_cli.config import ModelConfig
     from chunkflow_cli.costs import ModelShape, training_flops
-    from chunkflow_cli.model import load_config
+    from chunkflow_cli.hf_config import load_config
 
     config = load_config(ModelConfig(path=smollm2_path())).get_text_config()
     heads, hidden = config.num_attention_heads, config.hidden_size

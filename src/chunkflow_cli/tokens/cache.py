@@ -6,6 +6,7 @@ An entry is a folder `tokens/<key>/` of memory-mapped arrays:
     targets.npy        (tokens,) int32       what each position has to predict, or -100; already shifted
     offsets.npy        (samples + 1,) int64  sample i is [offsets[i], offsets[i + 1])
     target_counts.npy  (samples,) int64
+    digests.npy        (samples,) uint64     equal where tokens and targets are
     files.npy          (samples,) int32      which file of the source
     lines.npy          (samples,) int64      which line or row of it, from 1
     rejected.jsonl     {"file", "line", "reason"} a bad row; files are numbers here too
@@ -29,6 +30,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -47,7 +49,7 @@ from chunkflow_cli.data import RowBatch, Source
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.tokens.encoding import EncodedBatch, Encoder
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Goes up whenever the same ingredients would give other tokens or other files."""
 BYTES_PER_WORKER = 4_000_000
 """Less data than this is not worth starting a process for: importing and loading a tokenizer takes seconds."""
@@ -56,6 +58,7 @@ ARRAYS: dict[str, DTypeLike] = {
     "targets": np.int32,
     "offsets": np.int64,
     "target_counts": np.int64,
+    "digests": np.uint64,
     "files": np.int32,
     "lines": np.int64,
 }
@@ -96,6 +99,7 @@ class CacheEntry:
     targets: NDArray[np.int32]
     offsets: NDArray[np.int64]
     target_counts: NDArray[np.int64]
+    digests: NDArray[np.uint64]
     files: NDArray[np.int32]
     lines: NDArray[np.int64]
     rejected: tuple[RejectedRow, ...]
@@ -206,6 +210,7 @@ def _write_entry(
             arrays.append("targets", batch.targets)
             arrays.append("offsets", tokens + np.cumsum(batch.lengths))
             arrays.append("target_counts", batch.target_counts)
+            arrays.append("digests", batch.digests)
             arrays.append("files", np.full(len(batch.lengths), batch.file, np.int32))
             arrays.append("lines", batch.lines)
             for line, reason in batch.rejected:
@@ -274,6 +279,10 @@ def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt, and ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core already
+    # Rendering a chat template imports transformers, which would import torch: seconds, and not needed for text. This
+    # is how Python itself marks a module as not to be had; transformers then makes do without.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
     _worker_encoder = encoder
 
 

@@ -85,7 +85,9 @@ class ChatTemplate:
     """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        # Texts and names alone, not the tokenizer: processes that tokenise then start without importing transformers.
+        self._templates: str | dict[str, str] = tokenizer.chat_template
+        self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Some vocabularies have runs of spaces as added tokens; those end no turn.
         self._end_tokens = tuple(token for token in sorted(added) if token.strip())
@@ -99,53 +101,67 @@ class ChatTemplate:
         from jinja2.exceptions import TemplateError
 
         try:
-            template = self._tokenizer.get_chat_template(tools=[dict(tool) for tool in conversation.tools] or None)
-            assert isinstance(template, str)
+            template = self._template_for(conversation)
             traits = template_traits(template)
             given = as_template_input(conversation, traits)
             if not mark_targets:
-                return MarkedText(self._text(given.messages, given.tools), None)
+                return MarkedText(self._text(template, given.messages, given.tools), None)
             answers = [turn["role"] == "assistant" for turn in given.messages]
             if traits.marks_answers and given.are_targets == answers:
                 return self._render_with_marks(template, given)
-            return self._render_with_prefixes(given)
+            return self._render_with_prefixes(template, given)
         except (TemplateError, TypeError, ValueError) as error:
             if isinstance(error, BadRowError):
                 raise
             raise BadRowError(f"the chat template refuses the conversation: {error}") from error
 
-    def _text(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, ask: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
-        assert isinstance(text, str)
-        return text
+    def _template_for(self, conversation: Conversation) -> str:
+        """A tokenizer may have several templates by name; the choice is the one that transformers makes."""
+        if isinstance(self._templates, str):
+            return self._templates
+        if conversation.tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" not in self._templates:
+            raise BadRowError(f"the tokenizer has chat templates {sorted(self._templates)}, and none named default")
+        return self._templates["default"]
+
+    def _text(
+        self, template: str, messages: list[dict[str, Any]], tools: list[Any] | None, *, ask: bool = False
+    ) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, _ = render_jinja_template(
+            conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=ask,
+            **self._special_tokens,
+        )  # fmt: skip
+        return str(texts[0])
 
     def _render_with_marks(self, template: str, given: TemplateInput) -> MarkedText:
         # apply_chat_template(return_assistant_tokens_mask=True) calls this too, but maps characters to tokens by
         # trimmed offsets: an answer that begins with a space loses its mask, and so do all turns after it.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        special_tokens: dict[str, Any] = self._tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(  # annotated as a text; it is texts and, of each, its marked ranges
             conversations=[given.messages],
             tools=given.tools,
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **special_tokens,
+            **self._special_tokens,
         )
         texts, spans = rendered
         return MarkedText(texts[0], tuple((start, stop) for start, stop in spans[0]))
 
-    def _render_with_prefixes(self, given: TemplateInput) -> MarkedText:
+    def _render_with_prefixes(self, template: str, given: TemplateInput) -> MarkedText:
         messages, tools = given.messages, given.tools
-        whole = self._text(messages, tools)
+        whole = self._text(template, messages, tools)
         spans = []
         for index, turn in enumerate(messages):
             if not given.are_targets[index]:
                 continue
             if index == 0:
                 raise BadRowError(f"the conversation begins with the assistant's turn; {REMEDY}")
-            before = self._text(messages[:index], tools, ask=True)
-            through = self._text(messages[: index + 1], tools) if index + 1 < len(messages) else whole
+            before = self._text(template, messages[:index], tools, ask=True)
+            through = self._text(template, messages[: index + 1], tools) if index + 1 < len(messages) else whole
             if not (whole.startswith(before) and through.startswith(before)):
                 raise BadRowError(_not_stable(index))
             if not whole.startswith(through):
