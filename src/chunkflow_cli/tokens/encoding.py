@@ -81,8 +81,9 @@ class TokenisedText:
         assert self.encoding is not None
         token = self.encoding.char_to_token(character)
         if token is not None:
-            start, _ = self.encoding.token_to_chars(token)
-            return token if start >= character else token + 1
+            characters = self.encoding.token_to_chars(token)
+            assert characters is not None
+            return token if characters[0] >= character else token + 1
         # No token holds the character: the text's end, or white space that a normaliser takes away.
         last = self.encoding.token_to_chars(len(self.ids) - 1) if len(self.ids) else None
         if last is None or last[0] < character:
@@ -274,7 +275,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     alone seems to begin where the next one does: at the edge of an answer it would become a target. And a
     tokenizer.json may hold settings of padding and truncation, which transformers overrides on each call.
     """
-    plain = copy.deepcopy(tokenizer.backend_tokenizer)
+    plain: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
     plain.post_processor = None
     plain.no_padding()
     plain.no_truncation()
