@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from chunkflow_cli.config import Config, Dtype, OptimizerName, compose, known_keys, load, shipped_folder
+from chunkflow_cli.config import (
+    Config,
+    Dtype,
+    OptimizerName,
+    compose,
+    describe_keys,
+    known_keys,
+    load,
+    recipe_files,
+    shipped_folder,
+)
 from chunkflow_cli.errors import UsageError
 
 RECIPES = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
@@ -142,6 +152,32 @@ def test_keys_of_the_contract_that_this_version_builds() -> None:
         engine.deepspeed
     """.split()
     assert set(promised) <= set(known_keys())
+
+
+def test_every_key_is_described_below_its_field() -> None:
+    """Help and completion show these lines; a key without one is a key that nobody can look up."""
+    described = describe_keys()
+    assert list(described) == known_keys()
+    assert [key.name for key in described.values() if not key.help] == []
+    assert described["chunk.size"].default == "8192"
+    assert described["model.dtype"].choices == ("bfloat16", "float32", "float64")
+    assert described["log.backends"].default == "[jsonl]"
+    assert described["log.backends"].is_list
+
+
+def test_defaults_as_written_compose_to_the_defaults() -> None:
+    """Completion offers them, so they must be overrides that Hydra reads."""
+    words = [f"{key.name}={key.default}" for key in describe_keys().values() if key.default]
+    assert load(words).config == Config()
+
+
+def test_a_recipe_of_the_config_dir_hides_a_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "qwen7b.yaml").write_text("chunk: {size: 99}\n")
+    assert recipe_files(str(tmp_path))["qwen7b"].parent == tmp_path / "recipes"
+    assert load(["recipe=qwen7b"], str(tmp_path)).config.chunk.size == 99
+    with pytest.raises(UsageError, match="is not a folder"):
+        recipe_files(str(tmp_path / "nowhere"))
 
 
 def test_wheel_ships_what_the_editable_install_finds(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ Nothing past that gate reads a dictionary or asks whether a key exists.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from chunkflow_cli.errors import UsageError
 
@@ -168,8 +170,11 @@ class ChunkConfig:
 @dataclass
 class OptimConfig:
     name: OptimizerName = OptimizerName.adamw
+    """`optim=sgd` sets it together with defaults that suit it."""
     lr: float = 1e-5
+    """Learning rate at its peak."""
     weight_decay: float = 0.0
+    """Of weight matrices; biases and norms are not decayed."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """AdamW only."""
     eps: float = 1e-8
@@ -189,11 +194,13 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; null trains `epochs` whole epochs."""
     epochs: int = 1
+    """Passes over the data, unless `steps` is set."""
     global_batch_size: int = 256
     """Samples of an optimizer step, over all ranks."""
     shuffle: bool = True
     """Draw the order of each epoch from (seed, epoch)."""
     seed: int = 0
+    """Of orders, dropout, held-out samples and random weights."""
     loss_weighting: LossWeighting = LossWeighting.token
     """`token` weighs every target of the global batch the same, `sequence` every sample."""
     output_dir: str | None = None
@@ -223,6 +230,7 @@ class LogConfig:
     every: int = 1
     """Steps between rows of metrics."""
     backends: list[LogBackend] = field(default_factory=lambda: [LogBackend.jsonl])
+    """Where metrics go: metrics.jsonl in the run's folder, TensorBoard, or both."""
 
 
 @dataclass
@@ -298,14 +306,8 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
     _register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    recipe_folders = [shipped_folder("recipes")]
-    if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise UsageError(f"--config-dir={config_dir} is not a folder")
-        recipe_folders.append(Path(config_dir) / "recipes")
-    for folder in recipe_folders:
-        for path in sorted(folder.glob("*.yaml")):
-            _store_recipe(path, path.stem)
+    for name, path in recipe_files(config_dir).items():
+        _store_recipe(path, name)
     recipe, words = _take_recipe_path(overrides)
     search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
     try:
@@ -313,7 +315,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
             tree = hydra_compose("config", overrides=[*words, *search_path])
         OmegaConf.resolve(tree.copy())
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error, overrides)) from error
+        raise UsageError(_explain(error, overrides, list(recipe_files(config_dir)))) from error
     return recipe, tree
 
 
@@ -393,17 +395,111 @@ def shipped_folder(name: str) -> Path:
     raise AssertionError(f"{name}/ is neither in the package nor beside src/")
 
 
+def recipe_files(config_dir: str | None = None) -> dict[str, Path]:
+    """Where each recipe lies, by name; one in `config_dir`/recipes hides a shipped one of the same name.
+
+    Raises:
+        UsageError: `config_dir` is no folder.
+    """
+    folders = [shipped_folder("recipes")]
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UsageError(f"--config-dir={config_dir} is not a folder")
+        folders.append(Path(config_dir) / "recipes")
+    found = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class Key:
+    """A configuration key as help and completion show it."""
+
+    name: str
+    """Dotted."""
+    default: str
+    """As it is written on the command line."""
+    choices: tuple[str, ...]
+    """The words that it may be; empty where any value of its type goes."""
+    is_list: bool
+    """Whether it takes several, in brackets."""
+    help: str
+    """The docstring below its field, on one line; empty without one."""
+
+
 def known_keys() -> list[str]:
     """Every dotted configuration key, in the order of declaration."""
+    return [name for name, _, _ in _walk_keys(Config(), "")]
 
-    def walk(section: Any, prefix: str) -> list[str]:
-        keys = []
-        for entry in fields(section):
-            value = getattr(section, entry.name)
-            keys.extend(walk(value, f"{prefix}{entry.name}.") if is_dataclass(value) else [prefix + entry.name])
-        return keys
 
-    return walk(Config(), "")
+def describe_keys() -> dict[str, Key]:
+    """Every configuration key by its dotted name, in the order of declaration. Imports nothing heavy."""
+    documentation = _field_docstrings()
+    described = {}
+    for name, section, value in _walk_keys(Config(), ""):
+        field_name = name.rpartition(".")[2]
+        kind = get_type_hints(section)[field_name]
+        described[name] = Key(
+            name=name,
+            default=_as_written(value),
+            choices=_choices(kind),
+            is_list=get_origin(kind) is list,
+            help=documentation.get((section.__name__, field_name), ""),
+        )
+    return described
+
+
+def _walk_keys(section: Any, prefix: str) -> Iterator[tuple[str, type, Any]]:
+    """(dotted name, the dataclass that declares it, default) of every key below a section."""
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            yield from _walk_keys(value, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, type(section), value
+
+
+def _field_docstrings() -> dict[tuple[str, str], str]:
+    """The strings below the fields of this file, which Python itself throws away, by (class, field)."""
+    source = Path(__file__)
+    if not source.is_file():  # imported from an archive: then keys have no help, which is all that is lost
+        return {}
+    found = {}
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for statement, below in itertools.pairwise(node.body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                found[node.name, statement.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The words that a value of this type may be; of the elements, for a list."""
+    words: list[str] = []
+    for part in get_args(kind) or (kind,):
+        if part is bool:
+            words += ["true", "false"]
+        elif isinstance(part, type) and issubclass(part, Enum):
+            words += [member.value for member in part]
+        elif part is type(None):
+            words.append("null")
+    return tuple(words) if words != ["null"] else ()
+
+
+def _as_written(value: Any) -> str:
+    """A default in the syntax of an override."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_written, value))}]"
+    if isinstance(value, Enum):
+        return str(value.value)
+    return "null" if value is None else str(value)
 
 
 def _refuse_unknown_keys(tree: DictConfig) -> None:
@@ -480,7 +576,7 @@ def _take_recipe_path(overrides: Sequence[str]) -> tuple[str, list[str]]:
     return recipe, words
 
 
-def _explain(error: BaseException, overrides: Sequence[str]) -> str:
+def _explain(error: BaseException, overrides: Sequence[str], names: Sequence[str]) -> str:
     """What Hydra or OmegaConf refused, in the user's words."""
     causes = _causes(error)
     ours = [cause for cause in causes if isinstance(cause, UsageError)]
@@ -489,8 +585,7 @@ def _explain(error: BaseException, overrides: Sequence[str]) -> str:
     text = "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", str(cause)) for cause in causes)
     recipe = re.search(r"Could not (?:find|load) 'recipe/([^']*)'", text)
     if recipe is not None:
-        names = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
-        hint = _did_you_mean(recipe.group(1), names, "recipe=")
+        hint = did_you_mean(recipe.group(1), names, "recipe=")
         return (
             f"there is no recipe {recipe.group(1)!r}{hint}\n  recipes: {', '.join(names)}; or a path that ends in .yaml"
         )
@@ -527,9 +622,10 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _unknown_key(key: str) -> str:
-    return f"there is no configuration key {key!r}{_did_you_mean(key, known_keys())}"
+    return f"there is no configuration key {key!r}{did_you_mean(key, known_keys())}"
 
 
-def _did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
+def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """A line for an error that names the nearest known word; empty if none is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"\n  did you mean {prefix}{near[0]}?" if near else ""
