@@ -20,9 +20,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _complete_override(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from chunkflow_cli.completion import complete_override
+
+    return complete_override(ctx, incomplete)
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[OVERRIDES]...", help="recipe=NAME, group.key=value, +key=value, ~key", show_default=False),
+    typer.Argument(
+        metavar="[OVERRIDES]...",
+        help="recipe=NAME, group.key=value, +key=value, ~key",
+        show_default=False,
+        autocompletion=_complete_override,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Cfg = Annotated[
