@@ -843,7 +843,7 @@ def test_progress_is_for_slow_work_on_a_terminal(
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     monkeypatch.setattr("sys.stderr", stream)
-    monkeypatch.setattr("chunkflow_cli.tokens.progress.QUIET_SECONDS", quiet_seconds)
+    monkeypatch.setattr("chunkflow_cli.progress.QUIET_SECONDS", quiet_seconds)
     load(lengths_file)
     assert ("tokenising" in stream.getvalue()) is is_shown
 

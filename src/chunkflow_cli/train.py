@@ -42,7 +42,8 @@ from chunkflow_cli.model import (
     load_model,
     model_shape,
 )
-from chunkflow_cli.report import print_training_summary, stderr_console, stdout_console, training_display, working
+from chunkflow_cli.report import stderr_console, stdout_console, working
+from chunkflow_cli.report.training import print_training_summary, training_display
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
 from chunkflow_cli.schedule import Layout, plan
 from chunkflow_cli.tokens import TokenizedData, load_tokenizer, tokenize

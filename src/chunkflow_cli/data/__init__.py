@@ -12,11 +12,13 @@ from chunkflow_cli.data.formats import (
     detect_format,
     parse_sample,
 )
+from chunkflow_cli.data.sizes import EstimatedSizes, estimate_sizes
 from chunkflow_cli.data.source import BadRowError, HubDataset, LocalFiles, Location, RowBatch, Source, open_source
 
 __all__ = [
     "BadRowError",
     "Conversation",
+    "EstimatedSizes",
     "HubDataset",
     "Instruction",
     "LocalFiles",
@@ -30,6 +32,7 @@ __all__ = [
     "TokenRow",
     "decode_row",
     "detect_format",
+    "estimate_sizes",
     "open_source",
     "parse_sample",
 ]

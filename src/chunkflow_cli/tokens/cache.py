@@ -35,9 +35,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -48,6 +49,7 @@ from chunkflow_cli.config import DataFormat, TrainOn
 from chunkflow_cli.data import RowBatch, Source
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.tokens.encoding import EncodedBatch, Encoder
+from chunkflow_cli.tokens.tokenizer import keep_torch_out
 
 CACHE_VERSION = 2
 """Goes up whenever the same ingredients would give other tokens or other files."""
@@ -258,7 +260,8 @@ def encode_source(source: Source, encoder: Encoder, *, num_workers: int | None) 
     pending: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in source.batches():
-            pending.append(pool.submit(_encode_in_worker, batch))
+            with _without_main_module():  # a process is started when there is work for it
+                pending.append(pool.submit(_encode_in_worker, batch))
             if len(pending) > 2 * workers:  # enough to keep all busy; more would only fill memory
                 yield pending.popleft().result()
         while pending:
@@ -271,6 +274,21 @@ def encode_source(source: Source, encoder: Encoder, *, num_workers: int | None) 
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Processes that start within this do not run the program's main file again.
+
+    Nothing of it is needed there. A program without `if __name__ == "__main__"` would otherwise start itself anew in
+    every one of them, and one that came from standard input could not be read a second time.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 _worker_encoder: Encoder
 """Of a worker process: what it encodes with."""
 
@@ -279,10 +297,7 @@ def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt, and ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core already
-    # Rendering a chat template imports transformers, which would import torch: seconds, and not needed for text. This
-    # is how Python itself marks a module as not to be had; transformers then makes do without.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
+    keep_torch_out()  # rendering a chat template imports transformers
     _worker_encoder = encoder
 
 

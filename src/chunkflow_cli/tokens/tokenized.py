@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from chunkflow_cli.config import BadRows, DataConfig, DataFormat, Overlong, TrainOn
 from chunkflow_cli.data import Location, Source, detect_format, open_source
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.tokens.cache import CacheEntry, Ingredients, RejectedRow, build_entry, cache_root, open_entry
 from chunkflow_cli.tokens.encoding import IGNORED, Encoder
-from chunkflow_cli.tokens.progress import progress_bar
 from chunkflow_cli.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 SHOWN = 5
@@ -110,6 +110,26 @@ class TokenizedData:
         )
 
 
+@dataclass(frozen=True)
+class TokenizedSource:
+    """A data set and its tokens, before any policy: every sample at its full length, and every bad row."""
+
+    source: Source
+    format: DataFormat
+    """As found or as configured, never `auto`."""
+    entry: CacheEntry
+    named: str
+    """Key and path, for messages."""
+
+    def location(self, sample: int) -> Location:
+        return self.source.location(int(self.entry.files[sample]), int(self.entry.lines[sample]))
+
+    @property
+    def rejected(self) -> list[tuple[Location, str]]:
+        """Bad rows and why, in the order of the data."""
+        return [(self.source.location(row.file, row.line), row.reason) for row in self.entry.rejected]
+
+
 def tokenize(
     config: DataConfig,
     *,
@@ -130,28 +150,25 @@ def tokenize(
         UsageError: the data cannot be read, has bad rows or samples that are too long (where the policy is `error`), or
             no sample is left; or the model's tokenizer does not fit data or model.
     """
+    tokenized = tokenize_source(
+        config, path=path, model_path=model_path, vocab_size=vocab_size, trust_remote_code=trust_remote_code
+    )
+    return _apply_policies(config, tokenized.entry, tokenized.source, tokenized.format, tokenized.named, model_limit)
+
+
+def tokenize_source(
+    config: DataConfig, *, path: str | None = None, model_path: str, vocab_size: int | None, trust_remote_code: bool
+) -> TokenizedSource:
+    """All samples of `data.path` (or of `path`), from the cache or into it.
+
+    Raises:
+        UsageError: the data cannot be read, or the model's tokenizer does not fit data or model.
+    """
     key = "data.path" if path is None else "data.eval_path"
     path = config.path if path is None else path
     source = open_source(path, key=key)
     format = detect_format(source, key=key) if config.format is DataFormat.auto else config.format
-    entry = _open_or_build(config, source, format, f"{key}={path}", model_path, vocab_size, trust_remote_code)
-    if vocab_size is not None and entry.largest_id >= vocab_size:
-        raise UsageError(
-            f"the tokenizer of model.path={model_path} gives id {entry.largest_id}, "
-            f"and the model knows {vocab_size} ids\n  this tokenizer belongs to another model"
-        )
-    return _apply_policies(config, entry, source, format, f"{key}={path}", model_limit)
-
-
-def _open_or_build(
-    config: DataConfig,
-    source: Source,
-    format: DataFormat,
-    named: str,
-    model_path: str,
-    vocab_size: int | None,
-    trust_remote_code: bool,
-) -> CacheEntry:
+    named = f"{key}={path}"
     are_ids = format is DataFormat.tokens
     tokenizer = None if are_ids else load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     ingredients = Ingredients(
@@ -163,11 +180,16 @@ def _open_or_build(
     )
     folder = cache_root(config.cache_dir) / ingredients.key()
     entry = open_entry(folder)
-    if entry is not None:
-        return entry
-    encoder = Encoder(tokenizer, format=format, train_on=config.train_on, vocab_size=vocab_size)
-    with progress_bar(f"tokenising {named}", source.size) as progress:
-        return build_entry(folder, source, encoder, ingredients, num_workers=config.num_workers, progress=progress)
+    if entry is None:
+        encoder = Encoder(tokenizer, format=format, train_on=config.train_on, vocab_size=vocab_size)
+        with progress_bar(f"tokenising {named}", source.size) as progress:
+            entry = build_entry(folder, source, encoder, ingredients, num_workers=config.num_workers, progress=progress)
+    if vocab_size is not None and entry.largest_id >= vocab_size:
+        raise UsageError(
+            f"the tokenizer of model.path={model_path} gives id {entry.largest_id}, "
+            f"and the model knows {vocab_size} ids\n  this tokenizer belongs to another model"
+        )
+    return TokenizedSource(source, format, entry, named)
 
 
 def _apply_policies(

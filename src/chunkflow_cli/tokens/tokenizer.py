@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +21,16 @@ TOKENIZER_FILE = re.compile(
 )
 """Files that hold a vocabulary; `tokenizer_config.json` alone does not make a tokenizer."""
 HUB_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+
+
+def keep_torch_out() -> None:
+    """Tokenise without importing torch, which takes seconds: transformers does without it, except for a GGUF file.
+
+    For a process that trains nothing. A module that is None in `sys.modules` cannot be imported: that is how Python
+    itself says so. Where torch is imported already, nothing happens.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would say that torch is missing
 
 
 def has_tokenizer(model_path: str) -> bool:
@@ -73,6 +86,8 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> PreTrainedTok
         )
     from transformers import AutoTokenizer
 
+    if not path.exists():
+        go_offline_if_unreachable()
     try:
         if path.is_file():
             tokenizer = AutoTokenizer.from_pretrained(

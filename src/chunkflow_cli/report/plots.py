@@ -1,0 +1,100 @@
+"""Pictures for files. matplotlib is imported inside the functions: it takes half a second, and only plots need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.lengths import histogram, short_count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+SAMPLES_COLOUR = "#0077bb"
+TOKENS_COLOUR = "#cc3377"
+CURVE_POINTS = 2_000
+"""A curve through a million samples needs no more than these."""
+
+
+def check_plot_path(path: str) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        UsageError: no picture can be written there.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--plot={path}: the name must end in {', '.join(SUFFIXES)}")
+    if not target.parent.is_dir():
+        raise UsageError(f"--plot={path}: there is no folder {target.parent}")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except OSError as error:
+        raise UsageError(f"--plot={path} cannot be written: {error}") from error
+
+
+def plot_lengths(data: Mapping[str, NDArray[np.int64]], path: Path) -> None:
+    """Histogram by samples and by tokens, and the cumulative curves of both; a row for each data set.
+
+    Args:
+        data: name of each data set, and (samples,) lengths.
+        path: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6 * len(data)), layout="constrained")
+    axes = figure.subplots(len(data), 2, squeeze=False)
+    for (left, right), (name, lengths) in zip(axes, data.items(), strict=True):
+        _draw_histogram(left, lengths)
+        _draw_cumulative(right, lengths)
+        left.set_title(f"{Path(name).name}: {len(lengths):,} samples, {int(lengths.sum()):,} tokens", loc="left")
+    save(figure, path)
+
+
+def _draw_histogram(axes: Any, lengths: NDArray[np.int64]) -> None:
+    bins = histogram(lengths)
+    places = np.arange(len(bins.samples))
+    axes.bar(places - 0.2, 100 * bins.samples / bins.samples.sum(), 0.4, color=SAMPLES_COLOUR, label="samples")
+    axes.bar(places + 0.2, 100 * bins.tokens / bins.tokens.sum(), 0.4, color=TOKENS_COLOUR, label="tokens")
+    axes.set_xticks(np.arange(len(bins.edges)) - 0.5, [short_count(int(edge)) for edge in bins.edges], rotation=45)
+    axes.set_xlabel("length in tokens")
+    axes.set_ylabel("share in %")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_cumulative(axes: Any, lengths: NDArray[np.int64]) -> None:
+    ascending = np.sort(lengths)
+    tokens = np.cumsum(ascending) / ascending.sum()
+    points = np.unique(np.linspace(0, len(ascending) - 1, CURVE_POINTS).astype(np.int64))
+    # Evenly spaced ranks would leave the tail, where the tokens are, to a handful of points.
+    points = np.unique(
+        np.concatenate([points, np.searchsorted(tokens, np.linspace(0, 1, CURVE_POINTS, endpoint=False))])
+    )
+    axes.step(
+        ascending[points], 100 * (points + 1) / len(ascending), color=SAMPLES_COLOUR, where="post", label="samples"
+    )
+    axes.step(ascending[points], 100 * tokens[points], color=TOKENS_COLOUR, where="post", label="tokens")
+    axes.set_xscale("log", base=2)
+    ticks = 2 ** np.arange(int(ascending[0]).bit_length() - 1, int(ascending[-1]).bit_length() + 1)
+    axes.set_xticks(ticks, [short_count(int(tick)) for tick in ticks], rotation=45)
+    axes.minorticks_off()
+    axes.set_xlabel("length in tokens")
+    axes.set_ylabel("up to this length, in %")
+    axes.set_ylim(0, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
