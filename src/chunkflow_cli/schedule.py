@@ -2,6 +2,7 @@
 
     S0 S1 F2 B2 R1 B1 R0 B0        one sequence of three chunks, K = 1
     S0 F1+2 B2+1 R0 B0             K = 2, the retained chunks in one engine call (ZeRO-3 needs that)
+    F0 F0@1 I0@1 I0 W0@1 W0        a pipeline stage that holds two parts of the layers, backwards split in two
 
 Source: ChunkFlow (arXiv 2503.02356), section 4.2, in the reading of its prose: the *last* K chunks of a sequence keep
 their activations, and backwards descend strictly, for the keys and values of a chunk collect gradient from every later
@@ -25,6 +26,10 @@ class OpKind(str, Enum):
     recompute = "R"
     """Second forward of a chunk that had a state pass, right before its backward."""
     backward = "B"
+    input_gradient = "I"
+    """First half of a split backward: the gradient that the previous stage waits for."""
+    weight_gradient = "W"
+    """Second half of a split backward: nobody waits for it, so it fills the bubbles of a pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +37,11 @@ class Op:
     kind: OpKind
     chunks: tuple[int, ...]
     """Usually one. Retained chunks of a sequence may share one engine call; a backward lists them descending."""
+    part: int = 0
+    """Which of the parts of the model that its pipeline stage holds; interleaved schedules have more than one."""
 
     def __str__(self) -> str:
-        return self.kind.value + "+".join(map(str, self.chunks))
+        return self.kind.value + "+".join(map(str, self.chunks)) + (f"@{self.part}" if self.part else "")
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,10 @@ class Schedule:
         """
         ops = []
         for word in line.split():
-            if re.fullmatch(r"[SFRB]\d+(\+\d+)*", word) is None:
-                raise ValueError(f"{word!r} is not an operation such as S0, F2, R1, B1 or F1+2")
-            ops.append(Op(OpKind(word[0]), tuple(int(chunk) for chunk in word[1:].split("+"))))
+            if re.fullmatch(r"[SFRBIW]\d+(\+\d+)*(@[1-9]\d*)?", word) is None:
+                raise ValueError(f"{word!r} is not an operation such as S0, F2, R1, B1, F1+2 or F1@1")
+            indices, _, part = word[1:].partition("@")
+            ops.append(Op(OpKind(word[0]), tuple(int(chunk) for chunk in indices.split("+")), int(part or 0)))
         return cls(tuple(ops))
 
     @property
@@ -105,7 +113,7 @@ def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
 
 
 def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
-    """Prove what the gradient and the memory bound rest on.
+    """Prove, for a schedule of one stage, what the gradient and the memory bound rest on.
 
     Each chunk goes backward exactly once, with live activations; state is read only after it was written and before
     it was freed; backwards of a sequence descend; at most K chunks hold activations at once.
@@ -124,6 +132,8 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
         def refuse(rule: str, position: int = position, op: Op = op) -> ValueError:
             return ValueError(f"operation {position} ({op}): {rule}")
 
+        if op.part or op.kind in (OpKind.input_gradient, OpKind.weight_gradient):
+            raise refuse("only pipeline stages hold parts of the model or split backwards")
         if len(op.chunks) > 1 and op.kind not in (OpKind.forward, OpKind.backward):
             raise refuse("only forwards and backwards may join chunks")
         for chunk in op.chunks:
