@@ -12,6 +12,7 @@ import typer
 
 from chunkflow_cli import __version__
 from chunkflow_cli.errors import ChunkflowError
+from chunkflow_cli.key_help import CommandWithKeys
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +31,7 @@ def _complete_override(ctx: typer.Context, incomplete: str) -> list[tuple[str, s
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[OVERRIDES]...",
+        metavar="OVERRIDES",
         help="recipe=NAME, group.key=value, +key=value, ~key",
         show_default=False,
         autocompletion=_complete_override,
@@ -48,6 +49,9 @@ ConfigDir = Annotated[
         "--config-dir", metavar="DIR", help="Find recipes in DIR/recipes and groups in DIR first.", show_default=False
     ),
 ]
+Plot = Annotated[
+    str | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png, .svg or .pdf.", show_default=False)
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -57,8 +61,14 @@ def root(
 ) -> None:
     """Exact chunked fine-tuning of language models on long-tailed data.
 
-    Short samples are packed, long ones split, into chunks of one size; memory follows the chunk, not the longest
-    sample, and loss and gradients are those of ordinary training.
+    Short samples are packed, long ones split, into chunks of one size: memory
+    follows the chunk, not the longest sample, and loss and gradients are those
+    of ordinary training.
+
+    [bold]Examples[/]
+      chunkflow doctor
+      chunkflow recipes list
+      chunkflow train recipe=tiny_random train.output_dir=outputs/tiny
     """
     if version:
         print(__version__)
@@ -67,7 +77,7 @@ def root(
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-@app.command()
+@app.command(cls=CommandWithKeys)
 def train(
     overrides: Overrides = None,
     multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Run every combination of key=a,b,c.")] = False,
@@ -77,15 +87,13 @@ def train(
     config_dir: ConfigDir = None,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model.
+    r"""Fine-tune a model.
 
     [bold]Examples[/]
-
-      chunkflow train recipe=tiny_random
-
-      chunkflow train recipe=qwen7b data.path=chats.jsonl chunk.size=4096
-
-      chunkflow train recipe=tiny_random -m chunk.size=64,128 chunk.k=1,2
+      chunkflow train recipe=tiny_random train.output_dir=outputs/tiny
+      chunkflow train recipe=tiny_random model.lora.enabled=true \
+        train.output_dir=outputs/lora
+      chunkflow train recipe=tiny_random -m chunk.size=64,128 train.steps=2
     """
 
     def command() -> dict[str, Any] | None:
@@ -101,7 +109,7 @@ def train(
     _finish(command, json_output, debug)
 
 
-@app.command()
+@app.command(cls=CommandWithKeys)
 def verify(
     overrides: Overrides = None,
     json_output: Json = False,
@@ -113,12 +121,9 @@ def verify(
     """Prove that chunked training of the configured model equals whole-sequence training. Exit code 1 if not.
 
     [bold]Examples[/]
-
       chunkflow verify recipe=tiny_random
-
-      chunkflow verify recipe=tiny_random model.dtype=float64 chunk.size=64 chunk.k=2
-
-      chunkflow verify model.path=my-model chunk.size=256 --json
+      chunkflow verify recipe=tiny_random verify.dtype=float64 chunk.size=50
+      chunkflow verify recipe=tiny_random chunk.size=64 chunk.k=2 --json
     """
 
     def command() -> dict[str, Any]:
@@ -143,15 +148,15 @@ def export(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's model as a Hugging Face folder.
+    r"""Write a run's model as a Hugging Face folder.
 
-    [bold]Examples[/]
-
-      chunkflow export outputs/my-run
-
-      chunkflow export outputs/my-run --output exported
-
-      chunkflow export outputs/my-lora-run --merge --output merged
+    [bold]Examples[/], after two runs
+      chunkflow train recipe=tiny_random train.output_dir=outputs/tiny
+      chunkflow train recipe=tiny_random model.lora.enabled=true \
+        train.output_dir=outputs/lora
+      chunkflow export outputs/tiny
+      chunkflow export outputs/tiny --output exported
+      chunkflow export outputs/lora --merge --output merged
     """
 
     def command() -> dict[str, Any]:
@@ -160,6 +165,170 @@ def export(
         return command_module.run(run_dir, output=output, merge=merge, json_output=json_output)
 
     _finish(command, json_output, debug)
+
+
+@app.command(cls=CommandWithKeys)
+def doctor(
+    overrides: Overrides = None,
+    seconds: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Longest wait for one answer.", min=1.0)
+    ] = 60.0,
+    json_output: Json = False,
+    cfg: Cfg = None,
+    resolve: Resolve = False,
+    config_dir: ConfigDir = None,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine has, what is missing and how to get it. Exit code 1 if training cannot work.
+
+    [bold]Examples[/]
+      chunkflow doctor
+      chunkflow doctor --json
+      chunkflow doctor recipe=tiny_random model.dtype=float32
+    """
+
+    def command() -> dict[str, Any]:
+        if cfg is not None:
+            _load(overrides, cfg, resolve, config_dir)
+        from chunkflow_cli import doctor as command_module
+
+        return command_module.run(overrides or [], config_dir=config_dir, seconds=seconds, json_output=json_output)
+
+    result = _finish(command, json_output, debug)
+    if result is not None and not result["ready"]:
+        raise typer.Exit(1)
+
+
+recipes_app = typer.Typer(no_args_is_help=True, help=(
+    "List recipes, show one, or copy one to make it your own.\n\n"
+    "[bold]Examples[/]\n"
+    "  chunkflow recipes list\n"
+    "  chunkflow recipes show tiny_random\n"
+    "  chunkflow recipes copy tiny_random first.yaml"
+))  # fmt: skip
+app.add_typer(recipes_app, name="recipes")
+
+
+def _complete_recipe(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    from chunkflow_cli.completion import complete_recipe
+
+    return complete_recipe(ctx, incomplete)
+
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="NAME", help="As in the list.", show_default=False, autocompletion=_complete_recipe)
+]
+
+
+@recipes_app.command("list")
+def recipes_list(json_output: Json = False, config_dir: ConfigDir = None, debug: Debug = False) -> None:
+    """List the recipes: model, hardware, chunk size and K, longest sample.
+
+    [bold]Examples[/]
+      chunkflow recipes list
+      chunkflow recipes list --json
+      chunkflow recipes list --config-dir .
+    """
+
+    def command() -> dict[str, Any]:
+        from chunkflow_cli import recipes as command_module
+
+        return command_module.list_recipes(config_dir, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
+@recipes_app.command("show")
+def recipes_show(
+    name: RecipeName, json_output: Json = False, config_dir: ConfigDir = None, debug: Debug = False
+) -> None:
+    """Print a recipe as it is, comments included.
+
+    [bold]Examples[/]
+      chunkflow recipes show tiny_random
+      chunkflow recipes show qwen7b --json
+      chunkflow recipes show qwen7b > mine.yaml
+    """
+
+    def command() -> dict[str, Any]:
+        from chunkflow_cli import recipes as command_module
+
+        return command_module.show(name, config_dir, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: RecipeName,
+    destination: Annotated[
+        str | None,
+        typer.Argument(metavar="DEST", help="A file or a folder; default ./NAME.yaml.", show_default=False),
+    ] = None,
+    json_output: Json = False,
+    config_dir: ConfigDir = None,
+    debug: Debug = False,
+) -> None:
+    """Copy a recipe to a file of yours, and say how to run it. Never overwrites.
+
+    [bold]Examples[/]
+      chunkflow recipes copy tiny_random
+      chunkflow recipes copy tiny_random my_run.yaml
+      chunkflow train recipe=my_run.yaml train.steps=1
+    """
+
+    def command() -> dict[str, Any]:
+        from chunkflow_cli import recipes as command_module
+
+        return command_module.copy(name, destination, config_dir, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
+@app.command()
+def analyze(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DATA]... [OVERRIDES]...",
+            help="Files, folders, globs or data set ids; and overrides, as elsewhere.",
+            show_default=False,
+            autocompletion=_complete_override,
+        ),
+    ] = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    cfg: Cfg = None,
+    resolve: Resolve = False,
+    config_dir: ConfigDir = None,
+    debug: Debug = False,
+) -> None:
+    """Show how long the samples of a data set are, and what batching, packing or cutting them would cost.
+
+    [bold]Examples[/]
+      chunkflow analyze recipe=tiny_random
+      chunkflow analyze recipe=tiny_random --plot lengths.png
+      chunkflow analyze recipe=tiny_random data.train_on=all --json
+    """
+
+    def command() -> dict[str, Any]:
+        paths = [word for word in words or [] if not _is_override(word)]
+        overrides = [word for word in words or [] if _is_override(word)]
+        loaded = _load(overrides, cfg, resolve, config_dir)
+        if not loaded.config.model.path.lower().endswith(".gguf"):  # transformers reads those with torch
+            from chunkflow_cli.tokens.tokenizer import keep_torch_out
+
+            keep_torch_out()
+        from chunkflow_cli import analyze as command_module
+
+        return command_module.run(paths, loaded, plot=plot, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
+def _is_override(word: str) -> bool:
+    """`key=value`, `+key=value` or `~key`; a path that exists is a path, whatever its name."""
+    return ("=" in word or word.startswith("~")) and not os.path.exists(word)
 
 
 class _PrintedConfiguration(Exception):  # noqa: N818 - no error
