@@ -223,7 +223,8 @@ def work_chunkflow(connection: Connection, loads: dict[str, Load], dtype: torch.
     """The parts of `chunkflow train`, put together as it does."""
     from chunkflow_cli.chunks import build_chunks
     from chunkflow_cli.config import Attention, Dtype, EngineConfig, ModelConfig, OptimConfig
-    from chunkflow_cli.engine import Engine, EngineSettings, training_device
+    from chunkflow_cli.devices import training_device
+    from chunkflow_cli.engine import Engine, EngineSettings
     from chunkflow_cli.execution import attention
     from chunkflow_cli.execution.backend_choice import choose_backend
     from chunkflow_cli.execution.chunk_model import ChunkModel
@@ -391,20 +392,12 @@ def summary(load: Load, timings: Timings, rate: float) -> dict[str, Any]:
 
 def load_flops(load: Load) -> float:
     from chunkflow_cli.config import ModelConfig
-    from chunkflow_cli.costs import ModelShape, training_flops
+    from chunkflow_cli.costs import training_flops
     from chunkflow_cli.hf_config import load_config
+    from chunkflow_cli.model import shape_without_weights
 
-    config = load_config(ModelConfig(path=smollm2_path())).get_text_config()
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    head_dim = hidden // heads
-    per_layer = 2 * hidden * heads * head_dim + 2 * hidden * config.num_key_value_heads * head_dim
-    per_layer += 3 * hidden * config.intermediate_size
-    shape = ModelShape(
-        layers=config.num_hidden_layers, hidden_size=hidden, attention_heads=heads, head_dim=head_dim,
-        kv_heads=config.num_key_value_heads, vocab_size=config.vocab_size,
-        matmul_parameters=config.num_hidden_layers * per_layer + hidden * config.vocab_size,
-    )  # fmt: skip
-    return training_flops(load.lengths, shape)
+    config = ModelConfig(path=smollm2_path())
+    return training_flops(load.lengths, shape_without_weights(config, load_config(config)))
 
 
 def matrix_rate() -> float:

@@ -102,6 +102,33 @@ class Offload(str, Enum):
     parameters = "parameters"
 
 
+# `1f1b` cannot be written as a name in a class.
+PipelineSchedule = Enum(
+    "PipelineSchedule",
+    {
+        "1f1b": "1f1b",
+        "state_aware_1f1b": "state_aware_1f1b",
+        "searched": "searched",
+        "zero_bubble": "zero_bubble",
+    },
+    type=str,
+)
+
+
+class CostModelName(str, Enum):
+    profile = "profile"
+    proportional = "proportional"
+
+
+class Device(str, Enum):
+    measured = "measured"
+    cpu = "cpu"
+    a100 = "a100"
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"
+
+
 @dataclass
 class LoraConfig:
     enabled: bool = False
@@ -244,6 +271,36 @@ class EngineConfig:
 
 
 @dataclass
+class LaunchConfig:
+    processes: int = 1
+    """Ranks: `plan` spreads each global batch over so many."""
+
+
+@dataclass
+class ParallelConfig:
+    pipeline: int = 1
+    """Stages that the model's layers are cut into: `plan` shows their schedules."""
+    schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
+    """How the stages of a pipeline take turns."""
+    warmup_extra: int = 0
+    """More warm-up forwards a stage than 1F1B has: fewer bubbles for about one more live activation each."""
+
+
+@dataclass
+class PlanConfig:
+    cost_model: CostModelName = CostModelName.profile
+    """`profile` is by the device's data sheet; `proportional` is the paper's: time proportional to tokens."""
+
+
+@dataclass
+class TuneConfig:
+    device: Device = Device.measured
+    """What is planned for; `measured` is the device of this machine."""
+    memory_gib: float | None = None
+    """Memory of a rank's device; null is all that the device has."""
+
+
+@dataclass
 class VerifyConfig:
     length: int | None = None
     """Tokens of the long test sequence; null is three and a half chunks, at most 2048."""
@@ -264,6 +321,10 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
 
 
@@ -352,6 +413,10 @@ def check(config: Config) -> None:
         "checkpoint.every": (config.checkpoint.every, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "log.every": (config.log.every, 1),
+        "launch.processes": (config.launch.processes, 1),
+        "parallel.pipeline": (config.parallel.pipeline, 1),
+        "parallel.warmup_extra": (config.parallel.warmup_extra, 0),
+        "tune.memory_gib": (config.tune.memory_gib, 1),
         "model.lora.r": (config.model.lora.r, 1),
         "verify.length": (config.verify.length, 8),
         "optim.lr": (config.optim.lr, 0),
@@ -374,6 +439,11 @@ def check(config: Config) -> None:
         raise UsageError(f"optim.betas={config.optim.betas} must be two numbers, each at least 0 and below 1")
     if config.engine.zero_stage not in (0, 1, 2, 3):
         raise UsageError(f"engine.zero_stage={config.engine.zero_stage} must be 0, 1, 2 or 3")
+    processes, stages = config.launch.processes, config.parallel.pipeline
+    if processes > 1 and processes % stages:
+        raise UsageError(
+            f"launch.processes={processes} cannot be divided among pipelines of parallel.pipeline={stages} stages"
+        )
     if config.data.eval_path is not None and config.data.eval_fraction > 0:
         raise UsageError("data.eval_path and data.eval_fraction are both set: hold out one way or the other")
     if config.model.dtype is Dtype.float64 and config.model.attention not in (

@@ -1,12 +1,20 @@
-"""The shape of a model as far as cost depends on it, and the operations that training it takes."""
+"""What work costs: floating-point operations, seconds of the operations of a schedule, bytes of a training run.
+
+All of it is formulas over the shape of the model; each states its source. Seconds come from a device's profile (data
+sheet and assumed efficiency) or are proportional to tokens, as in the paper's worked example.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
+
+from chunkflow_cli.chunks import Chunks
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -15,17 +23,27 @@ class ModelShape:
 
     layers: int
     hidden_size: int
+    intermediate_size: int
+    """Width of the feed-forward layer that a token goes through; of experts, the active ones together."""
     attention_heads: int
     kv_heads: int
     head_dim: int
     vocab_size: int
     matmul_parameters: int
     """Weights that every token is multiplied with: all linear layers and the head; of experts, the active ones."""
+    parameters: int
+    """All weights, each counted once."""
+    trainable_parameters: int
+    """Those that get a gradient: all of them, or the adapters."""
 
     @property
     def state_elements_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
 
 
 def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:
@@ -40,3 +58,228 @@ def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape
     per_token = 6.0 * shape.matmul_parameters
     per_square = 6.0 * shape.layers * shape.attention_heads * shape.head_dim
     return float((per_token * sizes + per_square * sizes * sizes).sum())
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """A device by its data sheet."""
+
+    name: str
+    matmul_flops: float
+    """Dense bfloat16 products, operations a second."""
+    memory_bytes: int
+    matmul_efficiency: float = 0.6
+    """Share of `matmul_flops` that linear layers reach at a few thousand tokens; assumed, not measured."""
+    attention_efficiency: float = 0.45
+    """The same for fused attention."""
+    layer_launch_seconds: float = 60e-6
+    """A layer's forward takes at least that long, however few its tokens: some fifteen kernel launches."""
+
+
+DEVICES = {
+    # The makers' data sheets; memory as the driver reports it.
+    "a100": DeviceProfile("A100 80GB", 312e12, int(79.1 * GIB)),
+    "h100": DeviceProfile("H100 SXM", 989e12, int(79.2 * GIB)),
+    "h200": DeviceProfile("H200", 989e12, int(139.8 * GIB)),
+    "b200": DeviceProfile("B200", 2250e12, int(179.0 * GIB)),
+    # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md), which bfloat16 models use there too.
+    "cpu": DeviceProfile("CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6),
+}
+
+
+@dataclass(frozen=True)
+class OperationCost:
+    """Seconds of one kind of operation: linear in the tokens of a chunk and in the pairs that its attention makes."""
+
+    fixed_seconds: float
+    seconds_per_token: float
+    seconds_per_pair: float
+    """A pair is a query and a key that it attends to."""
+
+    def __call__(self, tokens: NDArray[np.float64], pairs: NDArray[np.float64]) -> NDArray[np.float64]:
+        return self.fixed_seconds + self.seconds_per_token * tokens + self.seconds_per_pair * pairs
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of the operations of a schedule on one stage that holds the whole model."""
+
+    source: str
+    """In words: where the numbers come from."""
+    forward: OperationCost
+    backward: OperationCost
+    recompute: OperationCost
+    state_pass: OperationCost
+    is_of_one_stage: bool = False
+    """Whether these are the seconds of each stage of a pipeline, however many there are, or those of the whole model,
+    which its stages share."""
+
+    @classmethod
+    def proportional(cls) -> CostModel:
+        """The paper's worked example: on each stage a forward takes a unit for each token, a backward two."""
+        once, twice = OperationCost(0.0, 1.0, 0.0), OperationCost(0.0, 2.0, 0.0)
+        return cls("proportional to tokens", once, twice, once, once, is_of_one_stage=True)
+
+    @classmethod
+    def profile(cls, shape: ModelShape, device: DeviceProfile, *, checkpointed: bool) -> CostModel:
+        """From the operations that a chunk takes and the rate at which the device does them.
+
+        Forward: 2 per weight and token, and 4 x layers x heads x head_dim per query-key pair. Backward: twice that,
+        and the forward once more where activations are checkpointed. A state pass leaves out the head.
+        """
+        token = 2.0 * shape.matmul_parameters / (device.matmul_flops * device.matmul_efficiency)
+        head = 2.0 * shape.head_parameters / (device.matmul_flops * device.matmul_efficiency)
+        pair = (
+            4.0 * shape.layers * shape.attention_heads * shape.head_dim
+            / (device.matmul_flops * device.attention_efficiency)
+        )  # fmt: skip
+        launch = shape.layers * device.layer_launch_seconds
+        forward = OperationCost(launch, token, pair)
+        factor = 3.0 if checkpointed else 2.0
+        return cls(
+            source=f"profile of {device.name}",
+            forward=forward,
+            backward=OperationCost(factor * launch, factor * token, factor * pair),
+            recompute=forward,
+            state_pass=OperationCost(launch, token - head, pair),
+        )
+
+    def of_sequences(self, lengths: NDArray[np.int64], chunk_size: int, k: int) -> NDArray[np.float64]:
+        """(sequences,) seconds of all operations of each sequence, the second forwards of long ones included.
+
+        A short sequence is charged its share of a full chunk's fixed seconds.
+        """
+        size = np.asarray(lengths, dtype=np.float64)
+        pieces = np.where(size > chunk_size, np.ceil(size / chunk_size), size / chunk_size)
+        early = np.where(size > chunk_size, np.maximum(pieces - k, 0), 0)  # chunks that are forwarded twice
+        early_tokens = early * chunk_size
+
+        def twice(cost: OperationCost) -> NDArray[np.float64]:
+            return early * cost.fixed_seconds + cost(early_tokens, early_tokens**2 / 2) - cost.fixed_seconds
+
+        forward = (
+            pieces * self.forward.fixed_seconds + self.forward(size, size**2 / 2) - self.forward.fixed_seconds
+            - twice(self.forward) + twice(self.state_pass) + twice(self.recompute)
+        )  # fmt: skip
+        backward = pieces * self.backward.fixed_seconds + self.backward(size, size**2 / 2) - self.backward.fixed_seconds
+        return forward + backward
+
+
+def chunk_tokens(chunks: Chunks) -> NDArray[np.float64]:
+    """(chunks,)"""
+    return np.add.reduceat((chunks.stop - chunks.start).astype(np.float64), chunks.first_segment[:-1])
+
+
+def chunk_pairs(chunks: Chunks) -> NDArray[np.float64]:
+    """(chunks,) query-key pairs of causal attention: of a segment, tokens x (past + tokens / 2)."""
+    tokens = (chunks.stop - chunks.start).astype(np.float64)
+    return np.add.reduceat(tokens * (chunks.start + tokens / 2), chunks.first_segment[:-1])
+
+
+# Memory
+
+HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Most bytes of float32 logits that exist at once (`execution.loss`)."""
+TILES_ALIVE = 3
+"""Tensors of that size within a tile: logits, their gradient, and a copy in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What the memory of a rank depends on besides the model's shape."""
+
+    element_bytes: int
+    """Of weights and activations: 2 or 4 (8 in float64)."""
+    optimizer_states: int
+    """Float32 numbers that the optimizer keeps for a weight: AdamW 2, SGD with momentum 1."""
+    zero_stage: int
+    data_parallel: int
+    """Ranks that optimizer states, gradients and weights are divided among, as the ZeRO stage says."""
+    offload: str
+    """none | optimizer | parameters"""
+    checkpointing: str
+    """none | full | selective"""
+    chunk_size: int
+    k: int
+    longest: int
+    """Tokens of the longest sequence."""
+    device_type: str
+    """cpu | cuda"""
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """Bytes on the device of a rank at its peak, and what is kept in host memory instead."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    state: int
+    host: int
+
+    @property
+    def device_total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
+
+
+def activation_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str) -> float:
+    """Bytes that all layers keep for backward, for each token of a chunk.
+
+    Read off transformers' Llama, tensor by tensor (h = hidden, f = feed-forward, b = element bytes). A norm keeps its
+    input in float32 and its normalised value, and its output is the next product's input: 4h + 2bh. Attention keeps
+    queries, keys, values, its output and a float32 log-sum-exp a head. The gated feed-forward keeps gate, activation,
+    up and their product: 4bf. Full checkpointing keeps the layer's input, and all of one layer while it goes backward;
+    selective keeps the results of products and of attention. Against measurement: benchmarks/LOG.md.
+    """
+    b, h, f = element_bytes, shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.attention_heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = b * (2 * queries + 2 * keys) + 4 * shape.attention_heads
+    layer = 2 * (4 * h + 2 * b * h) + attention + 4 * b * f
+    if checkpointing == "full":
+        return shape.layers * b * h + layer
+    if checkpointing == "selective":
+        kept = b * (3 * h + 2 * queries + 2 * keys + 2 * f) + 4 * shape.attention_heads
+        return shape.layers * kept + layer
+    return shape.layers * layer
+
+
+def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
+    """Keys and values of all tokens before the last chunk of a sequence, and their gradients, which are float32."""
+    stored_tokens = (length - 1) // chunk_size * chunk_size
+    return stored_tokens * shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
+
+
+def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
+    """Bytes of one rank by part. ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 5.
+
+    Weights in the model's dtype; float32 master weights and optimizer states of the trainable ones; their gradients in
+    the model's dtype while a chunk goes backward, and their sum over the step in float32.
+    """
+    shared = settings.data_parallel
+    trainable = shape.trainable_parameters
+    weights = shape.parameters * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
+    optimizer = trainable * 4 * (1 + settings.optimizer_states) // (shared if settings.zero_stage >= 1 else 1)
+    summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
+    of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0
+    host = 0
+    if settings.offload in ("optimizer", "parameters"):
+        host, optimizer = optimizer, 0
+    if settings.offload == "parameters":
+        host, weights = host + weights, weights // max(1, shape.layers)
+    tokens = min(settings.chunk_size, settings.longest) * min(
+        settings.k, -(-settings.longest // settings.chunk_size)
+    )  # fmt: skip
+    per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
+    head_sum = shape.head_parameters * 4  # of the head's gradient, until its chunks have gone backward
+    return MemoryParts(
+        weights=weights,
+        gradients=summed + of_a_chunk,
+        optimizer=optimizer,
+        activations=int(tokens * per_token),
+        head=TILES_ALIVE * tile + head_sum,
+        state=state_bytes(shape, settings.longest, settings.chunk_size, settings.element_bytes),
+        host=host,
+    )

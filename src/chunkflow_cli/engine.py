@@ -29,10 +29,6 @@ TAG = "engine"
 """Name of the engine's folder within a checkpoint."""
 
 
-def training_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 @dataclass(frozen=True)
 class EngineSettings:
     engine: EngineConfig

@@ -15,18 +15,7 @@ from typing import Any
 import torch
 
 from chunkflow_cli.config import LogBackend
-
-PEAK_FLOPS = {
-    # Dense bfloat16, from the makers' data sheets.
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
+from chunkflow_cli.devices import known_matmul_flops
 
 
 @dataclass(frozen=True)
@@ -124,11 +113,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
     MFU is model operations over this. On a CPU it is measured in float32, the fastest that all of them have.
     """
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        name = torch.cuda.get_device_name(device)
-        known = [flops for part, flops in PEAK_FLOPS.items() if part in name]
-        if known:
-            return known[0]
+    known = known_matmul_flops(device) if dtype in (torch.bfloat16, torch.float16) else None
+    if known is not None:
+        return known
     size = 4096 if device.type == "cuda" else 1536
     matrix = torch.randn(size, size, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
     best = 0.0

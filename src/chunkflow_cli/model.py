@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,20 +116,57 @@ def _operations_to_keep() -> list[Any]:
     ]
 
 
+def shape_without_weights(config: ModelConfig, hf_config: PretrainedConfig) -> ModelShape:
+    """Sizes of a model that is not loaded: its modules are made on torch's meta device, which holds no numbers."""
+    from transformers import AutoModelForCausalLM
+
+    _quiet_peft()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+        shape = model_shape(model)
+        if not config.lora.enabled:
+            return shape
+        return with_adapters(shape, add_lora(model, config.lora))
+
+
 def model_shape(model: Any) -> ModelShape:
-    """Sizes of a loaded model, read from its configuration and its linear layers."""
+    """Sizes of a model without adapters, read from its configuration and its linear layers."""
     config = model.config.get_text_config()
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return ModelShape(
         layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
+        intermediate_size=_active_intermediate_size(config),
         attention_heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(head_dim),
         vocab_size=int(config.vocab_size),
         matmul_parameters=_active_matmul_parameters(model, config),
+        parameters=parameters,
+        trainable_parameters=parameters,
     )
+
+
+def with_adapters(shape: ModelShape, peft_model: nn.Module) -> ModelShape:
+    """The same model with its adapters: only they are trained."""
+    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in peft_model.parameters()]
+    return replace(
+        shape,
+        parameters=sum(count for count, _ in parameters),
+        trainable_parameters=sum(count for count, is_trained in parameters if is_trained),
+    )
+
+
+def _active_intermediate_size(config: Any) -> int:
+    """Of experts: the width of those that a token visits, together; transformers names it in two ways."""
+    active = getattr(config, "num_experts_per_tok", None)
+    expert = getattr(config, "moe_intermediate_size", None)
+    dense = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    if active is None:
+        return int(dense)
+    return int(active) * int(expert or dense) + int(getattr(config, "shared_expert_intermediate_size", None) or 0)
 
 
 def _active_matmul_parameters(model: Any, config: Any) -> int:

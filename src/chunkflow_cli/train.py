@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from chunkflow_cli.batches import GlobalBatches, held_out
 from chunkflow_cli.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint, save_final
 from chunkflow_cli.chunks import build_chunks
 from chunkflow_cli.config import Config, LearningRateSchedule, LoadedConfig, LossWeighting
 from chunkflow_cli.costs import ModelShape, training_flops
-from chunkflow_cli.engine import Engine, EngineSettings, check_settings, close_process_group, training_device
+from chunkflow_cli.devices import present_device, training_device
+from chunkflow_cli.engine import Engine, EngineSettings, check_settings, close_process_group
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token, whole_sequence_bytes
@@ -34,19 +34,21 @@ from chunkflow_cli.execution.cpu_quirks import convert_linear_layers, settle_vec
 from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch, StepResult, call_of, has_dropout
 from chunkflow_cli.execution.state import StateStore
-from chunkflow_cli.hf_config import load_config, position_limit
+from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.model import (
     add_lora,
     enable_activation_checkpointing,
     load_model,
     model_shape,
+    with_adapters,
 )
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
+from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
-from chunkflow_cli.schedule import Layout, plan
-from chunkflow_cli.tokens import TokenizedData, load_tokenizer, tokenize
+from chunkflow_cli.run_plan import StepPlan
+from chunkflow_cli.tokens import load_tokenizer
 
 EVAL_GROUP = 256
 """Held-out samples that are planned together."""
@@ -107,22 +109,15 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         raise UsageError(
             f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
         )
+    for key, value in (
+        ("launch.processes", config.launch.processes),
+        ("parallel.pipeline", config.parallel.pipeline),
+    ):
+        if value > 1:
+            raise UsageError(f"{key}={value}: so far only plan knows more than one; train with {key}=1")
     device = training_device()
     check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
     return hf_config
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """One optimizer step, planned."""
-
-    samples: NDArray[np.int64]
-    batch: StepBatch
-    target_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return self.batch.chunks.tokens
 
 
 class _Training:
@@ -173,28 +168,9 @@ class _Training:
         )  # fmt: skip
 
     def _load_data(self) -> None:
-        config = self.config
-        self.data = self._tokenize(None)
-        if config.data.eval_path is not None:
-            self.train_data, self.eval_data = self.data, self._tokenize(config.data.eval_path)
-        else:
-            train, evaluation = held_out(len(self.data), config.data.eval_fraction, config.train.seed)
-            self.train_data, self.eval_data = self.data.select(train), self.data.select(evaluation)
-        self.batches = GlobalBatches(
-            len(self.train_data), config.train.global_batch_size, config.train.seed, config.train.shuffle
-        )
-        self.steps = config.train.steps or config.train.epochs * self.batches.steps_per_epoch
+        data = load_run_data(self.config, self.hf_config)
+        self.data, self.train_data, self.eval_data = data.read, data.train, data.evaluation
         self._write_rejected()
-
-    def _tokenize(self, path: str | None) -> TokenizedData:
-        return tokenize(
-            self.config.data,
-            path=path,
-            model_path=self.config.model.path,
-            model_limit=position_limit(self.hf_config),
-            vocab_size=self.hf_config.get_text_config().vocab_size,
-            trust_remote_code=self.config.model.trust_remote_code,
-        )
 
     def _write_rejected(self) -> None:
         import json
@@ -221,6 +197,7 @@ class _Training:
             self.shape: ModelShape = model_shape(model)
             if config.model.lora.enabled:
                 model = add_lora(model, config.model.lora)
+                self.shape = with_adapters(self.shape, model)
             if self.device.type == "cpu":
                 convert_linear_layers(model)
             model.to(self.device)
@@ -228,7 +205,9 @@ class _Training:
             self.engine = Engine(
                 ChunkModel(model, backend), EngineSettings(config.engine, config.optim, config.model.dtype, self.device)
             )
-        self.layout = Layout(join_retained=self.engine.needs_joined_retained_chunks)
+        self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device()))
+        self.batches, self.steps = self.plan.batches, self.plan.steps
+        assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
         self.runner = Runner(
             self.engine, self.device, replay_random=has_dropout(model), stop_requested=lambda: self.stop_requested
         )
@@ -284,12 +263,11 @@ class _Training:
                 raise KeyboardInterrupt from None
 
     def _step(self, progress: Progress, on_backward: Callable[[int], None]) -> StepMetrics:
-        config = self.config
         start = time.perf_counter()
-        step = self._plan_step(progress.step)
-        schedule = plan(step.batch.chunks, config.chunk.k, self.layout)
-        result = self.runner.run(schedule, step.batch, on_backward)
-        self._check_finite(progress.step, step, result)
+        step = self.plan[progress.step]
+        (share,) = step.ranks
+        result = self.runner.run(share.schedule, self._batch(step), on_backward)
+        self._check_finite(step, result)
         lr = self.learning_rate(progress.step)
         self.engine.set_learning_rate(lr)
         norm = self.engine.step()
@@ -301,8 +279,8 @@ class _Training:
         progress.target_tokens_planned += step.target_tokens
         progress.target_tokens_trained += result.target_tokens
         progress.tokens_trained += step.tokens
-        progress.chunks += len(step.batch.chunks)
-        progress.recomputed_chunks += schedule.recomputed_chunks
+        progress.chunks += step.chunks
+        progress.recomputed_chunks += step.recomputed_chunks
         progress.train_seconds += seconds
         progress.loss_first = result.loss if progress.loss_first is None else progress.loss_first
         progress.loss_last = result.loss
@@ -314,11 +292,11 @@ class _Training:
             samples=len(step.samples),
             tokens=step.tokens,
             target_tokens=result.target_tokens,
-            chunks=len(step.batch.chunks),
-            recomputed_chunks=schedule.recomputed_chunks,
+            chunks=step.chunks,
+            recomputed_chunks=step.recomputed_chunks,
             step_seconds=seconds,
             tokens_per_second=step.tokens / seconds,
-            mfu=training_flops(step.batch.chunks.lengths, self.shape) / seconds / self.peak_flops,
+            mfu=training_flops(self.train_data.lengths[step.samples], self.shape) / seconds / self.peak_flops,
             peak_memory_bytes=peak_memory_bytes(self.device),
         )
 
@@ -335,13 +313,11 @@ class _Training:
         progress.eval_loss_end, progress.eval_step = loss, row.step
         return replace(row, eval_loss=loss)
 
-    def _plan_step(self, step: int) -> _Plan:
-        samples = self.batches[step]
-        lengths, targets = self.train_data.lengths[samples], self.train_data.target_counts[samples]
-        chunks = build_chunks(lengths, self.config.chunk.size, fill_tails=self.config.chunk.fill_tails)
-        weights = target_weights(targets, self.config.train.loss_weighting)
-        sequences = [self.train_data[int(sample)] for sample in samples]
-        return _Plan(samples, StepBatch(chunks, sequences, weights), int(targets.sum()))
+    def _batch(self, step: StepPlan) -> StepBatch:
+        """The sequences of a step, read from the cache."""
+        (share,) = step.ranks
+        weights = target_weights(self.train_data.target_counts[share.samples], self.config.train.loss_weighting)
+        return StepBatch(share.chunks, [self.train_data[int(sample)] for sample in share.samples], weights)
 
     def _evaluate(self) -> float:
         """Token-mean loss over all held-out samples, whatever the training loss weighs.
@@ -360,14 +336,17 @@ class _Training:
         self.model.train()
         return total
 
-    def _check_finite(self, step: int, planned: _Plan, result: StepResult) -> None:
+    def _check_finite(self, step: StepPlan, result: StepResult) -> None:
         if not result.not_finite:
             return
         index = result.not_finite[0]
-        chunk = planned.batch.chunks[index]
-        where = [str(self.train_data.location(int(planned.samples[s.sequence]))) for s in chunk.segments]
+        (share,) = step.ranks
+        where = [
+            str(self.train_data.location(int(share.samples[segment.sequence])))
+            for segment in share.chunks[index].segments
+        ]
         raise RunError(
-            f"the loss of step {step + 1} is not finite, first in chunk {index} of {len(planned.batch.chunks)}\n"
+            f"the loss of step {step.step + 1} is not finite, first in chunk {index} of {step.chunks}\n"
             f"  its samples: {', '.join(where[:8])}{' and more' if len(where) > 8 else ''}\n"
             "  look at them, lower optim.lr, or lower optim.grad_clip; the last checkpoint is from before this step"
         )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkflow_cli.config import Config, Dtype, LoadedConfig
-from chunkflow_cli.engine import training_device
+from chunkflow_cli.devices import training_device
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backend_choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math

@@ -70,7 +70,7 @@ def _headline(found: dict[str, Any]) -> Text:
     text.append(f"  {found['format']}\n")
     text.append(
         f"{found['samples']:,} samples, {about}{found['tokens']:,} tokens, {found['targets']:,} of them targets "
-        f"({_percent(found['target_share'])})\n"
+        f"({percent(found['target_share'])})\n"
     )
     text.append(
         f"mean {found['mean']:,.0f}, half up to {quantiles['p50']:,}, 90 % {quantiles['p90']:,}, "
@@ -103,9 +103,9 @@ def _histogram(width: int, lengths: NDArray[np.int64]) -> Table:
             _bin_name(int(bins.edges[index]), int(bins.edges[index + 1])),
             Text(bar_of(samples[index], samples.max(), bar), style="cyan"),
             f"{bins.samples[index]:,}",
-            _percent(samples[index]),
+            percent(samples[index]),
             Text(bar_of(tokens[index], tokens.max(), bar), style="magenta"),
-            _percent(tokens[index]),
+            percent(tokens[index]),
         )
     return table
 
@@ -127,13 +127,13 @@ def _cumulative(found: dict[str, Any]) -> Table:
     table.add_column("shorter than", no_wrap=True)
     for name in found["cdf"]:
         table.add_column(name.removeprefix("<"), justify="right", no_wrap=True)
-    table.add_row("samples", *(_percent(share) for share in found["cdf"].values()))
-    table.add_row("their tokens", *(_percent(share) for share in found["cdf_tokens"].values()))
+    table.add_row("samples", *(percent(share) for share in found["cdf"].values()))
+    table.add_row("their tokens", *(percent(share) for share in found["cdf_tokens"].values()))
     cuts = {cut["limit"]: cut for cut in found["truncation"]}
     table.add_row("", *("" for _ in found["cdf"]))
     table.add_row("[bold]cut off at[/]", *(f"[bold]{short_count(limit)}[/]" for limit in cuts))
     table.add_row("samples cut", *(f"{cut['samples_cut']:,}" for cut in cuts.values()))
-    table.add_row("tokens lost", *(_percent(cut["tokens_lost"] / found["tokens"]) for cut in cuts.values()))
+    table.add_row("tokens lost", *(percent(cut["tokens_lost"] / found["tokens"]) for cut in cuts.values()))
     return table
 
 
@@ -155,14 +155,14 @@ def _costs(found: dict[str, Any]) -> Table:
     table.add_column("twice*", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     batch = f"micro-batches of {padding['batch_size']}"
-    table.add_row("padding, as they come", _percent(padding["as_they_come"]), "", batch)
-    table.add_row("padding, sorted", _percent(padding["sorted_by_length"]), "", f"{batch}, no shuffling")
+    table.add_row("padding, as they come", percent(padding["as_they_come"]), "", batch)
+    table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, no shuffling")
     longest = packing["to_longest"]
-    table.add_row("packing", _percent(longest["waste"]), "", f"{longest['bins']:,} of the longest sample's size")
+    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} of the longest sample's size")
     for chunk in packing["chunks"]:
         recomputed = chunk["recomputed_token_share"]
-        table.add_row(f"chunks of {short_count(chunk['chunk_size'])}", _percent(chunk["waste"]),
-                      _percent(recomputed) if recomputed else "", f"{chunk['chunks']:,} chunks")  # fmt: skip
+        table.add_row(f"chunks of {short_count(chunk['chunk_size'])}", percent(chunk["waste"]),
+                      percent(recomputed) if recomputed else "", f"{chunk['chunks']:,} chunks")  # fmt: skip
     return table
 
 
@@ -173,8 +173,8 @@ def _ranks(found: dict[str, Any]) -> Table:
     table.add_column("idle", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     batch = f"{found['packing']['global_batch_size']} samples a step"
-    table.add_row("dealt in turn", _percent(ranks["idle_as_dealt"]), f"waiting for the slowest; {batch}")
-    table.add_row("balanced by tokens", _percent(ranks["idle_balanced"]), "")
+    table.add_row("dealt in turn", percent(ranks["idle_as_dealt"]), f"waiting for the slowest; {batch}")
+    table.add_row("balanced by tokens", percent(ranks["idle_balanced"]), "")
     return table
 
 
@@ -204,16 +204,16 @@ def _side_by_side(analyses: Sequence[dict[str, Any]]) -> Table:
     for found in analyses:
         table.add_row(
             Text(Path(found["data"]).name), f"{found['samples']:,}", f"{found['tokens']:,}", f"{found['mean']:,.0f}",
-            f"{found['max']:,}", *(_percent(found["cdf"][name]) for name in ("<1K", "<8K", "<32K")),
+            f"{found['max']:,}", *(percent(found["cdf"][name]) for name in ("<1K", "<8K", "<32K")),
         )  # fmt: skip
     return table
 
 
 def _share(found: dict[str, Any], key: str) -> str:
-    return _percent(found[key] / found["samples"])
+    return percent(found[key] / found["samples"])
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """Two digits behind the point near both ends, where a long tail is told; one in between."""
     percent = 100 * share
     if percent in (0, 100) or 1 <= percent <= 99:

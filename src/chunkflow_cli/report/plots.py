@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.lengths import histogram, short_count
+from chunkflow_cli.simulate import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,3 +99,53 @@ def _draw_cumulative(axes: Any, lengths: NDArray[np.int64]) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+KIND_COLOURS = {
+    "F": ("forward", "#0077bb"),
+    "S": ("state pass", "#33bbee"),
+    "R": ("recompute", "#ee7733"),
+    "B": ("backward", "#cc3377"),
+    "I": ("input gradient", "#cc3377"),
+    "W": ("weight gradient", "#009988"),
+}
+LABELLED_OPERATIONS = 120
+"""More of them, and the chunks' numbers would not be read."""
+
+
+def plot_timeline(timeline: Timeline, title: str, path: Path) -> None:
+    """The operations of each rank and stage over time; numbers are chunks.
+
+    Args:
+        timeline: measured or predicted.
+        title: above the picture.
+        path: of the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)]
+    figure = Figure(figsize=(12, 1.4 + 0.45 * len(places)), layout="constrained")
+    axes = figure.subplots()
+    labelled = len(timeline.chunk) <= LABELLED_OPERATIONS * len(places)
+    for row, (rank, stage) in enumerate(places):
+        here = (timeline.rank == rank) & (timeline.stage == stage)
+        for kind, (_, colour) in KIND_COLOURS.items():
+            chosen = here & (timeline.kind == kind)
+            starts, stops = timeline.start_seconds[chosen], timeline.stop_seconds[chosen]
+            bars = list(zip(starts, stops - starts, strict=True))
+            axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour, edgecolor="white", linewidth=0.4)
+            for start, stop, chunk in zip(starts, stops, timeline.chunk[chosen], strict=True):
+                if labelled and stop - start > timeline.makespan / 60:
+                    axes.text((start + stop) / 2, row, str(chunk), ha="center", va="center", color="white", fontsize=7)
+    names = [f"rank {rank}" if timeline.stages == 1 else f"rank {rank}, stage {stage}" for rank, stage in places]
+    axes.set_yticks(range(len(places)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, timeline.makespan or 1)
+    axes.set_xlabel("seconds, or units of tokens if costs are proportional")
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    present = [Patch(color=colour, label=name) for kind, (name, colour) in KIND_COLOURS.items()
+               if (timeline.kind == kind).any()]  # fmt: skip
+    figure.legend(handles=present, loc="outside lower center", ncols=len(present), frameon=False)
+    save(figure, path)

@@ -1,0 +1,333 @@
+"""`chunkflow plan`: what training will do, without a model in memory.
+
+It makes the `RunPlan` that `train` runs, from the same configuration, the same token cache and the same code. Of the
+model only the configuration is read.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_cli.config import Config, DataFormat, Device, LoadedConfig, OptimizerName
+from chunkflow_cli.costs import (
+    DEVICES,
+    DeviceProfile,
+    MemoryParts,
+    MemorySettings,
+    ModelShape,
+    memory_parts,
+    state_bytes,
+)
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
+from chunkflow_cli.progress import progress_bar
+from chunkflow_cli.report import stdout_console
+from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
+from chunkflow_cli.simulate import Timeline, simulate, simulate_ranks
+from chunkflow_cli.tokens import TokenizedData
+
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """All that the screen and the JSON are made of."""
+
+    config: Config
+    recipe: str
+    data: TokenizedData
+    plan: RunPlan
+    totals: Totals
+    device: DeviceProfile
+    shape: ModelShape | None
+    """None where no model is named."""
+    memory: MemoryParts | None
+    step: StepPlan
+    """The chosen step."""
+    timeline: Timeline
+    """Of the chosen step, all ranks and stages."""
+
+
+def run(loaded: LoadedConfig, *, step: int = 1, plot: str | None = None, json_output: bool = False) -> dict[str, Any]:
+    """Plan the configured run; print it, unless it is wanted as JSON.
+
+    Args:
+        step: whose schedule is shown, counted from 1.
+        plot: draw that step's operations over time into this PNG or SVG file.
+
+    Raises:
+        UsageError: configuration or data is at fault.
+    """
+    if plot is not None:
+        from chunkflow_cli.report.plots import check_plot_path
+
+        check_plot_path(plot)
+    planned = make_plan(loaded, step=step)
+    if plot is not None:
+        from chunkflow_cli.report.plots import plot_timeline
+
+        plot_timeline(planned.timeline, f"step {step} of {planned.plan.steps}: predicted", Path(plot))
+    result = as_json(planned)
+    if not json_output:
+        from chunkflow_cli.report.plan import print_plan
+
+        print_plan(stdout_console(), result, planned.timeline)
+        if plot is not None:
+            print(f"plot: {plot}", file=sys.stderr)
+    return result
+
+
+def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
+    """
+    Raises:
+        UsageError: no data, a text without a tokenizer, or a step that the run does not have.
+    """
+    config = loaded.config
+    if not config.data.path:
+        raise UsageError("data.path is not set: your training data (.jsonl, .json, .parquet, a folder, a data set id)")
+    hf_config = load_config(config.model) if config.model.path else None
+    if hf_config is None and config.data.format is not DataFormat.tokens:
+        raise UsageError(
+            "model.path is not set: the plan needs its tokenizer and its configuration, not its weights\n"
+            "  without a model only rows of ids can be planned: data.format=tokens"
+        )
+    data = load_run_data(config, hf_config)
+    shape = None
+    if hf_config is not None:
+        from chunkflow_cli.model import shape_without_weights
+
+        shape = shape_without_weights(config.model, hf_config)
+    device = planned_device(config)
+    plan = plan_run(config, data.train, cost_model(config, shape, device))
+    if not 1 <= step <= plan.steps:
+        raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
+    chosen = plan[step - 1]
+    return PlannedRun(
+        config=config,
+        recipe=loaded.recipe,
+        data=data.train,
+        plan=plan,
+        totals=add_up(plan),
+        device=device,
+        shape=shape,
+        memory=None if shape is None else _memory(config, shape, plan, device),
+        step=chosen,
+        timeline=timeline_of(chosen, plan),
+    )
+
+
+def planned_device(config: Config) -> DeviceProfile:
+    """`tune.device`, with `tune.memory_gib` if that is set."""
+    from dataclasses import replace
+
+    if config.tune.device is Device.measured:
+        from chunkflow_cli.devices import present_device
+
+        device = present_device()
+    else:
+        device = DEVICES[config.tune.device.value]
+    if config.tune.memory_gib is None:
+        return device
+    return replace(device, memory_bytes=int(config.tune.memory_gib * 2**30))
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all steps."""
+
+    samples: int
+    tokens: int
+    target_tokens: int
+    chunks: int
+    standalone: int
+    dependent: int
+    long_samples: int
+    filled_tails: int
+    recomputed: int
+    operations: int
+    lower_bound: int
+    seconds: NDArray[np.float64]  # (steps, ranks), predicted; in units of tokens if costs are proportional
+    most_operations: int
+    """Of a rank in a step."""
+
+
+def add_up(plan: RunPlan) -> Totals:
+    """Walk through all steps: what is counted here is what each step's plan holds."""
+    count = dict.fromkeys(
+        ("samples", "tokens", "target_tokens", "chunks", "standalone", "long_samples", "filled_tails", "recomputed",
+         "operations", "lower_bound"), 0,
+    )  # fmt: skip
+    most_operations = 0
+    seconds = np.zeros((plan.steps, plan.ranks))
+    with progress_bar("planning", plan.steps) as progress:
+        for step in plan:
+            count["samples"] += len(step.samples)
+            count["tokens"] += step.tokens
+            count["target_tokens"] += step.target_tokens
+            for index, rank in enumerate(step.ranks):
+                groups = rank.chunks.dependent_groups()
+                segments = np.diff(rank.chunks.first_segment)
+                operations = len(rank.schedule.ops)
+                count["chunks"] += len(rank.chunks)
+                count["standalone"] += len(rank.chunks) - sum(len(group) for group in groups)
+                count["long_samples"] += len(groups)
+                count["filled_tails"] += sum(int(segments[group[-1]] > 1) for group in groups)
+                count["recomputed"] += len(rank.recomputed)
+                count["operations"] += operations
+                count["lower_bound"] += rank.chunks.lower_bound
+                most_operations = max(most_operations, operations)
+                seconds[step.step, index] = rank_seconds(rank, plan.costs)
+            progress(step.step + 1)
+    return Totals(
+        **count, dependent=count["chunks"] - count["standalone"], most_operations=most_operations, seconds=seconds
+    )
+
+
+def timeline_of(step: StepPlan, plan: RunPlan) -> Timeline:
+    """When each operation of a step runs, as predicted."""
+    return simulate_ranks(
+        [(rank.schedules, operation_seconds(rank.chunks, plan.costs, plan.pipeline)) for rank in step.ranks]
+    )
+
+
+def _memory(config: Config, shape: ModelShape, plan: RunPlan, device: DeviceProfile) -> MemoryParts:
+    """Of the rank that has the longest sample."""
+    states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
+    return memory_parts(
+        shape,
+        MemorySettings(
+            element_bytes=ELEMENT_BYTES[config.model.dtype.value],
+            optimizer_states=states[config.optim.name],
+            zero_stage=config.engine.zero_stage,
+            data_parallel=plan.ranks,
+            offload=config.engine.offload.value,
+            checkpointing=config.model.activation_checkpointing.value,
+            chunk_size=config.chunk.size,
+            k=config.chunk.k,
+            longest=int(plan.lengths.max()),
+            device_type="cpu" if "CPU" in device.name else "cuda",
+        ),
+    )
+
+
+def as_json(planned: PlannedRun) -> dict[str, Any]:
+    """Plain values. Shares are between 0 and 1."""
+    plan, totals, config = planned.plan, planned.totals, planned.config
+    longest = int(plan.lengths.max())
+    element_bytes = ELEMENT_BYTES[config.model.dtype.value]
+    state = None if planned.shape is None else state_bytes(planned.shape, longest, plan.chunk_size, element_bytes)
+    slowest, busy = totals.seconds.max(axis=1), totals.seconds.mean(axis=1)
+    return {
+        "recipe": planned.recipe,
+        "global_batch_size": config.train.global_batch_size,
+        "chunk_size": plan.chunk_size,
+        "k": plan.k,
+        "steps": plan.steps,
+        "ranks": plan.ranks,
+        "samples": totals.samples,
+        "tokens": totals.tokens,
+        "target_tokens": totals.target_tokens,
+        "longest": longest,
+        "chunks": totals.chunks,
+        "standalone": totals.standalone,
+        "dependent": totals.dependent,
+        "long_samples": totals.long_samples,
+        "filled_tails": totals.filled_tails,
+        "recomputed_chunks": totals.recomputed,
+        "recompute_share": totals.recomputed / totals.chunks,
+        "fill": totals.tokens / (totals.chunks * plan.chunk_size),
+        "lower_bound_chunks": totals.lower_bound,
+        "operations": totals.operations,
+        "operations_per_step_and_rank": totals.operations / (plan.steps * plan.ranks),
+        "most_operations": totals.most_operations,
+        "cost_model": plan.costs.source,
+        "predicted_seconds": float(slowest.sum()) if not plan.costs.is_of_one_stage else None,
+        "balance": {
+            "idle_share": float(1 - busy.sum() / slowest.sum()),
+            "worst_step": int((slowest / np.maximum(busy, 1e-30)).argmax()) + 1,
+            "worst_ratio": float((slowest / np.maximum(busy, 1e-30)).max()),
+        },
+        "state_bytes_longest": state,
+        "memory": _memory_json(planned),
+        "step": {
+            "step": planned.step.step + 1,
+            "samples": len(planned.step.samples),
+            "tokens": planned.step.tokens,
+            "target_tokens": planned.step.target_tokens,
+            "chunks": planned.step.chunks,
+            "recomputed_chunks": planned.step.recomputed_chunks,
+            "schedules": [[str(schedule) for schedule in rank.schedules] for rank in planned.step.ranks],
+        },
+        **({} if plan.pipeline is None else {"pipeline": _pipeline_json(planned, plan.pipeline)}),
+    }
+
+
+def _memory_json(planned: PlannedRun) -> dict[str, Any] | None:
+    parts = planned.memory
+    if parts is None:
+        return None
+    return {
+        **{f"{name}_bytes": value for name, value in asdict(parts).items()},
+        "total_bytes": parts.device_total,
+        "device": planned.device.name,
+        "device_bytes": planned.device.memory_bytes,
+        "fits": parts.device_total <= planned.device.memory_bytes,
+        "remedy": what_does_not_fit(parts, planned.device),
+    }
+
+
+def _pipeline_json(planned: PlannedRun, pipeline: PipelineLayout) -> dict[str, Any]:
+    timeline, plan = planned.timeline, planned.plan
+    baseline = baseline_timeline(planned.step, plan, pipeline)
+    return {
+        "stages": pipeline.stages,
+        "schedule": pipeline.schedule,
+        "makespan": timeline.makespan,
+        "bubble_ratio": timeline.bubble_ratio,
+        "bubble_ratio_recompute_idle": timeline.bubble_ratio_recompute_idle,
+        "baseline_bubble_ratio": baseline.bubble_ratio,
+        "baseline_makespan": baseline.makespan,
+        "live_activations": timeline.live_activations.tolist(),
+    }
+
+
+def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -> Timeline:
+    """Plain 1F1B with a micro-batch a sequence, in the data's order: what is gained is measured against it.
+
+    Of the slowest rank, if samples are dealt to the ranks in turn.
+    """
+    lengths = plan.lengths[step.samples]
+    plain = PipelineLayout(pipeline.stages, "1f1b")
+    timelines = []
+    for rank in range(plan.ranks):
+        share = lengths[rank :: plan.ranks]
+        if len(share):
+            chunks = sequences_as_chunks(share)
+            seconds = operation_seconds(chunks, plan.costs, plain)
+            timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
+    return max(timelines, key=lambda timeline: timeline.makespan)
+
+
+def what_does_not_fit(parts: MemoryParts, device: DeviceProfile) -> str | None:
+    """Which part is the largest, and what lowers it; None if all fits."""
+    if parts.device_total <= device.memory_bytes:
+        return None
+    sizes = {name: value for name, value in asdict(parts).items() if name != "host"}
+    largest = max(sizes, key=lambda name: sizes[name])
+    remedy = {
+        "weights": "engine.zero_stage=3 on more ranks divides them",
+        "gradients": "model.lora.enabled=true needs few; engine.zero_stage=2 on more ranks divides them",
+        "optimizer": "engine.offload=optimizer, model.lora.enabled=true, or more ranks",
+        "activations": "a smaller chunk.size or chunk.k, or model.activation_checkpointing=full",
+        "head": "it is one tile of logits and the gradient of the head; model.lora.enabled=true spares the latter",
+        "state": "it grows with the longest sample; data.max_length with data.overlong=drop limits that",
+    }[largest]
+    return f"{largest} is the largest part. {remedy[0].upper()}{remedy[1:]}"

@@ -1,0 +1,138 @@
+"""What every optimizer step of a run will do: its samples, their ranks, chunks and schedules.
+
+`chunkflow plan` prints it and `chunkflow train` runs it: both make a `RunPlan` from the same values, and a step's plan
+is a pure function of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_cli.balance import balance
+from chunkflow_cli.batches import GlobalBatches
+from chunkflow_cli.chunks import Chunks, build_chunks
+from chunkflow_cli.costs import CostModel, chunk_pairs, chunk_tokens
+from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline
+from chunkflow_cli.schedule import Layout, OpKind, Schedule, plan
+from chunkflow_cli.simulate import OperationSeconds
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one data-parallel rank does in a step."""
+
+    samples: NDArray[np.int64]  # (samples,) indices into the training data
+    chunks: Chunks
+    """Of the lengths of `samples`, in their order."""
+    schedules: tuple[Schedule, ...]
+    """One for each stage of the pipeline; just one without a pipeline."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the first stage. All stages forward, recompute and go backward through the same chunks."""
+        return self.schedules[0]
+
+    @property
+    def recomputed(self) -> NDArray[np.int64]:
+        """(recomputed,) the chunks that are forwarded twice."""
+        return np.array(
+            [chunk for op in self.schedule.ops if op.kind is OpKind.recompute for chunk in op.chunks], np.int64
+        )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step."""
+
+    step: int
+    """Counted from 0 over all epochs."""
+    samples: NDArray[np.int64]  # (samples,) of all ranks, indices into the training data
+    tokens: int
+    target_tokens: int
+    ranks: tuple[RankPlan, ...]
+
+    @property
+    def chunks(self) -> int:
+        return sum(len(rank.chunks) for rank in self.ranks)
+
+    @property
+    def recomputed_chunks(self) -> int:
+        return sum(rank.schedule.recomputed_chunks for rank in self.ranks)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All steps of a run; a step is planned when it is asked for."""
+
+    batches: GlobalBatches
+    steps: int
+    lengths: NDArray[np.int64]  # (samples,) tokens of the training samples
+    target_counts: NDArray[np.int64]  # (samples,)
+    chunk_size: int
+    k: int
+    fill_tails: bool = True
+    layout: Layout = field(default_factory=Layout)
+    pipeline: PipelineLayout | None = None
+    ranks: int = 1
+    """Data-parallel ranks."""
+    costs: CostModel = field(default_factory=CostModel.proportional)
+    """By which whole sequences are given to ranks."""
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> StepPlan:
+        samples = self.batches[step]
+        lengths = self.lengths[samples]
+        ranks = []
+        for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k), self.ranks):
+            chunks = build_chunks(lengths[share], self.chunk_size, fill_tails=self.fill_tails)
+            ranks.append(RankPlan(samples[share], chunks, self._schedules(chunks)))
+        return StepPlan(step, samples, int(lengths.sum()), int(self.target_counts[samples].sum()), tuple(ranks))
+
+    def _schedules(self, chunks: Chunks) -> tuple[Schedule, ...]:
+        if self.pipeline is None:
+            return (plan(chunks, self.k, self.layout),)
+        return plan_pipeline(chunks, self.k, self.pipeline, operation_seconds(chunks, self.costs, self.pipeline))
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        return (self[step] for step in range(self.steps))
+
+
+def operation_seconds(chunks: Chunks, costs: CostModel, pipeline: PipelineLayout | None = None) -> OperationSeconds:
+    """Predicted seconds of every operation on these chunks; the parts of a pipeline get equal shares of the model."""
+    parts = 1 if pipeline is None else pipeline.stages * pipeline.parts
+    share = 1.0 if costs.is_of_one_stage else 1.0 / parts
+    tokens, pairs = chunk_tokens(chunks), chunk_pairs(chunks)
+
+    def on_all_parts(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.broadcast_to(seconds * share, (parts, len(chunks))).copy()
+
+    backward = on_all_parts(costs.backward(tokens, pairs))
+    return OperationSeconds(
+        forward=on_all_parts(costs.forward(tokens, pairs)),
+        backward=backward,
+        recompute=on_all_parts(costs.recompute(tokens, pairs)),
+        state_pass=on_all_parts(costs.state_pass(tokens, pairs)),
+        # The two products of a backward are of the same size.
+        input_gradient=backward / 2,
+        weight_gradient=backward / 2,
+    )
+
+
+def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
+    """Predicted seconds of all operations of a rank without a pipeline, one after the other."""
+    if not len(rank.chunks):
+        return 0.0
+    tokens, pairs = chunk_tokens(rank.chunks), chunk_pairs(rank.chunks)
+    again = rank.recomputed
+    twice = (
+        costs.state_pass(tokens[again], pairs[again])
+        + costs.recompute(tokens[again], pairs[again])
+        - costs.forward(tokens[again], pairs[again])
+    )
+    return float(costs.forward(tokens, pairs).sum() + costs.backward(tokens, pairs).sum() + twice.sum())
