@@ -42,6 +42,7 @@ def what(findings: dict[str, Any], *, required: bool) -> str:
     return "\n".join(problem["what"] for problem in findings["problems"] if problem["required"] is required)
 
 
+@pytest.mark.slow
 def test_this_machine_can_train(tmp_path: Path) -> None:
     """The tests train on it, so doctor must say so; and say it in one JSON object."""
     command = [
@@ -74,6 +75,7 @@ def test_this_machine_can_train(tmp_path: Path) -> None:
         assert problem["remedy"]
 
 
+@pytest.mark.slow
 def test_a_broken_flash_attn_and_a_package_that_crashes_are_lines(broken: Path) -> None:
     """transformers imports flash_attn if it is there at all: a broken one stops training even without a GPU."""
     install(broken, "flash_attn", BROKEN_LINK)
@@ -138,6 +140,84 @@ def test_a_missing_package_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "_minimums", lambda: {"peft": "99.1"})
     assert doctor._package(piece, {"missing": False, "version": "0.1"})["state"] == "too old"
     assert piece.install == "pip install 'peft>=99.1'"
+
+
+GPU_MACHINE: dict[str, dict[str, Any]] = {
+    "devices": {
+        "gpus": [
+            {"kind": "cuda", "name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85_000_000_000, "free_bytes": 84_000_000_000,
+             "compute_capability": "9.0", "bfloat16": True},
+        ],
+        "cuda": "12.8",
+        "cpu_bfloat16": True,
+    },
+    "attention": {
+        "takes": "flash_attn", "reason": "the fastest there is", "model_error": None,
+        "objections": {"flash_attn": None, "torch_flash": None, "cpu": "it runs on the CPU only", "reference": None},
+    },
+    "cache": {"path": "/cache/tokens", "free_bytes": 2**20, "error": None},
+    "hub": {"endpoint": "https://huggingface.co", "token": True, "reachable": True},
+}  # fmt: skip
+
+
+def test_a_gpu_whose_fastest_kernel_crashes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`auto` would take it, so training fails until another one is named."""
+
+    def answer(question: str, arguments: Any, seconds: float) -> dict[str, Any]:
+        if question == "backend flash_attn":
+            return {"raised": "it crashed: Segmentation fault", "packages": ["flash_attn"]}
+        return GPU_MACHINE.get(question, {"missing": False, "version": "1"} if question.startswith("package") else {})
+
+    monkeypatch.setattr(doctor, "ask", answer)
+    monkeypatch.setattr(
+        "chunkflow_cli.doctor.shutil.which", lambda name: None if name == "ninja" else f"/usr/bin/{name}"
+    )
+    findings = quietly([])
+    assert [device["kind"] for device in findings["devices"]] == ["cuda", "cpu"]
+    assert [problem for problem in findings["problems"] if problem["required"]] == [
+        {
+            "what": "attention flash_attn does not work here: it crashed: Segmentation fault",
+            "remedy": "model.attention=torch_flash",
+            "required": True,
+        }
+    ]
+    optional = what(findings, required=False)
+    assert "there is no ninja" in optional
+    assert "only 1.0 MiB are free" in optional
+    doctor._print(Console(width=80), findings)
+    printed = capsys.readouterr().out
+    assert "NVIDIA H100 80GB HBM3, 79.16 GiB (78.23 GiB free), sm 9.0" in printed
+    assert "logged in" in printed
+
+
+def test_offloading_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe for a GPU node cannot run on a CPU whatever is installed, and the model may be another obstacle."""
+    model_error = "model.path=x: not found\n  with network: check the name\n  without: copy it"
+    answers = GPU_MACHINE | {
+        "settings": {"path": "x", "trust_remote_code": False, "dtype": "bfloat16", "attention": "auto", "cache_dir": None,
+                     "offload": "optimizer", "hardware": "one GPU of 80 GB"},
+        "devices": {"gpus": [], "cuda": None, "cpu_bfloat16": True},
+        "attention": {**GPU_MACHINE["attention"], "model_error": model_error},
+    }  # fmt: skip
+    monkeypatch.setattr(doctor, "ask", lambda question, arguments, seconds: answers.get(question, {"missing": False}))
+    problems = [problem for problem in quietly(["recipe=qwen7b"])["problems"] if problem["required"]]
+    assert "engine.offload=optimizer" in problems[0]["what"]
+    assert "one GPU of 80 GB" in problems[0]["what"]
+    assert problems[1]["what"] == "model.path=x: not found"
+    assert problems[1]["remedy"] == "with network: check the name; without: copy it"
+
+
+def test_flash_attn_is_missed_only_where_it_could_run() -> None:
+    piece = next(piece for piece in PIECES if piece.module == "flash_attn")
+    answers = {f"package {piece.module}": {"missing": False} for piece in PIECES}
+    answers["package flash_attn"] = {"missing": True}
+    packages = {name.module: doctor._package(name, answers[f"package {name.module}"]) for name in PIECES}
+    assert doctor._package_findings(packages, answers, has_gpu=False) == []
+    (finding,) = doctor._package_findings(packages, answers, has_gpu=True)
+    assert finding.problem.remedy == piece.install == "pip install 'chunkflow-cli[flash]'"
+    assert not finding.problem.required
 
 
 def test_every_dependency_is_looked_at() -> None:

@@ -151,7 +151,7 @@ def examine(overrides: Sequence[str], *, config_dir: str | None, seconds: float,
     problems = _unite(
         [
             *_package_findings(packages, answers, has_gpu=bool(answers["devices"].get("gpus"))),
-            *_device_findings(answers["devices"], packages),
+            *_device_findings(answers["devices"], packages, chosen),
             *_attention_findings(answers["attention"], backends, answers, packages),
             *_training_findings(answers["training"], packages),
             *_cache_findings(answers["cache"], packages),
@@ -256,13 +256,16 @@ def _ask(questions: dict[str, tuple[Any, ...]], seconds: float, console: Console
 
 
 def _settings(overrides: Sequence[str], config_dir: str | None, seconds: float) -> dict[str, Any]:
-    model, data = Config().model, Config().data
+    defaults = Config()
+    model, data = defaults.model, defaults.data
     chosen = {
         "path": model.path,
         "trust_remote_code": model.trust_remote_code,
         "dtype": model.dtype.value,
         "attention": model.attention.value,
         "cache_dir": data.cache_dir,
+        "offload": defaults.engine.offload.value,
+        "hardware": "",
     }
     if not overrides and config_dir is None:
         return chosen
@@ -350,22 +353,29 @@ def _package_findings(
     return findings
 
 
-def _device_findings(answer: dict[str, Any], packages: dict[str, dict[str, Any]]) -> list[_Finding]:
+def _device_findings(
+    answer: dict[str, Any], packages: dict[str, dict[str, Any]], chosen: dict[str, Any]
+) -> list[_Finding]:
     if failure := _failure(answer):
         what = f"torch cannot list the devices: {failure}"
         problem = Problem(what, "check the driver with nvidia-smi; reinstall torch", True)
         return [_Finding(problem, cause=_cause(answer, packages))]
+    findings = []
+    if not answer["gpus"] and chosen["offload"] != "none":
+        made_for = f"; the recipe is made for {chosen['hardware']}" if chosen["hardware"] else ""
+        what = f"engine.offload={chosen['offload']} moves data from a GPU to the host, and there is no GPU{made_for}"
+        findings.append(_Finding(Problem(what, "engine.offload=none, or a machine with a GPU", True)))
     if not answer["gpus"] and Path("/proc/driver/nvidia/version").exists():
         build = f"built for CUDA {answer['cuda']}" if answer["cuda"] else "built without CUDA"
         what = f"this machine has an NVIDIA driver, but torch ({build}) sees no GPU"
         remedy = "install the torch that fits the driver (https://pytorch.org/get-started); check CUDA_VISIBLE_DEVICES"
-        return [_Finding(Problem(what, remedy, False))]
+        findings.append(_Finding(Problem(what, remedy, False)))
     missing = [name for name in ("c++", "ninja") if shutil.which(name) is None]
     if answer["gpus"] and missing:
         what = f"there is no {' and no '.join(missing)}: DeepSpeed compiles its optimizer for engine.offload with it"
         remedy = "install a C++ compiler, and pip install ninja; or leave engine.offload=none"
-        return [_Finding(Problem(what, remedy, False))]
-    return []
+        findings.append(_Finding(Problem(what, remedy, chosen["offload"] != "none")))
+    return findings
 
 
 def _attention_findings(
@@ -380,7 +390,9 @@ def _attention_findings(
     findings = []
     if answer["model_error"]:
         what, _, remedy = answer["model_error"].partition("\n")
-        findings.append(_Finding(Problem(what, " ".join(remedy.split()) or "another model.path", True)))
+        findings.append(
+            _Finding(Problem(what, "; ".join(map(str.strip, remedy.splitlines())) or "another model.path", True))
+        )
     working = [name for name, backend in backends.items() if backend["works"]]
     taken = answer["takes"]
     if taken is None:

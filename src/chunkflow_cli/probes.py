@@ -50,6 +50,8 @@ def settings(overrides: list[str], config_dir: str | None) -> Answer:
         "dtype": config.model.dtype.value,
         "attention": config.model.attention.value,
         "cache_dir": config.data.cache_dir,
+        "offload": config.engine.offload.value,
+        "hardware": config.hardware,
     }
 
 
