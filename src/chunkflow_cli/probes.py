@@ -87,7 +87,7 @@ def attention(requested: str, path: str, trust_remote_code: bool, dtype: str) ->
     from transformers import PretrainedConfig
 
     from chunkflow_cli.config import Attention, ModelConfig
-    from chunkflow_cli.engine import training_device
+    from chunkflow_cli.devices import training_device
     from chunkflow_cli.errors import UsageError
     from chunkflow_cli.execution.backend_choice import choose_backend
     from chunkflow_cli.execution.backends import BACKENDS
@@ -119,7 +119,7 @@ def backend(name: str, dtype: str) -> Answer:
     """Whether an attention backend computes what plain matrix products do, both ways: {"error": None or why not}."""
     import torch
 
-    from chunkflow_cli.engine import training_device
+    from chunkflow_cli.devices import training_device
     from chunkflow_cli.errors import UsageError
     from chunkflow_cli.execution.backends import BACKENDS
     from chunkflow_cli.execution.cpu_quirks import settle_vector_math
