@@ -321,7 +321,7 @@ def test_zero_bubble_keeps_within_the_room() -> None:
 
 
 def test_zero_bubble_of_equal_micro_batches() -> None:
-    """ZB-H1 (arXiv 2401.10241, table 1): the bubble (P-1)(F + B + W) of 1F1B becomes (P-1)(F + B - W): 9 to 3 units."""
+    """ZB-H1 (arXiv 2401.10241): the bubble (P-1)(F + B + W) of 1F1B becomes (P-1)(F + B - W): 9 to 3 units."""
     chunks = sequences_as_chunks([1] * 12)
     seconds = OperationSeconds.proportional(chunk_tokens(chunks), 4)
     assert simulate(plain_1f1b(chunks, 1, 4), seconds).makespan == 36 + 9

@@ -18,9 +18,10 @@ What is ours:
 - *Room*: stage `s` holds at most K + P - 1 - s + warmup_extra live activations, however long the sequences are. What
   would exceed that is forwarded later; state passes leave no activations.
 
-Why none of the rule-based schedules deadlocks: all stages run the same forwards and the same backwards in the same
-order, and a stage runs at least as many forwards before its j-th backward as the stage after it. So a forward waits
-only for earlier forwards of the stage before, and for backwards that themselves wait only for earlier forwards.
+Why plain and state-aware 1F1B never deadlock: all stages run the same forwards and the same backwards in one order, and
+a stage runs at least as many forwards before its j-th backward as the stage after it. So a forward waits only for
+earlier forwards of the stage before, and for backwards that themselves wait only for earlier forwards. Interleaved, the
+last stage also sends to the first: there no stage may run ahead by more than a round each way, 2 P forwards in all.
 """
 
 from __future__ import annotations
@@ -198,10 +199,8 @@ def interleaved(chunks: Chunks, k: int, stages: int, parts: int, warmup_extra: i
     longest_round = max(len(turns) for turns in rounds)
     schedules = []
     for stage in range(stages):
-        # Twice the distance to the last stage: a forward goes there and its backward comes back.
+        # As in Megatron-LM: a round through all parts but the last, and twice the distance to the last stage.
         warmup = 2 * (stages - 1 - stage) + (parts - 1) * longest_round + warmup_extra
-        if count < stages:
-            warmup = count * parts  # too few chunks to fill the stages once: all forwards, then all backwards
         schedules.append(
             _weave(forward_ops, backward_ops, np.minimum(np.maximum(turn + warmup, needed), len(forward_ops)).tolist())
         )
