@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -528,6 +529,7 @@ def _walk_keys(section: Any, prefix: str) -> Iterator[tuple[str, type, Any]]:
             yield prefix + entry.name, type(section), value
 
 
+@cache
 def _field_docstrings() -> dict[tuple[str, str], str]:
     """The strings below the fields of this file, which Python itself throws away, by (class, field)."""
     source = Path(__file__)
