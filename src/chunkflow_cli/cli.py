@@ -326,6 +326,34 @@ def analyze(
     _finish(command, json_output, debug)
 
 
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option("--step", metavar="N", help="Whose schedule is shown, from 1.")] = 1,
+    plot: Plot = None,
+    json_output: Json = False,
+    cfg: Cfg = None,
+    resolve: Resolve = False,
+    config_dir: ConfigDir = None,
+    debug: Debug = False,
+) -> None:
+    """Show what train would do, without a model in memory: chunks, schedule, balance, memory.
+
+    [bold]Examples[/]
+      chunkflow plan recipe=tiny_random
+      chunkflow plan recipe=tiny_random chunk.size=64 --plot step.png
+      chunkflow plan recipe=tiny_random launch.processes=4 tune.device=h100
+    """
+
+    def command() -> dict[str, Any]:
+        loaded = _load(overrides, cfg, resolve, config_dir)
+        from chunkflow_cli import plan as command_module
+
+        return command_module.run(loaded, step=step, plot=plot, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
 def _is_override(word: str) -> bool:
     """`key=value`, `+key=value` or `~key`; a path that exists is a path, whatever its name."""
     return ("=" in word or word.startswith("~")) and not os.path.exists(word)

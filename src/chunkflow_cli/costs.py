@@ -264,8 +264,8 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
     summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
     of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0
     host = 0
-    if settings.offload in ("optimizer", "parameters"):
-        host, optimizer = optimizer, 0
+    if settings.offload in ("optimizer", "parameters"):  # DeepSpeed then sums the gradients on the host, too
+        host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
         host, weights = host + weights, weights // max(1, shape.layers)
     tokens = min(settings.chunk_size, settings.longest) * min(

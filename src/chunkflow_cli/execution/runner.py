@@ -150,6 +150,8 @@ class _Step:
                 self._live[op.chunks] = self._recompute(op.chunks[0])
             case OpKind.backward:
                 self._backward(op.chunks)
+            case OpKind.input_gradient | OpKind.weight_gradient:
+                raise AssertionError(f"{op}: only pipeline stages split backwards")
 
     def _state_pass(self, index: int) -> None:
         if self._runner._replay_random:
