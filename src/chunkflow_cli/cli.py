@@ -80,6 +80,12 @@ def root(
 @app.command(cls=CommandWithKeys)
 def train(
     overrides: Overrides = None,
+    overrides_file: Annotated[
+        str | None,
+        typer.Option(
+            "--overrides", metavar="FILE", help="YAML of keys, as tune-chunk-size writes it.", show_default=False
+        ),
+    ] = None,
     multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Run every combination of key=a,b,c.")] = False,
     json_output: Json = False,
     cfg: Cfg = None,
@@ -97,11 +103,16 @@ def train(
     """
 
     def command() -> dict[str, Any] | None:
+        words = overrides or []
+        if overrides_file is not None:
+            from chunkflow_cli.config import read_overrides
+
+            words = [*read_overrides(overrides_file), *words]  # what is typed comes last, and wins
         if multirun:
             from chunkflow_cli import multirun as sweep
 
-            return sweep.run(overrides or [], config_dir=config_dir, json_output=json_output)
-        loaded = _load(overrides, cfg, resolve, config_dir)
+            return sweep.run(words, config_dir=config_dir, json_output=json_output)
+        loaded = _load(words, cfg, resolve, config_dir)
         from chunkflow_cli import train as command_module
 
         return command_module.run(loaded, json_output=json_output)
@@ -350,6 +361,43 @@ def plan(
         from chunkflow_cli import plan as command_module
 
         return command_module.run(loaded, step=step, plot=plot, json_output=json_output)
+
+    _finish(command, json_output, debug)
+
+
+@app.command("tune-chunk-size")
+def tune_chunk_size(
+    overrides: Overrides = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="The best pair's overrides; default outputs/RECIPE/tuned.yaml.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Plot = None,
+    json_output: Json = False,
+    cfg: Cfg = None,
+    resolve: Resolve = False,
+    config_dir: ConfigDir = None,
+    debug: Debug = False,
+) -> None:
+    r"""Find the best chunk.size and chunk.k for your data, model and memory.
+
+    [bold]Examples[/]
+      chunkflow tune-chunk-size recipe=tiny_random tune.device=h100
+      chunkflow tune-chunk-size recipe=tiny_random tune.device=cpu --plot grid.png
+      chunkflow tune-chunk-size recipe=tiny_random tune.chunk_sizes=[64,128,256] \
+        --output tuned.yaml
+    """
+
+    def command() -> dict[str, Any]:
+        loaded = _load(overrides, cfg, resolve, config_dir, require=("model.path",))
+        from chunkflow_cli import tune as command_module
+
+        return command_module.run(loaded, config_dir=config_dir, output=output, plot=plot, json_output=json_output)
 
     _finish(command, json_output, debug)
 

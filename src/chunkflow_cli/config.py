@@ -298,7 +298,17 @@ class TuneConfig:
     device: Device = Device.measured
     """What is planned for; `measured` is the device of this machine."""
     memory_gib: float | None = None
-    """Memory of a rank's device; null is all that the device has."""
+    """Memory of a rank's device; null is all that the device has, less a twentieth that allocators waste."""
+    chunk_sizes: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
+    """Values of chunk.size that are tried."""
+    ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Values of chunk.k that are tried."""
+    samples: int = 1024
+    """So many samples are planned for each pair, in whole global batches of the run."""
+    measure: int = 3
+    """How many of the best pairs run a real step, where the device is here; 0 trusts the prediction."""
+    budget_seconds: float = 300.0
+    """Time for all that runs on the device: timing of chunks, and the best pairs."""
 
 
 @dataclass
@@ -395,6 +405,36 @@ def convert(tree: DictConfig, *, recipe: str, overrides: Sequence[str], require:
     return LoadedConfig(config, recipe, tuple(overrides), tree)
 
 
+def read_overrides(path: str) -> list[str]:
+    """The keys of a YAML file as words of the command line: `{chunk: {size: 512}}` is `chunk.size=512`.
+
+    Raises:
+        UsageError: there is no such file, or it holds no keys.
+    """
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise UsageError(f"--overrides={path}: there is no such file\n  chunkflow tune-chunk-size writes one")
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UsageError(f"--overrides={path} is not valid YAML: {error}") from error
+    if not isinstance(tree, DictConfig) or not tree:
+        raise UsageError(f"--overrides={path} holds no keys such as `chunk: {{size: 4096}}`")
+
+    def words(node: DictConfig, prefix: str) -> Iterator[str]:
+        for name, value in node.items():
+            key = f"{prefix}{name!s}"
+            if isinstance(value, DictConfig):
+                yield from words(value, f"{key}.")
+            else:
+                yield f"{key}={'null' if value is None else value}"
+
+    return list(words(tree, ""))
+
+
 def check(config: Config) -> None:
     """Reject values that no run can use.
 
@@ -417,7 +457,10 @@ def check(config: Config) -> None:
         "launch.processes": (config.launch.processes, 1),
         "parallel.pipeline": (config.parallel.pipeline, 1),
         "parallel.warmup_extra": (config.parallel.warmup_extra, 0),
-        "tune.memory_gib": (config.tune.memory_gib, 1),
+        "tune.memory_gib": (config.tune.memory_gib, 0),
+        "tune.samples": (config.tune.samples, 1),
+        "tune.measure": (config.tune.measure, 0),
+        "tune.budget_seconds": (config.tune.budget_seconds, 0),
         "model.lora.r": (config.model.lora.r, 1),
         "verify.length": (config.verify.length, 8),
         "optim.lr": (config.optim.lr, 0),

@@ -110,6 +110,10 @@ class CostModel:
     backward: OperationCost
     recompute: OperationCost
     state_pass: OperationCost
+    seconds_per_target: float = 0.0
+    """Of head and loss: they run once for each target, in the forward that keeps activations, with their gradient."""
+    step_seconds: float = 0.0
+    """Of the optimizer step, which no choice of chunks changes."""
     is_of_one_stage: bool = False
     """Whether these are the seconds of each stage of a pipeline, however many there are, or those of the whole model,
     which its stages share."""
@@ -125,10 +129,13 @@ class CostModel:
         """From the operations that a chunk takes and the rate at which the device does them.
 
         Forward: 2 per weight and token, and 4 x layers x heads x head_dim per query-key pair. Backward: twice that,
-        and the forward once more where activations are checkpointed. A state pass leaves out the head.
+        and the forward once more where activations are checkpointed. Head and loss: 6 per weight of the head and
+        target (4 if the head is frozen), for their gradient is formed with their value. A state pass leaves them out.
         """
-        token = 2.0 * shape.matmul_parameters / (device.matmul_flops * device.matmul_efficiency)
-        head = 2.0 * shape.head_parameters / (device.matmul_flops * device.matmul_efficiency)
+        rate = device.matmul_flops * device.matmul_efficiency
+        token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
+        is_head_trained = shape.trainable_parameters == shape.parameters
+        target = (6.0 if is_head_trained else 4.0) * shape.head_parameters / rate
         pair = (
             4.0 * shape.layers * shape.attention_heads * shape.head_dim
             / (device.matmul_flops * device.attention_efficiency)
@@ -141,13 +148,22 @@ class CostModel:
             forward=forward,
             backward=OperationCost(factor * launch, factor * token, factor * pair),
             recompute=forward,
-            state_pass=OperationCost(launch, token - head, pair),
+            state_pass=forward,
+            seconds_per_target=target,
         )
 
-    def of_sequences(self, lengths: NDArray[np.int64], chunk_size: int, k: int) -> NDArray[np.float64]:
+    def of_sequences(
+        self, lengths: NDArray[np.int64], chunk_size: int, k: int, targets: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float64]:
         """(sequences,) seconds of all operations of each sequence, the second forwards of long ones included.
 
         A short sequence is charged its share of a full chunk's fixed seconds.
+
+        Args:
+            lengths: (sequences,) tokens.
+            chunk_size: most tokens in a chunk.
+            k: chunks of a long sequence that keep their activations.
+            targets: (sequences,) tokens that the loss counts; all of them if not given.
         """
         size = np.asarray(lengths, dtype=np.float64)
         pieces = np.where(size > chunk_size, np.ceil(size / chunk_size), size / chunk_size)
@@ -162,7 +178,7 @@ class CostModel:
             - twice(self.forward) + twice(self.state_pass) + twice(self.recompute)
         )  # fmt: skip
         backward = pieces * self.backward.fixed_seconds + self.backward(size, size**2 / 2) - self.backward.fixed_seconds
-        return forward + backward
+        return forward + backward + self.seconds_per_target * (size if targets is None else targets)
 
 
 def chunk_tokens(chunks: Chunks) -> NDArray[np.float64]:
@@ -174,6 +190,19 @@ def chunk_pairs(chunks: Chunks) -> NDArray[np.float64]:
     """(chunks,) query-key pairs of causal attention: of a segment, tokens x (past + tokens / 2)."""
     tokens = (chunks.stop - chunks.start).astype(np.float64)
     return np.add.reduceat(tokens * (chunks.start + tokens / 2), chunks.first_segment[:-1])
+
+
+def chunk_targets(chunks: Chunks, targets: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    """(chunks,) tokens that the loss counts; those of a sequence are taken to be spread evenly over it.
+
+    Args:
+        targets: (sequences,) of each sequence; all of its tokens if not given.
+    """
+    if targets is None:
+        return chunk_tokens(chunks)
+    share = np.asarray(targets, dtype=np.float64) / chunks.lengths
+    tokens = (chunks.stop - chunks.start) * share[chunks.sequence]
+    return np.add.reduceat(tokens, chunks.first_segment[:-1])
 
 
 # Memory

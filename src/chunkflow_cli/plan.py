@@ -110,6 +110,9 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
+    settings = memory_settings(
+        config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k, ranks=plan.ranks
+    )
     return PlannedRun(
         config=config,
         recipe=loaded.recipe,
@@ -118,7 +121,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         totals=add_up(plan),
         device=device,
         shape=shape,
-        memory=None if shape is None else _memory(config, shape, plan, device),
+        memory=None if shape is None else memory_parts(shape, settings),
         step=chosen,
         timeline=timeline_of(chosen, plan),
     )
@@ -193,28 +196,25 @@ def add_up(plan: RunPlan) -> Totals:
 
 def timeline_of(step: StepPlan, plan: RunPlan) -> Timeline:
     """When each operation of a step runs, as predicted."""
-    return simulate_ranks(
-        [(rank.schedules, operation_seconds(rank.chunks, plan.costs, plan.pipeline)) for rank in step.ranks]
-    )
+    return simulate_ranks([(rank.schedules, plan.operation_seconds(rank)) for rank in step.ranks])
 
 
-def _memory(config: Config, shape: ModelShape, plan: RunPlan, device: DeviceProfile) -> MemoryParts:
-    """Of the rank that has the longest sample."""
+def memory_settings(
+    config: Config, device: DeviceProfile, longest: int, *, chunk_size: int, k: int, ranks: int = 1
+) -> MemorySettings:
+    """What decides the memory of the rank that has the longest sample."""
     states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
-    return memory_parts(
-        shape,
-        MemorySettings(
-            element_bytes=ELEMENT_BYTES[config.model.dtype.value],
-            optimizer_states=states[config.optim.name],
-            zero_stage=config.engine.zero_stage,
-            data_parallel=plan.ranks,
-            offload=config.engine.offload.value,
-            checkpointing=config.model.activation_checkpointing.value,
-            chunk_size=config.chunk.size,
-            k=config.chunk.k,
-            longest=int(plan.lengths.max()),
-            device_type="cpu" if "CPU" in device.name else "cuda",
-        ),
+    return MemorySettings(
+        element_bytes=ELEMENT_BYTES[config.model.dtype.value],
+        optimizer_states=states[config.optim.name],
+        zero_stage=config.engine.zero_stage,
+        data_parallel=ranks,
+        offload=config.engine.offload.value,
+        checkpointing=config.model.activation_checkpointing.value,
+        chunk_size=chunk_size,
+        k=k,
+        longest=longest,
+        device_type="cpu" if "CPU" in device.name else "cuda",
     )
 
 
@@ -225,6 +225,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     state = None if planned.shape is None else state_bytes(planned.shape, longest, plan.chunk_size, element_bytes)
     slowest, busy = totals.seconds.max(axis=1), totals.seconds.mean(axis=1)
+    seconds = None if plan.costs.is_of_one_stage else float(slowest.sum() + plan.steps * plan.costs.step_seconds)
     return {
         "recipe": planned.recipe,
         "global_batch_size": config.train.global_batch_size,
@@ -249,7 +250,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         "operations_per_step_and_rank": totals.operations / (plan.steps * plan.ranks),
         "most_operations": totals.most_operations,
         "cost_model": plan.costs.source,
-        "predicted_seconds": float(slowest.sum()) if not plan.costs.is_of_one_stage else None,
+        "predicted_seconds": seconds,
         "balance": {
             "idle_share": float(1 - busy.sum() / slowest.sum()),
             "worst_step": int((slowest / np.maximum(busy, 1e-30)).argmax()) + 1,
@@ -304,14 +305,14 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
 
     Of the slowest rank, if samples are dealt to the ranks in turn.
     """
-    lengths = plan.lengths[step.samples]
+    lengths, targets = plan.lengths[step.samples], plan.target_counts[step.samples]
     plain = PipelineLayout(pipeline.stages, "1f1b")
     timelines = []
     for rank in range(plan.ranks):
         share = lengths[rank :: plan.ranks]
         if len(share):
             chunks = sequences_as_chunks(share)
-            seconds = operation_seconds(chunks, plan.costs, plain)
+            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain)
             timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)
 

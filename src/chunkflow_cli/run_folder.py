@@ -20,7 +20,7 @@ from chunkflow_cli.errors import UsageError
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 # Keys that may differ between a run and its continuation: they do not change what is computed.
-FREE_KEYS = ("train.output_dir", "train.guard", "checkpoint", "log", "data.cache_dir", "data.num_workers")
+FREE_KEYS = ("train.output_dir", "train.guard", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune")
 
 
 @dataclass

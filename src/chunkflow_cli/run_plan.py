@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.balance import balance
 from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.chunks import Chunks, build_chunks
-from chunkflow_cli.costs import CostModel, chunk_pairs, chunk_tokens
+from chunkflow_cli.costs import CostModel, chunk_pairs, chunk_targets, chunk_tokens
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline
 from chunkflow_cli.schedule import Layout, OpKind, Schedule, plan
 from chunkflow_cli.simulate import OperationSeconds
@@ -28,6 +28,7 @@ class RankPlan:
     samples: NDArray[np.int64]  # (samples,) indices into the training data
     chunks: Chunks
     """Of the lengths of `samples`, in their order."""
+    target_counts: NDArray[np.int64]  # (samples,)
     schedules: tuple[Schedule, ...]
     """One for each stage of the pipeline; just one without a pipeline."""
 
@@ -87,36 +88,48 @@ class RunPlan:
 
     def __getitem__(self, step: int) -> StepPlan:
         samples = self.batches[step]
-        lengths = self.lengths[samples]
+        lengths, targets = self.lengths[samples], self.target_counts[samples]
         ranks = []
-        for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k), self.ranks):
+        for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks):
             chunks = build_chunks(lengths[share], self.chunk_size, fill_tails=self.fill_tails)
-            ranks.append(RankPlan(samples[share], chunks, self._schedules(chunks)))
-        return StepPlan(step, samples, int(lengths.sum()), int(self.target_counts[samples].sum()), tuple(ranks))
+            ranks.append(RankPlan(samples[share], chunks, targets[share], self._schedules(chunks, targets[share])))
+        return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), tuple(ranks))
 
-    def _schedules(self, chunks: Chunks) -> tuple[Schedule, ...]:
+    def _schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
         if self.pipeline is None:
             return (plan(chunks, self.k, self.layout),)
-        return plan_pipeline(chunks, self.k, self.pipeline, operation_seconds(chunks, self.costs, self.pipeline))
+        seconds = operation_seconds(chunks, targets, self.costs, self.pipeline)
+        return plan_pipeline(chunks, self.k, self.pipeline, seconds)
+
+    def operation_seconds(self, rank: RankPlan) -> OperationSeconds:
+        """Predicted, of every operation of a rank."""
+        return operation_seconds(rank.chunks, rank.target_counts, self.costs, self.pipeline)
 
     def __iter__(self) -> Iterator[StepPlan]:
         return (self[step] for step in range(self.steps))
 
 
-def operation_seconds(chunks: Chunks, costs: CostModel, pipeline: PipelineLayout | None = None) -> OperationSeconds:
-    """Predicted seconds of every operation on these chunks; the parts of a pipeline get equal shares of the model."""
+def operation_seconds(
+    chunks: Chunks, targets: NDArray[np.int64], costs: CostModel, pipeline: PipelineLayout | None = None
+) -> OperationSeconds:
+    """Predicted seconds of every operation on these chunks; the parts of a pipeline get equal shares of the model.
+
+    Args:
+        targets: (sequences,) tokens that the loss counts.
+    """
     parts = 1 if pipeline is None else pipeline.stages * pipeline.parts
     share = 1.0 if costs.is_of_one_stage else 1.0 / parts
     tokens, pairs = chunk_tokens(chunks), chunk_pairs(chunks)
+    head = costs.seconds_per_target * chunk_targets(chunks, targets)
 
     def on_all_parts(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.broadcast_to(seconds * share, (parts, len(chunks))).copy()
 
     backward = on_all_parts(costs.backward(tokens, pairs))
     return OperationSeconds(
-        forward=on_all_parts(costs.forward(tokens, pairs)),
+        forward=on_all_parts(costs.forward(tokens, pairs) + head),
         backward=backward,
-        recompute=on_all_parts(costs.recompute(tokens, pairs)),
+        recompute=on_all_parts(costs.recompute(tokens, pairs) + head),
         state_pass=on_all_parts(costs.state_pass(tokens, pairs)),
         # The two products of a backward are of the same size.
         input_gradient=backward / 2,
@@ -135,4 +148,5 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
         + costs.recompute(tokens[again], pairs[again])
         - costs.forward(tokens[again], pairs[again])
     )
-    return float(costs.forward(tokens, pairs).sum() + costs.backward(tokens, pairs).sum() + twice.sum())
+    head = costs.seconds_per_target * int(rank.target_counts.sum())
+    return float(costs.forward(tokens, pairs).sum() + costs.backward(tokens, pairs).sum() + twice.sum() + head)

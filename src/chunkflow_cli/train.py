@@ -19,30 +19,23 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from chunkflow_cli.assembly import assemble
 from chunkflow_cli.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint, save_final
 from chunkflow_cli.chunks import build_chunks
 from chunkflow_cli.config import Config, LearningRateSchedule, LoadedConfig, LossWeighting
-from chunkflow_cli.costs import ModelShape, training_flops
+from chunkflow_cli.costs import training_flops
 from chunkflow_cli.devices import present_device, training_device
-from chunkflow_cli.engine import Engine, EngineSettings, check_settings, close_process_group
+from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
 from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token, whole_sequence_bytes
 from chunkflow_cli.execution.backend_choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.cpu_quirks import convert_linear_layers, settle_vector_math
+from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import guard
-from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch, StepResult, call_of, has_dropout
+from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
-from chunkflow_cli.model import (
-    add_lora,
-    enable_activation_checkpointing,
-    load_model,
-    model_shape,
-    with_adapters,
-)
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
@@ -187,30 +180,12 @@ class _Training:
 
     def _load_model(self, backend: Any) -> None:
         config = self.config
-        attention.register()
-        torch.manual_seed(config.train.seed)
         with working(self.console, "loading the model"):
-            model: Any = load_model(
-                config.model, self.hf_config, dtype=self.dtype, attention=attention.NAME, seed=config.train.seed
-            )
-            enable_activation_checkpointing(model, config.model.activation_checkpointing)
-            self.shape: ModelShape = model_shape(model)
-            if config.model.lora.enabled:
-                model = add_lora(model, config.model.lora)
-                self.shape = with_adapters(self.shape, model)
-            if self.device.type == "cpu":
-                convert_linear_layers(model)
-            model.to(self.device)
-            self.model = model
-            self.engine = Engine(
-                ChunkModel(model, backend), EngineSettings(config.engine, config.optim, config.model.dtype, self.device)
-            )
+            parts = assemble(config, self.hf_config, backend, self.device, stop_requested=lambda: self.stop_requested)
+        self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
         self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device()))
         self.batches, self.steps = self.plan.batches, self.plan.steps
         assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
-        self.runner = Runner(
-            self.engine, self.device, replay_random=has_dropout(model), stop_requested=lambda: self.stop_requested
-        )
         self.peak_flops = peak_flops(self.device, self.dtype)
         self.learning_rate = learning_rate_schedule(config, self.steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -79,7 +80,11 @@ class Runner:
         self._stop_requested = stop_requested
 
     def run(
-        self, schedule: Schedule, batch: StepBatch, on_backward: Callable[[int], None] = lambda tokens: None
+        self,
+        schedule: Schedule,
+        batch: StepBatch,
+        on_backward: Callable[[int], None] = lambda tokens: None,
+        on_operation: Callable[[Op, float], None] | None = None,
     ) -> StepResult:
         """All operations of one optimizer step; gradients are left in the engine.
 
@@ -87,15 +92,22 @@ class Runner:
             schedule: valid for `batch.chunks`.
             batch: the sequences of the step.
             on_backward: told the tokens of each chunk that has gone backward.
+            on_operation: told each operation and the seconds that it took; the device is then waited for after each.
 
         Raises:
             Interrupted: `stop_requested` said so; gradients are incomplete.
         """
         step = _Step(self, batch)
+        start = time.perf_counter()
         for op in schedule.ops:
             if self._stop_requested():
                 raise Interrupted
             step.execute(op)
+            if on_operation is not None:
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+                on_operation(op, time.perf_counter() - start)
+                start = time.perf_counter()
             if op.kind is OpKind.backward:
                 on_backward(sum(batch.chunks[index].tokens for index in op.chunks))
         return step.result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,4 +148,41 @@ def plot_timeline(timeline: Timeline, title: str, path: Path) -> None:
     present = [Patch(color=colour, label=name) for kind, (name, colour) in KIND_COLOURS.items()
                if (timeline.kind == kind).any()]  # fmt: skip
     figure.legend(handles=present, loc="outside lower center", ncols=len(present), frameon=False)
+    save(figure, path)
+
+
+def plot_grid(candidates: Sequence[Mapping[str, Any]], best: Mapping[str, Any], path: Path) -> None:
+    """A heat map of predicted seconds by chunk size and K; pairs that do not fit are empty, the best is framed.
+
+    Args:
+        candidates: rows with chunk_size, k, step_seconds, memory_bytes, fits.
+        best: the row that was chosen.
+        path: of the picture.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    sizes = sorted({row["chunk_size"] for row in candidates})
+    ks = sorted({row["k"] for row in candidates})
+    seconds = np.full((len(sizes), len(ks)), np.nan)
+    figure = Figure(figsize=(2 + 1.1 * len(ks), 1.5 + 0.55 * len(sizes)), layout="constrained")
+    axes = figure.subplots()
+    for row in candidates:
+        place = sizes.index(row["chunk_size"]), ks.index(row["k"])
+        if row["fits"]:
+            seconds[place] = row["step_seconds"]
+        words = f"{row['step_seconds']:.3g} s" if row["fits"] else f"{row['memory_bytes'] / 2**30:.0f} GiB"
+        axes.text(
+            place[1], place[0], words, ha="center", va="center", color="black" if row["fits"] else "gray", fontsize=8
+        )
+    image = axes.imshow(seconds, cmap="RdYlGn_r", aspect="auto")
+    figure.colorbar(image, ax=axes, label="seconds a step, predicted")
+    axes.add_patch(
+        Rectangle((ks.index(best["k"]) - 0.5, sizes.index(best["chunk_size"]) - 0.5), 1, 1, fill=False, linewidth=2.5)
+    )
+    axes.set_xticks(range(len(ks)), [str(k) for k in ks])
+    axes.set_yticks(range(len(sizes)), [short_count(size) for size in sizes])
+    axes.set_xlabel("K")
+    axes.set_ylabel("chunk.size")
+    axes.set_title("gray: does not fit", loc="left", fontsize=9)
     save(figure, path)

@@ -1,0 +1,258 @@
+"""Times the operations of chunks with the real model on the real device, in a process of its own.
+
+    python -m chunkflow_cli.measure --out FILE --sizes 512 1024 --budget SECONDS --overrides recipe=NAME ...
+    python -m chunkflow_cli.measure --out FILE --pairs 512:1 1024:2 --step 0 --overrides recipe=NAME ...
+
+For each chunk size, smallest first, a sequence of three chunks and one standalone chunk run as training runs them: so
+state passes, forwards, recomputes and backwards are timed over a past of none, one and two chunks. That is done with
+all tokens as targets and with a tenth of them, for head and loss cost by target. Sizes that the time budget has no room
+for are left out: the costs are linear, and two sizes are enough for a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from chunkflow_cli.assembly import Assembly, assemble
+from chunkflow_cli.calibration import Calibration, MemorySample, OperationSample, fit_costs, fit_memory
+from chunkflow_cli.chunks import Chunks, build_chunks
+from chunkflow_cli.config import Config, load
+from chunkflow_cli.costs import chunk_pairs, chunk_tokens, state_bytes
+from chunkflow_cli.devices import present_device, training_device
+from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
+from chunkflow_cli.execution.backend_choice import choose_backend
+from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.runner import StepBatch
+from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.progress import progress_bar
+from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.schedule import Op, plan
+
+CHUNKS_OF_SEQUENCE = 3
+FEW_TARGETS = 0.1
+FEWEST_SIZES = 2
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    input_ids: NDArray[np.int32]
+    targets: NDArray[np.int32]
+
+
+def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) -> Calibration:
+    """Measure the configured model on this machine's device.
+
+    Args:
+        config: `model`, `engine` and `optim` decide what is measured.
+        sizes: chunk sizes that may be measured.
+        budget_seconds: no further size is begun that would, by the last one's time, go beyond it.
+
+    Raises:
+        UsageError: the model cannot be loaded or trained here.
+    """
+    settle_vector_math()
+    device = training_device()
+    check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
+    hf_config = load_config(config.model)
+    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+    backend = choose_backend(config.model.attention, hf_config, device, dtype).backend
+    parts = assemble(config, hf_config, backend, device)
+    parts.engine.set_learning_rate(0.0)  # weights stay what they are; the work is the same
+
+    _run(parts, device, min(sizes), 1.0)  # kernels are chosen and buffers made: not timed
+    parts.engine.step()
+    operations: list[OperationSample] = []
+    memory: list[MemorySample] = []
+    steps: list[float] = []
+    step_peak = 0
+    started = time.perf_counter()
+    with progress_bar("timing chunks", len(sizes)) as progress:
+        for index, size in enumerate(sorted(sizes)):
+            began = time.perf_counter()
+            with _peak(device) as peak:
+                for share in (1.0, FEW_TARGETS):
+                    operations += _run(parts, device, size, share)
+            memory.append(
+                MemorySample(
+                    size,
+                    state_bytes(parts.shape, CHUNKS_OF_SEQUENCE * size, size, dtype.itemsize),
+                    peak.bytes,
+                )
+            )
+            with _peak(device) as peak:
+                step_began = time.perf_counter()
+                parts.engine.step()
+                steps.append(time.perf_counter() - step_began)
+            step_peak = max(step_peak, peak.bytes)
+            progress(index + 1)
+            now = time.perf_counter()
+            if index + 1 >= FEWEST_SIZES and now - started + 2.2 * (now - began) > budget_seconds:
+                break
+    name = present_device().name
+    costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}")
+    return Calibration(name, parts.shape, costs, fit_memory(memory, step_peak_bytes=step_peak), worst)
+
+
+def _run(parts: Assembly, device: torch.device, size: int, target_share: float) -> list[OperationSample]:
+    """One step over a long sequence and a standalone chunk; gradients are left in the engine."""
+    lengths = [CHUNKS_OF_SEQUENCE * size, size]
+    chunks = build_chunks(lengths, size, fill_tails=False)
+    generator = np.random.default_rng(size)
+    sequences = [_random_sequence(generator, length, size, target_share, parts.shape.vocab_size) for length in lengths]
+    targets = _targets_of_chunks(chunks, sequences)
+    tokens, pairs = chunk_tokens(chunks), chunk_pairs(chunks)
+    samples: list[OperationSample] = []
+
+    def timed(op: Op, seconds: float) -> None:
+        (chunk,) = op.chunks
+        samples.append(
+            OperationSample(op.kind.value, float(tokens[chunk]), float(pairs[chunk]), float(targets[chunk]), seconds)
+        )
+
+    weights = np.full(len(lengths), 1.0 / max(1, int(targets.sum())))
+    parts.runner.run(plan(chunks, 1), StepBatch(chunks, sequences, weights), on_operation=timed)
+    return samples
+
+
+def _random_sequence(
+    generator: np.random.Generator, length: int, chunk_size: int, target_share: float, vocab_size: int
+) -> _Sequence:
+    ids = generator.integers(0, vocab_size, length, dtype=np.int32)
+    targets = np.append(ids[1:], IGNORED).astype(np.int32)
+    if target_share < 1:
+        targets[np.arange(length) % chunk_size >= target_share * chunk_size] = IGNORED
+    return _Sequence(ids, targets)
+
+
+def _targets_of_chunks(chunks: Chunks, sequences: Sequence[_Sequence]) -> NDArray[np.int64]:
+    return np.array(
+        [
+            sum(
+                int(np.count_nonzero(sequences[segment.sequence].targets[segment.start : segment.stop] != IGNORED))
+                for segment in chunk.segments
+            )
+            for chunk in chunks
+        ]
+    )
+
+
+@dataclass
+class _Peak:
+    bytes: int = 0
+
+
+@contextmanager
+def _peak(device: torch.device) -> Iterator[_Peak]:
+    """The most memory that was held within: by the allocator of a GPU, by the whole process on a CPU."""
+    peak = _Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.bytes = int(torch.cuda.max_memory_allocated(device))
+        return
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux then counts the peak anew
+        is_reset = True
+    except OSError:
+        is_reset = False
+    yield peak
+    if is_reset:
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        peak.bytes = int(line.split()[1]) * 1024
+    else:  # of the whole process so far: right for the larger sizes, which come last
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict[tuple[int, int], float]:
+    """Seconds of one real optimizer step of the run under each (chunk_size, k): the same samples, one after the other.
+
+    Args:
+        config: the run; its data is taken from the token cache.
+        pairs: what to run.
+        step: which of the run's steps, from 0.
+
+    Raises:
+        UsageError: the model or the data cannot be loaded.
+    """
+    settle_vector_math()
+    device = training_device()
+    hf_config = load_config(config.model)
+    data = load_run_data(config, hf_config).train
+    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+    backend = choose_backend(config.model.attention, hf_config, device, dtype).backend
+    parts = assemble(config, hf_config, backend, device)
+    parts.engine.set_learning_rate(0.0)
+    _run(parts, device, min(size for size, _ in pairs), 1.0)
+    parts.engine.step()
+    plan_of_run = plan_run(config, data, cost_model(config, parts.shape, present_device()))
+    total = len(pairs) * int(data.lengths[plan_of_run.batches[step]].sum())
+    seconds = {}
+    done = 0
+    with progress_bar("running the best", total) as progress:
+        for size, k in pairs:
+            (share,) = replace(plan_of_run, chunk_size=size, k=k)[step].ranks
+            sequences = [data[int(sample)] for sample in share.samples]
+            weights = np.full(len(sequences), 1.0 / int(share.target_counts.sum()))
+
+            def advance(tokens: int) -> None:
+                nonlocal done
+                done += tokens
+                progress(done)
+
+            began = time.perf_counter()
+            parts.runner.run(share.schedule, StepBatch(share.chunks, sequences, weights), advance)
+            parts.engine.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[size, k] = time.perf_counter() - began
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds")
+    parser.add_argument("--sizes", type=int, nargs="+", help="chunk sizes to time")
+    parser.add_argument("--pairs", nargs="+", metavar="SIZE:K", help="run one real step under each instead")
+    parser.add_argument("--step", type=int, default=0, help="with --pairs: which step of the run, from 0")
+    parser.add_argument("--config-dir")
+    parser.add_argument("--overrides", nargs="*", default=[])
+    arguments = parser.parse_args()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    config = load(arguments.overrides, arguments.config_dir, require=("model.path",)).config
+    try:
+        if arguments.pairs is None:
+            calibrate(config, arguments.sizes, budget_seconds=arguments.budget).save(arguments.out)
+            return
+        pairs = [(int(size), int(k)) for size, k in (pair.split(":") for pair in arguments.pairs)]
+        seconds = compare(config, pairs, arguments.step)
+        rows = [{"chunk_size": size, "k": k, "seconds": value} for (size, k), value in seconds.items()]
+        arguments.out.write_text(json.dumps(rows), encoding="utf-8")
+    finally:
+        close_process_group()
+
+
+if __name__ == "__main__":
+    from chunkflow_cli.errors import ChunkflowError
+
+    try:
+        main()
+    except ChunkflowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,142 @@
+"""The best (ChunkSize, K): every pair of a grid planned, simulated and ranked. numpy and the standard library only.
+
+Each pair plans the same global batches with the code that training plans them with, so what is ranked is what would
+run. Of a pair the predicted seconds of a step are those of the slowest rank, or of the slowest pipeline, and the
+optimizer step; they are split into what a person can act on: useful work, recompute, the fixed cost of each chunk,
+waiting (bubbles of a pipeline, ranks that wait for the slowest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from chunkflow_cli.costs import OperationCost
+from chunkflow_cli.run_plan import RankPlan, RunPlan, rank_seconds
+from chunkflow_cli.simulate import simulate_ranks
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pair of the grid, or one that was refused."""
+
+    chunk_size: int
+    k: int
+    step_seconds: float
+    """Mean over the sampled steps."""
+    memory_bytes: int
+    fits: bool
+    recompute_share: float
+    """Chunks that are forwarded twice, of all chunks."""
+    bubble_ratio: float
+    """Share of the machine's time in which a stage or rank waits."""
+    fill: float
+    """Share of the chunks' room that holds tokens."""
+    recompute_seconds: float
+    """Of a mean step, as those below: what second forwards add on the slowest rank."""
+    fixed_seconds: float
+    """What chunks cost however few tokens they hold."""
+    waiting_seconds: float
+
+
+def grid(chunk_sizes: Sequence[int], ks: Sequence[int], longest: int) -> list[tuple[int, int]]:
+    """All pairs that differ in what they do: beyond the chunks of the longest sequence, a larger K changes nothing.
+
+    Raises:
+        ValueError: one of the lists is empty, or holds a number below 1.
+    """
+    for name, values in (("chunk_sizes", chunk_sizes), ("ks", ks)):
+        if not values:
+            raise ValueError(f"{name} is empty: there is nothing to search")
+        if min(values) < 1:
+            raise ValueError(f"{name}={list(values)} must be positive numbers")
+    pairs = []
+    for size in sorted(set(chunk_sizes)):
+        most_chunks = -(-longest // size)
+        useful: dict[int, None] = {}
+        for k in sorted(set(ks)):
+            useful.setdefault(min(k, most_chunks))
+        pairs += [(size, k) for k in useful]
+    return pairs
+
+
+def search(
+    run: RunPlan,
+    pairs: Sequence[tuple[int, int]],
+    steps: Sequence[int],
+    memory_bytes: Callable[[int, int], int],
+    memory_limit_bytes: int,
+) -> Iterator[Candidate]:
+    """Predict every pair, in the order given.
+
+    Args:
+        run: the run whose chunk_size and k are varied.
+        pairs: (chunk_size, k) to try.
+        steps: which of its steps are planned; they stand for all.
+        memory_bytes: peak of a rank for (chunk_size, k).
+        memory_limit_bytes: pairs above it do not fit.
+    """
+    for chunk_size, k in pairs:
+        needed = memory_bytes(chunk_size, k)
+        yield _predict(replace(run, chunk_size=chunk_size, k=k), steps, needed, needed <= memory_limit_bytes)
+
+
+def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that fit, fastest first; of equal ones the one that needs less memory."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    return sorted(fitting, key=lambda candidate: (candidate.step_seconds, candidate.memory_bytes))
+
+
+def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: int, fits: bool) -> Candidate:
+    seconds, busy, machines, recompute, fixed = [], [], [], [], []
+    chunks = recomputed = tokens = 0
+    for step in steps:
+        planned = run[step]
+        chunks += planned.chunks
+        recomputed += planned.recomputed_chunks
+        tokens += planned.tokens
+        if run.pipeline is None:
+            of_ranks = np.array([rank_seconds(rank, run.costs) for rank in planned.ranks])
+            seconds.append(float(of_ranks.max()))
+            busy.append(float(of_ranks.sum()))
+            machines.append(len(of_ranks))
+            slowest = planned.ranks[int(of_ranks.argmax())]
+        else:
+            timeline = simulate_ranks([(rank.schedules, run.operation_seconds(rank)) for rank in planned.ranks])
+            seconds.append(timeline.makespan)
+            busy.append(float(timeline.busy_seconds.sum()))
+            machines.append(timeline.ranks * timeline.stages)
+            slowest = planned.ranks[int(timeline.busy_seconds.sum(axis=1).argmax())]
+        recompute.append(_recompute_seconds(slowest, run))
+        fixed.append(_fixed_seconds(slowest, run))
+    waiting = [each - work / count for each, work, count in zip(seconds, busy, machines, strict=True)]
+    return Candidate(
+        chunk_size=run.chunk_size,
+        k=run.k,
+        step_seconds=float(np.mean(seconds)) + run.costs.step_seconds,
+        memory_bytes=memory_bytes,
+        fits=fits,
+        recompute_share=recomputed / chunks,
+        bubble_ratio=float(sum(waiting) / sum(seconds)) if sum(seconds) else 0.0,
+        fill=tokens / (chunks * run.chunk_size),
+        recompute_seconds=float(np.mean(recompute)),
+        fixed_seconds=float(np.mean(fixed)),
+        waiting_seconds=float(np.mean(waiting)),
+    )
+
+
+def _recompute_seconds(rank: RankPlan, run: RunPlan) -> float:
+    """What a rank would save if no chunk were forwarded twice."""
+    once = replace(run.costs, recompute=run.costs.forward, state_pass=OperationCost(0.0, 0.0, 0.0))
+    return rank_seconds(rank, run.costs) - rank_seconds(rank, once)
+
+
+def _fixed_seconds(rank: RankPlan, run: RunPlan) -> float:
+    twice = len(rank.recomputed)
+    costs = run.costs
+    return (
+        len(rank.chunks) * (costs.forward.fixed_seconds + costs.backward.fixed_seconds)
+        + twice * costs.state_pass.fixed_seconds
+    )

@@ -1,0 +1,322 @@
+"""`chunkflow tune-chunk-size`: the best (ChunkSize, K) for these data, this model and this memory.
+
+Every pair of the grid plans real global batches of the run with the code that training uses, on costs that were
+measured on this machine's device (`tune.device=measured`, in a process of its own, kept for the next time) or computed
+from another device's profile. Where the device is here, the best few then run a real step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
+from chunkflow_cli.config import Config, Device, LoadedConfig
+from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape, memory_parts, state_bytes
+from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.plan import ELEMENT_BYTES, memory_settings, planned_device
+from chunkflow_cli.progress import progress_bar
+from chunkflow_cli.report import stderr_console, stdout_console
+from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_plan import RunPlan
+from chunkflow_cli.search import Candidate, best_first, grid, search
+from chunkflow_cli.tokens.cache import cache_root
+
+LARGEST_TIMED = 4096
+"""Chunk sizes beyond it are not timed: costs are linear by then, and a large chunk takes long."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the prediction rests on."""
+
+    costs: CostModel
+    device: DeviceProfile
+    shape: ModelShape
+    calibration: Calibration | None
+    """None where costs come from a profile."""
+
+
+def run(
+    loaded: LoadedConfig,
+    *,
+    config_dir: str | None = None,
+    output: str | None = None,
+    plot: str | None = None,
+    json_output: bool = False,
+) -> dict[str, Any]:
+    """Search; print the ranking, unless it is wanted as JSON; write the overrides of the best pair.
+
+    Args:
+        config_dir: as the command line was given it, for the processes that measure.
+        output: where the overrides go; default outputs/<recipe>/tuned.yaml.
+        plot: draw the heat map into this PNG or SVG file.
+
+    Raises:
+        UsageError: no data, an empty grid, or nothing that fits.
+        RunError: measuring failed.
+    """
+    config = loaded.config
+    if plot is not None:
+        from chunkflow_cli.report.plots import check_plot_path
+
+        check_plot_path(plot)
+    if not config.data.path:
+        raise UsageError("data.path is not set: the chunk size is tuned to your data")
+    if config.launch.processes > 1 and config.tune.device is Device.measured:
+        raise UsageError(
+            f"launch.processes={config.launch.processes}: only one process can be measured here\n"
+            "  name the device to predict for: tune.device=h100"
+        )
+    hf_config = load_config(config.model)
+    data = load_run_data(config, hf_config).train
+    longest = int(data.lengths.max())
+    try:
+        pairs = grid(config.tune.chunk_sizes, config.tune.ks, longest)
+    except ValueError as error:
+        raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
+    basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
+    run_plan = plan_run(config, data, basis.costs)
+    steps = sampled_steps(run_plan, config.tune.samples)
+    limit = memory_limit(config, basis.device)
+    candidates = []
+    with progress_bar("searching", len(pairs)) as progress:
+        for candidate in search(run_plan, pairs, steps, lambda size, k: memory_bytes(config, basis, longest, size, k),
+                                limit):  # fmt: skip
+            candidates.append(candidate)
+            progress(len(candidates))
+    ranked = best_first(candidates)
+    if not ranked:
+        raise UsageError(_nothing_fits(candidates, limit, longest))
+    measured = _measure_best(loaded, config_dir, ranked, steps[0], basis)
+    best = min(ranked, key=lambda candidate: measured.get((candidate.chunk_size, candidate.k), np.inf)) if measured \
+        else ranked[0]  # fmt: skip
+    result: dict[str, Any] = {
+        "best": _row(best, measured),
+        "explanation": explain(best, candidates, basis.costs),
+        "candidates": [_row(candidate, measured) for candidate in candidates],
+        "cost_model": basis.costs.source,
+        "cost_model_worst_error": None if basis.calibration is None else basis.calibration.worst_error,
+        "memory_limit_bytes": limit,
+        "longest": longest,
+        "steps_planned": len(steps),
+        "overrides_file": str(_write_overrides(best, loaded, output)),
+    }
+    if plot is not None:
+        from chunkflow_cli.report.plots import plot_grid
+
+        plot_grid(result["candidates"], result["best"], Path(plot))
+    if not json_output:
+        from chunkflow_cli.report.tuning import print_tuning
+
+        print_tuning(stdout_console(), result, loaded.recipe)
+        if plot is not None:
+            print(f"plot: {plot}", file=sys.stderr)
+    return result
+
+
+def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, sizes: Sequence[int]) -> Basis:
+    """Costs and memory: measured here (or found measured before), or from the profile of `tune.device`.
+
+    Raises:
+        RunError: the process that measures failed.
+    """
+    config = loaded.config
+    device = planned_device(config)
+    if config.tune.device is not Device.measured:
+        from chunkflow_cli.model import shape_without_weights
+
+        shape = shape_without_weights(config.model, hf_config)
+        return Basis(cost_model(config, shape, device), device, shape, None)
+    path = calibration_path(config, hf_config, device)
+    calibration = Calibration.load(path)
+    if calibration is None:
+        timed = sorted({size for size in sizes if size <= LARGEST_TIMED} | set(sorted(sizes)[:2]))
+        if len(timed) < 2:
+            timed = [max(16, timed[0] // 2), *timed]
+        stderr_console().print("Timing chunks of this model on this machine; kept for the next time.")
+        _run_measurement(
+            ["--out", str(path), "--budget", str(config.tune.budget_seconds / 2), "--sizes", *map(str, timed)],
+            loaded,
+            config_dir,
+        )
+        calibration = Calibration.load(path)
+        assert calibration is not None
+    return Basis(calibration.costs, device, calibration.shape, calibration)
+
+
+def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> Path:
+    """Where the calibration of this model, as configured, on this device lies."""
+    import os
+
+    facts = {
+        "version": CALIBRATION_VERSION,
+        "model": hf_config.to_json_string(),
+        "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
+                          config.model.lora, config.engine, config.optim.name)),
+        "device": device.name,
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),
+    }  # fmt: skip
+    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return cache_root(config.data.cache_dir).parent / "calibrations" / f"{key}.json"
+
+
+def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str | None) -> None:
+    folder = ["--config-dir", config_dir] if config_dir is not None else []
+    command = [
+        sys.executable, "-m", "chunkflow_cli.measure", *arguments, *folder, "--overrides", *loaded.overrides,
+    ]  # fmt: skip
+    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    if code in (130, -2):
+        raise KeyboardInterrupt
+    if code == 2:
+        raise UsageError("the model cannot be measured here: the reason stands above")
+    if code != 0:
+        raise RunError(
+            f"the process that measures ended with exit code {code}"
+            + (" (killed: out of memory?)" if code == -9 else "")
+            + "\n  without measuring: tune.device=NAME takes a profile instead"
+        )
+
+
+def sampled_steps(plan: RunPlan, samples: int) -> list[int]:
+    """Steps that stand for the run: the first ones, as many as hold `samples`, and those with the longest samples.
+
+    What one long sample costs is seen only in a step that has one.
+    """
+    count = max(1, min(plan.steps, round(samples / plan.batches.global_batch_size)))
+    return list(range(count))
+
+
+def memory_limit(config: Config, device: DeviceProfile) -> int:
+    """Bytes that a pair may take."""
+    if config.tune.memory_gib is not None:
+        return device.memory_bytes
+    return int(0.95 * device.memory_bytes)
+
+
+def memory_bytes(config: Config, basis: Basis, longest: int, chunk_size: int, k: int) -> int:
+    """Predicted peak of a rank for a pair."""
+    if basis.calibration is None:
+        return memory_parts(
+            basis.shape, memory_settings(config, basis.device, longest, chunk_size=chunk_size, k=k)
+        ).device_total
+    element_bytes = ELEMENT_BYTES[config.model.dtype.value]
+    activation_tokens = min(chunk_size * k, -(-longest // chunk_size) * chunk_size)
+    state = state_bytes(basis.shape, longest, chunk_size, element_bytes)
+    return basis.calibration.memory.peak_bytes(activation_tokens, state)
+
+
+def _measure_best(
+    loaded: LoadedConfig, config_dir: str | None, ranked: Sequence[Candidate], step: int, basis: Basis
+) -> dict[tuple[int, int], float]:
+    """Real seconds of a step of the best few; none where the device is not here or the budget has no room."""
+    config = loaded.config
+    if basis.calibration is None or config.tune.measure == 0:
+        return {}
+    room = config.tune.budget_seconds / 2
+    chosen: list[Candidate] = []
+    for candidate in ranked[: config.tune.measure]:
+        room -= candidate.step_seconds
+        if room < 0:
+            break
+        chosen.append(candidate)
+    if len(chosen) < 2:
+        stderr_console().print(
+            f"Not measured: a step takes about {ranked[0].step_seconds:,.0f} s, and tune.budget_seconds="
+            f"{config.tune.budget_seconds:g} has no room for two"
+        )
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "seconds.json")
+        pairs = [f"{candidate.chunk_size}:{candidate.k}" for candidate in chosen]
+        _run_measurement(["--out", str(out), "--pairs", *pairs, "--step", str(step)], loaded, config_dir)
+        rows = json.loads(out.read_text(encoding="utf-8"))
+    return {(row["chunk_size"], row["k"]): row["seconds"] for row in rows}
+
+
+def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) -> str:
+    """Two sentences: where the best pair's time goes, and what its neighbours would lose."""
+    total = best.step_seconds
+    shares = {
+        "second forwards of long samples": best.recompute_seconds,
+        "the fixed cost of chunks": best.fixed_seconds,
+        "waiting for the slowest": best.waiting_seconds,
+        "the optimizer step": costs.step_seconds,
+    }
+    told = [f"{100 * seconds / total:.0f} % is {name}" for name, seconds in shares.items() if seconds > 0.005 * total]
+    first = f"A step is predicted to take {total:.3g} s" + (f", of which {_and(told)}." if told else ".")
+    larger = [each for each in candidates if each.chunk_size > best.chunk_size]
+    refused = [each for each in larger if not each.fits]
+    smaller = [each for each in candidates if each.chunk_size < best.chunk_size and each.fits]
+    parts = []
+    if smaller:
+        near = min(smaller, key=lambda each: (-each.chunk_size, each.step_seconds))
+        parts.append(
+            f"chunks of {near.chunk_size} take {near.step_seconds / total:.2f} times as long ({_why(near, best)})"
+        )
+    fitting = [each for each in larger if each.fits]
+    if fitting:
+        near = min(fitting, key=lambda each: (each.chunk_size, each.step_seconds))
+        parts.append(f"chunks of {near.chunk_size} {near.step_seconds / total:.2f} times ({_why(near, best)})")
+    elif refused:
+        near = min(refused, key=lambda each: (each.chunk_size, each.k))
+        parts.append(f"chunks of {near.chunk_size} would need {near.memory_bytes / 2**30:.1f} GiB")
+    second = f" {_and(parts)[0].upper()}{_and(parts)[1:]}." if parts else ""
+    return first + second
+
+
+def _why(other: Candidate, best: Candidate) -> str:
+    """What mainly makes the difference between two pairs."""
+    differences = {
+        "second forwards": other.recompute_seconds - best.recompute_seconds,
+        "the fixed cost of chunks": other.fixed_seconds - best.fixed_seconds,
+        "waiting": other.waiting_seconds - best.waiting_seconds,
+    }
+    slower = other.step_seconds >= best.step_seconds
+    name = max(differences, key=lambda key: differences[key] if slower else -differences[key])
+    return f"{'more' if slower else 'less'} of {name}" if name == "the fixed cost of chunks" else (
+        f"{'more' if slower else 'less'} {name}")  # fmt: skip
+
+
+def _and(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
+
+
+def _row(candidate: Candidate, measured: dict[tuple[int, int], float]) -> dict[str, Any]:
+    return {**asdict(candidate), "measured_step_seconds": measured.get((candidate.chunk_size, candidate.k))}
+
+
+def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) -> Path:
+    path = Path(output) if output is not None else Path("outputs", loaded.recipe, "tuned.yaml")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
+            f"chunkflow train recipe=... --overrides {path}\n"
+            f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n",
+            encoding="utf-8",
+        )
+    except OSError as error:
+        raise UsageError(f"--output={path} cannot be written: {error}") from error
+    return path
+
+
+def _nothing_fits(candidates: Sequence[Candidate], limit: int, longest: int) -> str:
+    least = min(candidates, key=lambda candidate: candidate.memory_bytes)
+    return (
+        f"no pair fits into {limit / 2**30:.1f} GiB: the smallest, chunk.size={least.chunk_size} chunk.k={least.k}, "
+        f"needs {least.memory_bytes / 2**30:.1f} GiB (the longest sample has {longest:,} tokens)\n"
+        "  lower data.max_length or tune.chunk_sizes, take model.activation_checkpointing=full or\n"
+        "  model.lora.enabled=true or engine.offload=optimizer; `chunkflow plan` shows the parts"
+    )
