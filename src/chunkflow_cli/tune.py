@@ -176,7 +176,7 @@ def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str
     command = [
         sys.executable, "-m", "chunkflow_cli.measure", *arguments, *folder, "--overrides", *loaded.overrides,
     ]  # fmt: skip
-    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    code = subprocess.run(command, stdout=2, check=False).returncode  # stdout may be for JSON: its prints go to stderr
     if code in (130, -2):
         raise KeyboardInterrupt
     if code == 2:

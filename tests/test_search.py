@@ -1,0 +1,109 @@
+"""The search for (ChunkSize, K): what it predicts is the sum of what the schedules hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chunkflow_cli.batches import GlobalBatches
+from chunkflow_cli.costs import CostModel, OperationCost
+from chunkflow_cli.run_plan import RunPlan
+from chunkflow_cli.search import best_first, grid, search
+from chunkflow_cli.simulate import simulate
+
+COSTS = CostModel(
+    "made up",
+    forward=OperationCost(2.0, 1.0, 1e-3),
+    backward=OperationCost(4.0, 2.0, 2e-3),
+    recompute=OperationCost(2.0, 1.0, 1e-3),
+    state_pass=OperationCost(1.0, 0.75, 1e-3),
+    seconds_per_target=0.5,
+    step_seconds=10.0,
+)
+
+
+def run_of(lengths: list[int], *, ranks: int = 1, batch: int = 4) -> RunPlan:
+    sizes = np.array(lengths)
+    batches = GlobalBatches(len(sizes), batch, seed=0, shuffle=True)
+    return RunPlan(
+        batches, batches.steps_per_epoch, sizes, np.maximum(sizes // 2, 1), chunk_size=1, k=1, ranks=ranks, costs=COSTS
+    )
+
+
+def test_the_grid_leaves_out_pairs_that_do_the_same() -> None:
+    """Of a sequence of three chunks, K = 4 and 8 keep what K = 3 keeps."""
+    assert grid([8, 4], [1, 2, 4, 8], longest=12) == [(4, 1), (4, 2), (4, 3), (8, 1), (8, 2)]
+    assert grid([16], [1, 2], longest=12) == [(16, 1)]
+    with pytest.raises(ValueError, match="chunk_sizes is empty"):
+        grid([], [1], 10)
+    with pytest.raises(ValueError, match="ks is empty"):
+        grid([4], [], 10)
+    with pytest.raises(ValueError, match=r"ks=\[0\]"):
+        grid([4], [0], 10)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    chunk_size=st.integers(3, 30),
+    k=st.integers(1, 4),
+    ranks=st.integers(1, 3),
+)
+def test_predicted_seconds_are_those_of_the_simulated_schedules(
+    lengths: list[int], chunk_size: int, k: int, ranks: int
+) -> None:
+    """The closed form of the search against the simulator, operation by operation: what is ranked is what runs."""
+    run = run_of(lengths, ranks=ranks)
+    (found,) = search(run, [(chunk_size, k)], range(run.steps), lambda size, k: 0, 1)
+    seconds = []
+    from dataclasses import replace
+
+    for step in replace(run, chunk_size=chunk_size, k=k):
+        makespans = [
+            simulate(rank.schedules, run.operation_seconds(rank)).makespan for rank in step.ranks if len(rank.chunks)
+        ]
+        seconds.append(max(makespans))
+    assert found.step_seconds == pytest.approx(np.mean(seconds) + COSTS.step_seconds)
+    assert 0 <= found.bubble_ratio < 1
+
+
+def test_the_parts_of_a_step_by_hand() -> None:
+    """One sample of 10 tokens, 5 of them targets, in chunks of 4: S0 S1 F2 B2 R1 B1 R0 B0 of 4, 4 and 2 tokens."""
+    (found,) = search(run_of([10]), [(4, 1)], [0], lambda size, k: 7, memory_limit_bytes=6)
+    pairs = [8.0, 4 * (4 + 2), 2 * (8 + 1)]
+    forward = [2 + tokens + 1e-3 * pair for tokens, pair in zip((4, 4, 2), pairs, strict=True)]
+    state = [1 + 0.75 * 4 + 1e-3 * pair for pair in pairs[:2]]
+    total = sum(forward) + sum(state) + sum(2 * each for each in forward) + 0.5 * 5
+    assert found.step_seconds == pytest.approx(total + 10)
+    assert found.recompute_share == pytest.approx(2 / 3)
+    assert found.recompute_seconds == pytest.approx(sum(state))
+    assert found.fixed_seconds == pytest.approx(3 * (2 + 4) + 2 * 1)
+    assert found.waiting_seconds == 0
+    assert found.fill == pytest.approx(10 / 12)
+    assert not found.fits
+
+
+def test_ranks_that_wait_are_counted() -> None:
+    """Two ranks, one long and one short sample: the short one's rank waits for most of the step."""
+    (found,) = search(run_of([100, 1], ranks=2, batch=2), [(100, 1)], [0], lambda size, k: 0, 1)
+    assert found.waiting_seconds == pytest.approx(found.bubble_ratio * (found.step_seconds - 10))
+    assert 0.4 < found.bubble_ratio < 0.5
+
+
+def test_best_first_takes_the_fastest_that_fits() -> None:
+    run = run_of([30, 20, 3, 2])
+    pairs = [(4, 1), (8, 1), (16, 1), (30, 1)]
+    candidates = list(search(run, pairs, [0], lambda size, k: size * k, memory_limit_bytes=16))
+    ranked = best_first(candidates)
+    assert [candidate.chunk_size for candidate in ranked] == [16, 8, 4]
+    assert [candidate.fits for candidate in candidates] == [True, True, True, False]
+
+
+def test_the_search_needs_no_torch() -> None:
+    """It is what a laptop without a GPU runs; torch alone would take longer to import than the whole search."""
+    code = "import chunkflow_cli.search, sys; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
