@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ COSTS = CostModel(
     seconds_per_target=0.5,
     step_seconds=10.0,
 )
+
+
+def no_memory(run: RunPlan, timelines: object) -> int:
+    return 0
 
 
 def run_of(lengths: list[int], *, ranks: int = 1, batch: int = 4) -> RunPlan:
@@ -58,11 +63,10 @@ def test_predicted_seconds_are_those_of_the_simulated_schedules(
 ) -> None:
     """The closed form of the search against the simulator, operation by operation: what is ranked is what runs."""
     run = run_of(lengths, ranks=ranks)
-    (found,) = search(run, [(chunk_size, k)], range(run.steps), lambda size, k: 0, 1)
+    chosen = replace(run, chunk_size=chunk_size, k=k)
+    (found,) = search([chosen], range(run.steps), no_memory, 1)
     seconds = []
-    from dataclasses import replace
-
-    for step in replace(run, chunk_size=chunk_size, k=k):
+    for step in chosen:
         makespans = [
             simulate(rank.schedules, run.operation_seconds(rank)).makespan for rank in step.ranks if len(rank.chunks)
         ]
@@ -73,7 +77,7 @@ def test_predicted_seconds_are_those_of_the_simulated_schedules(
 
 def test_the_parts_of_a_step_by_hand() -> None:
     """One sample of 10 tokens, 5 of them targets, in chunks of 4: S0 S1 F2 B2 R1 B1 R0 B0 of 4, 4 and 2 tokens."""
-    (found,) = search(run_of([10]), [(4, 1)], [0], lambda size, k: 7, memory_limit_bytes=6)
+    (found,) = search([replace(run_of([10]), chunk_size=4)], [0], lambda run, timelines: 7, memory_limit_bytes=6)
     pairs = [8.0, 4 * (4 + 2), 2 * (8 + 1)]
     forward = [2 + tokens + 1e-3 * pair for tokens, pair in zip((4, 4, 2), pairs, strict=True)]
     state = [1 + 0.75 * 4 + 1e-3 * pair for pair in pairs[:2]]
@@ -89,15 +93,15 @@ def test_the_parts_of_a_step_by_hand() -> None:
 
 def test_ranks_that_wait_are_counted() -> None:
     """Two ranks, one long and one short sample: the short one's rank waits for most of the step."""
-    (found,) = search(run_of([100, 1], ranks=2, batch=2), [(100, 1)], [0], lambda size, k: 0, 1)
+    (found,) = search([replace(run_of([100, 1], ranks=2, batch=2), chunk_size=100)], [0], no_memory, 1)
     assert found.waiting_seconds == pytest.approx(found.bubble_ratio * (found.step_seconds - 10))
     assert 0.4 < found.bubble_ratio < 0.5
 
 
 def test_best_first_takes_the_fastest_that_fits() -> None:
     run = run_of([30, 20, 3, 2])
-    pairs = [(4, 1), (8, 1), (16, 1), (30, 1)]
-    candidates = list(search(run, pairs, [0], lambda size, k: size * k, memory_limit_bytes=16))
+    runs = [replace(run, chunk_size=size) for size in (4, 8, 16, 30)]
+    candidates = list(search(runs, [0], lambda run, timelines: run.chunk_size, memory_limit_bytes=16))
     ranked = best_first(candidates)
     assert [candidate.chunk_size for candidate in ranked] == [16, 8, 4]
     assert [candidate.fits for candidate in candidates] == [True, True, True, False]

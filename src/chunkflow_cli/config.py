@@ -303,6 +303,8 @@ class TuneConfig:
     """Values of chunk.size that are tried."""
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Values of chunk.k that are tried."""
+    pipelines: list[int] = field(default_factory=list)
+    """Numbers of pipeline stages that are tried for launch.processes devices; empty: parallel.pipeline."""
     samples: int = 1024
     """So many samples are planned for each pair, in whole global batches of the run."""
     measure: int = 3

@@ -74,17 +74,29 @@ class DeviceProfile:
     """The same for fused attention."""
     layer_launch_seconds: float = 60e-6
     """A layer's forward takes at least that long, however few its tokens: some fifteen kernel launches."""
+    memory_bytes_per_second: float = 2e12
+    link_bytes_per_second: float = 25e9
+    """To another device, in one direction: the network's share of each device, for pipelines may span nodes."""
+    link_latency_seconds: float = 20e-6
+    host_bytes_per_second: float = 25e9
+    """To the host's memory, in one direction: PCIe 4, or half of PCIe 5."""
 
 
 DEVICES = {
     # The makers' data sheets; memory as the driver reports it.
-    "a100": DeviceProfile("A100 80GB", 312e12, int(79.1 * GIB)),
-    "h100": DeviceProfile("H100 SXM", 989e12, int(79.2 * GIB)),
-    "h200": DeviceProfile("H200", 989e12, int(139.8 * GIB)),
-    "b200": DeviceProfile("B200", 2250e12, int(179.0 * GIB)),
+    "a100": DeviceProfile("A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12),
+    "h100": DeviceProfile(
+        "H100 SXM", 989e12, int(79.2 * GIB), memory_bytes_per_second=3.35e12, link_bytes_per_second=50e9
+    ),
+    "h200": DeviceProfile("H200", 989e12, int(139.8 * GIB), memory_bytes_per_second=4.8e12, link_bytes_per_second=50e9),
+    "b200": DeviceProfile("B200", 2250e12, int(179.0 * GIB), memory_bytes_per_second=8e12, link_bytes_per_second=50e9),
     # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md), which bfloat16 models use there too.
-    "cpu": DeviceProfile("CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6),
+    "cpu": DeviceProfile("CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, memory_bytes_per_second=10e9),
 }
+
+
+ACTIVATION_BYTES = 2
+"""Of a hidden state that is sent to another stage: bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,9 @@ class CostModel:
     """Of head and loss: they run once for each target, in the forward that keeps activations, with their gradient."""
     step_seconds: float = 0.0
     """Of the optimizer step, which no choice of chunks changes."""
+    transfer_seconds_per_token: float = 0.0
+    """Of a chunk's activations to the next stage of a pipeline, or of their gradient back."""
+    transfer_latency_seconds: float = 0.0
     is_of_one_stage: bool = False
     """Whether these are the seconds of each stage of a pipeline, however many there are, or those of the whole model,
     which its stages share."""
@@ -150,6 +165,8 @@ class CostModel:
             recompute=forward,
             state_pass=forward,
             seconds_per_target=target,
+            transfer_seconds_per_token=shape.hidden_size * ACTIVATION_BYTES / device.link_bytes_per_second,
+            transfer_latency_seconds=device.link_latency_seconds,
         )
 
     def of_sequences(
@@ -234,6 +251,8 @@ class MemorySettings:
     """Tokens of the longest sequence."""
     device_type: str
     """cpu | cuda"""
+    stages: int = 1
+    """Of a pipeline; each holds an equal share of the model."""
 
 
 @dataclass(frozen=True)
@@ -287,8 +306,9 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
     the model's dtype while a chunk goes backward, and their sum over the step in float32.
     """
     shared = settings.data_parallel
-    trainable = shape.trainable_parameters
-    weights = shape.parameters * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
+    trainable = shape.trainable_parameters // settings.stages
+    parameters = shape.parameters // settings.stages
+    weights = parameters * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
     optimizer = trainable * 4 * (1 + settings.optimizer_states) // (shared if settings.zero_stage >= 1 else 1)
     summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
     of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0
@@ -312,3 +332,24 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
         state=state_bytes(shape, settings.longest, settings.chunk_size, settings.element_bytes),
         host=host,
     )
+
+
+def step_seconds(shape: ModelShape, settings: MemorySettings, device: DeviceProfile) -> float:
+    """Of the optimizer step on one rank: gradients are summed over the data-parallel ranks, weights are updated.
+
+    A ring moves 2 (n - 1) / n of the float32 gradients over each rank's link (Patarasuk & Yuan 2009); the update reads
+    and writes weights, gradients and states once. With offload the rank's share of them crosses the host link twice.
+    """
+    trainable = shape.trainable_parameters // settings.stages
+    ranks = settings.data_parallel
+    reduce = 2 * (ranks - 1) / ranks * 4 * trainable / device.link_bytes_per_second
+    share = trainable / (ranks if settings.zero_stage >= 1 else 1)
+    touched = share * (4 * (2 + 2 * settings.optimizer_states) + 2 * settings.element_bytes)
+    if settings.offload == "none":
+        return reduce + touched / device.memory_bytes_per_second
+    crossed = share * (4 + settings.element_bytes) / device.host_bytes_per_second
+    return reduce + crossed + touched / HOST_MEMORY_BYTES_PER_SECOND
+
+
+HOST_MEMORY_BYTES_PER_SECOND = 150e9
+"""What the optimizer reaches on a server's CPUs."""

@@ -200,7 +200,14 @@ def timeline_of(step: StepPlan, plan: RunPlan) -> Timeline:
 
 
 def memory_settings(
-    config: Config, device: DeviceProfile, longest: int, *, chunk_size: int, k: int, ranks: int = 1
+    config: Config,
+    device: DeviceProfile,
+    longest: int,
+    *,
+    chunk_size: int,
+    k: int,
+    ranks: int = 1,
+    stages: int = 1,
 ) -> MemorySettings:
     """What decides the memory of the rank that has the longest sample."""
     states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
@@ -215,6 +222,7 @@ def memory_settings(
         k=k,
         longest=longest,
         device_type="cpu" if "CPU" in device.name else "cuda",
+        stages=stages,
     )
 
 

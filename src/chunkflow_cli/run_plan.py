@@ -134,6 +134,9 @@ def operation_seconds(
         # The two products of a backward are of the same size.
         input_gradient=backward / 2,
         weight_gradient=backward / 2,
+        transfer=np.broadcast_to(
+            costs.transfer_latency_seconds + costs.transfer_seconds_per_token * tokens, (parts - 1, len(chunks))
+        ).copy(),
     )
 
 

@@ -1,29 +1,33 @@
-"""The best (ChunkSize, K): every pair of a grid planned, simulated and ranked. numpy and the standard library only.
+"""The best (ChunkSize, K), and layout: every choice of a grid planned, simulated and ranked. No torch, no device.
 
-Each pair plans the same global batches with the code that training plans them with, so what is ranked is what would
-run. Of a pair the predicted seconds of a step are those of the slowest rank, or of the slowest pipeline, and the
-optimizer step; they are split into what a person can act on: useful work, recompute, the fixed cost of each chunk,
-waiting (bubbles of a pipeline, ranks that wait for the slowest).
+Each choice plans the same global batches with the code that training plans them with, so what is ranked is what would
+run. The predicted seconds of a step are those of the slowest rank, or of the slowest pipeline, and the optimizer step;
+they are split into what a person can act on: useful work, recompute, the fixed cost of each chunk, waiting (bubbles of
+a pipeline, ranks that wait for the slowest).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from chunkflow_cli.costs import OperationCost
 from chunkflow_cli.run_plan import RankPlan, RunPlan, rank_seconds
-from chunkflow_cli.simulate import simulate_ranks
+from chunkflow_cli.simulate import Timeline, simulate_ranks
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A pair of the grid, or one that was refused."""
+    """A choice of the grid, or one that was refused."""
 
     chunk_size: int
     k: int
+    stages: int
+    """Of the pipeline; 1 without one."""
+    data_parallel: int
+    """Ranks, or pipelines, among which samples are divided."""
     step_seconds: float
     """Mean over the sampled steps."""
     memory_bytes: int
@@ -62,25 +66,23 @@ def grid(chunk_sizes: Sequence[int], ks: Sequence[int], longest: int) -> list[tu
     return pairs
 
 
+PeakMemory = Callable[[RunPlan, Sequence[Timeline]], int]
+"""Bytes of the fullest rank, given the run and, with a pipeline, when its operations ran in each planned step."""
+
+
 def search(
-    run: RunPlan,
-    pairs: Sequence[tuple[int, int]],
-    steps: Sequence[int],
-    memory_bytes: Callable[[int, int], int],
-    memory_limit_bytes: int,
+    runs: Iterable[RunPlan], steps: Sequence[int], memory_bytes: PeakMemory, memory_limit_bytes: int
 ) -> Iterator[Candidate]:
-    """Predict every pair, in the order given.
+    """Predict every choice, in the order given.
 
     Args:
-        run: the run whose chunk_size and k are varied.
-        pairs: (chunk_size, k) to try.
+        runs: the same run under different chunk sizes, K and layouts.
         steps: which of its steps are planned; they stand for all.
-        memory_bytes: peak of a rank for (chunk_size, k).
-        memory_limit_bytes: pairs above it do not fit.
+        memory_bytes: what a choice takes.
+        memory_limit_bytes: choices above it do not fit.
     """
-    for chunk_size, k in pairs:
-        needed = memory_bytes(chunk_size, k)
-        yield _predict(replace(run, chunk_size=chunk_size, k=k), steps, needed, needed <= memory_limit_bytes)
+    for run in runs:
+        yield _predict(run, steps, memory_bytes, memory_limit_bytes)
 
 
 def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -89,8 +91,9 @@ def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted(fitting, key=lambda candidate: (candidate.step_seconds, candidate.memory_bytes))
 
 
-def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: int, fits: bool) -> Candidate:
-    seconds, busy, machines, recompute, fixed = [], [], [], [], []
+def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit: int) -> Candidate:
+    seconds, busy, recompute, fixed = [], [], [], []
+    timelines: list[Timeline] = []
     chunks = recomputed = tokens = 0
     for step in steps:
         planned = run[step]
@@ -100,30 +103,33 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: int, fits: bool) 
         if run.pipeline is None:
             of_ranks = np.array([rank_seconds(rank, run.costs) for rank in planned.ranks])
             seconds.append(float(of_ranks.max()))
-            busy.append(float(of_ranks.sum()))
-            machines.append(len(of_ranks))
-            slowest = planned.ranks[int(of_ranks.argmax())]
+            busy.append(float(of_ranks.mean()))
         else:
             timeline = simulate_ranks([(rank.schedules, run.operation_seconds(rank)) for rank in planned.ranks])
+            timelines.append(timeline)
+            of_ranks = timeline.busy_seconds.max(axis=1)
             seconds.append(timeline.makespan)
-            busy.append(float(timeline.busy_seconds.sum()))
-            machines.append(timeline.ranks * timeline.stages)
-            slowest = planned.ranks[int(timeline.busy_seconds.sum(axis=1).argmax())]
-        recompute.append(_recompute_seconds(slowest, run))
-        fixed.append(_fixed_seconds(slowest, run))
-    waiting = [each - work / count for each, work, count in zip(seconds, busy, machines, strict=True)]
+            busy.append(float(timeline.busy_seconds.mean()))
+        slowest = planned.ranks[int(of_ranks.argmax())]
+        stages = 1 if run.pipeline is None else run.pipeline.stages
+        recompute.append(_recompute_seconds(slowest, run) / stages)
+        fixed.append(_fixed_seconds(slowest, run) / stages)
+    needed = memory_bytes(run, timelines)
+    waiting = np.array(seconds) - np.array(busy)
     return Candidate(
         chunk_size=run.chunk_size,
         k=run.k,
+        stages=1 if run.pipeline is None else run.pipeline.stages,
+        data_parallel=run.ranks,
         step_seconds=float(np.mean(seconds)) + run.costs.step_seconds,
-        memory_bytes=memory_bytes,
-        fits=fits,
+        memory_bytes=needed,
+        fits=needed <= limit,
         recompute_share=recomputed / chunks,
-        bubble_ratio=float(sum(waiting) / sum(seconds)) if sum(seconds) else 0.0,
+        bubble_ratio=float(waiting.sum() / sum(seconds)) if sum(seconds) else 0.0,
         fill=tokens / (chunks * run.chunk_size),
         recompute_seconds=float(np.mean(recompute)),
         fixed_seconds=float(np.mean(fixed)),
-        waiting_seconds=float(np.mean(waiting)),
+        waiting_seconds=float(waiting.mean()),
     )
 
 

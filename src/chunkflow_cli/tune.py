@@ -13,23 +13,35 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.config import Config, Device, LoadedConfig
-from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape, memory_parts, state_bytes
+from chunkflow_cli.costs import (
+    CostModel,
+    DeviceProfile,
+    ModelShape,
+    activation_bytes_per_token,
+    chunk_tokens,
+    memory_parts,
+    state_bytes,
+    step_seconds,
+)
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.plan import ELEMENT_BYTES, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
-from chunkflow_cli.run_plan import RunPlan
+from chunkflow_cli.run_plan import RankPlan, RunPlan
 from chunkflow_cli.search import Candidate, best_first, grid, search
+from chunkflow_cli.simulate import Timeline
 from chunkflow_cli.tokens.cache import cache_root
 
 LARGEST_TIMED = 4096
@@ -85,14 +97,15 @@ def run(
         pairs = grid(config.tune.chunk_sizes, config.tune.ks, longest)
     except ValueError as error:
         raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
+    layouts = layouts_of(config)
     basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
     run_plan = plan_run(config, data, basis.costs)
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)
+    runs = [choice(config, run_plan, basis, layout, *pair) for layout in layouts for pair in pairs]
     candidates = []
-    with progress_bar("searching", len(pairs)) as progress:
-        for candidate in search(run_plan, pairs, steps, lambda size, k: memory_bytes(config, basis, longest, size, k),
-                                limit):  # fmt: skip
+    with progress_bar("searching", len(runs)) as progress:
+        for candidate in search(runs, steps, lambda run, timelines: peak_memory(config, basis, run, timelines), limit):
             candidates.append(candidate)
             progress(len(candidates))
     ranked = best_first(candidates)
@@ -190,10 +203,7 @@ def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str
 
 
 def sampled_steps(plan: RunPlan, samples: int) -> list[int]:
-    """Steps that stand for the run: the first ones, as many as hold `samples`, and those with the longest samples.
-
-    What one long sample costs is seen only in a step that has one.
-    """
+    """The first steps of the run, as many as hold `samples`: their samples are drawn at random from the data."""
     count = max(1, min(plan.steps, round(samples / plan.batches.global_batch_size)))
     return list(range(count))
 
@@ -205,16 +215,79 @@ def memory_limit(config: Config, device: DeviceProfile) -> int:
     return int(0.95 * device.memory_bytes)
 
 
-def memory_bytes(config: Config, basis: Basis, longest: int, chunk_size: int, k: int) -> int:
-    """Predicted peak of a rank for a pair."""
-    if basis.calibration is None:
-        return memory_parts(
-            basis.shape, memory_settings(config, basis.device, longest, chunk_size=chunk_size, k=k)
-        ).device_total
+def layouts_of(config: Config) -> list[int]:
+    """Numbers of pipeline stages to try.
+
+    Raises:
+        UsageError: a number that does not divide `launch.processes`.
+    """
+    processes = config.launch.processes
+    if not config.tune.pipelines:
+        return [config.parallel.pipeline]
+    for stages in config.tune.pipelines:
+        if stages < 1 or processes % stages:
+            raise UsageError(
+                f"tune.pipelines={config.tune.pipelines}: launch.processes={processes} cannot be divided among "
+                f"pipelines of {stages} stages"
+            )
+    return sorted(set(config.tune.pipelines))
+
+
+def choice(config: Config, run: RunPlan, basis: Basis, stages: int, chunk_size: int, k: int) -> RunPlan:
+    """The run with another chunk size, K and number of pipeline stages."""
+    ranks = max(1, config.launch.processes // stages)
+    schedule = config.parallel.schedule.value
+    pipeline = None if stages == 1 else PipelineLayout(stages, schedule, config.parallel.warmup_extra)
+    costs = run.costs
+    if basis.calibration is None and not costs.is_of_one_stage:
+        settings = memory_settings(config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, stages=stages)
+        costs = replace(costs, step_seconds=step_seconds(basis.shape, settings, basis.device))
+    return replace(run, chunk_size=chunk_size, k=k, ranks=ranks, pipeline=pipeline, costs=costs)
+
+
+def peak_memory(config: Config, basis: Basis, run: RunPlan, timelines: Sequence[Timeline]) -> int:
+    """Predicted bytes of the fullest rank.
+
+    Without a pipeline: of the rank with the longest sample of the whole data. With one: what does not depend on the
+    schedule, and the most that any stage holds at once in the planned steps, or for the longest sample alone.
+    """
+    longest = int(run.lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
-    activation_tokens = min(chunk_size * k, -(-longest // chunk_size) * chunk_size)
-    state = state_bytes(basis.shape, longest, chunk_size, element_bytes)
-    return basis.calibration.memory.peak_bytes(activation_tokens, state)
+    if basis.calibration is not None:
+        activation_tokens = min(run.chunk_size * run.k, -(-longest // run.chunk_size) * run.chunk_size)
+        state = state_bytes(basis.shape, longest, run.chunk_size, element_bytes)
+        return basis.calibration.memory.peak_bytes(activation_tokens, state)
+    stages = 1 if run.pipeline is None else run.pipeline.stages
+    settings = memory_settings(
+        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages
+    )
+    parts = memory_parts(basis.shape, settings)
+    if run.pipeline is None:
+        return parts.device_total
+    fixed = parts.device_total - parts.activations - parts.state
+    activation = activation_bytes_per_token(basis.shape, element_bytes, config.model.activation_checkpointing.value)
+    state_per_token = basis.shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
+    held = (parts.activations + parts.state) / stages
+    for timeline, step in zip(timelines, range(len(timelines)), strict=True):
+        for rank, planned in enumerate(run[step].ranks):
+            if not len(planned.chunks):
+                continue
+            tokens = chunk_tokens(planned.chunks)
+            # Every stage of a rank is looked at: the first holds the most chunks, but not always the most state.
+            for stage in range(stages):
+                _, live = timeline.live_bytes(
+                    rank, stage, tokens * activation / stages, _state_of_chunks(planned, state_per_token / stages)
+                )
+                held = max(held, float(live.max(initial=0.0)))
+    return int(fixed + held)
+
+
+def _state_of_chunks(rank: RankPlan, bytes_per_token: float) -> NDArray[np.float64]:
+    """(chunks,) of the pieces of long sequences, which later chunks read."""
+    state = np.zeros(len(rank.chunks))
+    for group in rank.chunks.dependent_groups():
+        state[group.start : group.stop - 1] = rank.chunks.chunk_size * bytes_per_token
+    return state
 
 
 def _measure_best(
@@ -268,7 +341,8 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     fitting = [each for each in larger if each.fits]
     if fitting:
         near = min(fitting, key=lambda each: (each.chunk_size, each.step_seconds))
-        parts.append(f"chunks of {near.chunk_size} {near.step_seconds / total:.2f} times ({_why(near, best)})")
+        times = near.step_seconds / total
+        parts.append(f"chunks of {near.chunk_size} take {times:.2f} times as long ({_why(near, best)})")
     elif refused:
         near = min(refused, key=lambda each: (each.chunk_size, each.k))
         parts.append(f"chunks of {near.chunk_size} would need {near.memory_bytes / 2**30:.1f} GiB")
@@ -304,7 +378,8 @@ def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) 
         path.write_text(
             f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
             f"chunkflow train recipe=... --overrides {path}\n"
-            f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n",
+            f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
+            + (f"parallel:\n  pipeline: {best.stages}\n" if best.stages > 1 else ""),
             encoding="utf-8",
         )
     except OSError as error:

@@ -24,7 +24,7 @@ def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
         recipe: for the words of the next command.
     """
     best = result["best"]
-    console.print(Text(f"chunk.size={best['chunk_size']} chunk.k={best['k']}", style="bold"))
+    console.print(Text(f"chunk.size={best['chunk_size']} chunk.k={best['k']}{_layout(best)}", style="bold"))
     console.print(result["explanation"])
     error = result["cost_model_worst_error"]
     basis = result["cost_model"] + ("" if error is None else f", fitted to within {percent(error)}")
@@ -32,6 +32,10 @@ def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
     console.print()
     console.print(_heat_map(result))
     console.print()
+    layouts = _layouts(result)
+    if layouts is not None:
+        console.print(layouts)
+        console.print()
     console.print(_ranking(result))
     console.print()
     recipe_word = f"recipe={recipe} " if recipe != "default" else ""
@@ -40,8 +44,35 @@ def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
     )
 
 
+def _layout(row: dict[str, Any]) -> str:
+    words = f" parallel.pipeline={row['stages']}" if row["stages"] > 1 else ""
+    return words + (f" on {row['stages'] * row['data_parallel']} devices" if row["data_parallel"] > 1 else "")
+
+
+def _layouts(result: dict[str, Any]) -> Table | None:
+    """The best pair of each layout, where there are several."""
+    stages = sorted({row["stages"] for row in result["candidates"]})
+    if len(stages) == 1:
+        return None
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("stages", "pipelines", "chunk.size", "K", "predicted", "memory", "waiting"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for count in stages:
+        rows = [row for row in result["candidates"] if row["stages"] == count]
+        fitting = [row for row in rows if row["fits"]]
+        row = min(fitting or rows, key=lambda row: row["step_seconds"] if fitting else row["memory_bytes"])
+        pipelines, memory = str(row["data_parallel"]), human_bytes(row["memory_bytes"])
+        if not fitting:
+            table.add_row(str(count), pipelines, "", "", "does not fit", memory, "")
+            continue
+        seconds, waiting = f"{row['step_seconds']:.3g} s", percent(row["bubble_ratio"])
+        table.add_row(str(count), pipelines, f"{row['chunk_size']:,}", str(row["k"]), seconds, memory, waiting)
+    return table
+
+
 def _heat_map(result: dict[str, Any]) -> Table:
-    candidates = {(row["chunk_size"], row["k"]): row for row in result["candidates"]}
+    rows = [row for row in result["candidates"] if row["stages"] == result["best"]["stages"]]
+    candidates = {(row["chunk_size"], row["k"]): row for row in rows}
     sizes = sorted({size for size, _ in candidates})
     ks = sorted({k for _, k in candidates})
     fastest = min(row["step_seconds"] for row in candidates.values() if row["fits"])
@@ -69,17 +100,24 @@ def _heat_map(result: dict[str, Any]) -> Table:
 
 def _ranking(result: dict[str, Any]) -> Table:
     rows = sorted((row for row in result["candidates"] if row["fits"]), key=lambda row: row["step_seconds"])
-    has_measured = any(row["measured_step_seconds"] is not None for row in rows)
+    columns = {
+        "chunk.size": lambda row: f"{row['chunk_size']:,}",
+        "K": lambda row: str(row["k"]),
+        "stages": lambda row: str(row["stages"]),
+        "predicted": lambda row: f"{row['step_seconds']:.3g} s",
+        "measured": lambda row: "" if row["measured_step_seconds"] is None else f"{row['measured_step_seconds']:.3g} s",
+        "memory": lambda row: human_bytes(row["memory_bytes"]),
+        "recomputed": lambda row: percent(row["recompute_share"]),
+        "waiting": lambda row: percent(row["bubble_ratio"]),
+        "full": lambda row: percent(row["fill"]),
+    }
+    if len({row["stages"] for row in rows}) == 1:
+        del columns["stages"]
+    if all(row["measured_step_seconds"] is None for row in rows):
+        del columns["measured"]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("chunk.size", "K", "predicted", *(["measured"] if has_measured else []), "memory", "recomputed",
-                 "waiting", "full"):  # fmt: skip
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows[:RANKED_SHOWN]:
-        measured = row["measured_step_seconds"]
-        table.add_row(
-            f"{row['chunk_size']:,}", str(row["k"]), f"{row['step_seconds']:.3g} s",
-            *([f"{measured:.3g} s" if measured is not None else ""] if has_measured else []),
-            human_bytes(row["memory_bytes"]), percent(row["recompute_share"]), percent(row["bubble_ratio"]),
-            percent(row["fill"]),
-        )  # fmt: skip
+        table.add_row(*(value(row) for value in columns.values()))
     return table
