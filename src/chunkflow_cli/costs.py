@@ -45,6 +45,11 @@ class ModelShape:
     def head_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
 
+    @property
+    def is_head_trained(self) -> bool:
+        """Adapters leave the head frozen."""
+        return self.trainable_parameters == self.parameters
+
 
 def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:
     """Floating-point operations of forward and backward over whole sequences, recompute not counted.
@@ -149,8 +154,7 @@ class CostModel:
         """
         rate = device.matmul_flops * device.matmul_efficiency
         token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
-        is_head_trained = shape.trainable_parameters == shape.parameters
-        target = (6.0 if is_head_trained else 4.0) * shape.head_parameters / rate
+        target = (6.0 if shape.is_head_trained else 4.0) * shape.head_parameters / rate
         pair = (
             4.0 * shape.layers * shape.attention_heads * shape.head_dim
             / (device.matmul_flops * device.attention_efficiency)
@@ -322,7 +326,8 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
     )  # fmt: skip
     per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
-    head_sum = shape.head_parameters * 4  # of the head's gradient, until its chunks have gone backward
+    # The head's gradient, summed until its chunks have gone backward.
+    head_sum = shape.head_parameters * 4 if shape.is_head_trained else 0
     return MemoryParts(
         weights=weights,
         gradients=summed + of_a_chunk,

@@ -172,12 +172,12 @@ def _active_intermediate_size(config: Any) -> int:
 def _active_matmul_parameters(model: Any, config: Any) -> int:
     """Weights that each token is multiplied with; of stacked experts (experts, out, in), the share that it visits."""
     head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings().weight
+    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}  # tokens, positions
     total = 0 if head is None else head.weight.numel()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     active = getattr(config, "num_experts_per_tok", None)
     for name, parameter in model.named_parameters():
-        if parameter is embedding or (head is not None and parameter is head.weight) or "lora_" in name:
+        if parameter in looked_up or (head is not None and parameter is head.weight) or "lora_" in name:
             continue
         if parameter.ndim == 2:
             total += parameter.numel()
