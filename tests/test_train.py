@@ -51,10 +51,13 @@ def losses(run_folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer qwen2: grouped heads, biases, tied head."""
-    folder = tmp_path_factory.mktemp("model")
+    return make_model(tmp_path_factory.mktemp("model"), is_tied=True)
+
+
+def make_model(folder: Path, *, is_tied: bool) -> Path:
     AutoConfig.for_model(
         "qwen2", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, max_position_embeddings=1024, tie_word_embeddings=True, initializer_range=0.1,
+        vocab_size=97, max_position_embeddings=1024, tie_word_embeddings=is_tied, initializer_range=0.1,
         architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -85,22 +88,23 @@ def data_file(tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, 
 @pytest.fixture(scope="module")
 def plain_weights(model_folder: Path, samples: list[dict[str, list[int]]]) -> dict[str, dict[str, torch.Tensor]]:
     """One SGD step of a plain Hugging Face loop over whole samples, for either weighting."""
-    results = {}
-    for weighting in ("token", "sequence"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder), attn_implementation="sdpa")
-        model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        all_targets = sum(label != -100 for sample in samples for label in sample["labels"][1:])
-        for sample in samples:
-            labels = torch.tensor(sample["labels"])[1:]
-            logits = model(input_ids=torch.tensor(sample["input_ids"])[None]).logits[0, :-1]
-            total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-            own = int((labels != -100).sum())
-            (total / (all_targets if weighting == "token" else own * len(samples))).backward()
-        optimizer.step()
-        results[weighting] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return results
+    return {weighting: plain_step(model_folder, samples, weighting) for weighting in ("token", "sequence")}
+
+
+def plain_step(folder: Path, samples: list[dict[str, list[int]]], weighting: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="sdpa")
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    all_targets = sum(label != -100 for sample in samples for label in sample["labels"][1:])
+    for sample in samples:
+        labels = torch.tensor(sample["labels"])[1:]
+        logits = model(input_ids=torch.tensor(sample["input_ids"])[None]).logits[0, :-1]
+        total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        own = int((labels != -100).sum())
+        (total / (all_targets if weighting == "token" else own * len(samples))).backward()
+    optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def relative_difference(folder: Path, expected: dict[str, torch.Tensor]) -> float:
@@ -136,6 +140,19 @@ def test_one_step_equals_a_plain_hugging_face_loop(
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["target_tokens_trained"] == report["target_tokens_planned"] > 0
     assert report["samples_trained"] == report["samples_read"] == 12
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_head_of_its_own_is_trained_just_as_exactly(
+    stage: int, data_file: Path, samples: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """A tied head's gradient has a second way, through the embedding; an untied one has only the loss's."""
+    folder = make_model(tmp_path / "model", is_tied=False)
+    train(*TINY, *SGD, f"model.path={folder}", f"data.path={data_file}", "train.global_batch_size=12",
+          "train.output_dir=run", "chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}", cwd=tmp_path)  # fmt: skip
+    expected = plain_step(folder, samples, "token")
+    assert "lm_head.weight" in load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert relative_difference(tmp_path / "run", expected) <= 1e-6
 
 
 def test_the_oracle_would_notice_a_lost_target(plain_weights: dict[str, Any]) -> None:

@@ -12,6 +12,9 @@ from chunkflow_cli.config import Attention
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.backends import BACKENDS, Backend
 
+LARGEST_FLASH_HEAD_DIM = 256
+"""Of FlashAttention-2's kernels, those inside torch included."""
+
 
 @dataclass(frozen=True)
 class BackendChoice:
@@ -52,6 +55,9 @@ def _objection(name: str, config: Any, device: torch.device, dtype: torch.dtype)
         return "it has no soft-capped scores" if softcap else None
     if device.type != "cuda":
         return "it needs a CUDA GPU"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim > LARGEST_FLASH_HEAD_DIM or head_dim % 8:
+        return f"it has head_dim up to {LARGEST_FLASH_HEAD_DIM} in steps of 8, and the model's is {head_dim}"
     if name == "torch_flash":
         if softcap:
             return "it has no soft-capped scores"
