@@ -180,12 +180,12 @@ def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
 
 
 def _rejected(rejected: Sequence[tuple[Location, str]]) -> dict[str, Any]:
-    reasons: dict[str, int] = {}
-    for _, reason in rejected:
-        reasons[reason] = reasons.get(reason, 0) + 1
+    reasons: dict[str, dict[str, Any]] = {}
+    for where, reason in rejected:
+        reasons.setdefault(reason, {"rows": 0, "first": str(where)})["rows"] += 1
     return {
         "rows": len(rejected),
-        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
+        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1]["rows"])),
         "first": [{"location": str(where), "reason": reason} for where, reason in rejected[:REJECTED_LISTED]],
     }
 

@@ -32,9 +32,10 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def _start_bar(shown: ExitStack, what: str, total: int) -> Callable[[int], None]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     progress = shown.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
-    task = progress.add_task(what, total=total)
+    task = progress.add_task(escape(what), total=total)
     return lambda done: progress.update(task, completed=done)

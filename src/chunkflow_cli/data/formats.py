@@ -33,7 +33,7 @@ import orjson
 from numpy.typing import NDArray
 
 from chunkflow_cli.config import DataFormat
-from chunkflow_cli.data.source import BadRowError, RowBatch, Source
+from chunkflow_cli.data.source import BadRowError, Location, RowBatch, Source
 from chunkflow_cli.errors import UsageError
 
 DETECTION_ROWS = 100
@@ -177,30 +177,37 @@ def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:
 
 
 def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
-    """The format that the first rows agree on, by their keys. Rows that cannot be parsed do not count.
+    """The format that the first rows agree on, by their keys.
+
+    Rows that cannot be parsed do not count, nor do rows of no known format beside others of one: they are bad rows,
+    which are named with file and line when they are read.
 
     Raises:
         UsageError: no format, or more than one, fits them; the keys seen and the formats are named.
     """
-    seen: dict[str, DataFormat | None] = {}
+    seen: dict[str, tuple[DataFormat | None, Location]] = {}
     reasons: list[str] = []
     for batch, index in islice(_each_row(source), DETECTION_ROWS):
+        location = source.location(batch.file, batch.lines[index])
         try:
             row = decode_row(batch.rows[index])
         except BadRowError as error:
-            reasons.append(f"{source.location(batch.file, batch.lines[index])}: {error}")
+            reasons.append(f"{location}: {error}")
             continue
         keys = ", ".join(map(str, row)) or "none"
         if keys not in seen:
-            seen[keys] = _format_by_keys(row, keys, key)
-    formats = set(seen.values())
-    if len(formats) == 1 and (found := formats.pop()) is not None:
-        return found
+            seen[keys] = _format_by_keys(row, keys, key), location
+    formats = {format for format, _ in seen.values() if format is not None}
+    if len(formats) == 1:
+        return formats.pop()
     if not seen:
         raise UsageError(f"{key}: none of the first {len(reasons)} rows is a JSON object\n  {reasons[0]}")
     known = "\n".join(f"  {name.value}: {' + '.join(keys)}" for name, keys in REQUIRED_KEYS.items())
-    rows = "\n".join(f"  keys {keys}: {found.value if found else 'no format'}" for keys, found in seen.items())
-    what = "rows of more than one format" if len(formats) > 1 else "rows of no known format"
+    rows = "\n".join(
+        f"  keys {keys}: {format.value if format else 'no format'}, first {location}"
+        for keys, (format, location) in seen.items()
+    )
+    what = "rows of more than one format" if formats else "rows of no known format"
     raise UsageError(f"{key} holds {what}\n{rows}\nname the format with data.format, or rename the keys:\n{known}")
 
 

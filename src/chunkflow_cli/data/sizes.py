@@ -38,6 +38,8 @@ from chunkflow_cli.data.source import BadRowError, Location, Source
 BYTES_PER_TOKEN = 4.0
 TOKENS_PER_TURN = 5
 """`<|im_start|>`, the role, a newline, `<|im_end|>`, a newline."""
+LARGEST_ID = (1 << 31) - 1
+"""Of `data.format=tokens`: ids are kept in 32 bits. A model's vocabulary, where there is one, allows fewer."""
 NO_TARGETS = "no targets: no token of it would be trained on"
 
 
@@ -66,7 +68,7 @@ def estimate_sizes(
     Raises:
         UsageError: the source cannot be read.
     """
-    size_of = _SIZERS[format]
+    size_of, is_exact = _SIZERS[format], format is DataFormat.tokens
     lengths, targets, files, lines, digests = array("q"), array("q"), array("i"), array("q"), array("q")
     rejected: list[tuple[Location, str]] = []
     for batch in source.batches():
@@ -82,13 +84,15 @@ def estimate_sizes(
                 else:
                     size, target = _size_of_sample(parse_sample(decode_row(raw), format))
                     digest = hash(orjson.dumps(raw, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
+                if count_all:
+                    target = size - is_exact  # nothing predicts the first token of a row of ids
                 if target == 0:
                     raise BadRowError(NO_TARGETS)
             except BadRowError as error:
                 rejected.append((source.location(batch.file, line), str(error)))
                 continue
             lengths.append(size)
-            targets.append(size if count_all else target)
+            targets.append(target)
             files.append(batch.file)
             lines.append(line)
             digests.append(digest)
@@ -167,6 +171,8 @@ _SIZERS: dict[DataFormat, Callable[[dict[str, Any]], Size]] = {
 def _size_of_sample(sample: Sample) -> Size:
     match sample:
         case TokenRow(input_ids, labels):
+            if input_ids.min() < 0 or input_ids.max() > LARGEST_ID:
+                raise BadRowError(f"input_ids holds ids that are not from 0 to {LARGEST_ID}")
             return len(input_ids), len(input_ids) - 1 if labels is None else int(np.count_nonzero(labels[1:] != -100))
         case PlainText(text):
             return 1 + _tokens(text), 1 + _tokens(text)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 import orjson
 
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -424,6 +425,7 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _load_from_hub(path: str, key: str) -> HubDataset:
+    go_offline_if_unreachable()  # before datasets is imported: it asks then, once and for all
     import datasets
 
     try:

@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkflow_cli.lengths import histogram, short_count
+from chunkflow_cli.report.console import counted, shortened
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 """Eighths of a character."""
 WIDEST = 140
 """Bars longer than that say no more."""
+SHOWN_REASONS = 5
 LIGHTEST_BAR = 1
 """Eighths that a bin with anything in it gets: a long tail of a few samples must be seen."""
 
@@ -45,42 +47,47 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
 
 def _screen(console: Console, lengths: NDArray[np.int64], found: dict[str, Any]) -> Group:
     parts: list[Text | Table] = [
-        _headline(found),
+        _headline(found, console.width),
         Text(),
         _histogram(min(console.width, WIDEST), lengths),
         Text(),
         _cumulative(found),
         Text(),
-        _longest(found),
+        _longest(found, console.width),
         Text(),
         _costs(found),
         Text("* tokens that are forwarded twice, with chunk.k=1", style="dim"),
         Text(),
         _ranks(found),
     ]
-    rejected = _rejected(found)
+    rejected = _rejected(found, console.width)
     return Group(*parts, *([Text(), rejected] if rejected is not None else []))
 
 
-def _headline(found: dict[str, Any]) -> Text:
+def _headline(found: dict[str, Any], width: int) -> Text:
     about = "about " if found["estimated"] else ""
     quantiles = found["quantiles"]
     text = Text()
-    text.append(found["data"], style="bold")
+    text.append(shortened(found["data"], width - len(found["format"]) - 2), style="bold")
     text.append(f"  {found['format']}\n")
     text.append(
-        f"{found['samples']:,} samples, {about}{found['tokens']:,} tokens, {found['targets']:,} of them targets "
-        f"({percent(found['target_share'])})\n"
+        f"{counted(found['samples'], 'sample')}, {about}{counted(found['tokens'], 'token')}, {found['targets']:,} of "
+        f"them targets ({percent(found['target_share'])})\n"
     )
     text.append(
         f"mean {found['mean']:,.0f}, half up to {quantiles['p50']:,}, 90 % {quantiles['p90']:,}, "
         f"99 % {quantiles['p99']:,}, 99.9 % {quantiles['p999']:,}, all {found['max']:,}"
     )
     if found["duplicates"]:
-        text.append(f"\n{found['duplicates']:,} samples repeat an earlier one ({_share(found, 'duplicates')})")
-    if found["over_model_limit"]:
+        repeat = "repeats" if found["duplicates"] == 1 else "repeat"
         text.append(
-            f"\n{found['over_model_limit']:,} samples are longer than the limit of {found['model_limit']:,} tokens"
+            f"\n{counted(found['duplicates'], 'sample')} {repeat} an earlier one ({_share(found, 'duplicates')})"
+        )
+    if found["over_model_limit"]:
+        are = "is" if found["over_model_limit"] == 1 else "are"
+        text.append(
+            f"\n{counted(found['over_model_limit'], 'sample')} {are} longer than the limit of "
+            f"{found['model_limit']:,} tokens"
         )
     return text
 
@@ -137,12 +144,13 @@ def _cumulative(found: dict[str, Any]) -> Table:
     return table
 
 
-def _longest(found: dict[str, Any]) -> Table:
+def _longest(found: dict[str, Any], width: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("the longest samples", overflow="fold")
+    table.add_column("the longest samples", no_wrap=True)
+    room = width - max(len("tokens"), len(f"{found['max']:,}")) - 2
     for sample in found["longest"]:
-        table.add_row(f"{sample['tokens']:,}", Text(sample["location"]))
+        table.add_row(f"{sample['tokens']:,}", Text(shortened(sample["location"], room)))
     return table
 
 
@@ -162,7 +170,7 @@ def _costs(found: dict[str, Any]) -> Table:
     for chunk in packing["chunks"]:
         recomputed = chunk["recomputed_token_share"]
         table.add_row(f"chunks of {short_count(chunk['chunk_size'])}", percent(chunk["waste"]),
-                      percent(recomputed) if recomputed else "", f"{chunk['chunks']:,} chunks")  # fmt: skip
+                      percent(recomputed) if recomputed else "", counted(chunk["chunks"], "chunk"))  # fmt: skip
     return table
 
 
@@ -178,18 +186,21 @@ def _ranks(found: dict[str, Any]) -> Table:
     return table
 
 
-def _rejected(found: dict[str, Any]) -> Text | None:
+def _rejected(found: dict[str, Any], width: int) -> Text | None:
     rejected = found["rejected"]
     if not rejected["rows"]:
         return None
-    text = Text(f"{rejected['rows']:,} rows cannot be trained on\n", style="bold")
-    for reason, count in list(rejected["reasons"].items())[:5]:
-        first = next(row["location"] for row in rejected["first"] + [{"location": "", "reason": reason}]
-                     if row["reason"] == reason)  # fmt: skip
-        text.append(f"{count:>8,}  {reason}" + (f", first {first}" if first else "") + "\n", style="not bold")
-    more = len(rejected["reasons"]) - 5
+    text = Text(f"{counted(rejected['rows'], 'row')} cannot be trained on\n", style="bold")
+    for reason, place in list(rejected["reasons"].items())[:SHOWN_REASONS]:
+        line = f"{place['rows']:>8,}  {reason}, first "
+        if len(line) + len(place["first"]) > width:
+            line, room = f"{place['rows']:>8,}  {reason}\n          first ", width - 16
+        else:
+            room = width - len(line)
+        text.append(line + shortened(place["first"], room) + "\n", style="not bold")
+    more = len(rejected["reasons"]) - SHOWN_REASONS
     if more > 0:
-        text.append(f"          and {more} more reasons\n", style="not bold")
+        text.append(f"          and {counted(more, 'more reason')}\n", style="not bold")
     text.append("train stops at them, or leaves them out with data.bad_rows=skip", style="not bold")
     return text
 

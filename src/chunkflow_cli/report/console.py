@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,18 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Lines are broken at the width of the terminal, or at COLUMNS; in a pipe without either they stay whole."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty() and "COLUMNS" not in os.environ)
+
+
+def counted(count: int, word: str) -> str:
+    """`1 sample`, `1,234 samples`."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def shortened(path: str, width: int) -> str:
+    """The end of a path, which tells more than its beginning, if all of it is wider than that."""
+    return path if len(path) <= width else "…" + path[len(path) - width + 1 :]
 
 
 def human_bytes(count: float) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkflow_cli.report.analysis import bar_of, percent
-from chunkflow_cli.report.console import human_bytes, human_seconds
+from chunkflow_cli.report.console import counted, human_bytes, human_seconds
 from chunkflow_cli.simulate import Timeline
 
 KINDS = {
@@ -24,6 +24,8 @@ KINDS = {
 IDLE = "·"
 SHOWN_OPERATIONS = 400
 """Characters of a schedule's line that a screen has use for; `--json` has all of it."""
+SHOWN_STAGES = 6
+"""Whose live activations are listed one by one."""
 SHOWN_ROWS = 16
 """Ranks and stages that are drawn."""
 
@@ -56,7 +58,7 @@ def _headline(result: dict[str, Any]) -> Text:
     if "pipeline" in result:
         text.append(f", {result['pipeline']['stages']} pipeline stages")
     text.append(
-        f"\n{_many(result['steps'], 'step')} of up to {_many(result['global_batch_size'], 'sample')}: "
+        f"\n{counted(result['steps'], 'step')} of up to {counted(result['global_batch_size'], 'sample')}: "
         f"{result['samples']:,} samples, {result['tokens']:,} tokens, {result['target_tokens']:,} of them targets"
     )
     return text
@@ -71,12 +73,14 @@ def _chunks(result: dict[str, Any]) -> Table:
     table.add_row("standalone", f"{result['standalone']:,}")
     if result["dependent"]:
         table.add_row(
-            "dependent", f"{result['dependent']:,} of {_many(result['long_samples'], 'long sample')}, the longest "
-            f"{result['longest']:,} tokens; {_many(result['filled_tails'], 'tail')} filled"
+            "dependent", f"{result['dependent']:,} of {counted(result['long_samples'], 'long sample')}, the longest "
+            f"{result['longest']:,} tokens; {counted(result['filled_tails'], 'tail')} filled"
         )  # fmt: skip
     else:
         table.add_row("dependent", f"none: the longest sample has {result['longest']:,} tokens")
-    table.add_row("recomputed", f"{_many(result['recomputed_chunks'], 'chunk')} ({percent(result['recompute_share'])})")
+    table.add_row(
+        "recomputed", f"{counted(result['recomputed_chunks'], 'chunk')} ({percent(result['recompute_share'])})"
+    )
     table.add_row(
         "operations", f"{result['operations_per_step_and_rank']:,.1f} a step and rank, at most "
         f"{result['most_operations']:,}"
@@ -115,43 +119,52 @@ def _print_memory(console: Console, memory: dict[str, Any]) -> None:
 def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) -> None:
     step = result["step"]
     console.print(
-        f"[bold]step {step['step']}[/]: {_many(step['samples'], 'sample')}, {step['tokens']:,} tokens, "
-        f"{_many(step['chunks'], 'chunk')}, {step['recomputed_chunks']:,} recomputed"
+        f"[bold]step {step['step']}[/]: {counted(step['samples'], 'sample')}, {step['tokens']:,} tokens, "
+        f"{counted(step['chunks'], 'chunk')}, {step['recomputed_chunks']:,} recomputed"
     )
     line = step["schedules"][0][0]
     shown = line if len(line) <= SHOWN_OPERATIONS else line[:SHOWN_OPERATIONS].rpartition(" ")[0] + " ..."
     console.print(Text(shown))
     console.print()
     if timeline.makespan > 0:
-        for row in _gantt(timeline, max(20, console.width - 12)):
+        for row in _gantt(timeline, console.width):
             console.print(row, no_wrap=True, crop=True)
-        console.print(_legend(timeline))
     if "pipeline" in result:
         pipeline = result["pipeline"]
         console.print(
-            f"bubbles {percent(pipeline['bubble_ratio'])} ({percent(pipeline['bubble_ratio_recompute_idle'])} with "
-            f"recompute counted as idle), plain 1F1B {percent(pipeline['baseline_bubble_ratio'])}; "
-            f"{pipeline['baseline_makespan'] / pipeline['makespan']:.2f} times as fast; "
-            f"live activations a stage {pipeline['live_activations']}",
-            soft_wrap=True,
+            f"bubbles {percent(pipeline['bubble_ratio'])}, {percent(pipeline['bubble_ratio_recompute_idle'])} with "
+            f"recompute counted as idle; at most {_listed(pipeline['live_activations'])} live activations a stage"
         )
+        times = pipeline["baseline_makespan"] / pipeline["makespan"]
+        console.print(
+            f"plain 1F1B, a sequence a micro-batch: {percent(pipeline['baseline_bubble_ratio'])}, "
+            f"{times:.2f} times this step's time"
+        )
+
+
+def _listed(counts: list[int]) -> str:
+    """`4, 3, 2, 1`; of many stages, the first and the last."""
+    words = [str(count) for count in counts]
+    return ", ".join(words if len(words) <= SHOWN_STAGES else [*words[:3], "...", words[-1]])
 
 
 def _gantt(timeline: Timeline, width: int) -> list[Text]:
     """A line for each rank and stage; a character is the kind of operation that fills most of its slice of time."""
-    edges = np.linspace(0, timeline.makespan, width + 1)
+    places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)][:SHOWN_ROWS]
+    names = [f"rank {rank}" if timeline.stages == 1 else f"{rank}, stage {stage}" for rank, stage in places]
+    margin = max(map(len, names)) + 2
+    slices = max(20, width - margin)
+    edges = np.linspace(0, timeline.makespan, slices + 1)
     lines = []
-    places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)]
-    for rank, stage in places[:SHOWN_ROWS]:
+    for name, (rank, stage) in zip(names, places, strict=True):
         rows = (timeline.rank == rank) & (timeline.stage == stage)
-        name = f"rank {rank}" if timeline.stages == 1 else f"{rank}, stage {stage}"
-        line = Text(f"{name:<10}  ")
-        shares = np.full((len(KINDS) + 1, width), 0.0)
+        line = Text(name.ljust(margin))
+        shares = np.full((len(KINDS) + 1, slices), 0.0)
         for index, kind in enumerate(KINDS):
             of_kind = rows & (timeline.kind == kind)
             for start, stop in zip(timeline.start_seconds[of_kind], timeline.stop_seconds[of_kind], strict=True):
                 first, last = np.searchsorted(edges, [start, stop], side="right") - 1
-                slots = np.arange(first, min(last + 1, width))
+                slots = np.arange(first, min(last + 1, slices))
                 shares[index, slots] += np.minimum(edges[slots + 1], stop) - np.maximum(edges[slots], start)
         shares[-1] = np.diff(edges) - shares[:-1].sum(axis=0)
         for slot in shares.argmax(axis=0):
@@ -161,19 +174,24 @@ def _gantt(timeline: Timeline, width: int) -> list[Text]:
                 kind = list(KINDS)[slot]
                 line.append(kind, style=f"black on {KINDS[kind][1]}")
         lines.append(line)
-    if len(places) > SHOWN_ROWS:
-        lines.append(Text(f"and {len(places) - SHOWN_ROWS} more"))
+    hidden = timeline.ranks * timeline.stages - len(places)
+    if hidden:
+        lines.append(Text(f"and {hidden} more"))
+    return [*lines, *_legend(timeline, margin, width)]
+
+
+def _legend(timeline: Timeline, margin: int, width: int) -> list[Text]:
+    present = [(kind, name, f"black on {colour}") for kind, (name, colour) in KINDS.items()
+               if (timeline.kind == kind).any()]  # fmt: skip
+    lines = [Text(" " * margin)]
+    for symbol, name, style in [*present, (IDLE, "idle", "dim")]:
+        if len(lines[-1]) + len(symbol) + 1 + len(name) > width:
+            lines.append(Text(" " * margin))
+        lines[-1].append(symbol, style=style)
+        lines[-1].append(f" {name}   ")
+    for line in lines:
+        line.rstrip()
     return lines
-
-
-def _legend(timeline: Timeline) -> Text:
-    text = Text(" " * 12)
-    for kind, (name, colour) in KINDS.items():
-        if (timeline.kind == kind).any():
-            text.append(kind, style=f"black on {colour}")
-            text.append(f" {name}   ")
-    text.append(f"{IDLE} idle")
-    return text
 
 
 def _facts() -> Table:
@@ -181,7 +199,3 @@ def _facts() -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
