@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from chunkflow_cli.costs import (
     ModelShape,
     OperationCost,
     activation_bytes_per_token,
-    chunk_pairs,
     chunk_targets,
     chunk_tokens,
     memory_parts,
@@ -202,9 +202,26 @@ def test_tokens_and_pairs_of_chunks_by_counting(lengths: list[int], size: int, f
     """A query sees every earlier token of its own sequence, and its own by half (it stands on the diagonal)."""
     chunks = build_chunks(lengths, size, fill_tails=fill_tails)
     pairs = [sum(query + 0.5 for part in chunk.segments for query in range(part.start, part.stop)) for chunk in chunks]
-    assert chunk_pairs(chunks) == pytest.approx(pairs)
+    found = CostModel.proportional().chunk_pairs(chunks)
+    assert found == pytest.approx(pairs)
     assert chunk_tokens(chunks).tolist() == [chunk.tokens for chunk in chunks]
-    assert chunk_pairs(chunks).sum() == pytest.approx(sum(length**2 / 2 for length in lengths))
+    assert found.sum() == pytest.approx(sum(length**2 / 2 for length in lengths))
+
+
+@given(LENGTHS, SIZES, st.integers(1, 40))
+def test_a_windowed_query_sees_no_more_than_its_window(lengths: list[int], size: int, window: int) -> None:
+    """By counting: in one of the three layers a query has at most `window` keys (to the half on the diagonal)."""
+    shape = replace(SHAPE, layers=3, window=window, windowed_layers=1)
+    chunks = build_chunks(lengths, size)
+
+    def seen(query: int) -> float:
+        return (2 * (query + 0.5) + min(query + 0.5, window)) / 3
+
+    expected = [
+        sum(seen(query) for part in chunk.segments for query in range(part.start, part.stop)) for chunk in chunks
+    ]
+    found = replace(CostModel.proportional(), shape=shape).chunk_pairs(chunks)
+    assert found == pytest.approx(expected, abs=0.2 * sum(len(chunk.segments) for chunk in chunks))
 
 
 @given(LENGTHS, SIZES)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.costs import CostModel, ModelShape, OperationCost
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 """Goes up when what is measured, or what is made of it, changes."""
 
 
@@ -88,6 +88,7 @@ class Calibration:
         if saved.pop("version", None) != CALIBRATION_VERSION:
             return None
         costs = saved["costs"]
+        costs["shape"] = None if costs["shape"] is None else ModelShape(**costs["shape"])
         for kind in ("forward", "backward", "recompute", "state_pass"):
             costs[kind] = OperationCost(**costs[kind])
         return cls(
@@ -99,7 +100,9 @@ class Calibration:
         )
 
 
-def fit_costs(samples: Sequence[OperationSample], *, step_seconds: float, source: str) -> tuple[CostModel, float]:
+def fit_costs(
+    samples: Sequence[OperationSample], *, step_seconds: float, source: str, shape: ModelShape | None = None
+) -> tuple[CostModel, float]:
     """The cost model that is closest to the samples in relative terms, and its largest relative error.
 
     Forward and recompute are the same work and share their coefficients, the seconds of a target included.
@@ -119,6 +122,7 @@ def fit_costs(samples: Sequence[OperationSample], *, step_seconds: float, source
         state_pass=OperationCost(*state_pass[:3]),
         seconds_per_target=forward[3],
         step_seconds=step_seconds,
+        shape=shape,
     )
     return costs, max(forward_error, backward_error, state_error)
 

@@ -35,11 +35,28 @@ class ModelShape:
     """All weights, each counted once."""
     trainable_parameters: int
     """Those that get a gradient: all of them, or the adapters."""
+    window: int | None = None
+    """Most keys that a query of a windowed layer attends to."""
+    windowed_layers: int = 0
+    """How many of the layers have that window; the others attend to all of the past."""
 
     @property
     def state_elements_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
+
+    def attended_pairs(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Query-key pairs of the first `tokens` positions of a sequence, as a mean over the layers.
+
+        Causal: tokens^2 / 2. With a window w, a query past position w has w keys: w^2 / 2 + w (tokens - w).
+        """
+        full = tokens**2 / 2
+        if self.window is None or self.windowed_layers == 0:
+            return full
+        window = float(self.window)
+        windowed = np.where(tokens <= window, full, window**2 / 2 + window * (tokens - window))
+        share = self.windowed_layers / self.layers
+        return np.asarray((1 - share) * full + share * windowed)
 
     @property
     def head_parameters(self) -> int:
@@ -54,15 +71,14 @@ class ModelShape:
 def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:
     """Floating-point operations of forward and backward over whole sequences, recompute not counted.
 
-    6 per weight and token (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361, table 1), and for causal
-    attention 6 x layers x heads x head_dim x length^2: scores and their weighted sum are 4 x length^2 / 2 forward, for
-    half of the square is masked, and backward is twice the forward. Norms, softmax and activation functions are left
-    out, about 1 % at ordinary sizes; windows are counted as full attention.
+    6 per weight and token (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361, table 1), and for attention
+    12 x layers x heads x head_dim per query-key pair: scores and their weighted sum are 4 forward, and backward is
+    twice the forward. Norms, softmax and activation functions are left out, about 1 % at ordinary sizes.
     """
     sizes = np.asarray(lengths, dtype=np.float64)
     per_token = 6.0 * shape.matmul_parameters
-    per_square = 6.0 * shape.layers * shape.attention_heads * shape.head_dim
-    return float((per_token * sizes + per_square * sizes * sizes).sum())
+    per_pair = 12.0 * shape.layers * shape.attention_heads * shape.head_dim
+    return float((per_token * sizes + per_pair * shape.attended_pairs(sizes)).sum())
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,8 @@ class CostModel:
     transfer_seconds_per_token: float = 0.0
     """Of a chunk's activations to the next stage of a pipeline, or of their gradient back."""
     transfer_latency_seconds: float = 0.0
+    shape: ModelShape | None = None
+    """Whose attention is counted; without it every query attends to all of its past."""
     is_of_one_stage: bool = False
     """Whether these are the seconds of each stage of a pipeline, however many there are, or those of the whole model,
     which its stages share."""
@@ -171,7 +189,17 @@ class CostModel:
             seconds_per_target=target,
             transfer_seconds_per_token=shape.hidden_size * ACTIVATION_BYTES / device.link_bytes_per_second,
             transfer_latency_seconds=device.link_latency_seconds,
+            shape=shape,
         )
+
+    def pairs_up_to(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Query-key pairs of the first `tokens` positions of a sequence."""
+        return tokens**2 / 2 if self.shape is None else self.shape.attended_pairs(tokens)
+
+    def chunk_pairs(self, chunks: Chunks) -> NDArray[np.float64]:
+        """(chunks,) query-key pairs of each chunk: of a segment, those up to its end without those before it."""
+        ends, starts = chunks.stop.astype(np.float64), chunks.start.astype(np.float64)
+        return np.add.reduceat(self.pairs_up_to(ends) - self.pairs_up_to(starts), chunks.first_segment[:-1])
 
     def of_sequences(
         self, lengths: NDArray[np.int64], chunk_size: int, k: int, targets: NDArray[np.int64] | None = None
@@ -187,30 +215,25 @@ class CostModel:
             targets: (sequences,) tokens that the loss counts; all of them if not given.
         """
         size = np.asarray(lengths, dtype=np.float64)
+        pairs = self.pairs_up_to(size)
         pieces = np.where(size > chunk_size, np.ceil(size / chunk_size), size / chunk_size)
         early = np.where(size > chunk_size, np.maximum(pieces - k, 0), 0)  # chunks that are forwarded twice
         early_tokens = early * chunk_size
 
         def twice(cost: OperationCost) -> NDArray[np.float64]:
-            return early * cost.fixed_seconds + cost(early_tokens, early_tokens**2 / 2) - cost.fixed_seconds
+            return early * cost.fixed_seconds + cost(early_tokens, self.pairs_up_to(early_tokens)) - cost.fixed_seconds
 
         forward = (
-            pieces * self.forward.fixed_seconds + self.forward(size, size**2 / 2) - self.forward.fixed_seconds
+            pieces * self.forward.fixed_seconds + self.forward(size, pairs) - self.forward.fixed_seconds
             - twice(self.forward) + twice(self.state_pass) + twice(self.recompute)
         )  # fmt: skip
-        backward = pieces * self.backward.fixed_seconds + self.backward(size, size**2 / 2) - self.backward.fixed_seconds
+        backward = pieces * self.backward.fixed_seconds + self.backward(size, pairs) - self.backward.fixed_seconds
         return forward + backward + self.seconds_per_target * (size if targets is None else targets)
 
 
 def chunk_tokens(chunks: Chunks) -> NDArray[np.float64]:
     """(chunks,)"""
     return np.add.reduceat((chunks.stop - chunks.start).astype(np.float64), chunks.first_segment[:-1])
-
-
-def chunk_pairs(chunks: Chunks) -> NDArray[np.float64]:
-    """(chunks,) query-key pairs of causal attention: of a segment, tokens x (past + tokens / 2)."""
-    tokens = (chunks.stop - chunks.start).astype(np.float64)
-    return np.add.reduceat(tokens * (chunks.start + tokens / 2), chunks.first_segment[:-1])
 
 
 def chunk_targets(chunks: Chunks, targets: NDArray[np.int64] | None = None) -> NDArray[np.float64]:

@@ -30,7 +30,7 @@ from chunkflow_cli.assembly import Assembly, assemble
 from chunkflow_cli.calibration import Calibration, MemorySample, OperationSample, fit_costs, fit_memory
 from chunkflow_cli.chunks import Chunks, build_chunks
 from chunkflow_cli.config import Config, load
-from chunkflow_cli.costs import chunk_pairs, chunk_tokens, state_bytes
+from chunkflow_cli.costs import CostModel, chunk_tokens, state_bytes
 from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
 from chunkflow_cli.execution.backend_choice import choose_backend
@@ -103,7 +103,7 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
             if index + 1 >= FEWEST_SIZES and now - started + 2.2 * (now - began) > budget_seconds:
                 break
     name = present_device().name
-    costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}")
+    costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}", shape=parts.shape)
     return Calibration(name, parts.shape, costs, fit_memory(memory, step_peak_bytes=step_peak), worst)
 
 
@@ -114,7 +114,8 @@ def _run(parts: Assembly, device: torch.device, size: int, target_share: float) 
     generator = np.random.default_rng(size)
     sequences = [_random_sequence(generator, length, size, target_share, parts.shape.vocab_size) for length in lengths]
     targets = _targets_of_chunks(chunks, sequences)
-    tokens, pairs = chunk_tokens(chunks), chunk_pairs(chunks)
+    tokens = chunk_tokens(chunks)
+    pairs = replace(CostModel.proportional(), shape=parts.shape).chunk_pairs(chunks)
     samples: list[OperationSample] = []
 
     def timed(op: Op, seconds: float) -> None:

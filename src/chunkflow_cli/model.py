@@ -135,6 +135,7 @@ def model_shape(model: Any) -> ModelShape:
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    window, windowed = _windows(config)
     return ModelShape(
         layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
@@ -146,7 +147,20 @@ def model_shape(model: Any) -> ModelShape:
         matmul_parameters=_active_matmul_parameters(model, config),
         parameters=parameters,
         trainable_parameters=parameters,
+        window=window,
+        windowed_layers=windowed,
     )
+
+
+def _windows(config: Any) -> tuple[int | None, int]:
+    """Keys that a windowed layer sees, and how many layers have that window."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None, 0
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return int(window), int(config.num_hidden_layers)
+    return int(window), sum(kind == "sliding_attention" for kind in kinds)
 
 
 def with_adapters(shape: ModelShape, peft_model: nn.Module) -> ModelShape:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.balance import balance
 from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.chunks import Chunks, build_chunks
-from chunkflow_cli.costs import CostModel, chunk_pairs, chunk_targets, chunk_tokens
+from chunkflow_cli.costs import CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline
 from chunkflow_cli.schedule import Layout, OpKind, Schedule, plan
 from chunkflow_cli.simulate import OperationSeconds
@@ -119,7 +119,7 @@ def operation_seconds(
     """
     parts = 1 if pipeline is None else pipeline.stages * pipeline.parts
     share = 1.0 if costs.is_of_one_stage else 1.0 / parts
-    tokens, pairs = chunk_tokens(chunks), chunk_pairs(chunks)
+    tokens, pairs = chunk_tokens(chunks), costs.chunk_pairs(chunks)
     head = costs.seconds_per_target * chunk_targets(chunks, targets)
 
     def on_all_parts(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -144,7 +144,7 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
     """Predicted seconds of all operations of a rank without a pipeline, one after the other."""
     if not len(rank.chunks):
         return 0.0
-    tokens, pairs = chunk_tokens(rank.chunks), chunk_pairs(rank.chunks)
+    tokens, pairs = chunk_tokens(rank.chunks), costs.chunk_pairs(rank.chunks)
     again = rank.recomputed
     twice = (
         costs.state_pass(tokens[again], pairs[again])
