@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkflow_cli.chunks import Chunk, Chunks, Segment, build_chunks
+from chunkflow_cli.chunks import Chunk, Chunks, Segment, build_chunks, cut_points
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=25)
 SIZES = st.integers(1, 24)
@@ -260,3 +260,38 @@ def test_many_lengths_plan_quickly() -> None:
     chunks = build_chunks(lengths, 8192)
     assert time.perf_counter() - start < 5
     assert chunks.fill > 0.999
+
+
+@given(st.integers(2, 5000), st.integers(2, 300), st.floats(1e-5, 0.1))
+def test_pieces_take_equally_long(length: int, size: int, pair_weight: float) -> None:
+    """No piece is longer than a chunk, every token is in one, and times differ by what whole tokens cost."""
+    cuts = cut_points(length, size, pair_weight)
+    pieces = np.diff(cuts)
+    assert cuts[0] == 0
+    assert cuts[-1] == length
+    assert (pieces > 0).all()
+    assert pieces.max() <= size
+    seconds = np.diff(cuts + pair_weight * cuts.astype(np.float64) ** 2 / 2)
+    a_token = 1 + pair_weight * length  # the last token is the costliest
+    assert seconds.max() - seconds.min() <= 2 * a_token + 1e-6
+    whole = length + pair_weight * length**2 / 2
+    fewest = whole / (size + pair_weight * size**2 / 2)
+    assert len(pieces) <= np.ceil(fewest) + 1e-9
+
+
+def test_without_weight_pieces_are_cut_by_tokens() -> None:
+    assert cut_points(10, 4, 0.0).tolist() == [0, 4, 8, 10]
+
+
+@given(LENGTHS, SIZES, st.booleans(), st.floats(1e-3, 1.0))
+def test_equal_time_loses_no_token(lengths: list[int], size: int, fill_tails: bool, pair_weight: float) -> None:
+    """And state is kept of all tokens before the last piece, wherever that begins."""
+    chunks = build_chunks(lengths, size, fill_tails=fill_tails, pair_weight=pair_weight)
+    seen = sorted(
+        (s.sequence, position) for chunk in chunks for s in chunk.segments for position in range(s.start, s.stop)
+    )
+    assert seen == [(index, position) for index, length in enumerate(lengths) for position in range(length)]
+    assert all(chunk.tokens <= size for chunk in chunks)
+    for index, length in enumerate(lengths):
+        last = max(s.start for chunk in chunks for s in chunk.segments if s.sequence == index)
+        assert chunks.stored_tokens(index) == last < length

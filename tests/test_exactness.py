@@ -318,6 +318,16 @@ def test_chunks_of_one_token(tiny_model: Callable[..., Any]) -> None:
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
 
+@pytest.mark.parametrize("k", [1, 2, 99])
+@pytest.mark.parametrize("pair_weight", [1e-3, 0.1, 3.0])
+def test_pieces_of_equal_time(tiny_model: Callable[..., Any], pair_weight: float, k: int) -> None:
+    """Where a sequence is cut must not matter: the last of these pieces are a few tokens long."""
+    model = tiny_model("mistral", dtype=torch.float64, sliding_window=20)
+    sequences = random_sequences((90, 7, 40), VOCABULARY, seed=3)
+    result = compare(model, ReferenceBackend(), sequences, chunk_size=16, k=k, pair_weight=pair_weight)
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
 # --- The oracle itself -----------------------------------------------------------------------------------------------
 
 PLAIN = Case("llama", 17, 2, ActivationCheckpointing.none, fill_tails=True, lora=False)

@@ -126,6 +126,7 @@ def relative_difference(folder: Path, expected: dict[str, torch.Tensor]) -> floa
         ("chunk.size=77", "chunk.k=1", "engine.zero_stage=0", "model.activation_checkpointing=full"),
         ("chunk.size=64", "chunk.k=2", "engine.zero_stage=2", "model.activation_checkpointing=selective"),
         ("chunk.size=50", "chunk.k=2", "train.loss_weighting=sequence"),
+        ("chunk.size=64", "chunk.k=2", "chunk.cuts=time"),
     ],
     ids=lambda words: " ".join(words),
 )

@@ -119,6 +119,10 @@ class Chunks(Sequence[Chunk]):
         """Share of the chunks' room that holds tokens."""
         return self.tokens / (len(self) * self.chunk_size) if len(self) else 1.0
 
+    def stored_tokens(self, sequence: int) -> int:
+        """Tokens of a sequence whose keys and values a later chunk reads: all before its last piece."""
+        return int(self.start[self.sequence == sequence].max())
+
     def dependent_groups(self) -> list[range]:
         """For each long sequence, the indices of its chunks, in order."""
         dependent = np.flatnonzero(self.is_dependent)
@@ -129,16 +133,24 @@ class Chunks(Sequence[Chunk]):
         return [range(int(group[0]), int(group[-1]) + 1) for group in np.split(dependent, edges)]
 
 
-def build_chunks(lengths: Sequence[int] | NDArray[np.int64], chunk_size: int, *, fill_tails: bool = True) -> Chunks:
+def build_chunks(
+    lengths: Sequence[int] | NDArray[np.int64],
+    chunk_size: int,
+    *,
+    fill_tails: bool = True,
+    pair_weight: float = 0.0,
+) -> Chunks:
     """Chunks that together hold every token of every sequence exactly once.
 
-    A sequence longer than `chunk_size` is cut every `chunk_size` tokens; a chunk holds at most one such piece.
-    The others go, longest first, where they leave the least room (best-fit decreasing).
+    A sequence longer than `chunk_size` is cut every `chunk_size` tokens, or into pieces that take equally long (see
+    `cut_points`); a chunk holds at most one such piece. The others go, longest first, where they leave the least room
+    (best-fit decreasing).
 
     Args:
         lengths: (sequences,) tokens of each sequence.
         chunk_size: most tokens in a chunk.
         fill_tails: let the last chunk of a long sequence take short sequences.
+        pair_weight: seconds of a query-key pair, in seconds of a token; above 0, pieces are cut to take equally long.
 
     Raises:
         ValueError: a length or the chunk size is not positive.
@@ -149,10 +161,10 @@ def build_chunks(lengths: Sequence[int] | NDArray[np.int64], chunk_size: int, *,
     if sizes.ndim != 1 or (sizes < 1).any():
         raise ValueError("lengths must be a flat list of positive numbers")
     long = np.flatnonzero(sizes > chunk_size)
-    tails = (sizes[long] - 1) % chunk_size + 1
+    long_start, long_stop, pieces = _cut(sizes[long], chunk_size, pair_weight)
+    tails = (long_stop - long_start)[np.cumsum(pieces) - 1]
     bins, bin_of = _best_fit_decreasing(sizes, chunk_size, tails if fill_tails else tails[:0])
 
-    pieces = -(-sizes[long] // chunk_size)
     standalone = bins - (len(long) if fill_tails else 0)
     chunk_count = standalone + int(pieces.sum())
     # Bin b < len(long) is the tail of long[b] (if tails are filled); the others are standalone chunks, which go first.
@@ -160,14 +172,48 @@ def build_chunks(lengths: Sequence[int] | NDArray[np.int64], chunk_size: int, *,
     first_chunks = np.concatenate([last_chunk_of_long if fill_tails else last_chunk_of_long[:0], np.arange(standalone)])
 
     short = np.flatnonzero(sizes <= chunk_size)
-    long_piece = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     sequence = np.concatenate([np.repeat(long, pieces), short])
-    start = np.concatenate([long_piece * chunk_size, np.zeros_like(short)])
-    stop = np.concatenate([np.minimum((long_piece + 1) * chunk_size, np.repeat(sizes[long], pieces)), sizes[short]])
+    start = np.concatenate([long_start, np.zeros_like(short)])
+    stop = np.concatenate([long_stop, sizes[short]])
     chunk = np.concatenate([standalone + np.arange(int(pieces.sum())), first_chunks[bin_of[short]]])
     order = np.argsort(chunk, kind="stable")  # stable: the piece of a long sequence stays before the short ones
     first_segment = np.searchsorted(chunk[order], np.arange(chunk_count + 1))
     return Chunks(chunk_size, first_segment.astype(np.int64), sequence[order], start[order], stop[order], sizes)
+
+
+def cut_points(length: int, chunk_size: int, pair_weight: float) -> NDArray[np.int64]:
+    """(pieces + 1,) where a long sequence is cut, from 0 to its length.
+
+    Without weight, every `chunk_size` tokens. With it, into the fewest pieces of at most `chunk_size` tokens that take
+    equally long (InfiniPipe, arXiv 2509.21275, balances its splits so): the time of the first t positions is
+    t + w t^2 / 2, in seconds of a token, so the i-th of N cuts lies where that is i / N of the whole. The first piece
+    is the longest.
+    """
+    if pair_weight <= 0:
+        return np.append(np.arange(0, length, chunk_size), length)
+    weight = float(pair_weight)
+    whole, most = (size + weight * size**2 / 2 for size in (float(length), float(chunk_size)))
+    pieces = int(np.ceil(whole / most))
+    share = np.arange(1, pieces) * (whole / pieces)
+    cuts = np.floor((np.sqrt(1 + 2 * weight * share) - 1) / weight).astype(np.int64)
+    return np.unique(np.concatenate([[0], cuts, [length]]))  # where pieces would be of less than a token: fewer of them
+
+
+def _cut(
+    sizes: NDArray[np.int64], chunk_size: int, pair_weight: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(pieces,) starts and stops of the pieces of all long sequences, and (sequences,) how many each has."""
+    if pair_weight <= 0:
+        pieces = -(-sizes // chunk_size)
+        index = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        return index * chunk_size, np.minimum((index + 1) * chunk_size, np.repeat(sizes, pieces)), pieces
+    cuts = [cut_points(size, chunk_size, pair_weight) for size in sizes.tolist()]
+    empty = np.empty(0, dtype=np.int64)
+    return (
+        np.concatenate([each[:-1] for each in cuts] or [empty]),
+        np.concatenate([each[1:] for each in cuts] or [empty]),
+        np.array([len(each) - 1 for each in cuts], dtype=np.int64),
+    )
 
 
 def _best_fit_decreasing(

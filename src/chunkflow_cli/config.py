@@ -116,6 +116,11 @@ PipelineSchedule = Enum(
 )
 
 
+class Cuts(str, Enum):
+    tokens = "tokens"
+    time = "time"
+
+
 class CostModelName(str, Enum):
     profile = "profile"
     proportional = "proportional"
@@ -193,6 +198,8 @@ class ChunkConfig:
     """How many chunks of a long sequence keep their activations; the others are forwarded twice."""
     fill_tails: bool = True
     """Fill the last chunk of a long sequence with short sequences."""
+    cuts: Cuts = Cuts.tokens
+    """Long samples are cut into chunks of equal `tokens`, or of equal predicted `time`: the later, the shorter."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkflow_cli.batches import GlobalBatches, held_out
-from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName
+from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.hf_config import position_limit
 from chunkflow_cli.pipeline_schedules import PipelineLayout
@@ -68,6 +68,7 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         chunk_size=config.chunk.size,
         k=config.chunk.k,
         fill_tails=config.chunk.fill_tails,
+        equal_time=config.chunk.cuts is Cuts.time,
         # ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share an engine call.
         layout=Layout(join_retained=config.engine.zero_stage == 3),
         pipeline=None

@@ -76,6 +76,8 @@ class RunPlan:
     chunk_size: int
     k: int
     fill_tails: bool = True
+    equal_time: bool = False
+    """Cut long sequences into pieces of equal predicted time instead of equal tokens."""
     layout: Layout = field(default_factory=Layout)
     pipeline: PipelineLayout | None = None
     ranks: int = 1
@@ -91,9 +93,19 @@ class RunPlan:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         ranks = []
         for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks):
-            chunks = build_chunks(lengths[share], self.chunk_size, fill_tails=self.fill_tails)
+            chunks = build_chunks(
+                lengths[share], self.chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight
+            )
             ranks.append(RankPlan(samples[share], chunks, targets[share], self._schedules(chunks, targets[share])))
         return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), tuple(ranks))
+
+    @property
+    def pair_weight(self) -> float:
+        """What a query-key pair costs forward and backward, in tokens; 0 where chunks are cut by tokens."""
+        if not self.equal_time:
+            return 0.0
+        costs = (self.costs.forward, self.costs.backward)
+        return sum(cost.seconds_per_pair for cost in costs) / sum(cost.seconds_per_token for cost in costs)
 
     def _schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
         if self.pipeline is None:

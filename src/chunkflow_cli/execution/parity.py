@@ -108,6 +108,7 @@ def compare(
     chunk_size: int,
     k: int,
     fill_tails: bool = True,
+    pair_weight: float = 0.0,
     tolerance: float | None = None,
 ) -> Parity:
     """Loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
@@ -125,7 +126,9 @@ def compare(
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
-    chunks = build_chunks([len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails)
+    chunks = build_chunks(
+        [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
+    )
     batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with _implementation(model, attention.NAME):
         runner = Runner(

@@ -233,8 +233,8 @@ def call_of(
     first = chunk.segments[0]
     if not chunk.is_dependent:
         return ChunkCall(tensors, None, 0, False, head_gradient)
-    last_chunk_start = (first.length - 1) // chunks.chunk_size * chunks.chunk_size
-    return ChunkCall(tensors, store.open(first.sequence, last_chunk_start), first.start, first.continues, head_gradient)
+    state = store.open(first.sequence, chunks.stored_tokens(first.sequence))
+    return ChunkCall(tensors, state, first.start, first.continues, head_gradient)
 
 
 def has_dropout(model: nn.Module) -> bool:
