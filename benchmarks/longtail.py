@@ -16,6 +16,7 @@ the chat template writes around them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import time
@@ -102,7 +103,7 @@ def rows_as_json(lengths: NDArray[np.int64], shape: Shape, rng: np.random.Genera
             cuts = np.sort(rng.choice(word_count - 1, 2 * turn_count - 1, replace=False, shuffle=False)) + 1
             drawn = words[by_tick[rng.integers(0, 1 << 20, word_count, dtype=np.int32)]].tolist()
             edges = [0, *cuts.tolist(), word_count]
-            texts = [b"".join(drawn[a:b])[1:] for a, b in zip(edges, edges[1:], strict=False)]
+            texts = [b"".join(drawn[a:b])[1:] for a, b in itertools.pairwise(edges)]
             messages = b"},{".join(
                 b'"role":"%s","content":"%s"' % (b"assistant" if index % 2 else b"user", text)
                 for index, text in enumerate(texts)

@@ -28,6 +28,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.data import BadRowError, Conversation
+from chunkflow_cli.tokens.skeleton import Skeletons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,7 @@ class ChatTemplate:
         # Texts and names alone, not the tokenizer: processes that tokenise then start without importing transformers.
         self._templates: str | dict[str, str] = tokenizer.chat_template
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._skeletons = Skeletons(self._special_tokens)
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Some vocabularies have runs of spaces as added tokens; those end no turn.
         self._end_tokens = tuple(token for token in sorted(added) if token.strip())
@@ -128,6 +130,9 @@ class ChatTemplate:
     def _text(
         self, template: str, messages: list[dict[str, Any]], tools: list[Any] | None, *, ask: bool = False
     ) -> str:
+        known = None if tools else self._skeletons.text(template, messages, ask=ask)
+        if known is not None:
+            return known
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, _ = render_jinja_template(
