@@ -339,4 +339,4 @@ def what_does_not_fit(parts: MemoryParts, device: DeviceProfile) -> str | None:
         "head": "it is one tile of logits and the gradient of the head; model.lora.enabled=true spares the latter",
         "state": "it grows with the longest sample; data.max_length with data.overlong=drop limits that",
     }[largest]
-    return f"{largest} is the largest part. {remedy[0].upper()}{remedy[1:]}"
+    return f"{largest} is the largest part: {remedy}"
