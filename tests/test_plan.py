@@ -333,6 +333,39 @@ def test_what_does_not_fit_is_named_with_its_remedy(
     assert (roomy["fits"], roomy["remedy"]) == (True, None)
 
 
+def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_path: Path) -> None:
+    """A quarter of the layers, and the chunks that a stage holds at once, followed operation by operation."""
+    path = write_ids(tmp_path / "a.jsonl", [4000, 9000, 2500, 30000, 700, 300])
+    words = (f"model.path={qwen7b}", f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "chunk.size=4096", "launch.processes=4", "parallel.pipeline=4")  # fmt: skip
+    made = plan.make_plan(load(words), step=1)
+    alone = plan.make_plan(load([*words[:-2], "launch.processes=1"]), step=1)
+    assert made.memory is not None
+    assert made.shape is not None
+    assert alone.memory is not None
+    assert made.memory.weights == alone.memory.weights // 4
+    assert made.memory.optimizer == alone.memory.optimizer // 4
+    a_token = alone.memory.activations / 4096 / 4
+    state_of_token = 2 * 7 * 4 * 128 * (2 + 4)
+    (rank,) = made.step.ranks
+    fullest = (0.0, 0.0)
+    for schedule in rank.schedules:
+        live: set[int] = set()
+        stored: set[int] = set()
+        for op in schedule.ops:
+            (chunk,) = op.chunks
+            live |= {chunk} if op.kind in (OpKind.forward, OpKind.recompute) else set()
+            stored |= {chunk} if op.kind in (OpKind.forward, OpKind.state_pass) else set()
+            activations = sum(rank.chunks[c].tokens for c in live) * a_token
+            continuing = [rank.chunks[c].segments[0] for c in stored]
+            state = sum(piece.tokens for piece in continuing if piece.continues) * state_of_token
+            fullest = max(fullest, (activations, state), key=sum)
+            if op.kind is OpKind.backward:
+                live -= {chunk}
+                stored -= {chunk}
+    assert (made.memory.activations, made.memory.state) == pytest.approx(fullest, rel=1e-6)
+    assert planned(*words)["memory"]["total_bytes"] < 0.5 * planned(*words[:-2])["memory"]["total_bytes"]
+
+
 # Screens and pictures
 
 

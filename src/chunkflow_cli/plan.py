@@ -7,7 +7,8 @@ model only the configuration is read.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from chunkflow_cli.costs import (
     MemoryParts,
     MemorySettings,
     ModelShape,
+    activation_bytes_per_token,
+    chunk_tokens,
     memory_parts,
     state_bytes,
 )
@@ -110,9 +113,17 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
-    settings = memory_settings(
-        config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k, ranks=plan.ranks
-    )
+    timeline = timeline_of(chosen, plan)
+    memory = None
+    if shape is not None:
+        memory = memory_of_fullest(
+            shape,
+            memory_settings(
+                config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k,
+                ranks=plan.ranks, stages=config.parallel.pipeline,
+            ),
+            [(chosen, timeline)],
+        )  # fmt: skip
     return PlannedRun(
         config=config,
         recipe=loaded.recipe,
@@ -121,16 +132,14 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         totals=add_up(plan),
         device=device,
         shape=shape,
-        memory=None if shape is None else memory_parts(shape, settings),
+        memory=memory,
         step=chosen,
-        timeline=timeline_of(chosen, plan),
+        timeline=timeline,
     )
 
 
 def planned_device(config: Config) -> DeviceProfile:
     """`tune.device`, with `tune.memory_gib` if that is set."""
-    from dataclasses import replace
-
     if config.tune.device is Device.measured:
         from chunkflow_cli.devices import present_device
 
@@ -224,6 +233,38 @@ def memory_settings(
         device_type="cpu" if "CPU" in device.name else "cuda",
         stages=stages,
     )
+
+
+def memory_of_fullest(
+    shape: ModelShape, settings: MemorySettings, steps: Sequence[tuple[StepPlan, Timeline]]
+) -> MemoryParts:
+    """Bytes of the fullest rank, or of the fullest stage of a pipeline.
+
+    Without a pipeline: of the rank with the longest sample of the whole data. With one: what does not depend on the
+    schedule, and the most that any stage holds at once in the given steps, or for the longest sample alone.
+    """
+    parts, stages = memory_parts(shape, settings), settings.stages
+    if stages == 1:
+        return parts
+    activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / stages
+    state_of_token = shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / stages
+    fullest = (parts.activations / stages, parts.state / stages)
+    for step, timeline in steps:
+        for index, rank in enumerate(step.ranks):
+            if not len(rank.chunks):
+                continue
+            activations = chunk_tokens(rank.chunks) * activation
+            read_later = np.zeros(len(rank.chunks))
+            for group in rank.chunks.dependent_groups():
+                first = rank.chunks.first_segment[group.start : group.stop - 1]
+                read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
+            # Every stage is looked at: the first holds the most chunks, but not always the most state.
+            for stage in range(stages):
+                _, live = timeline.live_bytes(index, stage, activations)
+                _, both = timeline.live_bytes(index, stage, activations, read_later * state_of_token)
+                peak = int(both.argmax())
+                fullest = max(fullest, (live[peak], both[peak] - live[peak]), key=sum)
+    return replace(parts, activations=int(fullest[0]), state=int(fullest[1]))
 
 
 def as_json(planned: PlannedRun) -> dict[str, Any]:

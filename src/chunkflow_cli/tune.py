@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.config import Config, Device, LoadedConfig
@@ -26,20 +25,17 @@ from chunkflow_cli.costs import (
     CostModel,
     DeviceProfile,
     ModelShape,
-    activation_bytes_per_token,
-    chunk_tokens,
-    memory_parts,
     state_bytes,
     step_seconds,
 )
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.pipeline_schedules import PipelineLayout
-from chunkflow_cli.plan import ELEMENT_BYTES, memory_settings, planned_device
+from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
-from chunkflow_cli.run_plan import RankPlan, RunPlan
+from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, best_first, grid, search
 from chunkflow_cli.simulate import Timeline
 from chunkflow_cli.tokens.cache import cache_root
@@ -246,11 +242,7 @@ def choice(config: Config, run: RunPlan, basis: Basis, stages: int, chunk_size: 
 
 
 def peak_memory(config: Config, basis: Basis, run: RunPlan, timelines: Sequence[Timeline]) -> int:
-    """Predicted bytes of the fullest rank.
-
-    Without a pipeline: of the rank with the longest sample of the whole data. With one: what does not depend on the
-    schedule, and the most that any stage holds at once in the planned steps, or for the longest sample alone.
-    """
+    """Predicted bytes of the fullest rank or stage, in the planned steps or for the longest sample."""
     longest = int(run.lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     if basis.calibration is not None:
@@ -261,33 +253,8 @@ def peak_memory(config: Config, basis: Basis, run: RunPlan, timelines: Sequence[
     settings = memory_settings(
         config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages
     )
-    parts = memory_parts(basis.shape, settings)
-    if run.pipeline is None:
-        return parts.device_total
-    fixed = parts.device_total - parts.activations - parts.state
-    activation = activation_bytes_per_token(basis.shape, element_bytes, config.model.activation_checkpointing.value)
-    state_per_token = basis.shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
-    held = (parts.activations + parts.state) / stages
-    for timeline, step in zip(timelines, range(len(timelines)), strict=True):
-        for rank, planned in enumerate(run[step].ranks):
-            if not len(planned.chunks):
-                continue
-            tokens = chunk_tokens(planned.chunks)
-            # Every stage of a rank is looked at: the first holds the most chunks, but not always the most state.
-            for stage in range(stages):
-                _, live = timeline.live_bytes(
-                    rank, stage, tokens * activation / stages, _state_of_chunks(planned, state_per_token / stages)
-                )
-                held = max(held, float(live.max(initial=0.0)))
-    return int(fixed + held)
-
-
-def _state_of_chunks(rank: RankPlan, bytes_per_token: float) -> NDArray[np.float64]:
-    """(chunks,) of the pieces of long sequences, which later chunks read."""
-    state = np.zeros(len(rank.chunks))
-    for group in rank.chunks.dependent_groups():
-        state[group.start : group.stop - 1] = rank.chunks.chunk_size * bytes_per_token
-    return state
+    steps = [(run[step], timeline) for step, timeline in enumerate(timelines)]
+    return memory_of_fullest(basis.shape, settings, steps).device_total
 
 
 def _measure_best(

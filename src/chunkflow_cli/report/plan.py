@@ -44,7 +44,7 @@ def print_plan(console: Console, result: dict[str, Any], timeline: Timeline) -> 
     console.print(_chunks(result))
     if result["memory"] is not None:
         console.print()
-        _print_memory(console, result["memory"])
+        _print_memory(console, result["memory"], "stage" if "pipeline" in result else "rank")
     console.print()
     _print_step(console, result, timeline)
 
@@ -96,11 +96,11 @@ def _chunks(result: dict[str, Any]) -> Table:
     return table
 
 
-def _print_memory(console: Console, memory: dict[str, Any]) -> None:
+def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:
     parts = {name: memory[f"{name}_bytes"] for name in MEMORY_PARTS}
     width = min(40, max(10, console.width - 44))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("memory of a rank", no_wrap=True)
+    table.add_column(f"memory of a {place}", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for name, value in parts.items():
