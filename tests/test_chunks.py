@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkflow_cli.chunks import Chunk, Chunks, Segment, build_chunks, cut_points
+from chunkflow_cli.chunks import Chunk, Chunks, Segment, build_chunks, count_chunks, cut_points
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=25)
 SIZES = st.integers(1, 24)
@@ -185,6 +185,11 @@ def test_every_token_is_in_exactly_one_chunk(lengths: list[int], size: int, fill
             assert segment.start < segment.stop
             seen[segment.sequence][segment.start : segment.stop] += 1
     assert all((count == 1).all() for count in seen)
+
+
+@given(LENGTHS, SIZES)
+def test_counting_chunks_is_building_them(lengths: list[int], size: int) -> None:
+    assert count_chunks(lengths, size) == len(build_chunks(lengths, size))
 
 
 @given(LENGTHS, SIZES, st.booleans())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.balance import balance, rank_loads
 from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.chunks import build_chunks
+from chunkflow_cli.chunks import count_chunks
 from chunkflow_cli.config import Config, DataFormat, LoadedConfig, ModelConfig, TrainOn
 from chunkflow_cli.data import Location, detect_format, estimate_sizes, open_source
 from chunkflow_cli.errors import UsageError
@@ -201,12 +201,12 @@ def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> d
     with progress_bar(f"planning {path}", batches.steps_per_epoch) as progress:
         for step in range(batches.steps_per_epoch):
             batch = lengths[batches[step]]
-            packed_chunks += len(build_chunks(batch, longest))
+            tokens = int(batch.sum())
+            packed_chunks += count_chunks(batch, longest)
             for size, total in totals.items():
-                chunks = build_chunks(batch, size)
                 pieces = -(-batch[batch > size] // size)
-                total["chunks"] += len(chunks)
-                total["lower_bound"] += chunks.lower_bound
+                total["chunks"] += count_chunks(batch, size)
+                total["lower_bound"] += -(-tokens // size)
                 total["dependent"] += int(pieces.sum())
                 total["recomputed"] += int((pieces - 1).sum()) * size
             in_turn = [np.arange(rank, len(batch), RANKS) for rank in range(RANKS)]
