@@ -308,7 +308,7 @@ def activation_bytes_per_token(shape: ModelShape, element_bytes: int, checkpoint
     up and their product: 4bf. Full checkpointing keeps the layer's input, and all of one layer while it goes backward;
     selective keeps the results of products and of attention.
 
-    Against the tensors that autograd keeps (tests/test_costs.py): 1 to 5 % too few for llama, qwen2 and mistral, for the
+    Against the tensors that autograd keeps (tests/test_costs.py): 1 to 5 % too few for llama, qwen2 and mistral, as the
     final norm and the rotary angles are left out. What other models keep besides is not in it: gemma lacks 4 to 9 %,
     mixtral and phi3 14 %, olmo2 15 to 30 %, qwen3 (norms of queries and keys) 31 to 38 %, gemma3 42 to 58 %.
     """
