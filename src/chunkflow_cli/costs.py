@@ -35,6 +35,8 @@ class ModelShape:
     """All weights, each counted once."""
     trainable_parameters: int
     """Those that get a gradient: all of them, or the adapters."""
+    layer_activation_bytes: float | None = None
+    """Bytes that a layer keeps for backward, for each token, in the model's dtype: counted, where it could be."""
     window: int | None = None
     """Most keys that a query of a windowed layer attends to."""
     windowed_layers: int = 0
@@ -302,20 +304,22 @@ class MemoryParts:
 def activation_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str) -> float:
     """Bytes that all layers keep for backward, for each token of a chunk.
 
-    Read off transformers' Llama, tensor by tensor (h = hidden, f = feed-forward, b = element bytes). A norm keeps its
-    input in float32 and its normalised value, and its output is the next product's input: 4h + 2bh. Attention keeps
-    queries, keys, values, its output and a float32 log-sum-exp a head. The gated feed-forward keeps gate, activation,
-    up and their product: 4bf. Full checkpointing keeps the layer's input, and all of one layer while it goes backward;
-    selective keeps the results of products and of attention.
+    Counted on the model's own modules (`shape.layer_activation_bytes`), or where that was not possible, for a model
+    with experts, by formula: read off transformers' Llama, tensor by tensor (h = hidden, f = feed-forward, b = element
+    bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's input:
+    4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp a head. The gated feed-forward
+    keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input, and all of one layer
+    while it goes backward; selective keeps the results of products and of attention.
 
-    Against the tensors that autograd keeps (tests/test_costs.py): 1 to 5 % too few for llama, qwen2 and mistral, as the
-    final norm and the rotary angles are left out. What other models keep besides is not in it: gemma lacks 4 to 9 %,
-    mixtral and phi3 14 %, olmo2 15 to 30 %, qwen3 (norms of queries and keys) 31 to 38 %, gemma3 42 to 58 %.
+    The formula against the tensors that autograd keeps (tests/test_costs.py): 1 to 5 % too few for llama, qwen2 and
+    mistral, as the final norm and the rotary angles are left out; mixtral 14 %.
     """
     b, h, f = element_bytes, shape.hidden_size, shape.intermediate_size
     queries, keys = shape.attention_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = b * (2 * queries + 2 * keys) + 4 * shape.attention_heads
     layer = 2 * (4 * h + 2 * b * h) + attention + 4 * b * f
+    if shape.layer_activation_bytes is not None:
+        layer = int(shape.layer_activation_bytes)
     if checkpointing == "full":
         return shape.layers * b * h + layer
     if checkpointing == "selective":

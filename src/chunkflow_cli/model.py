@@ -121,12 +121,74 @@ def shape_without_weights(config: ModelConfig, hf_config: PretrainedConfig) -> M
     from transformers import AutoModelForCausalLM
 
     _quiet_peft()
+    dtype: torch.dtype = getattr(torch, config.dtype.value)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
-        shape = model_shape(model)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        shape = replace(model_shape(model), layer_activation_bytes=layer_activation_bytes(model))
         if not config.lora.enabled:
             return shape
         return with_adapters(shape, add_lora(model, config.lora))
+
+
+PROBE_TOKENS = 128
+"""Of the forward that counts activations; a count a token does not depend on it but for a few small tables."""
+PROBE_ATTENTION = "chunkflow_shape"
+
+
+def layer_activation_bytes(model: Any) -> float | None:
+    """Bytes that a layer keeps for backward, for each token: counted in a forward of a model on the meta device.
+
+    Each storage that autograd saves counts once, weights do not. Attention is taken to keep what a fused kernel keeps:
+    queries, keys, values, output, and a float32 log-sum-exp for each head and token. None where a forward needs numbers
+    (experts are chosen by them): then only a formula is left.
+    """
+    from transformers import AttentionInterface
+
+    # No mask function goes with it, so transformers makes no mask, for which it would look at positions.
+    AttentionInterface.register(PROBE_ATTENTION, _shape_attention)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    model.set_attn_implementation(PROBE_ATTENTION)
+    model.train()
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
+    positions = torch.arange(PROBE_TOKENS, device="meta")[None]
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None
+    total = sum(kept.values())
+    del hidden  # kept alive until here, so that no storage is counted for two
+    return total / PROBE_TOKENS / int(model.config.get_text_config().num_hidden_layers)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The shapes that a fused attention kernel reads, writes and keeps; no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise AssertionError("a model without numbers has no gradient")
+
+
+def _shape_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    output: torch.Tensor = _FusedAttention.apply(query, key, value)
+    return output.transpose(1, 2), None  # (batch, tokens, heads, head_dim), as transformers wants it
 
 
 def model_shape(model: Any) -> ModelShape:
