@@ -28,6 +28,10 @@ class GlobalBatches:
         start = position * self.global_batch_size
         return _epoch_order(self, epoch)[start : start + self.global_batch_size].copy()  # the order itself is cached
 
+    def step_of(self, sample: int) -> int:
+        """The step of the first epoch that takes this sample."""
+        return int(np.flatnonzero(_epoch_order(self, 0) == sample)[0]) // self.global_batch_size
+
 
 @lru_cache(maxsize=2)
 def _epoch_order(batches: GlobalBatches, epoch: int) -> NDArray[np.int64]:

@@ -39,6 +39,8 @@ from chunkflow_cli.schedule import Op, OpKind, Schedule
 from chunkflow_cli.simulate import OperationSeconds, simulate
 
 PIPELINE_SCHEDULES = ("1f1b", "state_aware_1f1b", "searched", "interleaved", "zero_bubble")
+CHOSEN_BY_SECONDS = ("searched", "zero_bubble")
+"""Those that depend on how long operations take."""
 
 Unit = tuple[int, ...]
 """The chunks of a long sequence, ascending, or one standalone chunk: what stays together in any order of chunks."""
@@ -80,7 +82,7 @@ def plan_pipeline(
         layout: the stages.
         seconds: what `searched` and `zero_bubble` choose by; proportional to tokens if not given.
     """
-    if seconds is None:
+    if seconds is None and layout.schedule in CHOSEN_BY_SECONDS:
         seconds = OperationSeconds.proportional(chunk_tokens(chunks), layout.stages * layout.parts)
     match layout.schedule:
         case "1f1b":
@@ -88,8 +90,10 @@ def plan_pipeline(
         case "interleaved":
             return interleaved(chunks, k, layout.stages, layout.parts, layout.warmup_extra)
         case "zero_bubble":
+            assert seconds is not None
             return zero_bubble(chunks, k, layout.stages, seconds, layout.warmup_extra, most_live=layout.most_live)
         case "searched":
+            assert seconds is not None
             return searched(chunks, k, layout.stages, seconds, max(2, layout.warmup_extra), most_live=layout.most_live)
         case _:
             return state_aware_1f1b(chunks, k, layout.stages, layout.warmup_extra)

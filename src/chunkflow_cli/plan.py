@@ -34,6 +34,7 @@ from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stdout_console
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
+from chunkflow_cli.search import SimulatedStep
 from chunkflow_cli.simulate import Timeline, simulate, simulate_ranks
 from chunkflow_cli.tokens import TokenizedData
 
@@ -122,7 +123,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
                 config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k,
                 ranks=plan.ranks, stages=config.parallel.pipeline,
             ),
-            [(chosen, timeline)],
+            simulated_steps(plan, [step - 1]),
         )  # fmt: skip
     return PlannedRun(
         config=config,
@@ -235,36 +236,47 @@ def memory_settings(
     )
 
 
-def memory_of_fullest(
-    shape: ModelShape, settings: MemorySettings, steps: Sequence[tuple[StepPlan, Timeline]]
-) -> MemoryParts:
+def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequence[SimulatedStep]) -> MemoryParts:
     """Bytes of the fullest rank, or of the fullest stage of a pipeline.
 
     Without a pipeline: of the rank with the longest sample of the whole data. With one: what does not depend on the
-    schedule, and the most that any stage holds at once in the given steps, or for the longest sample alone.
+    schedule, and the most that any stage holds at once in the given steps. Beside activations and state that is the
+    hidden states that came from the stage before, of chunks that will be forwarded a second time.
     """
     parts, stages = memory_parts(shape, settings), settings.stages
     if stages == 1:
         return parts
     activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / stages
     state_of_token = shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / stages
-    fullest = (parts.activations / stages, parts.state / stages)
-    for step, timeline in steps:
-        for index, rank in enumerate(step.ranks):
+    fullest = (0.0, 0.0)
+    for step in steps:
+        for index, rank in enumerate(step.plan.ranks):
             if not len(rank.chunks):
                 continue
-            activations = chunk_tokens(rank.chunks) * activation
-            read_later = np.zeros(len(rank.chunks))
+            tokens = chunk_tokens(rank.chunks)
+            read_later, received = np.zeros(len(tokens)), np.zeros(len(tokens))
             for group in rank.chunks.dependent_groups():
                 first = rank.chunks.first_segment[group.start : group.stop - 1]
                 read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
+            again = rank.recomputed
+            received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
+            activations, state = tokens * activation, read_later * state_of_token
+            if activations.sum() + state.sum() + received.sum() <= sum(fullest):
+                continue  # not even all of its chunks at once
+            timeline = step.timeline(index)
             # Every stage is looked at: the first holds the most chunks, but not always the most state.
             for stage in range(stages):
-                _, live = timeline.live_bytes(index, stage, activations)
-                _, both = timeline.live_bytes(index, stage, activations, read_later * state_of_token)
+                _, live = timeline.live_bytes(0, stage, activations)
+                _, both = timeline.live_bytes(0, stage, activations, state + received if stage else state)
                 peak = int(both.argmax())
                 fullest = max(fullest, (live[peak], both[peak] - live[peak]), key=sum)
     return replace(parts, activations=int(fullest[0]), state=int(fullest[1]))
+
+
+def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:
+    """The steps, and that of the longest sample if it is not among them."""
+    longest = run.batches.step_of(int(run.lengths.argmax()))
+    return [SimulatedStep(run, run[step]) for step in dict.fromkeys([*steps, longest])]
 
 
 def as_json(planned: PlannedRun) -> dict[str, Any]:

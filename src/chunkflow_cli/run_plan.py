@@ -16,7 +16,7 @@ from chunkflow_cli.balance import balance
 from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.chunks import Chunks, build_chunks
 from chunkflow_cli.costs import CostModel, chunk_targets, chunk_tokens
-from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline
+from chunkflow_cli.pipeline_schedules import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
 from chunkflow_cli.schedule import Layout, OpKind, Schedule, plan
 from chunkflow_cli.simulate import OperationSeconds
 
@@ -91,12 +91,17 @@ class RunPlan:
     def __getitem__(self, step: int) -> StepPlan:
         samples = self.batches[step]
         lengths, targets = self.lengths[samples], self.target_counts[samples]
-        ranks = []
+        ranks: list[RankPlan] = []
+        idle: RankPlan | None = None  # with more ranks than samples, many of them: they are all alike
         for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks):
+            if idle is not None and not len(share):
+                ranks.append(idle)
+                continue
             chunks = build_chunks(
                 lengths[share], self.chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight
             )
             ranks.append(RankPlan(samples[share], chunks, targets[share], self._schedules(chunks, targets[share])))
+            idle = idle if len(share) else ranks[-1]
         return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), tuple(ranks))
 
     @property
@@ -110,7 +115,9 @@ class RunPlan:
     def _schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
         if self.pipeline is None:
             return (plan(chunks, self.k, self.layout),)
-        seconds = operation_seconds(chunks, targets, self.costs, self.pipeline)
+        seconds = None
+        if self.pipeline.schedule in CHOSEN_BY_SECONDS:
+            seconds = operation_seconds(chunks, targets, self.costs, self.pipeline)
         return plan_pipeline(chunks, self.k, self.pipeline, seconds)
 
     def operation_seconds(self, rank: RankPlan) -> OperationSeconds:

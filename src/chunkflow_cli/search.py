@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chunkflow_cli.costs import OperationCost
-from chunkflow_cli.run_plan import RankPlan, RunPlan, rank_seconds
-from chunkflow_cli.simulate import Timeline, simulate_ranks
+from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan, rank_seconds
+from chunkflow_cli.simulate import Timeline, simulate
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,47 @@ def grid(chunk_sizes: Sequence[int], ks: Sequence[int], longest: int) -> list[tu
     return pairs
 
 
-PeakMemory = Callable[[RunPlan, Sequence[Timeline]], int]
-"""Bytes of the fullest rank, given the run and, with a pipeline, when its operations ran in each planned step."""
+class SimulatedStep:
+    """A step of a pipeline: what its ranks do, and when. A rank is simulated when it is first asked for.
+
+    On long-tailed data one rank decides the step, and hundreds of others need not be simulated to know that.
+    """
+
+    def __init__(self, run: RunPlan, plan: StepPlan) -> None:
+        self.plan = plan
+        self._run = run
+        self._timelines: dict[int, Timeline] = {}
+
+    def timeline(self, rank: int) -> Timeline:
+        """Of one rank, alone."""
+        if rank not in self._timelines:
+            planned = self.plan.ranks[rank]
+            self._timelines[rank] = simulate(planned.schedules, self._run.operation_seconds(planned))
+        return self._timelines[rank]
+
+    def makespan(self, stage_seconds: NDArray[np.float64]) -> float:
+        """Seconds until the last rank is done.
+
+        Args:
+            stage_seconds: (ranks,) for how long each stage of a rank runs something.
+        """
+        most = 0.0
+        for rank in np.argsort(-stage_seconds, kind="stable").tolist():
+            if self._one_after_the_other(rank, stage_seconds[rank]) > most:
+                most = max(most, self.timeline(rank).makespan)
+        return most
+
+    def _one_after_the_other(self, rank: int, stage_seconds: float) -> float:
+        """No order takes longer than all operations and messages of all stages in turn."""
+        pipeline, costs, chunks = self._run.pipeline, self._run.costs, self.plan.ranks[rank].chunks
+        assert pipeline is not None
+        messages = 2 * (pipeline.stages * pipeline.parts - 1)
+        sent = len(chunks) * costs.transfer_latency_seconds + chunks.tokens * costs.transfer_seconds_per_token
+        return 1.001 * (pipeline.stages * stage_seconds + messages * sent)  # sums in another order round otherwise
+
+
+PeakMemory = Callable[[RunPlan, Sequence[SimulatedStep]], int]
+"""Bytes of the fullest rank, given the run and, with a pipeline, its planned steps."""
 
 
 def search(
@@ -93,33 +133,32 @@ def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit: int) -> Candidate:
     seconds, busy, recompute, fixed = [], [], [], []
-    timelines: list[Timeline] = []
+    simulated: list[SimulatedStep] = []
+    stages = 1 if run.pipeline is None else run.pipeline.stages
     chunks = recomputed = tokens = 0
     for step in steps:
         planned = run[step]
         chunks += planned.chunks
         recomputed += planned.recomputed_chunks
         tokens += planned.tokens
+        # Stages share the model equally, so each is busy as long as the others.
+        share = 1.0 if run.costs.is_of_one_stage else 1.0 / stages
+        of_ranks = np.array([rank_seconds(rank, run.costs) * share for rank in planned.ranks])
         if run.pipeline is None:
-            of_ranks = np.array([rank_seconds(rank, run.costs) for rank in planned.ranks])
             seconds.append(float(of_ranks.max()))
-            busy.append(float(of_ranks.mean()))
         else:
-            timeline = simulate_ranks([(rank.schedules, run.operation_seconds(rank)) for rank in planned.ranks])
-            timelines.append(timeline)
-            of_ranks = timeline.busy_seconds.max(axis=1)
-            seconds.append(timeline.makespan)
-            busy.append(float(timeline.busy_seconds.mean()))
+            simulated.append(SimulatedStep(run, planned))
+            seconds.append(simulated[-1].makespan(of_ranks))
+        busy.append(float(of_ranks.mean()))
         slowest = planned.ranks[int(of_ranks.argmax())]
-        stages = 1 if run.pipeline is None else run.pipeline.stages
-        recompute.append(_recompute_seconds(slowest, run) / stages)
-        fixed.append(_fixed_seconds(slowest, run) / stages)
-    needed = memory_bytes(run, timelines)
+        recompute.append(_recompute_seconds(slowest, run) * share)
+        fixed.append(_fixed_seconds(slowest, run) * share)
+    needed = memory_bytes(run, simulated)
     waiting = np.array(seconds) - np.array(busy)
     return Candidate(
         chunk_size=run.chunk_size,
         k=run.k,
-        stages=1 if run.pipeline is None else run.pipeline.stages,
+        stages=stages,
         data_parallel=run.ranks,
         step_seconds=float(np.mean(seconds)) + run.costs.step_seconds,
         memory_bytes=needed,

@@ -36,8 +36,7 @@ from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan
-from chunkflow_cli.search import Candidate, best_first, grid, search
-from chunkflow_cli.simulate import Timeline
+from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
 from chunkflow_cli.tokens.cache import cache_root
 
 LARGEST_TIMED = 4096
@@ -101,7 +100,7 @@ def run(
     runs = [choice(config, run_plan, basis, layout, *pair) for layout in layouts for pair in pairs]
     candidates = []
     with progress_bar("searching", len(runs)) as progress:
-        for candidate in search(runs, steps, lambda run, timelines: peak_memory(config, basis, run, timelines), limit):
+        for candidate in search(runs, steps, lambda run, simulated: peak_memory(config, basis, run, simulated), limit):
             candidates.append(candidate)
             progress(len(candidates))
     ranked = best_first(candidates)
@@ -241,8 +240,8 @@ def choice(config: Config, run: RunPlan, basis: Basis, stages: int, chunk_size: 
     return replace(run, chunk_size=chunk_size, k=k, ranks=ranks, pipeline=pipeline, costs=costs)
 
 
-def peak_memory(config: Config, basis: Basis, run: RunPlan, timelines: Sequence[Timeline]) -> int:
-    """Predicted bytes of the fullest rank or stage, in the planned steps or for the longest sample."""
+def peak_memory(config: Config, basis: Basis, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
+    """Predicted bytes of the fullest rank or stage, in the planned steps or in that of the longest sample."""
     longest = int(run.lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     if basis.calibration is not None:
@@ -253,7 +252,10 @@ def peak_memory(config: Config, basis: Basis, run: RunPlan, timelines: Sequence[
     settings = memory_settings(
         config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages
     )
-    steps = [(run[step], timeline) for step, timeline in enumerate(timelines)]
+    if stages > 1:
+        longest_step = run.batches.step_of(int(run.lengths.argmax()))
+        if all(step.plan.step != longest_step for step in steps):
+            steps = [*steps, SimulatedStep(run, run[longest_step])]
     return memory_of_fullest(basis.shape, settings, steps).device_total
 
 
