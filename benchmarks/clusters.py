@@ -87,9 +87,9 @@ def write_model(folder: Path, name: str) -> Path:
 
 
 def lengths_of(longest: int, batch: int) -> NDArray[np.int64]:
-    """Of the samples of some steps: one in each is as long as the recipe allows."""
+    """Of the samples of some steps: one of 256 is as long as the recipe allows."""
     lengths = draw(np.random.default_rng(0), batch * STEPS, longest)
-    lengths[::batch] = longest
+    lengths[::BATCH] = longest
     return lengths
 
 
@@ -133,18 +133,9 @@ def plan_for(name: str, nodes: int, batch: int, folder: Path) -> dict[str, Any]:
         "tokens_a_step": tokens,
         "tokens_per_second": tokens / best["step_seconds"],
         "memory_limit_bytes": found["memory_limit_bytes"],
-        "of_each_number_of_stages": [best_of(found["candidates"], count) for count in stages],
+        "of_each_number_of_stages": found["layouts"],
         "search_seconds": time.perf_counter() - started,
     }
-
-
-def best_of(candidates: list[dict[str, Any]], stages: int) -> dict[str, Any]:
-    """The fastest that fits; if none does, the one that needs least."""
-    rows = [row for row in candidates if row["stages"] == stages]
-    fitting = [row for row in rows if row["fits"]]
-    if fitting:
-        return min(fitting, key=lambda row: row["step_seconds"])
-    return min(rows, key=lambda row: row["memory_bytes"])
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.costs import CostModel, OperationCost
+from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RunPlan
-from chunkflow_cli.search import best_first, grid, search
-from chunkflow_cli.simulate import simulate
+from chunkflow_cli.search import SimulatedStep, best_first, grid, search
+from chunkflow_cli.simulate import simulate, simulate_ranks
 
 COSTS = CostModel(
     "made up",
@@ -73,6 +75,48 @@ def test_predicted_seconds_are_those_of_the_simulated_schedules(
         seconds.append(max(makespans))
     assert found.step_seconds == pytest.approx(np.mean(seconds) + COSTS.step_seconds)
     assert 0 <= found.bubble_ratio < 1
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    k=st.integers(1, 4),
+    ranks=st.integers(1, 5),
+    stages=st.integers(2, 4),
+    schedule=st.sampled_from(["1f1b", "state_aware_1f1b", "zero_bubble"]),
+    latency=st.sampled_from([0.0, 30.0]),
+)
+def test_predicted_seconds_of_pipelines_are_those_of_all_ranks_simulated(
+    lengths: list[int], k: int, ranks: int, stages: int, schedule: str, latency: float
+) -> None:
+    """The search simulates only the ranks that may be the last to finish."""
+    costs = replace(COSTS, transfer_latency_seconds=latency, transfer_seconds_per_token=0.1)
+    run = replace(
+        run_of(lengths, ranks=ranks, batch=12),
+        chunk_size=10,
+        k=k,
+        pipeline=PipelineLayout(stages, schedule),
+        costs=costs,
+    )
+    (found,) = search([run], [0], no_memory, 1)
+    whole = simulate_ranks([(rank.schedules, run.operation_seconds(rank)) for rank in run[0].ranks])
+    assert found.step_seconds == pytest.approx(whole.makespan + COSTS.step_seconds)
+    assert found.bubble_ratio == pytest.approx(whole.bubble_ratio)
+    assert found.waiting_seconds == pytest.approx(whole.makespan - whole.busy_seconds.mean())
+    assert found.bubble_seconds == pytest.approx(whole.makespan - whole.busy_seconds.max())
+
+
+def test_a_rank_that_cannot_be_the_last_is_not_simulated() -> None:
+    run = replace(run_of([500, *[1] * 7], ranks=4, batch=8), chunk_size=10, pipeline=PipelineLayout(2))
+    asked: list[SimulatedStep] = []
+
+    def keep(run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
+        asked.extend(steps)
+        return 0
+
+    list(search([run], [0], keep, 1))
+    (step,) = asked
+    assert len(step.plan.ranks) == 4
+    assert step.simulated_ranks == [next(i for i, rank in enumerate(step.plan.ranks) if 500 in rank.chunks.lengths)]
 
 
 def test_the_parts_of_a_step_by_hand() -> None:

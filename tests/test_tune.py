@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.cli import app
 from chunkflow_cli.config import read_overrides
+from chunkflow_cli.costs import MemorySettings, ModelShape, activation_bytes_per_token
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.pipeline_schedules import PipelineLayout
+from chunkflow_cli.plan import memory_of_fullest
+from chunkflow_cli.run_plan import RunPlan
+from chunkflow_cli.search import SimulatedStep
 
 SIZES = "tune.chunk_sizes=[64,128,256]"
 PROFILE = "tune.device=h100"
+CLUSTER = ["launch.processes=16", "tune.pipelines=[4,1,2]"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +95,12 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
         (["launch.processes=2"], "name the device to predict for: tune.device=h100"),
         ([PROFILE, "--plot", "grid.txt"], "the name must end in .png"),
+        ([PROFILE, "launch.processes=16", "tune.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
+        ([PROFILE, "launch.processes=16", "tune.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
+        (
+            [PROFILE, *CLUSTER, "tune.memory_gib=0.00001"],
+            "no pair fits into 0.0 GiB: the smallest, chunk.size=256 chunk.k=1 on 4 pipelines of 4 stages, needs",
+        ),
     ],
 )
 def test_bad_input_is_a_clear_line_and_exit_2(words: list[str], message: str) -> None:
@@ -118,6 +133,89 @@ def test_the_screen_fits_and_names_the_next_command() -> None:
     assert max(len(line) for line in lines if line not in sentences) <= 80
     assert "\x1b" not in result.stdout
     assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Layouts of a cluster
+
+
+def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stages() -> None:
+    found = tuned(PROFILE, SIZES, "tune.ks=[1,2]", *CLUSTER)
+    assert found["processes"] == 16
+    assert found["device"] == "H100 SXM"
+    assert [(row["stages"], row["data_parallel"]) for row in found["layouts"]] == [(1, 16), (2, 8), (4, 4)]
+    bytes_of: dict[tuple[int, int], list[int]] = {}
+    for row in sorted(found["candidates"], key=lambda row: row["stages"]):
+        bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
+    assert len(bytes_of) == 6
+    for one, two, four in bytes_of.values():
+        assert one > two > four
+    assert found["best"] == min(found["candidates"], key=lambda row: row["step_seconds"])
+    for row in found["layouts"]:
+        same = [each["step_seconds"] for each in found["candidates"] if each["stages"] == row["stages"]]
+        assert row["step_seconds"] == min(same)
+
+
+def test_the_file_names_the_stages_where_the_recipe_has_others() -> None:
+    found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=16", "tune.pipelines=[4]")
+    assert "parallel.pipeline=4" in read_overrides(found["overrides_file"])
+    back = ["launch.processes=16", "parallel.pipeline=2", "tune.pipelines=[1]"]
+    found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", *back)
+    assert "parallel.pipeline=1" in read_overrides(found["overrides_file"])
+
+
+def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() -> None:
+    result = invoke(PROFILE, SIZES, *CLUSTER)
+    assert result.exit_code == 0, result.stderr
+    assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("Train with it")) <= 80
+    words = " ".join(result.stdout.split())
+    assert "stages pipelines chunk.size K predicted memory waiting 1 16" in words
+    sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
+    number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"
+    assert re.match(
+        rf"A step is predicted to take {number} s, of which .* % .*; {waits} \d+ % of the time\. ", sentences
+    )
+    assert re.search(
+        rf"\d (ranks without a pipeline|pipelines of \d stages) would take {number} times as long \(", sentences
+    )
+
+
+def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_among_those_planned(
+    tmp_path: Path,
+) -> None:
+    rows = [{"input_ids": [3] * length} for length in [40, 50, 60, 70, 30, 20, 900, 800]]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "data.path=rows.jsonl", "data.eval_fraction=0", "train.shuffle=false", "train.global_batch_size=2", PROFILE,
+        "tune.chunk_sizes=[128]", "tune.ks=[1,2]", "launch.processes=2", "tune.pipelines=[2]",
+    ]  # fmt: skip
+    some, everything = tuned(*words, "tune.samples=2"), tuned(*words, "tune.samples=8")
+    assert (some["steps_planned"], everything["steps_planned"]) == (1, 4)
+    bytes_of = [[row["memory_bytes"] for row in found["candidates"]] for found in (some, everything)]
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_peak_of_a_pipeline_by_hand() -> None:
+    """One sample of 10 tokens in chunks of 4 on two stages, K = 1.
+
+    Each stage runs S0 S1 F2 B2 R1 B1 R0 B0. It is fullest at R1: activations of chunk 1, keys and values of chunks 0
+    and 1 with their float32 gradients, and on the second stage the hidden states that came in for both.
+    """
+    shape = ModelShape(
+        layers=2, hidden_size=8, intermediate_size=16, attention_heads=2, kv_heads=1, head_dim=4, vocab_size=32,
+        matmul_parameters=1000, parameters=2000, trainable_parameters=2000,
+    )  # fmt: skip
+    lengths = np.array([10])
+    run = RunPlan(GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=4, k=1, pipeline=PipelineLayout(2))
+    settings = MemorySettings(
+        element_bytes=2, optimizer_states=2, zero_stage=0, data_parallel=1, offload="none", checkpointing="none",
+        chunk_size=4, k=1, longest=10, device_type="cuda", stages=2,
+    )  # fmt: skip
+    parts = memory_of_fullest(shape, settings, [SimulatedStep(run, run[0])])
+    a_token = activation_bytes_per_token(shape, 2, "none")
+    assert parts.activations == 4 * a_token / 2
+    assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2
+    assert parts.weights == 1000 * 2
+    assert parts.optimizer == 1000 * 4 * 3
 
 
 def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:

@@ -44,6 +44,9 @@ class Candidate:
     fixed_seconds: float
     """What chunks cost however few tokens they hold."""
     waiting_seconds: float
+    """Of all stages and ranks, their mean."""
+    bubble_seconds: float
+    """Of the slowest rank's pipeline: what its stages wait for each other."""
 
 
 def grid(chunk_sizes: Sequence[int], ks: Sequence[int], longest: int) -> list[tuple[int, int]]:
@@ -84,6 +87,10 @@ class SimulatedStep:
             planned = self.plan.ranks[rank]
             self._timelines[rank] = simulate(planned.schedules, self._run.operation_seconds(planned))
         return self._timelines[rank]
+
+    @property
+    def simulated_ranks(self) -> list[int]:
+        return sorted(self._timelines)
 
     def makespan(self, stage_seconds: NDArray[np.float64]) -> float:
         """Seconds until the last rank is done.
@@ -132,7 +139,7 @@ def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit: int) -> Candidate:
-    seconds, busy, recompute, fixed = [], [], [], []
+    seconds, busy, recompute, fixed, bubbles = [], [], [], [], []
     simulated: list[SimulatedStep] = []
     stages = 1 if run.pipeline is None else run.pipeline.stages
     chunks = recomputed = tokens = 0
@@ -153,6 +160,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         slowest = planned.ranks[int(of_ranks.argmax())]
         recompute.append(_recompute_seconds(slowest, run) * share)
         fixed.append(_fixed_seconds(slowest, run) * share)
+        bubbles.append(seconds[-1] - float(of_ranks.max()))
     needed = memory_bytes(run, simulated)
     waiting = np.array(seconds) - np.array(busy)
     return Candidate(
@@ -169,6 +177,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         recompute_seconds=float(np.mean(recompute)),
         fixed_seconds=float(np.mean(fixed)),
         waiting_seconds=float(waiting.mean()),
+        bubble_seconds=float(np.mean(bubbles)),
     )
 
 

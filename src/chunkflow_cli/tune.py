@@ -94,6 +94,11 @@ def run(
         raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
     layouts = layouts_of(config)
     basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
+    if max(layouts) > basis.shape.layers:
+        raise UsageError(
+            f"a pipeline of {max(layouts)} stages cannot hold a model of {basis.shape.layers} layers: "
+            "each stage needs one\n  lower tune.pipelines or parallel.pipeline"
+        )
     run_plan = plan_run(config, data, basis.costs)
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)
@@ -112,7 +117,10 @@ def run(
     result: dict[str, Any] = {
         "best": _row(best, measured),
         "explanation": explain(best, candidates, basis.costs),
+        "layouts": [_row(candidate, measured) for candidate in best_of_layouts(candidates)],
         "candidates": [_row(candidate, measured) for candidate in candidates],
+        "device": basis.device.name,
+        "processes": config.launch.processes,
         "cost_model": basis.costs.source,
         "cost_model_worst_error": None if basis.calibration is None else basis.calibration.worst_error,
         "memory_limit_bytes": limit,
@@ -293,14 +301,18 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     shares = {
         "second forwards of long samples": best.recompute_seconds,
         "the fixed cost of chunks": best.fixed_seconds,
-        "waiting for the slowest": best.waiting_seconds,
+        "waiting between stages": best.bubble_seconds,
         "the optimizer step": costs.step_seconds,
     }
     told = [f"{100 * seconds / total:.0f} % is {name}" for name, seconds in shares.items() if seconds > 0.005 * total]
-    first = f"A step is predicted to take {total:.3g} s" + (f", of which {_and(told)}." if told else ".")
-    larger = [each for each in candidates if each.chunk_size > best.chunk_size]
+    first = f"A step is predicted to take {total:.3g} s" + (f", of which {_and(told)}" if told else "")
+    if best.data_parallel > 1 and best.bubble_ratio > 0.005:
+        first += f"; with the wait for the slowest rank, devices are idle {100 * best.bubble_ratio:.0f} % of the time"
+    first += "."
+    alike = [each for each in candidates if each.stages == best.stages]
+    larger = [each for each in alike if each.chunk_size > best.chunk_size]
     refused = [each for each in larger if not each.fits]
-    smaller = [each for each in candidates if each.chunk_size < best.chunk_size and each.fits]
+    smaller = [each for each in alike if each.chunk_size < best.chunk_size and each.fits]
     parts = []
     if smaller:
         near = min(smaller, key=lambda each: (-each.chunk_size, each.step_seconds))
@@ -315,8 +327,31 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     elif refused:
         near = min(refused, key=lambda each: (each.chunk_size, each.k))
         parts.append(f"chunks of {near.chunk_size} would need {near.memory_bytes / 2**30:.1f} GiB")
+    others = [each for each in best_of_layouts(candidates) if each.stages != best.stages]
+    if fitting_others := [each for each in others if each.fits]:
+        near = min(fitting_others, key=lambda each: each.step_seconds)
+        parts.append(f"{_stages(near)} would take {near.step_seconds / total:.2f} times as long ({_why(near, best)})")
+    elif others:
+        near = min(others, key=lambda each: each.memory_bytes)
+        parts.append(f"{_stages(near)} would need {near.memory_bytes / 2**30:.1f} GiB")
     second = f" {_and(parts)[0].upper()}{_and(parts)[1:]}." if parts else ""
     return first + second
+
+
+def best_of_layouts(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """For each number of stages the fastest that fits; where none does, the one that needs least."""
+    found = []
+    for stages in sorted({each.stages for each in candidates}):
+        rows = [each for each in candidates if each.stages == stages]
+        found.append((best_first(rows) or sorted(rows, key=lambda each: each.memory_bytes))[0])
+    return found
+
+
+def _stages(candidate: Candidate) -> str:
+    if candidate.stages == 1:
+        return f"{candidate.data_parallel} ranks without a pipeline"
+    several = candidate.data_parallel > 1
+    return (f"{candidate.data_parallel} pipelines of " if several else "a pipeline of ") + f"{candidate.stages} stages"
 
 
 def _why(other: Candidate, best: Candidate) -> str:
@@ -342,13 +377,14 @@ def _row(candidate: Candidate, measured: dict[tuple[int, int], float]) -> dict[s
 
 def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) -> Path:
     path = Path(output) if output is not None else Path("outputs", loaded.recipe, "tuned.yaml")
+    configured = loaded.config.parallel.pipeline
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
             f"chunkflow train recipe=... --overrides {path}\n"
             f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
-            + (f"parallel:\n  pipeline: {best.stages}\n" if best.stages > 1 else ""),
+            + (f"parallel:\n  pipeline: {best.stages}\n" if best.stages != configured else ""),
             encoding="utf-8",
         )
     except OSError as error:
@@ -358,9 +394,11 @@ def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) 
 
 def _nothing_fits(candidates: Sequence[Candidate], limit: int, longest: int) -> str:
     least = min(candidates, key=lambda candidate: candidate.memory_bytes)
+    layout = f" on {_stages(least)}" if least.stages * least.data_parallel > 1 else ""
     return (
-        f"no pair fits into {limit / 2**30:.1f} GiB: the smallest, chunk.size={least.chunk_size} chunk.k={least.k}, "
-        f"needs {least.memory_bytes / 2**30:.1f} GiB (the longest sample has {longest:,} tokens)\n"
+        f"no pair fits into {limit / 2**30:.1f} GiB: the smallest, chunk.size={least.chunk_size} chunk.k={least.k}"
+        f"{layout}, needs {least.memory_bytes / 2**30:.1f} GiB (the longest sample has {longest:,} tokens)\n"
         "  lower data.max_length or tune.chunk_sizes, take model.activation_checkpointing=full or\n"
         "  model.lora.enabled=true or engine.offload=optimizer; `chunkflow plan` shows the parts"
+        + ("\n  more stages divide the model: tune.pipelines" if layout else "")
     )

@@ -51,22 +51,18 @@ def _layout(row: dict[str, Any]) -> str:
 
 def _layouts(result: dict[str, Any]) -> Table | None:
     """The best pair of each layout, where there are several."""
-    stages = sorted({row["stages"] for row in result["candidates"]})
-    if len(stages) == 1:
+    if len(result["layouts"]) == 1:
         return None
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in ("stages", "pipelines", "chunk.size", "K", "predicted", "memory", "waiting"):
         table.add_column(name, justify="right", no_wrap=True)
-    for count in stages:
-        rows = [row for row in result["candidates"] if row["stages"] == count]
-        fitting = [row for row in rows if row["fits"]]
-        row = min(fitting or rows, key=lambda row: row["step_seconds"] if fitting else row["memory_bytes"])
-        pipelines, memory = str(row["data_parallel"]), human_bytes(row["memory_bytes"])
-        if not fitting:
-            table.add_row(str(count), pipelines, "", "", "does not fit", memory, "")
+    for row in result["layouts"]:
+        stages, pipelines, memory = str(row["stages"]), str(row["data_parallel"]), human_bytes(row["memory_bytes"])
+        if not row["fits"]:
+            table.add_row(stages, pipelines, "", "", "does not fit", memory, "")
             continue
         seconds, waiting = f"{row['step_seconds']:.3g} s", percent(row["bubble_ratio"])
-        table.add_row(str(count), pipelines, f"{row['chunk_size']:,}", str(row["k"]), seconds, memory, waiting)
+        table.add_row(stages, pipelines, f"{row['chunk_size']:,}", str(row["k"]), seconds, memory, waiting)
     return table
 
 
@@ -93,7 +89,9 @@ def _heat_map(result: dict[str, Any]) -> Table:
                 style = next(style for most, style in SHADES if ratio <= most)
                 cells.append(Text(f"{row['step_seconds']:8.3g}", style=style))
         table.add_row(f"chunk.size {short_count(size)}", *cells)
-    table.caption = f"dim: does not fit into {human_bytes(result['memory_limit_bytes'])}"
+    stages = result["best"]["stages"]
+    of_layout = f"{stages} pipeline stages; " if len(result["layouts"]) > 1 and stages > 1 else ""
+    table.caption = f"{of_layout}dim: does not fit into {human_bytes(result['memory_limit_bytes'])}"
     table.caption_justify = "left"
     return table
 
