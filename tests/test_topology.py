@@ -24,9 +24,9 @@ def test_places_and_ranks_are_inverse_and_groups_partition_the_processes(
 
 def test_the_grid_is_deepspeeds() -> None:
     """The pipeline engine takes its neighbours from DeepSpeed's grid; ours must name the same ones."""
-    from chunkflow_cli.engine import _import_deepspeed
+    from chunkflow_cli.engine import import_deepspeed
 
-    _import_deepspeed()
+    import_deepspeed()
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     ours, theirs = Topology(data=2, sequence=2, pipeline=3), PipeDataParallelTopology(num_pp=3, num_dp=4)

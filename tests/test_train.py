@@ -453,11 +453,3 @@ def test_another_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         second = train(*words, cwd=tmp_path, code=2)
         process.send_signal(signal.SIGKILL)
     assert "another process" in second.stderr
-
-
-def test_a_process_started_by_a_launcher_is_refused(tmp_path: Path) -> None:
-    """This version trains in one process; two that each believe so would overwrite each other."""
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    run = subprocess.run(command(*RECIPE), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 2
-    assert "one process" in run.stderr

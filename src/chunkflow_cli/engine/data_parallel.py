@@ -1,0 +1,118 @@
+"""The engine of one process, or of data-parallel ones.
+
+It knows nothing of chunks. A step is any number of forwards and backwards, then `step()`. DeepSpeed's own counting of
+micro-steps is turned off: `gradient_accumulation_steps` stays 1 and the step is where we say it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkflow_cli.engine.processes import import_deepspeed, init_process_group, quiet
+from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
+from chunkflow_cli.errors import RunError
+
+TAG = "engine"
+"""Name of the engine's folder within a checkpoint."""
+
+
+class Engine:
+    """A DeepSpeed engine around a module whose forward returns a scalar loss.
+
+    The loss must already be normalised over the whole step: gradients of all backwards are summed.
+    """
+
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
+        check_settings(settings)
+        deepspeed = import_deepspeed()
+        init_process_group(settings.device)
+        self._stage = settings.engine.zero_stage
+        self._clip = settings.optim.grad_clip
+        with quiet():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=make_optimizer(module, settings),
+                config=deepspeed_config(settings),
+            )
+        self.module: nn.Module = self._engine.module
+        self.device: torch.device = self._engine.device
+        self._averaged_over = self._engine.dp_world_size
+        self._coalescing: AbstractContextManager[Any] | None = None
+
+    @property
+    def needs_joined_retained_chunks(self) -> bool:
+        """ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share a call."""
+        return self._stage == 3
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._stage == 2 and self._coalescing is None:
+            # ZeRO-2 otherwise keeps the gradient of the last backward only.
+            self._coalescing = self._engine.coalesce_grad_reduction()
+            self._coalescing.__enter__()
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._stage >= 1:  # two backwards with no forward between them would lose gradients
+            self._engine.optimizer.clear_backward_seen_flag()
+        self._engine.backward(loss * self._averaged_over, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update the weights and forget the gradients; returns the gradient norm before clipping."""
+        self._close_coalescing()
+        norm = None
+        if self._stage == 0:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+        self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise RunError(f"the gradient norm is {norm}: the weights of this step are spoilt and are not saved")
+        return norm
+
+    def discard_gradients(self) -> None:
+        """Forget what an interrupted step has accumulated."""
+        self._close_coalescing()
+        self._engine.zero_grad()
+        if self._stage >= 1:
+            self._engine.optimizer.zero_grad()
+
+    def _close_coalescing(self) -> None:
+        if self._coalescing is not None:
+            self._coalescing.__exit__(None, None, None)
+            self._coalescing = None
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    @contextlib.contextmanager
+    def gathered_weights(self) -> Iterator[None]:
+        """Within it, the module's parameters are whole on every rank, whatever the ZeRO stage."""
+        if self._stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Weights and optimizer state into `folder`, which need not exist."""
+        with quiet():
+            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`, exact to the bit."""
+        with quiet():
+            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise RunError(f"{folder} holds no complete engine state")
