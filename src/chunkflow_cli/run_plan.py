@@ -6,7 +6,7 @@ is a pure function of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,8 @@ from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.chunks import Chunks, build_chunks
 from chunkflow_cli.costs import CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.pipeline_schedules import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
-from chunkflow_cli.schedule import Layout, OpKind, Schedule, plan
-from chunkflow_cli.simulate import OperationSeconds
+from chunkflow_cli.schedule import IDLE, Layout, OpKind, Schedule, plan, plan_in_lockstep
+from chunkflow_cli.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class StepPlan:
     def recomputed_chunks(self) -> int:
         return sum(rank.schedule.recomputed_chunks for rank in self.ranks)
 
+    @property
+    def dummies(self) -> int:
+        """Passes of one token that only keep ranks in step."""
+        return sum(rank.schedule.dummies for rank in self.ranks)
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -91,18 +96,18 @@ class RunPlan:
     def __getitem__(self, step: int) -> StepPlan:
         samples = self.batches[step]
         lengths, targets = self.lengths[samples], self.target_counts[samples]
-        ranks: list[RankPlan] = []
-        idle: RankPlan | None = None  # with more ranks than samples, many of them: they are all alike
-        for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks):
-            if idle is not None and not len(share):
-                ranks.append(idle)
-                continue
-            chunks = build_chunks(
-                lengths[share], self.chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight
+        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks)
+        chunks = [self._chunks(lengths[share]) for share in shares]
+        ranks = tuple(
+            RankPlan(samples[share], own, targets[share], schedules)
+            for share, own, schedules in zip(
+                shares, chunks, self._schedules(chunks, [targets[share] for share in shares]), strict=True
             )
-            ranks.append(RankPlan(samples[share], chunks, targets[share], self._schedules(chunks, targets[share])))
-            idle = idle if len(share) else ranks[-1]
-        return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), tuple(ranks))
+        )
+        return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), ranks)
+
+    def _chunks(self, lengths: NDArray[np.int64]) -> Chunks:
+        return build_chunks(lengths, self.chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
 
     @property
     def pair_weight(self) -> float:
@@ -112,9 +117,16 @@ class RunPlan:
         costs = (self.costs.forward, self.costs.backward)
         return sum(cost.seconds_per_pair for cost in costs) / sum(cost.seconds_per_token for cost in costs)
 
-    def _schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
+    def _schedules(self, ranks: Sequence[Chunks], targets: Sequence[NDArray[np.int64]]) -> list[tuple[Schedule, ...]]:
+        """Of the stages of each rank."""
         if self.pipeline is None:
-            return (plan(chunks, self.k, self.layout),)
+            if self.is_in_lockstep:
+                return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
+            return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
+        return [self._pipeline_schedules(chunks, own) for chunks, own in zip(ranks, targets, strict=True)]
+
+    def _pipeline_schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
+        assert self.pipeline is not None
         seconds = None
         if self.pipeline.schedule in CHOSEN_BY_SECONDS:
             seconds = operation_seconds(chunks, targets, self.costs, self.pipeline)
@@ -123,6 +135,23 @@ class RunPlan:
     def operation_seconds(self, rank: RankPlan) -> OperationSeconds:
         """Predicted, of every operation of a rank."""
         return operation_seconds(rank.chunks, rank.target_counts, self.costs, self.pipeline)
+
+    def timeline(self, step: StepPlan) -> Timeline:
+        """When each operation of a step runs on each rank and stage, as predicted."""
+        if not self.is_in_lockstep:
+            return simulate_ranks([(rank.schedules, self.operation_seconds(rank)) for rank in step.ranks])
+        one_token = operation_seconds(build_chunks([1], 1), np.ones(1, dtype=np.int64), self.costs)
+        return simulate_lockstep([(rank.schedule, self.operation_seconds(rank)) for rank in step.ranks], one_token)
+
+    def step_seconds(self, step: StepPlan) -> float:
+        """Predicted, of a step without a pipeline: until its last rank is done; the optimizer step is left out."""
+        if self.is_in_lockstep:
+            return self.timeline(step).makespan
+        return max(rank_seconds(rank, self.costs) for rank in step.ranks)
+
+    @property
+    def is_in_lockstep(self) -> bool:
+        return self.layout.lockstep and self.ranks > 1 and self.pipeline is None
 
     def __iter__(self) -> Iterator[StepPlan]:
         return (self[step] for step in range(self.steps))
