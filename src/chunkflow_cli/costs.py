@@ -346,6 +346,8 @@ class MemorySettings:
     """cpu | cuda"""
     stages: int = 1
     """Of a pipeline; each holds an equal share of the model."""
+    sequence: int = 1
+    """Ranks of a sequence-parallel group: each holds `chunk_size` tokens of a chunk and a share of the heads' state."""
 
 
 @dataclass(frozen=True)
@@ -419,6 +421,9 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
     tokens = min(settings.chunk_size, settings.longest) * min(
         settings.k, -(-settings.longest // settings.chunk_size)
     )  # fmt: skip
+    state_of_longest = state_bytes(
+        shape, settings.longest, settings.chunk_size * settings.sequence, settings.element_bytes
+    )
     per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient, summed until its chunks have gone backward.
@@ -429,7 +434,8 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
         optimizer=optimizer,
         activations=int(tokens * per_token),
         head=TILES_ALIVE * tile + head_sum,
-        state=state_bytes(shape, settings.longest, settings.chunk_size, settings.element_bytes),
+        # Of key and value heads that are fewer than the ranks, each rank holds one.
+        state=state_of_longest // min(settings.sequence, shape.kv_heads),
         host=host,
     )
 

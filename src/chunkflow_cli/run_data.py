@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chunkflow_cli.batches import GlobalBatches, held_out
-from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts
+from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, Spread
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.hf_config import position_limit
 from chunkflow_cli.pipeline_schedules import PipelineLayout
@@ -74,9 +74,16 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         pipeline=None
         if stages == 1
         else PipelineLayout(stages, config.parallel.schedule.value, config.parallel.warmup_extra),
-        ranks=max(1, config.launch.processes // stages),
+        ranks=replicas(config, stages),
+        sequence=config.parallel.sequence,
+        spread_all=config.parallel.spread is Spread.all,
         costs=costs,
     )
+
+
+def replicas(config: Config, stages: int) -> int:
+    """Ranks that hold the same stage. A run that says nothing of its processes has as many as one group needs."""
+    return max(config.parallel.sequence, config.launch.processes // stages)
 
 
 def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile) -> CostModel:
