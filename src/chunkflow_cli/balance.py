@@ -86,11 +86,12 @@ def share_out(
 ) -> Shares:
     """Which sequences are spread, over how many ranks, and who runs what: the least predicted seconds that were found.
 
-    For a limit on the seconds of one sequence, each takes the fewest ranks that keep it within the limit, for every
-    further rank costs exchanges. Those of most ranks are placed first, each on the least loaded of the groups of its
-    size (which nest), so when a group begins a sequence its ranks are equally far and none waits; those that stay
-    alone then fill up what is uneven. Limits between a rank's fair share and the costliest sequence are tried, and none
-    at all, which is `balance`: never worse than whole sequences. A pure function: equal on every rank.
+    For a limit on the seconds of one sequence, each takes that many ranks, of those that keep it within the limit,
+    which cost all of them together the least: more ranks cost more exchanges, but larger chunks less recompute. Those
+    of most ranks are placed first, each on the least loaded of the groups of its size (which nest), so when a group
+    begins a sequence its ranks are equally far and none waits; those that stay alone then fill up what is uneven.
+    Limits between a rank's fair share and the costliest sequence are tried, and whole sequences, which is `balance`:
+    never worse than that, where `least_degree` allows it. A pure function: equal on every rank.
 
     Args:
         costs: (degrees, sequences) predicted cost of each on every rank that runs it, if spread so far; any unit.
@@ -110,19 +111,20 @@ def share_out(
     decisive = np.unique(values[(values >= fair / 4)])
     if len(decisive) > MOST_LIMITS:
         decisive = decisive[np.linspace(0, len(decisive) - 1, MOST_LIMITS).astype(np.int64)]
-    best: Shares | None = None
-    tried: set[bytes] = set()
+    best = _place(values, degrees, ranks, least)
+    together = values * np.asarray(degrees)[:, None]
+    allowed = np.arange(len(degrees))[:, None] >= least
+    tried = {least.tobytes()}
     for limit in [np.inf, *decisive[::-1].tolist(), 0.0]:
-        within = values <= limit
-        level = np.where(within.any(axis=0), within.argmax(axis=0), len(degrees) - 1)
-        level = np.maximum(level, least)
+        within = allowed & (values <= limit)
+        cheapest = np.where(within, together, np.inf).argmin(axis=0)
+        level = np.where(within.any(axis=0), cheapest, len(degrees) - 1)
         if level.tobytes() in tried:
             continue
         tried.add(level.tobytes())
         found = _place(values, degrees, ranks, level)
-        if best is None or found.seconds < best.seconds:
+        if found.seconds < best.seconds:
             best = found
-    assert best is not None
     return best
 
 
