@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.batches import GlobalBatches, held_out
-from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, LossWeighting
+from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, LossWeighting, Spread
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.hf_config import position_limit
 from chunkflow_cli.pipeline_schedules import PipelineLayout
@@ -79,14 +79,21 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         pipeline=None
         if stages == 1
         else PipelineLayout(stages, config.parallel.schedule.value, config.parallel.warmup_extra),
-        ranks=topology.data,
+        ranks=topology.replicas,
+        sequence=topology.sequence,
+        spread_all=config.parallel.spread is Spread.all,
         costs=costs,
     )
 
 
-def planned_topology(config: Config) -> Topology:
-    """How the processes of the run are divided; at least one pipeline, whatever `launch.processes` says."""
-    return Topology.of(max(config.launch.processes, config.parallel.pipeline), pipeline=config.parallel.pipeline)
+def planned_topology(config: Config, *, pipeline: int | None = None) -> Topology:
+    """How the processes of the run are divided. A run that says nothing of them has as many as one group needs.
+
+    Args:
+        pipeline: instead of `parallel.pipeline`.
+    """
+    sequence, pipeline = config.parallel.sequence, pipeline or config.parallel.pipeline
+    return Topology.of(max(config.launch.processes, sequence * pipeline), sequence=sequence, pipeline=pipeline)
 
 
 def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile) -> CostModel:
