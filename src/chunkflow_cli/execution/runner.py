@@ -16,6 +16,7 @@ from chunkflow_cli.chunks import Chunk, Chunks
 from chunkflow_cli.execution.batch import ChunkBatch, TokenizedSequence, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.schedule import Op, OpKind, Schedule
 
@@ -41,7 +42,7 @@ class StepBatch:
 @dataclass(frozen=True)
 class StepResult:
     loss: float
-    """Weighted sum over all targets of the step."""
+    """Weighted sum over all targets of the step; of a rank's share of them, if chunks are spread over a group."""
     target_tokens: int
     """Targets that went through the loss and backward, counted from the tensors that did."""
     peak_state_bytes: int
@@ -63,6 +64,7 @@ class Runner:
         *,
         weight_dtype: torch.dtype = torch.float32,
         replay_random: bool = False,
+        sequence_group: SequenceGroup | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """
@@ -71,12 +73,15 @@ class Runner:
             device: where batches go.
             weight_dtype: float32, or float64 for a float64 model.
             replay_random: give a recompute the random numbers of its state pass; needed under dropout.
+            sequence_group: over which every chunk is spread; all of its ranks run the same schedule of the same chunks,
+                and losses and counts of targets are each rank's share.
             stop_requested: asked before every operation.
         """
         self._engine = engine
         self._device = device
         self._weight_dtype = weight_dtype
         self._replay_random = replay_random
+        self._sequence_group = sequence_group
         self._stop_requested = stop_requested
 
     def run(
@@ -125,7 +130,8 @@ class Runner:
             if self._stop_requested():
                 raise Interrupted
             tensors = self.build(chunk, batch)
-            total += float(self._engine.forward(call_of(chunk, tensors, batch.chunks, store)))
+            call = call_of(chunk, tensors, batch.chunks, store, sequence_group=self._sequence_group)
+            total += float(self._engine.forward(call))
             sequence = chunk.long_sequence
             if sequence is not None and not chunk.segments[0].continues:
                 store.close(sequence)
@@ -133,7 +139,9 @@ class Runner:
         return total
 
     def build(self, chunk: Chunk, batch: StepBatch) -> ChunkBatch:
-        return build_batch(chunk, batch.sequences, batch.weights, self._device, self._weight_dtype)
+        return build_batch(
+            chunk, batch.sequences, batch.weights, self._device, self._weight_dtype, self._sequence_group
+        )
 
 
 class _Step:
@@ -202,7 +210,8 @@ class _Step:
         chunk = self._batch.chunks[index]
         tensors = self._runner.build(chunk, self._batch)
         self._target_tokens[index] = tensors.target_tokens
-        return call_of(chunk, tensors, self._batch.chunks, self._store, head_gradient)
+        group = self._runner._sequence_group
+        return call_of(chunk, tensors, self._batch.chunks, self._store, head_gradient, group)
 
     def _head_gradient_of(self, index: int) -> SharedHeadGradient | None:
         """One for all retained chunks of a sequence; none for a standalone chunk, which goes backward at once."""
@@ -228,13 +237,14 @@ def call_of(
     chunks: Chunks,
     store: StateStore,
     head_gradient: SharedHeadGradient | None = None,
+    sequence_group: SequenceGroup | None = None,
 ) -> ChunkCall:
     """The model call of a chunk, with the state of the long sequence that it holds a piece of."""
     first = chunk.segments[0]
     if not chunk.is_dependent:
-        return ChunkCall(tensors, None, 0, False, head_gradient)
+        return ChunkCall(tensors, None, 0, False, head_gradient, sequence_group)
     state = store.open(first.sequence, chunks.stored_tokens(first.sequence))
-    return ChunkCall(tensors, state, first.start, first.continues, head_gradient)
+    return ChunkCall(tensors, state, first.start, first.continues, head_gradient, sequence_group)
 
 
 def has_dropout(model: nn.Module) -> bool:
