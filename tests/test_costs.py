@@ -250,7 +250,7 @@ def chunk_call(model: Any, length: int = 128) -> tuple[ChunkModel, ChunkCall]:
     chunks = build_chunks([length], length)
     batch = StepBatch(chunks, random_sequences([length], 96, seed=1), np.ones(1))
     chunk_model = ChunkModel(model, CpuBackend())
-    tensors = Runner(DirectEngine(chunk_model), CPU).build(chunks[0], batch)
+    tensors = Runner(DirectEngine(chunk_model), CPU).build(0, batch)
     return chunk_model, call_of(chunks[0], tensors, chunks, StateStore())
 
 

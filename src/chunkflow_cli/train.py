@@ -39,6 +39,7 @@ from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.learning_rate import learning_rate_schedule
@@ -217,7 +218,10 @@ class _Training:
         settle_vector_math()
         backend = choose_backend(config.model.attention, self.hf_config, self.device, self.dtype).backend
         with working(self.console, "loading the model"):
-            parts = assemble(config, self.hf_config, backend, self.device, stop_requested=self._must_stop_now)
+            parts = assemble(
+                config, self.hf_config, backend, self.device,
+                sequence_group=SequenceGroup.join(self.topology), stop_requested=self._must_stop_now,
+            )  # fmt: skip
         self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
         if self.processes.rank:  # all weights are drawn: from here on, dropout differs from rank to rank
             torch.manual_seed(
@@ -281,7 +285,7 @@ class _Training:
 
     def _must_stop_now(self) -> bool:
         """Asked before every operation. Where operations wait for other ranks, a run stops between steps only."""
-        return self.stop_requested and not self.plan.is_in_lockstep
+        return self.stop_requested and not self.plan.is_in_lockstep and self.topology.replicas == self.topology.data
 
     def _stop_together(self) -> None:
         """Between steps: whatever process was told to stop, all of them stop.
@@ -335,7 +339,7 @@ class _Training:
             Interrupted: a process was told to stop and has not done all of its operations.
             RunError: a loss is not finite.
         """
-        rank = step.ranks[self.processes.place.data_rank]
+        rank = step.ranks[self.processes.replica]
         share = step.tokens / max(1, rank.chunks.tokens)  # the bar counts the tokens of all ranks
         is_whole = True
         try:
@@ -369,7 +373,8 @@ class _Training:
     def _batch(self, step: StepPlan, rank: RankPlan) -> StepBatch:
         """The sequences of a rank, read from the cache."""
         weights = target_weights(rank, step, self.config.train.loss_weighting)
-        return StepBatch(rank.chunks, [self.train_data[int(sample)] for sample in rank.samples], weights)
+        sequences = [self.train_data[int(sample)] for sample in rank.samples]
+        return StepBatch(rank.chunks, sequences, weights, rank.spread)
 
     def _evaluate(self) -> float:
         """Token-mean loss over all held-out samples, whatever the training loss weighs.
@@ -382,8 +387,9 @@ class _Training:
         weight = 1.0 / int(self.eval_data.target_counts.sum())
         for start in range(0, len(self.eval_data), EVAL_GROUP):
             samples = np.arange(start, min(start + EVAL_GROUP, len(self.eval_data)))
-            shares = balance(self.eval_data.lengths[samples], self.plan.ranks)
-            chunks = [build_chunks(self.eval_data.lengths[samples[share]], self.config.chunk.size) for share in shares]
+            shares = balance(self.eval_data.lengths[samples], self.topology.data)  # each chunk spread over a group
+            size = self.config.chunk.size * self.topology.sequence
+            chunks = [build_chunks(self.eval_data.lengths[samples[share]], size) for share in shares]
             data_rank = self.processes.place.data_rank
             sequences = [self.eval_data[int(sample)] for sample in samples[shares[data_rank]]]
             batch = StepBatch(chunks[data_rank], sequences, np.full(len(sequences), weight))
@@ -446,7 +452,7 @@ class _Training:
         sample = int(np.argmax(self.train_data.lengths))
         probe = [_First(self.train_data[sample], PROBE_TOKENS)]
         chunks = build_chunks([len(probe[0].input_ids)], PROBE_TOKENS)
-        tensors = self.runner.build(chunks[0], StepBatch(chunks, probe, np.ones(1)))
+        tensors = self.runner.build(0, StepBatch(chunks, probe, np.ones(1), spread=range(0)))
         module = self.engine.module
         assert isinstance(module, ChunkModel)
         return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore()))

@@ -34,6 +34,11 @@ class Processes:
         return self.topology.place_of(self.rank)
 
     @property
+    def replica(self) -> int:
+        """This one's number among those that hold the same stage: its data-parallel and sequence-parallel rank."""
+        return self.rank % self.topology.replicas
+
+    @property
     def is_first(self) -> bool:
         """Whether this one speaks and writes for all."""
         return self.rank == 0
