@@ -35,7 +35,7 @@ from chunkflow_cli.report import stdout_console
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
 from chunkflow_cli.search import SimulatedStep
-from chunkflow_cli.simulate import Timeline, simulate, simulate_ranks
+from chunkflow_cli.simulate import Timeline, simulate
 from chunkflow_cli.tokens import TokenizedData
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -115,7 +115,6 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
-    timeline = timeline_of(chosen, plan)
     memory = None
     if shape is not None:
         memory = memory_of_fullest(
@@ -136,7 +135,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         shape=shape,
         memory=memory,
         step=chosen,
-        timeline=timeline,
+        timeline=plan.timeline(chosen),
     )
 
 
@@ -184,11 +183,13 @@ class Totals:
     filled_tails: int
     recomputed: int
     operations: int
+    dummies: int
     lower_bound: int
     room: int
     """Tokens that the chunks could hold."""
     spread_samples: int
     """That whole sequence-parallel groups run."""
+    step_seconds: NDArray[np.float64]  # (steps,), predicted, until the last rank is done
     seconds: NDArray[np.float64]  # (steps, ranks), predicted; in units of tokens if costs are proportional
     whole_seconds: NDArray[np.float64]  # (steps, ranks), predicted, if every rank ran whole samples alone
     most_operations: int
@@ -199,15 +200,17 @@ def add_up(plan: RunPlan) -> Totals:
     """Walk through all steps: what is counted here is what each step's plan holds."""
     count = dict.fromkeys(
         ("samples", "tokens", "target_tokens", "chunks", "standalone", "long_samples", "filled_tails", "recomputed",
-         "operations", "lower_bound", "room", "spread_samples"), 0,
+         "operations", "dummies", "lower_bound", "room", "spread_samples"), 0,
     )  # fmt: skip
     most_operations = 0
     seconds, whole_seconds = np.zeros((plan.steps, plan.ranks)), np.zeros((plan.steps, plan.ranks))
+    step_seconds = np.zeros(plan.steps)
     with progress_bar("planning", plan.steps) as progress:
         for step in plan:
             count["samples"] += len(step.samples)
             count["tokens"] += step.tokens
             count["target_tokens"] += step.target_tokens
+            count["dummies"] += step.dummies
             for index, rank in enumerate(step.ranks):
                 groups = [group for group in rank.chunks.dependent_groups() if group.start in rank.counted]
                 segments = np.diff(rank.chunks.first_segment)
@@ -221,6 +224,7 @@ def add_up(plan: RunPlan) -> Totals:
                 count["lower_bound"] += rank.lower_bound
                 most_operations = max(most_operations, operations)
                 seconds[step.step, index] = rank_seconds(rank, plan.costs)
+            step_seconds[step.step] = plan.step_seconds(step) if plan.is_in_lockstep else seconds[step.step].max()
             count["recomputed"] += step.recomputed_chunks
             if plan.sequence > 1:
                 count["spread_samples"] += step.spread_samples
@@ -232,12 +236,8 @@ def add_up(plan: RunPlan) -> Totals:
         most_operations=most_operations,
         seconds=seconds,
         whole_seconds=whole_seconds if plan.sequence > 1 else seconds,
+        step_seconds=step_seconds,
     )
-
-
-def timeline_of(step: StepPlan, plan: RunPlan) -> Timeline:
-    """When each operation of a step runs, as predicted."""
-    return simulate_ranks([(rank.schedules, plan.operation_seconds(rank)) for rank in step.ranks])
 
 
 def memory_settings(
@@ -317,7 +317,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
     longest = int(plan.lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     state = None if planned.shape is None else state_bytes(planned.shape, longest, plan.chunk_size, element_bytes)
-    slowest, busy = totals.seconds.max(axis=1), totals.seconds.mean(axis=1)
+    slowest, busy = totals.step_seconds, totals.seconds.mean(axis=1)
     seconds = None if plan.costs.is_of_one_stage else float(slowest.sum() + plan.steps * plan.costs.step_seconds)
     return {
         "recipe": planned.recipe,
@@ -341,6 +341,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         "fill": totals.tokens / totals.room,
         "lower_bound_chunks": totals.lower_bound,
         "operations": totals.operations,
+        "dummies": totals.dummies,
         "operations_per_step_and_rank": totals.operations / (plan.steps * plan.ranks),
         "most_operations": totals.most_operations,
         "cost_model": plan.costs.source,
@@ -360,6 +361,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
             "target_tokens": planned.step.target_tokens,
             "chunks": planned.step.chunks,
             "recomputed_chunks": planned.step.recomputed_chunks,
+            "dummies": planned.step.dummies,
             "schedules": [[str(schedule) for schedule in rank.schedules] for rank in planned.step.ranks],
         },
         **({} if plan.pipeline is None else {"pipeline": _pipeline_json(planned, plan.pipeline)}),

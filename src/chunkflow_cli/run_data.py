@@ -69,8 +69,9 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         k=config.chunk.k,
         fill_tails=config.chunk.fill_tails,
         equal_time=config.chunk.cuts is Cuts.time,
-        # ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share an engine call.
-        layout=Layout(join_retained=config.engine.zero_stage == 3),
+        # ZeRO-3 traces one forward for one backward, so the retained chunks of a sequence must share an engine call;
+        # and it communicates within both, so all ranks must run the same ones.
+        layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
         pipeline=None
         if stages == 1
         else PipelineLayout(stages, config.parallel.schedule.value, config.parallel.warmup_extra),

@@ -17,8 +17,8 @@ from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.chunks import Chunks, build_chunks, join_chunks
 from chunkflow_cli.costs import CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.pipeline_schedules import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
-from chunkflow_cli.schedule import Layout, Op, OpKind, Schedule, plan
-from chunkflow_cli.simulate import OperationSeconds
+from chunkflow_cli.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
+from chunkflow_cli.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ class StepPlan:
             if rank.sequence_rank == 0
         )
 
+    @property
+    def dummies(self) -> int:
+        """Passes of one token that only keep ranks in step."""
+        return sum(rank.schedule.dummies for rank in self.ranks)
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -139,18 +144,18 @@ class RunPlan:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         if self.sequence > 1:
             return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), self._groups(samples))
-        ranks: list[RankPlan] = []
-        idle: RankPlan | None = None  # with more ranks than samples, many of them: they are all alike
-        for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks):
-            if idle is not None and not len(share):
-                ranks.append(idle)
-                continue
-            chunks = build_chunks(
-                lengths[share], self.chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight
+        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks)
+        chunks = [self._chunks(lengths[share], self.chunk_size) for share in shares]
+        ranks = tuple(
+            RankPlan(samples[share], own, targets[share], schedules)
+            for share, own, schedules in zip(
+                shares, chunks, self._schedules(chunks, [targets[share] for share in shares]), strict=True
             )
-            ranks.append(RankPlan(samples[share], chunks, targets[share], self._schedules(chunks, targets[share])))
-            idle = idle if len(share) else ranks[-1]
-        return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), tuple(ranks))
+        )
+        return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), ranks)
+
+    def _chunks(self, lengths: NDArray[np.int64], chunk_size: int) -> Chunks:
+        return build_chunks(lengths, chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
 
     def _groups(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         """Of the ranks of all sequence-parallel groups, group by group."""
@@ -168,18 +173,16 @@ class RunPlan:
         ranks = []
         for first in range(0, self.ranks, self.sequence):
             spread = shares.spread(first)
-            together = self._built(lengths[spread], self._spread_chunk_size)
-            schedule_together = plan(together, self.k, self.layout)
+            together = self._chunks(lengths[spread], self._spread_chunk_size)
+            first_operations = plan(together, self.k, self.layout)
             for place in range(self.sequence):
                 alone = shares.alone(first + place)
-                own = self._built(lengths[alone], self.chunk_size)
+                own = self._chunks(lengths[alone], self.chunk_size)
                 share = np.concatenate([spread, alone])
-                schedule = plan(own, self.k, self.layout)
-                if len(spread):
-                    schedule = _one_after_the_other(schedule_together, schedule if len(alone) else Schedule(()), together)
+                schedule = _one_after_the_other(first_operations, plan(own, self.k, self.layout), together)
                 ranks.append(
                     RankPlan(
-                        samples[share], join_chunks(together, own), targets[share], (schedule,),
+                        samples[share], join_chunks(together, own), targets[share], (schedule if len(share) else IDLE,),
                         group_size=self.sequence, sequence_rank=place, spread=range(len(together)),
                     )
                 )  # fmt: skip
@@ -188,11 +191,12 @@ class RunPlan:
     def _all_spread(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         costs = self._spread_costs.of_sequences(lengths, self._spread_chunk_size, self.k, targets)
+        shares = balance(costs, self.ranks // self.sequence)
+        of_groups = [self._chunks(lengths[share], self._spread_chunk_size) for share in shares]
+        schedules_of_groups = self._schedules(of_groups, [targets[share] for share in shares])
         ranks = []
-        for share in balance(costs, self.ranks // self.sequence):
-            chunks = self._built(lengths[share], self._spread_chunk_size)
-            schedules = self._schedules(chunks, targets[share])
-            joined = join_chunks(chunks, self._built(lengths[:0], self.chunk_size))
+        for share, chunks, schedules in zip(shares, of_groups, schedules_of_groups, strict=True):
+            joined = join_chunks(chunks, self._chunks(lengths[:0], self.chunk_size))
             ranks += [
                 RankPlan(
                     samples[share], joined, targets[share], schedules,
@@ -201,9 +205,6 @@ class RunPlan:
                 for place in range(self.sequence)
             ]  # fmt: skip
         return tuple(ranks)
-
-    def _built(self, lengths: NDArray[np.int64], chunk_size: int) -> Chunks:
-        return build_chunks(lengths, chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
 
     def seconds_of_whole_samples(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """(ranks,) predicted of a step, if no sample were spread."""
@@ -233,9 +234,16 @@ class RunPlan:
         costs = (self.costs.forward, self.costs.backward)
         return sum(cost.seconds_per_pair for cost in costs) / sum(cost.seconds_per_token for cost in costs)
 
-    def _schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
+    def _schedules(self, ranks: Sequence[Chunks], targets: Sequence[NDArray[np.int64]]) -> list[tuple[Schedule, ...]]:
+        """Of the stages of each rank."""
         if self.pipeline is None:
-            return (plan(chunks, self.k, self.layout),)
+            if self.is_in_lockstep:
+                return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
+            return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
+        return [self._pipeline_schedules(chunks, own) for chunks, own in zip(ranks, targets, strict=True)]
+
+    def _pipeline_schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
+        assert self.pipeline is not None
         seconds = None
         if self.pipeline.schedule in CHOSEN_BY_SECONDS:
             seconds = operation_seconds(chunks, targets, self.costs, self.pipeline)
@@ -256,6 +264,23 @@ class RunPlan:
                 for kind in fields(OperationSeconds)
             }
         )
+
+    def timeline(self, step: StepPlan) -> Timeline:
+        """When each operation of a step runs on each rank and stage, as predicted."""
+        if not self.is_in_lockstep:
+            return simulate_ranks([(rank.schedules, self.operation_seconds(rank)) for rank in step.ranks])
+        one_token = operation_seconds(build_chunks([1], 1), np.ones(1, dtype=np.int64), self.costs)
+        return simulate_lockstep([(rank.schedule, self.operation_seconds(rank)) for rank in step.ranks], one_token)
+
+    def step_seconds(self, step: StepPlan) -> float:
+        """Predicted, of a step without a pipeline: until its last rank is done; the optimizer step is left out."""
+        if self.is_in_lockstep:
+            return self.timeline(step).makespan
+        return max(rank_seconds(rank, self.costs) for rank in step.ranks)
+
+    @property
+    def is_in_lockstep(self) -> bool:
+        return self.layout.lockstep and self.ranks > 1 and self.pipeline is None
 
     def __iter__(self) -> Iterator[StepPlan]:
         return (self[step] for step in range(self.steps))
@@ -365,7 +390,7 @@ def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
 def _spread_operations(rank: RankPlan, schedule: Schedule) -> list[Op]:
     operations = []
     for op in schedule.ops:
-        together = {chunk in rank.spread for chunk in op.chunks}
+        together = {chunk in rank.spread for chunk in op.real_chunks}
         if len(together) > 1:
             raise ValueError(f"operation {op} joins chunks that are spread and chunks that are not")
         if True in together:

@@ -153,7 +153,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         share = 1.0 if run.costs.is_of_one_stage else 1.0 / stages
         of_ranks = np.array([rank_seconds(rank, run.costs) * share for rank in planned.ranks])
         if run.pipeline is None:
-            seconds.append(float(of_ranks.max()))
+            seconds.append(run.step_seconds(planned) if run.is_in_lockstep else float(of_ranks.max()))
         else:
             simulated.append(SimulatedStep(run, planned))
             seconds.append(simulated[-1].makespan(of_ranks))

@@ -87,6 +87,11 @@ def _chunks(result: dict[str, Any]) -> Table:
         "operations", f"{result['operations_per_step_and_rank']:,.1f} a step and rank, at most "
         f"{result['most_operations']:,}"
     )  # fmt: skip
+    if result["dummies"]:
+        table.add_row(
+            "dummies", f"{result['dummies']:,} passes of one token, so that all ranks run the same operations (ZeRO-3) "
+            "or have a gradient to give"
+        )  # fmt: skip
     if result["ranks"] > 1:
         balance = result["balance"]
         table.add_row(
