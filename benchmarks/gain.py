@@ -45,7 +45,7 @@ ALL_REDUCE_EFFICIENCY = 0.6
 ALL_REDUCE_LATENCY = 25e-6
 CHUNK_SIZES = (2 * K, 4 * K, 8 * K, 16 * K, 32 * K)
 KS = (1, 2, 4, 8, 16)
-STAGES = (1, 2, 4, 8)
+STAGES = (1, 2, 4, 8, 16)
 GROUPS = (1, 2, 4, 8)
 
 
@@ -153,8 +153,8 @@ def optimizer_seconds(shape: ModelShape, baseline: Baseline) -> float:
     return step_seconds(shape, one, H100)
 
 
-def best_of(runs: Iterator[tuple[dict[str, Any], RunPlan, int]]) -> dict[str, Any]:
-    """The fastest that fits.
+def best_of(runs: Iterator[tuple[dict[str, Any], RunPlan, int]]) -> dict[str, Any] | None:
+    """The fastest that fits, if any does.
 
     Args:
         runs: a description, the run, and its bytes on the fullest device.
@@ -168,11 +168,10 @@ def best_of(runs: Iterator[tuple[dict[str, Any], RunPlan, int]]) -> dict[str, An
                "seconds": found.step_seconds, "waiting": found.bubble_ratio}  # fmt: skip
         if best is None or row["seconds"] < best["seconds"]:
             best = row
-    assert best is not None, "nothing fits"
     return best
 
 
-def papers_way(shape: ModelShape, baseline: Baseline, lengths: NDArray[np.int64]) -> dict[str, Any]:
+def papers_way(shape: ModelShape, baseline: Baseline, lengths: NDArray[np.int64]) -> dict[str, Any] | None:
     """State-aware 1F1B on the baseline's <TP, PP>; without full recompute, as the paper says, where that fits."""
 
     def runs() -> Iterator[tuple[dict[str, Any], RunPlan, int]]:
@@ -199,7 +198,7 @@ def tensor_memory(shape: ModelShape, run: RunPlan, checkpointing: str, baseline:
     return (parts.device_total - parts.head - parts.state + state) // baseline.gpus + parts.head // baseline.tensor
 
 
-def ours(shape: ModelShape, gpus: int, lengths: NDArray[np.int64], *, both: bool) -> dict[str, Any]:
+def ours(shape: ModelShape, gpus: int, lengths: NDArray[np.int64], *, both: bool) -> dict[str, Any] | None:
     """ZeRO-1.
 
     Args:
@@ -214,7 +213,7 @@ def ours(shape: ModelShape, gpus: int, lengths: NDArray[np.int64], *, both: bool
             costs = CostModel.profile(shape, H100, checkpointed=checkpointing == "full")
             for stages in STAGES:
                 for group in GROUPS:
-                    if gpus % (stages * group) or shape.attention_heads % group:
+                    if gpus % (stages * group) or shape.attention_heads % group or shape.layers % stages:
                         continue
                     if group > 1 and stages > 1 and not both:
                         continue
@@ -242,7 +241,9 @@ def pipeline_memory(shape: ModelShape, settings: MemorySettings) -> int:
     return divided // settings.stages + parts.head
 
 
-def in_words(found: dict[str, Any], plain: float) -> str:
+def in_words(found: dict[str, Any] | None, plain: float) -> str:
+    if found is None:
+        return "nothing fits"
     layout = " x ".join(f"{axis} {found[axis]}" for axis in ("data", "sequence", "pipeline") if found.get(axis, 1) > 1)
     return (
         f"{found['seconds']:.2f} s ({plain / found['seconds']:.2f}x, {layout} {found['chunk_size'] // K}K "
@@ -270,8 +271,11 @@ def main() -> None:
                 "baseline": {"tensor": baseline.tensor, "pipeline": baseline.pipeline, "seconds": plain,
                              "checkpointing": baseline.checkpointing, "in_the_papers_table_3": baseline.is_known},
                 "papers_way": as_paper, "ours": own, "both": with_both,
-                "papers_way_gain": plain / as_paper["seconds"], "ours_gain": plain / own["seconds"],
-                "both_gain": plain / with_both["seconds"], "paper": baseline.paper, "paper_is_sure": baseline.is_paper_sure,
+                **{
+                    f"{name}_gain": None if found is None else plain / found["seconds"]
+                    for name, found in (("papers_way", as_paper), ("ours", own), ("both", with_both))
+                },
+                "paper": baseline.paper, "paper_is_sure": baseline.is_paper_sure,
             }  # fmt: skip
             rows.append(row)
             say(
