@@ -1,10 +1,10 @@
-"""What chunkflow is predicted to gain over per-sequence training in Megatron's way: four sizes of Qwen2.5 at 32K and 256K.
+"""What chunkflow is predicted to gain over per-sequence training in Megatron's way: Qwen2.5 at 32K and 256K.
 
     python benchmarks/gain.py               minutes; no GPU, no model
     python benchmarks/gain.py --out gain.json
 
-Seconds of a step of 256 samples in LMSys-Chat-1M's shape, as drawn and with one sample of the full length in each step, on
-as many H100 as the paper's baseline takes (its table 3, as far as we know it).
+Four sizes. Seconds of a step of 256 samples in LMSys-Chat-1M's shape, as drawn and with one sample of the full length in
+each step, on as many H100 as the paper's baseline takes (its table 3, as far as we know it).
 
     baseline     the paper's <TP, PP>, a sequence a micro-batch, plain 1F1B in the data's order, its recompute
     paper's way  the same <TP, PP> and data, chunks instead of sequences; the best (ChunkSize, K) of a grid that fits
@@ -109,11 +109,11 @@ RECOMPUTE_SHARE = {"none": 0.0, "selective": 0.0, "full": 1.0}
 """Megatron's selective recompute runs attention's inner product again, which flash attention does in any case."""
 
 
-def memory_settings(run: RunPlan, checkpointing: str, tensor: int) -> MemorySettings:
-    """Bfloat16 weights, AdamW, ZeRO-1 over the data-parallel ranks."""
+def memory_settings(run: RunPlan, checkpointing: str, longest: int) -> MemorySettings:
+    """Bfloat16 weights, AdamW, ZeRO-1 over the data-parallel ranks; a sample of the full length must fit."""
     return MemorySettings(
         element_bytes=2, optimizer_states=2, zero_stage=1, data_parallel=run.ranks, offload="none",
-        checkpointing=checkpointing, chunk_size=run.chunk_size, k=run.k, longest=int(run.lengths.max()),
+        checkpointing=checkpointing, chunk_size=run.chunk_size, k=run.k, longest=longest,
         device_type="cuda", stages=1 if run.pipeline is None else run.pipeline.stages, sequence=run.sequence,
     )  # fmt: skip
 
@@ -171,40 +171,47 @@ def best_of(runs: Iterator[tuple[dict[str, Any], RunPlan, int]]) -> dict[str, An
     return best
 
 
-def papers_way(shape: ModelShape, baseline: Baseline, lengths: NDArray[np.int64]) -> dict[str, Any] | None:
+def papers_way(
+    shape: ModelShape, baseline: Baseline, lengths: NDArray[np.int64], longest: int
+) -> dict[str, Any] | None:
     """State-aware 1F1B on the baseline's <TP, PP>; without full recompute, as the paper says, where that fits."""
 
     def runs() -> Iterator[tuple[dict[str, Any], RunPlan, int]]:
         optimizer = optimizer_seconds(shape, baseline)
         for checkpointing in ("selective", "full"):
-            costs = tensor_parallel_costs(
-                shape, baseline.tensor, recompute_share=RECOMPUTE_SHARE[checkpointing]
-            )
+            costs = tensor_parallel_costs(shape, baseline.tensor, recompute_share=RECOMPUTE_SHARE[checkpointing])
             costs = replace(costs, step_seconds=optimizer)
             for size in CHUNK_SIZES:
                 for k in KS:
                     pipeline = PipelineLayout(baseline.pipeline)
                     run = run_of(lengths, costs, chunk_size=size, k=k, pipeline=pipeline)
-                    yield {"checkpointing": checkpointing}, run, tensor_memory(shape, run, checkpointing, baseline)
+                    yield (
+                        {"checkpointing": checkpointing},
+                        run,
+                        tensor_memory(shape, run, checkpointing, baseline, longest),
+                    )
 
     return best_of(runs())
 
 
-def tensor_memory(shape: ModelShape, run: RunPlan, checkpointing: str, baseline: Baseline) -> int:
-    """TP divides all; the first stage holds up to K + P - 1 chunks and, of its layers, the state of two long sequences."""
-    settings = replace(memory_settings(run, checkpointing, baseline.tensor), stages=1, k=run.k + baseline.pipeline - 1)
+def tensor_memory(shape: ModelShape, run: RunPlan, checkpointing: str, baseline: Baseline, longest: int) -> int:
+    """TP divides all. The first stage holds up to K + P - 1 chunks and the state of two long sequences, of its layers."""
+    settings = replace(memory_settings(run, checkpointing, longest), stages=1, k=run.k + baseline.pipeline - 1)
     parts = memory_of_fullest(shape, settings, [])
     state = parts.state * 2 if baseline.pipeline > 1 else parts.state
     return (parts.device_total - parts.head - parts.state + state) // baseline.gpus + parts.head // baseline.tensor
 
 
-def ours(shape: ModelShape, gpus: int, lengths: NDArray[np.int64], *, both: bool) -> dict[str, Any] | None:
+def ours(
+    shape: ModelShape, gpus: int, lengths: NDArray[np.int64], longest: int, *, both: bool
+) -> dict[str, Any] | None:
     """ZeRO-1.
 
     Args:
         shape: of the model.
         gpus: in all.
         lengths: of all samples.
+        longest: tokens of a sample that must fit.
         both: allow sequence and pipeline parallelism together.
     """
 
@@ -224,7 +231,7 @@ def ours(shape: ModelShape, gpus: int, lengths: NDArray[np.int64], *, both: bool
                                 lengths, costs, chunk_size=size, k=k, pipeline=pipeline, ranks=gpus // stages,
                                 sequence=group,
                             )  # fmt: skip
-                            settings = memory_settings(run, checkpointing, 1)
+                            settings = memory_settings(run, checkpointing, longest)
                             run = replace(run, costs=with_step(costs, shape, settings))
                             described = {"data": gpus // stages // group, "sequence": group, "pipeline": stages,
                                          "checkpointing": checkpointing}  # fmt: skip
@@ -263,9 +270,9 @@ def main() -> None:
         for one_long in (False, True):
             shape, lengths = MODELS[model], data(longest, one_long=one_long)
             plain = baseline_seconds(shape, baseline, lengths)
-            as_paper = papers_way(shape, baseline, lengths)
-            own = ours(shape, baseline.gpus, lengths, both=False)
-            with_both = ours(shape, baseline.gpus, lengths, both=True)
+            as_paper = papers_way(shape, baseline, lengths, longest)
+            own = ours(shape, baseline.gpus, lengths, longest, both=False)
+            with_both = ours(shape, baseline.gpus, lengths, longest, both=True)
             row = {
                 "model": model, "longest": longest, "one_of_full_length_a_step": one_long, "gpus": baseline.gpus,
                 "baseline": {"tensor": baseline.tensor, "pipeline": baseline.pipeline, "seconds": plain,
@@ -279,8 +286,8 @@ def main() -> None:
             }  # fmt: skip
             rows.append(row)
             say(
-                f"{model:>3} {longest // K:>3}K {'one long' if one_long else 'as drawn'} {baseline.gpus:>2} GPUs: plain "
-                f"{plain:.2f} s; paper's way {in_words(as_paper, plain)}; ours {in_words(own, plain)}; both "
+                f"{model:>3} {longest // K:>3}K {'one long' if one_long else 'as drawn'} {baseline.gpus:>2} GPUs: "
+                f"plain {plain:.2f} s; paper's way {in_words(as_paper, plain)}; ours {in_words(own, plain)}; both "
                 f"{in_words(with_both, plain)}; paper {baseline.paper}"
             )
     emit({"benchmark": "gain", "device": "H100 SXM, by its profile", "batch": BATCH, "rows": rows}, arguments.out)

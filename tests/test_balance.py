@@ -138,7 +138,9 @@ def spread_costs(alone: list[int], degrees: list[int], price: float) -> np.ndarr
     return np.stack([np.array(alone) / degree + (price if degree > 1 else 0.0) for degree in degrees])
 
 
-LAYOUTS = st.sampled_from([([1, 2], 2), ([1, 2], 4), ([1, 2, 4], 4), ([1, 3], 6), ([1, 2, 4], 8), ([1], 3), ([1, 4], 8)])
+LAYOUTS = st.sampled_from(
+    [([1, 2], 2), ([1, 2], 4), ([1, 2, 4], 4), ([1, 3], 6), ([1, 2, 4], 8), ([1], 3), ([1, 4], 8)]
+)
 
 
 @given(st.lists(st.integers(0, 30), max_size=40), LAYOUTS, st.floats(0, 5), st.integers(0, 2**31))

@@ -1,8 +1,8 @@
 """Sequences to ranks, by predicted cost: whole ones to single ranks, or some of them spread over groups of ranks.
 
 Longest-processing-time-first (Graham 1969): the costliest sequence that is left goes to the rank with the least so far.
-No rank then has more than 4/3 of the best possible maximum, if sequences stay whole. On long-tailed data that maximum is
-one sequence, more than a rank's fair share of everything, and all other ranks wait for it. Spread over a
+No rank then has more than 4/3 of the best possible maximum, if sequences stay whole. On long-tailed data that maximum
+is one sequence, more than a rank's fair share of everything, and all other ranks wait for it. Spread over a
 sequence-parallel group it takes a fraction of the time; short ones would only lose by it, for each exchange has its
 price (Skrull, arXiv 2505.19609; FlexSP, arXiv 2412.01523).
 """
