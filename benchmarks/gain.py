@@ -3,8 +3,8 @@
     python benchmarks/gain.py               minutes; no GPU, no model
     python benchmarks/gain.py --out gain.json
 
-Four sizes. Seconds of a step of 256 samples in LMSys-Chat-1M's shape, as drawn and with one sample of the full length in
-each step, on as many H100 as the paper's baseline takes (its table 3, as far as we know it).
+Four sizes. Seconds of a step of 256 samples in LMSys-Chat-1M's shape, as drawn and with one sample of the full length
+in each step, on as many H100 as the paper's baseline takes (its table 3, as far as we know it).
 
     baseline     the paper's <TP, PP>, a sequence a micro-batch, plain 1F1B in the data's order, its recompute
     paper's way  the same <TP, PP> and data, chunks instead of sequences; the best (ChunkSize, K) of a grid that fits
@@ -195,7 +195,7 @@ def papers_way(
 
 
 def tensor_memory(shape: ModelShape, run: RunPlan, checkpointing: str, baseline: Baseline, longest: int) -> int:
-    """TP divides all. The first stage holds up to K + P - 1 chunks and the state of two long sequences, of its layers."""
+    """TP divides all. The first stage holds up to K + P - 1 chunks and, of its layers, two long sequences' state."""
     settings = replace(memory_settings(run, checkpointing, longest), stages=1, k=run.k + baseline.pipeline - 1)
     parts = memory_of_fullest(shape, settings, [])
     state = parts.state * 2 if baseline.pipeline > 1 else parts.state
