@@ -185,11 +185,11 @@ class Totals:
     operations: int
     dummies: int
     lower_bound: int
+    step_seconds: NDArray[np.float64]  # (steps,), predicted, until the last rank is done
     room: int
     """Tokens that the chunks could hold."""
     spread_samples: int
     """That whole sequence-parallel groups run."""
-    step_seconds: NDArray[np.float64]  # (steps,), predicted, until the last rank is done
     seconds: NDArray[np.float64]  # (steps, ranks), predicted; in units of tokens if costs are proportional
     whole_seconds: NDArray[np.float64]  # (steps, ranks), predicted, if every rank ran whole samples alone
     most_operations: int
@@ -235,8 +235,8 @@ def add_up(plan: RunPlan) -> Totals:
         dependent=count["chunks"] - count["standalone"],
         most_operations=most_operations,
         seconds=seconds,
-        whole_seconds=whole_seconds if plan.sequence > 1 else seconds,
         step_seconds=step_seconds,
+        whole_seconds=whole_seconds if plan.sequence > 1 else seconds,
     )
 
 

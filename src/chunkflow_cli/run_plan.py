@@ -145,7 +145,7 @@ class RunPlan:
         if self.sequence > 1:
             return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), self._groups(samples))
         shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks)
-        chunks = [self._chunks(lengths[share], self.chunk_size) for share in shares]
+        chunks = [self._built(lengths[share], self.chunk_size) for share in shares]
         ranks = tuple(
             RankPlan(samples[share], own, targets[share], schedules)
             for share, own, schedules in zip(
@@ -153,9 +153,6 @@ class RunPlan:
             )
         )
         return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), ranks)
-
-    def _chunks(self, lengths: NDArray[np.int64], chunk_size: int) -> Chunks:
-        return build_chunks(lengths, chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
 
     def _groups(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         """Of the ranks of all sequence-parallel groups, group by group."""
@@ -179,7 +176,7 @@ class RunPlan:
                 alone = shares.alone(first + place)
                 own = self._chunks(lengths[alone], self.chunk_size)
                 share = np.concatenate([spread, alone])
-                schedule = _one_after_the_other(first_operations, plan(own, self.k, self.layout), together)
+                schedule = _one_after_the_other(schedule_together, plan(own, self.k, self.layout), together)
                 ranks.append(
                     RankPlan(
                         samples[share], join_chunks(together, own), targets[share], (schedule if len(share) else IDLE,),
@@ -192,19 +189,18 @@ class RunPlan:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         costs = self._spread_costs.of_sequences(lengths, self._spread_chunk_size, self.k, targets)
         shares = balance(costs, self.ranks // self.sequence)
-        of_groups = [self._chunks(lengths[share], self._spread_chunk_size) for share in shares]
-        schedules_of_groups = self._schedules(of_groups, [targets[share] for share in shares])
-        ranks = []
-        for share, chunks, schedules in zip(shares, of_groups, schedules_of_groups, strict=True):
-            joined = join_chunks(chunks, self._chunks(lengths[:0], self.chunk_size))
-            ranks += [
-                RankPlan(
-                    samples[share], joined, targets[share], schedules,
-                    group_size=self.sequence, sequence_rank=place, spread=range(len(chunks)),
-                )
-                for place in range(self.sequence)
-            ]  # fmt: skip
-        return tuple(ranks)
+        chunks = [self._built(lengths[share], self._spread_chunk_size) for share in shares]
+        none = self._built(lengths[:0], self.chunk_size)
+        return tuple(
+            RankPlan(
+                samples[share], join_chunks(together, none), targets[share], schedules,
+                group_size=self.sequence, sequence_rank=place, spread=range(len(together)),
+            )
+            for share, together, schedules in zip(
+                shares, chunks, self._schedules(chunks, [targets[share] for share in shares]), strict=True
+            )
+            for place in range(self.sequence)
+        )  # fmt: skip
 
     def seconds_of_whole_samples(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """(ranks,) predicted of a step, if no sample were spread."""

@@ -55,6 +55,11 @@ class Engine:
         """ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share a call."""
         return self._stage == 3
 
+    @property
+    def needs_lockstep(self) -> bool:
+        """ZeRO-3 communicates within forward and backward: all ranks must run the same ones."""
+        return self._stage == 3 and bool(self._averaged_over > 1)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._stage == 2 and self._coalescing is None:
             # ZeRO-2 otherwise keeps the gradient of the last backward only.

@@ -107,6 +107,8 @@ def import_deepspeed() -> Any:
         # next start waits for without end. gloo and NCCL do without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that torch has since changed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     return deepspeed
 
 
