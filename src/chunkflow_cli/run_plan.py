@@ -170,11 +170,11 @@ class RunPlan:
         ranks = []
         for first in range(0, self.ranks, self.sequence):
             spread = shares.spread(first)
-            together = self._chunks(lengths[spread], self._spread_chunk_size)
-            first_operations = plan(together, self.k, self.layout)
+            together = self._built(lengths[spread], self._spread_chunk_size)
+            schedule_together = plan(together, self.k, self.layout)
             for place in range(self.sequence):
                 alone = shares.alone(first + place)
-                own = self._chunks(lengths[alone], self.chunk_size)
+                own = self._built(lengths[alone], self.chunk_size)
                 share = np.concatenate([spread, alone])
                 schedule = _one_after_the_other(schedule_together, plan(own, self.k, self.layout), together)
                 ranks.append(
@@ -201,6 +201,9 @@ class RunPlan:
             )
             for place in range(self.sequence)
         )  # fmt: skip
+
+    def _built(self, lengths: NDArray[np.int64], chunk_size: int) -> Chunks:
+        return build_chunks(lengths, chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
 
     def seconds_of_whole_samples(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """(ranks,) predicted of a step, if no sample were spread."""
