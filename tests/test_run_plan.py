@@ -77,8 +77,8 @@ def test_each_token_is_run_once_and_groups_agree(
         room = 32 * np.where(np.arange(len(rank.chunks)) < len(rank.spread), sequence, 1)
         assert (rank.room == room).all()
         assert all(chunk.tokens <= most for chunk, most in zip(rank.chunks, room, strict=True))
-        assert all(schedule.ops for schedule in rank.schedules)
         if run.pipeline is None:
+            assert rank.schedule.ops  # a rank without samples, too
             validate(rank.schedule, rank.chunks, run.k)
     assert step.chunks == sum(len(rank.counted) for rank in step.ranks) <= sum(len(rank.chunks) for rank in step.ranks)
     assert sum(rank.lower_bound for rank in step.ranks) <= step.chunks
