@@ -188,6 +188,10 @@ def test_groups_are_planned_and_what_they_bring_is_said(tmp_path: Path, capsys: 
     shown = capsys.readouterr().out
     assert "2 data-parallel ranks, each a sequence-parallel group of 2" in shown
     assert "1 sample over groups of 2" in shown
+    staged = (*words, "parallel.pipeline=2", "plan.cost_model=profile")
+    in_stages, without_group = planned(*staged), planned(*staged, "parallel.sequence=1", "launch.processes=2")
+    assert in_stages["memory"]["state_bytes"] == pytest.approx(without_group["memory"]["state_bytes"] / 2, rel=0.1)
+    assert in_stages["memory"]["activations_bytes"] <= without_group["memory"]["activations_bytes"]
     everything = planned(*words, "parallel.spread=all")
     assert everything["balance"]["spread_samples"] == 25
     assert everything["step"]["schedules"][0] == everything["step"]["schedules"][1]

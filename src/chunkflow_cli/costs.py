@@ -256,6 +256,7 @@ class CostModel:
             recompute=divided(self.recompute),
             state_pass=divided(self.state_pass),
             seconds_per_target=self.seconds_per_target / ranks,
+            transfer_seconds_per_token=self.transfer_seconds_per_token / ranks,
         )
 
     def pairs_up_to(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
