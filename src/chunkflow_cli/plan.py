@@ -286,10 +286,12 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
             if not len(rank.chunks):
                 continue
             tokens = chunk_tokens(rank.chunks)
+            tokens[: len(rank.spread)] /= rank.group_size
             read_later, received = np.zeros(len(tokens)), np.zeros(len(tokens))
             for group in rank.chunks.dependent_groups():
                 first = rank.chunks.first_segment[group.start : group.stop - 1]
                 read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
+            read_later[: len(rank.spread)] /= min(rank.group_size, shape.kv_heads)
             again = rank.recomputed
             received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
             activations, state = tokens * activation, read_later * state_of_token
