@@ -1,6 +1,6 @@
 """Chunks spread over the ranks of a group are whole-sequence training: real gloo ranks against transformers alone.
 
-The truth is transformers' own eager forward over whole sequences in this process, with no chunk, no group and none of
+The truth is transformers' own forward over whole sequences in this process, with no chunk, no group and none of
 our code but the random sequences. Each group size is one launch that runs all of its cases.
 """
 
@@ -9,26 +9,48 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from chunkflow_cli import plan as plan_command
 from chunkflow_cli.chunks import Chunks, build_chunks
-from chunkflow_cli.config import ActivationCheckpointing, LoraConfig
+from chunkflow_cli.config import (
+    ActivationCheckpointing,
+    Config,
+    LaunchConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    check,
+    load,
+)
+from chunkflow_cli.costs import (
+    CostModel,
+    DeviceProfile,
+    MemorySettings,
+    ModelShape,
+    OperationCost,
+    memory_parts,
+    state_bytes,
+)
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backends import Backend, CpuBackend, ReferenceBackend
-from chunkflow_cli.execution.batch import IGNORED
+from chunkflow_cli.execution.batch import IGNORED, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import DirectEngine, RandomSequence, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.model import add_lora, enable_activation_checkpointing
+from chunkflow_cli.run_data import check_heads, topology_of
 from chunkflow_cli.schedule import Layout, plan
-from chunkflow_cli.topology import Topology
+from chunkflow_cli.topology import Topology, key_value_copies
 from conftest import TINY
 from ranks import run_ranks
 
@@ -152,9 +174,10 @@ def chunks_of(case: Case) -> Chunks:
 
 @exact_dtype
 def whole_sequence_training(case: Case) -> tuple[float, Tensor]:
-    """Loss and gradients of transformers alone: eager attention, one sequence a forward."""
+    """Loss and gradients of transformers alone, one sequence a forward."""
     model = make_model(case)
-    model.set_attn_implementation("eager")
+    # Its eager attention takes the softmax in float32, but knows sinks and soft caps.
+    model.set_attn_implementation("sdpa" if case.dtype == "float64" else "eager")
     sequences = make_sequences(case)
     total = 0.0
     for sequence, weight in zip(sequences, make_weights(sequences).tolist(), strict=True):
@@ -215,18 +238,18 @@ def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
     return Outcome(losses[0].item(), gradient, losses[1].item(), result.target_tokens, result.peak_state_bytes)
 
 
+def run_all_cases(size: int) -> dict[str, Outcome]:
+    """On each rank of one group."""
+    group = join(Topology(sequence=size))
+    return {name: run_case(case, group) for name, case in CASES.items()}
+
+
 def join(topology: Topology) -> SequenceGroup:
     torch.distributed.init_process_group("gloo")
     settle_vector_math()
     group = SequenceGroup.join(topology)
     assert group is not None
     return group
-
-
-def run_all_cases(size: int) -> dict[str, Outcome]:
-    """On each rank of the group."""
-    group = join(Topology(sequence=size))
-    return {name: run_case(case, group) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -263,3 +286,224 @@ def test_a_group_s_step_is_whole_sequence_training(
         assert float((rank.gradients - gradient).norm() / gradient.norm()) < tolerance
     targets = sum(int((sequence.targets != IGNORED).sum()) for sequence in make_sequences(CASES[name]))
     assert sum(rank.target_tokens for rank in ranks) == targets, "padding is not counted, and no target twice"
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("own heads, head_dim", 4), ("grouped queries, biases", 2),
+                                                ("one key head, tied", 1)])  # fmt: skip
+def test_state_falls_with_the_group(outcomes: list[dict[str, Outcome]], name: str, kv_heads: int) -> None:
+    """What a group is for: a rank stores its own heads only, and of fewer heads than ranks still just one."""
+    alone = run_case(CASES[name], None).peak_state_bytes
+    assert alone > 0
+    for rank in outcomes:
+        assert rank[name].peak_state_bytes * min(len(outcomes), kv_heads) == alone
+
+
+def run_two_groups(_: None) -> dict[str, Any]:
+    """On each of four ranks: two groups beside each other, on chunks of their own; and the exchange of bfloat16."""
+    group = join(Topology(data=2, sequence=2))
+    first = torch.distributed.get_rank() < 2
+    outcome = run_case(CASES["k 2" if first else "short window"], group)
+    whole = torch.arange(2 * 4 * 6 * 8).view(2, 4, 6, 8).to(torch.bfloat16)  # of both ranks (heads, tokens, head_dim)
+    mine = whole[group.rank : group.rank + 1]
+    queries, keys, values = group.tokens_to_heads(mine, mine[:, :1], mine[:, :2, :, :3])
+    all_tokens = torch.cat([whole[0], whole[1]], dim=1)
+    expected = all_tokens[2 * group.rank : 2 * group.rank + 2]
+    return {
+        "ranks": torch.distributed.get_process_group_ranks(group.process_group),
+        "place": (group.size, group.rank),
+        "outcome": outcome,
+        "exchanged": [
+            torch.equal(queries[0], expected),
+            torch.equal(keys[0], all_tokens[:1]),
+            torch.equal(values[0], all_tokens[group.rank : group.rank + 1, :, :3]),
+            torch.equal(group.heads_to_tokens(queries), mine),
+        ],
+    }
+
+
+def test_groups_beside_each_other(truth: Callable[[str], tuple[float, Tensor]]) -> None:
+    """Data-parallel groups run other chunks, and other numbers of them: an exchange over all ranks would mix them or
+    hang. In bfloat16 an exchange is a copy, to the bit, and one of fewer key heads than ranks gives both the same."""
+    ranks = run_ranks(4, "test_sequence_parallel:run_two_groups")
+    assert [rank["ranks"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [rank["place"] for rank in ranks] == [(2, 0), (2, 1), (2, 0), (2, 1)]
+    for rank, name in zip(ranks, ["k 2", "k 2", "short window", "short window"], strict=True):
+        loss, gradient = truth(name)
+        assert rank["outcome"].loss == pytest.approx(loss, rel=1e-12)
+        assert float((rank["outcome"].gradients - gradient).norm() / gradient.norm()) < 1e-12
+        assert rank["exchanged"] == [True] * 4
+
+
+# --- What needs no other process -------------------------------------------------------------------------------------
+
+
+def group_of(size: int, rank: int) -> SequenceGroup:
+    """Without the others: it cannot exchange."""
+    return SequenceGroup(cast(Any, None), size, rank)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 24])
+def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
+    """Laid side by side the slices are the chunk's tokens in order, then padding, which is a segment of its own and has
+    no targets: attached to the last segment it would be attended to by nothing, but counted as its tokens."""
+    sequences = random_sequences((tokens - tokens // 3, tokens // 3) if tokens > 2 else (tokens,), VOCABULARY)
+    (chunk,) = build_chunks([len(each.input_ids) for each in sequences], tokens)
+    weights = make_weights(sequences)
+    whole = build_batch(chunk, sequences, weights, CPU, torch.float64)
+    slices = [build_batch(chunk, sequences, weights, CPU, torch.float64, group_of(size, rank)) for rank in range(size)]
+    padding = -tokens % size
+    share = (tokens + padding) // size
+    for name in ("input_ids", "position_ids"):
+        joined = torch.cat([getattr(each, name) for each in slices], dim=1)
+        assert torch.equal(joined[:, :tokens], getattr(whole, name))
+        assert joined.shape == (1, tokens + padding)
+    positions = [each.target_positions + rank * share for rank, each in enumerate(slices)]
+    assert torch.equal(torch.cat(positions), whole.target_positions)
+    assert torch.equal(torch.cat([each.targets for each in slices]), whole.targets)
+    assert torch.equal(torch.cat([each.target_weights for each in slices]), whole.target_weights)
+    last = (tokens + padding,) if padding else ()
+    assert {each.boundaries for each in slices} == {(*whole.boundaries, *last)}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "copies"),
+    [(28, 4, 1, 1), (28, 4, 2, 1), (28, 4, 4, 1), (8, 2, 4, 2), (8, 1, 8, 8), (32, 32, 16, 1), (9, 3, 3, 1)],
+)
+def test_copies_of_key_heads(heads: int, kv_heads: int, size: int, copies: int) -> None:
+    """By hand: with a head for each rank no copies, with fewer as many as ranks share one."""
+    assert key_value_copies(heads, kv_heads, size) == copies
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 9, 12, 28])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 6])
+def test_each_rank_gets_the_key_heads_of_its_queries(heads: int, kv_heads: int) -> None:
+    """Brute force over the heads of each rank: a size is possible where contiguous slices of repeated key heads serve
+    exactly the queries beside them, and refused where they do not."""
+    if heads % kv_heads:
+        return
+    possible = []
+    for size in range(1, heads + 1):
+        try:
+            copies = key_value_copies(heads, kv_heads, size)
+        except ValueError:
+            continue
+        possible.append(size)
+        repeated = [head for head in range(kv_heads) for _ in range(copies)]
+        for rank in range(size):
+            queries = range(heads)[group_of(size, rank).slice_of(heads)]
+            keys = repeated[group_of(size, rank).slice_of(len(repeated))]
+            served = [keys[place * len(keys) // len(queries)] for place in range(len(queries))]
+            assert served == [query // (heads // kv_heads) for query in queries]
+    assert 1 in possible
+    assert heads in possible
+    with pytest.raises(ValueError, match=f"among {', '.join(map(str, possible))}$"):
+        key_value_copies(heads, kv_heads, heads + 1)
+
+
+def test_heads_that_do_not_divide_are_refused_by_name(tiny_config: Callable[..., Any]) -> None:
+    """Before anything is loaded: the model, its heads, the size, and the sizes that would do."""
+    config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(sequence=3))
+    with pytest.raises(UsageError) as refused:
+        check_heads(config, tiny_config("qwen2"))
+    assert str(refused.value) == (
+        "parallel.sequence=3 does not suit my-model:\n"
+        "  its 4 attention heads and 2 key and value heads cannot be divided among 3 ranks, but among 1, 2, 4"
+    )
+    for size in (1, 2, 4):
+        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("qwen2"))
+        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("gpt2", n_head=4))
+
+
+@pytest.mark.parametrize(
+    ("processes", "sequence", "pipeline", "topology"),
+    [(1, 1, 1, (1, 1, 1)), (1, 4, 2, (1, 4, 2)), (8, 4, 2, (1, 4, 2)), (16, 2, 2, (4, 2, 2)), (6, 1, 1, (6, 1, 1))],
+)
+def test_processes_that_are_left_are_data_parallel(
+    processes: int, sequence: int, pipeline: int, topology: tuple[int, int, int]
+) -> None:
+    """Left at one process, plan and tune take as many as a group and a pipeline need."""
+    config = Config(launch=LaunchConfig(processes), parallel=ParallelConfig(sequence=sequence, pipeline=pipeline))
+    check(config)
+    assert topology_of(config) == Topology(*topology)
+
+
+def test_processes_that_cannot_be_divided_are_refused() -> None:
+    """Six processes make no groups of 2 x 2: the number and both keys are named."""
+    config = Config(launch=LaunchConfig(6), parallel=ParallelConfig(sequence=2, pipeline=2))
+    with pytest.raises(UsageError, match=r"launch.processes=6 is not a multiple of 4, which is parallel.sequence=2 x"):
+        check(config)
+    with pytest.raises(UsageError, match=r"parallel.sequence=0 must be at least 1"):
+        check(Config(parallel=ParallelConfig(sequence=0)))
+
+
+# --- Planning --------------------------------------------------------------------------------------------------------
+
+SHAPE = ModelShape(
+    layers=3, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=50,
+    matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
+)  # fmt: skip
+DEVICE = DeviceProfile(
+    "made up", 1e6, 10**9, matmul_efficiency=0.5, attention_efficiency=0.25, layer_launch_seconds=0.1,
+    link_bytes_per_second=100.0, link_latency_seconds=0.01, neighbour_bytes_per_second=1000.0, neighbours=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_seconds_of_spread_chunks_by_hand(checkpointed: bool) -> None:
+    """1/s of the work; 3 layers x 2 exchanges of 0.01 s; a token is 2 bytes x 2 numbers x (4 query + 2 key heads) x 2.
+    On two ranks a quarter of each token crosses, at 1000 bytes a second; on four 3/16, past the node at 100, and key
+    heads are there twice."""
+    alone = CostModel.profile(SHAPE, DEVICE, checkpointed=checkpointed)
+    backward = 2 if checkpointed else 1
+    for ranks, token in ((2, 3 * 48 / 4 / 1000), (4, 3 * 64 * 3 / 16 / 100)):
+        spread = alone.spread(ranks, DEVICE, checkpointed=checkpointed)
+        for cost, whole, times in ((spread.forward, alone.forward, 1), (spread.backward, alone.backward, backward),
+                                   (spread.recompute, alone.recompute, 1), (spread.state_pass, alone.state_pass, 1)):  # fmt: skip
+            assert cost.fixed_seconds == pytest.approx(whole.fixed_seconds + times * 0.06)
+            assert cost.seconds_per_token == pytest.approx(whole.seconds_per_token / ranks + times * token)
+            assert cost.seconds_per_pair == pytest.approx(whole.seconds_per_pair / ranks)
+        assert spread.seconds_per_target == alone.seconds_per_target / ranks
+        assert spread.step_seconds == alone.step_seconds
+    assert alone.spread(1, DEVICE, checkpointed=checkpointed) is alone
+    proportional = CostModel.proportional().spread(4, DEVICE, checkpointed=checkpointed)
+    assert proportional.forward == OperationCost(0.0, 0.25, 0.0)
+    assert proportional.backward == OperationCost(0.0, 0.5, 0.0)
+
+
+def test_memory_of_a_group_s_rank() -> None:
+    """Activations and state are divided, state by no more than there are key heads; weights, gradients and optimizer
+    are those of as many data-parallel ranks, for ZeRO knows nothing of groups."""
+    settings = MemorySettings(
+        element_bytes=2, optimizer_states=2, zero_stage=3, data_parallel=4, offload="none", checkpointing="none",
+        chunk_size=1 << 20, k=1, longest=3 << 20, device_type="cuda",
+    )  # fmt: skip
+    alone = memory_parts(SHAPE, settings)
+    for sequence, state_share in ((2, 2), (4, 2)):
+        rank = memory_parts(SHAPE, replace(settings, sequence=sequence))
+        assert rank.activations == pytest.approx(alone.activations / sequence)
+        assert rank.state * state_share == alone.state == state_bytes(SHAPE, 3 << 20, 1 << 20, 2)
+        same = ("weights", "gradients", "optimizer", "host")
+        assert [getattr(rank, name) for name in same] == [getattr(alone, name) for name in same]
+
+
+def test_plan_of_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight processes in groups of two: four data-parallel shares, and the screen says what a rank of a group has."""
+    words = ["recipe=tiny_random", f"data.cache_dir={tmp_path}", "chunk.size=64", "tune.device=h100",
+             "train.global_batch_size=4"]  # fmt: skip
+    grouped = [*words, "launch.processes=8", "parallel.sequence=2"]
+    result = plan_command.run(load(grouped))
+    assert result["ranks"] == 4
+    assert result["sequence"]["ranks"] == 2
+    assert result["sequence"]["groups"] == 4
+    assert result["sequence"]["token_share"] == 0.5
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "4 data-parallel ranks, 2 ranks share each chunk" in screen
+    assert "4 groups of 2 ranks; each has 50" in screen
+    alone = plan_command.run(load([*words, "launch.processes=4"]), json_output=True)
+    assert "sequence" not in alone
+    assert result["step"]["schedules"] == alone["step"]["schedules"], "the same chunks, only spread"
+    assert result["memory"]["state_bytes"] * 2 == alone["memory"]["state_bytes"]
+    assert result["memory"]["optimizer_bytes"] * 2 == pytest.approx(alone["memory"]["optimizer_bytes"], rel=1e-3)
+    with pytest.raises(UsageError, match=r"parallel\.sequence=3 does not suit .*:\n  its \d+ attention heads"):
+        plan_command.run(load([*words, "parallel.sequence=3"]))

@@ -286,6 +286,9 @@ class LaunchConfig:
 
 @dataclass
 class ParallelConfig:
+    sequence: int = 1
+    """Ranks that share the tokens of each chunk, and for attention its heads: time, activations and state of a rank
+    fall with it. It must divide the model's attention heads (Ulysses)."""
     pipeline: int = 1
     """Stages that the model's layers are cut into: `plan` shows their schedules."""
     schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
@@ -464,6 +467,7 @@ def check(config: Config) -> None:
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "log.every": (config.log.every, 1),
         "launch.processes": (config.launch.processes, 1),
+        "parallel.sequence": (config.parallel.sequence, 1),
         "parallel.pipeline": (config.parallel.pipeline, 1),
         "parallel.warmup_extra": (config.parallel.warmup_extra, 0),
         "tune.memory_gib": (config.tune.memory_gib, 0),
@@ -492,10 +496,15 @@ def check(config: Config) -> None:
         raise UsageError(f"optim.betas={config.optim.betas} must be two numbers, each at least 0 and below 1")
     if config.engine.zero_stage not in (0, 1, 2, 3):
         raise UsageError(f"engine.zero_stage={config.engine.zero_stage} must be 0, 1, 2 or 3")
-    processes, stages = config.launch.processes, config.parallel.pipeline
-    if processes > 1 and processes % stages:
+    processes, sequence, stages = config.launch.processes, config.parallel.sequence, config.parallel.pipeline
+    if processes > 1 and processes % (sequence * stages):
+        if sequence == 1:
+            raise UsageError(
+                f"launch.processes={processes} cannot be divided among pipelines of parallel.pipeline={stages} stages"
+            )
         raise UsageError(
-            f"launch.processes={processes} cannot be divided among pipelines of parallel.pipeline={stages} stages"
+            f"launch.processes={processes} is not a multiple of {sequence * stages}, which is parallel.sequence="
+            f"{sequence} x parallel.pipeline={stages}\n  take launch.processes={sequence * stages}, or a multiple of it"
         )
     if config.data.eval_path is not None and config.data.eval_fraction > 0:
         raise UsageError("data.eval_path and data.eval_fraction are both set: hold out one way or the other")

@@ -7,12 +7,13 @@ sheet and assumed efficiency) or are proportional to tokens, as in the paper's w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.chunks import Chunks
+from chunkflow_cli.topology import key_value_copies
 
 GIB = 2**30
 
@@ -46,6 +47,14 @@ class ModelShape:
     def state_elements_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
+
+    def kv_heads_of_rank(self, sequence: int) -> int:
+        """Key and value heads that a rank of a sequence-parallel group holds; fewer than ranks are repeated.
+
+        Raises:
+            ValueError: the heads cannot be divided among so many.
+        """
+        return self.kv_heads * key_value_copies(self.attention_heads, self.kv_heads, sequence) // sequence
 
     def attended_pairs(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """Query-key pairs of the first `tokens` positions of a sequence, as a mean over the layers.
@@ -103,23 +112,52 @@ class DeviceProfile:
     link_latency_seconds: float = 20e-6
     host_bytes_per_second: float = 25e9
     """To the host's memory, in one direction: PCIe 4, or half of PCIe 5."""
+    neighbour_bytes_per_second: float = 25e9
+    """To the other devices of its node together, in one direction."""
+    neighbours: int = 8
+    """Devices of a node, itself included."""
+
+    def exchange_bytes_per_second(self, ranks: int) -> float:
+        """What a device sends to the others of a group of so many neighbouring ranks."""
+        return self.neighbour_bytes_per_second if ranks <= self.neighbours else self.link_bytes_per_second
 
 
 DEVICES = {
     # The makers' data sheets; memory as the driver reports it.
-    "a100": DeviceProfile("A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12),
-    "h100": DeviceProfile(
-        "H100 SXM", 989e12, int(79.2 * GIB), memory_bytes_per_second=3.35e12, link_bytes_per_second=50e9
+    "a100": DeviceProfile(
+        "A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12, neighbour_bytes_per_second=300e9
     ),
-    "h200": DeviceProfile("H200", 989e12, int(139.8 * GIB), memory_bytes_per_second=4.8e12, link_bytes_per_second=50e9),
-    "b200": DeviceProfile("B200", 2250e12, int(179.0 * GIB), memory_bytes_per_second=8e12, link_bytes_per_second=50e9),
+    "h100": DeviceProfile(
+        "H100 SXM",
+        989e12,
+        int(79.2 * GIB),
+        memory_bytes_per_second=3.35e12,
+        link_bytes_per_second=50e9,
+        neighbour_bytes_per_second=450e9,
+    ),
+    "h200": DeviceProfile(
+        "H200",
+        989e12,
+        int(139.8 * GIB),
+        memory_bytes_per_second=4.8e12,
+        link_bytes_per_second=50e9,
+        neighbour_bytes_per_second=450e9,
+    ),
+    "b200": DeviceProfile(
+        "B200",
+        2250e12,
+        int(179.0 * GIB),
+        memory_bytes_per_second=8e12,
+        link_bytes_per_second=50e9,
+        neighbour_bytes_per_second=900e9,
+    ),
     # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md), which bfloat16 models use there too.
     "cpu": DeviceProfile("CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, memory_bytes_per_second=10e9),
 }
 
 
 ACTIVATION_BYTES = 2
-"""Of a hidden state that is sent to another stage: bfloat16."""
+"""Of a number that is sent to another stage or rank of a group: bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +230,51 @@ class CostModel:
             transfer_seconds_per_token=shape.hidden_size * ACTIVATION_BYTES / device.link_bytes_per_second,
             transfer_latency_seconds=device.link_latency_seconds,
             shape=shape,
+        )
+
+    def spread(self, ranks: int, device: DeviceProfile, *, checkpointed: bool) -> CostModel:
+        """The same operations when each chunk is spread over a sequence-parallel group of so many ranks.
+
+        Each rank does 1/s of the products, of attention and of the head (targets are taken to be spread evenly), but
+        launches as many kernels. In each layer two all-to-alls are added forward: queries, keys and values to heads,
+        the output back to tokens. Of n tokens a rank holds n/s and keeps 1/s of them, so it sends
+
+            (s - 1) / s^2 x n x (2 x heads + 2 x kv_heads) x head_dim numbers
+
+        over its link, key and value heads counted as often as they are repeated (DeepSpeed-Ulysses, arXiv 2309.14509,
+        section 3.2: 4 N h / P a layer, where queries have keys of their own). Backward exchanges the gradients in the
+        same way, and the forward's once more where activations are checkpointed. Nothing is taken to overlap. Without
+        a shape only the work is divided.
+
+        Raises:
+            ValueError: the model's heads cannot be divided among so many.
+        """
+        if ranks == 1:
+            return self
+        latency = token = 0.0
+        if self.shape is not None:
+            shape = self.shape
+            heads = shape.attention_heads + ranks * shape.kv_heads_of_rank(ranks)
+            sent = (ranks - 1) / ranks**2 * 2 * heads * shape.head_dim * ACTIVATION_BYTES
+            latency = 2 * shape.layers * device.link_latency_seconds
+            token = shape.layers * sent / device.exchange_bytes_per_second(ranks)
+
+        def divided(cost: OperationCost, exchanges: int) -> OperationCost:
+            return OperationCost(
+                cost.fixed_seconds + exchanges * latency,
+                cost.seconds_per_token / ranks + exchanges * token,
+                cost.seconds_per_pair / ranks,
+            )
+
+        return replace(
+            self,
+            source=f"{self.source}, chunks spread over {ranks} ranks",
+            forward=divided(self.forward, 1),
+            backward=divided(self.backward, 2 if checkpointed else 1),
+            recompute=divided(self.recompute, 1),
+            state_pass=divided(self.state_pass, 1),
+            seconds_per_target=self.seconds_per_target / ranks,
+            transfer_seconds_per_token=self.transfer_seconds_per_token / ranks,
         )
 
     def pairs_up_to(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -269,7 +352,8 @@ class MemorySettings:
     """Float32 numbers that the optimizer keeps for a weight: AdamW 2, SGD with momentum 1."""
     zero_stage: int
     data_parallel: int
-    """Ranks that optimizer states, gradients and weights are divided among, as the ZeRO stage says."""
+    """Ranks that optimizer states, gradients and weights are divided among, as the ZeRO stage says: those of data and
+    sequence parallelism together."""
     offload: str
     """none | optimizer | parameters"""
     checkpointing: str
@@ -282,6 +366,8 @@ class MemorySettings:
     """cpu | cuda"""
     stages: int = 1
     """Of a pipeline; each holds an equal share of the model."""
+    sequence: int = 1
+    """Ranks that share the tokens of each chunk, and for attention its heads."""
 
 
 @dataclass(frozen=True)
@@ -328,17 +414,23 @@ def activation_bytes_per_token(shape: ModelShape, element_bytes: int, checkpoint
     return shape.layers * layer
 
 
-def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
-    """Keys and values of all tokens before the last chunk of a sequence, and their gradients, which are float32."""
+def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int, sequence: int = 1) -> int:
+    """Keys and values of all tokens before the last chunk of a sequence, and their gradients, which are float32.
+
+    Args:
+        sequence: ranks that the heads are divided among; then the bytes are those of one of them.
+    """
     stored_tokens = (length - 1) // chunk_size * chunk_size
-    return stored_tokens * shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
+    elements = shape.state_elements_per_token * shape.kv_heads_of_rank(sequence) // shape.kv_heads
+    return stored_tokens * elements * (element_bytes + max(4, element_bytes))
 
 
 def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
     """Bytes of one rank by part. ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 5.
 
     Weights in the model's dtype; float32 master weights and optimizer states of the trainable ones; their gradients in
-    the model's dtype while a chunk goes backward, and their sum over the step in float32.
+    the model's dtype while a chunk goes backward, and their sum over the step in float32. Of a chunk that is spread
+    over a sequence-parallel group, a rank has its share of activations (repeated key heads, about 1 %, are left out).
     """
     shared = settings.data_parallel
     trainable = shape.trainable_parameters // settings.stages
@@ -356,16 +448,17 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
         settings.k, -(-settings.longest // settings.chunk_size)
     )  # fmt: skip
     per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
-    tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
+    most_targets = -(-settings.chunk_size // settings.sequence)
+    tile = min(HEAD_TILE_BYTES[settings.device_type], most_targets * shape.vocab_size * 4)
     # The head's gradient, summed until its chunks have gone backward.
     head_sum = shape.head_parameters * 4 if shape.is_head_trained else 0
     return MemoryParts(
         weights=weights,
         gradients=summed + of_a_chunk,
         optimizer=optimizer,
-        activations=int(tokens * per_token),
+        activations=int(tokens * per_token / settings.sequence),
         head=TILES_ALIVE * tile + head_sum,
-        state=state_bytes(shape, settings.longest, settings.chunk_size, settings.element_bytes),
+        state=state_bytes(shape, settings.longest, settings.chunk_size, settings.element_bytes, settings.sequence),
         host=host,
     )
 

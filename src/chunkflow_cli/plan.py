@@ -32,7 +32,7 @@ from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stdout_console
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import check_heads, cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
 from chunkflow_cli.search import SimulatedStep
 from chunkflow_cli.simulate import Timeline, simulate, simulate_ranks
@@ -103,6 +103,8 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
             "model.path is not set: the plan needs its tokenizer and its configuration, not its weights\n"
             "  without a model only rows of ids can be planned: data.format=tokens"
         )
+    if hf_config is not None:
+        check_heads(config, hf_config)
     data = load_run_data(config, hf_config)
     shape = None
     if hf_config is not None:
@@ -219,13 +221,17 @@ def memory_settings(
     ranks: int = 1,
     stages: int = 1,
 ) -> MemorySettings:
-    """What decides the memory of the rank that has the longest sample."""
+    """What decides the memory of the rank that has the longest sample.
+
+    Args:
+        ranks: data-parallel ones: sequence-parallel groups count once.
+    """
     states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
     return MemorySettings(
         element_bytes=ELEMENT_BYTES[config.model.dtype.value],
         optimizer_states=states[config.optim.name],
         zero_stage=config.engine.zero_stage,
-        data_parallel=ranks,
+        data_parallel=ranks * config.parallel.sequence,
         offload=config.engine.offload.value,
         checkpointing=config.model.activation_checkpointing.value,
         chunk_size=chunk_size,
@@ -233,6 +239,7 @@ def memory_settings(
         longest=longest,
         device_type="cpu" if "CPU" in device.name else "cuda",
         stages=stages,
+        sequence=config.parallel.sequence,
     )
 
 
@@ -246,8 +253,9 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
     parts, stages = memory_parts(shape, settings), settings.stages
     if stages == 1:
         return parts
-    activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / stages
-    state_of_token = shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / stages
+    share = 1 / (stages * settings.sequence)
+    activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) * share
+    state_of_token = state_bytes(shape, 2, 1, settings.element_bytes, settings.sequence) / stages
     fullest = (0.0, 0.0)
     for step in steps:
         for index, rank in enumerate(step.plan.ranks):
@@ -259,7 +267,7 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
                 first = rank.chunks.first_segment[group.start : group.stop - 1]
                 read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
             again = rank.recomputed
-            received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
+            received[again] = tokens[again] * shape.hidden_size * settings.element_bytes / settings.sequence
             activations, state = tokens * activation, read_later * state_of_token
             if activations.sum() + state.sum() + received.sum() <= sum(fullest):
                 continue  # not even all of its chunks at once
@@ -284,7 +292,8 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
     plan, totals, config = planned.plan, planned.totals, planned.config
     longest = int(plan.lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
-    state = None if planned.shape is None else state_bytes(planned.shape, longest, plan.chunk_size, element_bytes)
+    shape = planned.shape
+    state = None if shape is None else state_bytes(shape, longest, plan.chunk_size, element_bytes, plan.sequence)
     slowest, busy = totals.seconds.max(axis=1), totals.seconds.mean(axis=1)
     seconds = None if plan.costs.is_of_one_stage else float(slowest.sum() + plan.steps * plan.costs.step_seconds)
     return {
@@ -328,8 +337,22 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
             "recomputed_chunks": planned.step.recomputed_chunks,
             "schedules": [[str(schedule) for schedule in rank.schedules] for rank in planned.step.ranks],
         },
+        **({} if plan.sequence == 1 else {"sequence": _sequence_json(planned)}),
         **({} if plan.pipeline is None else {"pipeline": _pipeline_json(planned, plan.pipeline)}),
     }
+
+
+def _sequence_json(planned: PlannedRun) -> dict[str, Any]:
+    """The sequence-parallel groups, and what a rank of one has of each chunk."""
+    plan, shape = planned.plan, planned.shape
+    heads = {}
+    if shape is not None:
+        heads = {
+            "attention_heads": shape.attention_heads // plan.sequence,
+            "kv_heads": shape.kv_heads_of_rank(plan.sequence),
+        }
+    groups = plan.ranks * (1 if plan.pipeline is None else plan.pipeline.stages)
+    return {"ranks": plan.sequence, "groups": groups, "token_share": 1 / plan.sequence, **heads}
 
 
 def _memory_json(planned: PlannedRun) -> dict[str, Any] | None:
@@ -390,6 +413,7 @@ def what_does_not_fit(parts: MemoryParts, device: DeviceProfile) -> str | None:
         "optimizer": "engine.offload=optimizer, model.lora.enabled=true, or more ranks",
         "activations": "a smaller chunk.size or chunk.k, or model.activation_checkpointing=full",
         "head": "it is one tile of logits and the gradient of the head; model.lora.enabled=true spares the latter",
-        "state": "it grows with the longest sample; data.max_length with data.overlong=drop limits that",
+        "state": "it grows with the longest sample; parallel.sequence divides it, data.max_length with "
+        "data.overlong=drop limits it",
     }[largest]
     return f"{largest} is the largest part: {remedy}"

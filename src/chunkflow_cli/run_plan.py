@@ -81,9 +81,11 @@ class RunPlan:
     layout: Layout = field(default_factory=Layout)
     pipeline: PipelineLayout | None = None
     ranks: int = 1
-    """Data-parallel ranks."""
+    """Data-parallel ranks: with sequence parallelism, groups; with a pipeline, pipelines."""
+    sequence: int = 1
+    """Ranks of a group, over which each of its chunks is spread."""
     costs: CostModel = field(default_factory=CostModel.proportional)
-    """By which whole sequences are given to ranks."""
+    """By which whole sequences are given to ranks: seconds of an operation as it runs, spread over its group."""
 
     def __len__(self) -> int:
         return self.steps

@@ -38,7 +38,7 @@ from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import check_heads, cost_model, load_run_data, plan_run
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
 from chunkflow_cli.run_plan import StepPlan
 from chunkflow_cli.tokens import load_tokenizer
@@ -91,6 +91,7 @@ def check_requirements(loaded: LoadedConfig) -> Any:
     else:
         try:
             hf_config = load_config(config.model)
+            check_heads(config, hf_config)
         except UsageError as error:
             missing.append(str(error))
     if not config.data.path:
@@ -104,6 +105,7 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         )
     for key, value in (
         ("launch.processes", config.launch.processes),
+        ("parallel.sequence", config.parallel.sequence),
         ("parallel.pipeline", config.parallel.pipeline),
     ):
         if value > 1:

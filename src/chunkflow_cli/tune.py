@@ -34,7 +34,7 @@ from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import check_heads, cost_model, load_run_data, plan_run, topology_of
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
 from chunkflow_cli.tokens.cache import cache_root
@@ -85,7 +85,13 @@ def run(
             f"launch.processes={config.launch.processes}: only one process can be measured here\n"
             "  name the device to predict for: tune.device=h100"
         )
+    if config.parallel.sequence > 1 and config.tune.device is Device.measured:
+        raise UsageError(
+            f"parallel.sequence={config.parallel.sequence}: the exchanges of several ranks cannot be measured here\n"
+            "  name the device to predict for: tune.device=h100"
+        )
     hf_config = load_config(config.model)
+    check_heads(config, hf_config)
     data = load_run_data(config, hf_config).train
     longest = int(data.lengths.max())
     try:
@@ -228,17 +234,22 @@ def layouts_of(config: Config) -> list[int]:
     if not config.tune.pipelines:
         return [config.parallel.pipeline]
     for stages in config.tune.pipelines:
-        if stages < 1 or processes % stages:
+        if stages < 1 or processes % (stages * config.parallel.sequence):
             raise UsageError(
                 f"tune.pipelines={config.tune.pipelines}: launch.processes={processes} cannot be divided among "
                 f"pipelines of {stages} stages"
+                + (
+                    f" and groups of parallel.sequence={config.parallel.sequence} ranks"
+                    if config.parallel.sequence > 1
+                    else ""
+                )
             )
     return sorted(set(config.tune.pipelines))
 
 
 def choice(config: Config, run: RunPlan, basis: Basis, stages: int, chunk_size: int, k: int) -> RunPlan:
     """The run with another chunk size, K and number of pipeline stages."""
-    ranks = max(1, config.launch.processes // stages)
+    ranks = topology_of(config, stages=stages).data
     schedule = config.parallel.schedule.value
     pipeline = None if stages == 1 else PipelineLayout(stages, schedule, config.parallel.warmup_extra)
     costs = run.costs

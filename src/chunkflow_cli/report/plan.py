@@ -55,6 +55,8 @@ def _headline(result: dict[str, Any]) -> Text:
     text.append(f"  chunk.size={result['chunk_size']} chunk.k={result['k']}")
     if result["ranks"] > 1:
         text.append(f", {result['ranks']} data-parallel ranks")
+    if "sequence" in result:
+        text.append(f", {result['sequence']['ranks']} ranks share each chunk")
     if "pipeline" in result:
         text.append(f", {result['pipeline']['stages']} pipeline stages")
     text.append(
@@ -90,6 +92,15 @@ def _chunks(result: dict[str, Any]) -> Table:
         table.add_row(
             "balance", f"ranks wait {percent(balance['idle_share'])} of the time for the slowest; worst in step "
             f"{balance['worst_step']}, {balance['worst_ratio']:.2f} x the mean"
+        )  # fmt: skip
+    if "sequence" in result:
+        sequence = result["sequence"]
+        heads = ""
+        if "attention_heads" in sequence:
+            heads = f", {counted(sequence['attention_heads'], 'attention head')} and {sequence['kv_heads']} of keys"
+        table.add_row(
+            "sequence", f"{counted(sequence['groups'], 'group')} of {sequence['ranks']} ranks; each has "
+            f"{percent(sequence['token_share'])} of a chunk's tokens{heads}"
         )  # fmt: skip
     if result["predicted_seconds"] is not None:
         table.add_row("time", f"about {human_seconds(result['predicted_seconds'])} ({result['cost_model']})")
