@@ -1,6 +1,6 @@
 """Chunks spread over the ranks of a group are whole-sequence training: real gloo ranks against transformers alone.
 
-The truth is transformers' own eager forward over whole sequences in this process, with no chunk, no group and none of
+The truth is transformers' own forward over whole sequences in this process, with no chunk, no group and none of
 our code but the random sequences. Each group size is one launch that runs all of its cases.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,18 +17,26 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.chunks import Chunks, build_chunks
-from chunkflow_cli.config import ActivationCheckpointing, LoraConfig
+from chunkflow_cli.config import (
+    ActivationCheckpointing,
+    Config,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+)
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backends import Backend, CpuBackend, ReferenceBackend
-from chunkflow_cli.execution.batch import IGNORED
+from chunkflow_cli.execution.batch import IGNORED, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import DirectEngine, RandomSequence, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.model import add_lora, enable_activation_checkpointing
+from chunkflow_cli.run_data import check_heads
 from chunkflow_cli.schedule import Layout, plan
-from chunkflow_cli.topology import Topology
+from chunkflow_cli.topology import Topology, key_value_copies
 from conftest import TINY
 from ranks import run_ranks
 
@@ -152,9 +160,10 @@ def chunks_of(case: Case) -> Chunks:
 
 @exact_dtype
 def whole_sequence_training(case: Case) -> tuple[float, Tensor]:
-    """Loss and gradients of transformers alone: eager attention, one sequence a forward."""
+    """Loss and gradients of transformers alone, one sequence a forward."""
     model = make_model(case)
-    model.set_attn_implementation("eager")
+    # Its eager attention takes the softmax in float32, but knows sinks and soft caps.
+    model.set_attn_implementation("sdpa" if case.dtype == "float64" else "eager")
     sequences = make_sequences(case)
     total = 0.0
     for sequence, weight in zip(sequences, make_weights(sequences).tolist(), strict=True):
@@ -215,18 +224,18 @@ def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
     return Outcome(losses[0].item(), gradient, losses[1].item(), result.target_tokens, result.peak_state_bytes)
 
 
+def run_all_cases(size: int) -> dict[str, Outcome]:
+    """On each rank of one group."""
+    group = join(Topology(sequence=size))
+    return {name: run_case(case, group) for name, case in CASES.items()}
+
+
 def join(topology: Topology) -> SequenceGroup:
     torch.distributed.init_process_group("gloo")
     settle_vector_math()
     group = SequenceGroup.join(topology)
     assert group is not None
     return group
-
-
-def run_all_cases(size: int) -> dict[str, Outcome]:
-    """On each rank of the group."""
-    group = join(Topology(sequence=size))
-    return {name: run_case(case, group) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -263,3 +272,130 @@ def test_a_group_s_step_is_whole_sequence_training(
         assert float((rank.gradients - gradient).norm() / gradient.norm()) < tolerance
     targets = sum(int((sequence.targets != IGNORED).sum()) for sequence in make_sequences(CASES[name]))
     assert sum(rank.target_tokens for rank in ranks) == targets, "padding is not counted, and no target twice"
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("own heads, head_dim", 4), ("grouped queries, biases", 2),
+                                                ("one key head, tied", 1)])  # fmt: skip
+def test_state_falls_with_the_group(outcomes: list[dict[str, Outcome]], name: str, kv_heads: int) -> None:
+    """What a group is for: a rank stores its own heads only, and of fewer heads than ranks still just one."""
+    alone = run_case(CASES[name], None).peak_state_bytes
+    assert alone > 0
+    for rank in outcomes:
+        assert rank[name].peak_state_bytes * min(len(outcomes), kv_heads) == alone
+
+
+def run_two_groups(_: None) -> dict[str, Any]:
+    """On each of four ranks: two groups beside each other, on chunks of their own; and the exchange of bfloat16."""
+    group = join(Topology(data=2, sequence=2))
+    first = torch.distributed.get_rank() < 2
+    outcome = run_case(CASES["k 2" if first else "short window"], group)
+    whole = torch.arange(2 * 4 * 6 * 8).view(2, 4, 6, 8).to(torch.bfloat16)  # of both ranks (heads, tokens, head_dim)
+    mine = whole[group.rank : group.rank + 1]
+    queries, keys, values = group.tokens_to_heads(mine, mine[:, :1], mine[:, :1, :, :3])
+    all_tokens = torch.cat([whole[0], whole[1]], dim=1)
+    expected = all_tokens[2 * group.rank : 2 * group.rank + 2]
+    return {
+        "ranks": torch.distributed.get_process_group_ranks(group.process_group),
+        "place": (group.size, group.rank),
+        "outcome": outcome,
+        "exchanged": [
+            torch.equal(queries[0], expected),
+            torch.equal(keys[0], all_tokens[:1]),
+            torch.equal(values[0], all_tokens[:1, :, :3]),
+            torch.equal(group.heads_to_tokens(queries), mine),
+        ],
+    }
+
+
+def test_groups_beside_each_other(truth: Callable[[str], tuple[float, Tensor]]) -> None:
+    """Data-parallel groups run other chunks, and other numbers of them: an exchange over all ranks would mix them or
+    hang. In bfloat16 an exchange is a copy, to the bit, and one of fewer key heads than ranks gives both the same."""
+    ranks = run_ranks(4, "test_sequence_parallel:run_two_groups")
+    assert [rank["ranks"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [rank["place"] for rank in ranks] == [(2, 0), (2, 1), (2, 0), (2, 1)]
+    for rank, name in zip(ranks, ["k 2", "k 2", "short window", "short window"], strict=True):
+        loss, gradient = truth(name)
+        assert rank["outcome"].loss == pytest.approx(loss, rel=1e-12)
+        assert float((rank["outcome"].gradients - gradient).norm() / gradient.norm()) < 1e-12
+        assert rank["exchanged"] == [True] * 4
+
+
+# --- What needs no other process -------------------------------------------------------------------------------------
+
+
+def group_of(size: int, rank: int) -> SequenceGroup:
+    """Without the others: it cannot exchange."""
+    return SequenceGroup(cast("Any", None), size, rank)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 24])
+def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
+    """Laid side by side the slices are the chunk's tokens in order, then padding, which is a segment of its own and has
+    no targets: attached to the last segment it would be attended to by nothing, but counted as its tokens."""
+    sequences = random_sequences((tokens - tokens // 3, tokens // 3) if tokens > 2 else (tokens,), VOCABULARY)
+    (chunk,) = build_chunks([len(each.input_ids) for each in sequences], tokens)
+    weights = make_weights(sequences)
+    whole = build_batch(chunk, sequences, weights, CPU, torch.float64)
+    slices = [build_batch(chunk, sequences, weights, CPU, torch.float64, group_of(size, rank)) for rank in range(size)]
+    padding = -tokens % size
+    share = (tokens + padding) // size
+    for name in ("input_ids", "position_ids"):
+        joined = torch.cat([getattr(each, name) for each in slices], dim=1)
+        assert torch.equal(joined[:, :tokens], getattr(whole, name))
+        assert joined.shape == (1, tokens + padding)
+    positions = [each.target_positions + rank * share for rank, each in enumerate(slices)]
+    assert torch.equal(torch.cat(positions), whole.target_positions)
+    assert torch.equal(torch.cat([each.targets for each in slices]), whole.targets)
+    assert torch.equal(torch.cat([each.target_weights for each in slices]), whole.target_weights)
+    last = (tokens + padding,) if padding else ()
+    assert {each.boundaries for each in slices} == {(*whole.boundaries, *last)}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "copies"),
+    [(28, 4, 1, 1), (28, 4, 2, 1), (28, 4, 4, 1), (8, 2, 4, 2), (8, 1, 8, 8), (32, 32, 16, 1), (9, 3, 3, 1)],
+)
+def test_copies_of_key_heads(heads: int, kv_heads: int, size: int, copies: int) -> None:
+    """By hand: with a head for each rank no copies, with fewer as many as ranks share one."""
+    assert key_value_copies(heads, kv_heads, size) == copies
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 9, 12, 28])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 6])
+def test_each_rank_gets_the_key_heads_of_its_queries(heads: int, kv_heads: int) -> None:
+    """Brute force over the heads of each rank: a size is possible where contiguous slices of repeated key heads serve
+    exactly the queries beside them, and refused where they do not."""
+    if heads % kv_heads:
+        return
+    possible = []
+    for size in range(1, heads + 1):
+        try:
+            copies = key_value_copies(heads, kv_heads, size)
+        except ValueError:
+            continue
+        possible.append(size)
+        repeated = [head for head in range(kv_heads) for _ in range(copies)]
+        for rank in range(size):
+            queries = range(heads)[group_of(size, rank).slice_of(heads)]
+            keys = repeated[group_of(size, rank).slice_of(len(repeated))]
+            served = [keys[place * len(keys) // len(queries)] for place in range(len(queries))]
+            assert served == [query // (heads // kv_heads) for query in queries]
+    assert 1 in possible
+    assert heads in possible
+    with pytest.raises(ValueError, match=f"among {', '.join(map(str, possible))}$"):
+        key_value_copies(heads, kv_heads, heads + 1)
+
+
+def test_heads_that_do_not_divide_are_refused_by_name(tiny_config: Callable[..., Any]) -> None:
+    """Before anything is loaded: the model, its heads, the size, and the sizes that would do."""
+    config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(sequence=3))
+    with pytest.raises(UsageError) as refused:
+        check_heads(config, tiny_config("qwen2"))
+    assert str(refused.value) == (
+        "parallel.sequence=3 does not suit my-model:\n"
+        "  its 4 attention heads and 2 key and value heads cannot be divided among 3 ranks, but among 1, 2, 4"
+    )
+    for size in (1, 2, 4):
+        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("qwen2"))
+        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("gpt2", n_head=4))

@@ -46,7 +46,7 @@ from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run, planned_topology, target_weights
+from chunkflow_cli.run_data import check_heads, cost_model, load_run_data, plan_run, planned_topology, target_weights
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
 from chunkflow_cli.run_plan import RankPlan, StepPlan
 from chunkflow_cli.stop_signals import stop_on_signals
@@ -109,6 +109,7 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         raise UsageError(
             f"parallel.pipeline={config.parallel.pipeline}: so far only plan knows more than one; train with 1"
         )
+    check_heads(config, hf_config)
     device = training_device()
     check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
     return hf_config

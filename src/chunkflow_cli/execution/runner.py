@@ -83,8 +83,8 @@ class Runner:
             weight_dtype: float32, or float64 for a float64 model.
             replay_random: give a recompute the random numbers of its state pass; needed under dropout.
             lockstep: every forward touches the same weights, whatever its chunk: other ranks run theirs with it.
-            sequence_group: over which chunks may be spread; all of its ranks run the same operations on these, and their
-                losses and counts of targets are each rank's share.
+            sequence_group: over which chunks may be spread; all of its ranks run the same operations on these, and
+                their losses and counts of targets are each rank's share.
             stop_requested: asked before every operation.
         """
         self._engine = engine
