@@ -20,12 +20,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from chunkflow_cli.assembly import assemble
-from chunkflow_cli.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint, save_final
+from chunkflow_cli.checkpoint import (
+    Progress,
+    describe_layout,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    save_final,
+)
 from chunkflow_cli.chunks import build_chunks
 from chunkflow_cli.config import Config, LearningRateSchedule, LoadedConfig, LossWeighting
 from chunkflow_cli.costs import training_flops
 from chunkflow_cli.devices import present_device, training_device
-from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
+from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group, process_count
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token, whole_sequence_bytes
 from chunkflow_cli.execution.backend_choice import choose_backend
@@ -42,6 +49,7 @@ from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
 from chunkflow_cli.run_plan import StepPlan
 from chunkflow_cli.tokens import load_tokenizer
+from chunkflow_cli.topology import Topology
 
 EVAL_GROUP = 256
 """Held-out samples that are planned together."""
@@ -192,9 +200,16 @@ class _Training:
     def _resume(self) -> Progress:
         if self.folder.checkpoint is None:
             return Progress()
-        progress = load_checkpoint(self.folder.checkpoint, self.engine)
-        self.console.print(f"Continuing after step {progress.step} from {self.folder.checkpoint}", soft_wrap=True)
-        return progress
+        resumed = load_checkpoint(self.folder.checkpoint, self.engine, seed=self.config.train.seed)
+        step = resumed.progress.step
+        self.console.print(f"Continuing after step {step} from {self.folder.checkpoint}", soft_wrap=True)
+        if resumed.saved_on != self._layout():
+            self.console.print(f"  saved on {resumed.saved_on}, continued on {self._layout()}", soft_wrap=True)
+        if resumed.is_reseeded:
+            self.console.print(
+                f"  random numbers (dropout) begin anew, from train.seed and step {step}", soft_wrap=True
+            )
+        return resumed.progress
 
     # Steps
 
@@ -328,8 +343,13 @@ class _Training:
 
     def _save_checkpoint(self, progress: Progress) -> Path:
         return save_checkpoint(
-            self.folder.checkpoints, self.engine, progress, self.random_states, keep=self.config.checkpoint.keep
-        )
+            self.folder.checkpoints, self.engine, progress, self.random_states,
+            layout=self._layout(), keep=self.config.checkpoint.keep,
+        )  # fmt: skip
+
+    def _layout(self) -> str:
+        topology = Topology.of(process_count(), pipeline=self.config.parallel.pipeline)
+        return describe_layout(topology, self.config.engine)
 
     def _tokens_until(self, step: int) -> int:
         """Tokens of all steps before `step`."""
