@@ -2,13 +2,22 @@
 
 from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
-from chunkflow_cli.engine.processes import close_process_group, import_deepspeed, init_process_group
+from chunkflow_cli.engine.processes import (
+    Processes,
+    close_process_group,
+    import_deepspeed,
+    init_process_group,
+    join_processes,
+    launched_processes,
+    launched_rank,
+)
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
 from chunkflow_cli.engine.state_files import StateFiles
 
 __all__ = [
     "Engine",
     "EngineSettings",
+    "Processes",
     "StateFiles",
     "all_or_none",
     "check_settings",
@@ -16,6 +25,9 @@ __all__ = [
     "deepspeed_config",
     "import_deepspeed",
     "init_process_group",
+    "join_processes",
+    "launched_processes",
+    "launched_rank",
     "own_rank",
     "process_count",
 ]
