@@ -20,7 +20,14 @@ from rich.console import Console
 from chunkflow_cli.accounting import check_accounting, samples_account
 from chunkflow_cli.assembly import assemble
 from chunkflow_cli.balance import balance
-from chunkflow_cli.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint, save_final
+from chunkflow_cli.checkpoint import (
+    Progress,
+    describe_layout,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    save_final,
+)
 from chunkflow_cli.chunks import build_chunks
 from chunkflow_cli.config import Config, LoadedConfig
 from chunkflow_cli.costs import training_flops
@@ -237,9 +244,16 @@ class _Training:
     def _resume(self) -> Progress:
         if self.folder.checkpoint is None:
             return Progress()
-        progress = load_checkpoint(self.folder.checkpoint, self.engine)
-        self.console.print(f"Continuing after step {progress.step} from {self.folder.checkpoint}", soft_wrap=True)
-        return progress
+        resumed = load_checkpoint(self.folder.checkpoint, self.engine, seed=self.config.train.seed)
+        step = resumed.progress.step
+        self.console.print(f"Continuing after step {step} from {self.folder.checkpoint}", soft_wrap=True)
+        if resumed.saved_on != self._layout():
+            self.console.print(f"  saved on {resumed.saved_on}, continued on {self._layout()}", soft_wrap=True)
+        if resumed.is_reseeded:
+            self.console.print(
+                f"  random numbers (dropout) begin anew, from train.seed and step {step}", soft_wrap=True
+            )
+        return resumed.progress
 
     # Steps
 
@@ -434,8 +448,12 @@ class _Training:
 
     def _save_checkpoint(self, progress: Progress) -> Path:
         return save_checkpoint(
-            self.folder.checkpoints, self.engine, progress, self.random_states, keep=self.config.checkpoint.keep
-        )
+            self.folder.checkpoints, self.engine, progress, self.random_states,
+            layout=self._layout(), keep=self.config.checkpoint.keep,
+        )  # fmt: skip
+
+    def _layout(self) -> str:
+        return describe_layout(self.topology, self.config.engine)
 
     def _tokens_until(self, step: int) -> int:
         """Tokens of all steps before `step`."""
@@ -471,7 +489,7 @@ class _Training:
         if has_tokenizer(self.config.model.path):
             tokenizer = load_tokenizer(self.config.model.path, trust_remote_code=self.config.model.trust_remote_code)
         with working(self.console, "saving the model"):
-            save_final(self.folder.final, self.model, tokenizer, self.engine, writes=self.processes.is_first)
+            save_final(self.folder.final, self.model, tokenizer, self.engine)
 
     def _report(self, progress: Progress) -> dict[str, Any]:
         chunk = self.config.chunk

@@ -1,5 +1,6 @@
 """The training engine: the only room that imports deepspeed."""
 
+from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
 from chunkflow_cli.engine.processes import (
     Processes,
@@ -11,11 +12,14 @@ from chunkflow_cli.engine.processes import (
     launched_rank,
 )
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
+from chunkflow_cli.engine.state_files import StateFiles
 
 __all__ = [
     "Engine",
     "EngineSettings",
     "Processes",
+    "StateFiles",
+    "all_or_none",
     "check_settings",
     "close_process_group",
     "deepspeed_config",
@@ -24,4 +28,6 @@ __all__ = [
     "join_processes",
     "launched_processes",
     "launched_rank",
+    "own_rank",
+    "process_count",
 ]

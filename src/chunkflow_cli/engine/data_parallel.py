@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli.engine.agreement import all_or_none, own_rank
+from chunkflow_cli.engine.partitions import check_fits, parts_to_write, publish_weights, read_partitions
 from chunkflow_cli.engine.processes import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
+from chunkflow_cli.engine.state_files import StateFiles, write_parts
+from chunkflow_cli.engine.whole_weights import whole_weights
 from chunkflow_cli.errors import RunError
 
-TAG = "engine"
-"""Name of the engine's folder within a checkpoint."""
+WRAPPER = "causal_lm."
+"""What stands before a parameter's name in the Hugging Face model, where the engine drives a module around that."""
 
 
 class Engine:
@@ -36,6 +40,7 @@ class Engine:
         init_process_group(settings.device)
         self._stage = settings.engine.zero_stage
         self._clip = settings.optim.grad_clip
+        self._optimizer_name = settings.optim.name.value
         with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -134,14 +139,27 @@ class Engine:
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
 
+    def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
+        """The state dict of `model`, a part of the engine's module: on the first rank, None on others. All call it."""
+        return whole_weights(model, trained_only=trained_only)
+
     def save(self, folder: Path) -> None:
-        """Weights and optimizer state into `folder`, which need not exist."""
-        with quiet():
-            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        """Write what this rank keeps of weights and optimizer states into `folder`, which exists; every rank does."""
+        write_parts(folder, own_rank(), parts_to_write(self._engine, self._names()), optimizer=self._optimizer_name)
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, exact to the bit."""
-        with quiet():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise RunError(f"{folder} holds no complete engine state")
+        """The inverse of `save`, exact to the bit, whatever number of ranks and ZeRO stage have saved.
+
+        Raises:
+            UsageError: it is the state of another model or optimizer.
+            RunError: a file of it is missing or damaged.
+        """
+        with all_or_none(f"reading {folder}"):
+            files, names = StateFiles(folder), self._names()
+            check_fits(files, self._engine, names, optimizer=self._optimizer_name)
+            read_partitions(self._engine, names, files)
+        publish_weights(self._engine)
+
+    def _names(self) -> dict[str, str]:
+        """Of the module's parameters in the Hugging Face model."""
+        return {name: name.removeprefix(WRAPPER) for name, _ in self.module.named_parameters()}
