@@ -35,6 +35,7 @@ def assemble(
     device: torch.device,
     *,
     stop_requested: Callable[[], bool] = lambda: False,
+    announce: Callable[[str], None] = lambda doing: None,
 ) -> Assembly:
     """Load the model and make the engine around it.
 
@@ -43,6 +44,7 @@ def assemble(
         backend: the attention that it runs with.
         device: where it runs.
         stop_requested: asked before every operation.
+        announce: told every operation before it begins.
 
     Raises:
         UsageError: the model's weights are not to be had, or its settings do not fit it.
@@ -61,5 +63,5 @@ def assemble(
     model.to(device)
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     engine = Engine(ChunkModel(model, backend), settings)
-    runner = Runner(engine, device, replay_random=has_dropout(model), stop_requested=stop_requested)
+    runner = Runner(engine, device, replay_random=has_dropout(model), stop_requested=stop_requested, announce=announce)
     return Assembly(model, engine, runner, shape)

@@ -20,17 +20,19 @@ from chunkflow_cli.errors import UsageError
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 # Keys that may differ between a run and its continuation: they do not change what is computed.
-FREE_KEYS = ("train.output_dir", "train.guard", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune")
+FREE_KEYS = ("train.output_dir", "train.guard", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune",
+             "launch.hostfile", "launch.grace_seconds", "launch.hang_seconds")  # fmt: skip
 
 
 @dataclass
 class RunFolder:
-    """A run's folder, locked for this process."""
+    """A run's folder, locked for this process or for one that it belongs to."""
 
     path: Path
     checkpoint: Path | None
     """The checkpoint to continue from; None begins anew."""
-    _lock: IO[str]
+    _lock: IO[str] | None
+    """None in the other processes of a run."""
 
     @property
     def final(self) -> Path:
@@ -46,7 +48,8 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def open_run_folder(loaded: LoadedConfig) -> RunFolder:
@@ -88,6 +91,16 @@ def open_run_folder(loaded: LoadedConfig) -> RunFolder:
     _write_atomically(path / CONFIG, OmegaConf.to_yaml(loaded.tree, resolve=True))
     _write_atomically(path / OVERRIDES, OmegaConf.to_yaml(list(loaded.overrides)))
     return RunFolder(path, _checkpoint_to_resume(path, resume), lock)
+
+
+def shared_run_folder(path: Path, resume: str) -> RunFolder:
+    """The folder of a run that another of its processes has opened and holds the lock of.
+
+    Args:
+        path: of the folder.
+        resume: `checkpoint.resume` of the run.
+    """
+    return RunFolder(path, _checkpoint_to_resume(path, resume), None)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:

@@ -34,14 +34,17 @@ from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
 from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.failures import failures_recorded
 from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.joining import load_data, open_folder
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
-from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
+from chunkflow_cli.run_data import cost_model, plan_run
+from chunkflow_cli.run_folder import RunFolder, write_json
 from chunkflow_cli.run_plan import StepPlan
 from chunkflow_cli.tokens import load_tokenizer
+from chunkflow_cli.worker import heartbeat, is_started_by_launcher
 
 EVAL_GROUP = 256
 """Held-out samples that are planned together."""
@@ -62,13 +65,16 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
 
     console = stderr_console()
     hf_config = check_requirements(loaded)
-    folder = open_run_folder(loaded)
+    folder = open_folder(loaded, hf_config)
     try:
-        if folder.report.exists():
-            report: dict[str, Any] = json.loads(folder.report.read_text(encoding="utf-8"))
-            console.print(f"This run is finished already. To run it again: checkpoint.resume=never\n  {folder.path}")
-        else:
-            report = _Training(loaded.config, hf_config, folder, console).run()
+        with failures_recorded():
+            if folder.report.exists():
+                report: dict[str, Any] = json.loads(folder.report.read_text(encoding="utf-8"))
+                console.print(
+                    f"This run is finished already. To run it again: checkpoint.resume=never\n  {folder.path}"
+                )
+            else:
+                report = _Training(loaded.config, hf_config, folder, console).run()
     finally:
         folder.close()
         close_process_group()
@@ -102,12 +108,11 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         raise UsageError(
             f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
         )
-    for key, value in (
-        ("launch.processes", config.launch.processes),
-        ("parallel.pipeline", config.parallel.pipeline),
-    ):
-        if value > 1:
-            raise UsageError(f"{key}={value}: so far only plan knows more than one; train with {key}=1")
+    if config.parallel.pipeline > 1:
+        raise UsageError(
+            f"parallel.pipeline={config.parallel.pipeline}: so far only plan knows more than one; "
+            "train with parallel.pipeline=1"
+        )
     device = training_device()
     check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
     return hf_config
@@ -124,6 +129,9 @@ class _Training:
         self.device = training_device()
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
         self.stop_requested = False
+        self.heartbeat = heartbeat()
+        self.step_now = 0
+        """From 1; 0 before the first."""
 
     def run(self) -> dict[str, Any]:
         config = self.config
@@ -137,6 +145,7 @@ class _Training:
         progress = self._resume()
         with _stop_on_signals(self._request_stop):
             self._train(progress)
+        self._stand_at("saving the model")
         self._save_model()
         report = self._report(progress)
         self._check_accounting(report)
@@ -150,6 +159,7 @@ class _Training:
         if not self.config.train.guard:
             self.console.print("train.guard=false: nothing has shown that this model trains exactly in chunks")
             return
+        self._stand_at("proving that this architecture trains exactly in chunks")
         with working(self.console, "proving that this architecture trains exactly in chunks"):
             parity = guard(
                 self.hf_config, requested=model.attention, device=self.device, dtype=self.dtype,
@@ -161,7 +171,8 @@ class _Training:
         )  # fmt: skip
 
     def _load_data(self) -> None:
-        data = load_run_data(self.config, self.hf_config)
+        self._stand_at("reading the data")
+        data = load_data(self.config, self.hf_config)
         self.data, self.train_data, self.eval_data = data.read, data.train, data.evaluation
         self._write_rejected()
 
@@ -180,8 +191,12 @@ class _Training:
 
     def _load_model(self, backend: Any) -> None:
         config = self.config
+        self._stand_at("loading the model")
         with working(self.console, "loading the model"):
-            parts = assemble(config, self.hf_config, backend, self.device, stop_requested=lambda: self.stop_requested)
+            parts = assemble(
+                config, self.hf_config, backend, self.device,
+                stop_requested=lambda: self.stop_requested, announce=self._stand_at,
+            )  # fmt: skip
         self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
         self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device()))
         self.batches, self.steps = self.plan.batches, self.plan.steps
@@ -239,12 +254,14 @@ class _Training:
 
     def _step(self, progress: Progress, on_backward: Callable[[int], None]) -> StepMetrics:
         start = time.perf_counter()
+        self.step_now = progress.step + 1
         step = self.plan[progress.step]
         (share,) = step.ranks
         result = self.runner.run(share.schedule, self._batch(step), on_backward)
         self._check_finite(step, result)
         lr = self.learning_rate(progress.step)
         self.engine.set_learning_rate(lr)
+        self._stand_at("optimizer step")
         norm = self.engine.step()
         self.random_states = random_states()
         seconds = time.perf_counter() - start
@@ -326,7 +343,12 @@ class _Training:
             "  look at them, lower optim.lr, or lower optim.grad_clip; the last checkpoint is from before this step"
         )
 
+    def _stand_at(self, doing: str) -> None:
+        """Tell whoever watches over the ranks."""
+        self.heartbeat.at(self.step_now, doing)
+
     def _save_checkpoint(self, progress: Progress) -> Path:
+        self._stand_at("saving a checkpoint")
         return save_checkpoint(
             self.folder.checkpoints, self.engine, progress, self.random_states, keep=self.config.checkpoint.keep
         )
@@ -480,13 +502,16 @@ class _First:
 
 @contextmanager
 def _stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to stop; the second stops it at once."""
+    """The first Ctrl-C or SIGTERM asks the run to stop; the second stops it at once.
+
+    A rank among others leaves the second to its launcher: the first may reach it twice, from a scheduler as well.
+    """
     signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}
 
     def handle(number: int, frame: FrameType | None) -> None:
         for each in signals:
-            signal.signal(each, before[each])
+            signal.signal(each, signal.SIG_IGN if is_started_by_launcher() else before[each])
         request_stop()
 
     for number in signals:

@@ -45,6 +45,13 @@ def init_process_group(device: torch.device) -> None:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
+def broadcast_from_first(value: Any) -> Any:
+    """What rank 0 has given, on every rank; any object that can be pickled."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -64,6 +64,7 @@ class Runner:
         weight_dtype: torch.dtype = torch.float32,
         replay_random: bool = False,
         stop_requested: Callable[[], bool] = lambda: False,
+        announce: Callable[[str], None] = lambda doing: None,
     ) -> None:
         """
         Args:
@@ -72,12 +73,14 @@ class Runner:
             weight_dtype: float32, or float64 for a float64 model.
             replay_random: give a recompute the random numbers of its state pass; needed under dropout.
             stop_requested: asked before every operation.
+            announce: told every operation before it begins.
         """
         self._engine = engine
         self._device = device
         self._weight_dtype = weight_dtype
         self._replay_random = replay_random
         self._stop_requested = stop_requested
+        self._announce = announce
 
     def run(
         self,
@@ -102,6 +105,7 @@ class Runner:
         for op in schedule.ops:
             if self._stop_requested():
                 raise Interrupted
+            self._announce(str(op))
             step.execute(op)
             if on_operation is not None:
                 if self._device.type == "cuda":
@@ -121,9 +125,10 @@ class Runner:
         """
         store = StateStore()
         total = 0.0
-        for chunk in batch.chunks:
+        for index, chunk in enumerate(batch.chunks):
             if self._stop_requested():
                 raise Interrupted
+            self._announce(f"held-out chunk {index}")
             tensors = self.build(chunk, batch)
             total += float(self._engine.forward(call_of(chunk, tensors, batch.chunks, store)))
             sequence = chunk.long_sequence
