@@ -71,8 +71,12 @@ def worker_folder() -> Path | None:
 
 
 def is_started_by_launcher() -> bool:
-    """Ours or a foreign one."""
+    """Ours or a foreign one; asked before an engine is made, which sets a launcher's variables where there is none."""
     return "WORLD_SIZE" in os.environ
+
+
+def is_one_of_many() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @dataclass(frozen=True)
@@ -215,4 +219,5 @@ def open_log(watch: WatchFolder, rank: int) -> IO[str]:
     """The log of a rank, begun anew."""
     path = watch.log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w")
+    path.unlink(missing_ok=True)
+    return path.open("a")  # the rank's output and its tracebacks are written through files of their own
