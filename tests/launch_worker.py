@@ -136,7 +136,7 @@ def stopping(folder: Path) -> None:
     (folder / f"pid-{RANK}").write_text(str(os.getpid()))
     beat = worker.heartbeat()
     operation = 0
-    while not signals:
+    while not signals and operation < 6000:
         operation += 1
         beat.at(1, f"F{operation}")
         time.sleep(0.01)

@@ -456,7 +456,7 @@ def _finish(command: Callable[[], dict[str, Any] | None], json_output: bool, deb
         elif debug and not isinstance(error, KeyboardInterrupt):
             raise
         else:
-            rank = f"rank {worker.rank()}: " if worker.is_one_of_many() else ""
+            rank = f"rank {worker.rank()}: " if worker.is_started_by_launcher() else ""
             _say(_in_a_few_lines(error, rank))
         raise typer.Exit(exit_code_of(error)) from None
     if json_output and result is not None:

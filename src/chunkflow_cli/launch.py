@@ -167,7 +167,8 @@ def local_environment(environment: Mapping[str, str], processes: int) -> dict[st
     """What the ranks of one machine have in common, as torchrun would set it."""
     return {
         "OMP_NUM_THREADS": str(worker.threads_of_each(processes)),
-        **environment,
+        # What torchrun says of a world of its own, such as of one rank, would make ours look for each other there.
+        **{name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")},
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",

@@ -44,7 +44,7 @@ from chunkflow_cli.run_data import cost_model, plan_run
 from chunkflow_cli.run_folder import RunFolder, write_json
 from chunkflow_cli.run_plan import StepPlan
 from chunkflow_cli.tokens import load_tokenizer
-from chunkflow_cli.worker import heartbeat, is_one_of_many
+from chunkflow_cli.worker import heartbeat, is_started_by_launcher
 
 EVAL_GROUP = 256
 """Held-out samples that are planned together."""
@@ -255,6 +255,7 @@ class _Training:
     def _step(self, progress: Progress, on_backward: Callable[[int], None]) -> StepMetrics:
         start = time.perf_counter()
         self.step_now = progress.step + 1
+        self._stand_at("reading the samples")
         step = self.plan[progress.step]
         (share,) = step.ranks
         result = self.runner.run(share.schedule, self._batch(step), on_backward)
@@ -511,7 +512,7 @@ def _stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         for each in signals:
-            signal.signal(each, signal.SIG_IGN if is_one_of_many() else before[each])
+            signal.signal(each, signal.SIG_IGN if is_started_by_launcher() else before[each])
         request_stop()
 
     for number in signals:

@@ -53,8 +53,8 @@ def processes() -> int:
     Raises:
         UsageError: a launcher's variables are there in part.
     """
-    count = os.environ.get("WORLD_SIZE")
-    if count is None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return 1
     if "RANK" not in os.environ or not count.isdigit() or int(count) < 1:
         raise UsageError(
@@ -71,12 +71,8 @@ def worker_folder() -> Path | None:
 
 
 def is_started_by_launcher() -> bool:
-    """Ours or a foreign one; asked before an engine is made, which sets a launcher's variables where there is none."""
-    return "WORLD_SIZE" in os.environ
-
-
-def is_one_of_many() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    """By ours or a foreign one. A world of one does not count: an engine that is alone sets it up for itself."""
+    return worker_folder() is not None or os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @dataclass(frozen=True)
