@@ -353,10 +353,9 @@ class _Supervision:
 
     def _explain(self, cause: Failure, failures: Sequence[Failure]) -> Exception:
         if cause.exit_code == UsageError.exit_code and cause.message is not None:
-            is_shared = {failure.message for failure in failures} == {cause.message} and len(failures) == len(
-                self._ranks
-            )
-            return UsageError(cause.message if is_shared else f"rank {cause.rank}: {cause.message}")
+            # What rank 0 sees is what every process would see that runs here, this one too.
+            is_everywhere = any(failure.rank == 0 and failure.message == cause.message for failure in failures)
+            return UsageError(cause.message if is_everywhere else f"rank {cause.rank}: {cause.message}")
         log = self._watch.log(cause.rank)
         lines = [
             f"rank {cause.rank} {_ending(cause)}" if cause.message is None else f"rank {cause.rank}: {cause.message}"
