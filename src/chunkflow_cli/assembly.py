@@ -37,6 +37,7 @@ def assemble(
     *,
     sequence_group: SequenceGroup | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    announce: Callable[[str], None] = lambda doing: None,
 ) -> Assembly:
     """Load the model and make the engine around it.
 
@@ -46,6 +47,7 @@ def assemble(
         device: where it runs.
         sequence_group: over which chunks may be spread.
         stop_requested: asked before every operation.
+        announce: told every operation before it begins.
 
     Raises:
         UsageError: the model's weights are not to be had, or its settings do not fit it.
@@ -71,5 +73,6 @@ def assemble(
         lockstep=engine.needs_lockstep,
         sequence_group=sequence_group,
         stop_requested=stop_requested,
+        announce=announce,
     )
     return Assembly(model, engine, runner, shape)

@@ -34,13 +34,13 @@ FREE_KEYS = (
 
 @dataclass
 class RunFolder:
-    """A run's folder, locked against other runs."""
+    """A run's folder, locked for this process or for one that it belongs to."""
 
     path: Path
     checkpoint: Path | None
     """The checkpoint to continue from; None begins anew."""
-    _lock: IO[str] | None = None
-    """None in a process whose launcher, or first process, holds it."""
+    _lock: IO[str] | None
+    """None in the other processes of a run."""
 
     @property
     def final(self) -> Path:
@@ -103,6 +103,16 @@ def open_run_folder(loaded: LoadedConfig) -> RunFolder:
     _write_atomically(path / CONFIG, OmegaConf.to_yaml(loaded.tree, resolve=True))
     _write_atomically(path / OVERRIDES, OmegaConf.to_yaml(list(loaded.overrides)))
     return RunFolder(path, _checkpoint_to_resume(path, resume), lock)
+
+
+def shared_run_folder(path: Path, resume: str) -> RunFolder:
+    """The folder of a run that another of its processes has opened and holds the lock of.
+
+    Args:
+        path: of the folder.
+        resume: `checkpoint.resume` of the run.
+    """
+    return RunFolder(path, _checkpoint_to_resume(path, resume), None)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:

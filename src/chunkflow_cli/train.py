@@ -5,7 +5,6 @@ The order of this file is the order of a run: what is needed, data, model, steps
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from chunkflow_cli import worker
 from chunkflow_cli.accounting import check_accounting, samples_account
 from chunkflow_cli.assembly import assemble
 from chunkflow_cli.balance import balance
@@ -37,7 +37,6 @@ from chunkflow_cli.engine import (
     check_settings,
     close_process_group,
     join_processes,
-    launched_rank,
 )
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token, whole_sequence_bytes
@@ -48,16 +47,19 @@ from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.failures import failures_recorded
 from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.joining import load_data, open_folder
 from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
-from chunkflow_cli.run_data import check_heads, cost_model, load_run_data, plan_run, planned_topology, target_weights
-from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
+from chunkflow_cli.run_data import check_heads, cost_model, plan_run, planned_topology, target_weights
+from chunkflow_cli.run_folder import RunFolder, write_json
 from chunkflow_cli.run_plan import RankPlan, StepPlan
 from chunkflow_cli.stop_signals import stop_on_signals
 from chunkflow_cli.tokens import load_tokenizer
+from chunkflow_cli.worker import heartbeat
 
 EVAL_GROUP = 256
 """Held-out samples that are planned together."""
@@ -75,15 +77,21 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: the user stopped the run, and a checkpoint was saved.
     """
     hf_config = check_requirements(loaded)
-    console = stderr_console() if launched_rank() == 0 else Console(file=open(os.devnull, "w"))  # noqa: SIM115
-    training = _Training(loaded, hf_config, console)
+    folder = open_folder(loaded, hf_config)
     try:
-        report = training.run()
+        with failures_recorded():
+            if folder.report.exists():
+                stderr_console().print(
+                    f"This run is finished already. To run it again: checkpoint.resume=never\n  {folder.path}"
+                )
+                report = folder.read_report()
+            else:
+                report = _Training(loaded.config, hf_config, folder, stderr_console()).run()
     finally:
-        training.close()
+        folder.close()
         close_process_group()
-    if not json_output and launched_rank() == 0:
-        print_training_summary(stdout_console(), report, training.folder.path)
+    if not json_output and worker.rank() == 0:
+        print_training_summary(stdout_console(), report, folder.path)
     return report
 
 
@@ -125,47 +133,36 @@ def check_requirements(loaded: LoadedConfig) -> Any:
 class _Training:
     """One run of `train`, from loading to the report; one such object on each process."""
 
-    def __init__(self, loaded: LoadedConfig, hf_config: Any, console: Console) -> None:
-        self.loaded = loaded
-        self.config: Config = loaded.config
+    def __init__(self, config: Config, hf_config: Any, folder: RunFolder, console: Console) -> None:
+        self.config = config
+        self.folder = folder
         self.console = console
         self.hf_config = hf_config
         self.device = training_device()
         self.dtype: torch.dtype = getattr(torch, self.config.model.dtype.value)
         self.topology = planned_topology(self.config)
         self.stop_requested = False
+        self.heartbeat = heartbeat()
+        self.step_now = 0
+        """From 1; 0 before the first."""
 
     def run(self) -> dict[str, Any]:
-        # The first process goes ahead: what takes it long must not let a collective of the others time out.
-        if launched_rank() == 0:
-            self.folder = open_run_folder(self.loaded)
-            if not self.folder.report.exists():
-                self._say_what_runs()
-                self._prove_parity()
-                self._load_data()
         self.processes = join_processes(self.device, self.topology)
-        self._share_folder()
-        if self.folder.report.exists():
-            self.console.print(
-                f"This run is finished already. To run it again: checkpoint.resume=never\n  {self.folder.path}"
-            )
-            return self.folder.read_report()
-        if not self.processes.is_first:
-            self._load_data()
+        if self.processes.is_first:
+            self._say_what_runs()
+            self._prove_parity()
+        self._load_data()
         self._load_model()
         progress = self._resume()
         with stop_on_signals(self._request_stop):
             self._train(progress)
+        self._stand_at("saving the model")
         self._save_model()
         report = self._report(progress)
         check_accounting(report, self.batches)
         if self.processes.is_first:
             write_json(self.folder.report, report)
         return report
-
-    def close(self) -> None:
-        if hasattr(self, "folder"):
-            self.folder.close()
 
     # What is needed
 
@@ -177,18 +174,12 @@ class _Training:
             f"attention {choice.backend.name} ({choice.reason})", soft_wrap=True,
         )  # fmt: skip
 
-    def _share_folder(self) -> None:
-        """The first process holds the folder's lock for all of them."""
-        mine = (self.folder.path.resolve(), self.folder.checkpoint) if self.processes.is_first else None
-        path, checkpoint = self.processes.gather(mine)[0]
-        if not self.processes.is_first:
-            self.folder = RunFolder(path, checkpoint)
-
     def _prove_parity(self) -> None:
         model = self.config.model
         if not self.config.train.guard:
             self.console.print("train.guard=false: nothing has shown that this model trains exactly in chunks")
             return
+        self._stand_at("proving that this architecture trains exactly in chunks")
         with working(self.console, "proving that this architecture trains exactly in chunks"):
             parity = guard(
                 self.hf_config, requested=model.attention, device=self.device, dtype=self.dtype,
@@ -200,9 +191,10 @@ class _Training:
         )  # fmt: skip
 
     def _load_data(self) -> None:
-        self.data = load_run_data(self.config, self.hf_config)
+        self._stand_at("reading the data")
+        self.data = load_data(self.config, self.hf_config)
         self.train_data, self.eval_data = self.data.train, self.data.evaluation
-        if launched_rank() == 0:
+        if self.processes.is_first:
             self._write_rejected()
 
     def _write_rejected(self) -> None:
@@ -223,12 +215,13 @@ class _Training:
 
     def _load_model(self) -> None:
         config = self.config
+        self._stand_at("loading the model")
         settle_vector_math()
         backend = choose_backend(config.model.attention, self.hf_config, self.device, self.dtype).backend
         with working(self.console, "loading the model"):
             parts = assemble(
-                config, self.hf_config, backend, self.device,
-                sequence_group=SequenceGroup.join(self.topology), stop_requested=self._must_stop_now,
+                config, self.hf_config, backend, self.device, sequence_group=SequenceGroup.join(self.topology),
+                stop_requested=self._must_stop_now, announce=self._stand_at,
             )  # fmt: skip
         self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
         if self.processes.rank:  # all weights are drawn: from here on, dropout differs from rank to rank
@@ -313,10 +306,13 @@ class _Training:
 
     def _step(self, progress: Progress, on_backward: Callable[[float], None]) -> StepMetrics:
         start = time.perf_counter()
+        self.step_now = progress.step + 1
+        self._stand_at("reading the samples")
         step = self.plan[progress.step]
         result = self._run_operations(step, on_backward)
         lr = self.learning_rate(progress.step)
         self.engine.set_learning_rate(lr)
+        self._stand_at("optimizer step")
         norm = self.engine.step()
         self.random_states = random_states()
         seconds = time.perf_counter() - start
@@ -446,7 +442,12 @@ class _Training:
             "  look at them, lower optim.lr, or lower optim.grad_clip; the last checkpoint is from before this step"
         )
 
+    def _stand_at(self, doing: str) -> None:
+        """Tell whoever watches over the ranks."""
+        self.heartbeat.at(self.step_now, doing)
+
     def _save_checkpoint(self, progress: Progress) -> Path:
+        self._stand_at("saving a checkpoint")
         return save_checkpoint(
             self.folder.checkpoints, self.engine, progress, self.random_states,
             layout=self._layout(), keep=self.config.checkpoint.keep,

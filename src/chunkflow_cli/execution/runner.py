@@ -75,6 +75,7 @@ class Runner:
         lockstep: bool = False,
         sequence_group: SequenceGroup | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        announce: Callable[[str], None] = lambda doing: None,
     ) -> None:
         """
         Args:
@@ -86,6 +87,7 @@ class Runner:
             sequence_group: over which chunks may be spread; all of its ranks run the same operations on these, and
                 their losses and counts of targets are each rank's share.
             stop_requested: asked before every operation.
+            announce: told every operation before it begins.
         """
         self._engine = engine
         self._device = device
@@ -94,6 +96,7 @@ class Runner:
         self._lockstep = lockstep
         self._sequence_group = sequence_group
         self._stop_requested = stop_requested
+        self._announce = announce
 
     def run(
         self,
@@ -118,6 +121,7 @@ class Runner:
         for op in schedule.ops:
             if self._stop_requested():
                 raise Interrupted
+            self._announce(str(op))
             step.execute(op)
             if on_operation is not None:
                 if self._device.type == "cuda":
@@ -147,6 +151,7 @@ class Runner:
         for chunk_index, chunk in enumerate(batch.chunks):
             if self._stop_requested():
                 raise Interrupted
+            self._announce(f"held-out chunk {chunk_index}")
             tensors = self.in_step(self.build(chunk_index, batch))
             total += float(self._engine.forward(self.call(chunk_index, tensors, batch, store)))
             sequence = chunk.long_sequence
