@@ -231,7 +231,8 @@ class _Training:
         self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device()))
         self.batches, self.steps = self.plan.batches, self.plan.steps
         assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
-        self.peak_flops = peak_flops(self.device, self.dtype) if self.processes.is_first else 0.0
+        self.peak_flops = 0.0
+        self._measure_peak_flops()
         self.learning_rate = learning_rate_schedule(config.optim, self.steps)
 
     def _resume(self) -> Progress:
@@ -339,7 +340,9 @@ class _Training:
             recomputed_chunks=step.recomputed_chunks,
             step_seconds=seconds,
             tokens_per_second=step.tokens / seconds,
-            mfu=training_flops(self.train_data.lengths[step.samples], self.shape) / seconds / self._peak_flops_of_all,
+            mfu=training_flops(self.train_data.lengths[step.samples], self.shape)
+            / seconds
+            / (self.peak_flops * self.topology.processes),
             peak_memory_bytes=int(self.processes.maximum(peak_memory_bytes(self.device))[0]),
         )
 
@@ -377,9 +380,11 @@ class _Training:
         progress.eval_loss_end, progress.eval_step = loss, row.step
         return replace(row, eval_loss=loss)
 
-    @property
-    def _peak_flops_of_all(self) -> float:
-        return max(self.peak_flops, 1.0) * self.topology.processes
+    def _measure_peak_flops(self) -> None:
+        """One process measures while the others wait for it; of several measurements the best one holds."""
+        measured = peak_flops(self.device, self.dtype) if self.processes.is_first else 0.0
+        (measured,) = self.processes.maximum(measured)
+        self.peak_flops = max(self.peak_flops, measured)
 
     def _batch(self, step: StepPlan, rank: RankPlan) -> StepBatch:
         """The sequences of a rank, read from the cache."""
@@ -498,8 +503,7 @@ class _Training:
         peak = int(self.processes.maximum(peak_memory_bytes(self.device))[0])
         flops = self._trained_flops(progress)
         # Measured again, for other work on the machine may have slowed the first measurement.
-        if self.processes.is_first:
-            self.peak_flops = max(self.peak_flops, peak_flops(self.device, self.dtype))
+        self._measure_peak_flops()
         whole = None
         if self.activation_bytes is not None and longest > chunk.size * chunk.k:
             whole = whole_sequence_bytes(
@@ -515,7 +519,7 @@ class _Training:
             "k": chunk.k,
             "lora": self.config.model.lora.enabled,
             "tokens_per_second": progress.tokens_trained / max(progress.train_seconds, 1e-9),
-            "mfu": flops / max(progress.train_seconds, 1e-9) / self._peak_flops_of_all,
+            "mfu": flops / max(progress.train_seconds, 1e-9) / (self.peak_flops * self.topology.processes),
             "processes": self.topology.processes,
             "peak_memory_bytes": peak,
             "activation_bytes_per_token": self.activation_bytes,
