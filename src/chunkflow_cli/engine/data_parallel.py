@@ -66,10 +66,8 @@ class Engine:
         return self._stage == 3 and bool(self._averaged_over > 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._stage == 2 and self._coalescing is None:
-            # ZeRO-2 otherwise keeps the gradient of the last backward only.
-            self._coalescing = self._engine.coalesce_grad_reduction()
-            self._coalescing.__enter__()
+        if self._stage == 2:
+            self._coalesce()
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -84,9 +82,7 @@ class Engine:
         Returns:
             The norm of the summed gradient before clipping, the same on every rank.
         """
-        self._close_coalescing()
-        if self._stage in (0, 1):
-            self._fill_missing_gradients()
+        self._make_gradients_whole()
         self._engine.step()
         norm = self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
@@ -113,14 +109,25 @@ class Engine:
         self._norm = float(norm)
 
     def discard_gradients(self) -> None:
-        """Forget what an interrupted step has accumulated."""
-        self._close_coalescing()
+        """Forget what an interrupted step has accumulated, however far this rank has come; all ranks call it."""
+        self._make_gradients_whole()
         self._engine.zero_grad()
         if self._stage >= 1:
             self._engine.optimizer.zero_grad()
 
-    def _close_coalescing(self) -> None:
-        if self._coalescing is not None:
+    def _coalesce(self) -> None:
+        """ZeRO-2 otherwise keeps the gradient of the last backward only."""
+        if self._coalescing is None:
+            self._coalescing = self._engine.coalesce_grad_reduction()
+            self._coalescing.__enter__()
+
+    def _make_gradients_whole(self) -> None:
+        """End what the backwards of a step have begun, so that all ranks reduce the same gradients."""
+        if self._stage < 3:
+            self._fill_missing_gradients()
+        if self._stage == 2:
+            self._coalesce()
+            assert self._coalescing is not None
             self._coalescing.__exit__(None, None, None)
             self._coalescing = None
 
