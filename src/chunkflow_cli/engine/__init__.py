@@ -1,12 +1,15 @@
 """The training engine: the only room that imports deepspeed."""
 
 from chunkflow_cli.engine.data_parallel import Engine
+from chunkflow_cli.engine.pipeline import PipelineEngine, check_pipeline_settings
 from chunkflow_cli.engine.processes import close_process_group, import_deepspeed, init_process_group
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
 
 __all__ = [
     "Engine",
     "EngineSettings",
+    "PipelineEngine",
+    "check_pipeline_settings",
     "check_settings",
     "close_process_group",
     "deepspeed_config",

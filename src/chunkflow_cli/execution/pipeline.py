@@ -1,0 +1,276 @@
+"""The runner of one stage of a pipeline: its Schedule, operation by operation.
+
+    S, F    take what the stage before sends (the first stage: token ids), send hidden states on
+    R       forward once more from the stage's own input of the state pass, which it has kept: nothing is sent
+    B       take the gradient that the next stage sends (the last stage: the loss), send the input's gradient back
+    I, W    a backward in two halves: I sends the input's gradient back, W gives the weights theirs
+
+The order of operations is the plan's; messages come as `messages` says. Each stage keeps the state of its own layers,
+of as many sequences as are in flight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkflow_cli.engine import PipelineEngine
+from chunkflow_cli.execution.batch import build_batch
+from chunkflow_cli.execution.chunk_model import ChunkCall
+from chunkflow_cli.execution.loss import SharedHeadGradient
+from chunkflow_cli.execution.messages import Links, Messages
+from chunkflow_cli.execution.runner import (
+    Interrupted,
+    StepBatch,
+    StepResult,
+    call_of,
+    random_state,
+    set_random_state,
+)
+from chunkflow_cli.execution.stages import StageModel
+from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.schedule import Op, OpKind, Schedule
+
+
+class PipelineRunner:
+    """Runs the schedules of one stage on its engine; all stages of the pipeline run theirs at the same time."""
+
+    def __init__(
+        self,
+        engine: PipelineEngine,
+        links: Links,
+        device: torch.device,
+        *,
+        weight_dtype: torch.dtype = torch.float32,
+        replay_random: bool = False,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            engine: around this process's `StageModel`.
+            links: to the stages before and after.
+            device: where batches go.
+            weight_dtype: of target weights.
+            replay_random: give a recompute the random numbers of its state pass; needed under dropout.
+            stop_requested: asked before every step; all processes must be told the same. Within a step no stage may
+                stop, for the others would wait for it.
+        """
+        assert isinstance(engine.module, StageModel)
+        self._engine = engine
+        self._model: StageModel = engine.module
+        self._links = links
+        self._device = device
+        self._weight_dtype = weight_dtype
+        self._replay_random = replay_random
+        self._stop_requested = stop_requested
+
+    def run(
+        self,
+        schedules: Sequence[Schedule],
+        batch: StepBatch,
+        on_backward: Callable[[int], None] = lambda tokens: None,
+        on_operation: Callable[[Op, float], None] | None = None,
+    ) -> StepResult:
+        """All operations of one optimizer step; gradients are left in the engine.
+
+        Args:
+            schedules: of all stages; valid together for `batch.chunks`.
+            batch: the sequences of the step, the same on all stages.
+            on_backward: told the tokens of each chunk that has gone backward.
+            on_operation: told each operation and the seconds that it took, without its wait for a message; the device
+                is then waited for after each.
+
+        Returns:
+            Loss, targets and the chunks whose loss is not finite, the same on all stages; state bytes of this stage.
+
+        Raises:
+            Interrupted: `stop_requested` said so before the first operation.
+        """
+        if self._stop_requested():
+            raise Interrupted
+        step = _StageStep(self, schedules, batch)
+        for op in schedules[self._links.stage].ops:
+            step.receive(op)
+            start = time.perf_counter()
+            step.execute(op)
+            if on_operation is not None:
+                self._synchronize()
+                on_operation(op, time.perf_counter() - start)
+            if op.kind in (OpKind.backward, OpKind.input_gradient):
+                on_backward(sum(batch.chunks[index].tokens for index in op.chunks))
+        return step.result()
+
+    @torch.no_grad()
+    def evaluate(self, batch: StepBatch, on_chunk: Callable[[int], None] = lambda tokens: None) -> float:
+        """The weighted loss of whole sequences, chunk by chunk through all stages, without gradient.
+
+        Raises:
+            Interrupted: `stop_requested` said so before the first chunk.
+        """
+        if self._stop_requested():
+            raise Interrupted
+        forwards = Schedule(tuple(Op(OpKind.forward, (index,)) for index in range(len(batch.chunks))))
+        step = _StageStep(self, [forwards] * len(self._links.ranks), batch, keeps_activations=False)
+        for op in forwards.ops:
+            step.receive(op)
+            step.execute(op)
+            chunk = batch.chunks[op.chunks[0]]
+            if chunk.long_sequence is not None and not chunk.segments[0].continues:
+                step.forget(chunk.long_sequence)
+            on_chunk(chunk.tokens)
+        return step.result().loss
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+@dataclass(frozen=True)
+class _Live:
+    """A chunk that holds activations."""
+
+    received: Tensor | None
+    """(1, tokens, hidden_size) input of the stage, a leaf that collects gradient; None on the first."""
+    output: Tensor
+    """Hidden states for the next stage, or the loss."""
+
+
+class _StageStep:
+    """What is alive on this stage while a step runs: activations, kept inputs, state, random states, losses."""
+
+    def __init__(
+        self,
+        runner: PipelineRunner,
+        schedules: Sequence[Schedule],
+        batch: StepBatch,
+        *,
+        keeps_activations: bool = True,
+    ) -> None:
+        self._runner = runner
+        self._batch = batch
+        self._links = runner._links
+        self._keeps_activations = keeps_activations
+        self._store = StateStore()
+        self._live: dict[int, _Live] = {}
+        self._kept_inputs: dict[int, Tensor | None] = {}
+        self._received: Tensor | None = None
+        self._random_states: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}
+        self._targets: dict[int, int] = {}
+        # One for all chunks in flight: each would otherwise hold a gradient of the head's size.
+        self._head_gradient = SharedHeadGradient() if keeps_activations else None
+        self._peak_state_bytes = 0
+        self._group_of = {index: group for group in batch.chunks.dependent_groups() for index in group}
+        model = runner._model
+        self._messages = Messages(self._links, schedules, self._shape, model.dtype)
+
+    def receive(self, op: Op) -> None:
+        """Wait for what the operation needs from another stage."""
+        self._received = None
+        if op.kind in (OpKind.state_pass, OpKind.forward) and not self._links.is_first:
+            self._received = self._messages.receive(op.chunks[0], onward=True)
+        elif op.kind in (OpKind.backward, OpKind.input_gradient) and not self._links.is_last:
+            self._received = self._messages.receive(op.chunks[0], onward=False)
+
+    def execute(self, op: Op) -> None:
+        (index,) = op.chunks
+        match op.kind:
+            case OpKind.state_pass:
+                self._state_pass(index, self._received)
+            case OpKind.forward:
+                output = self._forward(index, self._received)
+                if not self._links.is_last:
+                    self._messages.send(output.detach(), onward=True)
+            case OpKind.recompute:
+                self._recompute(index)
+            case OpKind.backward:
+                self._backward(index, self._received)
+            case OpKind.input_gradient | OpKind.weight_gradient:
+                raise AssertionError(f"{op}: this engine does not split backwards")
+        self._received = None
+
+    def _state_pass(self, index: int, received: Tensor | None) -> None:
+        if self._runner._replay_random:
+            self._random_states[index] = random_state(self._runner._device)
+        with torch.no_grad():
+            output = self._runner._engine.forward(self._call(index), received, state_pass=True)
+        self._kept_inputs[index] = received
+        if not self._links.is_last:
+            self._messages.send(output, onward=True)
+
+    def _forward(self, index: int, received: Tensor | None) -> Tensor:
+        if received is not None and self._keeps_activations:
+            received.requires_grad_()
+        output: Tensor = self._runner._engine.forward(self._call(index), received)
+        if self._keeps_activations:
+            self._live[index] = _Live(received, output)
+        if self._links.is_last:
+            self._losses[index] = output.detach()
+        self._peak_state_bytes = max(self._peak_state_bytes, self._store.nbytes)
+        return output
+
+    def _recompute(self, index: int) -> None:
+        received = self._kept_inputs.pop(index)
+        state = self._random_states.pop(index, None)
+        if state is None:
+            self._forward(index, received)
+            return
+        after = random_state(self._runner._device)
+        set_random_state(self._runner._device, state)
+        self._forward(index, received)
+        set_random_state(self._runner._device, after)
+
+    def _backward(self, index: int, gradient: Tensor | None) -> None:
+        live = self._live.pop(index)
+        if gradient is None:
+            self._runner._engine.backward(live.output)
+        else:
+            self._runner._engine.backward_from(live.output, gradient)
+        if live.received is not None:
+            assert live.received.grad is not None
+            self._messages.send(live.received.grad, onward=False)
+        self._peak_state_bytes = max(self._peak_state_bytes, self._store.nbytes)
+        group = self._group_of.get(index)
+        if group is not None and index == group.start:
+            sequence = self._batch.chunks[index].long_sequence
+            assert sequence is not None
+            self.forget(sequence)
+
+    def forget(self, sequence: int) -> None:
+        """Nothing reads its state any more."""
+        self._store.close(sequence)
+
+    def _call(self, index: int) -> ChunkCall:
+        runner, chunk = self._runner, self._batch.chunks[index]
+        tensors = build_batch(chunk, self._batch.sequences, self._batch.weights, runner._device, runner._weight_dtype)
+        self._targets[index] = tensors.target_tokens
+        return call_of(chunk, tensors, self._batch.chunks, self._store, self._head_gradient)
+
+    def _shape(self, index: int) -> tuple[int, ...]:
+        return (1, self._batch.chunks[index].tokens, self._runner._model.hidden_size)
+
+    def result(self) -> StepResult:
+        self._messages.close()
+        assert not self._live, "the schedule left activations behind"
+        assert not self._kept_inputs, "the schedule left inputs behind"
+        assert not len(self._store), "the schedule left state behind"
+        count = len(self._batch.chunks)
+        # (2, chunks): losses, and targets as the last stage has counted them; the others learn them from it.
+        sums = torch.zeros(2, count, dtype=torch.float64, device=self._runner._device)
+        if self._links.is_last and count:
+            sums[0] = torch.stack([self._losses[index].double() for index in range(count)])
+            sums[1] = torch.tensor([self._targets[index] for index in range(count)])
+        if count:
+            self._links.share(sums)
+        losses, targets = sums.tolist()
+        return StepResult(
+            loss=float(sum(losses)),
+            target_tokens=int(sum(targets)),
+            peak_state_bytes=self._peak_state_bytes,
+            not_finite=tuple(index for index, loss in enumerate(losses) if not np.isfinite(loss)),
+        )

@@ -1,0 +1,238 @@
+"""Pipelines of real processes against plain whole-sequence Hugging Face training.
+
+One launch a layout runs all of its cases: starting processes costs more than a case does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+
+from chunkflow_cli.config import Dtype, EngineConfig, LoraConfig, OptimConfig, OptimizerName
+
+VOCABULARY = 96
+LONG_TAILED = ((90, 11, 7, 30, 5), (12, 8, 61, 3, 3), (4, 9, 2, 100, 6))
+"""Sample lengths of three steps; chunks are of 24 tokens."""
+SHORT_ONLY = ((9, 4, 12, 6), (3, 20, 5, 5))
+TWO_LONG = ((80, 75, 10, 3), (50, 6, 90, 4))
+CHUNK_SIZE = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run of a few steps."""
+
+    name: str
+    steps: tuple[tuple[int, ...], ...] = LONG_TAILED
+    k: int = 1
+    schedule: str = "state_aware_1f1b"
+    warmup_extra: int = 0
+    fill_tails: bool = True
+    tied: bool = False
+    lora: bool = False
+    zero_stage: int = 1
+    optimizer: str = "sgd"
+    grad_clip: float = 0.0
+    dtype: str = "float32"
+    model_type: str = "llama"
+    dropout: float = 0.0
+
+
+def model_of(case: Case, stages: int, attention: str) -> Any:
+    """The same random weights wherever it is called."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from chunkflow_cli.model import add_lora
+
+    config = AutoConfig.for_model(
+        case.model_type, pad_token_id=0, bos_token_id=1, eos_token_id=2, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=max(3, stages), num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
+        max_position_embeddings=256, initializer_range=0.1, tie_word_embeddings=case.tied,
+    )  # fmt: skip
+    if case.dropout:
+        config.residual_dropout = case.dropout
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype), attn_implementation=attention)
+    model.config.use_cache = False
+    if case.lora:
+        model = add_lora(model, LoraConfig(enabled=True, r=4, alpha=8.0))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def samples_of(case: Case, step: int) -> list[Any]:
+    from chunkflow_cli.execution.parity import random_sequences
+
+    return random_sequences(case.steps[step], VOCABULARY, seed=100 + step)
+
+
+def optim_of(case: Case) -> OptimConfig:
+    is_sgd = case.optimizer == "sgd"
+    return OptimConfig(
+        name=OptimizerName(case.optimizer), lr=0.5 if is_sgd else 1e-2, momentum=0.0, weight_decay=0.01 if not is_sgd else 0.0,
+        grad_clip=case.grad_clip,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    """After the last step, under the names of the whole model."""
+    targets: list[int]
+
+
+def train_whole(case: Case, stages: int) -> Run:
+    """Plain PyTorch: transformers' own forward over whole sequences, torch's optimizer and clipping."""
+    from chunkflow_cli.execution.batch import IGNORED
+    from chunkflow_cli.engine.settings import EngineSettings, make_optimizer
+
+    torch.set_num_threads(1)
+    model = model_of(case, stages, "sdpa")
+    settings = EngineSettings(EngineConfig(), optim_of(case), Dtype(case.dtype), torch.device("cpu"))
+    optimizer = make_optimizer(model, settings)
+    losses, norms, targets = [], [], []
+    for step in range(len(case.steps)):
+        samples = samples_of(case, step)
+        counted = sum(int((sample.targets != IGNORED).sum()) for sample in samples)
+        total = 0.0
+        for sample in samples:
+            ids = torch.as_tensor(sample.input_ids, dtype=torch.long)[None]
+            logits = model(input_ids=ids).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(
+                logits, torch.as_tensor(sample.targets, dtype=torch.long), ignore_index=IGNORED, reduction="sum"
+            )
+            (loss / counted).backward()
+            total += float(loss) / counted
+        trained = [p for p in model.parameters() if p.requires_grad]
+        most = case.grad_clip or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, most)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        targets.append(counted)
+    return Run(losses, norms, {n: p.detach().clone() for n, p in model.named_parameters()}, targets)
+
+
+def plan_of(case: Case, step: int, stages: int, data: int) -> Any:
+    """The step's plan, by the code that `plan` and `train` use; costs make the cut and the searched schedules."""
+    from chunkflow_cli.batches import GlobalBatches
+    from chunkflow_cli.execution.batch import IGNORED
+    from chunkflow_cli.pipeline_schedules import PipelineLayout
+    from chunkflow_cli.run_plan import RunPlan
+
+    samples = samples_of(case, step)
+    run = RunPlan(
+        batches=GlobalBatches(len(samples), len(samples), 0, False),
+        steps=1,
+        lengths=np.array([len(sample.input_ids) for sample in samples]),
+        target_counts=np.array([int((sample.targets != IGNORED).sum()) for sample in samples]),
+        chunk_size=CHUNK_SIZE,
+        k=case.k,
+        fill_tails=case.fill_tails,
+        pipeline=PipelineLayout(stages, case.schedule, case.warmup_extra),
+        ranks=data,
+    )
+    return run[0]
+
+
+def run_cases(arguments: tuple[int, int, Sequence[Case]]) -> list[dict[str, Any]]:
+    """On each rank: all cases, one after the other."""
+    stages, data, cases = arguments
+    return [_train_stage(case, stages, data) for case in cases]
+
+
+def _train_stage(case: Case, stages: int, data: int) -> dict[str, Any]:
+    from chunkflow_cli.engine import EngineSettings, PipelineEngine, init_process_group
+    from chunkflow_cli.execution import attention
+    from chunkflow_cli.execution.backends import CpuBackend
+    from chunkflow_cli.execution.messages import Links
+    from chunkflow_cli.execution.pipeline import PipelineRunner
+    from chunkflow_cli.execution.runner import StepBatch, has_dropout
+    from chunkflow_cli.execution.stages import StageModel
+    from chunkflow_cli.stage_cut import cut_layers
+    from chunkflow_cli.topology import Topology
+
+    device = torch.device("cpu")
+    init_process_group(device)
+    attention.register()
+    rank = torch.distributed.get_rank()
+    topology = Topology(data=data, pipeline=stages)
+    place = topology.place_of(rank)
+    model = model_of(case, stages, attention.NAME)
+    layers = model.config.get_text_config().num_hidden_layers
+    stage = StageModel(model, CpuBackend(), cut_layers(layers, stages)[place.stage])
+    settings = EngineSettings(EngineConfig(zero_stage=case.zero_stage), optim_of(case), Dtype(case.dtype), device)
+    engine = PipelineEngine(stage, settings, stages=stages)
+    links = Links([topology.pipeline_group(first) for first in range(topology.replicas)], device)
+    runner = PipelineRunner(engine, links, device, replay_random=has_dropout(model))
+    losses, norms, targets, ran = [], [], [], []
+    for step in range(len(case.steps)):
+        planned = plan_of(case, step, stages, data)
+        share = planned.ranks[place.data_rank]
+        samples = samples_of(case, step)
+        batch = StepBatch(
+            share.chunks, [samples[sample] for sample in share.samples],
+            np.full(len(share.samples), 1.0 / planned.target_tokens),
+        )  # fmt: skip
+        ops: list[str] = []
+        result = runner.run(share.schedules, batch, on_operation=lambda op, _, ops=ops: ops.append(str(op)))
+        assert result.not_finite == ()
+        ran.append((" ".join(ops), str(share.schedules[place.stage])))
+        norms.append(engine.step())
+        losses.append(result.loss)
+        targets.append(result.target_tokens)
+    weights = {
+        stage.hf_parameter_names[name]: parameter.detach().clone() for name, parameter in stage.named_parameters()
+    }
+    return {"losses": losses, "norms": norms, "weights": weights, "targets": targets, "ran": ran}
+
+
+def check(case: Case, ranks: list[dict[str, Any]], stages: int, data: int) -> None:
+    whole = train_whole(case, stages)
+    start = dict(model_of(case, stages, "sdpa").named_parameters())
+    for result in ranks:
+        for ran, planned in result["ran"]:
+            assert ran == planned, f"{case.name}: the order that ran is not that of the plan"
+        assert result["norms"] == pytest.approx(whole.norms, rel=1e-4), case.name
+    # Ranks of one pipeline agree on its loss; pipelines side by side add up.
+    for step, loss in enumerate(whole.losses):
+        of_pipelines = [
+            {ranks[stage * data + replica]["losses"][step] for stage in range(stages)} for replica in range(data)
+        ]
+        assert all(len(losses) == 1 for losses in of_pipelines), case.name
+        assert sum(losses.pop() for losses in of_pipelines) == pytest.approx(loss, rel=1e-5), case.name
+        assert sum(ranks[replica]["targets"][step] for replica in range(data)) == whole.targets[step], case.name
+    found: dict[str, list[Tensor]] = {}
+    for result in ranks:
+        for name, weight in result["weights"].items():
+            found.setdefault(name, []).append(weight)
+    assert set(found) == set(start), case.name
+    tolerance = 5e-5 if case.optimizer == "sgd" else 5e-4
+    for name, copies in found.items():
+        update = whole.weights[name] - start[name].detach()
+        for copy in copies:
+            difference = float((copy - whole.weights[name]).norm())
+            assert difference <= tolerance * max(float(update.norm()), 1e-6), f"{case.name}: {name}"
+
+
+TWO_STAGES = (
+    Case("sgd, one step", LONG_TAILED[:1]),
+    Case("adamw, K 2, clip", optimizer="adamw", k=2, grad_clip=0.5),
+)
+
+
+def test_two_stages() -> None:
+    ranks = run_ranks(2, "test_pipeline:run_cases", (2, 1, TWO_STAGES))
+    for index, case in enumerate(TWO_STAGES):
+        check(case, [rank[index] for rank in ranks], 2, 1)
