@@ -113,7 +113,7 @@ def train_whole(case: Case, stages: int) -> Run:
                 logits, torch.as_tensor(sample.targets, dtype=torch.long), ignore_index=IGNORED, reduction="sum"
             )
             (loss / counted).backward()
-            total += float(loss) / counted
+            total += loss.item() / counted
         trained = [p for p in model.parameters() if p.requires_grad]
         most = case.grad_clip or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, most)))
@@ -218,21 +218,55 @@ def check(case: Case, ranks: list[dict[str, Any]], stages: int, data: int) -> No
         for name, weight in result["weights"].items():
             found.setdefault(name, []).append(weight)
     assert set(found) == set(start), case.name
-    tolerance = 5e-5 if case.optimizer == "sgd" else 5e-4
+    differences, updates = [], []
     for name, copies in found.items():
-        update = whole.weights[name] - start[name].detach()
+        update = float((whole.weights[name] - start[name].detach()).norm())
         for copy in copies:
-            difference = float((copy - whole.weights[name]).norm())
-            assert difference <= tolerance * max(float(update.norm()), 1e-6), f"{case.name}: {name}"
+            differences.append(float((copy - whole.weights[name]).norm()))
+            updates.append(update)
+            if case.optimizer == "sgd":
+                assert differences[-1] <= 5e-5 * max(update, 1e-6), f"{case.name}: {name}"
+    # AdamW turns the rounding of a gradient that is next to nothing into a whole step of that weight.
+    assert np.linalg.norm(differences) <= 5e-4 * np.linalg.norm(updates), case.name
 
 
 TWO_STAGES = (
     Case("sgd, one step", LONG_TAILED[:1]),
+    Case("sgd, K 2, tails apart", LONG_TAILED[1:2], k=2, fill_tails=False),
     Case("adamw, K 2, clip", optimizer="adamw", k=2, grad_clip=0.5),
+    Case("adamw, zero 0, clip", optimizer="adamw", zero_stage=0, grad_clip=0.5),
+    Case("tied, clip", tied=True, grad_clip=0.3, optimizer="adamw"),
+    Case("tied, zero 0, clip", tied=True, zero_stage=0, grad_clip=0.3),
+    Case("lora", lora=True, optimizer="adamw", k=2),
+    Case("plain 1F1B", TWO_LONG, schedule="1f1b"),
+    Case("more warm-up", TWO_LONG, warmup_extra=2),
+    Case("searched", TWO_LONG, schedule="searched", optimizer="adamw", k=2),
+    Case("only short", SHORT_ONLY, optimizer="adamw", tied=True, zero_stage=0),
+    Case("one sample", ((70,), (5,)), optimizer="adamw"),
 )
+FOUR_STAGES = (
+    Case("sgd", TWO_LONG[:1]),
+    Case("adamw, tied, clip", tied=True, optimizer="adamw", grad_clip=0.5, k=2),
+    Case("1F1B, zero 0", TWO_LONG, schedule="1f1b", zero_stage=0, tied=True, grad_clip=0.5),
+    Case("searched, lora", schedule="searched", lora=True, optimizer="adamw"),
+    Case("warm-up, tails apart", TWO_LONG, warmup_extra=1, fill_tails=False, optimizer="adamw", model_type="qwen2"),
+)
+TWO_BY_TWO = (
+    Case("sgd", LONG_TAILED[:1]),
+    Case("adamw, K 2, tied, clip", k=2, tied=True, optimizer="adamw", grad_clip=0.5),
+    Case("zero 0, tied, clip", tied=True, zero_stage=0, grad_clip=0.3),
+    Case("more pipelines than samples", ((80,), (5,), (60, 7)), optimizer="adamw", tied=True),
+    Case("more pipelines than samples, zero 0", ((80,), (5,), (60, 7)), zero_stage=0, grad_clip=0.5),
+    Case("lora, 1F1B", lora=True, schedule="1f1b", optimizer="adamw"),
+)
+LAYOUTS = {"2 stages": (2, 1, TWO_STAGES), "4 stages": (4, 1, FOUR_STAGES), "2 x 2": (2, 2, TWO_BY_TWO)}
 
 
-def test_two_stages() -> None:
-    ranks = run_ranks(2, "test_pipeline:run_cases", (2, 1, TWO_STAGES))
-    for index, case in enumerate(TWO_STAGES):
-        check(case, [rank[index] for rank in ranks], 2, 1)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pipelines_train_as_one_process_does(layout: str) -> None:
+    """Losses, norms and weights; wrong are: a message about another chunk, state of a sequence in flight beside this
+    one, a tied weight counted twice, a pipeline without samples that adds nothing, gradients averaged over stages."""
+    stages, data, cases = LAYOUTS[layout]
+    ranks = run_ranks(stages * data, "test_pipeline:run_cases", LAYOUTS[layout])
+    for index, case in enumerate(cases):
+        check(case, [rank[index] for rank in ranks], stages, data)
