@@ -6,7 +6,8 @@ One launch a layout runs all of its cases: starting processes costs more than a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,13 +153,40 @@ def run_cases(arguments: tuple[int, int, Sequence[Case]]) -> list[dict[str, Any]
     return [_train_stage(case, stages, data) for case in cases]
 
 
-def _train_stage(case: Case, stages: int, data: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Stage:
+    """What one rank trains a case with."""
+
+    case: Case
+    place: Any
+    model: Any
+    engine: Any
+    runner: Any
+    stages: int
+    data: int
+
+    def share(self, step: int) -> tuple[Any, Any]:
+        """This pipeline's part of a step, and its batch."""
+        from chunkflow_cli.execution.runner import StepBatch
+
+        planned = plan_of(self.case, step, self.stages, self.data)
+        share = planned.ranks[self.place.data_rank]
+        samples = samples_of(self.case, step)
+        weights = np.full(len(share.samples), 1.0 / planned.target_tokens)
+        return share, StepBatch(share.chunks, [samples[sample] for sample in share.samples], weights)
+
+    def weights(self) -> dict[str, Tensor]:
+        module = self.engine.module
+        return {module.hf_parameter_names[name]: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def stage_of(case: Case, stages: int, data: int) -> Stage:
     from chunkflow_cli.engine import EngineSettings, PipelineEngine, init_process_group
     from chunkflow_cli.execution import attention
     from chunkflow_cli.execution.backends import CpuBackend
     from chunkflow_cli.execution.messages import Links
     from chunkflow_cli.execution.pipeline import PipelineRunner
-    from chunkflow_cli.execution.runner import StepBatch, has_dropout
+    from chunkflow_cli.execution.runner import has_dropout
     from chunkflow_cli.execution.stages import StageModel
     from chunkflow_cli.stage_cut import cut_layers
     from chunkflow_cli.topology import Topology
@@ -176,26 +204,131 @@ def _train_stage(case: Case, stages: int, data: int) -> dict[str, Any]:
     engine = PipelineEngine(stage, settings, stages=stages)
     links = Links([topology.pipeline_group(first) for first in range(topology.replicas)], device)
     runner = PipelineRunner(engine, links, device, replay_random=has_dropout(model))
+    return Stage(case, place, model, engine, runner, stages, data)
+
+
+def _train_stage(case: Case, stages: int, data: int) -> dict[str, Any]:
+    stage = stage_of(case, stages, data)
     losses, norms, targets, ran = [], [], [], []
+    _, batch = stage.share(0)
+    stage.model.eval()
+    evaluated = stage.runner.evaluate(batch)
+    stage.model.train()
     for step in range(len(case.steps)):
-        planned = plan_of(case, step, stages, data)
-        share = planned.ranks[place.data_rank]
-        samples = samples_of(case, step)
-        batch = StepBatch(
-            share.chunks, [samples[sample] for sample in share.samples],
-            np.full(len(share.samples), 1.0 / planned.target_tokens),
-        )  # fmt: skip
+        share, batch = stage.share(step)
         ops: list[str] = []
-        result = runner.run(share.schedules, batch, on_operation=lambda op, _, ops=ops: ops.append(str(op)))
+        result = stage.runner.run(share.schedules, batch, on_operation=lambda op, _, ops=ops: ops.append(str(op)))
         assert result.not_finite == ()
-        ran.append((" ".join(ops), str(share.schedules[place.stage])))
-        norms.append(engine.step())
+        ran.append((" ".join(ops), str(share.schedules[stage.place.stage])))
+        norms.append(stage.engine.step())
         losses.append(result.loss)
         targets.append(result.target_tokens)
-    weights = {
-        stage.hf_parameter_names[name]: parameter.detach().clone() for name, parameter in stage.named_parameters()
+    return {
+        "losses": losses, "norms": norms, "weights": stage.weights(), "targets": targets, "ran": ran,
+        "evaluated": evaluated,
+    }  # fmt: skip
+
+
+def run_besides(folder: str) -> dict[str, Any]:
+    """On each of two ranks: what is not a comparison with whole-sequence training."""
+    dropout, *saved = BESIDES
+    return {
+        "replayed": _outputs_of_both_forwards(dropout),
+        "resumed": [_resumed(case, f"{folder}/{case.name}") for case in saved],
+        "discarded": _after_a_discarded_step(),
+        "sums": {dtype: _sums(dtype) for dtype in ("float32", "bfloat16")},
+        "tied sums": {dtype: _sums(dtype, tied=True) for dtype in ("float32", "bfloat16")},
     }
-    return {"losses": losses, "norms": norms, "weights": weights, "targets": targets, "ran": ran}
+
+
+def _outputs_of_both_forwards(case: Case) -> dict[int, list[Tensor]]:
+    """Chunk -> what this stage sent on in its state pass, and what its recompute gave."""
+    from chunkflow_cli.execution.pipeline import _StageStep
+
+    stage = stage_of(case, 2, 1)
+    outputs: dict[int, list[Tensor]] = {}
+    forward, call = stage.engine.forward, _StageStep._call
+    current: list[int] = []
+
+    def spy_call(step: Any, index: int) -> Any:
+        current[:] = [index]
+        return call(step, index)
+
+    def spy_forward(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if output is not None:
+            outputs.setdefault(current[0], []).append(output.detach().clone())
+        return output
+
+    _StageStep._call = spy_call  # type: ignore[method-assign]
+    stage.engine.forward = spy_forward
+    try:
+        share, batch = stage.share(0)
+        stage.runner.run(share.schedules, batch)
+    finally:
+        _StageStep._call = call  # type: ignore[method-assign]
+    stage.engine.discard_gradients()
+    return outputs
+
+
+def _resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after a step that follows a save, and after the same step once more from what was saved."""
+    stage = stage_of(case, 2, 1)
+    weights = []
+    for step, action in ((0, stage.engine.save), (1, stage.engine.load), (1, None)):
+        share, batch = stage.share(step)
+        stage.runner.run(share.schedules, batch)
+        stage.engine.step()
+        weights.append(stage.weights())
+        if action is not None:
+            action(Path(folder))
+    return weights[1], weights[2]
+
+
+def _after_a_discarded_step() -> tuple[list[float], list[float]]:
+    """Norms of a step, and of the same step after gradients that were thrown away."""
+    norms = []
+    for discards in (False, True):
+        both = []
+        for zero_stage in (0, 1):
+            stage = stage_of(Case("discarded", zero_stage=zero_stage, tied=True), 2, 1)
+            share, batch = stage.share(0)
+            if discards:
+                stage.runner.run(share.schedules, batch)
+                stage.engine.discard_gradients()
+            stage.runner.run(share.schedules, batch)
+            both.append(stage.engine.step())
+        norms.append(both)
+    return norms[0], norms[1]
+
+
+class Sum(torch.nn.Module):
+    """Its gradient is the factor, everywhere."""
+
+    def __init__(self, dtype: torch.dtype, tied: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+        self.own = torch.nn.Parameter(torch.zeros(1, dtype=dtype))  # a stage is never only a copy of a tied weight
+        self.tied_weight = self.weight if tied else None
+
+    def forward(self, factor: float) -> Tensor:
+        return (self.weight.float() * factor).sum() + self.own.sum() * 0
+
+
+def _sums(dtype: str, *, tied: bool = False) -> tuple[list[float], list[float]]:
+    from chunkflow_cli.engine import EngineSettings, PipelineEngine
+
+    optim = OptimConfig(name=OptimizerName.sgd, lr=1.0, momentum=0.0, weight_decay=0.0, grad_clip=0.0)
+    settings = EngineSettings(EngineConfig(zero_stage=1), optim, Dtype(dtype), torch.device("cpu"))
+    module = Sum(getattr(torch, dtype), tied)
+    engine = PipelineEngine(module, settings, stages=2)
+    weights, norms = [], []
+    for count in (256, 3):
+        for index in range(count + 1):
+            engine.backward(engine.forward(1.0 if index == 0 else 2.0**-9))
+        norms.append(engine.step() / 64)
+        weights.append(float(module.weight.detach()[0, 0]))
+    return weights, norms
 
 
 def check(case: Case, ranks: list[dict[str, Any]], stages: int, data: int) -> None:
@@ -204,6 +337,7 @@ def check(case: Case, ranks: list[dict[str, Any]], stages: int, data: int) -> No
     for result in ranks:
         for ran, planned in result["ran"]:
             assert ran == planned, f"{case.name}: the order that ran is not that of the plan"
+        assert result["evaluated"] == pytest.approx(result["losses"][0], rel=1e-6), case.name
         assert result["norms"] == pytest.approx(whole.norms, rel=1e-4), case.name
     # Ranks of one pipeline agree on its loss; pipelines side by side add up.
     for step, loss in enumerate(whole.losses):
@@ -259,6 +393,11 @@ TWO_BY_TWO = (
     Case("more pipelines than samples, zero 0", ((80,), (5,), (60, 7)), zero_stage=0, grad_clip=0.5),
     Case("lora, 1F1B", lora=True, schedule="1f1b", optimizer="adamw"),
 )
+BESIDES = (
+    Case("dropout", TWO_LONG[:1], k=2, model_type="starcoder2", dropout=0.3),
+    Case("saved", optimizer="adamw", tied=True),
+    Case("saved, zero 0", optimizer="adamw", zero_stage=0, lora=True),
+)
 LAYOUTS = {"2 stages": (2, 1, TWO_STAGES), "4 stages": (4, 1, FOUR_STAGES), "2 x 2": (2, 2, TWO_BY_TWO)}
 
 
@@ -270,3 +409,27 @@ def test_pipelines_train_as_one_process_does(layout: str) -> None:
     ranks = run_ranks(stages * data, "test_pipeline:run_cases", LAYOUTS[layout])
     for index, case in enumerate(cases):
         check(case, [rank[index] for rank in ranks], stages, data)
+
+
+def test_besides(tmp_path: Path) -> None:
+    """Masks of a recompute that are not those of its state pass; gradients of 257 chunks added in bfloat16, where
+    1 + 256 x 2^-9 stays 1; a tied weight's gradient that is not the sum of both; checkpoints; thrown-away gradients."""
+    first, last = run_ranks(2, "test_pipeline:run_besides", str(tmp_path))
+    twice = {chunk: outputs for chunk, outputs in first["replayed"].items() if len(outputs) == 2}
+    assert len(twice) >= 2
+    assert all(torch.equal(*outputs) for outputs in twice.values())
+    outputs = [outputs[0] for outputs in first["replayed"].values()]
+    assert all(float((output == 0).float().mean()) < 0.1 for output in outputs)
+    for rank in (first, last):
+        for once, again in rank["resumed"]:
+            assert set(once) == set(again)
+            assert all(torch.equal(once[name], again[name]) for name in once)
+        assert rank["discarded"][0] == pytest.approx(rank["discarded"][1], rel=1e-6)
+        second = 1 + 3 * 2.0**-9
+        for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2**-8)):
+            weights, norms = rank["sums"][dtype]  # both stages have a weight of their own
+            assert norms == pytest.approx([1.5 * 2**0.5, second * 2**0.5], rel=1e-5), dtype
+            assert weights == pytest.approx([-1.5, -1.5 - second], rel=tolerance), dtype
+            weights, norms = rank["tied sums"][dtype]
+            assert norms == pytest.approx([3.0, 2 * second], rel=1e-5), dtype
+            assert weights == pytest.approx([-3.0, -3.0 - 2 * second], rel=tolerance), dtype
