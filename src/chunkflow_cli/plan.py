@@ -111,6 +111,10 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         shape = shape_without_weights(config.model, hf_config)
     device = planned_device(config)
     plan = plan_run(config, data.train, cost_model(config, shape, device))
+    try:
+        _ = plan.cut
+    except ValueError as error:
+        raise UsageError(f"parallel.pipeline={config.parallel.pipeline}: {error}") from error
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
@@ -373,7 +377,7 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
         share = lengths[rank :: plan.ranks]
         if len(share):
             chunks = sequences_as_chunks(share)
-            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain)
+            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, plan.cut)
             timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)
 
