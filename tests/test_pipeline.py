@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 
 from chunkflow_cli.config import Dtype, EngineConfig, LoraConfig, OptimConfig, OptimizerName
+from ranks import run_ranks
 
 VOCABULARY = 96
 LONG_TAILED = ((90, 11, 7, 30, 5), (12, 8, 61, 3, 3), (4, 9, 2, 100, 6))
@@ -95,8 +95,8 @@ class Run:
 
 def train_whole(case: Case, stages: int) -> Run:
     """Plain PyTorch: transformers' own forward over whole sequences, torch's optimizer and clipping."""
-    from chunkflow_cli.execution.batch import IGNORED
     from chunkflow_cli.engine.settings import EngineSettings, make_optimizer
+    from chunkflow_cli.execution.batch import IGNORED
 
     torch.set_num_threads(1)
     model = model_of(case, stages, "sdpa")

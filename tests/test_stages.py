@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_models_of_another_structure_are_refused_by_name(tiny_model: Callable[..
 def test_a_stage_without_anything_to_train_is_refused(tiny_model: Callable[..., Any]) -> None:
     """DeepSpeed would fail on an empty optimizer with a message about lists."""
     model = add_lora(tiny_model("llama"), LoraConfig(enabled=True, r=2, target_modules=["layers.0.mlp.up_proj"]))
-    with pytest.raises(UsageError, match="stage 1 .* nothing to train"):
+    with pytest.raises(UsageError, match=r"stage 1 .* nothing to train"):
         StageModel(model, CpuBackend(), StageLayers(1, 2, 1, 2))
 
 
@@ -192,7 +193,7 @@ def test_the_cut_is_the_best_of_all() -> None:
                 assert [stage.stage for stage in found] == list(range(stages))
                 assert found[0].first == 0
                 assert found[-1].stop == layers
-                assert all(one.stop == other.first for one, other in zip(found, found[1:], strict=False))
+                assert all(one.stop == other.first for one, other in itertools.pairwise(found))
                 sizes = [stage.layers for stage in found]
                 assert min(sizes) >= 1
                 assert layer_shares(found).sum() == pytest.approx(1)

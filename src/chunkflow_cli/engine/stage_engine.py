@@ -70,7 +70,8 @@ class StageEngine(DeepSpeedPipelineEngine):
 
     @property
     def pipeline_group(self) -> torch.distributed.ProcessGroup:
-        return self.mpu.get_pipe_parallel_group()
+        group: torch.distributed.ProcessGroup = self.mpu.get_pipe_parallel_group()
+        return group
 
     @property
     def trained(self) -> list[nn.Parameter]:

@@ -162,9 +162,9 @@ def _layers_and_norm(base: Any, decoder: Any, name: str, stages: int) -> tuple[n
         for child, module in decoder.named_children()
         if module is not layers and module is not embedding and any(True for _ in module.parameters())
     }
-    if isinstance(layers, nn.ModuleList) and base.get_output_embeddings() is not None:
-        if len(others) == 1 and "norm" in next(iter(others)):
-            return layers, next(iter(others))
+    has_head = base.get_output_embeddings() is not None
+    if isinstance(layers, nn.ModuleList) and has_head and len(others) == 1 and "norm" in next(iter(others)):
+        return layers, next(iter(others))
     reason = ", ".join(sorted(others)) or "layers"
     raise UsageError(
         f"parallel.pipeline={stages}: {name} cannot be cut into stages: it is not an embedding, a list of layers, a "
@@ -186,6 +186,6 @@ def _tied_weight(causal_lm: nn.Module) -> nn.Parameter | None:
     base = base_model(causal_lm)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     weight = getattr(head, "weight", None)
-    if weight is None or weight is not getattr(embedding, "weight", None) or not weight.requires_grad:
+    if not isinstance(weight, nn.Parameter) or weight is not getattr(embedding, "weight", None):
         return None
-    return weight  # type: ignore[no-any-return]
+    return weight if weight.requires_grad else None
