@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from chunkflow_cli.config import Dtype, EngineConfig, LoraConfig, OptimConfig, OptimizerName
+from chunkflow_cli.config import Dtype, EngineConfig, LoraConfig, Offload, OptimConfig, OptimizerName
+from chunkflow_cli.engine import EngineSettings, check_pipeline_settings
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.pipeline import check_pipeline_schedule
 from ranks import run_ranks
 
 VOCABULARY = 96
@@ -203,7 +206,9 @@ def stage_of(case: Case, stages: int, data: int) -> Stage:
     settings = EngineSettings(EngineConfig(zero_stage=case.zero_stage), optim_of(case), Dtype(case.dtype), device)
     engine = PipelineEngine(stage, settings, stages=stages)
     links = Links([topology.pipeline_group(first) for first in range(topology.replicas)], device)
-    runner = PipelineRunner(engine, links, device, replay_random=has_dropout(model))
+    runner = PipelineRunner(
+        engine, links, device, replay_random=has_dropout(model), splits_backwards=case.schedule == "zero_bubble"
+    )
     return Stage(case, place, model, engine, runner, stages, data)
 
 
@@ -375,6 +380,8 @@ TWO_STAGES = (
     Case("plain 1F1B", TWO_LONG, schedule="1f1b"),
     Case("more warm-up", TWO_LONG, warmup_extra=2),
     Case("searched", TWO_LONG, schedule="searched", optimizer="adamw", k=2),
+    Case("zero bubble", TWO_LONG, schedule="zero_bubble", k=2, model_type="qwen2"),
+    Case("zero bubble, lora, tails apart", schedule="zero_bubble", lora=True, fill_tails=False, optimizer="adamw"),
     Case("only short", SHORT_ONLY, optimizer="adamw", tied=True, zero_stage=0),
     Case("one sample", ((70,), (5,)), optimizer="adamw"),
 )
@@ -382,6 +389,7 @@ FOUR_STAGES = (
     Case("sgd", TWO_LONG[:1]),
     Case("adamw, tied, clip", tied=True, optimizer="adamw", grad_clip=0.5, k=2),
     Case("1F1B, zero 0", TWO_LONG, schedule="1f1b", zero_stage=0, tied=True, grad_clip=0.5),
+    Case("zero bubble, tied", TWO_LONG, schedule="zero_bubble", tied=True, optimizer="adamw", grad_clip=0.5),
     Case("searched, lora", schedule="searched", lora=True, optimizer="adamw"),
     Case("warm-up, tails apart", TWO_LONG, warmup_extra=1, fill_tails=False, optimizer="adamw", model_type="qwen2"),
 )
@@ -433,3 +441,20 @@ def test_besides(tmp_path: Path) -> None:
             weights, norms = rank["tied sums"][dtype]
             assert norms == pytest.approx([3.0, 2 * second], rel=1e-5), dtype
             assert weights == pytest.approx([-3.0, -3.0 - 2 * second], rel=tolerance), dtype
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        (EngineConfig(zero_stage=2), r"engine\.zero_stage=2 with parallel\.pipeline=2"),
+        (EngineConfig(zero_stage=3), r"engine\.zero_stage=3 with parallel\.pipeline=2"),
+        (EngineConfig(zero_stage=1, offload=Offload.optimizer), r"engine\.offload=optimizer with parallel\.pipeline=2"),
+    ],
+)
+def test_what_a_pipeline_cannot_run_is_refused(engine: EngineConfig, expected: str) -> None:
+    """DeepSpeed's own answer is an assertion after the model was loaded."""
+    settings = EngineSettings(engine, OptimConfig(), Dtype.float32, torch.device("cuda", 0))
+    with pytest.raises(UsageError, match=expected):
+        check_pipeline_settings(settings, 2)
+    with pytest.raises(UsageError, match=r"parallel\.schedule=interleaved"):
+        check_pipeline_schedule("interleaved")

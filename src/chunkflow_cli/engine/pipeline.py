@@ -8,7 +8,7 @@ the stage and updates. ZeRO 0 and 1 only: the others would reduce within every b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +110,10 @@ class PipelineEngine:
     def backward_from(self, outputs: Tensor, gradient: Tensor) -> None:
         """On any other: `gradient` is what the next stage has found for the `outputs` that it was sent."""
         self._engine.accumulate(outputs, gradient)
+
+    def add_gradients(self, gradients: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """What a backward has put off, for the parameters of the module."""
+        self._engine.add(gradients)
 
     def step(self) -> float:
         """Clip, update the weights and forget the gradients; returns the gradient norm of all stages before clipping.

@@ -6,6 +6,8 @@ shapes that are exchanged once. This module imports deepspeed; `engine.pipeline`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from deepspeed import comm
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -87,6 +89,16 @@ class StageEngine(DeepSpeedPipelineEngine):
             torch.autograd.backward(outputs, gradient)
         finally:
             self._running_engine_backward = False
+        if self.using_bf16_optimizer:
+            self.optimizer.update_hp_grads(clear_lp_grads=True)
+
+    def add(self, gradients: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Add gradients that were made outside of a backward to those of the step."""
+        for parameter, gradient in gradients:
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
         if self.using_bf16_optimizer:
             self.optimizer.update_hp_grads(clear_lp_grads=True)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.engine import PipelineEngine
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
@@ -37,6 +38,18 @@ from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.schedule import Op, OpKind, Schedule
 
 
+def check_pipeline_schedule(schedule: str) -> None:
+    """
+    Raises:
+        UsageError: `parallel.schedule` is one that is planned and simulated, but not run.
+    """
+    if schedule == "interleaved":
+        raise UsageError(
+            "parallel.schedule=interleaved gives a stage several parts of the model; so far only plan knows it\n"
+            "  take parallel.schedule=zero_bubble or state_aware_1f1b"
+        )
+
+
 class PipelineRunner:
     """Runs the schedules of one stage on its engine; all stages of the pipeline run theirs at the same time."""
 
@@ -48,6 +61,7 @@ class PipelineRunner:
         *,
         weight_dtype: torch.dtype = torch.float32,
         replay_random: bool = False,
+        splits_backwards: bool = False,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """
@@ -57,12 +71,14 @@ class PipelineRunner:
             device: where batches go.
             weight_dtype: of target weights.
             replay_random: give a recompute the random numbers of its state pass; needed under dropout.
+            splits_backwards: whether schedules hold I and W, as zero_bubble's do; linear layers are changed for it.
             stop_requested: asked before every step; all processes must be told the same. Within a step no stage may
                 stop, for the others would wait for it.
         """
         assert isinstance(engine.module, StageModel)
         self._engine = engine
         self._model: StageModel = engine.module
+        self._put_off = self._model.put_off_products() if splits_backwards else None
         self._links = links
         self._device = device
         self._weight_dtype = weight_dtype
@@ -167,6 +183,7 @@ class _StageStep:
         self._peak_state_bytes = 0
         self._group_of = {index: group for group in batch.chunks.dependent_groups() for index in group}
         model = runner._model
+        self._put_off = runner._put_off
         self._messages = Messages(self._links, schedules, self._shape, model.dtype)
 
     def receive(self, op: Op) -> None:
@@ -190,8 +207,13 @@ class _StageStep:
                 self._recompute(index)
             case OpKind.backward:
                 self._backward(index, self._received)
-            case OpKind.input_gradient | OpKind.weight_gradient:
-                raise AssertionError(f"{op}: this engine does not split backwards")
+            case OpKind.input_gradient:
+                assert self._put_off is not None, f"{op}: this runner was not made for split backwards"
+                with self._put_off.of_chunk(index):
+                    self._backward(index, self._received)
+            case OpKind.weight_gradient:
+                assert self._put_off is not None
+                self._runner._engine.add_gradients(self._put_off.gradients(index))
         self._received = None
 
     def _state_pass(self, index: int, received: Tensor | None) -> None:
@@ -259,6 +281,7 @@ class _StageStep:
         assert not self._live, "the schedule left activations behind"
         assert not self._kept_inputs, "the schedule left inputs behind"
         assert not len(self._store), "the schedule left state behind"
+        assert not self._put_off or not len(self._put_off), "the schedule left weight gradients behind"
         count = len(self._batch.chunks)
         # (2, chunks): losses, and targets as the last stage has counted them; the others learn them from it.
         sums = torch.zeros(2, count, dtype=torch.float64, device=self._runner._device)

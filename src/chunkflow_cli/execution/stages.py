@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.backends import Backend
 from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, decoder_of
+from chunkflow_cli.execution.split_backward import PutOff, split_linear_layers
 from chunkflow_cli.stage_cut import StageLayers
 
 
@@ -53,6 +54,12 @@ class StageModel(ChunkModel):
                 f"parallel.pipeline={stage.stages}: stage {stage.stage} (layers {stage.first} to {stage.stop - 1}) has "
                 "nothing to train\n  model.lora.target_modules must name modules in every layer"
             )
+
+    def put_off_products(self) -> PutOff:
+        """From now on backwards may be split in two: where the products of their second halves wait."""
+        put_off = PutOff()
+        split_linear_layers(self, put_off, apart=base_model(self.causal_lm).get_output_embeddings())
+        return put_off
 
     @property
     def hidden_size(self) -> int:
@@ -184,8 +191,6 @@ def _replace(parent: nn.Module, module: nn.Module) -> None:
 def _tied_weight(causal_lm: nn.Module) -> nn.Parameter | None:
     """The weight that embedding and head share, if it is trained."""
     base = base_model(causal_lm)
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight is not getattr(embedding, "weight", None):
-        return None
-    return weight if weight.requires_grad else None
+    weight: nn.Parameter | None = getattr(base.get_output_embeddings(), "weight", None)
+    shared: nn.Parameter | None = getattr(base.get_input_embeddings(), "weight", None)
+    return weight if weight is not None and weight is shared and weight.requires_grad else None
