@@ -286,6 +286,8 @@ def _resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], dict[str, Tens
         stage.engine.step()
         weights.append(stage.weights())
         if action is not None:
+            Path(folder).mkdir(exist_ok=True)
+            torch.distributed.barrier()
             action(Path(folder))
     return weights[1], weights[2]
 
@@ -315,6 +317,7 @@ class Sum(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
         self.own = torch.nn.Parameter(torch.zeros(1, dtype=dtype))  # a stage is never only a copy of a tied weight
         self.tied_weight = self.weight if tied else None
+        self.hf_parameter_names = {"weight": "weight", "own": "own"}
 
     def forward(self, factor: float) -> Tensor:
         return (self.weight.float() * factor).sum() + self.own.sum() * 0

@@ -16,6 +16,7 @@ from chunkflow_cli.execution.backends import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
 from chunkflow_cli.execution.runner import Runner, has_dropout
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.model import add_lora, enable_activation_checkpointing, load_model, model_shape, with_adapters
 
 
@@ -34,6 +35,7 @@ def assemble(
     backend: Backend,
     device: torch.device,
     *,
+    sequence_group: SequenceGroup | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Assembly:
     """Load the model and make the engine around it.
@@ -42,6 +44,7 @@ def assemble(
         hf_config: the model's configuration.
         backend: the attention that it runs with.
         device: where it runs.
+        sequence_group: over which chunks may be spread.
         stop_requested: asked before every operation.
 
     Raises:
@@ -61,5 +64,12 @@ def assemble(
     model.to(device)
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     engine = Engine(ChunkModel(model, backend), settings)
-    runner = Runner(engine, device, replay_random=has_dropout(model), stop_requested=stop_requested)
+    runner = Runner(
+        engine,
+        device,
+        replay_random=has_dropout(model),
+        lockstep=engine.needs_lockstep,
+        sequence_group=sequence_group,
+        stop_requested=stop_requested,
+    )
     return Assembly(model, engine, runner, shape)

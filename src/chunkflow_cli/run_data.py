@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from chunkflow_cli.batches import GlobalBatches, held_out
-from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts
+from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, LossWeighting, Spread
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hf_config import position_limit
 from chunkflow_cli.pipeline_schedules import PipelineLayout
-from chunkflow_cli.run_plan import RunPlan
+from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.schedule import Layout
 from chunkflow_cli.tokens import TokenizedData, tokenize
+from chunkflow_cli.topology import Topology, key_value_copies
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,27 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
     return RunData(data, data.select(train), data.select(evaluation))
 
 
+def check_heads(config: Config, hf_config: Any) -> None:
+    """Refuse a sequence-parallel group that the model's heads cannot be divided among.
+
+    Args:
+        hf_config: the model's configuration.
+
+    Raises:
+        UsageError: names the model, its heads, and the sizes that would do.
+    """
+    text = hf_config.get_text_config()
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    try:
+        key_value_copies(heads, kv_heads, config.parallel.sequence)
+    except ValueError as error:
+        name = config.model.path or text.model_type
+        raise UsageError(
+            f"parallel.sequence={config.parallel.sequence} does not suit {name}:\n  its {error}"
+        ) from error
+
+
 def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
     """The plan of all steps over the training samples: what `plan` prints and `train` runs.
 
@@ -58,7 +84,7 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         data: the samples to train on.
         costs: by which sequences are given to ranks.
     """
-    stages = config.parallel.pipeline
+    stages, topology = config.parallel.pipeline, planned_topology(config)
     batches = GlobalBatches(len(data), config.train.global_batch_size, config.train.seed, config.train.shuffle)
     return RunPlan(
         batches=batches,
@@ -69,14 +95,27 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         k=config.chunk.k,
         fill_tails=config.chunk.fill_tails,
         equal_time=config.chunk.cuts is Cuts.time,
-        # ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share an engine call.
-        layout=Layout(join_retained=config.engine.zero_stage == 3),
+        # ZeRO-3 traces one forward for one backward, so the retained chunks of a sequence must share an engine call;
+        # and it communicates within both, so all ranks must run the same ones.
+        layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
         pipeline=None
         if stages == 1
         else PipelineLayout(stages, config.parallel.schedule.value, config.parallel.warmup_extra),
-        ranks=max(1, config.launch.processes // stages),
+        ranks=topology.replicas,
+        sequence=topology.sequence,
+        spread_all=config.parallel.spread is Spread.all,
         costs=costs,
     )
+
+
+def planned_topology(config: Config, *, pipeline: int | None = None) -> Topology:
+    """How the processes of the run are divided. A run that says nothing of them has as many as one group needs.
+
+    Args:
+        pipeline: instead of `parallel.pipeline`.
+    """
+    sequence, pipeline = config.parallel.sequence, pipeline or config.parallel.pipeline
+    return Topology.of(max(config.launch.processes, sequence * pipeline), sequence=sequence, pipeline=pipeline)
 
 
 def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile) -> CostModel:
@@ -85,3 +124,10 @@ def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile) 
         return CostModel.proportional()
     checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
     return CostModel.profile(shape, device, checkpointed=checkpointed)
+
+
+def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:
+    """(sequences of the rank,) what each target of a sequence counts; over all ranks these sum to 1."""
+    if weighting is LossWeighting.token:
+        return np.full(len(rank.samples), 1.0 / step.target_tokens)
+    return 1.0 / (len(step.samples) * rank.target_counts)

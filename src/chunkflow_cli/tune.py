@@ -34,7 +34,7 @@ from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import cost_model, load_run_data, plan_run, planned_topology
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
 from chunkflow_cli.tokens.cache import cache_root
@@ -238,7 +238,7 @@ def layouts_of(config: Config) -> list[int]:
 
 def choice(config: Config, run: RunPlan, basis: Basis, stages: int, chunk_size: int, k: int) -> RunPlan:
     """The run with another chunk size, K and number of pipeline stages."""
-    ranks = max(1, config.launch.processes // stages)
+    ranks = planned_topology(config, pipeline=stages).replicas
     schedule = config.parallel.schedule.value
     pipeline = None if stages == 1 else PipelineLayout(stages, schedule, config.parallel.warmup_extra)
     costs = run.costs

@@ -1,18 +1,36 @@
 """The training engine: the only room that imports deepspeed."""
 
+from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
 from chunkflow_cli.engine.pipeline import PipelineEngine, check_pipeline_settings
-from chunkflow_cli.engine.processes import close_process_group, import_deepspeed, init_process_group
+from chunkflow_cli.engine.processes import (
+    Processes,
+    close_process_group,
+    import_deepspeed,
+    init_process_group,
+    join_processes,
+    launched_processes,
+    launched_rank,
+)
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
+from chunkflow_cli.engine.state_files import StateFiles
 
 __all__ = [
     "Engine",
     "EngineSettings",
     "PipelineEngine",
+    "Processes",
+    "StateFiles",
+    "all_or_none",
     "check_pipeline_settings",
     "check_settings",
     "close_process_group",
     "deepspeed_config",
     "import_deepspeed",
     "init_process_group",
+    "join_processes",
+    "launched_processes",
+    "launched_rank",
+    "own_rank",
+    "process_count",
 ]

@@ -16,18 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli.engine.agreement import all_or_none, own_rank
+from chunkflow_cli.engine.partitions import check_fits, parts_to_write, publish_weights, read_partitions
 from chunkflow_cli.engine.processes import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
+from chunkflow_cli.engine.state_files import StateFiles, write_parts
+from chunkflow_cli.engine.whole_weights import whole_weights
 from chunkflow_cli.errors import RunError
 
-TAG = "engine"
-"""Name of the engine's folder within a checkpoint."""
+WRAPPER = "causal_lm."
+"""What stands before a parameter's name in the Hugging Face model, where the engine drives a module around that."""
 
 
 class Engine:
     """A DeepSpeed engine around a module whose forward returns a scalar loss.
 
-    The loss must already be normalised over the whole step: gradients of all backwards are summed.
+    The loss must already be normalised over the whole step: gradients of all backwards of all ranks are summed.
     """
 
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
@@ -36,6 +40,7 @@ class Engine:
         init_process_group(settings.device)
         self._stage = settings.engine.zero_stage
         self._clip = settings.optim.grad_clip
+        self._optimizer_name = settings.optim.name.value
         with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -46,11 +51,19 @@ class Engine:
         self.device: torch.device = self._engine.device
         self._averaged_over = self._engine.dp_world_size
         self._coalescing: AbstractContextManager[Any] | None = None
+        self._norm = 0.0
+        if self._stage == 0:
+            self._optimizer.register_step_pre_hook(self._measure_and_clip)
 
     @property
     def needs_joined_retained_chunks(self) -> bool:
         """ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share a call."""
         return self._stage == 3
+
+    @property
+    def needs_lockstep(self) -> bool:
+        """ZeRO-3 communicates within forward and backward: all ranks must run the same ones."""
+        return self._stage == 3 and bool(self._averaged_over > 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._stage == 2 and self._coalescing is None:
@@ -62,21 +75,42 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         if self._stage >= 1:  # two backwards with no forward between them would lose gradients
             self._engine.optimizer.clear_backward_seen_flag()
+        # DeepSpeed averages over the ranks.
         self._engine.backward(loss * self._averaged_over, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip, update the weights and forget the gradients; returns the gradient norm before clipping."""
+        """Sum the gradients of all ranks, clip, update the weights and forget the gradients.
+
+        Returns:
+            The norm of the summed gradient before clipping, the same on every rank.
+        """
         self._close_coalescing()
-        norm = None
-        if self._stage == 0:
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
+        if self._stage in (0, 1):
+            self._fill_missing_gradients()
         self._engine.step()
-        if norm is None:
-            norm = float(self._engine.get_global_grad_norm())
+        norm = self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise RunError(f"the gradient norm is {norm}: the weights of this step are spoilt and are not saved")
         return norm
+
+    def _fill_missing_gradients(self) -> None:
+        """Zeros for weights that no chunk of this rank has used (the head, by a rank without targets).
+
+        Other ranks have used them, and DeepSpeed takes it for granted that all ranks reduce the same ones.
+        """
+        if hasattr(self._engine.optimizer, "get_grads_for_reduction"):
+            return  # BF16_Optimizer sums into buffers of its own, which begin at zero
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _measure_and_clip(self, *_: Any) -> None:
+        """DeepSpeed's ZeRO-0 does not tell the norm that it clips by: so this runs between its sum and its update."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip, norm)
+        self._norm = float(norm)
 
     def discard_gradients(self) -> None:
         """Forget what an interrupted step has accumulated."""
@@ -105,14 +139,27 @@ class Engine:
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
 
+    def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
+        """The state dict of `model`, a part of the engine's module: on the first rank, None on others. All call it."""
+        return whole_weights(model, trained_only=trained_only)
+
     def save(self, folder: Path) -> None:
-        """Weights and optimizer state into `folder`, which need not exist."""
-        with quiet():
-            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        """Write what this rank keeps of weights and optimizer states into `folder`, which exists; every rank does."""
+        write_parts(folder, own_rank(), parts_to_write(self._engine, self._names()), optimizer=self._optimizer_name)
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, exact to the bit."""
-        with quiet():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise RunError(f"{folder} holds no complete engine state")
+        """The inverse of `save`, exact to the bit, whatever number of ranks and ZeRO stage have saved.
+
+        Raises:
+            UsageError: it is the state of another model or optimizer.
+            RunError: a file of it is missing or damaged.
+        """
+        with all_or_none(f"reading {folder}"):
+            files, names = StateFiles(folder), self._names()
+            check_fits(files, self._engine, names, optimizer=self._optimizer_name)
+            read_partitions(self._engine, names, files)
+        publish_weights(self._engine)
+
+    def _names(self) -> dict[str, str]:
+        """Of the module's parameters in the Hugging Face model."""
+        return {name: name.removeprefix(WRAPPER) for name, _ in self.module.named_parameters()}

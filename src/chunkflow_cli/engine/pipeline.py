@@ -8,19 +8,22 @@ the stage and updates. ZeRO 0 and 1 only: the others would reduce within every b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.config import Offload
-from chunkflow_cli.engine.data_parallel import TAG
+from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
+from chunkflow_cli.engine.partitions import check_fits, parts_to_write, publish_weights, read_partitions
 from chunkflow_cli.engine.processes import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
+from chunkflow_cli.engine.state_files import StateFiles, write_parts
+from chunkflow_cli.engine.whole_weights import collect_stages
 from chunkflow_cli.errors import RunError, UsageError
 
 
@@ -43,16 +46,30 @@ def check_pipeline_settings(settings: EngineSettings, stages: int) -> None:
         )
 
 
+class Stage(Protocol):
+    """What an engine asks of the module that it drives."""
+
+    @property
+    def tied_weight(self) -> nn.Parameter | None:
+        """The weight that it shares with another stage."""
+
+    @property
+    def hf_parameter_names(self) -> Mapping[str, str]:
+        """Of its parameters in the whole Hugging Face model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
 class PipelineEngine:
     """A DeepSpeed engine around one stage. Its gradients are those of the whole pipeline's loss.
 
     The loss must already be normalised over the whole step: gradients of all backwards are summed.
     """
 
-    def __init__(self, module: nn.Module, settings: EngineSettings, *, stages: int) -> None:
+    def __init__(self, module: Stage, settings: EngineSettings, *, stages: int) -> None:
         """
         Args:
-            module: this process's stage; its `tied_weight` is the weight that it shares with another stage, or None.
+            module: this process's stage.
             settings: as for `Engine`.
             stages: of the pipeline. The other processes are its replicas.
 
@@ -74,7 +91,8 @@ class PipelineEngine:
                 settings = replace(settings, optim=replace(settings.optim, grad_clip=0.0))
             config = deepspeed_config(settings)
             config.pop("managed_gradient_accumulation", None)  # not with a pipeline; the step is where we say anyway
-            pipeline = StageModule(module, stages, getattr(module, "tied_weight", None))
+            assert isinstance(module, nn.Module)
+            pipeline = StageModule(module, stages, module.tied_weight)
             self._engine = StageEngine(
                 args=None,
                 model=pipeline,
@@ -85,13 +103,21 @@ class PipelineEngine:
                 dist_init_required=False,
             )
         self._optimizer: Any = self._engine.optimizer
+        self._stages = stages
+        self._optimizer_name = settings.optim.name.value
         self.module: nn.Module = module
+        self._module: Stage = module
         self.device: torch.device = self._engine.device
         self._averaged_over = self._engine.dp_world_size
 
     @property
     def needs_joined_retained_chunks(self) -> bool:
         """Forwards and backwards of a pipeline stay apart."""
+        return False
+
+    @property
+    def needs_lockstep(self) -> bool:
+        """Pipelines side by side communicate at the step only."""
         return False
 
     @property
@@ -143,14 +169,52 @@ class PipelineEngine:
         """Within it, the stage's parameters are whole: ZeRO 0 and 1 never divide them."""
         yield
 
+    def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
+        """The whole model's weights: on the first rank, None on others. All call it.
+
+        Args:
+            model: this stage's part of the Hugging Face (or peft) model; `causal_lm` of the module.
+            trained_only: leave out what is frozen: the base under adapters.
+        """
+        names = {id(p): self._module.hf_parameter_names[own] for own, p in self._own_parameters()}
+        weights = {
+            names.get(id(tensor), name): tensor.detach()
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if tensor.requires_grad or not trained_only
+        }
+        replicas = process_count() // self._stages
+        return collect_stages(weights, [stage * replicas for stage in range(self._stages)], self.device)
+
     def save(self, folder: Path) -> None:
-        """Weights and optimizer state of this stage into `folder`, which need not exist; all processes call it."""
-        with quiet():
-            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        """Write what this rank keeps of weights and optimizer states into `folder`, which exists; every rank does."""
+        parts = parts_to_write(self._engine, self._names(), elsewhere=self._second_copies())
+        write_parts(folder, own_rank(), parts, optimizer=self._optimizer_name)
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save` on the same layout, exact to the bit."""
-        with quiet():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise RunError(f"{folder} holds no complete engine state")
+        """The inverse of `save`, exact to the bit, whatever layout has saved.
+
+        Raises:
+            UsageError: it is the state of another model or optimizer.
+            RunError: a file of it is missing or damaged.
+        """
+        with all_or_none(f"reading {folder}"):
+            files, names = StateFiles(folder), self._names()
+            check_fits(files, self._engine, names, optimizer=self._optimizer_name, has_all=False)
+            read_partitions(self._engine, names, files)
+        publish_weights(self._engine)
+
+    def _own_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+    def _names(self) -> dict[str, str]:
+        """Of the parameters of DeepSpeed's module in the Hugging Face model."""
+        own = {id(parameter): self._module.hf_parameter_names[name] for name, parameter in self._own_parameters()}
+        return {name: own[id(parameter)] for name, parameter in self._engine.module.named_parameters()}
+
+    def _second_copies(self) -> frozenset[str]:
+        """What another stage holds, too, and writes."""
+        if self._module.tied_weight is None or self._engine.is_first_stage():
+            return frozenset()
+        return frozenset(
+            self._module.hf_parameter_names[name] for name, p in self._own_parameters() if p is self._module.tied_weight
+        )

@@ -33,6 +33,7 @@ from chunkflow_cli.execution.runner import (
     random_state,
     set_random_state,
 )
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stages import StageModel
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.schedule import Op, OpKind, Schedule
@@ -62,6 +63,7 @@ class PipelineRunner:
         weight_dtype: torch.dtype = torch.float32,
         replay_random: bool = False,
         splits_backwards: bool = False,
+        sequence_group: SequenceGroup | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """
@@ -72,6 +74,7 @@ class PipelineRunner:
             weight_dtype: of target weights.
             replay_random: give a recompute the random numbers of its state pass; needed under dropout.
             splits_backwards: whether schedules hold I and W, as zero_bubble's do; linear layers are changed for it.
+            sequence_group: over which every chunk is spread; all of its ranks run the same schedules.
             stop_requested: asked before every step; all processes must be told the same. Within a step no stage may
                 stop, for the others would wait for it.
         """
@@ -83,6 +86,7 @@ class PipelineRunner:
         self._device = device
         self._weight_dtype = weight_dtype
         self._replay_random = replay_random
+        self._sequence_group = sequence_group
         self._stop_requested = stop_requested
 
     def run(
@@ -109,6 +113,7 @@ class PipelineRunner:
         """
         if self._stop_requested():
             raise Interrupted
+        assert self._sequence_group is None or batch.spread is None, "chunks of a pipeline are all spread, or none is"
         step = _StageStep(self, schedules, batch)
         for op in schedules[self._links.stage].ops:
             step.receive(op)
@@ -122,17 +127,24 @@ class PipelineRunner:
         return step.result()
 
     @torch.no_grad()
-    def evaluate(self, batch: StepBatch, on_chunk: Callable[[int], None] = lambda tokens: None) -> float:
+    def evaluate(
+        self, batch: StepBatch, *, forwards: int = 0, on_chunk: Callable[[int], None] = lambda tokens: None
+    ) -> float:
         """The weighted loss of whole sequences, chunk by chunk through all stages, without gradient.
+
+        Args:
+            batch: the sequences and their chunks, the same on all stages.
+            forwards: of other ranks; pipelines side by side need not run equally many, so nothing is filled up.
+            on_chunk: told the tokens of each chunk.
 
         Raises:
             Interrupted: `stop_requested` said so before the first chunk.
         """
         if self._stop_requested():
             raise Interrupted
-        forwards = Schedule(tuple(Op(OpKind.forward, (index,)) for index in range(len(batch.chunks))))
-        step = _StageStep(self, [forwards] * len(self._links.ranks), batch, keeps_activations=False)
-        for op in forwards.ops:
+        schedule = Schedule(tuple(Op(OpKind.forward, (index,)) for index in range(len(batch.chunks))))
+        step = _StageStep(self, [schedule] * len(self._links.ranks), batch, keeps_activations=False)
+        for op in schedule.ops:
             step.receive(op)
             step.execute(op)
             chunk = batch.chunks[op.chunks[0]]
@@ -269,12 +281,18 @@ class _StageStep:
 
     def _call(self, index: int) -> ChunkCall:
         runner, chunk = self._runner, self._batch.chunks[index]
-        tensors = build_batch(chunk, self._batch.sequences, self._batch.weights, runner._device, runner._weight_dtype)
+        group = runner._sequence_group
+        tensors = build_batch(
+            chunk, self._batch.sequences, self._batch.weights, runner._device, runner._weight_dtype, group
+        )
         self._targets[index] = tensors.target_tokens
-        return call_of(chunk, tensors, self._batch.chunks, self._store, self._head_gradient)
+        return call_of(chunk, tensors, self._batch.chunks, self._store, self._head_gradient, group)
 
     def _shape(self, index: int) -> tuple[int, ...]:
-        return (1, self._batch.chunks[index].tokens, self._runner._model.hidden_size)
+        tokens, group = self._batch.chunks[index].tokens, self._runner._sequence_group
+        if group is not None:
+            tokens = (tokens + group.padding(tokens)) // group.size
+        return (1, tokens, self._runner._model.hidden_size)
 
     def result(self) -> StepResult:
         self._messages.close()
