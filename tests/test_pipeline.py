@@ -150,10 +150,10 @@ def plan_of(case: Case, step: int, stages: int, data: int) -> Any:
     return run[0]
 
 
-def run_cases(arguments: tuple[int, int, Sequence[Case]]) -> list[dict[str, Any]]:
+def run_cases(arguments: tuple[int, int, int, Sequence[Case]]) -> list[dict[str, Any]]:
     """On each rank: all cases, one after the other."""
-    stages, data, cases = arguments
-    return [_train_stage(case, stages, data) for case in cases]
+    stages, data, sequence, cases = arguments
+    return [_train_stage(case, stages, data, sequence) for case in cases]
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,14 @@ class Stage:
         return {module.hf_parameter_names[name]: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def stage_of(case: Case, stages: int, data: int) -> Stage:
+def stage_of(case: Case, stages: int, data: int, sequence: int = 1) -> Stage:
     from chunkflow_cli.engine import EngineSettings, PipelineEngine, init_process_group
     from chunkflow_cli.execution import attention
     from chunkflow_cli.execution.backends import CpuBackend
     from chunkflow_cli.execution.messages import Links
     from chunkflow_cli.execution.pipeline import PipelineRunner
     from chunkflow_cli.execution.runner import has_dropout
+    from chunkflow_cli.execution.sequence_parallel import SequenceGroup
     from chunkflow_cli.execution.stages import StageModel
     from chunkflow_cli.stage_cut import cut_layers
     from chunkflow_cli.topology import Topology
@@ -198,7 +199,7 @@ def stage_of(case: Case, stages: int, data: int) -> Stage:
     init_process_group(device)
     attention.register()
     rank = torch.distributed.get_rank()
-    topology = Topology(data=data, pipeline=stages)
+    topology = Topology(data=data, sequence=sequence, pipeline=stages)
     place = topology.place_of(rank)
     model = model_of(case, stages, attention.NAME)
     layers = model.config.get_text_config().num_hidden_layers
@@ -207,13 +208,18 @@ def stage_of(case: Case, stages: int, data: int) -> Stage:
     engine = PipelineEngine(stage, settings, stages=stages)
     links = Links([topology.pipeline_group(first) for first in range(topology.replicas)], device)
     runner = PipelineRunner(
-        engine, links, device, replay_random=has_dropout(model), splits_backwards=case.schedule == "zero_bubble"
+        engine,
+        links,
+        device,
+        replay_random=has_dropout(model),
+        splits_backwards=case.schedule == "zero_bubble",
+        sequence_group=SequenceGroup.join(topology),
     )
     return Stage(case, place, model, engine, runner, stages, data)
 
 
-def _train_stage(case: Case, stages: int, data: int) -> dict[str, Any]:
-    stage = stage_of(case, stages, data)
+def _train_stage(case: Case, stages: int, data: int, sequence: int) -> dict[str, Any]:
+    stage = stage_of(case, stages, data, sequence)
     losses, norms, targets, ran = [], [], [], []
     _, batch = stage.share(0)
     stage.model.eval()
@@ -339,22 +345,23 @@ def _sums(dtype: str, *, tied: bool = False) -> tuple[list[float], list[float]]:
     return weights, norms
 
 
-def check(case: Case, ranks: list[dict[str, Any]], stages: int, data: int) -> None:
+def check(case: Case, ranks: list[dict[str, Any]], stages: int, replicas: int) -> None:
     whole = train_whole(case, stages)
     start = dict(model_of(case, stages, "sdpa").named_parameters())
     for result in ranks:
         for ran, planned in result["ran"]:
             assert ran == planned, f"{case.name}: the order that ran is not that of the plan"
-        assert result["evaluated"] == pytest.approx(result["losses"][0], rel=1e-6), case.name
+        assert result["evaluated"] == pytest.approx(result["losses"][0], rel=1e-5), case.name
         assert result["norms"] == pytest.approx(whole.norms, rel=1e-4), case.name
     # Ranks of one pipeline agree on its loss; pipelines side by side add up.
     for step, loss in enumerate(whole.losses):
         of_pipelines = [
-            {ranks[stage * data + replica]["losses"][step] for stage in range(stages)} for replica in range(data)
+            {ranks[stage * replicas + replica]["losses"][step] for stage in range(stages)}
+            for replica in range(replicas)
         ]
         assert all(len(losses) == 1 for losses in of_pipelines), case.name
         assert sum(losses.pop() for losses in of_pipelines) == pytest.approx(loss, rel=1e-5), case.name
-        assert sum(ranks[replica]["targets"][step] for replica in range(data)) == whole.targets[step], case.name
+        assert sum(ranks[replica]["targets"][step] for replica in range(replicas)) == whole.targets[step], case.name
     found: dict[str, list[Tensor]] = {}
     for result in ranks:
         for name, weight in result["weights"].items():
@@ -409,17 +416,26 @@ BESIDES = (
     Case("saved", optimizer="adamw", tied=True),
     Case("saved, zero 0", optimizer="adamw", zero_stage=0, lora=True),
 )
-LAYOUTS = {"2 stages": (2, 1, TWO_STAGES), "4 stages": (4, 1, FOUR_STAGES), "2 x 2": (2, 2, TWO_BY_TWO)}
+SPREAD = (
+    Case("K 2, tied", k=2, tied=True, optimizer="adamw", grad_clip=0.5),
+    Case("zero bubble", TWO_LONG, schedule="zero_bubble"),
+)
+LAYOUTS = {
+    "2 stages": (2, 1, 1, TWO_STAGES),
+    "4 stages": (4, 1, 1, FOUR_STAGES),
+    "2 stages x 2 data": (2, 2, 1, TWO_BY_TWO),
+    "2 stages x 2 sequence": (2, 1, 2, SPREAD),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pipelines_train_as_one_process_does(layout: str) -> None:
     """Losses, norms and weights; wrong are: a message about another chunk, state of a sequence in flight beside this
     one, a tied weight counted twice, a pipeline without samples that adds nothing, gradients averaged over stages."""
-    stages, data, cases = LAYOUTS[layout]
-    ranks = run_ranks(stages * data, "test_pipeline:run_cases", LAYOUTS[layout])
+    stages, data, sequence, cases = LAYOUTS[layout]
+    ranks = run_ranks(stages * data * sequence, "test_pipeline:run_cases", LAYOUTS[layout])
     for index, case in enumerate(cases):
-        check(case, [rank[index] for rank in ranks], stages, data)
+        check(case, [rank[index] for rank in ranks], stages, data * sequence)
 
 
 def test_besides(tmp_path: Path) -> None:
