@@ -35,7 +35,7 @@ from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
 from chunkflow_cli.execution.backend_choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-from chunkflow_cli.execution.runner import StepBatch
+from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
@@ -71,6 +71,7 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     backend = choose_backend(config.model.attention, hf_config, device, dtype).backend
     parts = assemble(config, hf_config, backend, device)
+    assert isinstance(parts.runner, Runner)
     parts.engine.set_learning_rate(0.0)  # weights stay what they are; the work is the same
 
     _run(parts, device, min(sizes), 1.0)  # kernels are chosen and buffers made: not timed
@@ -125,6 +126,7 @@ def _run(parts: Assembly, device: torch.device, size: int, target_share: float) 
         )
 
     weights = np.full(len(lengths), 1.0 / max(1, int(targets.sum())))
+    assert isinstance(parts.runner, Runner)
     parts.runner.run(plan(chunks, 1), StepBatch(chunks, sequences, weights), on_operation=timed)
     return samples
 
@@ -198,6 +200,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     backend = choose_backend(config.model.attention, hf_config, device, dtype).backend
     parts = assemble(config, hf_config, backend, device)
+    assert isinstance(parts.runner, Runner)
     parts.engine.set_learning_rate(0.0)
     _run(parts, device, min(size for size, _ in pairs), 1.0)
     parts.engine.step()
