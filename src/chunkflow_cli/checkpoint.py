@@ -140,14 +140,18 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
     return Resumed(progress, state["layout"], is_reseeded)
 
 
-def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine) -> None:
-    """The model (or its adapters) and tokenizer as a Hugging Face folder in safetensors. Every rank calls it."""
+def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, skeleton: Any = None) -> None:
+    """The model (or its adapters) and tokenizer as a Hugging Face folder in safetensors. Every rank calls it.
+
+    Args:
+        skeleton: of the whole model, if `model` is a stage of it: peft writes down only what it finds in the model.
+    """
     weights = engine.whole_weights(model, trained_only=hasattr(model, "peft_config"))
     with all_or_none(f"saving {folder}"):
         if weights is None:
             return
         with written_aside(folder) as temporary:
-            model.save_pretrained(str(temporary), state_dict=weights)
+            (skeleton or model).save_pretrained(str(temporary), state_dict=weights)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
 

@@ -117,17 +117,32 @@ def _operations_to_keep() -> list[Any]:
 
 
 def shape_without_weights(config: ModelConfig, hf_config: PretrainedConfig) -> ModelShape:
-    """Sizes of a model that is not loaded: its modules are made on torch's meta device, which holds no numbers."""
+    """Sizes of a model that is not loaded."""
+    model = _on_meta_device(config, hf_config)
+    with torch.device("meta"):
+        shape = replace(model_shape(model), layer_activation_bytes=layer_activation_bytes(model))
+        if not config.lora.enabled:
+            return shape
+        return with_adapters(shape, add_lora(model, config.lora))
+
+
+def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
+    """The whole model with its adapters, without numbers: where a process holds a part of it, but must name it all."""
+    model = _on_meta_device(config, hf_config)
+    if not config.lora.enabled:
+        return model
+    with torch.device("meta"):
+        return add_lora(model, config.lora)
+
+
+def _on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
+    """The modules of a model on torch's meta device, which holds no numbers."""
     from transformers import AutoModelForCausalLM
 
     _quiet_peft()
     dtype: torch.dtype = getattr(torch, config.dtype.value)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        shape = replace(model_shape(model), layer_activation_bytes=layer_activation_bytes(model))
-        if not config.lora.enabled:
-            return shape
-        return with_adapters(shape, add_lora(model, config.lora))
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
 
 
 PROBE_TOKENS = 128

@@ -53,7 +53,7 @@ from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.joining import load_data, open_folder
 from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
-from chunkflow_cli.model import shape_without_weights
+from chunkflow_cli.model import shape_without_weights, skeleton
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
 from chunkflow_cli.run_data import check_heads, cost_model, plan_run, planned_topology, target_weights
@@ -536,8 +536,10 @@ class _Training:
         tokenizer = None
         if has_tokenizer(self.config.model.path):
             tokenizer = load_tokenizer(self.config.model.path, trust_remote_code=self.config.model.trust_remote_code)
+        is_stage = isinstance(self.runner, PipelineRunner)
+        whole = skeleton(self.config.model, self.hf_config) if is_stage and self.processes.is_first else None
         with working(self.console, "saving the model"):
-            save_final(self.folder.final, self.model, tokenizer, self.engine)
+            save_final(self.folder.final, self.model, tokenizer, self.engine, skeleton=whole)
 
     def _report(self, progress: Progress) -> dict[str, Any]:
         chunk = self.config.chunk

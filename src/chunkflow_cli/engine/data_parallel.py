@@ -94,8 +94,12 @@ class Engine:
 
         Other ranks have used them, and DeepSpeed takes it for granted that all ranks reduce the same ones.
         """
-        if hasattr(self._engine.optimizer, "get_grads_for_reduction"):
-            return  # BF16_Optimizer sums into buffers of its own, which begin at zero
+        if hasattr(self._engine.optimizer, "fp32_groups_has_gradients"):
+            # BF16_Optimizer sums into buffers of its own, which begin at zero. What this rank has not touched it leaves
+            # out of the norm, even if others have.
+            for touched in self._engine.optimizer.fp32_groups_has_gradients:
+                touched[:] = [True] * len(touched)
+            return
         for parameter in self.module.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
