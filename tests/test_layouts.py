@@ -36,6 +36,14 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
     "few samples": (*SGD, "train.steps=3", "train.global_batch_size=1", "train.loss_weighting=sequence"),
     "adamw": (*ADAMW, "train.global_batch_size=4", "data.eval_fraction=0.2"),
+    "drawn lengths": (
+        *SGD,
+        "train.steps=2",
+        "train.global_batch_size=6",
+        "chunk.k=3",
+        "chunk.size=40",
+        "data.path=DRAWN",
+    ),
     "lora": (*SGD, "optim.lr=5", "train.steps=2", "train.global_batch_size=9", "model.lora.enabled=true", "chunk.k=2"),
 }
 WITHIN = {name: 5e-4 if name == "adamw" else 5e-5 for name in RECIPES}
@@ -60,6 +68,7 @@ def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     reports = []
     for case in arguments["cases"]:
         words = [*arguments["base"], *RECIPES[case.recipe], *case.words, f"train.output_dir={case.folder}"]
+        words = [word.replace("DRAWN", arguments["drawn"]) for word in words]
         reports.append(train.run(load(words), json_output=True))
     return reports
 
@@ -80,6 +89,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
             ids = torch.randint(3, 97, (length,), generator=generator).tolist()
             labels = [-100 if i % 3 == 0 else token for i, token in enumerate(ids)]
             file.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
+    with (folder / "drawn.jsonl").open("w") as file:
+        for length in torch.cat([torch.randint(1, 41, (8,)), torch.randint(41, 400, (4,))]).tolist():
+            ids = torch.randint(3, 97, (length + 1,), generator=generator).tolist()
+            file.write(json.dumps({"input_ids": ids}) + "\n")
     return (*BASE, f"model.path={folder / 'model'}", f"data.path={folder / 'rows.jsonl'}", f"data.cache_dir={folder}")
 
 
@@ -89,6 +102,7 @@ class Runs:
     def __init__(self, base: tuple[str, ...], folder: Path) -> None:
         self._base, self._folder, self._count = base, folder, 0
         model = next(word.partition("=")[2] for word in base if word.startswith("model.path="))
+        self._drawn = str(Path(model).parent / "drawn.jsonl")
         self._before = load_file(Path(model, "model.safetensors"))
 
     def launch(self, processes: int, cases: list[Case]) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
@@ -98,7 +112,7 @@ class Runs:
         ]
         self._count += len(cases)
         base = (*self._base, f"launch.processes={processes}")
-        by_rank = run_ranks(processes, "test_layouts:run_cases", {"base": base, "cases": placed})
+        by_rank = run_ranks(processes, "test_layouts:run_cases", {"base": base, "cases": placed, "drawn": self._drawn})
         results = []
         for index, case in enumerate(placed):
             reports = [reports[index] for reports in by_rank]

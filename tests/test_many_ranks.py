@@ -46,6 +46,19 @@ def wait_for_step(run: subprocess.Popen[str], folder: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+def stop(run: subprocess.Popen[str], folder: Path, step: int, *, says: str = "") -> int:
+    """SIGTERM to the launcher once that step is done; the step after which a checkpoint was saved."""
+    wait_for_step(run, folder, step)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert "The same command goes on from" in err
+    assert says in err.replace("\n", " ")
+    stopped_at = int(rows(folder)[-1]["step"])
+    assert (folder / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+    return stopped_at
+
+
 def process_of_rank(launcher: int, rank: int) -> int:
     """The kernel's word: the launcher's child whose environment says so."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
@@ -65,7 +78,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 def test_a_run_survives_its_ranks_and_its_layout(undisturbed: list[float], tmp_path: Path) -> None:
-    """Rank 1 is killed, then rank 0, then the launcher is told to stop; then one process ends what two began.
+    """Rank 1 is killed, then rank 0; the launcher is told to stop, as two ranks and as two stages; one process ends it.
 
     On one layout the losses are the same to the bit; on another they differ by the order of sums.
     """
@@ -79,19 +92,13 @@ def test_a_run_survives_its_ranks_and_its_layout(undisturbed: list[float], tmp_p
         assert f"rank {victim} was killed by SIGKILL" in err
         assert "Traceback" not in err
 
-    run = start(folder, *TWO_RANKS)
-    wait_for_step(run, folder, 9)
-    run.send_signal(signal.SIGTERM)
-    _, err = run.communicate(timeout=120)
-    assert run.returncode == 130, err
-    assert "The same command goes on from" in err
-    stopped_at = rows(folder)[-1]["step"]
-    assert (folder / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
-
-    run = start(folder, "engine.zero_stage=1")
+    stopped_at = stop(start(folder, *TWO_RANKS), folder, 9)
+    two_stages = start(folder, *TWO_RANKS, "parallel.pipeline=2", "engine.zero_stage=1")
+    stop(two_stages, folder, 12, says="saved on data 2, ZeRO-2, continued on pipeline 2, ZeRO-1")
+    run = start(folder, "engine.zero_stage=0")
     _, err = run.communicate(timeout=400)
     assert run.returncode == 0, err
-    assert "saved on data 2, ZeRO-2, continued on one process, ZeRO-1" in err.replace("\n", " ")
+    assert "saved on pipeline 2, ZeRO-1, continued on one process, ZeRO-0" in err.replace("\n", " ")
     losses = [row["loss"] for row in rows(folder)]
     assert len(losses) == STEPS
     assert losses[:stopped_at] == undisturbed[:stopped_at]

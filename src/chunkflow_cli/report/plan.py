@@ -57,12 +57,15 @@ def _headline(result: dict[str, Any]) -> Text:
     text = Text()
     text.append("no recipe" if result["recipe"] == "default" else f"recipe {result['recipe']}", style="bold")
     text.append(f"  chunk.size={result['chunk_size']} chunk.k={result['k']}")
+    layout = []
     if result["ranks"] > 1:
-        text.append(f", {result['ranks'] // result['sequence']} data-parallel ranks")
+        layout.append(counted(result["ranks"] // result["sequence"], "data-parallel rank"))
     if result["sequence"] > 1:
-        text.append(f", each a sequence-parallel group of {result['sequence']}")
+        layout.append(f"each a sequence-parallel group of {result['sequence']}")
     if "pipeline" in result:
-        text.append(f", {result['pipeline']['stages']} pipeline stages")
+        layout.append(counted(result["pipeline"]["stages"], "pipeline stage"))
+    if layout:
+        text.append("\n" + ", ".join(layout))
     text.append(
         f"\n{counted(result['steps'], 'step')} of up to {counted(result['global_batch_size'], 'sample')}: "
         f"{result['samples']:,} samples, {result['tokens']:,} tokens, {result['target_tokens']:,} of them targets"
@@ -93,8 +96,7 @@ def _chunks(result: dict[str, Any]) -> Table:
     )  # fmt: skip
     if result["dummies"]:
         table.add_row(
-            "dummies", f"{result['dummies']:,} passes of one token, so that all ranks run the same operations (ZeRO-3) "
-            "or have a gradient to give"
+            "dummies", f"{result['dummies']:,} passes of one token: each rank must do what the others do"
         )  # fmt: skip
     if result["ranks"] > 1:
         balance = result["balance"]
