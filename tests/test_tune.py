@@ -94,6 +94,8 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["data.path=", PROFILE], "data.path is not set"),
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
         (["launch.processes=2"], "name the device to predict for: tune.device=h100"),
+        (["parallel.pipeline=2"], "parallel.pipeline=2: only one process can be measured here"),
+        (["tune.pipelines=[1,2]", "launch.processes=1"], "only one process can be measured here"),
         ([PROFILE, "--plot", "grid.txt"], "the name must end in .png"),
         ([PROFILE, "launch.processes=16", "tune.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
         ([PROFILE, "launch.processes=16", "tune.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
@@ -145,7 +147,8 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
     assert [(row["stages"], row["data_parallel"]) for row in found["layouts"]] == [(1, 16), (2, 8), (4, 4)]
     bytes_of: dict[tuple[int, int], list[int]] = {}
     for row in sorted(found["candidates"], key=lambda row: row["stages"]):
-        bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
+        if row["cuts"] == "tokens":
+            bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
     assert len(bytes_of) == 6
     for one, two, four in bytes_of.values():
         assert one > two > four
@@ -168,7 +171,7 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     assert result.exit_code == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("Train with it")) <= 80
     words = " ".join(result.stdout.split())
-    assert "stages pipelines chunk.size K predicted memory waiting 1 16" in words
+    assert "stages pipelines cuts chunk.size K predicted memory waiting 1 16 tokens" in words
     sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
     number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"
     assert re.match(
@@ -221,6 +224,10 @@ def test_peak_of_a_pipeline_by_hand() -> None:
 def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     """Real operations of the real model, in processes of their own; the second search finds the calibration."""
     words = [SIZES, "tune.ks=[1,2]", "tune.measure=2", "data.num_workers=1"]
+    plan = ["plan", "recipe=tiny_random", "data.num_workers=1", "plan.cost_model=measured", "--json"]
+    refused = CliRunner().invoke(app, plan)
+    assert refused.exit_code == 2
+    assert "chunkflow tune-chunk-size with the same recipe and keys measures it" in refused.stderr
     first = tuned(*words)
     assert first["cost_model"].startswith("measured on")
     measured = [row for row in first["candidates"] if row["measured_step_seconds"] is not None]
@@ -232,3 +239,7 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     again = json.loads(result.stdout)
     predicted = [row["step_seconds"] for row in again["candidates"]]
     assert predicted == [row["step_seconds"] for row in first["candidates"]]
+    costs = json.loads(CliRunner().invoke(app, plan).stdout)["cost_model"]
+    assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
+    other_model = CliRunner().invoke(app, [*plan, "model.dtype=float32"])
+    assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"

@@ -201,7 +201,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
     parts.engine.set_learning_rate(0.0)
     _run(parts, device, min(size for size, _ in pairs), 1.0)
     parts.engine.step()
-    plan_of_run = plan_run(config, data, cost_model(config, parts.shape, present_device()))
+    plan_of_run = plan_run(config, data, cost_model(config, parts.shape, present_device(), hf_config))
     total = len(pairs) * int(data.lengths[plan_of_run.batches[step]].sum())
     seconds = {}
     done = 0

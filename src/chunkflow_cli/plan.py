@@ -32,7 +32,7 @@ from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stdout_console
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import check_stages, cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
 from chunkflow_cli.search import SimulatedStep
 from chunkflow_cli.simulate import Timeline, simulate, simulate_ranks
@@ -110,7 +110,9 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
 
         shape = shape_without_weights(config.model, hf_config)
     device = planned_device(config)
-    plan = plan_run(config, data.train, cost_model(config, shape, device))
+    if shape is not None:
+        check_stages(shape, config.parallel.pipeline, config.parallel.parts)
+    plan = plan_run(config, data.train, cost_model(config, shape, device, hf_config))
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
@@ -243,13 +245,18 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
     schedule, and the most that any stage holds at once in the given steps. Beside activations and state that is the
     hidden states that came from the stage before, of chunks that will be forwarded a second time.
     """
-    parts, stages = memory_parts(shape, settings), settings.stages
+    memory, stages = memory_parts(shape, settings), settings.stages
     if stages == 1:
-        return parts
-    activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / stages
-    state_of_token = shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / stages
+        return memory
     fullest = (0.0, 0.0)
     for step in steps:
+        assert step.run.pipeline is not None
+        parts = step.run.pipeline.parts
+        virtual_stages = stages * parts
+        activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / virtual_stages
+        state_of_token = (
+            shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / virtual_stages
+        )
         for index, rank in enumerate(step.plan.ranks):
             if not len(rank.chunks):
                 continue
@@ -261,16 +268,18 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
             again = rank.recomputed
             received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
             activations, state = tokens * activation, read_later * state_of_token
-            if activations.sum() + state.sum() + received.sum() <= sum(fullest):
+            if parts * (activations.sum() + state.sum() + received.sum()) <= sum(fullest):
                 continue  # not even all of its chunks at once
             timeline = step.timeline(index)
             # Every stage is looked at: the first holds the most chunks, but not always the most state.
             for stage in range(stages):
                 _, live = timeline.live_bytes(0, stage, activations)
-                _, both = timeline.live_bytes(0, stage, activations, state + received if stage else state)
+                # Only the very first part of the model receives nothing: of several, stage 0 is counted as the others.
+                receives = stage > 0 or parts > 1
+                _, both = timeline.live_bytes(0, stage, activations, state + received if receives else state)
                 peak = int(both.argmax())
                 fullest = max(fullest, (live[peak], both[peak] - live[peak]), key=sum)
-    return replace(parts, activations=int(fullest[0]), state=int(fullest[1]))
+    return replace(memory, activations=int(fullest[0]), state=int(fullest[1]))
 
 
 def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:

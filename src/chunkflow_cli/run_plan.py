@@ -136,8 +136,9 @@ def operation_seconds(
     Args:
         targets: (sequences,) tokens that the loss counts.
     """
-    parts = 1 if pipeline is None else pipeline.stages * pipeline.parts
-    share = 1.0 if costs.is_of_one_stage else 1.0 / parts
+    stages, of_a_stage = (1, 1) if pipeline is None else (pipeline.stages, pipeline.parts)
+    parts = stages * of_a_stage
+    share = 1.0 / (of_a_stage if costs.is_of_one_stage else parts)
     tokens, pairs = chunk_tokens(chunks), costs.chunk_pairs(chunks)
     head = costs.seconds_per_target * chunk_targets(chunks, targets)
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from chunkflow_cli.assembly import assemble
 from chunkflow_cli.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint, save_final
 from chunkflow_cli.chunks import build_chunks
-from chunkflow_cli.config import Config, LearningRateSchedule, LoadedConfig, LossWeighting
+from chunkflow_cli.config import Config, LearningRateSchedule, LoadedConfig, LossWeighting, PipelineSchedule
 from chunkflow_cli.costs import training_flops
 from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
@@ -101,6 +101,11 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         lines = "\n".join(f"- {text}" for text in missing)
         raise UsageError(
             f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
+        )
+    if config.parallel.schedule is PipelineSchedule.interleaved:
+        raise UsageError(
+            "parallel.schedule=interleaved: so far only plan and tune-chunk-size know several parts of a model on a "
+            "stage\n  train with another schedule"
         )
     for key, value in (
         ("launch.processes", config.launch.processes),
@@ -183,7 +188,7 @@ class _Training:
         with working(self.console, "loading the model"):
             parts = assemble(config, self.hf_config, backend, self.device, stop_requested=lambda: self.stop_requested)
         self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
-        self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device()))
+        self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device(), self.hf_config))
         self.batches, self.steps = self.plan.batches, self.plan.steps
         assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
         self.peak_flops = peak_flops(self.device, self.dtype)

@@ -7,7 +7,6 @@ from another device's profile. Where the device is here, the best few then run a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
-from chunkflow_cli.config import Config, Device, LoadedConfig
+from chunkflow_cli.calibration import Calibration
+from chunkflow_cli.config import Config, Cuts, Device, LoadedConfig
 from chunkflow_cli.costs import (
     CostModel,
     DeviceProfile,
@@ -30,14 +29,19 @@ from chunkflow_cli.costs import (
 )
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
-from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import (
+    calibration_path,
+    check_stages,
+    cost_model,
+    load_run_data,
+    pipeline_layout,
+    plan_run,
+)
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
-from chunkflow_cli.tokens.cache import cache_root
 
 LARGEST_TIMED = 4096
 """Chunk sizes beyond it are not timed: costs are linear by then, and a large chunk takes long."""
@@ -80,11 +84,8 @@ def run(
         check_plot_path(plot)
     if not config.data.path:
         raise UsageError("data.path is not set: the chunk size is tuned to your data")
-    if config.launch.processes > 1 and config.tune.device is Device.measured:
-        raise UsageError(
-            f"launch.processes={config.launch.processes}: only one process can be measured here\n"
-            "  name the device to predict for: tune.device=h100"
-        )
+    if config.tune.device is Device.measured:
+        refuse_what_cannot_be_measured(config)
     hf_config = load_config(config.model)
     data = load_run_data(config, hf_config).train
     longest = int(data.lengths.max())
@@ -94,15 +95,18 @@ def run(
         raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
     layouts = layouts_of(config)
     basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
-    if max(layouts) > basis.shape.layers:
-        raise UsageError(
-            f"a pipeline of {max(layouts)} stages cannot hold a model of {basis.shape.layers} layers: "
-            "each stage needs one\n  lower tune.pipelines or parallel.pipeline"
-        )
+    check_stages(basis.shape, max(layouts), config.parallel.parts)
     run_plan = plan_run(config, data, basis.costs)
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)
-    runs = [choice(config, run_plan, basis, layout, *pair) for layout in layouts for pair in pairs]
+    runs = [
+        choice(config, run_plan, basis, stages, equal_time, *pair)
+        for stages in layouts
+        for equal_time in cuts_of(config, stages)
+        for pair in grid(
+            config.tune.chunk_sizes, config.tune.ks, longest, replace(run_plan, equal_time=equal_time).pair_weight
+        )
+    ]
     candidates = []
     with progress_bar("searching", len(runs)) as progress:
         for candidate in search(runs, steps, lambda run, simulated: peak_memory(config, basis, run, simulated), limit):
@@ -131,7 +135,11 @@ def run(
     if plot is not None:
         from chunkflow_cli.report.plots import plot_grid
 
-        plot_grid(result["candidates"], result["best"], Path(plot))
+        plot_grid(
+            [_row(candidate, measured) for candidate in candidates if candidate.is_like(best)],
+            result["best"],
+            Path(plot),
+        )
     if not json_output:
         from chunkflow_cli.report.tuning import print_tuning
 
@@ -139,6 +147,23 @@ def run(
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return result
+
+
+def refuse_what_cannot_be_measured(config: Config) -> None:
+    """
+    Raises:
+        UsageError: the run is one of several processes.
+    """
+    for key, value, most in (
+        ("launch.processes", config.launch.processes, config.launch.processes),
+        ("parallel.pipeline", config.parallel.pipeline, config.parallel.pipeline),
+        ("tune.pipelines", config.tune.pipelines, max(config.tune.pipelines, default=1)),
+    ):
+        if most > 1:
+            raise UsageError(
+                f"{key}={value}: only one process can be measured here\n"
+                "  name the device to predict for: tune.device=h100"
+            )
 
 
 def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, sizes: Sequence[int]) -> Basis:
@@ -153,7 +178,7 @@ def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, siz
         from chunkflow_cli.model import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
-        return Basis(cost_model(config, shape, device), device, shape, None)
+        return Basis(cost_model(config, shape, device, hf_config), device, shape, None)
     path = calibration_path(config, hf_config, device)
     calibration = Calibration.load(path)
     if calibration is None:
@@ -169,22 +194,6 @@ def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, siz
         calibration = Calibration.load(path)
         assert calibration is not None
     return Basis(calibration.costs, device, calibration.shape, calibration)
-
-
-def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> Path:
-    """Where the calibration of this model, as configured, on this device lies."""
-    import os
-
-    facts = {
-        "version": CALIBRATION_VERSION,
-        "model": hf_config.to_json_string(),
-        "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
-                          config.model.lora, config.engine, config.optim.name)),
-        "device": device.name,
-        "threads": os.environ.get("OMP_NUM_THREADS", ""),
-    }  # fmt: skip
-    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return cache_root(config.data.cache_dir).parent / "calibrations" / f"{key}.json"
 
 
 def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str | None) -> None:
@@ -236,16 +245,23 @@ def layouts_of(config: Config) -> list[int]:
     return sorted(set(config.tune.pipelines))
 
 
-def choice(config: Config, run: RunPlan, basis: Basis, stages: int, chunk_size: int, k: int) -> RunPlan:
-    """The run with another chunk size, K and number of pipeline stages."""
+def cuts_of(config: Config, stages: int) -> list[bool]:
+    """Whether long samples are cut into pieces of equal time: what to try. One stage takes as long either way."""
+    tried = config.tune.cuts if stages > 1 and config.tune.cuts else [config.chunk.cuts]
+    return [cuts is Cuts.time for cuts in dict.fromkeys(tried)]
+
+
+def choice(
+    config: Config, run: RunPlan, basis: Basis, stages: int, equal_time: bool, chunk_size: int, k: int
+) -> RunPlan:
+    """The run with another chunk size, K, way to cut long samples and number of pipeline stages."""
     ranks = max(1, config.launch.processes // stages)
-    schedule = config.parallel.schedule.value
-    pipeline = None if stages == 1 else PipelineLayout(stages, schedule, config.parallel.warmup_extra)
+    pipeline = pipeline_layout(config, stages)
     costs = run.costs
     if basis.calibration is None and not costs.is_of_one_stage:
         settings = memory_settings(config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, stages=stages)
         costs = replace(costs, step_seconds=step_seconds(basis.shape, settings, basis.device))
-    return replace(run, chunk_size=chunk_size, k=k, ranks=ranks, pipeline=pipeline, costs=costs)
+    return replace(run, chunk_size=chunk_size, k=k, equal_time=equal_time, ranks=ranks, pipeline=pipeline, costs=costs)
 
 
 def peak_memory(config: Config, basis: Basis, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
@@ -309,7 +325,7 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     if best.data_parallel > 1 and best.bubble_ratio > 0.005:
         first += f"; with the wait for the slowest rank, devices are idle {100 * best.bubble_ratio:.0f} % of the time"
     first += "."
-    alike = [each for each in candidates if each.stages == best.stages]
+    alike = [each for each in candidates if each.is_like(best)]
     larger = [each for each in alike if each.chunk_size > best.chunk_size]
     refused = [each for each in larger if not each.fits]
     smaller = [each for each in alike if each.chunk_size < best.chunk_size and each.fits]
@@ -334,6 +350,10 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     elif others:
         near = min(others, key=lambda each: each.memory_bytes)
         parts.append(f"{_stages(near)} would need {near.memory_bytes / 2**30:.1f} GiB")
+    twins = [each for each in candidates if each.fits and each.is_at(best) and each.cuts != best.cuts]
+    if twins:
+        times = twins[0].step_seconds / total
+        parts.append(f"cuts of equal {twins[0].cuts} would take {times:.2f} times as long ({_why(twins[0], best)})")
     second = f" {_and(parts)[0].upper()}{_and(parts)[1:]}." if parts else ""
     return first + second
 
@@ -377,14 +397,15 @@ def _row(candidate: Candidate, measured: dict[tuple[int, int], float]) -> dict[s
 
 def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) -> Path:
     path = Path(output) if output is not None else Path("outputs", loaded.recipe, "tuned.yaml")
-    configured = loaded.config.parallel.pipeline
+    config = loaded.config
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
             f"chunkflow train recipe=... --overrides {path}\n"
             f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
-            + (f"parallel:\n  pipeline: {best.stages}\n" if best.stages != configured else ""),
+            + (f"  cuts: {best.cuts}\n" if best.cuts != config.chunk.cuts.value else "")
+            + (f"parallel:\n  pipeline: {best.stages}\n" if best.stages != config.parallel.pipeline else ""),
             encoding="utf-8",
         )
     except OSError as error:
