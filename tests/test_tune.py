@@ -241,5 +241,5 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     assert predicted == [row["step_seconds"] for row in first["candidates"]]
     costs = json.loads(CliRunner().invoke(app, plan).stdout)["cost_model"]
     assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
-    other_model = CliRunner().invoke(app, [*plan, "model.dtype=float32"])
+    other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
     assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chunkflow_cli.calibration import Calibration
 from chunkflow_cli.config import Config, Cuts, Device, LoadedConfig
@@ -24,7 +25,9 @@ from chunkflow_cli.costs import (
     CostModel,
     DeviceProfile,
     ModelShape,
-    state_bytes,
+    chunk_tokens,
+    live_tokens,
+    state_bytes_per_token,
     step_seconds,
 )
 from chunkflow_cli.errors import RunError, UsageError
@@ -108,8 +111,13 @@ def run(
         )
     ]
     candidates = []
+    is_planned_whole = len(steps) == run_plan.steps
+
+    def memory_of(run: RunPlan, simulated: Sequence[SimulatedStep]) -> int:
+        return peak_memory(config, basis, run, simulated, is_planned_whole=is_planned_whole)
+
     with progress_bar("searching", len(runs)) as progress:
-        for candidate in search(runs, steps, lambda run, simulated: peak_memory(config, basis, run, simulated), limit):
+        for candidate in search(runs, steps, memory_of, limit):
             candidates.append(candidate)
             progress(len(candidates))
     ranked = best_first(candidates)
@@ -264,14 +272,15 @@ def choice(
     return replace(run, chunk_size=chunk_size, k=k, equal_time=equal_time, ranks=ranks, pipeline=pipeline, costs=costs)
 
 
-def peak_memory(config: Config, basis: Basis, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
+def peak_memory(
+    config: Config, basis: Basis, run: RunPlan, steps: Sequence[SimulatedStep], *, is_planned_whole: bool = False
+) -> int:
     """Predicted bytes of the fullest rank or stage, in the planned steps or in that of the longest sample."""
     longest = int(run.lengths.max())
-    element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     if basis.calibration is not None:
-        activation_tokens = min(run.chunk_size * run.k, -(-longest // run.chunk_size) * run.chunk_size)
-        state = state_bytes(basis.shape, longest, run.chunk_size, element_bytes)
-        return basis.calibration.memory.peak_bytes(activation_tokens, state)
+        live, stored = _activations_and_state(run, is_planned_whole)
+        state = stored * state_bytes_per_token(basis.shape, ELEMENT_BYTES[config.model.dtype.value])
+        return basis.calibration.memory.peak_bytes(run.chunk_size, live, state)
     stages = 1 if run.pipeline is None else run.pipeline.stages
     settings = memory_settings(
         config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages
@@ -281,6 +290,33 @@ def peak_memory(config: Config, basis: Basis, run: RunPlan, steps: Sequence[Simu
         if all(step.plan.step != longest_step for step in steps):
             steps = [*steps, SimulatedStep(run, run[longest_step])]
     return memory_of_fullest(basis.shape, settings, steps).device_total
+
+
+def _activations_and_state(run: RunPlan, is_planned_whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) most tokens that hold activations at once, and (n,) tokens in the state store meanwhile, on one rank.
+
+    Of every chunk and long sample of the run's steps, if all of them are planned anyway; else of each sample with
+    whatever others might share its global batch, for then no step may exceed what is said.
+    """
+    if is_planned_whole:
+        pairs = []
+        for step in run:
+            for rank in step.ranks:
+                tokens, groups = chunk_tokens(rank.chunks).astype(np.int64), rank.chunks.dependent_groups()
+                standalone = groups[0].start if groups else len(tokens)
+                pairs += [(size, 0) for size in tokens[:standalone].tolist()]
+                for group in groups:
+                    of_group = tokens[group.start : group.stop]
+                    stored = rank.chunks.stop[rank.chunks.first_segment[group.stop - 2]]
+                    pairs.append((max(of_group.max(), of_group[-run.k :].sum()), stored))
+        live, stored_tokens = np.array(pairs, dtype=np.int64).T
+        return live, stored_tokens
+    stored_tokens = (run.lengths - 1) // run.chunk_size * run.chunk_size
+    short = np.sort(run.lengths[run.lengths <= run.chunk_size])[::-1]
+    others = int(short[: run.batches.global_batch_size - 1].sum())
+    if run.equal_time:  # pieces of a long sample are of many sizes
+        return np.minimum(run.lengths + others, run.chunk_size * run.k), run.lengths
+    return live_tokens(run.lengths, run.chunk_size, run.k, others, fill_tails=run.fill_tails), stored_tokens
 
 
 def _measure_best(
