@@ -42,37 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--long", type=int, default=4500, help="tokens of the long sample")
-    parser.add_argument("--short", type=int, default=8, help="short samples, of 50 to 500 tokens")
-    parser.add_argument("--data", help="chat data to train on instead")
-    parser.add_argument("--batch", type=int, default=16, help="with --data: samples of a step")
-    parser.add_argument("--seed", type=int, default=0, help="with --data: which samples come first")
-    parser.add_argument("--cache", type=Path, help="folder for tokens and the calibration: a second run finds both")
     parser.add_argument("--run", type=int, nargs="+", help="chunk sizes that are run; all if not given")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, help="of torch; default all")
-    parser.add_argument("--out", type=Path, help="write the JSON object here as well")
+    add_load_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.threads:
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            f"model.path={smollm2_path()}", f"model.dtype={arguments.dtype}", "data.num_workers=1",
-            f"data.cache_dir={arguments.cache or folder}/cache", "train.guard=false", "train.steps=2",
-        ]  # fmt: skip
-        if arguments.data is None:
-            data = Path(folder, "data.jsonl")
-            write_samples(data, arguments.long, arguments.short)
-            words += [
-                f"data.path={data}", "data.format=tokens", "data.max_length=1000000",
-                f"train.global_batch_size={arguments.short + 1}",
-            ]  # fmt: skip
-        else:
-            words = [
-                "recipe=smollm2_stdlib", *words, f"data.path={arguments.data}", "data.eval_fraction=0",
-                f"train.global_batch_size={arguments.batch}", f"train.seed={arguments.seed}",
-            ]  # fmt: skip
+        words = words_of(arguments, Path(folder))
         rows = [
             row
             for row in predict(words, arguments.sizes, arguments.ks)
@@ -118,6 +93,42 @@ def main() -> None:
         },
         arguments.out,
     )
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained on, and how."""
+    parser.add_argument("--long", type=int, default=4500, help="tokens of the long sample")
+    parser.add_argument("--short", type=int, default=8, help="short samples, of 50 to 500 tokens")
+    parser.add_argument("--data", help="chat data to train on instead")
+    parser.add_argument("--batch", type=int, default=16, help="with --data: samples of a step")
+    parser.add_argument("--seed", type=int, default=0, help="with --data: which samples come first")
+    parser.add_argument("--cache", type=Path, help="folder for tokens and the calibration: a second run finds both")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, help="of torch; default all")
+    parser.add_argument("--out", type=Path, help="write the JSON object here as well")
+
+
+def words_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """The run as overrides; random data is written into the folder."""
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    words = [
+        f"model.path={smollm2_path()}", f"model.dtype={arguments.dtype}", "data.num_workers=1",
+        f"data.cache_dir={arguments.cache or folder}/cache", "train.guard=false", "train.steps=2",
+    ]  # fmt: skip
+    if arguments.data is None:
+        data = Path(folder, "data.jsonl")
+        write_samples(data, arguments.long, arguments.short)
+        words += [
+            f"data.path={data}", "data.format=tokens", "data.max_length=1000000",
+            f"train.global_batch_size={arguments.short + 1}",
+        ]  # fmt: skip
+    else:
+        words = [
+            "recipe=smollm2_stdlib", *words, f"data.path={arguments.data}", "data.eval_fraction=0",
+            f"train.global_batch_size={arguments.batch}", f"train.seed={arguments.seed}",
+        ]  # fmt: skip
+    return words
 
 
 def write_samples(path: Path, long: int, short: int) -> None:
