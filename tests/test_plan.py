@@ -161,14 +161,15 @@ def test_every_rank_gets_its_share_and_no_sample_twice(tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_samples(tmp_path: Path) -> None:
-    """A rank without a sample has an empty schedule, costs nothing and is drawn."""
+    """A rank without a sample runs a dummy, so that it has a gradient to give; it costs nothing and is drawn."""
     path = write_ids(tmp_path / "a.jsonl", [4, 40])
     result = planned(
         f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "launch.processes=4", "chunk.size=16",
         plot=str(tmp_path / "a.png"),
     )  # fmt: skip
     schedules = [schedule for (schedule,) in result["step"]["schedules"]]
-    assert sorted(schedules) == ["", "", "F0 B0", "S0 S1 F2 B2 R1 B1 R0 B0"]
+    assert sorted(schedules) == ["F- B-", "F- B-", "F0 B0", "S0 S1 F2 B2 R1 B1 R0 B0"]
+    assert result["dummies"] == result["step"]["dummies"] == 4
     assert result["balance"]["worst_ratio"] > 2
 
 

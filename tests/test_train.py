@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,8 +16,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.config import LossWeighting, load
-from chunkflow_cli.train import learning_rate_schedule, target_weights
+from chunkflow_cli.learning_rate import learning_rate_schedule
+from chunkflow_cli.run_data import target_weights
+from chunkflow_cli.run_plan import RunPlan
 
 TINY = (
     "model.init=random",
@@ -426,17 +428,27 @@ def test_model_init_random_trains_a_large_recipe_cut_small(tmp_path: Path) -> No
 
 
 def test_weights_of_a_global_batch_sum_to_one() -> None:
-    targets = np.array([3, 10, 1])
+    """Over all ranks: a rank that divides by its own targets weighs its samples by how few neighbours they have."""
+    lengths, targets = np.array([5, 20, 7]), np.array([3, 10, 1])
+    step = RunPlan(GlobalBatches(3, 3, 0, False), 1, lengths, targets, chunk_size=8, k=1, ranks=2)[0]
     for weighting in LossWeighting:
-        assert float((target_weights(targets, weighting) * targets).sum()) == pytest.approx(1.0)
-    assert target_weights(targets, LossWeighting.sequence).tolist() == pytest.approx([1 / 9, 1 / 30, 1 / 3])
+        weights = [target_weights(rank, step, weighting) for rank in step.ranks]
+        assert sum(
+            float((own * rank.target_counts).sum()) for own, rank in zip(weights, step.ranks, strict=True)
+        ) == pytest.approx(1.0)
+    by_sample = {
+        int(sample): weight
+        for rank in step.ranks
+        for sample, weight in zip(rank.samples, target_weights(rank, step, LossWeighting.sequence), strict=True)
+    }
+    assert by_sample == pytest.approx({0: 1 / 9, 1: 1 / 30, 2: 1 / 3})
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_no_step_idles_at_a_learning_rate_of_zero(schedule: str) -> None:
     """transformers' warm-up begins at zero: in a run of ten steps that is a tenth of the training."""
-    config = load([f"optim.schedule={schedule}", "optim.lr=1.0", "optim.warmup_ratio=0.2"]).config
-    rate = learning_rate_schedule(config, 10)
+    optim = load([f"optim.schedule={schedule}", "optim.lr=1.0", "optim.warmup_ratio=0.2"]).config.optim
+    rate = learning_rate_schedule(optim, 10)
     rates = [rate(step) for step in range(10)]
     assert min(rates) > 0
     assert rates[0] == pytest.approx(0.5)

@@ -61,5 +61,11 @@ def assemble(
     model.to(device)
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     engine = Engine(ChunkModel(model, backend), settings)
-    runner = Runner(engine, device, replay_random=has_dropout(model), stop_requested=stop_requested)
+    runner = Runner(
+        engine,
+        device,
+        replay_random=has_dropout(model),
+        lockstep=engine.needs_lockstep,
+        stop_requested=stop_requested,
+    )
     return Assembly(model, engine, runner, shape)

@@ -1,14 +1,18 @@
-"""Whole sequences to data-parallel ranks, by predicted cost.
+"""Sequences to ranks, by predicted cost: whole ones to single ranks, or some of them spread over groups of ranks.
 
 Longest-processing-time-first (Graham 1969): the costliest sequence that is left goes to the rank with the least so far.
-No rank then has more than 4/3 of the best possible maximum; on long-tailed data, where one sequence is often more than
-a rank's fair share, it usually is the best possible.
+No rank then has more than 4/3 of the best possible maximum, if sequences stay whole. On long-tailed data that maximum
+is one sequence, more than a rank's fair share of everything, and all other ranks wait for it. Spread over a
+sequence-parallel group it takes a fraction of the time; short ones would only lose by it, for each exchange has its
+price (Skrull, arXiv 2505.19609; FlexSP, arXiv 2412.01523).
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +37,108 @@ def balance(costs: Costs, ranks: int) -> list[NDArray[np.int64]]:
         raise ValueError("costs must be a flat list of numbers that are not negative")
     if ranks == 1:
         return [np.arange(len(values), dtype=np.int64)]
-    loads = [(0.0, rank) for rank in range(ranks)]  # a heap; of equal loads the lowest rank comes first
-    rank_of = np.empty(len(values), dtype=np.int64)
-    costliest_first = np.argsort(-values, kind="stable")
-    for sequence, cost in zip(costliest_first.tolist(), values[costliest_first].tolist(), strict=True):
-        load, rank = loads[0]
-        rank_of[sequence] = rank
-        heapq.heapreplace(loads, (load + cost, rank))
+    rank_of, _ = _longest_first(values, [0.0] * ranks)
     return [np.flatnonzero(rank_of == rank) for rank in range(ranks)]
+
+
+def _longest_first(costs: NDArray[np.float64], loads: Sequence[float]) -> tuple[NDArray[np.int64], list[float]]:
+    """(sequences,) the place of each, and the loads after it, given those before."""
+    heap = [(load, place) for place, load in enumerate(loads)]  # of equal loads the lowest place comes first
+    heapq.heapify(heap)
+    place_of = np.empty(len(costs), dtype=np.int64)
+    costliest_first = np.argsort(-costs, kind="stable")
+    for sequence, cost in zip(costliest_first.tolist(), costs[costliest_first].tolist(), strict=True):
+        load, place = heap[0]
+        place_of[sequence] = place
+        heapq.heapreplace(heap, (load + cost, place))
+    return place_of, [load for load, _ in sorted(heap, key=lambda item: item[1])]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which ranks run each sequence. Ranks run what is spread over most of them first, in one order (`spread`)."""
+
+    ranks: int
+    degree: NDArray[np.int64]
+    """(sequences,) how many ranks it is spread over; 1: it is one rank's alone."""
+    first_rank: NDArray[np.int64]
+    """(sequences,) of the `degree` neighbours that run it; a multiple of its degree."""
+    seconds: float
+    """Predicted, until the last rank is done; in the unit of the costs."""
+
+    def alone(self, rank: int) -> NDArray[np.int64]:
+        """Sequences that only this rank runs, ascending."""
+        return np.flatnonzero((self.degree == 1) & (self.first_rank == rank))
+
+    def spread(self, rank: int) -> NDArray[np.int64]:
+        """Sequences that this rank runs together with others: those of the most ranks first, else ascending."""
+        mine = (self.degree > 1) & (self.first_rank <= rank) & (rank < self.first_rank + self.degree)
+        own = np.flatnonzero(mine)
+        return own[np.argsort(-self.degree[own], kind="stable")]
+
+
+MOST_LIMITS = 64
+"""Limits that `share_out` tries, spread evenly over the costs that may decide."""
+
+
+def share_out(
+    costs: NDArray[np.float64], degrees: Sequence[int], ranks: int, least_degree: NDArray[np.int64] | None = None
+) -> Shares:
+    """Which sequences are spread, over how many ranks, and who runs what: the least predicted seconds that were found.
+
+    For a limit on the seconds of one sequence, each takes that many ranks, of those that keep it within the limit,
+    which cost all of them together the least: more ranks cost more exchanges, but larger chunks less recompute. Those
+    of most ranks are placed first, each on the least loaded of the groups of its size (which nest), so when a group
+    begins a sequence its ranks are equally far and none waits; those that stay alone then fill up what is uneven.
+    Limits between a rank's fair share and the costliest sequence are tried, and whole sequences, which is `balance`:
+    never worse than that, where `least_degree` allows it. A pure function: equal on every rank.
+
+    Args:
+        costs: (degrees, sequences) predicted cost of each on every rank that runs it, if spread so far; any unit.
+        degrees: ascending, from 1; each divides the next, the last divides `ranks`.
+        ranks: how many there are.
+        least_degree: (sequences,) fewest ranks over which each must be spread, for its state to fit.
+    """
+    values = np.asarray(costs, dtype=np.float64)
+    count = values.shape[1]
+    if values.shape[0] != len(degrees) or not (values >= 0).all():
+        raise ValueError(f"costs of {len(degrees)} degrees must be so many rows of numbers that are not negative")
+    if degrees[0] != 1 or any(next_ % one for one, next_ in itertools.pairwise([*degrees, ranks])):
+        raise ValueError(f"degrees={list(degrees)} of {ranks} ranks must start at 1 and each divide the next")
+    least = np.searchsorted(np.asarray(degrees), np.ones(count) if least_degree is None else least_degree)
+    assert count == 0 or least.max() < len(degrees), "no group is so large"
+    fair = values[0].sum() / ranks
+    decisive = np.unique(values[(values >= fair / 4)])
+    if len(decisive) > MOST_LIMITS:
+        decisive = decisive[np.linspace(0, len(decisive) - 1, MOST_LIMITS).astype(np.int64)]
+    best = _place(values, degrees, ranks, least)
+    together = values * np.asarray(degrees)[:, None]
+    allowed = np.arange(len(degrees))[:, None] >= least
+    tried = {least.tobytes()}
+    for limit in [np.inf, *decisive[::-1].tolist(), 0.0]:
+        within = allowed & (values <= limit)
+        cheapest = np.where(within, together, np.inf).argmin(axis=0)
+        level = np.where(within.any(axis=0), cheapest, len(degrees) - 1)
+        if level.tobytes() in tried:
+            continue
+        tried.add(level.tobytes())
+        found = _place(values, degrees, ranks, level)
+        if found.seconds < best.seconds:
+            best = found
+    return best
+
+
+def _place(values: NDArray[np.float64], degrees: Sequence[int], ranks: int, level: NDArray[np.int64]) -> Shares:
+    """Given how many ranks each sequence takes (`level`, an index into `degrees`)."""
+    first_rank = np.zeros(values.shape[1], dtype=np.int64)
+    loads: list[float] = [0.0]
+    for index in reversed(range(len(degrees))):
+        degree = degrees[index]
+        loads = [load for load in loads for _ in range(ranks // degree // len(loads))]
+        chosen = np.flatnonzero(level == index)
+        places, loads = _longest_first(values[index, chosen], loads)
+        first_rank[chosen] = places * degree
+    return Shares(ranks, np.asarray(degrees, dtype=np.int64)[level], first_rank, max(loads))
 
 
 def rank_loads(costs: Costs, shares: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:

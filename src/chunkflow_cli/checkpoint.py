@@ -69,9 +69,19 @@ def load_checkpoint(checkpoint: Path, engine: Engine) -> Progress:
     return Progress(**state)
 
 
-def save_final(folder: Path, model: Any, tokenizer: Any, engine: Engine) -> None:
-    """The model (or its adapters) and tokenizer as a Hugging Face folder in safetensors."""
-    with engine.gathered_weights(), written_aside(folder) as temporary:
+def save_final(folder: Path, model: Any, tokenizer: Any, engine: Engine, *, writes: bool = True) -> None:
+    """The model (or its adapters) and tokenizer as a Hugging Face folder in safetensors.
+
+    Args:
+        writes: one process does; the others only give it their part of the weights.
+    """
+    with engine.gathered_weights():
+        if writes:
+            _write_model(folder, model, tokenizer)
+
+
+def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    with written_aside(folder) as temporary:
         model.save_pretrained(str(temporary))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))

@@ -177,6 +177,21 @@ def build_chunks(
     return Chunks(chunk_size, first_segment.astype(np.int64), sequence[order], start[order], stop[order], sizes)
 
 
+def join_chunks(first: Chunks, second: Chunks) -> Chunks:
+    """The chunks of `first`, then those of `second`, over the sequences of both in that order.
+
+    Standalone chunks are then first only within each of the two. `chunk_size` is that of `second`: they may differ.
+    """
+    return Chunks(
+        second.chunk_size,
+        np.concatenate([first.first_segment, second.first_segment[1:] + first.first_segment[-1]]),
+        np.concatenate([first.sequence, second.sequence + len(first.lengths)]),
+        np.concatenate([first.start, second.start]),
+        np.concatenate([first.stop, second.stop]),
+        np.concatenate([first.lengths, second.lengths]),
+    )
+
+
 def cut_points(length: int, chunk_size: int, pair_weight: float) -> NDArray[np.int64]:
     """(pieces + 1,) where a long sequence is cut, from 0 to its length.
 

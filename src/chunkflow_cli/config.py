@@ -122,6 +122,11 @@ class Cuts(str, Enum):
     time = "time"
 
 
+class Spread(str, Enum):
+    auto = "auto"
+    all = "all"
+
+
 class CostModelName(str, Enum):
     profile = "profile"
     measured = "measured"
@@ -288,6 +293,12 @@ class LaunchConfig:
 
 @dataclass
 class ParallelConfig:
+    sequence: int = 1
+    """Ranks of a sequence-parallel group, which divide the tokens of a chunk among them: `chunk.size` on each."""
+    spread: Spread = Spread.auto
+    """`auto` spreads the sequences over their group that would otherwise be waited for, and those whose state is more
+    than a rank's part of the longest one's; short ones are packed and run by single ranks. `all` spreads every chunk,
+    as ZeRO-3 and pipelines do in any case."""
     pipeline: int = 1
     """Stages that the model's layers are cut into: `plan` shows their schedules."""
     schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
@@ -471,6 +482,7 @@ def check(config: Config) -> None:
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "log.every": (config.log.every, 1),
         "launch.processes": (config.launch.processes, 1),
+        "parallel.sequence": (config.parallel.sequence, 1),
         "parallel.pipeline": (config.parallel.pipeline, 1),
         "parallel.parts": (config.parallel.parts, 1),
         "parallel.warmup_extra": (config.parallel.warmup_extra, 0),
@@ -500,11 +512,18 @@ def check(config: Config) -> None:
         raise UsageError(f"optim.betas={config.optim.betas} must be two numbers, each at least 0 and below 1")
     if config.engine.zero_stage not in (0, 1, 2, 3):
         raise UsageError(f"engine.zero_stage={config.engine.zero_stage} must be 0, 1, 2 or 3")
-    processes, stages = config.launch.processes, config.parallel.pipeline
+    processes, stages, sequence = config.launch.processes, config.parallel.pipeline, config.parallel.sequence
     if processes > 1 and processes % stages:
         raise UsageError(
             f"launch.processes={processes} cannot be divided among pipelines of parallel.pipeline={stages} stages"
         )
+    if processes > 1 and processes % (stages * sequence):
+        raise UsageError(
+            f"launch.processes={processes} cannot be divided into groups of parallel.sequence={sequence}"
+            + (f" x parallel.pipeline={stages}" if stages > 1 else "")
+        )
+    if config.parallel.spread is Spread.all and sequence == 1:
+        raise UsageError("parallel.spread=all: there is no group to spread over\n  set parallel.sequence")
     is_interleaved = config.parallel.schedule is PipelineSchedule.interleaved
     if is_interleaved != (config.parallel.parts > 1):
         raise UsageError(

@@ -7,7 +7,7 @@ sheet and assumed efficiency) or are proportional to tokens, as in the paper's w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,25 +101,43 @@ class DeviceProfile:
     link_bytes_per_second: float = 25e9
     """To another device, in one direction: the network's share of each device, for pipelines may span nodes."""
     link_latency_seconds: float = 20e-6
+    node_bytes_per_second: float = 50e9
+    """To another device of the same node, in one direction: half of what the data sheet says of NVLink, which counts
+    both. Exchanges within a sequence-parallel group are costed with it."""
     host_bytes_per_second: float = 25e9
     """To the host's memory, in one direction: PCIe 4, or half of PCIe 5."""
 
 
 DEVICES = {
     # The makers' data sheets; memory as the driver reports it.
-    "a100": DeviceProfile("A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12),
-    "h100": DeviceProfile(
-        "H100 SXM", 989e12, int(79.2 * GIB), memory_bytes_per_second=3.35e12, link_bytes_per_second=50e9
+    "a100": DeviceProfile(
+        "A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12, node_bytes_per_second=300e9
     ),
-    "h200": DeviceProfile("H200", 989e12, int(139.8 * GIB), memory_bytes_per_second=4.8e12, link_bytes_per_second=50e9),
-    "b200": DeviceProfile("B200", 2250e12, int(179.0 * GIB), memory_bytes_per_second=8e12, link_bytes_per_second=50e9),
+    "h100": DeviceProfile(
+        "H100 SXM", 989e12, int(79.2 * GIB), memory_bytes_per_second=3.35e12, link_bytes_per_second=50e9,
+        node_bytes_per_second=450e9,
+    ),
+    "h200": DeviceProfile(
+        "H200", 989e12, int(139.8 * GIB), memory_bytes_per_second=4.8e12, link_bytes_per_second=50e9,
+        node_bytes_per_second=450e9,
+    ),
+    "b200": DeviceProfile(
+        "B200", 2250e12, int(179.0 * GIB), memory_bytes_per_second=8e12, link_bytes_per_second=50e9,
+        node_bytes_per_second=900e9,
+    ),
     # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md), which bfloat16 models use there too.
-    "cpu": DeviceProfile("CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, memory_bytes_per_second=10e9),
-}
+    "cpu": DeviceProfile(
+        "CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, memory_bytes_per_second=10e9, node_bytes_per_second=2e9
+    ),
+}  # fmt: skip
+DEVICES_OF_A_NODE = 8
+EXCHANGE_EFFICIENCY = 0.6
+"""Share of a link's rate that an all-to-all reaches; assumed, not measured."""
 
 
 ACTIVATION_BYTES = 2
-"""Of a hidden state that is sent to another stage: bfloat16."""
+"""Of an element of a hidden state that is sent to another stage, or exchanged within a sequence-parallel group:
+bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +170,10 @@ class CostModel:
     transfer_seconds_per_token: float = 0.0
     """Of a chunk's activations to the next stage of a pipeline, or of their gradient back."""
     transfer_latency_seconds: float = 0.0
+    node_seconds_per_byte: float = 0.0
+    """Of an exchange between the devices of a node."""
+    network_seconds_per_byte: float = 0.0
+    """The same between nodes."""
     shape: ModelShape | None = None
     """Whose attention is counted; without it every query attends to all of its past."""
     is_of_one_stage: bool = False
@@ -191,7 +213,49 @@ class CostModel:
             seconds_per_target=target,
             transfer_seconds_per_token=shape.hidden_size * ACTIVATION_BYTES / device.link_bytes_per_second,
             transfer_latency_seconds=device.link_latency_seconds,
+            node_seconds_per_byte=1 / (EXCHANGE_EFFICIENCY * device.node_bytes_per_second),
+            network_seconds_per_byte=1 / (EXCHANGE_EFFICIENCY * device.link_bytes_per_second),
             shape=shape,
+        )
+
+    def spread_over(self, ranks: int) -> CostModel:
+        """Of a chunk whose tokens are divided among the ranks of a sequence-parallel group (Ulysses, arXiv 2309.14509).
+
+        Each rank does `1 / ranks` of the arithmetic and launches as many kernels as for a whole chunk. Around the
+        attention of each layer an all-to-all turns tokens into heads and another turns them back. Of the bytes of its
+        own tokens (queries and outputs, keys and values; K/V heads are repeated where they are fewer than ranks) a rank
+        sends what lies on others, `(ranks - 1) / ranks`; over several nodes the network limits what leaves the node.
+        Gradients take the same way back. Nothing overlaps the exchange.
+        """
+        if ranks == 1:
+            return self
+        exchanged = latency = 0.0
+        if self.shape is not None:
+            heads = self.shape.attention_heads + max(self.shape.kv_heads, min(ranks, self.shape.attention_heads))
+            token = 2 * self.shape.layers * heads * self.shape.head_dim * ACTIVATION_BYTES / ranks
+            if ranks <= DEVICES_OF_A_NODE:
+                exchanged = token * (ranks - 1) / ranks * self.node_seconds_per_byte
+            else:
+                exchanged = token * (ranks - DEVICES_OF_A_NODE) / ranks * self.network_seconds_per_byte
+            latency = 2 * self.shape.layers * self.transfer_latency_seconds
+
+        def divided(cost: OperationCost, exchanges: int = 1) -> OperationCost:
+            return OperationCost(
+                cost.fixed_seconds + exchanges * latency,
+                cost.seconds_per_token / ranks + exchanges * exchanged,
+                cost.seconds_per_pair / ranks,
+            )
+
+        # A backward that runs its layers' forwards again, which takes three forwards, exchanges again.
+        again = 2 if self.backward.seconds_per_token > 2.5 * self.forward.seconds_per_token else 1
+        return replace(
+            self,
+            source=f"{self.source}, spread over {ranks} ranks",
+            forward=divided(self.forward),
+            backward=divided(self.backward, again),
+            recompute=divided(self.recompute),
+            state_pass=divided(self.state_pass),
+            seconds_per_target=self.seconds_per_target / ranks,
         )
 
     def pairs_up_to(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -282,6 +346,8 @@ class MemorySettings:
     """cpu | cuda"""
     stages: int = 1
     """Of a pipeline; each holds an equal share of the model."""
+    sequence: int = 1
+    """Ranks of a sequence-parallel group: each holds `chunk_size` tokens of a chunk and a share of the heads' state."""
 
 
 @dataclass(frozen=True)
@@ -382,6 +448,9 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
     tokens = min(settings.chunk_size, settings.longest) * min(
         settings.k, -(-settings.longest // settings.chunk_size)
     )  # fmt: skip
+    state_of_longest = state_bytes(
+        shape, settings.longest, settings.chunk_size * settings.sequence, settings.element_bytes
+    )
     per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient, summed until its chunks have gone backward.
@@ -392,7 +461,8 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
         optimizer=optimizer,
         activations=int(tokens * per_token),
         head=TILES_ALIVE * tile + head_sum,
-        state=state_bytes(shape, settings.longest, settings.chunk_size, settings.element_bytes),
+        # Of key and value heads that are fewer than the ranks, each rank holds one.
+        state=state_of_longest // min(settings.sequence, shape.kv_heads),
         host=host,
     )
 

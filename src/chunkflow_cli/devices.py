@@ -25,7 +25,12 @@ UNKNOWN_GPU_FLOPS = 100e12
 
 
 def training_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Of this process: the GPU of its local rank, as a launcher numbers them, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def known_matmul_flops(device: torch.device) -> float | None:

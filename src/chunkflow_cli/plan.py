@@ -35,7 +35,7 @@ from chunkflow_cli.report import stdout_console
 from chunkflow_cli.run_data import check_stages, cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
 from chunkflow_cli.search import SimulatedStep
-from chunkflow_cli.simulate import Timeline, simulate, simulate_ranks
+from chunkflow_cli.simulate import Timeline, simulate
 from chunkflow_cli.tokens import TokenizedData
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -109,6 +109,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         from chunkflow_cli.model import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
+        check_heads(shape, config.parallel.sequence)
     device = planned_device(config)
     if shape is not None:
         check_stages(shape, config.parallel.pipeline, config.parallel.parts)
@@ -116,7 +117,6 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
-    timeline = timeline_of(chosen, plan)
     memory = None
     if shape is not None:
         memory = memory_of_fullest(
@@ -137,8 +137,25 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         shape=shape,
         memory=memory,
         step=chosen,
-        timeline=timeline,
+        timeline=plan.timeline(chosen),
     )
+
+
+def check_heads(shape: ModelShape, sequence: int) -> None:
+    """
+    Raises:
+        UsageError: the heads cannot be divided among the ranks of a group.
+    """
+    heads, kv_heads = shape.attention_heads, shape.kv_heads
+    if heads % sequence or (kv_heads % sequence and sequence % kv_heads):
+        possible = [
+            size for size in range(1, heads + 1)
+            if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+        ]  # fmt: skip
+        raise UsageError(
+            f"parallel.sequence={sequence}: {heads} attention heads and {kv_heads} key and value heads cannot be "
+            f"divided among {sequence} ranks, but among {', '.join(map(str, possible))}"
+        )
 
 
 def planned_device(config: Config) -> DeviceProfile:
@@ -168,8 +185,15 @@ class Totals:
     filled_tails: int
     recomputed: int
     operations: int
+    dummies: int
     lower_bound: int
+    step_seconds: NDArray[np.float64]  # (steps,), predicted, until the last rank is done
+    room: int
+    """Tokens that the chunks could hold."""
+    spread_samples: int
+    """That whole sequence-parallel groups run."""
     seconds: NDArray[np.float64]  # (steps, ranks), predicted; in units of tokens if costs are proportional
+    whole_seconds: NDArray[np.float64]  # (steps, ranks), predicted, if every rank ran whole samples alone
     most_operations: int
     """Of a rank in a step."""
 
@@ -178,37 +202,44 @@ def add_up(plan: RunPlan) -> Totals:
     """Walk through all steps: what is counted here is what each step's plan holds."""
     count = dict.fromkeys(
         ("samples", "tokens", "target_tokens", "chunks", "standalone", "long_samples", "filled_tails", "recomputed",
-         "operations", "lower_bound"), 0,
+         "operations", "dummies", "lower_bound", "room", "spread_samples"), 0,
     )  # fmt: skip
     most_operations = 0
-    seconds = np.zeros((plan.steps, plan.ranks))
+    seconds, whole_seconds = np.zeros((plan.steps, plan.ranks)), np.zeros((plan.steps, plan.ranks))
+    step_seconds = np.zeros(plan.steps)
     with progress_bar("planning", plan.steps) as progress:
         for step in plan:
             count["samples"] += len(step.samples)
             count["tokens"] += step.tokens
             count["target_tokens"] += step.target_tokens
+            count["dummies"] += step.dummies
             for index, rank in enumerate(step.ranks):
-                groups = rank.chunks.dependent_groups()
+                groups = [group for group in rank.chunks.dependent_groups() if group.start in rank.counted]
                 segments = np.diff(rank.chunks.first_segment)
                 operations = len(rank.schedule.ops)
-                count["chunks"] += len(rank.chunks)
-                count["standalone"] += len(rank.chunks) - sum(len(group) for group in groups)
+                count["chunks"] += len(rank.counted)
+                count["standalone"] += len(rank.counted) - sum(len(group) for group in groups)
                 count["long_samples"] += len(groups)
                 count["filled_tails"] += sum(int(segments[group[-1]] > 1) for group in groups)
-                count["recomputed"] += len(rank.recomputed)
                 count["operations"] += operations
-                count["lower_bound"] += rank.chunks.lower_bound
+                count["room"] += int(rank.room[rank.counted.start :].sum())
+                count["lower_bound"] += rank.lower_bound
                 most_operations = max(most_operations, operations)
                 seconds[step.step, index] = rank_seconds(rank, plan.costs)
+            step_seconds[step.step] = plan.step_seconds(step) if plan.is_in_lockstep else seconds[step.step].max()
+            count["recomputed"] += step.recomputed_chunks
+            if plan.sequence > 1:
+                count["spread_samples"] += step.spread_samples
+                whole_seconds[step.step] = plan.seconds_of_whole_samples(step.samples)
             progress(step.step + 1)
     return Totals(
-        **count, dependent=count["chunks"] - count["standalone"], most_operations=most_operations, seconds=seconds
+        **count,
+        dependent=count["chunks"] - count["standalone"],
+        most_operations=most_operations,
+        seconds=seconds,
+        step_seconds=step_seconds,
+        whole_seconds=whole_seconds if plan.sequence > 1 else seconds,
     )
-
-
-def timeline_of(step: StepPlan, plan: RunPlan) -> Timeline:
-    """When each operation of a step runs, as predicted."""
-    return simulate_ranks([(rank.schedules, plan.operation_seconds(rank)) for rank in step.ranks])
 
 
 def memory_settings(
@@ -235,6 +266,7 @@ def memory_settings(
         longest=longest,
         device_type="cpu" if "CPU" in device.name else "cuda",
         stages=stages,
+        sequence=config.parallel.sequence,
     )
 
 
@@ -294,7 +326,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
     longest = int(plan.lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     state = None if planned.shape is None else state_bytes(planned.shape, longest, plan.chunk_size, element_bytes)
-    slowest, busy = totals.seconds.max(axis=1), totals.seconds.mean(axis=1)
+    slowest, busy = totals.step_seconds, totals.seconds.mean(axis=1)
     seconds = None if plan.costs.is_of_one_stage else float(slowest.sum() + plan.steps * plan.costs.step_seconds)
     return {
         "recipe": planned.recipe,
@@ -303,6 +335,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         "k": plan.k,
         "steps": plan.steps,
         "ranks": plan.ranks,
+        "sequence": plan.sequence,
         "samples": totals.samples,
         "tokens": totals.tokens,
         "target_tokens": totals.target_tokens,
@@ -314,9 +347,10 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         "filled_tails": totals.filled_tails,
         "recomputed_chunks": totals.recomputed,
         "recompute_share": totals.recomputed / totals.chunks,
-        "fill": totals.tokens / (totals.chunks * plan.chunk_size),
+        "fill": totals.tokens / totals.room,
         "lower_bound_chunks": totals.lower_bound,
         "operations": totals.operations,
+        "dummies": totals.dummies,
         "operations_per_step_and_rank": totals.operations / (plan.steps * plan.ranks),
         "most_operations": totals.most_operations,
         "cost_model": plan.costs.source,
@@ -325,6 +359,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
             "idle_share": float(1 - busy.sum() / slowest.sum()),
             "worst_step": int((slowest / np.maximum(busy, 1e-30)).argmax()) + 1,
             "worst_ratio": float((slowest / np.maximum(busy, 1e-30)).max()),
+            **({} if plan.sequence == 1 else _spread_json(totals, float(slowest.sum()))),
         },
         "state_bytes_longest": state,
         "memory": _memory_json(planned),
@@ -335,9 +370,20 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
             "target_tokens": planned.step.target_tokens,
             "chunks": planned.step.chunks,
             "recomputed_chunks": planned.step.recomputed_chunks,
+            "dummies": planned.step.dummies,
             "schedules": [[str(schedule) for schedule in rank.schedules] for rank in planned.step.ranks],
         },
         **({} if plan.pipeline is None else {"pipeline": _pipeline_json(planned, plan.pipeline)}),
+    }
+
+
+def _spread_json(totals: Totals, seconds: float) -> dict[str, Any]:
+    """What spreading samples over sequence-parallel groups brings, beside whole samples on as many ranks."""
+    slowest, busy = totals.whole_seconds.max(axis=1), totals.whole_seconds.mean(axis=1)
+    return {
+        "spread_samples": totals.spread_samples,
+        "idle_share_of_whole_samples": float(1 - busy.sum() / slowest.sum()),
+        "times_faster_than_whole_samples": float(slowest.sum() / seconds),
     }
 
 

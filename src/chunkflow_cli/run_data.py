@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from chunkflow_cli.batches import GlobalBatches, held_out
 from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
-from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts
+from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, LossWeighting, Spread
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hf_config import position_limit
 from chunkflow_cli.pipeline_schedules import PipelineLayout
-from chunkflow_cli.run_plan import RunPlan
+from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.schedule import Layout
 from chunkflow_cli.tokens import TokenizedData, tokenize
 from chunkflow_cli.tokens.cache import cache_root
+from chunkflow_cli.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         data: the samples to train on.
         costs: by which sequences are given to ranks.
     """
-    stages = config.parallel.pipeline
+    stages, topology = config.parallel.pipeline, planned_topology(config)
     batches = GlobalBatches(len(data), config.train.global_batch_size, config.train.seed, config.train.shuffle)
     return RunPlan(
         batches=batches,
@@ -76,12 +80,25 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         k=config.chunk.k,
         fill_tails=config.chunk.fill_tails,
         equal_time=config.chunk.cuts is Cuts.time,
-        # ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share an engine call.
-        layout=Layout(join_retained=config.engine.zero_stage == 3),
+        # ZeRO-3 traces one forward for one backward, so the retained chunks of a sequence must share an engine call;
+        # and it communicates within both, so all ranks must run the same ones.
+        layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
         pipeline=pipeline_layout(config, stages),
-        ranks=max(1, config.launch.processes // stages),
+        ranks=topology.replicas,
+        sequence=topology.sequence,
+        spread_all=config.parallel.spread is Spread.all,
         costs=costs,
     )
+
+
+def planned_topology(config: Config, *, pipeline: int | None = None) -> Topology:
+    """How the processes of the run are divided. A run that says nothing of them has as many as one group needs.
+
+    Args:
+        pipeline: instead of `parallel.pipeline`.
+    """
+    sequence, pipeline = config.parallel.sequence, pipeline or config.parallel.pipeline
+    return Topology.of(max(config.launch.processes, sequence * pipeline), sequence=sequence, pipeline=pipeline)
 
 
 def pipeline_layout(config: Config, stages: int) -> PipelineLayout | None:
@@ -154,3 +171,10 @@ def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> P
     }  # fmt: skip
     key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
     return cache_root(config.data.cache_dir).parent / "calibrations" / f"{key}.json"
+
+
+def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:
+    """(sequences of the rank,) what each target of a sequence counts; over all ranks these sum to 1."""
+    if weighting is LossWeighting.token:
+        return np.full(len(rank.samples), 1.0 / step.target_tokens)
+    return 1.0 / (len(step.samples) * rank.target_counts)

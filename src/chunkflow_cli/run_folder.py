@@ -25,12 +25,13 @@ FREE_KEYS = ("train.output_dir", "train.guard", "checkpoint", "log", "data.cache
 
 @dataclass
 class RunFolder:
-    """A run's folder, locked for this process."""
+    """A run's folder, locked against other runs."""
 
     path: Path
     checkpoint: Path | None
     """The checkpoint to continue from; None begins anew."""
-    _lock: IO[str]
+    _lock: IO[str] | None = None
+    """None in a process whose launcher, or first process, holds it."""
 
     @property
     def final(self) -> Path:
@@ -45,8 +46,13 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def read_report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
+        return report
+
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def open_run_folder(loaded: LoadedConfig) -> RunFolder:

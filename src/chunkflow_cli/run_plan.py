@@ -6,19 +6,19 @@ is a pure function of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.balance import balance
+from chunkflow_cli.balance import balance, rank_loads, share_out
 from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.chunks import Chunks, build_chunks
+from chunkflow_cli.chunks import Chunks, build_chunks, join_chunks
 from chunkflow_cli.costs import CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.pipeline_schedules import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
-from chunkflow_cli.schedule import Layout, OpKind, Schedule, plan
-from chunkflow_cli.simulate import OperationSeconds
+from chunkflow_cli.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
+from chunkflow_cli.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,33 @@ class RankPlan:
     target_counts: NDArray[np.int64]  # (samples,)
     schedules: tuple[Schedule, ...]
     """One for each stage of the pipeline; just one without a pipeline."""
+    group_size: int = 1
+    """Ranks of its sequence-parallel group."""
+    sequence_rank: int = 0
+    """Its place in that group."""
+    spread: range = range(0)
+    """Chunks whose tokens are divided among the ranks of the group: always the first ones, the same on each rank, and
+    each rank runs their operations in one order, for they communicate. The others this rank runs alone."""
+
+    @property
+    def counted(self) -> range:
+        """Chunks that this rank counts, so that sums over ranks count each once: the first of a group those spread."""
+        return range(len(self.spread) if self.sequence_rank else 0, len(self.chunks))
+
+    @property
+    def room(self) -> NDArray[np.int64]:
+        """(chunks,) most tokens of each: of a spread one, so many on each rank."""
+        room = np.full(len(self.chunks), self.chunks.chunk_size, dtype=np.int64)
+        room[: len(self.spread)] *= self.group_size
+        return room
+
+    @property
+    def lower_bound(self) -> int:
+        """No plan that spreads the same samples has fewer chunks for this rank to count."""
+        tokens, spread = chunk_tokens(self.chunks), len(self.spread)
+        together = 0 if self.sequence_rank else int(tokens[:spread].sum())
+        alone, size = int(tokens[spread:].sum()), self.chunks.chunk_size
+        return -(-together // (size * self.group_size)) + -(-alone // size)
 
     @property
     def schedule(self) -> Schedule:
@@ -58,11 +85,30 @@ class StepPlan:
 
     @property
     def chunks(self) -> int:
-        return sum(len(rank.chunks) for rank in self.ranks)
+        return sum(len(rank.counted) for rank in self.ranks)
 
     @property
     def recomputed_chunks(self) -> int:
-        return sum(rank.schedule.recomputed_chunks for rank in self.ranks)
+        return sum(int((rank.recomputed >= rank.counted.start).sum()) for rank in self.ranks)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the chunks could hold."""
+        return sum(int(rank.room[rank.counted.start :].sum()) for rank in self.ranks)
+
+    @property
+    def spread_samples(self) -> int:
+        """Samples that whole sequence-parallel groups run."""
+        return sum(
+            len(np.unique(rank.chunks.sequence[: rank.chunks.first_segment[len(rank.spread)]]))
+            for rank in self.ranks
+            if rank.sequence_rank == 0
+        )
+
+    @property
+    def dummies(self) -> int:
+        """Passes of one token that only keep ranks in step."""
+        return sum(rank.schedule.dummies for rank in self.ranks)
 
 
 @dataclass(frozen=True)
@@ -81,7 +127,12 @@ class RunPlan:
     layout: Layout = field(default_factory=Layout)
     pipeline: PipelineLayout | None = None
     ranks: int = 1
-    """Data-parallel ranks."""
+    """That hold the same stage: data-parallel ranks, of all sequence-parallel groups together."""
+    sequence: int = 1
+    """Neighbouring ranks that form a sequence-parallel group."""
+    spread_all: bool = False
+    """Spread every chunk over its group, not only those of sequences that would otherwise be waited for. With ZeRO-3
+    (`layout.join_retained`) and with a pipeline that is so in any case: there all ranks must run alike."""
     costs: CostModel = field(default_factory=CostModel.proportional)
     """By which whole sequences are given to ranks."""
 
@@ -91,18 +142,88 @@ class RunPlan:
     def __getitem__(self, step: int) -> StepPlan:
         samples = self.batches[step]
         lengths, targets = self.lengths[samples], self.target_counts[samples]
-        ranks: list[RankPlan] = []
-        idle: RankPlan | None = None  # with more ranks than samples, many of them: they are all alike
-        for share in balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks):
-            if idle is not None and not len(share):
-                ranks.append(idle)
-                continue
-            chunks = build_chunks(
-                lengths[share], self.chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight
+        if self.sequence > 1:
+            return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), self._groups(samples))
+        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks)
+        chunks = [self._built(lengths[share], self.chunk_size) for share in shares]
+        ranks = tuple(
+            RankPlan(samples[share], own, targets[share], schedules)
+            for share, own, schedules in zip(
+                shares, chunks, self._schedules(chunks, [targets[share] for share in shares]), strict=True
             )
-            ranks.append(RankPlan(samples[share], chunks, targets[share], self._schedules(chunks, targets[share])))
-            idle = idle if len(share) else ranks[-1]
-        return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), tuple(ranks))
+        )
+        return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), ranks)
+
+    def _groups(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
+        """Of the ranks of all sequence-parallel groups, group by group."""
+        if self.spread_all or self.pipeline is not None or self.layout.join_retained:
+            return self._all_spread(samples)
+        lengths, targets = self.lengths[samples], self.target_counts[samples]
+        costs = np.stack(
+            [
+                self.costs.of_sequences(lengths, self.chunk_size, self.k, targets),
+                self._spread_costs.of_sequences(lengths, self._spread_chunk_size, self.k, targets),
+            ]
+        )
+        least = np.where(lengths > self.longest_alone, self.sequence, 1)
+        shares = share_out(costs, (1, self.sequence), self.ranks, least)
+        ranks = []
+        for first in range(0, self.ranks, self.sequence):
+            spread = shares.spread(first)
+            together = self._built(lengths[spread], self._spread_chunk_size)
+            schedule_together = plan(together, self.k, self.layout)
+            for place in range(self.sequence):
+                alone = shares.alone(first + place)
+                own = self._built(lengths[alone], self.chunk_size)
+                share = np.concatenate([spread, alone])
+                schedule = _one_after_the_other(schedule_together, plan(own, self.k, self.layout), together)
+                ranks.append(
+                    RankPlan(
+                        samples[share], join_chunks(together, own), targets[share], (schedule if len(share) else IDLE,),
+                        group_size=self.sequence, sequence_rank=place, spread=range(len(together)),
+                    )
+                )  # fmt: skip
+        return tuple(ranks)
+
+    def _all_spread(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
+        lengths, targets = self.lengths[samples], self.target_counts[samples]
+        costs = self._spread_costs.of_sequences(lengths, self._spread_chunk_size, self.k, targets)
+        shares = balance(costs, self.ranks // self.sequence)
+        chunks = [self._built(lengths[share], self._spread_chunk_size) for share in shares]
+        none = self._built(lengths[:0], self.chunk_size)
+        return tuple(
+            RankPlan(
+                samples[share], join_chunks(together, none), targets[share], schedules,
+                group_size=self.sequence, sequence_rank=place, spread=range(len(together)),
+            )
+            for share, together, schedules in zip(
+                shares, chunks, self._schedules(chunks, [targets[share] for share in shares]), strict=True
+            )
+            for place in range(self.sequence)
+        )  # fmt: skip
+
+    def _built(self, lengths: NDArray[np.int64], chunk_size: int) -> Chunks:
+        return build_chunks(lengths, chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
+
+    def seconds_of_whole_samples(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(ranks,) predicted of a step, if no sample were spread."""
+        costs = self.costs.of_sequences(self.lengths[samples], self.chunk_size, self.k, self.target_counts[samples])
+        return rank_loads(costs, balance(costs, self.ranks))
+
+    @property
+    def _spread_chunk_size(self) -> int:
+        """Of a chunk of which each rank of a group holds `chunk_size` tokens."""
+        return self.chunk_size * self.sequence
+
+    @property
+    def _spread_costs(self) -> CostModel:
+        return self.costs.spread_over(self.sequence)
+
+    @property
+    def longest_alone(self) -> int:
+        """Tokens that a sequence may have to be one rank's alone: then no rank holds more state than its part of that
+        of the longest sample, spread. Whether a run fits does not depend on what happens to be balanced."""
+        return max(self.chunk_size, -(-int(self.lengths.max()) // self.sequence))
 
     @property
     def pair_weight(self) -> float:
@@ -112,9 +233,16 @@ class RunPlan:
         costs = (self.costs.forward, self.costs.backward)
         return sum(cost.seconds_per_pair for cost in costs) / sum(cost.seconds_per_token for cost in costs)
 
-    def _schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
+    def _schedules(self, ranks: Sequence[Chunks], targets: Sequence[NDArray[np.int64]]) -> list[tuple[Schedule, ...]]:
+        """Of the stages of each rank."""
         if self.pipeline is None:
-            return (plan(chunks, self.k, self.layout),)
+            if self.is_in_lockstep:
+                return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
+            return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
+        return [self._pipeline_schedules(chunks, own) for chunks, own in zip(ranks, targets, strict=True)]
+
+    def _pipeline_schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
+        assert self.pipeline is not None
         seconds = None
         if self.pipeline.schedule in CHOSEN_BY_SECONDS:
             seconds = operation_seconds(chunks, targets, self.costs, self.pipeline)
@@ -122,10 +250,49 @@ class RunPlan:
 
     def operation_seconds(self, rank: RankPlan) -> OperationSeconds:
         """Predicted, of every operation of a rank."""
-        return operation_seconds(rank.chunks, rank.target_counts, self.costs, self.pipeline)
+        alone = operation_seconds(rank.chunks, rank.target_counts, self.costs, self.pipeline)
+        if not rank.spread:
+            return alone
+        spread = operation_seconds(
+            rank.chunks, rank.target_counts, self.costs.spread_over(rank.group_size), self.pipeline
+        )
+        count = len(rank.spread)
+        return OperationSeconds(
+            **{
+                kind.name: np.hstack([getattr(spread, kind.name)[:, :count], getattr(alone, kind.name)[:, count:]])
+                for kind in fields(OperationSeconds)
+            }
+        )
+
+    def timeline(self, step: StepPlan) -> Timeline:
+        """When each operation of a step runs on each rank and stage, as predicted."""
+        if not self.is_in_lockstep:
+            return simulate_ranks([(rank.schedules, self.operation_seconds(rank)) for rank in step.ranks])
+        one_token = operation_seconds(build_chunks([1], 1), np.ones(1, dtype=np.int64), self.costs)
+        return simulate_lockstep([(rank.schedule, self.operation_seconds(rank)) for rank in step.ranks], one_token)
+
+    def step_seconds(self, step: StepPlan) -> float:
+        """Predicted, of a step without a pipeline: until its last rank is done; the optimizer step is left out."""
+        if self.is_in_lockstep:
+            return self.timeline(step).makespan
+        return max(rank_seconds(rank, self.costs) for rank in step.ranks)
+
+    @property
+    def is_in_lockstep(self) -> bool:
+        return self.layout.lockstep and self.ranks > 1 and self.pipeline is None
 
     def __iter__(self) -> Iterator[StepPlan]:
         return (self[step] for step in range(self.steps))
+
+
+def _one_after_the_other(first: Schedule, second: Schedule, chunks: Chunks) -> Schedule:
+    """
+    Args:
+        first: on `chunks`.
+        second: on the chunks that were joined to them.
+    """
+    shifted = (Op(op.kind, tuple(len(chunks) + chunk for chunk in op.chunks), op.part) for op in second.ops)
+    return Schedule((*first.ops, *shifted))
 
 
 def operation_seconds(
@@ -165,11 +332,67 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
     if not len(rank.chunks):
         return 0.0
     tokens, pairs = chunk_tokens(rank.chunks), costs.chunk_pairs(rank.chunks)
-    again = rank.recomputed
-    twice = (
-        costs.state_pass(tokens[again], pairs[again])
-        + costs.recompute(tokens[again], pairs[again])
-        - costs.forward(tokens[again], pairs[again])
-    )
-    head = costs.seconds_per_target * int(rank.target_counts.sum())
-    return float(costs.forward(tokens, pairs).sum() + costs.backward(tokens, pairs).sum() + twice.sum() + head)
+    targets = chunk_targets(rank.chunks, rank.target_counts)
+    is_recomputed = np.zeros(len(rank.chunks), dtype=bool)
+    is_recomputed[rank.recomputed] = True
+
+    def seconds(costs: CostModel, chunks: slice) -> float:
+        again = is_recomputed[chunks]
+        once, twice = (tokens[chunks], pairs[chunks]), (tokens[chunks][again], pairs[chunks][again])
+        second = costs.state_pass(*twice) + costs.recompute(*twice) - costs.forward(*twice)
+        head = costs.seconds_per_target * targets[chunks].sum()
+        return float(costs.forward(*once).sum() + costs.backward(*once).sum() + second.sum() + head)
+
+    spread = len(rank.spread)
+    alone = seconds(costs, slice(spread, None))
+    return alone + seconds(costs.spread_over(rank.group_size), slice(spread)) if spread else alone
+
+
+def validate_groups(ranks: Sequence[RankPlan]) -> None:
+    """Prove of the ranks of a step that those of each sequence-parallel group can run together.
+
+    The operations on spread chunks communicate within the group: each of its ranks must run the same ones in one order,
+    on the same chunks of the same samples. What a rank runs alone does not, and no operation is both.
+
+    Args:
+        ranks: group by group.
+
+    Raises:
+        ValueError: names the rank that differs from the first of its group, and where.
+    """
+    for index, rank in enumerate(ranks):
+        first = ranks[index - rank.sequence_rank]
+        if rank.sequence_rank != index % rank.group_size or rank.group_size != first.group_size:
+            raise ValueError(f"rank {index} is not where its sequence-parallel group has place {rank.sequence_rank}")
+        count = len(rank.spread)
+        if rank.spread != range(count) or count > len(rank.chunks) or rank.spread != first.spread:
+            raise ValueError(f"rank {index}: spread chunks must be the first ones, and as many as on its group's first")
+        if _spread_tokens(rank) != _spread_tokens(first):
+            raise ValueError(f"rank {index}: its spread chunks are not those of its group's first rank")
+        for stage, (schedule, expected) in enumerate(zip(rank.schedules, first.schedules, strict=True)):
+            own, others = _spread_operations(rank, schedule), _spread_operations(first, expected)
+            if own != others:
+                differs = next((i for i, pair in enumerate(zip(own, others, strict=False)) if pair[0] != pair[1]),
+                               min(len(own), len(others)))  # fmt: skip
+                raise ValueError(
+                    f"rank {index}, stage {stage}: spread operation {differs} is not that of its group's first rank"
+                )
+
+
+def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
+    """Of each spread chunk the samples, starts and stops of its segments."""
+    return [
+        [(int(rank.samples[part.sequence]), part.start, part.stop) for part in rank.chunks[chunk].segments]
+        for chunk in rank.spread
+    ]
+
+
+def _spread_operations(rank: RankPlan, schedule: Schedule) -> list[Op]:
+    operations = []
+    for op in schedule.ops:
+        together = {chunk in rank.spread for chunk in op.chunks}
+        if len(together) > 1:
+            raise ValueError(f"operation {op} joins chunks that are spread and chunks that are not")
+        if True in together:
+            operations.append(op)
+    return operations

@@ -161,17 +161,18 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
     seconds, busy, recompute, fixed, bubbles = [], [], [], [], []
     simulated: list[SimulatedStep] = []
     stages = 1 if run.pipeline is None else run.pipeline.stages
-    chunks = recomputed = tokens = 0
+    chunks = recomputed = tokens = room = 0
     for step in steps:
         planned = run[step]
         chunks += planned.chunks
         recomputed += planned.recomputed_chunks
         tokens += planned.tokens
+        room += planned.room
         # Stages share the model equally, so each is busy as long as the others.
         share = 1.0 if run.costs.is_of_one_stage else 1.0 / stages
         of_ranks = np.array([rank_seconds(rank, run.costs) * share for rank in planned.ranks])
         if run.pipeline is None:
-            seconds.append(float(of_ranks.max()))
+            seconds.append(run.step_seconds(planned) if run.is_in_lockstep else float(of_ranks.max()))
         else:
             simulated.append(SimulatedStep(run, planned))
             seconds.append(simulated[-1].makespan(of_ranks))
@@ -193,7 +194,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         fits=needed <= limit,
         recompute_share=recomputed / chunks,
         bubble_ratio=float(waiting.sum() / sum(seconds)) if sum(seconds) else 0.0,
-        fill=tokens / (chunks * run.chunk_size),
+        fill=tokens / room,
         recompute_seconds=float(np.mean(recompute)),
         fixed_seconds=float(np.mean(fixed)),
         waiting_seconds=float(waiting.mean()),

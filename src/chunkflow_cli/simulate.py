@@ -227,9 +227,49 @@ def simulate_ranks(ranks: Sequence[tuple[Sequence[Schedule], OperationSeconds]])
     return Timeline(len(timelines), stages.pop(), rank_of_row, **columns)  # type: ignore[arg-type]
 
 
+def simulate_lockstep(ranks: Sequence[tuple[Schedule, OperationSeconds]], dummy: OperationSeconds) -> Timeline:
+    """Run ranks without a pipeline that wait for each other at every operation, as ZeRO-3 makes them.
+
+    Dummies take time but have no row.
+
+    Args:
+        ranks: schedule and durations of each; as many operations each, of the same kinds.
+        dummy: durations of one chunk, of one token.
+    """
+    rows = [_Rows.of([schedule], seconds) for schedule, seconds in ranks]
+    operations = len(ranks[0][0].ops)
+    kinds = [KINDS.index(op.kind.value) for op in ranks[0][0].ops]
+    of_dummy = np.array([table[0, 0] for table in (dummy.state_pass, dummy.forward, dummy.recompute, dummy.backward)])
+    durations, positions, busy = [], [], np.zeros((len(ranks), operations))
+    for index, (schedule, seconds) in enumerate(ranks):
+        assert len(schedule.ops) == operations, "ranks in lock-step run as many operations"
+        position = np.repeat(np.arange(operations), [len(op.real_chunks) for op in schedule.ops])
+        dummies = np.array([len(op.chunks) - len(op.real_chunks) for op in schedule.ops])
+        durations.append(rows[index].durations(seconds))
+        positions.append(position)
+        busy[index] = np.bincount(position, durations[-1], minlength=operations) + dummies * of_dummy[kinds]
+    begins = np.concatenate([[0.0], np.cumsum(busy.max(axis=0))])
+    starts, stops = [], []
+    for duration, position in zip(durations, positions, strict=True):
+        ends = np.cumsum(duration)
+        before = ends - duration
+        first_of_operation = np.searchsorted(position, position)  # joined chunks run one after the other
+        starts.append(begins[position] + before - before[first_of_operation])
+        stops.append(starts[-1] + duration)
+
+    def join(name: str) -> NDArray[np.int64]:
+        return np.concatenate([getattr(row, name) for row in rows])
+
+    rank_of_row = np.repeat(np.arange(len(ranks)), [len(row) for row in rows])
+    return Timeline(
+        len(ranks), 1, rank_of_row, join("stage"), join("part"), np.array(list(KINDS))[join("kind")], join("chunk"),
+        np.concatenate(starts), np.concatenate(stops),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Rows:
-    """The operations of all stages as arrays, one row for each chunk of each, stage by stage."""
+    """The operations of all stages as arrays, one row for each chunk of each, stage by stage; none for dummies."""
 
     schedules: Sequence[Schedule]
     first_row: NDArray[np.int64]
@@ -253,10 +293,10 @@ class _Rows:
         first_row = [0]
         for schedule in schedules:
             for op in schedule.ops:
-                joined = len(op.chunks)
-                letters.append(op.kind.value * joined)
-                chunk += op.chunks
-                part += [op.part] * joined
+                chunks = op.real_chunks
+                letters.append(op.kind.value * len(chunks))
+                chunk += chunks
+                part += [op.part] * len(chunks)
             first_row.append(len(chunk))
         code_of_letter = np.full(128, -1, dtype=np.int64)
         code_of_letter[np.frombuffer(KINDS.encode(), dtype=np.uint8)] = np.arange(len(KINDS))
@@ -375,7 +415,7 @@ class _Rows:
     def _op_of(self, row: int, stage: int) -> tuple[int, Op]:
         left = row - int(self.first_row[stage])
         for position, op in enumerate(self.schedules[stage].ops):
-            left -= len(op.chunks)
+            left -= len(op.real_chunks)
             if left < 0:
                 return position, op
         raise IndexError(row)

@@ -5,13 +5,11 @@ The order of this file is the order of a run: what is needed, data, model, steps
 
 from __future__ import annotations
 
-import signal
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,13 +17,21 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from chunkflow_cli.accounting import check_accounting, samples_account
 from chunkflow_cli.assembly import assemble
+from chunkflow_cli.balance import balance
 from chunkflow_cli.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint, save_final
 from chunkflow_cli.chunks import build_chunks
-from chunkflow_cli.config import Config, LearningRateSchedule, LoadedConfig, LossWeighting, PipelineSchedule
+from chunkflow_cli.config import Config, LoadedConfig, PipelineSchedule
 from chunkflow_cli.costs import training_flops
 from chunkflow_cli.devices import present_device, training_device
-from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
+from chunkflow_cli.engine import (
+    EngineSettings,
+    check_settings,
+    close_process_group,
+    join_processes,
+    launched_rank,
+)
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token, whole_sequence_bytes
 from chunkflow_cli.execution.backend_choice import choose_backend
@@ -35,12 +41,14 @@ from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import cost_model, load_run_data, plan_run, planned_topology, target_weights
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
-from chunkflow_cli.run_plan import StepPlan
+from chunkflow_cli.run_plan import RankPlan, StepPlan
+from chunkflow_cli.stop_signals import stop_on_signals
 from chunkflow_cli.tokens import load_tokenizer
 
 EVAL_GROUP = 256
@@ -58,22 +66,16 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         RunError: a loss is not finite, or the accounting does not add up.
         KeyboardInterrupt: the user stopped the run, and a checkpoint was saved.
     """
-    import json
-
-    console = stderr_console()
     hf_config = check_requirements(loaded)
-    folder = open_run_folder(loaded)
+    console = stderr_console() if launched_rank() == 0 else Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    training = _Training(loaded, hf_config, console)
     try:
-        if folder.report.exists():
-            report: dict[str, Any] = json.loads(folder.report.read_text(encoding="utf-8"))
-            console.print(f"This run is finished already. To run it again: checkpoint.resume=never\n  {folder.path}")
-        else:
-            report = _Training(loaded.config, hf_config, folder, console).run()
+        report = training.run()
     finally:
-        folder.close()
+        training.close()
         close_process_group()
-    if not json_output:
-        print_training_summary(stdout_console(), report, folder.path)
+    if not json_output and launched_rank() == 0:
+        print_training_summary(stdout_console(), report, training.folder.path)
     return report
 
 
@@ -107,48 +109,76 @@ def check_requirements(loaded: LoadedConfig) -> Any:
             "parallel.schedule=interleaved: so far only plan and tune-chunk-size know several parts of a model on a "
             "stage\n  train with another schedule"
         )
-    for key, value in (
-        ("launch.processes", config.launch.processes),
-        ("parallel.pipeline", config.parallel.pipeline),
-    ):
-        if value > 1:
-            raise UsageError(f"{key}={value}: so far only plan knows more than one; train with {key}=1")
+    if config.parallel.pipeline > 1:
+        raise UsageError(
+            f"parallel.pipeline={config.parallel.pipeline}: so far only plan knows more than one; train with 1"
+        )
     device = training_device()
     check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
     return hf_config
 
 
 class _Training:
-    """One run of `train`, from loading to the report."""
+    """One run of `train`, from loading to the report; one such object on each process."""
 
-    def __init__(self, config: Config, hf_config: Any, folder: RunFolder, console: Console) -> None:
-        self.config = config
-        self.folder = folder
+    def __init__(self, loaded: LoadedConfig, hf_config: Any, console: Console) -> None:
+        self.loaded = loaded
+        self.config: Config = loaded.config
         self.console = console
         self.hf_config = hf_config
         self.device = training_device()
-        self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+        self.dtype: torch.dtype = getattr(torch, self.config.model.dtype.value)
+        self.topology = planned_topology(self.config)
         self.stop_requested = False
 
     def run(self) -> dict[str, Any]:
-        config = self.config
-        settle_vector_math()
-        choice = choose_backend(config.model.attention, self.hf_config, self.device, self.dtype)
-        self.console.print(f"[bold]{self.folder.path}[/]  {self.device.type}, {config.model.dtype.value}, "
-                           f"attention {choice.backend.name} ({choice.reason})", soft_wrap=True)  # fmt: skip
-        self._prove_parity()
-        self._load_data()
-        self._load_model(choice.backend)
+        # The first process goes ahead: what takes it long must not let a collective of the others time out.
+        if launched_rank() == 0:
+            self.folder = open_run_folder(self.loaded)
+            if not self.folder.report.exists():
+                self._say_what_runs()
+                self._prove_parity()
+                self._load_data()
+        self.processes = join_processes(self.device, self.topology)
+        self._share_folder()
+        if self.folder.report.exists():
+            self.console.print(
+                f"This run is finished already. To run it again: checkpoint.resume=never\n  {self.folder.path}"
+            )
+            return self.folder.read_report()
+        if not self.processes.is_first:
+            self._load_data()
+        self._load_model()
         progress = self._resume()
-        with _stop_on_signals(self._request_stop):
+        with stop_on_signals(self._request_stop):
             self._train(progress)
         self._save_model()
         report = self._report(progress)
-        self._check_accounting(report)
-        write_json(self.folder.report, report)
+        check_accounting(report, self.batches)
+        if self.processes.is_first:
+            write_json(self.folder.report, report)
         return report
 
+    def close(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.close()
+
     # What is needed
+
+    def _say_what_runs(self) -> None:
+        choice = choose_backend(self.config.model.attention, self.hf_config, self.device, self.dtype)
+        processes = "" if self.topology.processes == 1 else f", {self.topology.processes} processes ({self.topology})"
+        self.console.print(
+            f"[bold]{self.folder.path}[/]  {self.device.type}{processes}, {self.config.model.dtype.value}, "
+            f"attention {choice.backend.name} ({choice.reason})", soft_wrap=True,
+        )  # fmt: skip
+
+    def _share_folder(self) -> None:
+        """The first process holds the folder's lock for all of them."""
+        mine = (self.folder.path.resolve(), self.folder.checkpoint) if self.processes.is_first else None
+        path, checkpoint = self.processes.gather(mine)[0]
+        if not self.processes.is_first:
+            self.folder = RunFolder(path, checkpoint)
 
     def _prove_parity(self) -> None:
         model = self.config.model
@@ -166,14 +196,18 @@ class _Training:
         )  # fmt: skip
 
     def _load_data(self) -> None:
-        data = load_run_data(self.config, self.hf_config)
-        self.data, self.train_data, self.eval_data = data.read, data.train, data.evaluation
-        self._write_rejected()
+        self.data = load_run_data(self.config, self.hf_config)
+        self.train_data, self.eval_data = self.data.train, self.data.evaluation
+        if launched_rank() == 0:
+            self._write_rejected()
 
     def _write_rejected(self) -> None:
         import json
 
-        rejected = [*self.data.rejected, *(self.eval_data.rejected if self.config.data.eval_path is not None else ())]
+        rejected = [
+            *self.data.read.rejected,
+            *(self.eval_data.rejected if self.config.data.eval_path is not None else ()),
+        ]
         if not rejected:
             return
         rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in rejected]
@@ -183,16 +217,22 @@ class _Training:
             f"{len(rows):,} rows cannot be trained on and are skipped; each with its reason: {path}", soft_wrap=True
         )
 
-    def _load_model(self, backend: Any) -> None:
+    def _load_model(self) -> None:
         config = self.config
+        settle_vector_math()
+        backend = choose_backend(config.model.attention, self.hf_config, self.device, self.dtype).backend
         with working(self.console, "loading the model"):
-            parts = assemble(config, self.hf_config, backend, self.device, stop_requested=lambda: self.stop_requested)
+            parts = assemble(config, self.hf_config, backend, self.device, stop_requested=self._must_stop_now)
         self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
+        if self.processes.rank:  # all weights are drawn: from here on, dropout differs from rank to rank
+            torch.manual_seed(
+                int(np.random.SeedSequence((config.train.seed, self.processes.rank)).generate_state(1)[0])
+            )
         self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device(), self.hf_config))
         self.batches, self.steps = self.plan.batches, self.plan.steps
         assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
-        self.peak_flops = peak_flops(self.device, self.dtype)
-        self.learning_rate = learning_rate_schedule(config, self.steps)
+        self.peak_flops = peak_flops(self.device, self.dtype) if self.processes.is_first else 0.0
+        self.learning_rate = learning_rate_schedule(config.optim, self.steps)
 
     def _resume(self) -> Progress:
         if self.folder.checkpoint is None:
@@ -210,7 +250,9 @@ class _Training:
         """After the last whole step; an interrupted step has drawn more."""
         with (
             training_display(self.console, self.steps) as display,
-            MetricWriters(config.log.backends, self.folder.path, progress.step + 1) as writers,
+            MetricWriters(
+                config.log.backends if self.processes.is_first else [], self.folder.path, progress.step + 1
+            ) as writers,
         ):
             done, total = self._tokens_until(progress.step), self._tokens_until(self.steps)
             display.begin(total, done)
@@ -219,6 +261,7 @@ class _Training:
                     display.phase("held-out loss")
                     progress.eval_loss_start = self._evaluate()
                 while progress.step < self.steps:
+                    self._stop_together()
                     row = self._step(progress, display.advance)
                     if self._evaluates_after(progress.step):
                         display.phase("held-out loss")
@@ -226,11 +269,10 @@ class _Training:
                     if row.step % config.log.every == 0 or row.step == self.steps or row.eval_loss is not None:
                         writers.write(row)
                         display.step(row)
-                    if self.stop_requested:
-                        raise Interrupted
                     if config.checkpoint.every is not None and row.step % config.checkpoint.every == 0:
                         display.phase("saving a checkpoint")
                         self._save_checkpoint(progress)
+                self._stop_together()
                 if len(self.eval_data) and progress.eval_step != self.steps:  # stopped within the last one
                     progress.eval_loss_end = self._evaluate()
             except Interrupted:
@@ -242,12 +284,23 @@ class _Training:
                 )
                 raise KeyboardInterrupt from None
 
-    def _step(self, progress: Progress, on_backward: Callable[[int], None]) -> StepMetrics:
+    def _must_stop_now(self) -> bool:
+        """Asked before every operation. Where operations wait for other ranks, a run stops between steps only."""
+        return self.stop_requested and not self.plan.is_in_lockstep
+
+    def _stop_together(self) -> None:
+        """Between steps: whatever process was told to stop, all of them stop.
+
+        Raises:
+            Interrupted: one was.
+        """
+        if self.processes.sum(self.stop_requested)[0]:
+            raise Interrupted
+
+    def _step(self, progress: Progress, on_backward: Callable[[float], None]) -> StepMetrics:
         start = time.perf_counter()
         step = self.plan[progress.step]
-        (share,) = step.ranks
-        result = self.runner.run(share.schedule, self._batch(step), on_backward)
-        self._check_finite(step, result)
+        result = self._run_operations(step, on_backward)
         lr = self.learning_rate(progress.step)
         self.engine.set_learning_rate(lr)
         norm = self.engine.step()
@@ -276,9 +329,30 @@ class _Training:
             recomputed_chunks=step.recomputed_chunks,
             step_seconds=seconds,
             tokens_per_second=step.tokens / seconds,
-            mfu=training_flops(self.train_data.lengths[step.samples], self.shape) / seconds / self.peak_flops,
-            peak_memory_bytes=peak_memory_bytes(self.device),
+            mfu=training_flops(self.train_data.lengths[step.samples], self.shape) / seconds / self._peak_flops_of_all,
+            peak_memory_bytes=int(self.processes.maximum(peak_memory_bytes(self.device))[0]),
         )
+
+    def _run_operations(self, step: StepPlan, on_backward: Callable[[float], None]) -> StepResult:
+        """Those of this process; loss and targets of the result are those of all.
+
+        Raises:
+            Interrupted: a process was told to stop and has not done all of its operations.
+            RunError: a loss is not finite.
+        """
+        rank = step.ranks[self.processes.place.data_rank]
+        share = step.tokens / max(1, rank.chunks.tokens)  # the bar counts the tokens of all ranks
+        is_whole = True
+        try:
+            result = self.runner.run(rank.schedule, self._batch(step, rank), lambda tokens: on_backward(tokens * share))
+        except Interrupted:
+            is_whole, result = False, StepResult(0.0, 0, 0, ())
+        loss, targets, whole = self.processes.sum(result.loss, result.target_tokens, is_whole)
+        if whole < self.topology.processes:
+            raise Interrupted
+        if not np.isfinite(loss):
+            self._refuse_loss(step, rank, result)
+        return replace(result, loss=loss, target_tokens=round(targets))
 
     def _evaluates_after(self, step: int) -> bool:
         every = self.config.eval.every
@@ -293,11 +367,14 @@ class _Training:
         progress.eval_loss_end, progress.eval_step = loss, row.step
         return replace(row, eval_loss=loss)
 
-    def _batch(self, step: StepPlan) -> StepBatch:
-        """The sequences of a step, read from the cache."""
-        (share,) = step.ranks
-        weights = target_weights(self.train_data.target_counts[share.samples], self.config.train.loss_weighting)
-        return StepBatch(share.chunks, [self.train_data[int(sample)] for sample in share.samples], weights)
+    @property
+    def _peak_flops_of_all(self) -> float:
+        return max(self.peak_flops, 1.0) * self.topology.processes
+
+    def _batch(self, step: StepPlan, rank: RankPlan) -> StepBatch:
+        """The sequences of a rank, read from the cache."""
+        weights = target_weights(rank, step, self.config.train.loss_weighting)
+        return StepBatch(rank.chunks, [self.train_data[int(sample)] for sample in rank.samples], weights)
 
     def _evaluate(self) -> float:
         """Token-mean loss over all held-out samples, whatever the training loss weighs.
@@ -309,25 +386,47 @@ class _Training:
         self.model.eval()
         weight = 1.0 / int(self.eval_data.target_counts.sum())
         for start in range(0, len(self.eval_data), EVAL_GROUP):
-            samples = range(start, min(start + EVAL_GROUP, len(self.eval_data)))
-            chunks = build_chunks(self.eval_data.lengths[samples.start : samples.stop], self.config.chunk.size)
-            sequences = [self.eval_data[sample] for sample in samples]
-            total += self.runner.evaluate(StepBatch(chunks, sequences, np.full(len(samples), weight)))
+            samples = np.arange(start, min(start + EVAL_GROUP, len(self.eval_data)))
+            shares = balance(self.eval_data.lengths[samples], self.plan.ranks)
+            chunks = [build_chunks(self.eval_data.lengths[samples[share]], self.config.chunk.size) for share in shares]
+            data_rank = self.processes.place.data_rank
+            sequences = [self.eval_data[int(sample)] for sample in samples[shares[data_rank]]]
+            batch = StepBatch(chunks[data_rank], sequences, np.full(len(sequences), weight))
+            forwards = max(map(len, chunks)) if self.plan.is_in_lockstep else 0
+            total += self._evaluate_group(batch, forwards)
         self.model.train()
         return total
 
-    def _check_finite(self, step: StepPlan, result: StepResult) -> None:
-        if not result.not_finite:
-            return
-        index = result.not_finite[0]
-        (share,) = step.ranks
-        where = [
-            str(self.train_data.location(int(share.samples[segment.sequence])))
-            for segment in share.chunks[index].segments
-        ]
+    def _evaluate_group(self, batch: StepBatch, forwards: int) -> float:
+        is_whole, loss = True, 0.0
+        try:
+            loss = self.runner.evaluate(batch, forwards=forwards)
+        except Interrupted:
+            is_whole = False
+        loss, whole = self.processes.sum(loss, is_whole)
+        if whole < self.topology.processes:
+            raise Interrupted
+        return loss
+
+    def _refuse_loss(self, step: StepPlan, rank: RankPlan, result: StepResult) -> None:
+        """
+        Raises:
+            RunError: names the first chunk whose loss is not finite, and its samples; the same on all processes.
+        """
+        found = None
+        if result.not_finite:
+            index = result.not_finite[0]
+            where = [
+                str(self.train_data.location(int(rank.samples[segment.sequence])))
+                for segment in rank.chunks[index].segments
+            ]
+            found = (
+                f"first in chunk {index} of {len(rank.chunks)}\n"
+                f"  its samples: {', '.join(where[:8])}{' and more' if len(where) > 8 else ''}\n"
+            )
+        first = next((text for text in self.processes.gather(found) if text is not None), "in no single chunk\n")
         raise RunError(
-            f"the loss of step {step.step + 1} is not finite, first in chunk {index} of {step.chunks}\n"
-            f"  its samples: {', '.join(where[:8])}{' and more' if len(where) > 8 else ''}\n"
+            f"the loss of step {step.step + 1} is not finite, {first}"
             "  look at them, lower optim.lr, or lower optim.grad_clip; the last checkpoint is from before this step"
         )
 
@@ -370,28 +469,23 @@ class _Training:
         if has_tokenizer(self.config.model.path):
             tokenizer = load_tokenizer(self.config.model.path, trust_remote_code=self.config.model.trust_remote_code)
         with working(self.console, "saving the model"):
-            save_final(self.folder.final, self.model, tokenizer, self.engine)
+            save_final(self.folder.final, self.model, tokenizer, self.engine, writes=self.processes.is_first)
 
     def _report(self, progress: Progress) -> dict[str, Any]:
         chunk = self.config.chunk
         longest = int(self.train_data.lengths.max())
-        peak = peak_memory_bytes(self.device)
+        peak = int(self.processes.maximum(peak_memory_bytes(self.device))[0])
         flops = self._trained_flops(progress)
         # Measured again, for other work on the machine may have slowed the first measurement.
-        self.peak_flops = max(self.peak_flops, peak_flops(self.device, self.dtype))
+        if self.processes.is_first:
+            self.peak_flops = max(self.peak_flops, peak_flops(self.device, self.dtype))
         whole = None
         if self.activation_bytes is not None and longest > chunk.size * chunk.k:
             whole = whole_sequence_bytes(
                 peak, self.activation_bytes, chunk.size * chunk.k, longest, self.shape.vocab_size, self.dtype.itemsize
             )
         return {
-            "samples_read": self.data.samples_read,
-            "samples_rejected": self.data.samples_rejected,
-            "samples_dropped": self.data.samples_dropped,
-            "samples_truncated": self.data.samples_truncated,
-            "samples_held_out": 0 if self.config.data.eval_path is not None else len(self.eval_data),
-            "samples_to_train": len(self.train_data),
-            **self._eval_path_accounting(),
+            **samples_account(self.data, self.config.data),
             **{key: value for key, value in asdict(progress).items() if key != "step"},
             "steps": progress.step,
             "epochs": progress.step / self.batches.steps_per_epoch,
@@ -400,79 +494,18 @@ class _Training:
             "k": chunk.k,
             "lora": self.config.model.lora.enabled,
             "tokens_per_second": progress.tokens_trained / max(progress.train_seconds, 1e-9),
-            "mfu": flops / max(progress.train_seconds, 1e-9) / self.peak_flops,
+            "mfu": flops / max(progress.train_seconds, 1e-9) / self._peak_flops_of_all,
+            "processes": self.topology.processes,
             "peak_memory_bytes": peak,
             "activation_bytes_per_token": self.activation_bytes,
             "whole_sequence_peak_bytes_predicted": whole,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
 
-    def _eval_path_accounting(self) -> dict[str, int]:
-        """What became of the rows of `data.eval_path`; they are not among those of `data.path`."""
-        if self.config.data.eval_path is None:
-            return {}
-        return {
-            "eval_samples_read": self.eval_data.samples_read,
-            "eval_samples_rejected": self.eval_data.samples_rejected,
-            "eval_samples_dropped": self.eval_data.samples_dropped,
-            "eval_samples_truncated": self.eval_data.samples_truncated,
-        }
-
     def _trained_flops(self, progress: Progress) -> float:
         return sum(
             training_flops(self.train_data.lengths[self.batches[step]], self.shape) for step in range(progress.step)
         )
-
-    def _check_accounting(self, report: dict[str, Any]) -> None:
-        """Every sample and every target is somewhere, or the run has failed."""
-        accounted = sum(
-            report[key] for key in ("samples_rejected", "samples_dropped", "samples_held_out", "samples_to_train")
-        )
-        planned = sum(len(self.batches[step]) for step in range(report["steps"]))
-        problems = []
-        if accounted != report["samples_read"]:
-            problems.append(f"{report['samples_read']} samples were read, {accounted} are accounted for")
-        if planned != report["samples_trained"]:
-            problems.append(f"{planned} samples were planned, {report['samples_trained']} trained on")
-        if report["target_tokens_planned"] != report["target_tokens_trained"]:
-            problems.append(
-                f"{report['target_tokens_planned']} targets were planned, {report['target_tokens_trained']} trained on"
-            )
-        if problems:
-            raise RunError("the accounting does not add up: " + "; ".join(problems))
-
-
-def target_weights(targets: NDArray[np.int64], weighting: LossWeighting) -> NDArray[np.float64]:
-    """(sequences,) what each target of a sequence counts, so that the weights of a global batch sum to 1."""
-    if weighting is LossWeighting.token:
-        return np.full(len(targets), 1.0 / targets.sum())
-    return 1.0 / (len(targets) * targets)
-
-
-def learning_rate_schedule(config: Config, steps: int) -> Callable[[int], float]:
-    """The learning rate of each step, counted from 0, by transformers' schedules.
-
-    They are asked for step + 1 of steps + 1: so the first step does not idle at a rate of zero, nor does the last.
-    """
-    import math
-
-    from transformers import get_scheduler
-
-    optim = config.optim
-    idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
-    warmup = math.ceil(optim.warmup_ratio * steps)
-    if optim.schedule is LearningRateSchedule.wsd:
-        decay = math.ceil(0.1 * steps) + 1  # it begins at the full rate: one more, for the last tenth to be below it
-        scheduler = get_scheduler(
-            "warmup_stable_decay", idle, num_warmup_steps=warmup, num_training_steps=steps + 1,
-            scheduler_specific_kwargs={"num_decay_steps": decay},
-        )  # fmt: skip
-    elif optim.schedule is LearningRateSchedule.constant:
-        scheduler = get_scheduler("constant_with_warmup", idle, num_warmup_steps=warmup)
-    else:
-        scheduler = get_scheduler(optim.schedule.value, idle, num_warmup_steps=warmup, num_training_steps=steps + 1)
-    factor = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
-    return lambda step: float(optim.lr * factor(step + 1))
 
 
 class _First:
@@ -481,23 +514,3 @@ class _First:
     def __init__(self, sample: Any, count: int) -> None:
         self.input_ids: NDArray[np.int32] = sample.input_ids[:count]
         self.targets: NDArray[np.int32] = sample.targets[:count]
-
-
-@contextmanager
-def _stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to stop; the second stops it at once."""
-    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        for each in signals:
-            signal.signal(each, before[each])
-        request_stop()
-
-    for number in signals:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number in signals:
-            signal.signal(number, before[number])

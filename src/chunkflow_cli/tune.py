@@ -42,6 +42,7 @@ from chunkflow_cli.run_data import (
     load_run_data,
     pipeline_layout,
     plan_run,
+    planned_topology,
 )
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
@@ -263,7 +264,7 @@ def choice(
     config: Config, run: RunPlan, basis: Basis, stages: int, equal_time: bool, chunk_size: int, k: int
 ) -> RunPlan:
     """The run with another chunk size, K, way to cut long samples and number of pipeline stages."""
-    ranks = max(1, config.launch.processes // stages)
+    ranks = planned_topology(config, pipeline=stages).replicas
     pipeline = pipeline_layout(config, stages)
     costs = run.costs
     if basis.calibration is None and not costs.is_of_one_stage:

@@ -27,7 +27,7 @@ TAG = "engine"
 class Engine:
     """A DeepSpeed engine around a module whose forward returns a scalar loss.
 
-    The loss must already be normalised over the whole step: gradients of all backwards are summed.
+    The loss must already be normalised over the whole step: gradients of all backwards of all ranks are summed.
     """
 
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
@@ -46,11 +46,19 @@ class Engine:
         self.device: torch.device = self._engine.device
         self._averaged_over = self._engine.dp_world_size
         self._coalescing: AbstractContextManager[Any] | None = None
+        self._norm = 0.0
+        if self._stage == 0:
+            self._optimizer.register_step_pre_hook(self._measure_and_clip)
 
     @property
     def needs_joined_retained_chunks(self) -> bool:
         """ZeRO-3 traces one forward for one backward: the retained chunks of a sequence must share a call."""
         return self._stage == 3
+
+    @property
+    def needs_lockstep(self) -> bool:
+        """ZeRO-3 communicates within forward and backward: all ranks must run the same ones."""
+        return self._stage == 3 and bool(self._averaged_over > 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._stage == 2 and self._coalescing is None:
@@ -62,21 +70,42 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         if self._stage >= 1:  # two backwards with no forward between them would lose gradients
             self._engine.optimizer.clear_backward_seen_flag()
+        # DeepSpeed averages over the ranks.
         self._engine.backward(loss * self._averaged_over, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip, update the weights and forget the gradients; returns the gradient norm before clipping."""
+        """Sum the gradients of all ranks, clip, update the weights and forget the gradients.
+
+        Returns:
+            The norm of the summed gradient before clipping, the same on every rank.
+        """
         self._close_coalescing()
-        norm = None
-        if self._stage == 0:
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
+        if self._stage in (0, 1):
+            self._fill_missing_gradients()
         self._engine.step()
-        if norm is None:
-            norm = float(self._engine.get_global_grad_norm())
+        norm = self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise RunError(f"the gradient norm is {norm}: the weights of this step are spoilt and are not saved")
         return norm
+
+    def _fill_missing_gradients(self) -> None:
+        """Zeros for weights that no chunk of this rank has used (the head, by a rank without targets).
+
+        Other ranks have used them, and DeepSpeed takes it for granted that all ranks reduce the same ones.
+        """
+        if hasattr(self._engine.optimizer, "get_grads_for_reduction"):
+            return  # BF16_Optimizer sums into buffers of its own, which begin at zero
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _measure_and_clip(self, *_: Any) -> None:
+        """DeepSpeed's ZeRO-0 does not tell the norm that it clips by: so this runs between its sum and its update."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip, norm)
+        self._norm = float(norm)
 
     def discard_gradients(self) -> None:
         """Forget what an interrupted step has accumulated."""

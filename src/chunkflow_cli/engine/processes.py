@@ -8,9 +8,87 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.topology import Place, Topology
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, and what they tell each other beside gradients.
+
+    That goes over gloo, from the host's memory: a few numbers a step, which no device needs to wait for.
+    """
+
+    topology: Topology = field(default_factory=Topology)
+    rank: int = 0
+    _control: Any = None
+    """A gloo group of all processes; None if there is one."""
+
+    @property
+    def place(self) -> Place:
+        return self.topology.place_of(self.rank)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        return self._reduce(values, torch.distributed.ReduceOp.SUM)
+
+    def maximum(self, *values: float) -> tuple[float, ...]:
+        return self._reduce(values, torch.distributed.ReduceOp.MAX)
+
+    def _reduce(self, values: tuple[float, ...], operation: Any) -> tuple[float, ...]:
+        if self._control is None:
+            return values
+        numbers = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(numbers, operation, group=self._control)
+        return tuple(numbers.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process says, by rank."""
+        if self._control is None:
+            return [value]
+        values = [None] * self.topology.processes
+        torch.distributed.all_gather_object(values, value, group=self._control)
+        return values
+
+    def barrier(self) -> None:
+        if self._control is not None:
+            torch.distributed.barrier(group=self._control)
+
+
+def launched_processes() -> int:
+    """How many processes the launcher that started this one has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def join_processes(device: torch.device, topology: Topology) -> Processes:
+    """Meet the other processes of the run.
+
+    Raises:
+        UsageError: a launcher has started another number than the configuration asks for.
+    """
+    if launched_processes() != topology.processes:
+        raise UsageError(
+            f"{launched_processes()} processes were launched, and the configuration makes {topology.processes} of "
+            f"launch.processes, parallel.sequence and parallel.pipeline ({topology})"
+        )
+    if topology.processes == 1:
+        return Processes()
+    init_process_group(device)
+    control = torch.distributed.new_group(backend="gloo")
+    return Processes(topology, torch.distributed.get_rank(), control)
 
 
 def close_process_group() -> None:
@@ -29,6 +107,8 @@ def import_deepspeed() -> Any:
         # next start waits for without end. gloo and NCCL do without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that torch has since changed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     return deepspeed
 
 

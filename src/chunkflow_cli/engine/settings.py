@@ -57,7 +57,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.optim.grad_clip,
+        "gradient_clipping": settings.optim.grad_clip if stage > 0 else 0.0,  # the engine clips without ZeRO itself
         "steps_per_print": sys.maxsize,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -77,3 +77,21 @@ def build_batch(
         targets=tensor(targets[counted]),
         target_weights=tensor(weights[counted], weight_dtype),
     )
+
+
+def dummy_batch(device: torch.device, weight_dtype: torch.dtype = torch.float32) -> ChunkBatch:
+    """One token without a target."""
+    zero, none = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    return ChunkBatch(zero, zero, (0, 1), none, none, torch.zeros(0, dtype=weight_dtype, device=device))
+
+
+def with_idle_target(batch: ChunkBatch) -> ChunkBatch:
+    """The same chunk with a target that counts nothing, if it has none.
+
+    So it runs the head like every other chunk. ZeRO-3 fetches the weights of whatever a forward touches, from all
+    ranks: one that left the head out would let the others wait for ever.
+    """
+    if batch.target_tokens:
+        return batch
+    zero = batch.target_positions.new_zeros(1)
+    return replace(batch, target_positions=zero, targets=zero, target_weights=batch.target_weights.new_zeros(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,11 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chunkflow_cli.chunks import Chunk, Chunks
-from chunkflow_cli.execution.batch import ChunkBatch, TokenizedSequence, build_batch
+from chunkflow_cli.execution.batch import (
+    ChunkBatch,
+    TokenizedSequence,
+    build_batch,
+    dummy_batch,
+    with_idle_target,
+)
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.state import StateStore
-from chunkflow_cli.schedule import Op, OpKind, Schedule
+from chunkflow_cli.schedule import DUMMY, Op, OpKind, Schedule
 
 
 class Engine(Protocol):
@@ -63,6 +69,7 @@ class Runner:
         *,
         weight_dtype: torch.dtype = torch.float32,
         replay_random: bool = False,
+        lockstep: bool = False,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """
@@ -71,12 +78,14 @@ class Runner:
             device: where batches go.
             weight_dtype: float32, or float64 for a float64 model.
             replay_random: give a recompute the random numbers of its state pass; needed under dropout.
+            lockstep: every forward touches the same weights, whatever its chunk: other ranks run theirs with it.
             stop_requested: asked before every operation.
         """
         self._engine = engine
         self._device = device
         self._weight_dtype = weight_dtype
         self._replay_random = replay_random
+        self._lockstep = lockstep
         self._stop_requested = stop_requested
 
     def run(
@@ -109,12 +118,19 @@ class Runner:
                 on_operation(op, time.perf_counter() - start)
                 start = time.perf_counter()
             if op.kind is OpKind.backward:
-                on_backward(sum(batch.chunks[index].tokens for index in op.chunks))
+                on_backward(sum(batch.chunks[index].tokens for index in op.real_chunks))
         return step.result()
 
     @torch.no_grad()
-    def evaluate(self, batch: StepBatch, on_chunk: Callable[[int], None] = lambda tokens: None) -> float:
+    def evaluate(
+        self, batch: StepBatch, *, forwards: int = 0, on_chunk: Callable[[int], None] = lambda tokens: None
+    ) -> float:
         """The weighted loss of whole sequences, chunk by chunk, without gradient.
+
+        Args:
+            batch: the sequences and their chunks.
+            forwards: so many, at least, for other ranks run them too; what the chunks leave over are dummies.
+            on_chunk: told the tokens of each chunk that is done.
 
         Raises:
             Interrupted: `stop_requested` said so.
@@ -124,16 +140,25 @@ class Runner:
         for chunk in batch.chunks:
             if self._stop_requested():
                 raise Interrupted
-            tensors = self.build(chunk, batch)
+            tensors = self.in_step(self.build(chunk, batch))
             total += float(self._engine.forward(call_of(chunk, tensors, batch.chunks, store)))
             sequence = chunk.long_sequence
             if sequence is not None and not chunk.segments[0].continues:
                 store.close(sequence)
             on_chunk(chunk.tokens)
+        for _ in range(forwards - len(batch.chunks)):
+            self._engine.forward(self.dummy())
         return total
 
     def build(self, chunk: Chunk, batch: StepBatch) -> ChunkBatch:
         return build_batch(chunk, batch.sequences, batch.weights, self._device, self._weight_dtype)
+
+    def in_step(self, tensors: ChunkBatch) -> ChunkBatch:
+        """As it is forwarded beside the chunks of other ranks."""
+        return with_idle_target(tensors) if self._lockstep else tensors
+
+    def dummy(self) -> ChunkCall:
+        return ChunkCall(self.in_step(dummy_batch(self._device, self._weight_dtype)), None, 0, False)
 
 
 class _Step:
@@ -157,7 +182,7 @@ class _Step:
             case OpKind.state_pass:
                 self._state_pass(op.chunks[0])
             case OpKind.forward:
-                self._live[op.chunks] = self._forward(op.chunks, self._head_gradient_of(op.chunks[0]))
+                self._live[op.chunks] = self._forward(op.chunks, self._head_gradient_of(op.chunks))
             case OpKind.recompute:
                 self._live[op.chunks] = self._recompute(op.chunks[0])
             case OpKind.backward:
@@ -166,7 +191,7 @@ class _Step:
                 raise AssertionError(f"{op}: only pipeline stages split backwards")
 
     def _state_pass(self, index: int) -> None:
-        if self._runner._replay_random:
+        if self._runner._replay_random and index != DUMMY:
             self._random_states[index] = _random_state(self._runner._device)
         with torch.no_grad():
             self._runner._engine.forward(self._call(index, None), state_pass=True)
@@ -199,14 +224,18 @@ class _Step:
                 self._store.close(sequence)
 
     def _call(self, index: int, head_gradient: SharedHeadGradient | None) -> ChunkCall:
+        if index == DUMMY:
+            return replace(self._runner.dummy(), head_gradient=head_gradient)
         chunk = self._batch.chunks[index]
         tensors = self._runner.build(chunk, self._batch)
         self._target_tokens[index] = tensors.target_tokens
-        return call_of(chunk, tensors, self._batch.chunks, self._store, head_gradient)
+        return call_of(chunk, self._runner.in_step(tensors), self._batch.chunks, self._store, head_gradient)
 
-    def _head_gradient_of(self, index: int) -> SharedHeadGradient | None:
-        """One for all retained chunks of a sequence; none for a standalone chunk, which goes backward at once."""
-        group = self._group_of.get(index)
+    def _head_gradient_of(self, indices: tuple[int, ...]) -> SharedHeadGradient | None:
+        """One for all retained chunks of a sequence, or of a call; none for a chunk that goes backward at once."""
+        if len(indices) > 1:
+            return SharedHeadGradient()
+        group = self._group_of.get(indices[0])
         return None if group is None else self._head_gradients.setdefault(group.start, SharedHeadGradient())
 
     def result(self) -> StepResult:
@@ -218,7 +247,7 @@ class _Step:
             loss=float(sum(values)),
             target_tokens=sum(self._target_tokens.values()),
             peak_state_bytes=self._peak_state_bytes,
-            not_finite=tuple(sorted(index for indices in bad for index in indices)),
+            not_finite=tuple(sorted(index for indices in bad for index in indices if index != DUMMY)),
         )
 
 

@@ -54,7 +54,9 @@ def _headline(result: dict[str, Any]) -> Text:
     text.append("no recipe" if result["recipe"] == "default" else f"recipe {result['recipe']}", style="bold")
     text.append(f"  chunk.size={result['chunk_size']} chunk.k={result['k']}")
     if result["ranks"] > 1:
-        text.append(f", {result['ranks']} data-parallel ranks")
+        text.append(f", {result['ranks'] // result['sequence']} data-parallel ranks")
+    if result["sequence"] > 1:
+        text.append(f", each a sequence-parallel group of {result['sequence']}")
     if "pipeline" in result:
         text.append(f", {result['pipeline']['stages']} pipeline stages")
     text.append(
@@ -85,11 +87,22 @@ def _chunks(result: dict[str, Any]) -> Table:
         "operations", f"{result['operations_per_step_and_rank']:,.1f} a step and rank, at most "
         f"{result['most_operations']:,}"
     )  # fmt: skip
+    if result["dummies"]:
+        table.add_row(
+            "dummies", f"{result['dummies']:,} passes of one token, so that all ranks run the same operations (ZeRO-3) "
+            "or have a gradient to give"
+        )  # fmt: skip
     if result["ranks"] > 1:
         balance = result["balance"]
         table.add_row(
             "balance", f"ranks wait {percent(balance['idle_share'])} of the time for the slowest; worst in step "
             f"{balance['worst_step']}, {balance['worst_ratio']:.2f} x the mean"
+        )  # fmt: skip
+    if result["sequence"] > 1:
+        table.add_row(
+            "spread", f"{counted(balance['spread_samples'], 'sample')} over groups of {result['sequence']}; if none "
+            f"were, ranks would wait {percent(balance['idle_share_of_whole_samples'])}, and steps take "
+            f"{balance['times_faster_than_whole_samples']:.2f} times as long"
         )  # fmt: skip
     if result["predicted_seconds"] is not None:
         table.add_row("time", f"about {human_seconds(result['predicted_seconds'])} ({result['cost_model']})")

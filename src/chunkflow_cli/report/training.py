@@ -18,7 +18,7 @@ from chunkflow_cli.report.console import human_bytes, human_seconds
 class TrainingDisplay(Protocol):
     """Where a training run shows how it goes."""
 
-    def advance(self, tokens: int) -> None: ...
+    def advance(self, tokens: float) -> None: ...
 
     def step(self, row: StepMetrics) -> None: ...
 
@@ -36,7 +36,7 @@ class _Bar:
     def begin(self, total_tokens: int, done_tokens: int) -> None:
         self._progress.update(self._task, total=total_tokens, completed=done_tokens)
 
-    def advance(self, tokens: int) -> None:
+    def advance(self, tokens: float) -> None:
         self._progress.advance(self._task, tokens)
 
     def phase(self, text: str) -> None:
@@ -59,19 +59,19 @@ class _Lines:
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
         self._steps = steps
-        self._tokens_left = 0
+        self._tokens_left = 0.0
 
     def begin(self, total_tokens: int, done_tokens: int) -> None:
         self._tokens_left = total_tokens - done_tokens
 
-    def advance(self, tokens: int) -> None:
+    def advance(self, tokens: float) -> None:
         self._tokens_left -= tokens
 
     def phase(self, text: str) -> None:
         """A pipe shows steps only."""
 
     def step(self, row: StepMetrics) -> None:
-        left = self._tokens_left / max(row.tokens_per_second, 1e-9)
+        left = max(0.0, self._tokens_left) / max(row.tokens_per_second, 1e-9)  # rounded sums may end below zero
         held_out = "" if row.eval_loss is None else f"  held-out {row.eval_loss:.4f}"
         self._console.print(
             f"step {row.step}/{self._steps}  loss {row.loss:.4f}{held_out}  grad norm {row.grad_norm:.3g}  "
