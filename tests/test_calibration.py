@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,14 @@ def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
     old = json.loads(path.read_text()) | {"version": 0}
     path.write_text(json.dumps(old))
     assert Calibration.load(path) is None, "one of another version is measured again"
+
+
+def test_an_operation_that_was_disturbed_once_does_not_count() -> None:
+    """Other work on the machine only adds: of two equal operations the faster is the operation's own time."""
+    cost = OperationCost(1e-3, 1e-5, 1e-9)
+    truth = CostModel("", cost, cost, cost, cost, seconds_per_target=1e-6)
+    clean = samples_of(truth)
+    disturbed = [replace(sample, seconds=3 * sample.seconds) for sample in clean]
+    found, worst = fit_costs([*disturbed, *clean], step_seconds=0.0, source="")
+    assert worst < 1e-6
+    assert found.backward.seconds_per_token == pytest.approx(1e-5, rel=1e-4)

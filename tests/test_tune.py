@@ -171,7 +171,7 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     assert result.exit_code == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("Train with it")) <= 80
     words = " ".join(result.stdout.split())
-    assert "stages pipelines cuts chunk.size K predicted memory waiting 1 16 tokens" in words
+    assert "stages ranks group cuts chunk.size K predicted memory waiting 1 16 1 tokens" in words
     sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
     number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"
     assert re.match(
@@ -243,3 +243,26 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
     other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
     assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"
+
+
+def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> None:
+    """Sizes that do not fit beside each other are left out; each that is tried is planned as train would divide it."""
+    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2,4]",
+                  "tune.pipelines=[1,4]")  # fmt: skip
+    layouts = [(row["sequence"], row["stages"], row["data_parallel"]) for row in found["layouts"]]
+    assert layouts == [(1, 1, 8), (1, 4, 2), (2, 1, 8), (2, 4, 2), (4, 1, 8)]
+    words = ["launch.processes=8", "tune.sequences=[2]", "tune.pipelines=[4]", "tune.cuts=[time]"]
+    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", *words)
+    written = read_overrides(found["overrides_file"])
+    assert {"parallel.sequence=2", "parallel.pipeline=4", "chunk.cuts=time"} <= set(written)
+    plan = CliRunner().invoke(app, ["plan", "recipe=tiny_random", "launch.processes=8", PROFILE, *written, "--json"])
+    planned = json.loads(plan.stdout)
+    assert (planned["ranks"], planned["sequence"], planned["pipeline"]["stages"]) == (2, 2, 4)
+
+
+def test_state_and_activations_of_a_rank_fall_with_the_size_of_its_group() -> None:
+    words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2]"]
+    for pipelines in ("tune.pipelines=[1]", "tune.pipelines=[4]"):
+        found = tuned(*words, pipelines, "tune.cuts=[tokens]")
+        alone, grouped = sorted(found["candidates"], key=lambda row: row["sequence"])
+        assert grouped["memory_bytes"] < alone["memory_bytes"]

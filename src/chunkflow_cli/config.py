@@ -328,6 +328,8 @@ class TuneConfig:
     """Values of chunk.k that are tried."""
     pipelines: list[int] = field(default_factory=list)
     """Numbers of pipeline stages that are tried for launch.processes devices; empty: parallel.pipeline."""
+    sequences: list[int] = field(default_factory=list)
+    """Sizes of sequence-parallel groups that are tried for launch.processes devices; empty: parallel.sequence."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
     """Values of chunk.cuts that are tried in pipelines (one stage is as fast with any); empty: chunk.cuts."""
     samples: int = 1024

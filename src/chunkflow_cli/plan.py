@@ -123,7 +123,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
             shape,
             memory_settings(
                 config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k,
-                ranks=plan.ranks, stages=config.parallel.pipeline,
+                ranks=plan.ranks, stages=config.parallel.pipeline, sequence=config.parallel.sequence,
             ),
             simulated_steps(plan, [step - 1]),
         )  # fmt: skip
@@ -251,6 +251,7 @@ def memory_settings(
     k: int,
     ranks: int = 1,
     stages: int = 1,
+    sequence: int = 1,
 ) -> MemorySettings:
     """What decides the memory of the rank that has the longest sample."""
     states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
@@ -266,7 +267,7 @@ def memory_settings(
         longest=longest,
         device_type="cpu" if "CPU" in device.name else "cuda",
         stages=stages,
-        sequence=config.parallel.sequence,
+        sequence=sequence,
     )
 
 
@@ -292,11 +293,13 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
         for index, rank in enumerate(step.plan.ranks):
             if not len(rank.chunks):
                 continue
-            tokens = chunk_tokens(rank.chunks)
+            # Of a chunk that is spread, a rank has its share of the tokens; keys and values are divided by their heads.
+            tokens = chunk_tokens(rank.chunks) / rank.group_size
             read_later, received = np.zeros(len(tokens)), np.zeros(len(tokens))
             for group in rank.chunks.dependent_groups():
                 first = rank.chunks.first_segment[group.start : group.stop - 1]
-                read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
+                stored = (rank.chunks.stop - rank.chunks.start)[first]
+                read_later[group.start : group.stop - 1] = stored / min(rank.group_size, shape.kv_heads)
             again = rank.recomputed
             received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
             activations, state = tokens * activation, read_later * state_of_token

@@ -28,10 +28,12 @@ class Candidate:
     k: int
     stages: int
     """Of the pipeline; 1 without one."""
+    sequence: int
+    """Ranks of a sequence-parallel group; 1 without."""
     cuts: str
     """Long sequences are cut into pieces of equal `tokens` or equal `time`, as `chunk.cuts`."""
     data_parallel: int
-    """Ranks, or pipelines, among which samples are divided."""
+    """Ranks, or pipelines, among which samples are divided; those of all sequence-parallel groups together."""
     step_seconds: float
     """Mean over the sampled steps."""
     memory_bytes: int
@@ -53,11 +55,16 @@ class Candidate:
 
     def is_like(self, other: Candidate) -> bool:
         """Whether only chunk size and K may differ: one heat map shows both."""
-        return (self.stages, self.cuts) == (other.stages, other.cuts)
+        return (self.layout, self.cuts) == (other.layout, other.cuts)
 
     def is_at(self, other: Candidate) -> bool:
         """Whether only the cuts may differ."""
-        return (self.stages, self.chunk_size, self.k) == (other.stages, other.chunk_size, other.k)
+        return (self.layout, self.chunk_size, self.k) == (other.layout, other.chunk_size, other.k)
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """How the devices are divided, however many there are."""
+        return self.sequence, self.stages
 
 
 def grid(
@@ -187,6 +194,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         chunk_size=run.chunk_size,
         k=run.k,
         stages=stages,
+        sequence=run.sequence,
         cuts="time" if run.equal_time else "tokens",
         data_parallel=run.ranks,
         step_seconds=float(np.mean(seconds)) + run.costs.step_seconds,

@@ -32,7 +32,7 @@ from chunkflow_cli.costs import (
 )
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
-from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
+from chunkflow_cli.plan import ELEMENT_BYTES, check_heads, memory_of_fullest, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
 from chunkflow_cli.run_data import (
@@ -46,9 +46,13 @@ from chunkflow_cli.run_data import (
 )
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
+from chunkflow_cli.topology import Topology
 
 LARGEST_TIMED = 4096
 """Chunk sizes beyond it are not timed: costs are linear by then, and a large chunk takes long."""
+
+DISTURBED = 0.4
+"""Relative error of a fit above which what was timed is doubted."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,16 @@ def run(
         raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
     layouts = layouts_of(config)
     basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
-    check_stages(basis.shape, max(layouts), config.parallel.parts)
+    for layout in layouts:
+        check_stages(basis.shape, layout.pipeline, config.parallel.parts)
+        check_heads(basis.shape, layout.sequence)
     run_plan = plan_run(config, data, basis.costs)
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)
     runs = [
-        choice(config, run_plan, basis, stages, equal_time, *pair)
-        for stages in layouts
-        for equal_time in cuts_of(config, stages)
+        choice(config, run_plan, basis, layout, equal_time, *pair)
+        for layout in layouts
+        for equal_time in cuts_of(config, layout.pipeline)
         for pair in grid(
             config.tune.chunk_sizes, config.tune.ks, longest, replace(run_plan, equal_time=equal_time).pair_weight
         )
@@ -166,6 +172,8 @@ def refuse_what_cannot_be_measured(config: Config) -> None:
     for key, value, most in (
         ("launch.processes", config.launch.processes, config.launch.processes),
         ("parallel.pipeline", config.parallel.pipeline, config.parallel.pipeline),
+        ("parallel.sequence", config.parallel.sequence, config.parallel.sequence),
+        ("tune.sequences", config.tune.sequences, max(config.tune.sequences, default=1)),
         ("tune.pipelines", config.tune.pipelines, max(config.tune.pipelines, default=1)),
     ):
         if most > 1:
@@ -202,6 +210,12 @@ def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, siz
         )
         calibration = Calibration.load(path)
         assert calibration is not None
+    if calibration.worst_error > DISTURBED:
+        stderr_console().print(
+            f"warning: timed chunks are up to {100 * calibration.worst_error:.0f} % off what was fitted to them: other "
+            f"work may have disturbed them\n  to time them again, delete {path}",
+            soft_wrap=True,
+        )
     return Basis(calibration.costs, device, calibration.shape, calibration)
 
 
@@ -236,22 +250,37 @@ def memory_limit(config: Config, device: DeviceProfile) -> int:
     return int(0.95 * device.memory_bytes)
 
 
-def layouts_of(config: Config) -> list[int]:
-    """Numbers of pipeline stages to try.
+def layouts_of(config: Config) -> list[Topology]:
+    """Every way to divide the devices that is to be tried.
 
     Raises:
-        UsageError: a number that does not divide `launch.processes`.
+        UsageError: a size that does not divide `launch.processes`, or sizes that do so only one at a time.
     """
+    tried = config.tune
+    if not tried.pipelines and not tried.sequences:
+        return [planned_topology(config)]
     processes = config.launch.processes
-    if not config.tune.pipelines:
-        return [config.parallel.pipeline]
-    for stages in config.tune.pipelines:
-        if stages < 1 or processes % stages:
-            raise UsageError(
-                f"tune.pipelines={config.tune.pipelines}: launch.processes={processes} cannot be divided among "
-                f"pipelines of {stages} stages"
-            )
-    return sorted(set(config.tune.pipelines))
+    for key, sizes, noun in (
+        ("tune.pipelines", tried.pipelines, "pipelines of {} stages"),
+        ("tune.sequences", tried.sequences, "groups of {} ranks"),
+    ):
+        for size in sizes:
+            if size < 1 or processes % size:
+                raise UsageError(
+                    f"{key}={sizes}: launch.processes={processes} cannot be divided among {noun.format(size)}"
+                )
+    found = [
+        Topology.of(processes, sequence=sequence, pipeline=stages)
+        for sequence in sorted(set(tried.sequences or [config.parallel.sequence]))
+        for stages in sorted(set(tried.pipelines or [config.parallel.pipeline]))
+        if processes % (sequence * stages) == 0
+    ]
+    if not found:
+        raise UsageError(
+            f"launch.processes={processes} cannot be divided into groups of tune.sequences={tried.sequences} "
+            f"x tune.pipelines={tried.pipelines}"
+        )
+    return found
 
 
 def cuts_of(config: Config, stages: int) -> list[bool]:
@@ -261,16 +290,21 @@ def cuts_of(config: Config, stages: int) -> list[bool]:
 
 
 def choice(
-    config: Config, run: RunPlan, basis: Basis, stages: int, equal_time: bool, chunk_size: int, k: int
+    config: Config, run: RunPlan, basis: Basis, topology: Topology, equal_time: bool, chunk_size: int, k: int
 ) -> RunPlan:
-    """The run with another chunk size, K, way to cut long samples and number of pipeline stages."""
-    ranks = planned_topology(config, pipeline=stages).replicas
+    """The run with another chunk size, K, way to cut long samples and division of the devices."""
+    ranks, stages, sequence = topology.replicas, topology.pipeline, topology.sequence
     pipeline = pipeline_layout(config, stages)
     costs = run.costs
     if basis.calibration is None and not costs.is_of_one_stage:
-        settings = memory_settings(config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, stages=stages)
+        settings = memory_settings(
+            config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, stages=stages, sequence=sequence
+        )
         costs = replace(costs, step_seconds=step_seconds(basis.shape, settings, basis.device))
-    return replace(run, chunk_size=chunk_size, k=k, equal_time=equal_time, ranks=ranks, pipeline=pipeline, costs=costs)
+    return replace(
+        run, chunk_size=chunk_size, k=k, equal_time=equal_time, ranks=ranks, sequence=sequence, pipeline=pipeline,
+        costs=costs,
+    )  # fmt: skip
 
 
 def peak_memory(
@@ -284,8 +318,9 @@ def peak_memory(
         return basis.calibration.memory.peak_bytes(run.chunk_size, live, state)
     stages = 1 if run.pipeline is None else run.pipeline.stages
     settings = memory_settings(
-        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages
-    )
+        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages,
+        sequence=run.sequence,
+    )  # fmt: skip
     if stages > 1:
         longest_step = run.batches.step_of(int(run.lengths.argmax()))
         if all(step.plan.step != longest_step for step in steps):
@@ -380,7 +415,7 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     elif refused:
         near = min(refused, key=lambda each: (each.chunk_size, each.k))
         parts.append(f"chunks of {near.chunk_size} would need {near.memory_bytes / 2**30:.1f} GiB")
-    others = [each for each in best_of_layouts(candidates) if each.stages != best.stages]
+    others = [each for each in best_of_layouts(candidates) if each.layout != best.layout]
     if fitting_others := [each for each in others if each.fits]:
         near = min(fitting_others, key=lambda each: each.step_seconds)
         parts.append(f"{_stages(near)} would take {near.step_seconds / total:.2f} times as long ({_why(near, best)})")
@@ -396,19 +431,21 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
 
 
 def best_of_layouts(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """For each number of stages the fastest that fits; where none does, the one that needs least."""
+    """For each division of the devices the fastest that fits; where none does, the one that needs least."""
     found = []
-    for stages in sorted({each.stages for each in candidates}):
-        rows = [each for each in candidates if each.stages == stages]
+    for layout in sorted({each.layout for each in candidates}):
+        rows = [each for each in candidates if each.layout == layout]
         found.append((best_first(rows) or sorted(rows, key=lambda each: each.memory_bytes))[0])
     return found
 
 
 def _stages(candidate: Candidate) -> str:
+    grouped = f" in groups of {candidate.sequence}" if candidate.sequence > 1 else ""
     if candidate.stages == 1:
-        return f"{candidate.data_parallel} ranks without a pipeline"
+        return f"{candidate.data_parallel} ranks{grouped or ' without a pipeline'}"
     several = candidate.data_parallel > 1
-    return (f"{candidate.data_parallel} pipelines of " if several else "a pipeline of ") + f"{candidate.stages} stages"
+    pipelines = f"{candidate.data_parallel} pipelines of " if several else "a pipeline of "
+    return f"{pipelines}{candidate.stages} stages{grouped}"
 
 
 def _why(other: Candidate, best: Candidate) -> str:
@@ -442,7 +479,9 @@ def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) 
             f"chunkflow train recipe=... --overrides {path}\n"
             f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
             + (f"  cuts: {best.cuts}\n" if best.cuts != config.chunk.cuts.value else "")
-            + (f"parallel:\n  pipeline: {best.stages}\n" if best.stages != config.parallel.pipeline else ""),
+            + ("parallel:\n" if best.layout != (config.parallel.sequence, config.parallel.pipeline) else "")
+            + (f"  sequence: {best.sequence}\n" if best.sequence != config.parallel.sequence else "")
+            + (f"  pipeline: {best.stages}\n" if best.stages != config.parallel.pipeline else ""),
             encoding="utf-8",
         )
     except OSError as error:
