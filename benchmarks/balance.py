@@ -3,11 +3,11 @@
     python benchmarks/balance.py                     a minute; no GPU, no model
     python benchmarks/balance.py --out balance.json
 
-Steps of LMSys-Chat-1M's shape, one of 256 samples as long as the context, on 8 to 512 H100 by their data sheet. For each:
+Steps of LMSys-Chat-1M's shape, one of 256 samples as long as the context, on 8 to 512 H100 by their data sheet:
 
     whole     every sequence on one rank, by cost (data parallelism alone)
     all       every chunk spread over a group of 2, 4 or 8 neighbouring ranks
-    mixed     those sequences spread that would otherwise be waited for; all others on single ranks (`parallel.spread=auto`)
+    mixed     those sequences spread that would otherwise be waited for; all others on single ranks (what is planned)
     nested    each sequence over as many ranks as it needs, 1, 2, 4, 8... (FlexSP, arXiv 2412.01523)
 
 Seconds are predicted, of the slowest rank; nothing is run. What is made of it: docs/distributed.md.
@@ -143,13 +143,13 @@ def row_of(model: str, longest: int, batch: int, ranks: int) -> dict[str, Any]:
 
 def in_words(row: dict[str, Any]) -> str:
     groups = "   ".join(
-        f"{group}: all {found['all_seconds']:.2f} mixed {found['mixed_seconds']:.2f} nested {found['nested_seconds']:.2f}"
+        f"{group}: " + " ".join(f"{name} {found[f'{name}_seconds']:.2f}" for name in ("all", "mixed", "nested"))
         for group, found in row["groups"].items()
     )
     return (
-        f"{row['model']:>3} {row['longest'] // K:>3}K batch {row['batch']:>4} on {row['ranks']:>3}: fair "
-        f"{row['fair_seconds']:6.2f} whole {row['whole_seconds']:6.2f} s, waiting {100 * row['whole_waiting']:3.0f} %   "
-        + groups
+        f"{row['model']:>3} {row['longest'] // K:>3}K batch {row['batch']:>4} on {row['ranks']:>3}: "
+        f"fair {row['fair_seconds']:6.2f} whole {row['whole_seconds']:6.2f} s, "
+        f"waiting {100 * row['whole_waiting']:3.0f} %   " + groups
     )
 
 

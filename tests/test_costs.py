@@ -251,7 +251,7 @@ def chunk_call(model: Any, length: int = 128) -> tuple[ChunkModel, ChunkCall]:
     chunks = build_chunks([length], length)
     batch = StepBatch(chunks, random_sequences([length], 96, seed=1), np.ones(1))
     chunk_model = ChunkModel(model, CpuBackend())
-    tensors = Runner(DirectEngine(chunk_model), CPU).build(chunks[0], batch)
+    tensors = Runner(DirectEngine(chunk_model), CPU).build(0, batch)
     return chunk_model, call_of(chunks[0], tensors, chunks, StateStore())
 
 
@@ -499,3 +499,61 @@ def test_live_tokens_by_hand() -> None:
     assert live_tokens(lengths, 10, 2, 5, fill_tails=False).tolist() == [13, 10, 9]
     assert live_tokens(lengths, 10, 1, 0, fill_tails=True).tolist() == [10, 10, 4]
     assert live_tokens(lengths, 10, 8, 99, fill_tails=True).tolist() == [30, 10, 10]
+
+
+# Spread over a sequence-parallel group
+
+
+def test_costs_of_a_spread_chunk_by_hand() -> None:
+    """A third of the arithmetic, all of the launches, two exchanges a layer: three heads of queries and of outputs, the
+    one of keys and of values repeated to three; of the third of the tokens that a rank has, it sends two thirds."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4, link_latency_seconds=0.01)
+    shape = dataclasses.replace(SHAPE, attention_heads=3, kv_heads=1)
+    alone = CostModel.profile(shape, device, checkpointed=False)
+    spread = alone.spread_over(3)
+    sent = 3 * (2 * 3 + 2 * 3) * shape.head_dim * 2 / 3 * (2 / 3)
+    assert spread.forward.fixed_seconds == pytest.approx(alone.forward.fixed_seconds + 2 * 3 * 0.01)
+    assert spread.forward.seconds_per_token == pytest.approx(alone.forward.seconds_per_token / 3 + sent / 0.6e4)
+    assert spread.backward.seconds_per_token == pytest.approx(alone.backward.seconds_per_token / 3 + sent / 0.6e4)
+    assert spread.forward.seconds_per_pair == pytest.approx(alone.forward.seconds_per_pair / 3)
+    assert spread.seconds_per_target == pytest.approx(alone.seconds_per_target / 3)
+    assert alone.spread_over(1) is alone
+
+
+def test_checkpointed_layers_exchange_again() -> None:
+    """Their backward runs the forward once more, with its exchanges."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4, link_latency_seconds=0.01)
+    once, twice = (
+        CostModel.profile(SHAPE, device, checkpointed=checkpointed).spread_over(2) for checkpointed in (False, True)
+    )
+    assert twice.backward.seconds_per_token - once.backward.seconds_per_token == pytest.approx(
+        once.forward.seconds_per_token
+    )
+    assert twice.backward.fixed_seconds - once.backward.fixed_seconds == pytest.approx(once.forward.fixed_seconds)
+
+
+def test_the_network_limits_what_leaves_the_node() -> None:
+    """Of sixteen ranks, eight are on the same node: half of a token's bytes goes over the network, and that is slower."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e6, link_bytes_per_second=1e4)
+    shape = dataclasses.replace(SHAPE, attention_heads=16, kv_heads=16)
+    alone = CostModel.profile(shape, device, checkpointed=False)
+    sent = 3 * (2 * 16 + 2 * 16) * shape.head_dim * 2 / 16
+    over_network = alone.spread_over(16).forward.seconds_per_token - alone.forward.seconds_per_token / 16
+    within_node = alone.spread_over(8).forward.seconds_per_token - alone.forward.seconds_per_token / 8
+    assert over_network == pytest.approx(sent / 2 / 0.6e4)
+    assert within_node == pytest.approx(2 * sent * 7 / 8 / 0.6e6)
+
+
+def test_proportional_costs_are_divided() -> None:
+    """The paper's example has no communication."""
+    spread = CostModel.proportional().spread_over(4)
+    assert (spread.forward.seconds_per_token, spread.backward.seconds_per_token) == (0.25, 0.5)
+
+
+def test_memory_of_a_sequence_parallel_rank_by_hand() -> None:
+    """Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks; of their state, one head each."""
+    found = memory_parts(SHAPE, dataclasses.replace(BASE, sequence=2))
+    assert (found.activations, found.state) == (ACTIVATIONS, STATE // 2)
+    shallow = memory_parts(SHAPE, dataclasses.replace(BASE, sequence=4))  # one chunk, and it has no state
+    assert (shallow.activations, shallow.state) == (ACTIVATIONS // 2, 0)
+    assert found.weights == memory_parts(SHAPE, BASE).weights

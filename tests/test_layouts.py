@@ -149,3 +149,18 @@ def test_data_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> Non
     """ZeRO 0 to 3: ranks without long samples, without any sample, or with more chunks than the others."""
     cases = [Case(name, (f"engine.zero_stage={stage}",)) for stage in (0, 1, 2, 3) for name in RECIPES]
     compare(runs, truth, processes, cases)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_sequence_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> None:
+    """Groups of two, alone and two of them: all chunks spread, or the long samples only."""
+    group = "parallel.sequence=2"
+    cases = [
+        Case(name, (group, f"engine.zero_stage={stage}")) for stage, name in zip((0, 1, 2, 3, 1), RECIPES, strict=True)
+    ]
+    cases += [Case(name, (group, "parallel.spread=all")) for name in RECIPES]
+    cases += [
+        Case("sgd, K=2, tails alone", (group, "engine.zero_stage=3")),
+        Case("adamw", (group, "engine.zero_stage=3")),
+    ]
+    compare(runs, truth, processes, cases)

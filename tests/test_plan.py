@@ -160,6 +160,64 @@ def test_every_rank_gets_its_share_and_no_sample_twice(tmp_path: Path) -> None:
     assert result["balance"]["worst_step"] == int((slowest / mean).argmax()) + 1
 
 
+def test_groups_are_planned_and_what_they_bring_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counts are of samples and chunks, not of the ranks that share them; before and after, from the same costs."""
+    path = write_ids(tmp_path / "a.jsonl", [900, *[20] * 24])
+    words = (
+        *TINY, f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "chunk.size=64",
+        "train.global_batch_size=25", "launch.processes=4", "parallel.sequence=2", "plan.cost_model=proportional",
+        "data.max_length=1024", "data.eval_fraction=0",
+    )  # fmt: skip
+    result = planned(*words)
+    assert (result["ranks"], result["sequence"], len(result["step"]["schedules"])) == (4, 2, 4)
+    assert (result["samples"], result["tokens"]) == (25, 900 + 24 * 20)
+    assert result["long_samples"] == result["balance"]["spread_samples"] == 1
+    assert result["dependent"] == 8  # 900 tokens, 2 x 64 a chunk
+    assert result["chunks"] == result["standalone"] + 8
+    assert 0 < result["fill"] <= 1
+    # Whole: the sample's 15 chunks of 64, all but one forwarded twice, on one rank. Spread: eight of 128, on two.
+    before, after = 3 * 900 + 14 * 64, (3 * 900 + 7 * 128) / 2
+    others = 3 * 480 / 2
+    assert result["balance"]["times_faster_than_whole_samples"] == pytest.approx(before / after)
+    assert result["balance"]["idle_share_of_whole_samples"] == pytest.approx(1 - (before + 3 * 480) / 4 / before)
+    assert result["balance"]["idle_share"] == pytest.approx(1 - (after + others) / 2 / after)
+    whole = planned(*(word for word in words if not word.startswith("parallel.")))
+    assert whole["balance"]["idle_share"] == pytest.approx(result["balance"]["idle_share_of_whole_samples"])
+    assert result["memory"]["state_bytes"] < whole["memory"]["state_bytes"] / 1.9
+    plan.run(load(words))
+    shown = capsys.readouterr().out
+    assert "2 data-parallel ranks, each a sequence-parallel group of 2" in shown
+    assert "1 sample over groups of 2" in shown
+    staged = (*words, "parallel.pipeline=2", "plan.cost_model=profile")
+    in_stages, without_group = planned(*staged), planned(*staged, "parallel.sequence=1", "launch.processes=2")
+    assert in_stages["memory"]["state_bytes"] == pytest.approx(without_group["memory"]["state_bytes"] / 2, rel=0.1)
+    assert in_stages["memory"]["activations_bytes"] <= without_group["memory"]["activations_bytes"]
+    everything = planned(*words, "parallel.spread=all")
+    assert everything["balance"]["spread_samples"] == 25
+    assert everything["step"]["schedules"][0] == everything["step"]["schedules"][1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("launch.processes=6", "parallel.sequence=4"), "cannot be divided into groups of parallel.sequence=4"),
+        (("parallel.spread=all",), "no group to spread over"),
+        (("parallel.sequence=0",), "parallel.sequence=0 must be at least 1"),
+        (("parallel.sequence=3",), "cannot be divided among 3 ranks, but among 1, 2, 4"),
+    ],
+)
+def test_groups_that_cannot_be_formed_are_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    """With the key, its value and what would do."""
+    with pytest.raises(UsageError, match=message):
+        planned(*TINY, f"data.cache_dir={tmp_path}", *words)
+
+
+def test_a_group_alone_is_planned_without_processes(tmp_path: Path) -> None:
+    """As a pipeline is: what is not said of the processes is what the layout takes."""
+    result = planned(*TINY, f"data.cache_dir={tmp_path}", "parallel.sequence=2")
+    assert (result["ranks"], result["sequence"]) == (2, 2)
+
+
 def test_more_ranks_than_samples(tmp_path: Path) -> None:
     """A rank without a sample runs a dummy, so that it has a gradient to give; it costs nothing and is drawn."""
     path = write_ids(tmp_path / "a.jsonl", [4, 40])

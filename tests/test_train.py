@@ -260,6 +260,24 @@ def test_resume_from_a_named_checkpoint(uninterrupted: Path, tmp_path: Path) -> 
     train(*words, "train.output_dir=third", "checkpoint.resume=nowhere", cwd=tmp_path, code=2)
 
 
+def test_a_run_goes_on_in_another_layout_with_other_chunks(uninterrupted: Path, tmp_path: Path) -> None:
+    """Fewer devices than yesterday, or too little memory: the same command with other keys continues, and says so."""
+    words = [*RECIPE, "checkpoint.every=10", "engine.zero_stage=0", "chunk.k=2"]
+    with subprocess.Popen(
+        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        wait_for_rows(process, tmp_path / "run", 12)
+        process.send_signal(signal.SIGKILL)
+    other = ["chunk.size=48", "engine.zero_stage=3", "model.activation_checkpointing=full"]
+    run = train(*RECIPE, *other, cwd=tmp_path)
+    assert "saved on one process, ZeRO-0, continued on one process, ZeRO-3" in run.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
+    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
+    assert all(float((mine[name] - theirs[name]).abs().max()) < 1e-4 for name in theirs)
+    refused = train(*RECIPE, "optim.lr=0.5", cwd=tmp_path, code=2)
+    assert "different: optim.lr" in refused.stderr
+
+
 def test_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
     """Dropout draws random numbers: a resumed run must draw the same, after an interrupted step as well."""
     words = [*RECIPE, "model.lora.enabled=true", "model.lora.dropout=0.3", "optim.lr=0.01", "train.epochs=1"]

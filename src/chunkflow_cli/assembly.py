@@ -16,6 +16,7 @@ from chunkflow_cli.execution.backends import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
 from chunkflow_cli.execution.runner import Runner, has_dropout
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.model import add_lora, enable_activation_checkpointing, load_model, model_shape, with_adapters
 
 
@@ -34,7 +35,9 @@ def assemble(
     backend: Backend,
     device: torch.device,
     *,
+    sequence_group: SequenceGroup | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    announce: Callable[[str], None] = lambda doing: None,
 ) -> Assembly:
     """Load the model and make the engine around it.
 
@@ -42,7 +45,9 @@ def assemble(
         hf_config: the model's configuration.
         backend: the attention that it runs with.
         device: where it runs.
+        sequence_group: over which chunks may be spread.
         stop_requested: asked before every operation.
+        announce: told every operation before it begins.
 
     Raises:
         UsageError: the model's weights are not to be had, or its settings do not fit it.
@@ -66,6 +71,8 @@ def assemble(
         device,
         replay_random=has_dropout(model),
         lockstep=engine.needs_lockstep,
+        sequence_group=sequence_group,
         stop_requested=stop_requested,
+        announce=announce,
     )
     return Assembly(model, engine, runner, shape)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from chunkflow_cli import __version__
-from chunkflow_cli.errors import ChunkflowError
+from chunkflow_cli.errors import describe, exit_code_of, is_unexpected
 from chunkflow_cli.key_help import CommandWithKeys
 
 app = typer.Typer(
@@ -103,6 +103,9 @@ def train(
     """
 
     def command() -> dict[str, Any] | None:
+        from chunkflow_cli import worker
+
+        worker.enter()
         words = overrides or []
         if overrides_file is not None:
             from chunkflow_cli.config import read_overrides
@@ -112,7 +115,11 @@ def train(
             from chunkflow_cli import multirun as sweep
 
             return sweep.run(words, config_dir=config_dir, json_output=json_output)
-        loaded = _load(words, cfg, resolve, config_dir)
+        from chunkflow_cli import launch
+
+        loaded = launch.with_processes(_load(words, cfg, resolve, config_dir))
+        if launch.is_needed(loaded):
+            return launch.run(loaded, config_dir=config_dir, debug=debug, json_output=json_output)
         from chunkflow_cli import train as command_module
 
         return command_module.run(loaded, json_output=json_output)
@@ -434,38 +441,34 @@ def _load(
 
 
 def _finish(command: Callable[[], dict[str, Any] | None], json_output: bool, debug: bool) -> dict[str, Any] | None:
-    """Run a command; turn what it raises into a few lines and an exit code."""
+    """Run a command; turn what it raises into an exit code and a few lines, which a worker leaves to its launcher."""
+    from chunkflow_cli import worker
+
     try:
         result = command()
     except _PrintedConfiguration:
         return None
-    except KeyboardInterrupt:
-        _say("interrupted")
-        raise typer.Exit(130) from None
-    except ChunkflowError as error:
-        if debug:
+    except (KeyboardInterrupt, Exception) as error:
+        if worker.worker_folder() is not None:
+            from chunkflow_cli.failures import record_failure
+
+            record_failure(error)
+        elif debug and not isinstance(error, KeyboardInterrupt):
             raise
-        _say(f"error: {error}")
-        raise typer.Exit(error.exit_code) from None
-    except Exception as error:
-        if debug:
-            raise
-        _say(_unexpected(error))
-        raise typer.Exit(1) from None
+        else:
+            rank = f"rank {worker.rank()}: " if worker.is_started_by_launcher() else ""
+            _say(_in_a_few_lines(error, rank))
+        raise typer.Exit(exit_code_of(error)) from None
     if json_output and result is not None:
         print(json.dumps(result))
     return result
 
 
-def _unexpected(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return (
-            f"error: out of memory. {text[0] if text else ''}\n"
-            "  memory follows chunk.size x chunk.k: lower them, or set model.activation_checkpointing=full"
-        )
-    what = text[0] if text else "no message"
-    return f"error: {type(error).__name__}: {what}\n  the whole story: the same command with --debug"
+def _in_a_few_lines(error: BaseException, rank: str) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"{rank}{describe(error)}"
+    story = "\n  the whole story: the same command with --debug" if is_unexpected(error) else ""
+    return f"error: {rank}{describe(error)}{story}"
 
 
 def _say(text: str) -> None:

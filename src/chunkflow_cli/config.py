@@ -288,7 +288,13 @@ class EngineConfig:
 @dataclass
 class LaunchConfig:
     processes: int = 1
-    """Ranks: `plan` spreads each global batch over so many."""
+    """Ranks: `train` starts so many on this machine, `plan` spreads each global batch over them."""
+    hostfile: str | None = None
+    """Lines of `HOST slots=N`: `train` starts N ranks on each of these nodes, by DeepSpeed's launcher."""
+    grace_seconds: float = 300.0
+    """After Ctrl-C or SIGTERM the ranks of a run have so long to save a checkpoint."""
+    hang_seconds: float = 1800.0
+    """A run of many ranks, none of which begins another operation for so long, hangs and is ended; 0 waits for ever."""
 
 
 @dataclass
@@ -485,6 +491,8 @@ def check(config: Config) -> None:
         "log.every": (config.log.every, 1),
         "launch.processes": (config.launch.processes, 1),
         "parallel.sequence": (config.parallel.sequence, 1),
+        "launch.grace_seconds": (config.launch.grace_seconds, 0),
+        "launch.hang_seconds": (config.launch.hang_seconds, 0),
         "parallel.pipeline": (config.parallel.pipeline, 1),
         "parallel.parts": (config.parallel.parts, 1),
         "parallel.warmup_extra": (config.parallel.warmup_extra, 0),

@@ -256,6 +256,7 @@ class CostModel:
             recompute=divided(self.recompute),
             state_pass=divided(self.state_pass),
             seconds_per_target=self.seconds_per_target / ranks,
+            transfer_seconds_per_token=self.transfer_seconds_per_token / ranks,
         )
 
     def pairs_up_to(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -445,12 +446,9 @@ def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
         host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
         host, weights = host + weights, weights // max(1, shape.layers)
-    tokens = min(settings.chunk_size, settings.longest) * min(
-        settings.k, -(-settings.longest // settings.chunk_size)
-    )  # fmt: skip
-    state_of_longest = state_bytes(
-        shape, settings.longest, settings.chunk_size * settings.sequence, settings.element_bytes
-    )
+    of_group = settings.chunk_size * settings.sequence
+    tokens = min(settings.chunk_size, settings.longest) * min(settings.k, -(-settings.longest // of_group))
+    state_of_longest = state_bytes(shape, settings.longest, of_group, settings.element_bytes)
     per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient, summed until its chunks have gone backward.

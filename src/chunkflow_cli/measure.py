@@ -121,7 +121,7 @@ def _activation_bytes(parts: Assembly, size: int) -> float:
     assert isinstance(module, ChunkModel)
     sequence = _random_sequence(np.random.default_rng(0), size, size, 1.0, parts.shape.vocab_size)
     chunks = build_chunks([size], size)
-    tensors = parts.runner.build(chunks[0], StepBatch(chunks, [sequence], np.ones(1)))
+    tensors = parts.runner.build(0, StepBatch(chunks, [sequence], np.ones(1)))
     return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore()))
 
 

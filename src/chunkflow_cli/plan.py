@@ -32,7 +32,7 @@ from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stdout_console
-from chunkflow_cli.run_data import check_stages, cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import check_heads, check_stages, cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
 from chunkflow_cli.search import SimulatedStep
 from chunkflow_cli.simulate import Timeline, simulate
@@ -103,13 +103,14 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
             "model.path is not set: the plan needs its tokenizer and its configuration, not its weights\n"
             "  without a model only rows of ids can be planned: data.format=tokens"
         )
+    if hf_config is not None:
+        check_heads(config, hf_config)
     data = load_run_data(config, hf_config)
     shape = None
     if hf_config is not None:
         from chunkflow_cli.model import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
-        check_heads(shape, config.parallel.sequence)
     device = planned_device(config)
     if shape is not None:
         check_stages(shape, config.parallel.pipeline, config.parallel.parts)
@@ -139,23 +140,6 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         step=chosen,
         timeline=plan.timeline(chosen),
     )
-
-
-def check_heads(shape: ModelShape, sequence: int) -> None:
-    """
-    Raises:
-        UsageError: the heads cannot be divided among the ranks of a group.
-    """
-    heads, kv_heads = shape.attention_heads, shape.kv_heads
-    if heads % sequence or (kv_heads % sequence and sequence % kv_heads):
-        possible = [
-            size for size in range(1, heads + 1)
-            if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-        ]  # fmt: skip
-        raise UsageError(
-            f"parallel.sequence={sequence}: {heads} attention heads and {kv_heads} key and value heads cannot be "
-            f"divided among {sequence} ranks, but among {', '.join(map(str, possible))}"
-        )
 
 
 def planned_device(config: Config) -> DeviceProfile:
@@ -293,13 +277,13 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
         for index, rank in enumerate(step.plan.ranks):
             if not len(rank.chunks):
                 continue
-            # Of a chunk that is spread, a rank has its share of the tokens; keys and values are divided by their heads.
-            tokens = chunk_tokens(rank.chunks) / rank.group_size
+            tokens = chunk_tokens(rank.chunks)
+            tokens[: len(rank.spread)] /= rank.group_size
             read_later, received = np.zeros(len(tokens)), np.zeros(len(tokens))
             for group in rank.chunks.dependent_groups():
                 first = rank.chunks.first_segment[group.start : group.stop - 1]
-                stored = (rank.chunks.stop - rank.chunks.start)[first]
-                read_later[group.start : group.stop - 1] = stored / min(rank.group_size, shape.kv_heads)
+                read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
+            read_later[: len(rank.spread)] /= min(rank.group_size, shape.kv_heads)
             again = rank.recomputed
             received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
             activations, state = tokens * activation, read_later * state_of_token

@@ -23,7 +23,7 @@ from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.schedule import Layout
 from chunkflow_cli.tokens import TokenizedData, tokenize
 from chunkflow_cli.tokens.cache import cache_root
-from chunkflow_cli.topology import Topology
+from chunkflow_cli.topology import Topology, key_value_copies
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,29 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
         return RunData(data, data, read(config.data.eval_path))
     train, evaluation = held_out(len(data), config.data.eval_fraction, config.train.seed)
     return RunData(data, data.select(train), data.select(evaluation))
+
+
+def check_heads(config: Config, hf_config: Any, sequence: int | None = None) -> None:
+    """Refuse a sequence-parallel group that the model's heads cannot be divided among.
+
+    Args:
+        hf_config: the model's configuration.
+        sequence: ranks of the group, where others than `parallel.sequence` are tried.
+
+    Raises:
+        UsageError: names the model, its heads, and the sizes that would do.
+    """
+    text = hf_config.get_text_config()
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    try:
+        key_value_copies(heads, kv_heads, sequence or config.parallel.sequence)
+    except ValueError as error:
+        name = config.model.path or text.model_type
+        key = "parallel.sequence" if sequence is None else "tune.sequences"
+        raise UsageError(
+            f"{key}={sequence or config.parallel.sequence} does not suit {name}:\n  its {error}"
+        ) from error
 
 
 def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:

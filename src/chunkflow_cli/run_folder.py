@@ -19,19 +19,28 @@ from chunkflow_cli.config import LoadedConfig
 from chunkflow_cli.errors import UsageError
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
-# Keys that may differ between a run and its continuation: they do not change what is computed.
-FREE_KEYS = ("train.output_dir", "train.guard", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune")
+REPLACED = ".replaced"
+"""Ends the name of a checkpoint that another of the same step is about to stand in for."""
+# Keys that may differ between a run and its continuation, for the loss and the weights of every step are the same.
+FREE_KEYS = (
+    "train.output_dir", "train.guard", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune", "plan",
+    # The layout: checkpoints are independent of it. Not engine.deepspeed, which can change precisions.
+    "launch", "parallel", "engine.zero_stage", "engine.offload",
+    # What a run out of memory is continued with. Chunks are exact: their size, K and cuts round differently and change
+    # nothing else. (Dropout draws other numbers for other chunks, as it does for another layout.)
+    "chunk", "model.activation_checkpointing",
+)  # fmt: skip
 
 
 @dataclass
 class RunFolder:
-    """A run's folder, locked against other runs."""
+    """A run's folder, locked for this process or for one that it belongs to."""
 
     path: Path
     checkpoint: Path | None
     """The checkpoint to continue from; None begins anew."""
-    _lock: IO[str] | None = None
-    """None in a process whose launcher, or first process, holds it."""
+    _lock: IO[str] | None
+    """None in the other processes of a run."""
 
     @property
     def final(self) -> Path:
@@ -96,13 +105,30 @@ def open_run_folder(loaded: LoadedConfig) -> RunFolder:
     return RunFolder(path, _checkpoint_to_resume(path, resume), lock)
 
 
+def shared_run_folder(path: Path, resume: str) -> RunFolder:
+    """The folder of a run that another of its processes has opened and holds the lock of.
+
+    Args:
+        path: of the folder.
+        resume: `checkpoint.resume` of the run.
+    """
+    return RunFolder(path, _checkpoint_to_resume(path, resume), None)
+
+
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step; unfinished ones have another name."""
-    found = sorted((run_folder / "checkpoints").glob("step-[0-9]*[0-9]"))
-    return found[-1] if found else None
+    """The complete checkpoint of the highest step; unfinished ones have another name.
+
+    If the process died between taking one out of the way and putting its successor there, that one is still found.
+    """
+    folder = run_folder / "checkpoints"
+    found = {path.name: path for path in folder.glob("step-[0-9]*[0-9]")}
+    for path in folder.glob(f".step-*{REPLACED}"):
+        found.setdefault(path.name[1:].removesuffix(REPLACED), path)
+    return found[max(found)] if found else None
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, and on the disk."""
     _write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -192,5 +218,8 @@ def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

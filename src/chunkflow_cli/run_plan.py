@@ -390,7 +390,7 @@ def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
 def _spread_operations(rank: RankPlan, schedule: Schedule) -> list[Op]:
     operations = []
     for op in schedule.ops:
-        together = {chunk in rank.spread for chunk in op.chunks}
+        together = {chunk in rank.spread for chunk in op.real_chunks}
         if len(together) > 1:
             raise ValueError(f"operation {op} joins chunks that are spread and chunks that are not")
         if True in together:

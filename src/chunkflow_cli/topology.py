@@ -85,3 +85,24 @@ class Topology:
     def __str__(self) -> str:
         axes = (("data", self.data), ("sequence", self.sequence), ("pipeline", self.pipeline))
         return " x ".join(f"{name} {size}" for name, size in axes if size > 1) or "one process"
+
+
+def key_value_copies(attention_heads: int, kv_heads: int, sequence: int) -> int:
+    """How many ranks of a sequence-parallel group hold each key and value head, when its heads are divided among them.
+
+    1 where each rank has heads of its own. Fewer heads than ranks are repeated, as DeepSpeed-Ulysses does for grouped
+    queries; each rank then holds one.
+
+    Raises:
+        ValueError: the heads cannot be divided among so many ranks; says among how many they can.
+    """
+    if attention_heads % sequence == 0 and kv_heads % sequence == 0:
+        return 1
+    if attention_heads % sequence == 0 and sequence % kv_heads == 0:
+        return sequence // kv_heads
+    sizes = [size for size in range(1, attention_heads + 1) if attention_heads % size == 0]
+    possible = [size for size in sizes if kv_heads % size == 0 or size % kv_heads == 0]
+    raise ValueError(
+        f"{attention_heads} attention heads and {kv_heads} key and value heads cannot be divided among {sequence} "
+        f"ranks, but among {', '.join(map(str, possible))}"
+    )

@@ -5,7 +5,6 @@ The order of this file is the order of a run: what is needed, data, model, steps
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,10 +16,18 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from chunkflow_cli import worker
 from chunkflow_cli.accounting import check_accounting, samples_account
 from chunkflow_cli.assembly import assemble
 from chunkflow_cli.balance import balance
-from chunkflow_cli.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint, save_final
+from chunkflow_cli.checkpoint import (
+    Progress,
+    describe_layout,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+    save_final,
+)
 from chunkflow_cli.chunks import build_chunks
 from chunkflow_cli.config import Config, LoadedConfig, PipelineSchedule
 from chunkflow_cli.costs import training_flops
@@ -30,7 +37,6 @@ from chunkflow_cli.engine import (
     check_settings,
     close_process_group,
     join_processes,
-    launched_rank,
 )
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token, whole_sequence_bytes
@@ -39,17 +45,21 @@ from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.failures import failures_recorded
 from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.joining import load_data, open_folder
 from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run, planned_topology, target_weights
-from chunkflow_cli.run_folder import RunFolder, open_run_folder, write_json
+from chunkflow_cli.run_data import check_heads, cost_model, plan_run, planned_topology, target_weights
+from chunkflow_cli.run_folder import RunFolder, write_json
 from chunkflow_cli.run_plan import RankPlan, StepPlan
 from chunkflow_cli.stop_signals import stop_on_signals
 from chunkflow_cli.tokens import load_tokenizer
+from chunkflow_cli.worker import heartbeat
 
 EVAL_GROUP = 256
 """Held-out samples that are planned together."""
@@ -67,15 +77,21 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: the user stopped the run, and a checkpoint was saved.
     """
     hf_config = check_requirements(loaded)
-    console = stderr_console() if launched_rank() == 0 else Console(file=open(os.devnull, "w"))  # noqa: SIM115
-    training = _Training(loaded, hf_config, console)
+    folder = open_folder(loaded, hf_config)
     try:
-        report = training.run()
+        with failures_recorded():
+            if folder.report.exists():
+                stderr_console().print(
+                    f"This run is finished already. To run it again: checkpoint.resume=never\n  {folder.path}"
+                )
+                report = folder.read_report()
+            else:
+                report = _Training(loaded.config, hf_config, folder, stderr_console()).run()
     finally:
-        training.close()
+        folder.close()
         close_process_group()
-    if not json_output and launched_rank() == 0:
-        print_training_summary(stdout_console(), report, training.folder.path)
+    if not json_output and worker.rank() == 0:
+        print_training_summary(stdout_console(), report, folder.path)
     return report
 
 
@@ -113,6 +129,7 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         raise UsageError(
             f"parallel.pipeline={config.parallel.pipeline}: so far only plan knows more than one; train with 1"
         )
+    check_heads(config, hf_config)
     device = training_device()
     check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
     return hf_config
@@ -121,47 +138,36 @@ def check_requirements(loaded: LoadedConfig) -> Any:
 class _Training:
     """One run of `train`, from loading to the report; one such object on each process."""
 
-    def __init__(self, loaded: LoadedConfig, hf_config: Any, console: Console) -> None:
-        self.loaded = loaded
-        self.config: Config = loaded.config
+    def __init__(self, config: Config, hf_config: Any, folder: RunFolder, console: Console) -> None:
+        self.config = config
+        self.folder = folder
         self.console = console
         self.hf_config = hf_config
         self.device = training_device()
         self.dtype: torch.dtype = getattr(torch, self.config.model.dtype.value)
         self.topology = planned_topology(self.config)
         self.stop_requested = False
+        self.heartbeat = heartbeat()
+        self.step_now = 0
+        """From 1; 0 before the first."""
 
     def run(self) -> dict[str, Any]:
-        # The first process goes ahead: what takes it long must not let a collective of the others time out.
-        if launched_rank() == 0:
-            self.folder = open_run_folder(self.loaded)
-            if not self.folder.report.exists():
-                self._say_what_runs()
-                self._prove_parity()
-                self._load_data()
         self.processes = join_processes(self.device, self.topology)
-        self._share_folder()
-        if self.folder.report.exists():
-            self.console.print(
-                f"This run is finished already. To run it again: checkpoint.resume=never\n  {self.folder.path}"
-            )
-            return self.folder.read_report()
-        if not self.processes.is_first:
-            self._load_data()
+        if self.processes.is_first:
+            self._say_what_runs()
+            self._prove_parity()
+        self._load_data()
         self._load_model()
         progress = self._resume()
         with stop_on_signals(self._request_stop):
             self._train(progress)
+        self._stand_at("saving the model")
         self._save_model()
         report = self._report(progress)
         check_accounting(report, self.batches)
         if self.processes.is_first:
             write_json(self.folder.report, report)
         return report
-
-    def close(self) -> None:
-        if hasattr(self, "folder"):
-            self.folder.close()
 
     # What is needed
 
@@ -173,18 +179,12 @@ class _Training:
             f"attention {choice.backend.name} ({choice.reason})", soft_wrap=True,
         )  # fmt: skip
 
-    def _share_folder(self) -> None:
-        """The first process holds the folder's lock for all of them."""
-        mine = (self.folder.path.resolve(), self.folder.checkpoint) if self.processes.is_first else None
-        path, checkpoint = self.processes.gather(mine)[0]
-        if not self.processes.is_first:
-            self.folder = RunFolder(path, checkpoint)
-
     def _prove_parity(self) -> None:
         model = self.config.model
         if not self.config.train.guard:
             self.console.print("train.guard=false: nothing has shown that this model trains exactly in chunks")
             return
+        self._stand_at("proving that this architecture trains exactly in chunks")
         with working(self.console, "proving that this architecture trains exactly in chunks"):
             parity = guard(
                 self.hf_config, requested=model.attention, device=self.device, dtype=self.dtype,
@@ -196,9 +196,10 @@ class _Training:
         )  # fmt: skip
 
     def _load_data(self) -> None:
-        self.data = load_run_data(self.config, self.hf_config)
+        self._stand_at("reading the data")
+        self.data = load_data(self.config, self.hf_config)
         self.train_data, self.eval_data = self.data.train, self.data.evaluation
-        if launched_rank() == 0:
+        if self.processes.is_first:
             self._write_rejected()
 
     def _write_rejected(self) -> None:
@@ -219,10 +220,14 @@ class _Training:
 
     def _load_model(self) -> None:
         config = self.config
+        self._stand_at("loading the model")
         settle_vector_math()
         backend = choose_backend(config.model.attention, self.hf_config, self.device, self.dtype).backend
         with working(self.console, "loading the model"):
-            parts = assemble(config, self.hf_config, backend, self.device, stop_requested=self._must_stop_now)
+            parts = assemble(
+                config, self.hf_config, backend, self.device, sequence_group=SequenceGroup.join(self.topology),
+                stop_requested=self._must_stop_now, announce=self._stand_at,
+            )  # fmt: skip
         self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
         if self.processes.rank:  # all weights are drawn: from here on, dropout differs from rank to rank
             torch.manual_seed(
@@ -231,15 +236,23 @@ class _Training:
         self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device(), self.hf_config))
         self.batches, self.steps = self.plan.batches, self.plan.steps
         assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
-        self.peak_flops = peak_flops(self.device, self.dtype) if self.processes.is_first else 0.0
+        self.peak_flops = 0.0
+        self._measure_peak_flops()
         self.learning_rate = learning_rate_schedule(config.optim, self.steps)
 
     def _resume(self) -> Progress:
         if self.folder.checkpoint is None:
             return Progress()
-        progress = load_checkpoint(self.folder.checkpoint, self.engine)
-        self.console.print(f"Continuing after step {progress.step} from {self.folder.checkpoint}", soft_wrap=True)
-        return progress
+        resumed = load_checkpoint(self.folder.checkpoint, self.engine, seed=self.config.train.seed)
+        step = resumed.progress.step
+        self.console.print(f"Continuing after step {step} from {self.folder.checkpoint}", soft_wrap=True)
+        if resumed.saved_on != self._layout():
+            self.console.print(f"  saved on {resumed.saved_on}, continued on {self._layout()}", soft_wrap=True)
+        if resumed.is_reseeded:
+            self.console.print(
+                f"  random numbers (dropout) begin anew, from train.seed and step {step}", soft_wrap=True
+            )
+        return resumed.progress
 
     # Steps
 
@@ -286,7 +299,7 @@ class _Training:
 
     def _must_stop_now(self) -> bool:
         """Asked before every operation. Where operations wait for other ranks, a run stops between steps only."""
-        return self.stop_requested and not self.plan.is_in_lockstep
+        return self.stop_requested and not self.plan.is_in_lockstep and self.topology.replicas == self.topology.data
 
     def _stop_together(self) -> None:
         """Between steps: whatever process was told to stop, all of them stop.
@@ -299,10 +312,13 @@ class _Training:
 
     def _step(self, progress: Progress, on_backward: Callable[[float], None]) -> StepMetrics:
         start = time.perf_counter()
+        self.step_now = progress.step + 1
+        self._stand_at("reading the samples")
         step = self.plan[progress.step]
         result = self._run_operations(step, on_backward)
         lr = self.learning_rate(progress.step)
         self.engine.set_learning_rate(lr)
+        self._stand_at("optimizer step")
         norm = self.engine.step()
         self.random_states = random_states()
         seconds = time.perf_counter() - start
@@ -329,7 +345,9 @@ class _Training:
             recomputed_chunks=step.recomputed_chunks,
             step_seconds=seconds,
             tokens_per_second=step.tokens / seconds,
-            mfu=training_flops(self.train_data.lengths[step.samples], self.shape) / seconds / self._peak_flops_of_all,
+            mfu=training_flops(self.train_data.lengths[step.samples], self.shape)
+            / seconds
+            / (self.peak_flops * self.topology.processes),
             peak_memory_bytes=int(self.processes.maximum(peak_memory_bytes(self.device))[0]),
         )
 
@@ -340,7 +358,7 @@ class _Training:
             Interrupted: a process was told to stop and has not done all of its operations.
             RunError: a loss is not finite.
         """
-        rank = step.ranks[self.processes.place.data_rank]
+        rank = step.ranks[self.processes.replica]
         share = step.tokens / max(1, rank.chunks.tokens)  # the bar counts the tokens of all ranks
         is_whole = True
         try:
@@ -367,14 +385,17 @@ class _Training:
         progress.eval_loss_end, progress.eval_step = loss, row.step
         return replace(row, eval_loss=loss)
 
-    @property
-    def _peak_flops_of_all(self) -> float:
-        return max(self.peak_flops, 1.0) * self.topology.processes
+    def _measure_peak_flops(self) -> None:
+        """One process measures while the others wait for it; of several measurements the best one holds."""
+        measured = peak_flops(self.device, self.dtype) if self.processes.is_first else 0.0
+        (measured,) = self.processes.maximum(measured)
+        self.peak_flops = max(self.peak_flops, measured)
 
     def _batch(self, step: StepPlan, rank: RankPlan) -> StepBatch:
         """The sequences of a rank, read from the cache."""
         weights = target_weights(rank, step, self.config.train.loss_weighting)
-        return StepBatch(rank.chunks, [self.train_data[int(sample)] for sample in rank.samples], weights)
+        sequences = [self.train_data[int(sample)] for sample in rank.samples]
+        return StepBatch(rank.chunks, sequences, weights, rank.spread)
 
     def _evaluate(self) -> float:
         """Token-mean loss over all held-out samples, whatever the training loss weighs.
@@ -387,8 +408,9 @@ class _Training:
         weight = 1.0 / int(self.eval_data.target_counts.sum())
         for start in range(0, len(self.eval_data), EVAL_GROUP):
             samples = np.arange(start, min(start + EVAL_GROUP, len(self.eval_data)))
-            shares = balance(self.eval_data.lengths[samples], self.plan.ranks)
-            chunks = [build_chunks(self.eval_data.lengths[samples[share]], self.config.chunk.size) for share in shares]
+            shares = balance(self.eval_data.lengths[samples], self.topology.data)  # each chunk spread over a group
+            size = self.config.chunk.size * self.topology.sequence
+            chunks = [build_chunks(self.eval_data.lengths[samples[share]], size) for share in shares]
             data_rank = self.processes.place.data_rank
             sequences = [self.eval_data[int(sample)] for sample in samples[shares[data_rank]]]
             batch = StepBatch(chunks[data_rank], sequences, np.full(len(sequences), weight))
@@ -430,10 +452,19 @@ class _Training:
             "  look at them, lower optim.lr, or lower optim.grad_clip; the last checkpoint is from before this step"
         )
 
+    def _stand_at(self, doing: str) -> None:
+        """Tell whoever watches over the ranks."""
+        self.heartbeat.at(self.step_now, doing)
+
     def _save_checkpoint(self, progress: Progress) -> Path:
+        self._stand_at("saving a checkpoint")
         return save_checkpoint(
-            self.folder.checkpoints, self.engine, progress, self.random_states, keep=self.config.checkpoint.keep
-        )
+            self.folder.checkpoints, self.engine, progress, self.random_states,
+            layout=self._layout(), keep=self.config.checkpoint.keep,
+        )  # fmt: skip
+
+    def _layout(self) -> str:
+        return describe_layout(self.topology, self.config.engine)
 
     def _tokens_until(self, step: int) -> int:
         """Tokens of all steps before `step`."""
@@ -451,7 +482,7 @@ class _Training:
         sample = int(np.argmax(self.train_data.lengths))
         probe = [_First(self.train_data[sample], PROBE_TOKENS)]
         chunks = build_chunks([len(probe[0].input_ids)], PROBE_TOKENS)
-        tensors = self.runner.build(chunks[0], StepBatch(chunks, probe, np.ones(1)))
+        tensors = self.runner.build(0, StepBatch(chunks, probe, np.ones(1), spread=range(0)))
         module = self.engine.module
         assert isinstance(module, ChunkModel)
         return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore()))
@@ -469,7 +500,7 @@ class _Training:
         if has_tokenizer(self.config.model.path):
             tokenizer = load_tokenizer(self.config.model.path, trust_remote_code=self.config.model.trust_remote_code)
         with working(self.console, "saving the model"):
-            save_final(self.folder.final, self.model, tokenizer, self.engine, writes=self.processes.is_first)
+            save_final(self.folder.final, self.model, tokenizer, self.engine)
 
     def _report(self, progress: Progress) -> dict[str, Any]:
         chunk = self.config.chunk
@@ -477,8 +508,7 @@ class _Training:
         peak = int(self.processes.maximum(peak_memory_bytes(self.device))[0])
         flops = self._trained_flops(progress)
         # Measured again, for other work on the machine may have slowed the first measurement.
-        if self.processes.is_first:
-            self.peak_flops = max(self.peak_flops, peak_flops(self.device, self.dtype))
+        self._measure_peak_flops()
         whole = None
         if self.activation_bytes is not None and longest > chunk.size * chunk.k:
             whole = whole_sequence_bytes(
@@ -494,7 +524,7 @@ class _Training:
             "k": chunk.k,
             "lora": self.config.model.lora.enabled,
             "tokens_per_second": progress.tokens_trained / max(progress.train_seconds, 1e-9),
-            "mfu": flops / max(progress.train_seconds, 1e-9) / self._peak_flops_of_all,
+            "mfu": flops / max(progress.train_seconds, 1e-9) / (self.peak_flops * self.topology.processes),
             "processes": self.topology.processes,
             "peak_memory_bytes": peak,
             "activation_bytes_per_token": self.activation_bytes,

@@ -32,11 +32,12 @@ from chunkflow_cli.costs import (
 )
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
-from chunkflow_cli.plan import ELEMENT_BYTES, check_heads, memory_of_fullest, memory_settings, planned_device
+from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
 from chunkflow_cli.run_data import (
     calibration_path,
+    check_heads,
     check_stages,
     cost_model,
     load_run_data,
@@ -105,7 +106,7 @@ def run(
     basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
     for layout in layouts:
         check_stages(basis.shape, layout.pipeline, config.parallel.parts)
-        check_heads(basis.shape, layout.sequence)
+        check_heads(config, hf_config, layout.sequence)
     run_plan = plan_run(config, data, basis.costs)
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)

@@ -1,27 +1,31 @@
 """The training engine: the only room that imports deepspeed."""
 
+from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
 from chunkflow_cli.engine.processes import (
     Processes,
+    broadcast_from_first,
     close_process_group,
     import_deepspeed,
     init_process_group,
     join_processes,
-    launched_processes,
-    launched_rank,
 )
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
+from chunkflow_cli.engine.state_files import StateFiles
 
 __all__ = [
     "Engine",
     "EngineSettings",
     "Processes",
+    "StateFiles",
+    "all_or_none",
+    "broadcast_from_first",
     "check_settings",
     "close_process_group",
     "deepspeed_config",
     "import_deepspeed",
     "init_process_group",
     "join_processes",
-    "launched_processes",
-    "launched_rank",
+    "own_rank",
+    "process_count",
 ]

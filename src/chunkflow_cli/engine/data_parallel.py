@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli.engine.agreement import all_or_none, own_rank
+from chunkflow_cli.engine.partitions import check_fits, parts_to_write, publish_weights, read_partitions
 from chunkflow_cli.engine.processes import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
+from chunkflow_cli.engine.state_files import StateFiles, write_parts
+from chunkflow_cli.engine.whole_weights import whole_weights
 from chunkflow_cli.errors import RunError
 
-TAG = "engine"
-"""Name of the engine's folder within a checkpoint."""
+WRAPPER = "causal_lm."
+"""What stands before a parameter's name in the Hugging Face model, where the engine drives a module around that."""
 
 
 class Engine:
@@ -36,6 +40,7 @@ class Engine:
         init_process_group(settings.device)
         self._stage = settings.engine.zero_stage
         self._clip = settings.optim.grad_clip
+        self._optimizer_name = settings.optim.name.value
         with quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -61,10 +66,8 @@ class Engine:
         return self._stage == 3 and bool(self._averaged_over > 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._stage == 2 and self._coalescing is None:
-            # ZeRO-2 otherwise keeps the gradient of the last backward only.
-            self._coalescing = self._engine.coalesce_grad_reduction()
-            self._coalescing.__enter__()
+        if self._stage == 2:
+            self._coalesce()
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -79,9 +82,7 @@ class Engine:
         Returns:
             The norm of the summed gradient before clipping, the same on every rank.
         """
-        self._close_coalescing()
-        if self._stage in (0, 1):
-            self._fill_missing_gradients()
+        self._make_gradients_whole()
         self._engine.step()
         norm = self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
@@ -108,14 +109,25 @@ class Engine:
         self._norm = float(norm)
 
     def discard_gradients(self) -> None:
-        """Forget what an interrupted step has accumulated."""
-        self._close_coalescing()
+        """Forget what an interrupted step has accumulated, however far this rank has come; all ranks call it."""
+        self._make_gradients_whole()
         self._engine.zero_grad()
         if self._stage >= 1:
             self._engine.optimizer.zero_grad()
 
-    def _close_coalescing(self) -> None:
-        if self._coalescing is not None:
+    def _coalesce(self) -> None:
+        """ZeRO-2 otherwise keeps the gradient of the last backward only."""
+        if self._coalescing is None:
+            self._coalescing = self._engine.coalesce_grad_reduction()
+            self._coalescing.__enter__()
+
+    def _make_gradients_whole(self) -> None:
+        """End what the backwards of a step have begun, so that all ranks reduce the same gradients."""
+        if self._stage < 3:
+            self._fill_missing_gradients()
+        if self._stage == 2:
+            self._coalesce()
+            assert self._coalescing is not None
             self._coalescing.__exit__(None, None, None)
             self._coalescing = None
 
@@ -134,14 +146,27 @@ class Engine:
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
 
+    def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
+        """The state dict of `model`, a part of the engine's module: on the first rank, None on others. All call it."""
+        return whole_weights(model, trained_only=trained_only)
+
     def save(self, folder: Path) -> None:
-        """Weights and optimizer state into `folder`, which need not exist."""
-        with quiet():
-            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        """Write what this rank keeps of weights and optimizer states into `folder`, which exists; every rank does."""
+        write_parts(folder, own_rank(), parts_to_write(self._engine, self._names()), optimizer=self._optimizer_name)
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, exact to the bit."""
-        with quiet():
-            path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise RunError(f"{folder} holds no complete engine state")
+        """The inverse of `save`, exact to the bit, whatever number of ranks and ZeRO stage have saved.
+
+        Raises:
+            UsageError: it is the state of another model or optimizer.
+            RunError: a file of it is missing or damaged.
+        """
+        with all_or_none(f"reading {folder}"):
+            files, names = StateFiles(folder), self._names()
+            check_fits(files, self._engine, names, optimizer=self._optimizer_name)
+            read_partitions(self._engine, names, files)
+        publish_weights(self._engine)
+
+    def _names(self) -> dict[str, str]:
+        """Of the module's parameters in the Hugging Face model."""
+        return {name: name.removeprefix(WRAPPER) for name, _ in self.module.named_parameters()}

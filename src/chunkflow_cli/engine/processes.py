@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from chunkflow_cli import worker
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.topology import Place, Topology
 
@@ -32,6 +33,11 @@ class Processes:
     @property
     def place(self) -> Place:
         return self.topology.place_of(self.rank)
+
+    @property
+    def replica(self) -> int:
+        """This one's number among those that hold the same stage: its data-parallel and sequence-parallel rank."""
+        return self.rank % self.topology.replicas
 
     @property
     def is_first(self) -> bool:
@@ -64,24 +70,15 @@ class Processes:
             torch.distributed.barrier(group=self._control)
 
 
-def launched_processes() -> int:
-    """How many processes the launcher that started this one has started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def join_processes(device: torch.device, topology: Topology) -> Processes:
     """Meet the other processes of the run.
 
     Raises:
         UsageError: a launcher has started another number than the configuration asks for.
     """
-    if launched_processes() != topology.processes:
+    if worker.processes() != topology.processes:
         raise UsageError(
-            f"{launched_processes()} processes were launched, and the configuration makes {topology.processes} of "
+            f"{worker.processes()} processes were launched, and the configuration makes {topology.processes} of "
             f"launch.processes, parallel.sequence and parallel.pipeline ({topology})"
         )
     if topology.processes == 1:
@@ -123,6 +120,13 @@ def init_process_group(device: torch.device) -> None:
     deepspeed = import_deepspeed()
     with quiet():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def broadcast_from_first(value: Any) -> Any:
+    """What rank 0 has given, on every rank; any object that can be pickled."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def _free_port() -> int:

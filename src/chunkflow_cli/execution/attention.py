@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.backends import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import SequenceState
 
 NAME = "chunkflow"
@@ -44,6 +45,8 @@ class ChunkAttentionContext:
     """Whether later chunks will read the keys and values of that piece."""
     last_layer_of_state_pass: int | None = None
     """In a state pass, the layer after whose keys and values nothing is wanted any more."""
+    sequence_group: SequenceGroup | None = None
+    """Whose ranks share the chunk's tokens; `packing`, `past` and the state are those of all tokens all the same."""
 
     @property
     def dependent_tokens(self) -> int:
@@ -75,7 +78,8 @@ def attend(
             f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"
             "  set attention_dropout to 0 in the model's config.json"
         )
-    if queries.shape[0] != 1 or queries.shape[2] != chunk.packing.boundaries[-1]:
+    group = chunk.sequence_group
+    if queries.shape[0] != 1 or queries.shape[2] * (1 if group is None else group.size) != chunk.packing.boundaries[-1]:
         raise UsageError(
             f"{type(module).__name__} reshapes its tokens before attention, so it cannot be trained in chunks"
         )
@@ -84,7 +88,12 @@ def attend(
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise UsageError(f"{type(module).__name__} does not know its layer, so its state cannot be kept apart")
-    out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer, rule)
+    if group is None:
+        out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer, rule)
+        return out.transpose(1, 2), None
+    sinks = None if s_aux is None else s_aux[group.slice_of(len(s_aux))]
+    queries, keys, values = group.tokens_to_heads(queries, keys, values)
+    out = group.heads_to_tokens(ChunkAttention.apply(queries, keys, values, sinks, chunk, layer, rule))
     return out.transpose(1, 2), None
 
 

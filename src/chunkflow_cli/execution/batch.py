@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkflow_cli.chunks import Chunk
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 
 IGNORED = -100
 """Target of a position that the loss does not count."""
@@ -29,12 +30,13 @@ class TokenizedSequence(Protocol):
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """The tokens of one chunk on the device. Only positions that have a target go through the head."""
+    """The tokens of one chunk on the device, or a rank's slice of them: then `tokens` and `targets` are those of the
+    slice. Only positions that have a target go through the head."""
 
     input_ids: Tensor  # (1, tokens)
     position_ids: Tensor  # (1, tokens), each from the start of its own sequence
-    boundaries: tuple[int, ...]  # (segments + 1,)
-    target_positions: Tensor  # (targets,) index into the chunk's tokens
+    boundaries: tuple[int, ...]  # (segments + 1,) of the whole chunk, padding included: attention sees all of it
+    target_positions: Tensor  # (targets,) index into `input_ids`
     targets: Tensor  # (targets,)
     target_weights: Tensor  # (targets,) float32 (float64 in float64): what each counts in the loss
 
@@ -49,8 +51,12 @@ def build_batch(
     sequence_weights: NDArray[np.float64],
     device: torch.device,
     weight_dtype: torch.dtype = torch.float32,
+    sequence_group: SequenceGroup | None = None,
 ) -> ChunkBatch:
     """The tensors of a chunk.
+
+    Spread over a group, the chunk is first padded so that it divides evenly: with tokens of a segment of their own,
+    which nothing else attends to and which have no targets, so they change nothing and are counted nowhere.
 
     Args:
         chunk: its segments index into `sequences`.
@@ -58,13 +64,24 @@ def build_batch(
         sequence_weights: (sequences,) what each target of a sequence counts in the loss.
         device: where the tensors go.
         weight_dtype: of the target weights.
+        sequence_group: whose ranks share the tokens; this rank then gets its slice of them.
     """
     ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
     targets = np.concatenate([sequences[s.sequence].targets[s.start : s.stop] for s in chunk.segments])
     positions = np.concatenate([np.arange(s.start, s.stop) for s in chunk.segments])
     weights = np.concatenate([np.full(s.tokens, sequence_weights[s.sequence]) for s in chunk.segments])
-    counted = np.flatnonzero(targets != IGNORED)
     boundaries = (0, *np.cumsum([segment.tokens for segment in chunk.segments]).tolist())
+    if sequence_group is not None:
+        padding = sequence_group.padding(len(ids))
+        if padding:
+            boundaries = (*boundaries, boundaries[-1] + padding)
+            ids = np.append(ids, np.zeros(padding, ids.dtype))
+            targets = np.append(targets, np.full(padding, IGNORED, targets.dtype))
+            positions = np.append(positions, np.arange(padding))
+            weights = np.append(weights, np.zeros(padding))
+        mine = sequence_group.slice_of(len(ids))
+        ids, targets, positions, weights = ids[mine], targets[mine], positions[mine], weights[mine]
+    counted = np.flatnonzero(targets != IGNORED)
 
     def tensor(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(array).to(device=device, dtype=dtype, non_blocking=True)

@@ -12,6 +12,7 @@ from chunkflow_cli.execution.attention import ChunkAttentionContext
 from chunkflow_cli.execution.backends import Backend, Packing
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import SequenceState
 
 
@@ -25,6 +26,9 @@ class ChunkCall:
     continues: bool
     head_gradient: SharedHeadGradient | None = None
     """Where chunks that hold activations at the same time sum the gradient of the head; None for a chunk alone."""
+    sequence_group: SequenceGroup | None = None
+    """Whose ranks share the chunk's tokens, each with its slice in `batch`; None where this rank has all of them. All
+    chunks of a sequence are one or the other: its state is that of a rank's heads, or of all."""
 
 
 class ChunkModel(nn.Module):
@@ -39,7 +43,10 @@ class ChunkModel(nn.Module):
         self.transform = logit_transform(base.config.get_text_config())
 
     def forward(self, *calls: ChunkCall, state_pass: bool = False) -> Tensor | None:
-        """Loss of the chunks, in their order; None for a state pass, which only fills the state store."""
+        """Loss of the chunks, in their order; None for a state pass, which only fills the state store.
+
+        Of a chunk that is spread over a group, the loss is this rank's share: the sum over the targets of its slice.
+        """
         if state_pass:
             for call in calls:
                 self.hidden(call, state_pass=True)
@@ -50,8 +57,9 @@ class ChunkModel(nn.Module):
     def hidden(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor:
         """(tokens, hidden_size) after the last layer and the final norm."""
         packing = Packing(call.batch.boundaries, call.batch.input_ids.device)
+        last_layer = self._layers - 1 if state_pass else None
         context = ChunkAttentionContext(
-            packing, self.backend, call.state, call.past, call.continues, self._layers - 1 if state_pass else None
+            packing, self.backend, call.state, call.past, call.continues, last_layer, call.sequence_group
         )
         decoder = _decoder(_base_model(self.causal_lm))
         out = decoder(

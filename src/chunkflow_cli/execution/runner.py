@@ -22,6 +22,7 @@ from chunkflow_cli.execution.batch import (
 )
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.schedule import DUMMY, Op, OpKind, Schedule
 
@@ -42,12 +43,14 @@ class StepBatch:
     sequences: Sequence[TokenizedSequence]
     weights: NDArray[np.float64]
     """(sequences,): what each target of a sequence counts in the loss."""
+    spread: range | None = None
+    """Chunks that the ranks of the sequence-parallel group share; None is all of them, where there is a group."""
 
 
 @dataclass(frozen=True)
 class StepResult:
     loss: float
-    """Weighted sum over all targets of the step."""
+    """Weighted sum over all targets of the step; of a rank's share of them, if chunks are spread over a group."""
     target_tokens: int
     """Targets that went through the loss and backward, counted from the tensors that did."""
     peak_state_bytes: int
@@ -70,7 +73,9 @@ class Runner:
         weight_dtype: torch.dtype = torch.float32,
         replay_random: bool = False,
         lockstep: bool = False,
+        sequence_group: SequenceGroup | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        announce: Callable[[str], None] = lambda doing: None,
     ) -> None:
         """
         Args:
@@ -79,14 +84,19 @@ class Runner:
             weight_dtype: float32, or float64 for a float64 model.
             replay_random: give a recompute the random numbers of its state pass; needed under dropout.
             lockstep: every forward touches the same weights, whatever its chunk: other ranks run theirs with it.
+            sequence_group: over which chunks may be spread; all of its ranks run the same operations on these, and
+                their losses and counts of targets are each rank's share.
             stop_requested: asked before every operation.
+            announce: told every operation before it begins.
         """
         self._engine = engine
         self._device = device
         self._weight_dtype = weight_dtype
         self._replay_random = replay_random
         self._lockstep = lockstep
+        self._sequence_group = sequence_group
         self._stop_requested = stop_requested
+        self._announce = announce
 
     def run(
         self,
@@ -111,6 +121,7 @@ class Runner:
         for op in schedule.ops:
             if self._stop_requested():
                 raise Interrupted
+            self._announce(str(op))
             step.execute(op)
             if on_operation is not None:
                 if self._device.type == "cuda":
@@ -137,11 +148,12 @@ class Runner:
         """
         store = StateStore()
         total = 0.0
-        for chunk in batch.chunks:
+        for chunk_index, chunk in enumerate(batch.chunks):
             if self._stop_requested():
                 raise Interrupted
-            tensors = self.in_step(self.build(chunk, batch))
-            total += float(self._engine.forward(call_of(chunk, tensors, batch.chunks, store)))
+            self._announce(f"held-out chunk {chunk_index}")
+            tensors = self.in_step(self.build(chunk_index, batch))
+            total += float(self._engine.forward(self.call(chunk_index, tensors, batch, store)))
             sequence = chunk.long_sequence
             if sequence is not None and not chunk.segments[0].continues:
                 store.close(sequence)
@@ -150,8 +162,27 @@ class Runner:
             self._engine.forward(self.dummy())
         return total
 
-    def build(self, chunk: Chunk, batch: StepBatch) -> ChunkBatch:
-        return build_batch(chunk, batch.sequences, batch.weights, self._device, self._weight_dtype)
+    def build(self, index: int, batch: StepBatch) -> ChunkBatch:
+        """The tensors of a chunk; this rank's slice of it, if it is spread."""
+        return build_batch(
+            batch.chunks[index], batch.sequences, batch.weights, self._device, self._weight_dtype,
+            self._group_of(index, batch),
+        )  # fmt: skip
+
+    def call(
+        self,
+        index: int,
+        tensors: ChunkBatch,
+        batch: StepBatch,
+        store: StateStore,
+        head_gradient: SharedHeadGradient | None = None,
+    ) -> ChunkCall:
+        """The model call of a chunk."""
+        group = self._group_of(index, batch)
+        return call_of(batch.chunks[index], tensors, batch.chunks, store, head_gradient, group)
+
+    def _group_of(self, index: int, batch: StepBatch) -> SequenceGroup | None:
+        return self._sequence_group if batch.spread is None or index in batch.spread else None
 
     def in_step(self, tensors: ChunkBatch) -> ChunkBatch:
         """As it is forwarded beside the chunks of other ranks."""
@@ -226,10 +257,9 @@ class _Step:
     def _call(self, index: int, head_gradient: SharedHeadGradient | None) -> ChunkCall:
         if index == DUMMY:
             return replace(self._runner.dummy(), head_gradient=head_gradient)
-        chunk = self._batch.chunks[index]
-        tensors = self._runner.build(chunk, self._batch)
+        tensors = self._runner.build(index, self._batch)
         self._target_tokens[index] = tensors.target_tokens
-        return call_of(chunk, self._runner.in_step(tensors), self._batch.chunks, self._store, head_gradient)
+        return self._runner.call(index, self._runner.in_step(tensors), self._batch, self._store, head_gradient)
 
     def _head_gradient_of(self, indices: tuple[int, ...]) -> SharedHeadGradient | None:
         """One for all retained chunks of a sequence, or of a call; none for a chunk that goes backward at once."""
@@ -257,13 +287,14 @@ def call_of(
     chunks: Chunks,
     store: StateStore,
     head_gradient: SharedHeadGradient | None = None,
+    sequence_group: SequenceGroup | None = None,
 ) -> ChunkCall:
     """The model call of a chunk, with the state of the long sequence that it holds a piece of."""
     first = chunk.segments[0]
     if not chunk.is_dependent:
-        return ChunkCall(tensors, None, 0, False, head_gradient)
+        return ChunkCall(tensors, None, 0, False, head_gradient, sequence_group)
     state = store.open(first.sequence, chunks.stored_tokens(first.sequence))
-    return ChunkCall(tensors, state, first.start, first.continues, head_gradient)
+    return ChunkCall(tensors, state, first.start, first.continues, head_gradient, sequence_group)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -1,0 +1,99 @@
+"""A run of two ranks that is killed, stopped and moved to another layout, by the commands that users type."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STEPS = 16
+WORDS = (
+    "recipe=tiny_random", f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=2", "train.guard=false",
+    "train.global_batch_size=8", "optim.schedule=constant", "engine.zero_stage=2", "data.eval_fraction=0",
+    "data.num_workers=1", "optim=adamw",
+)  # fmt: skip
+TWO_RANKS = ("launch.processes=2",)
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    command = [sys.executable, "-m", "chunkflow_cli", "train", *WORDS, *words, f"train.output_dir={folder}"]
+    return subprocess.Popen(
+        command, env={**environment, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def wait_for_step(run: subprocess.Popen[str], folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not (done := rows(folder)) or done[-1]["step"] < step:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline, "no such step"
+        time.sleep(0.02)
+
+
+def process_of_rank(launcher: int, rank: int) -> int:
+    """The kernel's word: the launcher's child whose environment says so."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"rank {rank} is no child of {launcher}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the same run, left alone."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run = start(folder, *TWO_RANKS)
+    out, err = run.communicate(timeout=400)
+    assert run.returncode == 0, out + err
+    return [row["loss"] for row in rows(folder)]
+
+
+def test_a_run_survives_its_ranks_and_its_layout(undisturbed: list[float], tmp_path: Path) -> None:
+    """Rank 1 is killed, then rank 0, then the launcher is told to stop; then one process ends what two began.
+
+    On one layout the losses are the same to the bit; on another they differ by the order of sums.
+    """
+    folder = tmp_path / "run"
+    for victim, step in ((1, 3), (0, 6)):
+        run = start(folder, *TWO_RANKS)
+        wait_for_step(run, folder, step)
+        os.kill(process_of_rank(run.pid, victim), signal.SIGKILL)
+        _, err = run.communicate(timeout=120)
+        assert run.returncode == 1, err
+        assert f"rank {victim} was killed by SIGKILL" in err
+        assert "Traceback" not in err
+
+    run = start(folder, *TWO_RANKS)
+    wait_for_step(run, folder, 9)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130, err
+    assert "The same command goes on from" in err
+    stopped_at = rows(folder)[-1]["step"]
+    assert (folder / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
+
+    run = start(folder, "engine.zero_stage=1")
+    _, err = run.communicate(timeout=400)
+    assert run.returncode == 0, err
+    assert "saved on data 2, ZeRO-2, continued on one process, ZeRO-1" in err.replace("\n", " ")
+    losses = [row["loss"] for row in rows(folder)]
+    assert len(losses) == STEPS
+    assert losses[:stopped_at] == undisturbed[:stopped_at]
+    assert losses[stopped_at:] == pytest.approx(undisturbed[stopped_at:], rel=1e-5)
+    assert json.loads((folder / "report.json").read_text())["samples_trained"] == STEPS * 8 - 6 * (STEPS // 8)
