@@ -314,7 +314,7 @@ def peak_memory(
     """Predicted bytes of the fullest rank or stage, in the planned steps or in that of the longest sample."""
     longest = int(run.lengths.max())
     if basis.calibration is not None:
-        live, stored = _activations_and_state(run, is_planned_whole)
+        live, stored = activations_and_state(run, is_planned_whole=is_planned_whole)
         state = stored * state_bytes_per_token(basis.shape, ELEMENT_BYTES[config.model.dtype.value])
         return basis.calibration.memory.peak_bytes(run.chunk_size, live, state)
     stages = 1 if run.pipeline is None else run.pipeline.stages
@@ -329,7 +329,7 @@ def peak_memory(
     return memory_of_fullest(basis.shape, settings, steps).device_total
 
 
-def _activations_and_state(run: RunPlan, is_planned_whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(n,) most tokens that hold activations at once, and (n,) tokens in the state store meanwhile, on one rank.
 
     Of every chunk and long sample of the run's steps, if all of them are planned anyway; else of each sample with
