@@ -164,3 +164,27 @@ def test_sequence_parallel(runs: Runs, truth: dict[str, Any], processes: int) ->
         Case("adamw", (group, "engine.zero_stage=3")),
     ]
     compare(runs, truth, processes, cases)
+
+
+STEPS = {
+    "1f1b": "parallel.schedule=1f1b",
+    "more warm-up": "parallel.warmup_extra=1",
+    "zero bubble": "parallel.schedule=zero_bubble",
+}
+
+
+@pytest.mark.parametrize(
+    ("processes", "words"), [(2, "parallel.pipeline=2"), (4, "parallel.pipeline=4"), (4, "parallel.pipeline=2")]
+)
+def test_pipeline(runs: Runs, truth: dict[str, Any], processes: int, words: str) -> None:
+    """Two and four stages, and two pipelines of two stages beside each other."""
+    cases = [Case(name, (words,)) for name in RECIPES]
+    cases += [Case("sgd, K=2, tails alone", (words, schedule)) for schedule in STEPS.values()]
+    cases += [Case("sgd", (words, "engine.zero_stage=0")), Case("lora", (words, "engine.zero_stage=0"))]
+    compare(runs, truth, processes, cases)
+
+
+def test_pipeline_of_sequence_groups(runs: Runs, truth: dict[str, Any]) -> None:
+    """The tokens of each chunk are spread over two ranks, on each of two stages."""
+    words = ("parallel.pipeline=2", "parallel.sequence=2")
+    compare(runs, truth, 4, [Case(name, words) for name in RECIPES])

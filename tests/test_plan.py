@@ -22,6 +22,8 @@ from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.runner import Runner, StepBatch, StepResult
 from chunkflow_cli.schedule import OpKind, Schedule, validate
+from chunkflow_cli.topology import Place, Topology
+from chunkflow_cli.trace import TRACE_FILE, TracedOperation, chrome_trace
 
 TINY = ("recipe=tiny_random", "train.guard=false", "data.num_workers=1")
 
@@ -282,7 +284,7 @@ def test_interleaved_stages_without_a_layer_are_refused(qwen7b: Path, tmp_path: 
     words = [f"model.path={qwen7b}", f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}",
              "tune.device=h100", "parallel.schedule=interleaved"]  # fmt: skip
     assert planned(*words, "parallel.pipeline=4", "parallel.parts=7")["memory"]["fits"]
-    with pytest.raises(UsageError, match="4 stages with 8 parts of the model each cannot hold a model of 28 layers"):
+    with pytest.raises(UsageError, match="28 layers cannot be cut into 32 stages"):
         planned(*words, "parallel.pipeline=4", "parallel.parts=8")
 
 
@@ -455,6 +457,38 @@ def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_pat
 # Screens and pictures
 
 
+def test_what_ran_is_shown_beside_what_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trace of another plan would be compared operation by operation with this one: it is refused."""
+    words = (*TINY, f"data.cache_dir={tmp_path}", "chunk.size=32", "launch.processes=4", "parallel.pipeline=2")
+    topology = Topology(data=2, pipeline=2)
+    made = plan.make_plan(load(words), step=2)
+    operations = []
+    for index in range(len(made.timeline.chunk)):
+        row = {name: getattr(made.timeline, name)[index] for name in ("rank", "stage", "kind", "chunk")}
+        rank = topology.rank_of(Place(int(row["stage"]), int(row["rank"]), 0))
+        start, stop = made.timeline.start_seconds[index], made.timeline.stop_seconds[index]
+        operations.append(TracedOperation(rank, 2, f"{row['kind']}{row['chunk']}", 5 + 3 * start, 5 + 3 * stop))
+    (tmp_path / TRACE_FILE).write_text(json.dumps(chrome_trace(operations, topology)))
+
+    result = planned(*words, step=2, trace=str(tmp_path), plot=str(tmp_path / "both.png"))
+    assert result["measured"]["makespan"] == pytest.approx(3 * result["pipeline"]["makespan"])
+    assert result["measured"]["bubble_ratio"] == pytest.approx(result["pipeline"]["bubble_ratio"], abs=1e-6)
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    plan.run(load(words), step=2, trace=str(tmp_path))
+    assert "step 2 as it ran" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="had other operations"):
+        planned(*words, "chunk.k=3", step=2, trace=str(tmp_path))
+    with pytest.raises(UsageError, match="holds steps 2 to 2, not 1"):
+        planned(*words, step=1, trace=str(tmp_path))
+    with pytest.raises(UsageError, match=r"train\.trace=true"):
+        planned(*words, trace=str(tmp_path / "nothing"))
+
+
+def test_a_model_with_fewer_layers_than_stages_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"parallel\.pipeline=16: .* cannot be cut into 16 stages"):
+        planned(*TINY, f"data.cache_dir={tmp_path}", "launch.processes=16", "parallel.pipeline=16")
+
+
 @pytest.mark.parametrize("width", [80, 200])
 @pytest.mark.parametrize(
     "words",
@@ -462,7 +496,7 @@ def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_pat
         ("recipe=tiny_random",),
         ("recipe=tiny_random", "chunk.size=16", "launch.processes=64"),
         ("recipe=tiny_random", "chunk.size=64", "launch.processes=4", "parallel.pipeline=2"),
-        ("recipe=tiny_random", "chunk.size=16", "launch.processes=16", "parallel.pipeline=4", "parallel.schedule=zero_bubble"),
+        ("recipe=tiny_random", "chunk.size=16", "launch.processes=16", "parallel.pipeline=16", "parallel.schedule=zero_bubble", "plan.cost_model=proportional"),
         ("recipe=tiny_random", "tune.device=h100", "tune.memory_gib=0.001", "train.epochs=500"),
     ],
     ids=" ".join,

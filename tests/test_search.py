@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.costs import CostModel, OperationCost
+from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, OperationCost, chunk_targets
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import SimulatedStep, best_first, grid, search
@@ -155,3 +155,21 @@ def test_the_search_needs_no_torch() -> None:
     """It is what a laptop without a GPU runs; torch alone would take longer to import than the whole search."""
     code = "import chunkflow_cli.search, sys; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_last_stage_pays_for_the_head() -> None:
+    """An equal share for each stage would hide that a large vocabulary makes the last one the slowest."""
+    shape = ModelShape(
+        layers=8, hidden_size=64, intermediate_size=128, attention_heads=4, kv_heads=4, head_dim=16, vocab_size=4000,
+        matmul_parameters=8 * 40_000 + 256_000, parameters=900_000, trainable_parameters=900_000,
+    )  # fmt: skip
+    costs = replace(CostModel.profile(shape, DEVICES["h100"], checkpointed=False), transfer_latency_seconds=0.0)
+    run = replace(run_of([40, 7, 13, 90], batch=4), chunk_size=16, pipeline=PipelineLayout(4), costs=costs)
+    assert run.cut is not None
+    assert [stage.layers for stage in run.cut] == [2, 2, 3, 1]  # half of the tokens are targets: a head of 3.2 layers
+    rank = run[0].ranks[0]
+    seconds = run.operation_seconds(rank)
+    head = costs.seconds_per_target * chunk_targets(rank.chunks, rank.target_counts)
+    layers = seconds.forward - np.vstack([np.zeros((3, len(head))), head])
+    assert np.allclose(layers / layers.sum(axis=0), np.array([[stage.layers / 8] for stage in run.cut]))
+    assert np.allclose(seconds.state_pass, layers)

@@ -1,32 +1,39 @@
-"""What runs the steps of a training run, put together: model, engine and runner."""
+"""What runs the steps of a training run, put together: model, engine and runner; of a pipeline, those of a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from chunkflow_cli.config import Config
+from chunkflow_cli.config import Config, PipelineSchedule
 from chunkflow_cli.costs import ModelShape
-from chunkflow_cli.engine import Engine, EngineSettings
+from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Processes
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backends import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
+from chunkflow_cli.execution.messages import Links
+from chunkflow_cli.execution.pipeline import PipelineRunner
 from chunkflow_cli.execution.runner import Runner, has_dropout
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.execution.stages import StageModel
 from chunkflow_cli.model import add_lora, enable_activation_checkpointing, load_model, model_shape, with_adapters
+from chunkflow_cli.stage_cut import StageLayers
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
 class Assembly:
     model: Any
-    """With adapters, if any; its parameters are the engine's."""
-    engine: Engine
-    runner: Runner
+    """With adapters, if any; of a pipeline, the part that this stage holds. Its parameters are the engine's."""
+    engine: Engine | PipelineEngine
+    runner: Runner | PipelineRunner
     shape: ModelShape
+    """Of the whole model."""
 
 
 def assemble(
@@ -35,7 +42,8 @@ def assemble(
     backend: Backend,
     device: torch.device,
     *,
-    sequence_group: SequenceGroup | None = None,
+    processes: Processes | None = None,
+    stages: Sequence[StageLayers] = (),
     stop_requested: Callable[[], bool] = lambda: False,
     announce: Callable[[str], None] = lambda doing: None,
 ) -> Assembly:
@@ -45,7 +53,8 @@ def assemble(
         hf_config: the model's configuration.
         backend: the attention that it runs with.
         device: where it runs.
-        sequence_group: over which chunks may be spread.
+        processes: of the run; every one of them assembles its own, at the same time. None: this one is alone.
+        stages: of the pipeline, what each holds of the model; empty without one.
         stop_requested: asked before every operation.
         announce: told every operation before it begins.
 
@@ -61,11 +70,24 @@ def assemble(
     if config.model.lora.enabled:
         model = add_lora(model, config.model.lora)
         shape = with_adapters(shape, model)
-    if device.type == "cpu":
-        convert_linear_layers(model)
-    model.to(device)
+    processes = processes or Processes()
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
-    engine = Engine(ChunkModel(model, backend), settings)
+    sequence_group = SequenceGroup.join(processes.topology)
+    if len(stages) > 1:
+        stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
+        pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
+        pipelines = [processes.topology.pipeline_group(first) for first in range(processes.topology.replicas)]
+        pipeline_runner = PipelineRunner(
+            pipeline_engine,
+            Links(pipelines, device),
+            device,
+            replay_random=has_dropout(model),
+            splits_backwards=config.parallel.schedule is PipelineSchedule("zero_bubble"),
+            sequence_group=sequence_group,
+            announce=announce,
+        )
+        return Assembly(model, pipeline_engine, pipeline_runner, shape)
+    engine = Engine(_on_device(ChunkModel(model, backend), device), settings)
     runner = Runner(
         engine,
         device,
@@ -76,3 +98,10 @@ def assemble(
         announce=announce,
     )
     return Assembly(model, engine, runner, shape)
+
+
+def _on_device(model: Model, device: torch.device) -> Model:
+    if device.type == "cpu":
+        convert_linear_layers(model)
+    model.to(device)
+    return model

@@ -23,10 +23,12 @@ import numpy as np
 import torch
 
 from chunkflow_cli.config import EngineConfig, Offload
-from chunkflow_cli.engine import Engine, StateFiles, all_or_none, own_rank, process_count
+from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, own_rank, process_count
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.run_folder import REPLACED, write_json, written_aside
 from chunkflow_cli.topology import Topology
+
+AnyEngine = Engine | PipelineEngine
 
 FORMAT = 2
 """Of the folder. Format 1, which named none, held DeepSpeed's own files and could be read by its own layout only."""
@@ -71,7 +73,7 @@ def describe_layout(topology: Topology, engine: EngineConfig) -> str:
 
 
 def save_checkpoint(
-    folder: Path, engine: Engine, progress: Progress, generators: dict[str, Any], *, layout: str, keep: int
+    folder: Path, engine: AnyEngine, progress: Progress, generators: dict[str, Any], *, layout: str, keep: int
 ) -> Path:
     """Write `folder`/step-<step>, complete or not at all, then delete all but the newest `keep`. Every rank calls it.
 
@@ -107,7 +109,7 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine, *, seed: int) -> Resumed:
+def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resumed:
     """The inverse of `save_checkpoint`, on any number of ranks and any layout. Every rank calls it.
 
     Args:
@@ -138,7 +140,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, *, seed: int) -> Resumed:
     return Resumed(progress, state["layout"], is_reseeded)
 
 
-def save_final(folder: Path, model: Any, tokenizer: Any, engine: Engine) -> None:
+def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine) -> None:
     """The model (or its adapters) and tokenizer as a Hugging Face folder in safetensors. Every rank calls it."""
     weights = engine.whole_weights(model, trained_only=hasattr(model, "peft_config"))
     with all_or_none(f"saving {folder}"):

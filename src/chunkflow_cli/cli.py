@@ -349,6 +349,15 @@ def plan(
     overrides: Overrides = None,
     step: Annotated[int, typer.Option("--step", metavar="N", help="Whose schedule is shown, from 1.")] = 1,
     plot: Plot = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            metavar="RUN_DIR",
+            help="A run with train.trace=true: its operations beside the predicted ones.",
+            show_default=False,
+        ),
+    ] = None,
     json_output: Json = False,
     cfg: Cfg = None,
     resolve: Resolve = False,
@@ -367,7 +376,7 @@ def plan(
         loaded = _load(overrides, cfg, resolve, config_dir)
         from chunkflow_cli import plan as command_module
 
-        return command_module.run(loaded, step=step, plot=plot, json_output=json_output)
+        return command_module.run(loaded, step=step, plot=plot, trace=trace, json_output=json_output)
 
     _finish(command, json_output, debug)
 

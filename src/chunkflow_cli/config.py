@@ -247,6 +247,9 @@ class TrainConfig:
     """`token` weighs every target of the global batch the same, `sequence` every sample."""
     output_dir: str | None = None
     """Null is outputs/<recipe>/<date-time>."""
+    trace: bool = False
+    """Write when every operation of every rank ran to trace.json, which Perfetto opens and `plan --trace` reads. On a
+    GPU it is then waited for after each operation, which costs time."""
     guard: bool = True
     """Prove at the start, on a small float32 copy, that the architecture trains exactly in chunks."""
 

@@ -6,6 +6,7 @@ model only the configuration is read.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,11 +33,12 @@ from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stdout_console
-from chunkflow_cli.run_data import check_heads, check_stages, cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import check_heads, cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
 from chunkflow_cli.search import SimulatedStep
 from chunkflow_cli.simulate import Timeline, simulate
 from chunkflow_cli.tokens import TokenizedData
+from chunkflow_cli.trace import TRACE_FILE, measured_timeline
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -60,12 +62,20 @@ class PlannedRun:
     """Of the chosen step, all ranks and stages."""
 
 
-def run(loaded: LoadedConfig, *, step: int = 1, plot: str | None = None, json_output: bool = False) -> dict[str, Any]:
+def run(
+    loaded: LoadedConfig,
+    *,
+    step: int = 1,
+    plot: str | None = None,
+    trace: str | None = None,
+    json_output: bool = False,
+) -> dict[str, Any]:
     """Plan the configured run; print it, unless it is wanted as JSON.
 
     Args:
         step: whose schedule is shown, counted from 1.
         plot: draw that step's operations over time into this PNG or SVG file.
+        trace: folder of a run with train.trace=true: what that step took is shown beside what is predicted.
 
     Raises:
         UsageError: configuration or data is at fault.
@@ -74,19 +84,63 @@ def run(loaded: LoadedConfig, *, step: int = 1, plot: str | None = None, json_ou
         from chunkflow_cli.report.plots import check_plot_path
 
         check_plot_path(plot)
+    measured = None if trace is None else read_trace(Path(trace), step)
     planned = make_plan(loaded, step=step)
     if plot is not None:
         from chunkflow_cli.report.plots import plot_timeline
 
-        plot_timeline(planned.timeline, f"step {step} of {planned.plan.steps}: predicted", Path(plot))
+        panels = {f"step {step} of {planned.plan.steps}: predicted": planned.timeline}
+        if measured is not None:
+            panels["measured"] = measured
+        plot_timeline(panels, Path(plot))
     result = as_json(planned)
+    if measured is not None:
+        result["measured"] = _measured_json(measured, planned)
     if not json_output:
         from chunkflow_cli.report.plan import print_plan
 
-        print_plan(stdout_console(), result, planned.timeline)
+        print_plan(stdout_console(), result, planned.timeline, measured)
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return result
+
+
+def read_trace(run_folder: Path, step: int) -> Timeline:
+    """What a step of a traced run took.
+
+    Raises:
+        UsageError: there is no trace, or it does not hold the step.
+    """
+    path = run_folder / TRACE_FILE
+    try:
+        return measured_timeline(json.loads(path.read_text(encoding="utf-8")), step)
+    except FileNotFoundError as error:
+        raise UsageError(f"--trace={run_folder}: it holds no {TRACE_FILE}; train with train.trace=true") from error
+    except ValueError as error:
+        raise UsageError(f"--trace={run_folder}: {path}: {error}") from error
+
+
+def _measured_json(measured: Timeline, planned: PlannedRun) -> dict[str, Any]:
+    """
+    Raises:
+        UsageError: another plan ran than the one that is configured.
+    """
+
+    def order(timeline: Timeline) -> list[tuple[Any, ...]]:
+        columns = (timeline.rank, timeline.stage, timeline.kind, timeline.chunk)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    if order(measured) != order(planned.timeline):
+        raise UsageError(
+            "--trace: the run had other operations in this step than these overrides plan: give those of the run "
+            "(its .hydra/overrides.yaml)"
+        )
+    return {
+        "makespan": measured.makespan,
+        "bubble_ratio": measured.bubble_ratio,
+        "bubble_ratio_recompute_idle": measured.bubble_ratio_recompute_idle,
+        "live_activations": measured.live_activations.tolist(),
+    }
 
 
 def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
@@ -112,9 +166,11 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
 
         shape = shape_without_weights(config.model, hf_config)
     device = planned_device(config)
-    if shape is not None:
-        check_stages(shape, config.parallel.pipeline, config.parallel.parts)
     plan = plan_run(config, data.train, cost_model(config, shape, device, hf_config))
+    try:
+        _ = plan.cut
+    except ValueError as error:
+        raise UsageError(f"parallel.pipeline={config.parallel.pipeline}: {error}") from error
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
@@ -415,7 +471,7 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
         share = lengths[rank :: plan.ranks]
         if len(share):
             chunks = sequences_as_chunks(share)
-            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain)
+            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, plan.cut)
             timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)
 

@@ -6,6 +6,7 @@ is a pure function of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -19,6 +20,7 @@ from chunkflow_cli.costs import CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.pipeline_schedules import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
 from chunkflow_cli.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
 from chunkflow_cli.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
+from chunkflow_cli.stage_cut import StageLayers, cut_layers, layer_shares
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,36 @@ class RunPlan:
         costs = (self.costs.forward, self.costs.backward)
         return sum(cost.seconds_per_pair for cost in costs) / sum(cost.seconds_per_token for cost in costs)
 
+    @functools.cached_property
+    def head_in_layers(self) -> float:
+        """What head and loss cost, in layers: seconds of the data's mean token."""
+        shape = self.costs.shape
+        if shape is None:
+            return 0.0
+        tokens = float(self.lengths.sum())
+        pairs = float(self.costs.pairs_up_to(self.lengths.astype(np.float64)).sum())
+        layers = sum(
+            cost.seconds_per_token * tokens + cost.seconds_per_pair * pairs
+            for cost in (self.costs.forward, self.costs.backward)
+        )
+        return self.costs.seconds_per_target * float(self.target_counts.sum()) / (layers / shape.layers)
+
+    def stage_layers(self, layers: int) -> tuple[StageLayers, ...]:
+        """Which layers of a model each stage of the pipeline holds.
+
+        Raises:
+            ValueError: there are fewer layers than stages.
+        """
+        stages = 1 if self.pipeline is None else self.pipeline.stages * self.pipeline.parts
+        return cut_layers(layers, stages, head_in_layers=self.head_in_layers)
+
+    @functools.cached_property
+    def cut(self) -> tuple[StageLayers, ...] | None:
+        """The stages of the model whose costs are known; None without one, or without a pipeline."""
+        if self.pipeline is None or self.costs.shape is None:
+            return None
+        return self.stage_layers(self.costs.shape.layers)
+
     def _schedules(self, ranks: Sequence[Chunks], targets: Sequence[NDArray[np.int64]]) -> list[tuple[Schedule, ...]]:
         """Of the stages of each rank."""
         if self.pipeline is None:
@@ -245,16 +277,16 @@ class RunPlan:
         assert self.pipeline is not None
         seconds = None
         if self.pipeline.schedule in CHOSEN_BY_SECONDS:
-            seconds = operation_seconds(chunks, targets, self.costs, self.pipeline)
+            seconds = operation_seconds(chunks, targets, self.costs, self.pipeline, self.cut)
         return plan_pipeline(chunks, self.k, self.pipeline, seconds)
 
     def operation_seconds(self, rank: RankPlan) -> OperationSeconds:
         """Predicted, of every operation of a rank."""
-        alone = operation_seconds(rank.chunks, rank.target_counts, self.costs, self.pipeline)
+        alone = operation_seconds(rank.chunks, rank.target_counts, self.costs, self.pipeline, self.cut)
         if not rank.spread:
             return alone
         spread = operation_seconds(
-            rank.chunks, rank.target_counts, self.costs.spread_over(rank.group_size), self.pipeline
+            rank.chunks, rank.target_counts, self.costs.spread_over(rank.group_size), self.pipeline, self.cut
         )
         count = len(rank.spread)
         return OperationSeconds(
@@ -263,6 +295,18 @@ class RunPlan:
                 for kind in fields(OperationSeconds)
             }
         )
+
+    def stage_seconds(self, rank: RankPlan) -> NDArray[np.float64]:
+        """(stages,) for how long each stage of a rank runs something, as predicted."""
+        head = 0.0
+        if len(rank.chunks):
+            targets, spread = chunk_targets(rank.chunks, rank.target_counts), len(rank.spread)
+            head = self.costs.seconds_per_target * float(targets[spread:].sum())
+            if spread:
+                head += self.costs.spread_over(rank.group_size).seconds_per_target * float(targets[:spread].sum())
+        of_parts = _shares(self.pipeline, self.costs, self.cut) * (rank_seconds(rank, self.costs) - head)
+        of_parts[-1] += head
+        return of_parts if self.pipeline is None else of_parts.reshape(-1, self.pipeline.stages).sum(axis=0)
 
     def timeline(self, step: StepPlan) -> Timeline:
         """When each operation of a step runs on each rank and stage, as predicted."""
@@ -296,28 +340,35 @@ def _one_after_the_other(first: Schedule, second: Schedule, chunks: Chunks) -> S
 
 
 def operation_seconds(
-    chunks: Chunks, targets: NDArray[np.int64], costs: CostModel, pipeline: PipelineLayout | None = None
+    chunks: Chunks,
+    targets: NDArray[np.int64],
+    costs: CostModel,
+    pipeline: PipelineLayout | None = None,
+    cut: tuple[StageLayers, ...] | None = None,
 ) -> OperationSeconds:
-    """Predicted seconds of every operation on these chunks; the parts of a pipeline get equal shares of the model.
+    """Predicted seconds of every operation on these chunks.
+
+    Each part of a pipeline takes its layers' share of the model's seconds, the last one also head and loss.
 
     Args:
         targets: (sequences,) tokens that the loss counts.
+        cut: the layers of each part; equal shares if not given.
     """
-    stages, of_a_stage = (1, 1) if pipeline is None else (pipeline.stages, pipeline.parts)
-    parts = stages * of_a_stage
-    share = 1.0 / (of_a_stage if costs.is_of_one_stage else parts)
+    parts = 1 if pipeline is None else pipeline.stages * pipeline.parts
+    shares = _shares(pipeline, costs, cut)
     tokens, pairs = chunk_tokens(chunks), costs.chunk_pairs(chunks)
-    head = costs.seconds_per_target * chunk_targets(chunks, targets)
+    head = np.zeros((parts, len(chunks)))
+    head[-1] = costs.seconds_per_target * chunk_targets(chunks, targets)
 
-    def on_all_parts(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.broadcast_to(seconds * share, (parts, len(chunks))).copy()
+    def shared(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        return shares[:, None] * seconds
 
-    backward = on_all_parts(costs.backward(tokens, pairs))
+    backward = shared(costs.backward(tokens, pairs))
     return OperationSeconds(
-        forward=on_all_parts(costs.forward(tokens, pairs) + head),
+        forward=shared(costs.forward(tokens, pairs)) + head,
         backward=backward,
-        recompute=on_all_parts(costs.recompute(tokens, pairs) + head),
-        state_pass=on_all_parts(costs.state_pass(tokens, pairs)),
+        recompute=shared(costs.recompute(tokens, pairs)) + head,
+        state_pass=shared(costs.state_pass(tokens, pairs)),
         # The two products of a backward are of the same size.
         input_gradient=backward / 2,
         weight_gradient=backward / 2,
@@ -325,6 +376,17 @@ def operation_seconds(
             costs.transfer_latency_seconds + costs.transfer_seconds_per_token * tokens, (parts - 1, len(chunks))
         ).copy(),
     )
+
+
+def _shares(
+    pipeline: PipelineLayout | None, costs: CostModel, cut: tuple[StageLayers, ...] | None
+) -> NDArray[np.float64]:
+    """(parts,) what each takes of the model's seconds, head and loss apart; of a stage's, where costs are of one."""
+    stages, of_a_stage = (1, 1) if pipeline is None else (pipeline.stages, pipeline.parts)
+    parts = stages * of_a_stage
+    if costs.is_of_one_stage:
+        return np.full(parts, 1.0 / of_a_stage)
+    return np.full(parts, 1.0 / parts) if cut is None else layer_shares(cut)
 
 
 def rank_seconds(rank: RankPlan, costs: CostModel) -> float:

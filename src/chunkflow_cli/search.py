@@ -122,7 +122,7 @@ class SimulatedStep:
         """Seconds until the last rank is done.
 
         Args:
-            stage_seconds: (ranks,) for how long each stage of a rank runs something.
+            stage_seconds: (ranks,) for how long the stages of a rank run something, their mean.
         """
         most = 0.0
         for rank in np.argsort(-stage_seconds, kind="stable").tolist():
@@ -175,9 +175,9 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         recomputed += planned.recomputed_chunks
         tokens += planned.tokens
         room += planned.room
-        # Stages share the model equally, so each is busy as long as the others.
         share = 1.0 if run.costs.is_of_one_stage else 1.0 / stages
-        of_ranks = np.array([rank_seconds(rank, run.costs) * share for rank in planned.ranks])
+        of_stages = np.array([run.stage_seconds(rank) for rank in planned.ranks])
+        of_ranks = of_stages.mean(axis=1)
         if run.pipeline is None:
             seconds.append(run.step_seconds(planned) if run.is_in_lockstep else float(of_ranks.max()))
         else:
@@ -187,7 +187,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         slowest = planned.ranks[int(of_ranks.argmax())]
         recompute.append(_recompute_seconds(slowest, run) * share)
         fixed.append(_fixed_seconds(slowest, run) * share)
-        bubbles.append(seconds[-1] - float(of_ranks.max()))
+        bubbles.append(seconds[-1] - float(of_stages.max()))
     needed = memory_bytes(run, simulated)
     waiting = np.array(seconds) - np.array(busy)
     return Candidate(

@@ -29,11 +29,12 @@ from chunkflow_cli.checkpoint import (
     save_final,
 )
 from chunkflow_cli.chunks import build_chunks
-from chunkflow_cli.config import Config, LoadedConfig, PipelineSchedule
+from chunkflow_cli.config import Config, LoadedConfig
 from chunkflow_cli.costs import training_flops
 from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import (
     EngineSettings,
+    check_pipeline_settings,
     check_settings,
     close_process_group,
     join_processes,
@@ -44,14 +45,15 @@ from chunkflow_cli.execution.backend_choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import guard
+from chunkflow_cli.execution.pipeline import PipelineRunner, check_pipeline_schedule
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
-from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.failures import failures_recorded
 from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.joining import load_data, open_folder
 from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
+from chunkflow_cli.model import shape_without_weights
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
 from chunkflow_cli.run_data import check_heads, cost_model, plan_run, planned_topology, target_weights
@@ -59,6 +61,7 @@ from chunkflow_cli.run_folder import RunFolder, write_json
 from chunkflow_cli.run_plan import RankPlan, StepPlan
 from chunkflow_cli.stop_signals import stop_on_signals
 from chunkflow_cli.tokens import load_tokenizer
+from chunkflow_cli.trace import Recorder, merge
 from chunkflow_cli.worker import heartbeat
 
 EVAL_GROUP = 256
@@ -120,18 +123,21 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         raise UsageError(
             f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
         )
-    if config.parallel.schedule is PipelineSchedule.interleaved:
-        raise UsageError(
-            "parallel.schedule=interleaved: so far only plan and tune-chunk-size know several parts of a model on a "
-            "stage\n  train with another schedule"
-        )
-    if config.parallel.pipeline > 1:
-        raise UsageError(
-            f"parallel.pipeline={config.parallel.pipeline}: so far only plan knows more than one; train with 1"
-        )
     check_heads(config, hf_config)
-    device = training_device()
-    check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
+    settings = EngineSettings(config.engine, config.optim, config.model.dtype, training_device())
+    stages = config.parallel.pipeline
+    if stages == 1:
+        check_settings(settings)
+        return hf_config
+    check_pipeline_settings(settings, stages)
+    check_pipeline_schedule(config.parallel.schedule.value)
+    assert hf_config is not None
+    layers = int(hf_config.get_text_config().num_hidden_layers)
+    if stages > layers:
+        raise UsageError(
+            f"parallel.pipeline={stages}: the model has {layers} layers, and each stage needs one\n"
+            f"  take parallel.pipeline={layers} or fewer"
+        )
     return hf_config
 
 
@@ -148,6 +154,7 @@ class _Training:
         self.topology = planned_topology(self.config)
         self.stop_requested = False
         self.heartbeat = heartbeat()
+        self.recorder: Recorder | None = None
         self.step_now = 0
         """From 1; 0 before the first."""
 
@@ -161,6 +168,7 @@ class _Training:
         progress = self._resume()
         with stop_on_signals(self._request_stop):
             self._train(progress)
+        self._write_trace()
         self._stand_at("saving the model")
         self._save_model()
         report = self._report(progress)
@@ -224,21 +232,27 @@ class _Training:
         settle_vector_math()
         backend = choose_backend(config.model.attention, self.hf_config, self.device, self.dtype).backend
         with working(self.console, "loading the model"):
+            self.shape = shape_without_weights(config.model, self.hf_config)
+            # Ranks may run on machines that are not alike, and must plan alike all the same.
+            costs = self.processes.gather(cost_model(config, self.shape, present_device(), self.hf_config))[0]
+            self.plan = plan_run(config, self.train_data, costs)
             parts = assemble(
-                config, self.hf_config, backend, self.device, sequence_group=SequenceGroup.join(self.topology),
-                stop_requested=self._must_stop_now, announce=self._stand_at,
+                config, self.hf_config, backend, self.device, processes=self.processes,
+                stages=self.plan.stage_layers(self.shape.layers), stop_requested=self._must_stop_now,
+                announce=self._stand_at,
             )  # fmt: skip
-        self.model, self.engine, self.runner, self.shape = parts.model, parts.engine, parts.runner, parts.shape
+        self.model, self.engine, self.runner = parts.model, parts.engine, parts.runner
         if self.processes.rank:  # all weights are drawn: from here on, dropout differs from rank to rank
             torch.manual_seed(
                 int(np.random.SeedSequence((config.train.seed, self.processes.rank)).generate_state(1)[0])
             )
-        self.plan = plan_run(config, self.train_data, cost_model(config, self.shape, present_device(), self.hf_config))
         self.batches, self.steps = self.plan.batches, self.plan.steps
         assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
         self.peak_flops = 0.0
         self._measure_peak_flops()
         self.learning_rate = learning_rate_schedule(config.optim, self.steps)
+        if config.train.trace:
+            self.recorder = Recorder(self.processes.rank)
 
     def _resume(self) -> Progress:
         if self.folder.checkpoint is None:
@@ -299,7 +313,8 @@ class _Training:
 
     def _must_stop_now(self) -> bool:
         """Asked before every operation. Where operations wait for other ranks, a run stops between steps only."""
-        return self.stop_requested and not self.plan.is_in_lockstep and self.topology.replicas == self.topology.data
+        ranks_wait = self.plan.is_in_lockstep or self.topology.sequence > 1 or self.topology.pipeline > 1
+        return self.stop_requested and not ranks_wait
 
     def _stop_together(self) -> None:
         """Between steps: whatever process was told to stop, all of them stop.
@@ -313,6 +328,8 @@ class _Training:
     def _step(self, progress: Progress, on_backward: Callable[[float], None]) -> StepMetrics:
         start = time.perf_counter()
         self.step_now = progress.step + 1
+        if self.recorder is not None:
+            self.recorder.step = self.step_now
         self._stand_at("reading the samples")
         step = self.plan[progress.step]
         result = self._run_operations(step, on_backward)
@@ -362,15 +379,25 @@ class _Training:
         share = step.tokens / max(1, rank.chunks.tokens)  # the bar counts the tokens of all ranks
         is_whole = True
         try:
-            result = self.runner.run(rank.schedule, self._batch(step, rank), lambda tokens: on_backward(tokens * share))
+            result = self._run_schedule(step, rank, lambda tokens: on_backward(tokens * share))
         except Interrupted:
             is_whole, result = False, StepResult(0.0, 0, 0, ())
-        loss, targets, whole = self.processes.sum(result.loss, result.target_tokens, is_whole)
+        counts = self.processes.place.stage == 0  # all stages of a pipeline know the loss of their pipeline
+        loss, targets, whole = self.processes.sum(
+            result.loss if counts else 0.0, result.target_tokens if counts else 0, is_whole
+        )
         if whole < self.topology.processes:
             raise Interrupted
         if not np.isfinite(loss):
             self._refuse_loss(step, rank, result)
         return replace(result, loss=loss, target_tokens=round(targets))
+
+    def _run_schedule(self, step: StepPlan, rank: RankPlan, on_backward: Callable[[int], None]) -> StepResult:
+        record = None if self.recorder is None else self.recorder.record
+        batch = self._batch(step, rank)
+        if isinstance(self.runner, PipelineRunner):
+            return self.runner.run(rank.schedules, batch, on_backward, record)
+        return self.runner.run(rank.schedule, batch, on_backward, record)
 
     def _evaluates_after(self, step: int) -> bool:
         every = self.config.eval.every
@@ -395,7 +422,7 @@ class _Training:
         """The sequences of a rank, read from the cache."""
         weights = target_weights(rank, step, self.config.train.loss_weighting)
         sequences = [self.train_data[int(sample)] for sample in rank.samples]
-        return StepBatch(rank.chunks, sequences, weights, rank.spread)
+        return StepBatch(rank.chunks, sequences, weights, None if self.plan.pipeline is not None else rank.spread)
 
     def _evaluate(self) -> float:
         """Token-mean loss over all held-out samples, whatever the training loss weighs.
@@ -425,7 +452,7 @@ class _Training:
             loss = self.runner.evaluate(batch, forwards=forwards)
         except Interrupted:
             is_whole = False
-        loss, whole = self.processes.sum(loss, is_whole)
+        loss, whole = self.processes.sum(loss if self.processes.place.stage == 0 else 0.0, is_whole)
         if whole < self.topology.processes:
             raise Interrupted
         return loss
@@ -476,8 +503,9 @@ class _Training:
         return epochs * int(self.train_data.lengths.sum()) + partial
 
     def _measure_activations(self) -> float | None:
-        """Bytes of activations a token; not under ZeRO-3, where weights are whole only within the engine's forward."""
-        if self.config.engine.zero_stage == 3:
+        """Bytes of activations a token; not under ZeRO-3, where weights are whole only within the engine's forward,
+        nor on a stage, which holds only some of the layers."""
+        if self.config.engine.zero_stage == 3 or isinstance(self.runner, PipelineRunner):
             return None
         sample = int(np.argmax(self.train_data.lengths))
         probe = [_First(self.train_data[sample], PROBE_TOKENS)]
@@ -492,6 +520,15 @@ class _Training:
         self.console.print("Stopping after the present chunk, then saving. Once more to stop at once.", soft_wrap=True)
 
     # Report
+
+    def _write_trace(self) -> None:
+        if self.recorder is None:
+            return
+        self.recorder.write(self.folder.path)
+        self.processes.barrier()
+        if self.processes.is_first:
+            path = merge(self.folder.path, self.topology)
+            self.console.print(f"trace: {path}, for https://ui.perfetto.dev and plan --trace", soft_wrap=True)
 
     def _save_model(self) -> None:
         from chunkflow_cli.tokens import has_tokenizer

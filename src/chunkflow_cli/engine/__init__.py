@@ -2,6 +2,7 @@
 
 from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
+from chunkflow_cli.engine.pipeline import PipelineEngine, check_pipeline_settings
 from chunkflow_cli.engine.processes import (
     Processes,
     broadcast_from_first,
@@ -16,10 +17,12 @@ from chunkflow_cli.engine.state_files import StateFiles
 __all__ = [
     "Engine",
     "EngineSettings",
+    "PipelineEngine",
     "Processes",
     "StateFiles",
     "all_or_none",
     "broadcast_from_first",
+    "check_pipeline_settings",
     "check_settings",
     "close_process_group",
     "deepspeed_config",

@@ -38,7 +38,7 @@ class ChunkModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.backend = backend
-        base = _base_model(causal_lm)
+        base = base_model(causal_lm)
         self._layers = int(base.config.get_text_config().num_hidden_layers)
         self.transform = logit_transform(base.config.get_text_config())
 
@@ -57,16 +57,22 @@ class ChunkModel(nn.Module):
     def hidden(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor:
         """(tokens, hidden_size) after the last layer and the final norm."""
         packing = Packing(call.batch.boundaries, call.batch.input_ids.device)
-        last_layer = self._layers - 1 if state_pass else None
+        last_layer = self._last_layer_of_state_pass() if state_pass else None
         context = ChunkAttentionContext(
             packing, self.backend, call.state, call.past, call.continues, last_layer, call.sequence_group
         )
-        decoder = _decoder(_base_model(self.causal_lm))
-        out = decoder(
-            input_ids=call.batch.input_ids, position_ids=call.batch.position_ids, use_cache=False, chunk=context
-        )
+        decoder = decoder_of(base_model(self.causal_lm))
+        out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+    def _inputs(self, call: ChunkCall) -> dict[str, Tensor]:
+        """What the decoder starts from."""
+        return {"input_ids": call.batch.input_ids}
+
+    def _last_layer_of_state_pass(self) -> int | None:
+        """The layer after whose keys and values a state pass may stop."""
+        return self._layers - 1
 
     def _loss(self, call: ChunkCall) -> Tensor:
         hidden = self.hidden(call)
@@ -75,7 +81,7 @@ class ChunkModel(nn.Module):
             return hidden.sum() * 0
         return weighted_cross_entropy(
             hidden[call.batch.target_positions],
-            _base_model(self.causal_lm).get_output_embeddings(),
+            base_model(self.causal_lm).get_output_embeddings(),
             call.batch.targets,
             call.batch.target_weights,
             self.transform,
@@ -83,13 +89,13 @@ class ChunkModel(nn.Module):
         )
 
 
-def _base_model(causal_lm: nn.Module) -> Any:
+def base_model(causal_lm: nn.Module) -> Any:
     """The Hugging Face model itself, taken out of a peft model."""
     unwrap = getattr(causal_lm, "get_base_model", None)
     return causal_lm if unwrap is None else unwrap()
 
 
-def _decoder(base: Any) -> Any:
+def decoder_of(base: Any) -> Any:
     """The layers without the head."""
     decoder = base.get_decoder()
     return base.model if decoder is base else decoder  # llama4 answers with itself

@@ -223,7 +223,7 @@ class _Step:
 
     def _state_pass(self, index: int) -> None:
         if self._runner._replay_random and index != DUMMY:
-            self._random_states[index] = _random_state(self._runner._device)
+            self._random_states[index] = random_state(self._runner._device)
         with torch.no_grad():
             self._runner._engine.forward(self._call(index, None), state_pass=True)
 
@@ -236,10 +236,10 @@ class _Step:
         state = self._random_states.pop(index, None)
         if state is None:
             return self._forward((index,), None)
-        after = _random_state(self._runner._device)
-        _set_random_state(self._runner._device, state)
+        after = random_state(self._runner._device)
+        set_random_state(self._runner._device, state)
         loss = self._forward((index,), None)
-        _set_random_state(self._runner._device, after)
+        set_random_state(self._runner._device, after)
         return loss
 
     def _backward(self, indices: tuple[int, ...]) -> None:
@@ -309,11 +309,11 @@ def has_dropout(model: nn.Module) -> bool:
     )
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def set_random_state(device: torch.device, state: Tensor) -> None:
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:

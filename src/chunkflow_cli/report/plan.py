@@ -33,11 +33,12 @@ SHOWN_ROWS = 16
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "state")
 
 
-def print_plan(console: Console, result: dict[str, Any], timeline: Timeline) -> None:
+def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, measured: Timeline | None = None) -> None:
     """
     Args:
         result: the plan as JSON.
         timeline: of the step that is shown.
+        measured: what that step took in a run.
     """
     console.print(_headline(result))
     console.print()
@@ -47,6 +48,9 @@ def print_plan(console: Console, result: dict[str, Any], timeline: Timeline) -> 
         _print_memory(console, result["memory"], "stage" if "pipeline" in result else "rank")
     console.print()
     _print_step(console, result, timeline)
+    if measured is not None:
+        console.print()
+        _print_measured(console, result, measured)
 
 
 def _headline(result: dict[str, Any]) -> Text:
@@ -153,6 +157,13 @@ def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) ->
             f"plain 1F1B, a sequence a micro-batch: {percent(pipeline['baseline_bubble_ratio'])}, "
             f"{times:.2f} times this step's time"
         )
+
+
+def _print_measured(console: Console, result: dict[str, Any], measured: Timeline) -> None:
+    console.print(f"[bold]step {result['step']['step']} as it ran[/]: {human_seconds(measured.makespan)}")
+    for row in _gantt(measured, console.width):
+        console.print(row, no_wrap=True, crop=True)
+    console.print(f"idle {percent(measured.bubble_ratio)} of the time of all ranks")
 
 
 def _listed(counts: list[int]) -> str:

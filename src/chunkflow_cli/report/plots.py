@@ -113,20 +113,30 @@ LABELLED_OPERATIONS = 120
 """More of them, and the chunks' numbers would not be read."""
 
 
-def plot_timeline(timeline: Timeline, title: str, path: Path) -> None:
+def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:
     """The operations of each rank and stage over time; numbers are chunks.
 
     Args:
-        timeline: measured or predicted.
-        title: above the picture.
+        panels: title of each picture, one under the other, and what it shows: predicted, measured.
         path: of the picture.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    rows = [timeline.ranks * timeline.stages for timeline in panels.values()]
+    figure = Figure(figsize=(12, sum(1.4 + 0.45 * count for count in rows)), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[1.4 + 0.45 * count for count in rows])
+    for axes, (title, timeline) in zip(all_axes[:, 0], panels.items(), strict=True):
+        _draw_timeline(axes, timeline)
+        axes.set_title(title, loc="left")
+    present = [Patch(color=colour, label=name) for kind, (name, colour) in KIND_COLOURS.items()
+               if any((timeline.kind == kind).any() for timeline in panels.values())]  # fmt: skip
+    figure.legend(handles=present, loc="outside lower center", ncols=len(present), frameon=False)
+    save(figure, path)
+
+
+def _draw_timeline(axes: Any, timeline: Timeline) -> None:
     places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)]
-    figure = Figure(figsize=(12, 1.4 + 0.45 * len(places)), layout="constrained")
-    axes = figure.subplots()
     labelled = len(timeline.chunk) <= LABELLED_OPERATIONS * len(places)
     for row, (rank, stage) in enumerate(places):
         here = (timeline.rank == rank) & (timeline.stage == stage)
@@ -143,12 +153,7 @@ def plot_timeline(timeline: Timeline, title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, timeline.makespan or 1)
     axes.set_xlabel("seconds, or units of tokens if costs are proportional")
-    axes.set_title(title, loc="left")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    present = [Patch(color=colour, label=name) for kind, (name, colour) in KIND_COLOURS.items()
-               if (timeline.kind == kind).any()]  # fmt: skip
-    figure.legend(handles=present, loc="outside lower center", ncols=len(present), frameon=False)
-    save(figure, path)
 
 
 def plot_grid(candidates: Sequence[Mapping[str, Any]], best: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,167 @@
+"""Hidden states and gradients between the stages of a pipeline.
+
+Every process knows the plan of all stages, so it knows which messages come, in which order and in which shape: nothing
+is exchanged about them. Sends return at once and receives are posted ahead, so messages travel beside the computation.
+
+Why there is no deadlock: a send never waits for its receiver, so a stage only ever waits for a message, and a message
+is sent right after the operation that makes it. That is how `simulate` runs a schedule, and a schedule on which
+`simulate` comes to an end therefore ends here, too. Messages of one direction between two stages are received in the
+order in which the *sender's* schedule makes them, whatever order the receiver wants them in; those that come early
+wait in `_Inbox`. The two directions have a communicator each: NCCL runs what shares one strictly in turn, and a receive
+posted ahead in one direction would hold up a send in the other until both stages waited for each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from chunkflow_cli.schedule import OpKind, Schedule
+
+POSTED_AHEAD = 2
+"""Receives that are posted before they are wanted; each takes the memory of one chunk's hidden states."""
+
+SENDS_ON = (OpKind.state_pass, OpKind.forward)
+"""Operations whose result the next stage waits for."""
+SENDS_BACK = (OpKind.backward, OpKind.input_gradient)
+"""Operations whose result the stage before waits for."""
+
+Shape = Callable[[int], tuple[int, ...]]
+"""Of a chunk's hidden states."""
+
+
+class Links:
+    """A stage's connections to its neighbours; made once, by all processes in the same order."""
+
+    def __init__(self, pipelines: Sequence[Sequence[int]], device: torch.device) -> None:
+        """
+        Args:
+            pipelines: ranks of every pipeline, in the order of its stages.
+            device: where tensors are.
+        """
+        own = dist.get_rank()
+        for ranks in pipelines:
+            onward, back = dist.new_group(list(ranks)), dist.new_group(list(ranks))
+            if own in ranks:
+                self.ranks = list(ranks)
+                self._groups = {True: onward, False: back}
+        self.device = device
+        self.stage = self.ranks.index(own)
+        self._connect()
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == len(self.ranks) - 1
+
+    def send(self, tensor: Tensor, *, onward: bool) -> dist.Work:
+        """To the next stage (`onward`) or to the one before; the tensor must live until the work is done."""
+        work = dist.isend(tensor, self.ranks[self.stage + (1 if onward else -1)], group=self._groups[onward])
+        assert work is not None
+        return work
+
+    def receive(self, tensor: Tensor, *, onward: bool) -> dist.Work:
+        """What goes `onward` comes from the stage before, what goes back from the next."""
+        work = dist.irecv(tensor, self.ranks[self.stage - (1 if onward else -1)], group=self._groups[onward])
+        assert work is not None
+        return work
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """The last stage's tensor, on all stages."""
+        dist.broadcast(tensor, self.ranks[-1], group=self._groups[True])
+        return tensor
+
+    def _connect(self) -> None:
+        """One message over each edge in each direction, edge by edge: NCCL makes a connection at its first message,
+        and both sides wait for that."""
+        for edge in range(len(self.ranks) - 1):
+            for onward in (True, False):
+                if self.stage == edge + (0 if onward else 1):
+                    self.send(torch.zeros(1, device=self.device), onward=onward).wait()
+                elif self.stage == edge + (1 if onward else 0):
+                    self.receive(torch.zeros(1, device=self.device), onward=onward).wait()
+
+
+class Messages:
+    """What one stage sends and receives within a step."""
+
+    def __init__(self, links: Links, schedules: Sequence[Schedule], shape: Shape, dtype: torch.dtype) -> None:
+        """
+        Args:
+            links: to the neighbours.
+            schedules: of all stages.
+            shape: of a chunk's hidden states on this stage's neighbours.
+            dtype: of hidden states.
+        """
+        self._links = links
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._inboxes: dict[bool, _Inbox] = {}
+        if not links.is_first:
+            chunks = _made(schedules[links.stage - 1], SENDS_ON)
+            self._inboxes[True] = _Inbox(links, chunks, shape, dtype, onward=True)
+        if not links.is_last:
+            chunks = _made(schedules[links.stage + 1], SENDS_BACK)
+            self._inboxes[False] = _Inbox(links, chunks, shape, dtype, onward=False)
+
+    def send(self, tensor: Tensor, *, onward: bool) -> None:
+        tensor = tensor.contiguous()
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+        self._sent.append((self._links.send(tensor, onward=onward), tensor))
+
+    def receive(self, chunk: int, *, onward: bool) -> Tensor:
+        """The hidden states of a chunk from the stage before (`onward`), or their gradient from the next."""
+        return self._inboxes[onward].take(chunk)
+
+    def close(self) -> None:
+        """All that was sent has arrived, and nothing is left unread."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+        for inbox in self._inboxes.values():
+            assert inbox.is_empty, "a neighbour's schedule sends what this stage's does not want"
+
+
+class _Inbox:
+    """Messages of one neighbour."""
+
+    def __init__(self, links: Links, chunks: Iterable[int], shape: Shape, dtype: torch.dtype, *, onward: bool) -> None:
+        self._links = links
+        self._coming = deque(chunks)
+        self._shape = shape
+        self._dtype = dtype
+        self._onward = onward
+        self._posted: deque[tuple[int, dist.Work, Tensor]] = deque()
+        self._early: dict[int, Tensor] = {}
+        self._post()
+
+    def take(self, chunk: int) -> Tensor:
+        while chunk not in self._early:
+            assert self._posted, f"no message about chunk {chunk} is on its way"
+            arrived, work, tensor = self._posted.popleft()
+            work.wait()
+            self._early[arrived] = tensor
+            self._post()
+        return self._early.pop(chunk)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self._coming or self._posted or self._early)
+
+    def _post(self) -> None:
+        while self._coming and len(self._posted) < POSTED_AHEAD:
+            chunk = self._coming.popleft()
+            tensor = torch.empty(self._shape(chunk), dtype=self._dtype, device=self._links.device)
+            self._posted.append((chunk, self._links.receive(tensor, onward=self._onward), tensor))
+
+
+def _made(schedule: Schedule, kinds: tuple[OpKind, ...]) -> list[int]:
+    """The chunks about which a schedule sends messages, in its order."""
+    return [chunk for op in schedule.ops if op.kind in kinds for chunk in op.chunks]
