@@ -466,12 +466,13 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
     """
     lengths, targets = plan.lengths[step.samples], plan.target_counts[step.samples]
     plain = PipelineLayout(pipeline.stages, "1f1b")
+    cut = replace(plan, pipeline=plain).cut
     timelines = []
     for rank in range(plan.ranks):
         share = lengths[rank :: plan.ranks]
         if len(share):
             chunks = sequences_as_chunks(share)
-            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, plan.cut)
+            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, cut)
             timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)
 
