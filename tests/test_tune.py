@@ -174,6 +174,7 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     assert result.exit_code == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("Train with it")) <= 80
     words = " ".join(result.stdout.split())
+    assert "…" not in invoke(PROFILE, SIZES, *CLUSTER, "tune.sequences=[1,2]").stdout, "a cut-off column says nothing"
     assert "stages ranks group cuts chunk.size K predicted memory waiting 1 16 1 tokens" in words
     sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
     number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"

@@ -121,6 +121,8 @@ def _ranking(result: dict[str, Any]) -> Table:
     for column, name in (("stages", "stages"), ("group", "sequence"), ("cuts", "cuts")):
         if len({row[name] for row in rows}) == 1:
             del columns[column]
+    if len({(row["stages"], row["sequence"], row["cuts"]) for row in rows}) > 1:  # 80 columns have no room for all
+        del columns["recomputed"], columns["full"]
     if all(row["measured_step_seconds"] is None for row in rows):
         del columns["measured"]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
