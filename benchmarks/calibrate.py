@@ -3,11 +3,16 @@
     python benchmarks/calibrate.py                              the claim: 256 to 4096, K 1 to 4; half an hour
     python benchmarks/calibrate.py --sizes 256 512 --ks 1 2     a first look
     python benchmarks/calibrate.py --threads 1                  on a machine that is used for other work too
+    python benchmarks/calibrate.py --data data/stdlib_demo.jsonl --batch 8 --seed 3
+                                                                the pick against the grid, on the demo's data
 
 Predicted is what `chunkflow tune-chunk-size` predicts: costs fitted to timed chunks of the same model (timed anew here,
 in a process of its own), and the memory line. Measured is `chunkflow train` itself, a process for each pair: the
-seconds of its second step (its row in metrics.jsonl), and the kernel's word on the peak of the process. The data is one
-long sample and some short ones, as rows of random ids of which half are targets; both steps take all of them.
+seconds of its steps (metrics.jsonl), and the kernel's word on the peak of the process by then. Two steps, so that
+activations and the optimizer's states meet in the peak. The data is one long sample and some short ones, as rows of
+random ids of which half are targets; both steps take all of them, and the faster counts. With --data the steps are the
+first two of a run on that file, as recipe smollm2_stdlib trains, and their mean counts. Pairs that differ in nothing
+(K beyond the chunks of the longest sample) run once.
 
 The claim: within 15 % for step time and 10 % for peak memory, SmolLM2-135M.
 Prints one JSON object on stdout; everything else goes to stderr.
@@ -37,26 +42,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--long", type=int, default=4500, help="tokens of the long sample")
-    parser.add_argument("--short", type=int, default=8, help="short samples, of 50 to 500 tokens")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, help="of torch; default all")
-    parser.add_argument("--out", type=Path, help="write the JSON object here as well")
+    parser.add_argument("--run", type=int, nargs="+", help="chunk sizes that are run; all if not given")
+    add_load_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.threads:
-        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder, "data.jsonl")
-        write_samples(data, arguments.long, arguments.short)
-        words = [
-            f"model.path={smollm2_path()}", f"model.dtype={arguments.dtype}", f"data.path={data}",
-            "data.format=tokens", "data.max_length=1000000", "data.num_workers=1", f"data.cache_dir={folder}/cache",
-            f"train.global_batch_size={arguments.short + 1}", "train.guard=false", "train.epochs=2",
-        ]  # fmt: skip
-        rows = predict(words, arguments.sizes, arguments.ks)
+        words = words_of(arguments, Path(folder))
+        rows = [
+            row
+            for row in predict(words, arguments.sizes, arguments.ks)
+            if arguments.run is None or row["chunk_size"] in arguments.run
+        ]
         for row in rows:
-            row.update(measure(words, row["chunk_size"], row["k"], Path(folder)))
+            measured = measure(words, row["chunk_size"], row["k"], Path(folder))
+            steps = measured["step_seconds"]
+            row.update(measured, seconds=min(steps) if arguments.data is None else sum(steps) / len(steps))
             row["time_error"] = row["predicted_seconds"] / row["seconds"] - 1
             row["memory_error"] = row["predicted_bytes"] / row["peak_bytes"] - 1
             say(
@@ -76,7 +76,9 @@ def main() -> None:
             "model": "SmolLM2-135M-Instruct",
             "dtype": arguments.dtype,
             "threads": arguments.threads,
-            "samples": {"long": arguments.long, "short": arguments.short},
+            "samples": {"long": arguments.long, "short": arguments.short}
+            if arguments.data is None
+            else {"data": Path(arguments.data).name, "batch": arguments.batch, "seed": arguments.seed},
             "rows": rows,
             "claims": {
                 "worst_time_error": worst_time,
@@ -93,6 +95,42 @@ def main() -> None:
     )
 
 
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is trained on, and how."""
+    parser.add_argument("--long", type=int, default=4500, help="tokens of the long sample")
+    parser.add_argument("--short", type=int, default=8, help="short samples, of 50 to 500 tokens")
+    parser.add_argument("--data", help="chat data to train on instead")
+    parser.add_argument("--batch", type=int, default=16, help="with --data: samples of a step")
+    parser.add_argument("--seed", type=int, default=0, help="with --data: which samples come first")
+    parser.add_argument("--cache", type=Path, help="folder for tokens and the calibration: a second run finds both")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, help="of torch; default all")
+    parser.add_argument("--out", type=Path, help="write the JSON object here as well")
+
+
+def words_of(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """The run as overrides; random data is written into the folder."""
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    words = [
+        f"model.path={smollm2_path()}", f"model.dtype={arguments.dtype}", "data.num_workers=1",
+        f"data.cache_dir={arguments.cache or folder}/cache", "train.guard=false", "train.steps=2",
+    ]  # fmt: skip
+    if arguments.data is None:
+        data = Path(folder, "data.jsonl")
+        write_samples(data, arguments.long, arguments.short)
+        words += [
+            f"data.path={data}", "data.format=tokens", "data.max_length=1000000",
+            f"train.global_batch_size={arguments.short + 1}",
+        ]  # fmt: skip
+    else:
+        words = [
+            "recipe=smollm2_stdlib", *words, f"data.path={arguments.data}", "data.eval_fraction=0",
+            f"train.global_batch_size={arguments.batch}", f"train.seed={arguments.seed}",
+        ]  # fmt: skip
+    return words
+
+
 def write_samples(path: Path, long: int, short: int) -> None:
     generator = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
@@ -106,7 +144,7 @@ def predict(words: list[str], sizes: list[int], ks: list[int]) -> list[dict[str,
     """What tune-chunk-size says of every pair; it times the chunks first, for the cache is new."""
     command = [
         sys.executable, "-m", "chunkflow_cli", "tune-chunk-size", *words, f"tune.chunk_sizes={sizes}", f"tune.ks={ks}",
-        "tune.measure=0", "tune.budget_seconds=600", "tune.samples=1000000", "--json", "--output", os.devnull,
+        "tune.measure=0", "tune.budget_seconds=1000", "tune.samples=1000000", "--json", "--output", os.devnull,
     ]  # fmt: skip
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     say(f"fitted to within {100 * found['cost_model_worst_error']:.0f} % of every timed operation")
@@ -136,7 +174,7 @@ def measure(words: list[str], chunk_size: int, k: int, folder: Path) -> dict[str
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # Of the training itself: writing final/ comes after it and may take more.
     return {
-        "seconds": rows[1]["step_seconds"],
+        "step_seconds": [row["step_seconds"] for row in rows],
         "peak_bytes": rows[1]["peak_memory_bytes"],
         "process_peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "wall_seconds": round(time.perf_counter() - start, 1),

@@ -103,7 +103,7 @@ def write_rows(folder: Path, longest: int, batch: int) -> Path:
     return path
 
 
-def plan_for(name: str, nodes: int, batch: int, folder: Path) -> dict[str, Any]:
+def plan_for(name: str, nodes: int, batch: int, cuts: list[str], folder: Path) -> dict[str, Any]:
     """What the command finds for one recipe and one cluster."""
     recipe, model, changed = SETTINGS[name]
     gpus = nodes * GPUS
@@ -117,6 +117,7 @@ def plan_for(name: str, nodes: int, batch: int, folder: Path) -> dict[str, Any]:
         "data.num_workers=1", "train.shuffle=false", f"train.global_batch_size={batch}", f"launch.processes={gpus}",
         f"tune.samples={batch * STEPS}", f"tune.pipelines=[{','.join(map(str, stages))}]",
         f"tune.chunk_sizes=[{','.join(map(str, CHUNK_SIZES))}]", f"tune.ks=[{','.join(map(str, KS))}]",
+        f"tune.cuts=[{','.join(cuts)}]",
     ]  # fmt: skip
     started = time.perf_counter()
     row: dict[str, Any] = {"recipe": name, "model": model, "longest": longest, "nodes": nodes, "gpus": gpus}
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--nodes", nargs="+", type=int, default=list(NODES))
     parser.add_argument("--batch", type=int, default=BATCH, help="train.global_batch_size (%(default)s)")
+    parser.add_argument("--cuts", nargs="+", choices=("tokens", "time"), default=["tokens"], help="of long samples")
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -163,7 +165,7 @@ def main() -> None:
         for name in arguments.recipes:
             fewest: dict[str, Any] | None = None
             for nodes in sorted(arguments.nodes):
-                row = plan_for(name, nodes, arguments.batch, Path(folder))
+                row = plan_for(name, nodes, arguments.batch, arguments.cuts, Path(folder))
                 if row["best"] is not None:
                     fewest = row if fewest is None else fewest
                     row["speedup"] = row["tokens_per_second"] / fewest["tokens_per_second"]

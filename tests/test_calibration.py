@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,19 +94,31 @@ def test_memory_is_a_line_above_the_state() -> None:
     memory = fit_memory(
         [MemorySample(tokens, 7 * tokens, 1000 + 10 * tokens + 7 * tokens) for tokens in (100, 200, 400)],
         step_peak_bytes=3100,
+        activation_bytes_per_token=7,
     )
-    assert memory.activation_bytes_per_token == pytest.approx(10)
-    assert memory.peak_bytes(50, 0) == 3100
-    assert memory.peak_bytes(400, 0) == pytest.approx(5000, abs=1)
-    assert memory.peak_bytes(400, 90) == pytest.approx(5090, abs=1)
+    assert memory.activation_bytes_per_token == pytest.approx(7)
+    assert memory.running_bytes_per_token == pytest.approx(3)
+    one = np.array([50])
+    assert memory.peak_bytes(50, one, 0 * one) == 3100
+    assert memory.peak_bytes(400, 8 * one, 0 * one) == pytest.approx(5000, abs=1)
+    assert memory.peak_bytes(100, 8 * one, 0 * one) == pytest.approx(1000 + 400 * 7 + 100 * 3, abs=1)
+    tokens = np.array([400, 100, 300])
+    assert memory.peak_bytes(400, tokens, np.array([90, 2000, 1080])) == pytest.approx(5090, abs=1)
+    assert memory.peak_bytes(400, tokens, np.array([90, 2000, 1200])) == pytest.approx(5200, abs=1)
+    steeper = fit_memory(
+        [MemorySample(tokens, 0, 10 * tokens) for tokens in (100, 200)],
+        step_peak_bytes=0,
+        activation_bytes_per_token=12,
+    )
+    assert steeper.activation_bytes_per_token == pytest.approx(10), "no more can be kept than the peaks rise by"
     with pytest.raises(ValueError, match="at least two chunk sizes"):
-        fit_memory([MemorySample(100, 0, 2000)], step_peak_bytes=0)
+        fit_memory([MemorySample(100, 0, 2000)], step_peak_bytes=0, activation_bytes_per_token=1)
 
 
 def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
     cost = OperationCost(1e-3, 1e-5, 1e-9)
     saved = Calibration(
-        "a device", SHAPE, CostModel("here", cost, cost, cost, cost, 1e-6, 0.25), MeasuredMemory(1, 2, 3.5), 0.1
+        "a device", SHAPE, CostModel("here", cost, cost, cost, cost, 1e-6, 0.25), MeasuredMemory(1, 2, 3.5, 0.5), 0.1
     )
     path = tmp_path / "folder" / "calibration.json"
     assert Calibration.load(path) is None
@@ -115,3 +128,14 @@ def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
     old = json.loads(path.read_text()) | {"version": 0}
     path.write_text(json.dumps(old))
     assert Calibration.load(path) is None, "one of another version is measured again"
+
+
+def test_an_operation_that_was_disturbed_once_does_not_count() -> None:
+    """Other work on the machine only adds: of two equal operations the faster is the operation's own time."""
+    cost = OperationCost(1e-3, 1e-5, 1e-9)
+    truth = CostModel("", cost, cost, cost, cost, seconds_per_target=1e-6)
+    clean = samples_of(truth)
+    disturbed = [replace(sample, seconds=3 * sample.seconds) for sample in clean]
+    found, worst = fit_costs([*disturbed, *clean], step_seconds=0.0, source="")
+    assert worst < 1e-6
+    assert found.backward.seconds_per_token == pytest.approx(1e-5, rel=1e-4)

@@ -30,6 +30,7 @@ from chunkflow_cli.costs import (
     activation_bytes_per_token,
     chunk_targets,
     chunk_tokens,
+    live_tokens,
     memory_parts,
     state_bytes,
     training_flops,
@@ -466,6 +467,38 @@ def test_shape_without_weights_is_that_of_the_model(
     found = shape_without_weights(config, hf_config)
     assert dataclasses.replace(found, layer_activation_bytes=None) == expected
     assert expected.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=10),
+    chunk_size=st.integers(3, 20),
+    k=st.integers(1, 4),
+    fill_tails=st.booleans(),
+)
+def test_no_schedule_holds_more_tokens_than_are_counted(
+    lengths: list[int], chunk_size: int, k: int, fill_tails: bool
+) -> None:
+    """A pair that is said to fit must fit; what is counted is reached where other samples fill every chunk."""
+    sizes = np.array(lengths)
+    chunks = build_chunks(sizes, chunk_size, fill_tails=fill_tails)
+    tokens = chunk_tokens(chunks)
+    live, most = 0.0, 0.0
+    for op in plan(chunks, k).ops:
+        (chunk,) = op.chunks
+        live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * tokens[chunk]
+        most = max(most, live)
+    others = int(sizes[sizes <= chunk_size].sum())
+    assert most <= live_tokens(sizes, chunk_size, k, others, fill_tails=fill_tails).max()
+
+
+def test_live_tokens_by_hand() -> None:
+    """Chunks of 10: K = 2 of a sequence of 23 keeps 3 + 10, and what fills the tail; an early chunk alone is 10."""
+    lengths = np.array([23, 10, 4])
+    assert live_tokens(lengths, 10, 2, 0, fill_tails=True).tolist() == [13, 10, 4]
+    assert live_tokens(lengths, 10, 2, 5, fill_tails=True).tolist() == [18, 10, 9]
+    assert live_tokens(lengths, 10, 2, 5, fill_tails=False).tolist() == [13, 10, 9]
+    assert live_tokens(lengths, 10, 1, 0, fill_tails=True).tolist() == [10, 10, 4]
+    assert live_tokens(lengths, 10, 8, 99, fill_tails=True).tolist() == [30, 10, 10]
 
 
 # Spread over a sequence-parallel group

@@ -267,6 +267,27 @@ def test_worked_example_of_the_paper(
     assert [len(stages) for stages in result["step"]["schedules"]] == [4]
 
 
+def test_interleaved_has_the_bubbles_of_its_paper(tmp_path: Path) -> None:
+    """(P - 1) / (V m + P - 1) of equal micro-batches (Narayanan et al. 2021, section 2.2): not as if each of a stage's
+    V parts took as long as the whole stage."""
+    path = write_ids(tmp_path / "a.jsonl", [2 * UNIT] * 8)
+    words = [f"data.path={path}", f"data.cache_dir={tmp_path}", *EXAMPLE, "chunk.size=8"]
+    plain = planned(*words)["pipeline"]
+    pipeline = planned(*words, "parallel.schedule=interleaved", "parallel.parts=2")["pipeline"]
+    assert plain["bubble_ratio"] == pytest.approx(3 / (8 + 3))
+    assert pipeline["bubble_ratio"] == pytest.approx(3 / (2 * 8 + 3))
+    assert pipeline["makespan"] == pytest.approx(UNIT * 8 * 6 / (1 - 3 / 19))
+
+
+def test_interleaved_stages_without_a_layer_are_refused(qwen7b: Path, tmp_path: Path) -> None:
+    path = write_ids(tmp_path / "a.jsonl", [100])
+    words = [f"model.path={qwen7b}", f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}",
+             "tune.device=h100", "parallel.schedule=interleaved"]  # fmt: skip
+    assert planned(*words, "parallel.pipeline=4", "parallel.parts=7")["memory"]["fits"]
+    with pytest.raises(UsageError, match="28 layers cannot be cut into 32 stages"):
+        planned(*words, "parallel.pipeline=4", "parallel.parts=8")
+
+
 def test_the_baseline_is_plain_1f1b_in_the_datas_order(tmp_path: Path) -> None:
     """What is gained is measured against 4, 2, 1, 1 units one after the other, not against a sorted order."""
     path = write_ids(tmp_path / "a.jsonl", [16, 8, 4, 4])

@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.cli import app
 from chunkflow_cli.config import read_overrides
-from chunkflow_cli.costs import MemorySettings, ModelShape, activation_bytes_per_token
+from chunkflow_cli.costs import MemorySettings, ModelShape, activation_bytes_per_token, chunk_tokens
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.plan import memory_of_fullest
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import SimulatedStep
+from chunkflow_cli.tune import activations_and_state
 
 SIZES = "tune.chunk_sizes=[64,128,256]"
 PROFILE = "tune.device=h100"
@@ -94,6 +97,8 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["data.path=", PROFILE], "data.path is not set"),
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
         (["launch.processes=2"], "name the device to predict for: tune.device=h100"),
+        (["parallel.pipeline=2"], "parallel.pipeline=2: only one process can be measured here"),
+        (["tune.pipelines=[1,2]", "launch.processes=1"], "only one process can be measured here"),
         ([PROFILE, "--plot", "grid.txt"], "the name must end in .png"),
         ([PROFILE, "launch.processes=16", "tune.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
         ([PROFILE, "launch.processes=16", "tune.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
@@ -145,7 +150,8 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
     assert [(row["stages"], row["data_parallel"]) for row in found["layouts"]] == [(1, 16), (2, 8), (4, 4)]
     bytes_of: dict[tuple[int, int], list[int]] = {}
     for row in sorted(found["candidates"], key=lambda row: row["stages"]):
-        bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
+        if row["cuts"] == "tokens":
+            bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
     assert len(bytes_of) == 6
     for one, two, four in bytes_of.values():
         assert one > two > four
@@ -168,7 +174,8 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     assert result.exit_code == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("Train with it")) <= 80
     words = " ".join(result.stdout.split())
-    assert "stages pipelines chunk.size K predicted memory waiting 1 16" in words
+    assert "…" not in invoke(PROFILE, SIZES, *CLUSTER, "tune.sequences=[1,2]").stdout, "a cut-off column says nothing"
+    assert "stages ranks group cuts chunk.size K predicted memory waiting 1 16 1 tokens" in words
     sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
     number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"
     assert re.match(
@@ -192,6 +199,32 @@ def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_a
     assert (some["steps_planned"], everything["steps_planned"]) == (1, 4)
     bytes_of = [[row["memory_bytes"] for row in found["candidates"]] for found in (some, everything)]
     assert bytes_of[0] == bytes_of[1]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    chunk_size=st.integers(3, 20),
+    k=st.integers(1, 4),
+    fill_tails=st.booleans(),
+)
+def test_what_a_whole_run_holds_is_what_its_schedules_hold(
+    lengths: list[int], chunk_size: int, k: int, fill_tails: bool
+) -> None:
+    """Replayed operation by operation; what is said of a run that is not planned whole is never less."""
+    sizes = np.array(lengths)
+    run = RunPlan(GlobalBatches(len(sizes), 4, 0, True), -(-len(sizes) // 4), sizes, sizes, chunk_size, k, fill_tails)
+    most = 0
+    for step in run:
+        (rank,) = step.ranks
+        tokens, live = chunk_tokens(rank.chunks), 0
+        for op in rank.schedule.ops:
+            live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * int(tokens[op.chunks[0]])
+            most = max(most, live)
+    live_tokens, stored = activations_and_state(run, is_planned_whole=True)
+    assert live_tokens.max() == most
+    assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
+    assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
 
 
 def test_peak_of_a_pipeline_by_hand() -> None:
@@ -221,6 +254,10 @@ def test_peak_of_a_pipeline_by_hand() -> None:
 def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     """Real operations of the real model, in processes of their own; the second search finds the calibration."""
     words = [SIZES, "tune.ks=[1,2]", "tune.measure=2", "data.num_workers=1"]
+    plan = ["plan", "recipe=tiny_random", "data.num_workers=1", "plan.cost_model=measured", "--json"]
+    refused = CliRunner().invoke(app, plan)
+    assert refused.exit_code == 2
+    assert "chunkflow tune-chunk-size with the same recipe and keys measures it" in refused.stderr
     first = tuned(*words)
     assert first["cost_model"].startswith("measured on")
     measured = [row for row in first["candidates"] if row["measured_step_seconds"] is not None]
@@ -232,3 +269,30 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     again = json.loads(result.stdout)
     predicted = [row["step_seconds"] for row in again["candidates"]]
     assert predicted == [row["step_seconds"] for row in first["candidates"]]
+    costs = json.loads(CliRunner().invoke(app, plan).stdout)["cost_model"]
+    assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
+    other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
+    assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"
+
+
+def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> None:
+    """Sizes that do not fit beside each other are left out; each that is tried is planned as train would divide it."""
+    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2,4]",
+                  "tune.pipelines=[1,4]")  # fmt: skip
+    layouts = [(row["sequence"], row["stages"], row["data_parallel"]) for row in found["layouts"]]
+    assert layouts == [(1, 1, 8), (1, 4, 2), (2, 1, 8), (2, 4, 2), (4, 1, 8)]
+    words = ["launch.processes=8", "tune.sequences=[2]", "tune.pipelines=[4]", "tune.cuts=[time]"]
+    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", *words)
+    written = read_overrides(found["overrides_file"])
+    assert {"parallel.sequence=2", "parallel.pipeline=4", "chunk.cuts=time"} <= set(written)
+    plan = CliRunner().invoke(app, ["plan", "recipe=tiny_random", "launch.processes=8", PROFILE, *written, "--json"])
+    planned = json.loads(plan.stdout)
+    assert (planned["ranks"], planned["sequence"], planned["pipeline"]["stages"]) == (2, 2, 4)
+
+
+def test_state_and_activations_of_a_rank_fall_with_the_size_of_its_group() -> None:
+    words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2]"]
+    for pipelines in ("tune.pipelines=[1]", "tune.pipelines=[4]"):
+        found = tuned(*words, pipelines, "tune.cuts=[tokens]")
+        alone, grouped = sorted(found["candidates"], key=lambda row: row["sequence"])
+        assert grouped["memory_bytes"] < alone["memory_bytes"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.costs import CostModel, ModelShape, OperationCost
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 """Goes up when what is measured, or what is made of it, changes."""
 
 
@@ -35,9 +35,9 @@ class OperationSample:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """The peak of a schedule: so many tokens held activations at once, and so much state was kept."""
+    """The peak of a schedule with K = 1, in chunks of so many tokens, with so much state."""
 
-    activation_tokens: int
+    chunk_tokens: int
     state_bytes: int
     peak_bytes: int
 
@@ -50,15 +50,22 @@ class MeasuredMemory:
     base_bytes: int
     """All that does not depend on the chunks: weights, gradients, optimizer, libraries, one tile of logits."""
     activation_bytes_per_token: float
+    """What the layers keep for backward: counted, for each token that holds activations."""
+    running_bytes_per_token: float
+    """What the one chunk that is running takes beside it: results on their way, and room that the allocator cannot use
+    a second time."""
 
-    def peak_bytes(self, activation_tokens: int, state_bytes: int) -> int:
-        """
+    def peak_bytes(self, chunk_size: int, activation_tokens: NDArray[np.int64], state_bytes: NDArray[np.int64]) -> int:
+        """Of a run over these sequences, each of which goes backward alone.
+
         Args:
-            activation_tokens: most tokens whose activations are held at once, K x chunk_size at most.
-            state_bytes: keys, values and their gradients of the longest sequence.
+            chunk_size: most tokens in a chunk.
+            activation_tokens: (sequences,) tokens whose activations are held at once, K x chunk_size at most.
+            state_bytes: (sequences,) keys, values and their gradients.
         """
-        chunks = self.base_bytes + self.activation_bytes_per_token * activation_tokens + state_bytes
-        return int(max(self.step_peak_bytes, chunks))
+        running = self.running_bytes_per_token * np.minimum(activation_tokens, chunk_size)
+        chunks = self.base_bytes + running + self.activation_bytes_per_token * activation_tokens + state_bytes
+        return int(max(self.step_peak_bytes, chunks.max()))
 
 
 @dataclass(frozen=True)
@@ -131,9 +138,13 @@ def _fit(samples: Sequence[OperationSample], *, with_targets: bool = False) -> t
     """Coefficients of 1, tokens, pairs and targets, none negative, with the least sum of squared relative errors."""
     if not samples:
         raise ValueError("no samples of one kind of operation: nothing can be fitted")
-    features = np.array([[1.0, sample.tokens, sample.pairs, sample.targets] for sample in samples])
-    seconds = np.array([sample.seconds for sample in samples])
     columns = range(4 if with_targets else 3)
+    # Of operations that the model holds to be equal, the fastest: other work on the machine only adds.
+    fastest: dict[tuple[float, ...], float] = {}
+    for sample in samples:
+        row = (1.0, sample.tokens, sample.pairs, sample.targets if with_targets else 0.0)
+        fastest[row] = min(fastest.get(row, np.inf), sample.seconds)
+    features, seconds = np.array(list(fastest)), np.array(list(fastest.values()))
     best = np.zeros(4)
     least = np.inf
     # Non-negative least squares over so few columns: the solution is the unconstrained one of some subset of them.
@@ -158,15 +169,24 @@ def _least_squares(features: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(found / scale, dtype=np.float64)
 
 
-def fit_memory(samples: Sequence[MemorySample], *, step_peak_bytes: int) -> MeasuredMemory:
-    """A line through the peaks without their state.
+def fit_memory(
+    samples: Sequence[MemorySample], *, step_peak_bytes: int, activation_bytes_per_token: float
+) -> MeasuredMemory:
+    """A line through the peaks without their state. With K = 1 a token of a chunk is retained and runs, both.
+
+    Args:
+        samples: of chunks of several sizes.
+        step_peak_bytes: no run peaks below it.
+        activation_bytes_per_token: what the layers keep, counted; what the line rises by beyond that is of running.
 
     Raises:
         ValueError: fewer than two different numbers of tokens were measured.
     """
-    tokens = np.array([sample.activation_tokens for sample in samples], dtype=np.float64)
+    tokens = np.array([sample.chunk_tokens for sample in samples], dtype=np.float64)
     if len(np.unique(tokens)) < 2:
         raise ValueError("the memory of at least two chunk sizes must be measured")
     without_state = np.array([sample.peak_bytes - sample.state_bytes for sample in samples], dtype=np.float64)
     slope, intercept = np.polyfit(tokens, without_state, 1)
-    return MeasuredMemory(step_peak_bytes, int(intercept), float(max(0.0, slope)))
+    slope = max(0.0, float(slope))
+    kept = min(slope, activation_bytes_per_token)
+    return MeasuredMemory(step_peak_bytes, int(intercept), kept, slope - kept)

@@ -110,6 +110,7 @@ PipelineSchedule = Enum(
         "1f1b": "1f1b",
         "state_aware_1f1b": "state_aware_1f1b",
         "searched": "searched",
+        "interleaved": "interleaved",
         "zero_bubble": "zero_bubble",
     },
     type=str,
@@ -128,6 +129,7 @@ class Spread(str, Enum):
 
 class CostModelName(str, Enum):
     profile = "profile"
+    measured = "measured"
     proportional = "proportional"
 
 
@@ -310,6 +312,8 @@ class ParallelConfig:
     """Stages that the model's layers are cut into: `plan` shows their schedules."""
     schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
     """How the stages of a pipeline take turns."""
+    parts: int = 1
+    """Parts of the model on each stage: 2 or more with parallel.schedule=interleaved, 1 with any other."""
     warmup_extra: int = 0
     """More warm-up forwards a stage than 1F1B has: fewer bubbles for about one more live activation each."""
 
@@ -317,7 +321,8 @@ class ParallelConfig:
 @dataclass
 class PlanConfig:
     cost_model: CostModelName = CostModelName.profile
-    """`profile` is by the device's data sheet; `proportional` is the paper's: time proportional to tokens."""
+    """`profile` is by the device's data sheet, `measured` by what tune-chunk-size timed here; `proportional` is the
+    paper's: time proportional to tokens."""
 
 
 @dataclass
@@ -332,6 +337,10 @@ class TuneConfig:
     """Values of chunk.k that are tried."""
     pipelines: list[int] = field(default_factory=list)
     """Numbers of pipeline stages that are tried for launch.processes devices; empty: parallel.pipeline."""
+    sequences: list[int] = field(default_factory=list)
+    """Sizes of sequence-parallel groups that are tried for launch.processes devices; empty: parallel.sequence."""
+    cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
+    """Values of chunk.cuts that are tried in pipelines (one stage is as fast with any); empty: chunk.cuts."""
     samples: int = 1024
     """So many samples are planned for each pair, in whole global batches of the run."""
     measure: int = 3
@@ -488,6 +497,7 @@ def check(config: Config) -> None:
         "launch.grace_seconds": (config.launch.grace_seconds, 0),
         "launch.hang_seconds": (config.launch.hang_seconds, 0),
         "parallel.pipeline": (config.parallel.pipeline, 1),
+        "parallel.parts": (config.parallel.parts, 1),
         "parallel.warmup_extra": (config.parallel.warmup_extra, 0),
         "tune.memory_gib": (config.tune.memory_gib, 0),
         "tune.samples": (config.tune.samples, 1),
@@ -527,6 +537,18 @@ def check(config: Config) -> None:
         )
     if config.parallel.spread is Spread.all and sequence == 1:
         raise UsageError("parallel.spread=all: there is no group to spread over\n  set parallel.sequence")
+    is_interleaved = config.parallel.schedule is PipelineSchedule.interleaved
+    if is_interleaved != (config.parallel.parts > 1):
+        raise UsageError(
+            f"parallel.schedule={config.parallel.schedule.value} with parallel.parts={config.parallel.parts}: "
+            + ("interleaved needs two or more parts\n  such as parallel.parts=2" if is_interleaved else
+               "only interleaved holds several parts of the model on a stage\n  take parallel.schedule=interleaved")
+        )  # fmt: skip
+    if config.plan.cost_model is CostModelName.measured and config.tune.device is not Device.measured:
+        raise UsageError(
+            f"plan.cost_model=measured with tune.device={config.tune.device.value}: only the device of this machine "
+            "is measured\n  take plan.cost_model=profile, or leave tune.device at measured"
+        )
     if config.data.eval_path is not None and config.data.eval_fraction > 0:
         raise UsageError("data.eval_path and data.eval_fraction are both set: hold out one way or the other")
     if config.model.dtype is Dtype.float64 and config.model.attention not in (

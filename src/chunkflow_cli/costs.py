@@ -395,10 +395,37 @@ def activation_bytes_per_token(shape: ModelShape, element_bytes: int, checkpoint
     return shape.layers * layer
 
 
+def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
+    """A key and a value in every layer, and their gradients, which are float32 (float64 in float64)."""
+    return shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
+
+
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
-    """Keys and values of all tokens before the last chunk of a sequence, and their gradients, which are float32."""
-    stored_tokens = (length - 1) // chunk_size * chunk_size
-    return stored_tokens * shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
+    """Keys and values of all tokens before the last chunk of a sequence, and their gradients."""
+    return (length - 1) // chunk_size * chunk_size * state_bytes_per_token(shape, element_bytes)
+
+
+def live_tokens(
+    lengths: NDArray[np.int64], chunk_size: int, k: int, others: int, *, fill_tails: bool
+) -> NDArray[np.int64]:
+    """(sequences,) most tokens that hold activations at once, on one stage, while each sequence goes backward.
+
+    Of a long sequence that is its last K chunks, or an early one in its recompute. Its last chunk is seldom full of it:
+    what short sequences may add is what makes K x chunk_size of it, and on few samples it stays far below.
+
+    Args:
+        lengths: (sequences,) tokens.
+        chunk_size: most tokens in a chunk.
+        k: chunks of a long sequence that keep their activations.
+        others: tokens of short sequences that may share a chunk with this one, at most.
+        fill_tails: whether the last chunk of a long sequence takes them in, as other chunks do.
+    """
+    pieces = -(-lengths // chunk_size)
+    tail = lengths - (pieces - 1) * chunk_size
+    kept = np.minimum(pieces, k)
+    fill = np.where((pieces == 1) | fill_tails, others, 0)
+    retained = (kept - 1) * chunk_size + np.minimum(chunk_size, tail + fill)
+    return np.asarray(np.where(pieces > kept, np.maximum(retained, chunk_size), retained))
 
 
 def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:

@@ -5,14 +5,15 @@
 
 For each chunk size, smallest first, a sequence of three chunks and one standalone chunk run as training runs them: so
 state passes, forwards, recomputes and backwards are timed over a past of none, one and two chunks. That is done with
-all tokens as targets and with a tenth of them, for head and loss cost by target. Sizes that the time budget has no room
-for are left out: the costs are linear, and two sizes are enough for a line.
+all tokens as targets and with a tenth of them, for head and loss cost by target; an optimizer step follows each. Sizes
+that the time budget has no room for are left out: the costs are linear, and two sizes are enough for a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
@@ -33,9 +34,12 @@ from chunkflow_cli.config import Config, load
 from chunkflow_cli.costs import CostModel, chunk_tokens, state_bytes
 from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
+from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.backend_choice import choose_backend
+from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.runner import Runner, StepBatch, call_of
+from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
@@ -79,33 +83,48 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
     operations: list[OperationSample] = []
     memory: list[MemorySample] = []
     steps: list[float] = []
-    step_peak = 0
+    step_peaks: list[int] = []
+    kept = _activation_bytes(parts, min(sizes))
     started = time.perf_counter()
     with progress_bar("timing chunks", len(sizes)) as progress:
         for index, size in enumerate(sorted(sizes)):
             began = time.perf_counter()
-            with _peak(device) as peak:
-                for share in (1.0, FEW_TARGETS):
+            peaks: list[int] = []
+            for share in (1.0, FEW_TARGETS):
+                with _peak(device) as peak:
                     operations += _run(parts, device, size, share)
-            memory.append(
-                MemorySample(
-                    size,
-                    state_bytes(parts.shape, CHUNKS_OF_SEQUENCE * size, size, dtype.itemsize),
-                    peak.bytes,
-                )
-            )
-            with _peak(device) as peak:
-                step_began = time.perf_counter()
-                parts.engine.step()
-                steps.append(time.perf_counter() - step_began)
-            step_peak = max(step_peak, peak.bytes)
+                peaks.append(peak.bytes)
+                with _peak(device) as peak:
+                    step_began = time.perf_counter()
+                    parts.engine.step()
+                    steps.append(time.perf_counter() - step_began)
+                step_peaks.append(peak.bytes)
+            if device.type == "cpu":  # the step's buffers come on top of what the heap has not given back of the chunks
+                peaks += step_peaks[-len(peaks) :]
+            state = state_bytes(parts.shape, CHUNKS_OF_SEQUENCE * size, size, dtype.itemsize)
+            memory.append(MemorySample(size, state, max(peaks)))
             progress(index + 1)
             now = time.perf_counter()
             if index + 1 >= FEWEST_SIZES and now - started + 2.2 * (now - began) > budget_seconds:
                 break
     name = present_device().name
     costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}", shape=parts.shape)
-    return Calibration(name, parts.shape, costs, fit_memory(memory, step_peak_bytes=step_peak), worst)
+    fitted = fit_memory(memory, step_peak_bytes=min(step_peaks), activation_bytes_per_token=kept)
+    return Calibration(name, parts.shape, costs, fitted, worst)
+
+
+def _activation_bytes(parts: Assembly, size: int) -> float:
+    """Bytes that the layers keep for backward for each token, counted; infinite under ZeRO-3, which has the weights
+    only within the engine's forward: all that a line through the peaks rises by is then taken to be kept."""
+    module = parts.engine.module
+    if parts.engine.needs_joined_retained_chunks:
+        return math.inf
+    assert isinstance(module, ChunkModel)
+    assert isinstance(parts.runner, Runner)
+    sequence = _random_sequence(np.random.default_rng(0), size, size, 1.0, parts.shape.vocab_size)
+    chunks = build_chunks([size], size)
+    tensors = parts.runner.build(0, StepBatch(chunks, [sequence], np.ones(1)))
+    return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore()))
 
 
 def _run(parts: Assembly, device: torch.device, size: int, target_share: float) -> list[OperationSample]:
@@ -204,7 +223,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
     parts.engine.set_learning_rate(0.0)
     _run(parts, device, min(size for size, _ in pairs), 1.0)
     parts.engine.step()
-    plan_of_run = plan_run(config, data, cost_model(config, parts.shape, present_device()))
+    plan_of_run = plan_run(config, data, cost_model(config, parts.shape, present_device(), hf_config))
     total = len(pairs) * int(data.lengths[plan_of_run.batches[step]].sum())
     seconds = {}
     done = 0

@@ -166,7 +166,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
 
         shape = shape_without_weights(config.model, hf_config)
     device = planned_device(config)
-    plan = plan_run(config, data.train, cost_model(config, shape, device))
+    plan = plan_run(config, data.train, cost_model(config, shape, device, hf_config))
     try:
         _ = plan.cut
     except ValueError as error:
@@ -180,7 +180,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
             shape,
             memory_settings(
                 config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k,
-                ranks=plan.ranks, stages=config.parallel.pipeline,
+                ranks=plan.ranks, stages=config.parallel.pipeline, sequence=config.parallel.sequence,
             ),
             simulated_steps(plan, [step - 1]),
         )  # fmt: skip
@@ -291,6 +291,7 @@ def memory_settings(
     k: int,
     ranks: int = 1,
     stages: int = 1,
+    sequence: int = 1,
 ) -> MemorySettings:
     """What decides the memory of the rank that has the longest sample."""
     states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
@@ -306,7 +307,7 @@ def memory_settings(
         longest=longest,
         device_type="cpu" if "CPU" in device.name else "cuda",
         stages=stages,
-        sequence=config.parallel.sequence,
+        sequence=sequence,
     )
 
 
@@ -317,13 +318,18 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
     schedule, and the most that any stage holds at once in the given steps. Beside activations and state that is the
     hidden states that came from the stage before, of chunks that will be forwarded a second time.
     """
-    parts, stages = memory_parts(shape, settings), settings.stages
+    memory, stages = memory_parts(shape, settings), settings.stages
     if stages == 1:
-        return parts
-    activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / stages
-    state_of_token = shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / stages
+        return memory
     fullest = (0.0, 0.0)
     for step in steps:
+        assert step.run.pipeline is not None
+        parts = step.run.pipeline.parts
+        virtual_stages = stages * parts
+        activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / virtual_stages
+        state_of_token = (
+            shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / virtual_stages
+        )
         for index, rank in enumerate(step.plan.ranks):
             if not len(rank.chunks):
                 continue
@@ -337,16 +343,18 @@ def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequen
             again = rank.recomputed
             received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
             activations, state = tokens * activation, read_later * state_of_token
-            if activations.sum() + state.sum() + received.sum() <= sum(fullest):
+            if parts * (activations.sum() + state.sum() + received.sum()) <= sum(fullest):
                 continue  # not even all of its chunks at once
             timeline = step.timeline(index)
             # Every stage is looked at: the first holds the most chunks, but not always the most state.
             for stage in range(stages):
                 _, live = timeline.live_bytes(0, stage, activations)
-                _, both = timeline.live_bytes(0, stage, activations, state + received if stage else state)
+                # Only the very first part of the model receives nothing: of several, stage 0 is counted as the others.
+                receives = stage > 0 or parts > 1
+                _, both = timeline.live_bytes(0, stage, activations, state + received if receives else state)
                 peak = int(both.argmax())
                 fullest = max(fullest, (live[peak], both[peak] - live[peak]), key=sum)
-    return replace(parts, activations=int(fullest[0]), state=int(fullest[1]))
+    return replace(memory, activations=int(fullest[0]), state=int(fullest[1]))
 
 
 def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:
@@ -458,12 +466,13 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
     """
     lengths, targets = plan.lengths[step.samples], plan.target_counts[step.samples]
     plain = PipelineLayout(pipeline.stages, "1f1b")
+    cut = replace(plan, pipeline=plain).cut
     timelines = []
     for rank in range(plan.ranks):
         share = lengths[rank :: plan.ranks]
         if len(share):
             chunks = sequences_as_chunks(share)
-            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, plan.cut)
+            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, cut)
             timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)
 

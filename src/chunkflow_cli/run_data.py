@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.batches import GlobalBatches, held_out
+from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, LossWeighting, Spread
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.errors import UsageError
@@ -17,6 +22,7 @@ from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.schedule import Layout
 from chunkflow_cli.tokens import TokenizedData, tokenize
+from chunkflow_cli.tokens.cache import cache_root
 from chunkflow_cli.topology import Topology, key_value_copies
 
 
@@ -56,11 +62,12 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
     return RunData(data, data.select(train), data.select(evaluation))
 
 
-def check_heads(config: Config, hf_config: Any) -> None:
+def check_heads(config: Config, hf_config: Any, sequence: int | None = None) -> None:
     """Refuse a sequence-parallel group that the model's heads cannot be divided among.
 
     Args:
         hf_config: the model's configuration.
+        sequence: ranks of the group, where others than `parallel.sequence` are tried.
 
     Raises:
         UsageError: names the model, its heads, and the sizes that would do.
@@ -69,11 +76,12 @@ def check_heads(config: Config, hf_config: Any) -> None:
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     try:
-        key_value_copies(heads, kv_heads, config.parallel.sequence)
+        key_value_copies(heads, kv_heads, sequence or config.parallel.sequence)
     except ValueError as error:
         name = config.model.path or text.model_type
+        key = "parallel.sequence" if sequence is None else "tune.sequences"
         raise UsageError(
-            f"parallel.sequence={config.parallel.sequence} does not suit {name}:\n  its {error}"
+            f"{key}={sequence or config.parallel.sequence} does not suit {name}:\n  its {error}"
         ) from error
 
 
@@ -98,9 +106,7 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         # ZeRO-3 traces one forward for one backward, so the retained chunks of a sequence must share an engine call;
         # and it communicates within both, so all ranks must run the same ones.
         layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
-        pipeline=None
-        if stages == 1
-        else PipelineLayout(stages, config.parallel.schedule.value, config.parallel.warmup_extra),
+        pipeline=pipeline_layout(config, stages),
         ranks=topology.replicas,
         sequence=topology.sequence,
         spread_all=config.parallel.spread is Spread.all,
@@ -118,12 +124,76 @@ def planned_topology(config: Config, *, pipeline: int | None = None) -> Topology
     return Topology.of(max(config.launch.processes, sequence * pipeline), sequence=sequence, pipeline=pipeline)
 
 
-def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile) -> CostModel:
-    """As `plan.cost_model` says; without a model's shape, time is proportional to tokens."""
+def pipeline_layout(config: Config, stages: int) -> PipelineLayout | None:
+    """How `stages` stages would lie and take turns; None of one stage, which is no pipeline."""
+    if stages == 1:
+        return None
+    parallel = config.parallel
+    return PipelineLayout(stages, parallel.schedule.value, parallel.warmup_extra, parallel.parts)
+
+
+def check_stages(shape: ModelShape, stages: int, parts: int) -> None:
+    """Refuse a pipeline that the model's layers cannot fill.
+
+    Raises:
+        UsageError: some part of some stage would hold no layer.
+    """
+    if stages > 1 and stages * parts > shape.layers:
+        each = f" with {parts} parts of the model each" if parts > 1 else ""
+        raise UsageError(
+            f"a pipeline of {stages} stages{each} cannot hold a model of {shape.layers} layers: each "
+            f"{'part' if parts > 1 else 'stage'} needs one\n  lower parallel.pipeline"
+            + (" or parallel.parts" if parts > 1 else "")
+        )
+
+
+def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile, hf_config: Any | None) -> CostModel:
+    """As `plan.cost_model` says; without a model's shape, time is proportional to tokens.
+
+    Args:
+        device: whose profile is taken, or whose calibration.
+        hf_config: the model's configuration; None where no model is named.
+
+    Raises:
+        UsageError: `plan.cost_model=measured`, and this model was not measured on this device yet.
+    """
+    if config.plan.cost_model is CostModelName.measured:
+        return measured_costs(config, hf_config, device)
     if config.plan.cost_model is CostModelName.proportional or shape is None:
         return CostModel.proportional()
     checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
     return CostModel.profile(shape, device, checkpointed=checkpointed)
+
+
+def measured_costs(config: Config, hf_config: Any | None, device: DeviceProfile) -> CostModel:
+    """What `tune-chunk-size` fitted to timed operations of this model on this machine's device, and kept.
+
+    Raises:
+        UsageError: there is no such calibration.
+    """
+    if hf_config is None:
+        raise UsageError("plan.cost_model=measured needs a model that was measured: set model.path")
+    calibration = Calibration.load(calibration_path(config, hf_config, device))
+    if calibration is None:
+        raise UsageError(
+            f"plan.cost_model=measured: this model, as configured, has not been measured on {device.name}\n"
+            "  chunkflow tune-chunk-size with the same recipe and keys measures it and keeps the result"
+        )
+    return calibration.costs
+
+
+def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> Path:
+    """Where the calibration of this model, as configured, on this device lies."""
+    facts = {
+        "version": CALIBRATION_VERSION,
+        "model": hf_config.to_json_string(),
+        "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
+                          config.model.lora, config.engine, config.optim.name)),
+        "device": device.name,
+        "threads": os.environ.get("OMP_NUM_THREADS", ""),
+    }  # fmt: skip
+    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return cache_root(config.data.cache_dir).parent / "calibrations" / f"{key}.json"
 
 
 def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:

@@ -298,14 +298,13 @@ class RunPlan:
 
     def stage_seconds(self, rank: RankPlan) -> NDArray[np.float64]:
         """(stages,) for how long each stage of a rank runs something, as predicted."""
-        parts = 1 if self.pipeline is None else self.pipeline.stages * self.pipeline.parts
         head = 0.0
         if len(rank.chunks):
             targets, spread = chunk_targets(rank.chunks, rank.target_counts), len(rank.spread)
             head = self.costs.seconds_per_target * float(targets[spread:].sum())
             if spread:
                 head += self.costs.spread_over(rank.group_size).seconds_per_target * float(targets[:spread].sum())
-        of_parts = _shares(parts, self.costs, self.cut) * (rank_seconds(rank, self.costs) - head)
+        of_parts = _shares(self.pipeline, self.costs, self.cut) * (rank_seconds(rank, self.costs) - head)
         of_parts[-1] += head
         return of_parts if self.pipeline is None else of_parts.reshape(-1, self.pipeline.stages).sum(axis=0)
 
@@ -356,7 +355,7 @@ def operation_seconds(
         cut: the layers of each part; equal shares if not given.
     """
     parts = 1 if pipeline is None else pipeline.stages * pipeline.parts
-    shares = _shares(parts, costs, cut)
+    shares = _shares(pipeline, costs, cut)
     tokens, pairs = chunk_tokens(chunks), costs.chunk_pairs(chunks)
     head = np.zeros((parts, len(chunks)))
     head[-1] = costs.seconds_per_target * chunk_targets(chunks, targets)
@@ -379,10 +378,14 @@ def operation_seconds(
     )
 
 
-def _shares(parts: int, costs: CostModel, cut: tuple[StageLayers, ...] | None) -> NDArray[np.float64]:
-    """(parts,) what each takes of the model's seconds, head and loss apart."""
+def _shares(
+    pipeline: PipelineLayout | None, costs: CostModel, cut: tuple[StageLayers, ...] | None
+) -> NDArray[np.float64]:
+    """(parts,) what each takes of the model's seconds, head and loss apart; of a stage's, where costs are of one."""
+    stages, of_a_stage = (1, 1) if pipeline is None else (pipeline.stages, pipeline.parts)
+    parts = stages * of_a_stage
     if costs.is_of_one_stage:
-        return np.ones(parts)
+        return np.full(parts, 1.0 / of_a_stage)
     return np.full(parts, 1.0 / parts) if cut is None else layer_shares(cut)
 
 

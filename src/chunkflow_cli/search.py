@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.chunks import cut_points
 from chunkflow_cli.costs import OperationCost
 from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan, rank_seconds
 from chunkflow_cli.simulate import Timeline, simulate
@@ -27,8 +28,12 @@ class Candidate:
     k: int
     stages: int
     """Of the pipeline; 1 without one."""
+    sequence: int
+    """Ranks of a sequence-parallel group; 1 without."""
+    cuts: str
+    """Long sequences are cut into pieces of equal `tokens` or equal `time`, as `chunk.cuts`."""
     data_parallel: int
-    """Ranks, or pipelines, among which samples are divided."""
+    """Ranks, or pipelines, among which samples are divided; those of all sequence-parallel groups together."""
     step_seconds: float
     """Mean over the sampled steps."""
     memory_bytes: int
@@ -48,9 +53,30 @@ class Candidate:
     bubble_seconds: float
     """Of the slowest rank's pipeline: what its stages wait for each other."""
 
+    def is_like(self, other: Candidate) -> bool:
+        """Whether only chunk size and K may differ: one heat map shows both."""
+        return (self.layout, self.cuts) == (other.layout, other.cuts)
 
-def grid(chunk_sizes: Sequence[int], ks: Sequence[int], longest: int) -> list[tuple[int, int]]:
+    def is_at(self, other: Candidate) -> bool:
+        """Whether only the cuts may differ."""
+        return (self.layout, self.chunk_size, self.k) == (other.layout, other.chunk_size, other.k)
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """How the devices are divided, however many there are."""
+        return self.sequence, self.stages
+
+
+def grid(
+    chunk_sizes: Sequence[int], ks: Sequence[int], longest: int, pair_weight: float = 0.0
+) -> list[tuple[int, int]]:
     """All pairs that differ in what they do: beyond the chunks of the longest sequence, a larger K changes nothing.
+
+    Args:
+        chunk_sizes: to try.
+        ks: to try.
+        longest: tokens of the longest sequence.
+        pair_weight: as `build_chunks` takes it; above 0, sequences have more pieces.
 
     Raises:
         ValueError: one of the lists is empty, or holds a number below 1.
@@ -62,7 +88,7 @@ def grid(chunk_sizes: Sequence[int], ks: Sequence[int], longest: int) -> list[tu
             raise ValueError(f"{name}={list(values)} must be positive numbers")
     pairs = []
     for size in sorted(set(chunk_sizes)):
-        most_chunks = -(-longest // size)
+        most_chunks = len(cut_points(longest, size, pair_weight)) - 1
         useful: dict[int, None] = {}
         for k in sorted(set(ks)):
             useful.setdefault(min(k, most_chunks))
@@ -77,15 +103,15 @@ class SimulatedStep:
     """
 
     def __init__(self, run: RunPlan, plan: StepPlan) -> None:
+        self.run = run
         self.plan = plan
-        self._run = run
         self._timelines: dict[int, Timeline] = {}
 
     def timeline(self, rank: int) -> Timeline:
         """Of one rank, alone."""
         if rank not in self._timelines:
             planned = self.plan.ranks[rank]
-            self._timelines[rank] = simulate(planned.schedules, self._run.operation_seconds(planned))
+            self._timelines[rank] = simulate(planned.schedules, self.run.operation_seconds(planned))
         return self._timelines[rank]
 
     @property
@@ -106,7 +132,7 @@ class SimulatedStep:
 
     def _one_after_the_other(self, rank: int, stage_seconds: float) -> float:
         """No order takes longer than all operations and messages of all stages in turn."""
-        pipeline, costs, chunks = self._run.pipeline, self._run.costs, self.plan.ranks[rank].chunks
+        pipeline, costs, chunks = self.run.pipeline, self.run.costs, self.plan.ranks[rank].chunks
         assert pipeline is not None
         messages = 2 * (pipeline.stages * pipeline.parts - 1)
         sent = len(chunks) * costs.transfer_latency_seconds + chunks.tokens * costs.transfer_seconds_per_token
@@ -168,6 +194,8 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         chunk_size=run.chunk_size,
         k=run.k,
         stages=stages,
+        sequence=run.sequence,
+        cuts="time" if run.equal_time else "tokens",
         data_parallel=run.ranks,
         step_seconds=float(np.mean(seconds)) + run.costs.step_seconds,
         memory_bytes=needed,

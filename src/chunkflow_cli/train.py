@@ -234,7 +234,7 @@ class _Training:
         with working(self.console, "loading the model"):
             self.shape = shape_without_weights(config.model, self.hf_config)
             # Ranks may run on machines that are not alike, and must plan alike all the same.
-            costs = self.processes.gather(cost_model(config, self.shape, present_device()))[0]
+            costs = self.processes.gather(cost_model(config, self.shape, present_device(), self.hf_config))[0]
             self.plan = plan_run(config, self.train_data, costs)
             parts = assemble(
                 config, self.hf_config, backend, self.device, processes=self.processes,

@@ -7,7 +7,6 @@ from another device's profile. Where the device is here, the best few then run a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -18,29 +17,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
-from chunkflow_cli.config import Config, Device, LoadedConfig
+from chunkflow_cli.calibration import Calibration
+from chunkflow_cli.config import Config, Cuts, Device, LoadedConfig
 from chunkflow_cli.costs import (
     CostModel,
     DeviceProfile,
     ModelShape,
-    state_bytes,
+    chunk_tokens,
+    live_tokens,
+    state_bytes_per_token,
     step_seconds,
 )
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
-from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run, planned_topology
+from chunkflow_cli.run_data import (
+    calibration_path,
+    check_heads,
+    check_stages,
+    cost_model,
+    load_run_data,
+    pipeline_layout,
+    plan_run,
+    planned_topology,
+)
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
-from chunkflow_cli.tokens.cache import cache_root
+from chunkflow_cli.topology import Topology
 
 LARGEST_TIMED = 4096
 """Chunk sizes beyond it are not timed: costs are linear by then, and a large chunk takes long."""
+
+DISTURBED = 0.4
+"""Relative error of a fit above which what was timed is doubted."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +93,8 @@ def run(
         check_plot_path(plot)
     if not config.data.path:
         raise UsageError("data.path is not set: the chunk size is tuned to your data")
-    if config.launch.processes > 1 and config.tune.device is Device.measured:
-        raise UsageError(
-            f"launch.processes={config.launch.processes}: only one process can be measured here\n"
-            "  name the device to predict for: tune.device=h100"
-        )
+    if config.tune.device is Device.measured:
+        refuse_what_cannot_be_measured(config)
     hf_config = load_config(config.model)
     data = load_run_data(config, hf_config).train
     longest = int(data.lengths.max())
@@ -94,18 +104,28 @@ def run(
         raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
     layouts = layouts_of(config)
     basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
-    if max(layouts) > basis.shape.layers:
-        raise UsageError(
-            f"a pipeline of {max(layouts)} stages cannot hold a model of {basis.shape.layers} layers: "
-            "each stage needs one\n  lower tune.pipelines or parallel.pipeline"
-        )
+    for layout in layouts:
+        check_stages(basis.shape, layout.pipeline, config.parallel.parts)
+        check_heads(config, hf_config, layout.sequence)
     run_plan = plan_run(config, data, basis.costs)
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)
-    runs = [choice(config, run_plan, basis, layout, *pair) for layout in layouts for pair in pairs]
+    runs = [
+        choice(config, run_plan, basis, layout, equal_time, *pair)
+        for layout in layouts
+        for equal_time in cuts_of(config, layout.pipeline)
+        for pair in grid(
+            config.tune.chunk_sizes, config.tune.ks, longest, replace(run_plan, equal_time=equal_time).pair_weight
+        )
+    ]
     candidates = []
+    is_planned_whole = len(steps) == run_plan.steps
+
+    def memory_of(run: RunPlan, simulated: Sequence[SimulatedStep]) -> int:
+        return peak_memory(config, basis, run, simulated, is_planned_whole=is_planned_whole)
+
     with progress_bar("searching", len(runs)) as progress:
-        for candidate in search(runs, steps, lambda run, simulated: peak_memory(config, basis, run, simulated), limit):
+        for candidate in search(runs, steps, memory_of, limit):
             candidates.append(candidate)
             progress(len(candidates))
     ranked = best_first(candidates)
@@ -131,7 +151,11 @@ def run(
     if plot is not None:
         from chunkflow_cli.report.plots import plot_grid
 
-        plot_grid(result["candidates"], result["best"], Path(plot))
+        plot_grid(
+            [_row(candidate, measured) for candidate in candidates if candidate.is_like(best)],
+            result["best"],
+            Path(plot),
+        )
     if not json_output:
         from chunkflow_cli.report.tuning import print_tuning
 
@@ -139,6 +163,25 @@ def run(
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return result
+
+
+def refuse_what_cannot_be_measured(config: Config) -> None:
+    """
+    Raises:
+        UsageError: the run is one of several processes.
+    """
+    for key, value, most in (
+        ("launch.processes", config.launch.processes, config.launch.processes),
+        ("parallel.pipeline", config.parallel.pipeline, config.parallel.pipeline),
+        ("parallel.sequence", config.parallel.sequence, config.parallel.sequence),
+        ("tune.sequences", config.tune.sequences, max(config.tune.sequences, default=1)),
+        ("tune.pipelines", config.tune.pipelines, max(config.tune.pipelines, default=1)),
+    ):
+        if most > 1:
+            raise UsageError(
+                f"{key}={value}: only one process can be measured here\n"
+                "  name the device to predict for: tune.device=h100"
+            )
 
 
 def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, sizes: Sequence[int]) -> Basis:
@@ -153,7 +196,7 @@ def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, siz
         from chunkflow_cli.model import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
-        return Basis(cost_model(config, shape, device), device, shape, None)
+        return Basis(cost_model(config, shape, device, hf_config), device, shape, None)
     path = calibration_path(config, hf_config, device)
     calibration = Calibration.load(path)
     if calibration is None:
@@ -168,23 +211,13 @@ def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, siz
         )
         calibration = Calibration.load(path)
         assert calibration is not None
+    if calibration.worst_error > DISTURBED:
+        stderr_console().print(
+            f"warning: timed chunks are up to {100 * calibration.worst_error:.0f} % off what was fitted to them: other "
+            f"work may have disturbed them\n  to time them again, delete {path}",
+            soft_wrap=True,
+        )
     return Basis(calibration.costs, device, calibration.shape, calibration)
-
-
-def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> Path:
-    """Where the calibration of this model, as configured, on this device lies."""
-    import os
-
-    facts = {
-        "version": CALIBRATION_VERSION,
-        "model": hf_config.to_json_string(),
-        "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
-                          config.model.lora, config.engine, config.optim.name)),
-        "device": device.name,
-        "threads": os.environ.get("OMP_NUM_THREADS", ""),
-    }  # fmt: skip
-    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return cache_root(config.data.cache_dir).parent / "calibrations" / f"{key}.json"
 
 
 def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str | None) -> None:
@@ -218,53 +251,109 @@ def memory_limit(config: Config, device: DeviceProfile) -> int:
     return int(0.95 * device.memory_bytes)
 
 
-def layouts_of(config: Config) -> list[int]:
-    """Numbers of pipeline stages to try.
+def layouts_of(config: Config) -> list[Topology]:
+    """Every way to divide the devices that is to be tried.
 
     Raises:
-        UsageError: a number that does not divide `launch.processes`.
+        UsageError: a size that does not divide `launch.processes`, or sizes that do so only one at a time.
     """
+    tried = config.tune
+    if not tried.pipelines and not tried.sequences:
+        return [planned_topology(config)]
     processes = config.launch.processes
-    if not config.tune.pipelines:
-        return [config.parallel.pipeline]
-    for stages in config.tune.pipelines:
-        if stages < 1 or processes % stages:
-            raise UsageError(
-                f"tune.pipelines={config.tune.pipelines}: launch.processes={processes} cannot be divided among "
-                f"pipelines of {stages} stages"
-            )
-    return sorted(set(config.tune.pipelines))
+    for key, sizes, noun in (
+        ("tune.pipelines", tried.pipelines, "pipelines of {} stages"),
+        ("tune.sequences", tried.sequences, "groups of {} ranks"),
+    ):
+        for size in sizes:
+            if size < 1 or processes % size:
+                raise UsageError(
+                    f"{key}={sizes}: launch.processes={processes} cannot be divided among {noun.format(size)}"
+                )
+    found = [
+        Topology.of(processes, sequence=sequence, pipeline=stages)
+        for sequence in sorted(set(tried.sequences or [config.parallel.sequence]))
+        for stages in sorted(set(tried.pipelines or [config.parallel.pipeline]))
+        if processes % (sequence * stages) == 0
+    ]
+    if not found:
+        raise UsageError(
+            f"launch.processes={processes} cannot be divided into groups of tune.sequences={tried.sequences} "
+            f"x tune.pipelines={tried.pipelines}"
+        )
+    return found
 
 
-def choice(config: Config, run: RunPlan, basis: Basis, stages: int, chunk_size: int, k: int) -> RunPlan:
-    """The run with another chunk size, K and number of pipeline stages."""
-    ranks = planned_topology(config, pipeline=stages).replicas
-    schedule = config.parallel.schedule.value
-    pipeline = None if stages == 1 else PipelineLayout(stages, schedule, config.parallel.warmup_extra)
+def cuts_of(config: Config, stages: int) -> list[bool]:
+    """Whether long samples are cut into pieces of equal time: what to try. One stage takes as long either way."""
+    tried = config.tune.cuts if stages > 1 and config.tune.cuts else [config.chunk.cuts]
+    return [cuts is Cuts.time for cuts in dict.fromkeys(tried)]
+
+
+def choice(
+    config: Config, run: RunPlan, basis: Basis, topology: Topology, equal_time: bool, chunk_size: int, k: int
+) -> RunPlan:
+    """The run with another chunk size, K, way to cut long samples and division of the devices."""
+    ranks, stages, sequence = topology.replicas, topology.pipeline, topology.sequence
+    pipeline = pipeline_layout(config, stages)
     costs = run.costs
     if basis.calibration is None and not costs.is_of_one_stage:
-        settings = memory_settings(config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, stages=stages)
+        settings = memory_settings(
+            config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, stages=stages, sequence=sequence
+        )
         costs = replace(costs, step_seconds=step_seconds(basis.shape, settings, basis.device))
-    return replace(run, chunk_size=chunk_size, k=k, ranks=ranks, pipeline=pipeline, costs=costs)
+    return replace(
+        run, chunk_size=chunk_size, k=k, equal_time=equal_time, ranks=ranks, sequence=sequence, pipeline=pipeline,
+        costs=costs,
+    )  # fmt: skip
 
 
-def peak_memory(config: Config, basis: Basis, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
+def peak_memory(
+    config: Config, basis: Basis, run: RunPlan, steps: Sequence[SimulatedStep], *, is_planned_whole: bool = False
+) -> int:
     """Predicted bytes of the fullest rank or stage, in the planned steps or in that of the longest sample."""
     longest = int(run.lengths.max())
-    element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     if basis.calibration is not None:
-        activation_tokens = min(run.chunk_size * run.k, -(-longest // run.chunk_size) * run.chunk_size)
-        state = state_bytes(basis.shape, longest, run.chunk_size, element_bytes)
-        return basis.calibration.memory.peak_bytes(activation_tokens, state)
+        live, stored = activations_and_state(run, is_planned_whole=is_planned_whole)
+        state = stored * state_bytes_per_token(basis.shape, ELEMENT_BYTES[config.model.dtype.value])
+        return basis.calibration.memory.peak_bytes(run.chunk_size, live, state)
     stages = 1 if run.pipeline is None else run.pipeline.stages
     settings = memory_settings(
-        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages
-    )
+        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages,
+        sequence=run.sequence,
+    )  # fmt: skip
     if stages > 1:
         longest_step = run.batches.step_of(int(run.lengths.argmax()))
         if all(step.plan.step != longest_step for step in steps):
             steps = [*steps, SimulatedStep(run, run[longest_step])]
     return memory_of_fullest(basis.shape, settings, steps).device_total
+
+
+def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) most tokens that hold activations at once, and (n,) tokens in the state store meanwhile, on one rank.
+
+    Of every chunk and long sample of the run's steps, if all of them are planned anyway; else of each sample with
+    whatever others might share its global batch, for then no step may exceed what is said.
+    """
+    if is_planned_whole:
+        pairs = []
+        for step in run:
+            for rank in step.ranks:
+                tokens, groups = chunk_tokens(rank.chunks).astype(np.int64), rank.chunks.dependent_groups()
+                standalone = groups[0].start if groups else len(tokens)
+                pairs += [(size, 0) for size in tokens[:standalone].tolist()]
+                for group in groups:
+                    of_group = tokens[group.start : group.stop]
+                    stored = rank.chunks.stop[rank.chunks.first_segment[group.stop - 2]]
+                    pairs.append((max(of_group.max(), of_group[-run.k :].sum()), stored))
+        live, stored_tokens = np.array(pairs, dtype=np.int64).T
+        return live, stored_tokens
+    stored_tokens = (run.lengths - 1) // run.chunk_size * run.chunk_size
+    short = np.sort(run.lengths[run.lengths <= run.chunk_size])[::-1]
+    others = int(short[: run.batches.global_batch_size - 1].sum())
+    if run.equal_time:  # pieces of a long sample are of many sizes
+        return np.minimum(run.lengths + others, run.chunk_size * run.k), run.lengths
+    return live_tokens(run.lengths, run.chunk_size, run.k, others, fill_tails=run.fill_tails), stored_tokens
 
 
 def _measure_best(
@@ -309,7 +398,7 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     if best.data_parallel > 1 and best.bubble_ratio > 0.005:
         first += f"; with the wait for the slowest rank, devices are idle {100 * best.bubble_ratio:.0f} % of the time"
     first += "."
-    alike = [each for each in candidates if each.stages == best.stages]
+    alike = [each for each in candidates if each.is_like(best)]
     larger = [each for each in alike if each.chunk_size > best.chunk_size]
     refused = [each for each in larger if not each.fits]
     smaller = [each for each in alike if each.chunk_size < best.chunk_size and each.fits]
@@ -327,31 +416,37 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
     elif refused:
         near = min(refused, key=lambda each: (each.chunk_size, each.k))
         parts.append(f"chunks of {near.chunk_size} would need {near.memory_bytes / 2**30:.1f} GiB")
-    others = [each for each in best_of_layouts(candidates) if each.stages != best.stages]
+    others = [each for each in best_of_layouts(candidates) if each.layout != best.layout]
     if fitting_others := [each for each in others if each.fits]:
         near = min(fitting_others, key=lambda each: each.step_seconds)
         parts.append(f"{_stages(near)} would take {near.step_seconds / total:.2f} times as long ({_why(near, best)})")
     elif others:
         near = min(others, key=lambda each: each.memory_bytes)
         parts.append(f"{_stages(near)} would need {near.memory_bytes / 2**30:.1f} GiB")
+    twins = [each for each in candidates if each.fits and each.is_at(best) and each.cuts != best.cuts]
+    if twins:
+        times = twins[0].step_seconds / total
+        parts.append(f"cuts of equal {twins[0].cuts} would take {times:.2f} times as long ({_why(twins[0], best)})")
     second = f" {_and(parts)[0].upper()}{_and(parts)[1:]}." if parts else ""
     return first + second
 
 
 def best_of_layouts(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """For each number of stages the fastest that fits; where none does, the one that needs least."""
+    """For each division of the devices the fastest that fits; where none does, the one that needs least."""
     found = []
-    for stages in sorted({each.stages for each in candidates}):
-        rows = [each for each in candidates if each.stages == stages]
+    for layout in sorted({each.layout for each in candidates}):
+        rows = [each for each in candidates if each.layout == layout]
         found.append((best_first(rows) or sorted(rows, key=lambda each: each.memory_bytes))[0])
     return found
 
 
 def _stages(candidate: Candidate) -> str:
+    grouped = f" in groups of {candidate.sequence}" if candidate.sequence > 1 else ""
     if candidate.stages == 1:
-        return f"{candidate.data_parallel} ranks without a pipeline"
+        return f"{candidate.data_parallel} ranks{grouped or ' without a pipeline'}"
     several = candidate.data_parallel > 1
-    return (f"{candidate.data_parallel} pipelines of " if several else "a pipeline of ") + f"{candidate.stages} stages"
+    pipelines = f"{candidate.data_parallel} pipelines of " if several else "a pipeline of "
+    return f"{pipelines}{candidate.stages} stages{grouped}"
 
 
 def _why(other: Candidate, best: Candidate) -> str:
@@ -377,14 +472,17 @@ def _row(candidate: Candidate, measured: dict[tuple[int, int], float]) -> dict[s
 
 def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) -> Path:
     path = Path(output) if output is not None else Path("outputs", loaded.recipe, "tuned.yaml")
-    configured = loaded.config.parallel.pipeline
+    config = loaded.config
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
             f"chunkflow train recipe=... --overrides {path}\n"
             f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
-            + (f"parallel:\n  pipeline: {best.stages}\n" if best.stages != configured else ""),
+            + (f"  cuts: {best.cuts}\n" if best.cuts != config.chunk.cuts.value else "")
+            + ("parallel:\n" if best.layout != (config.parallel.sequence, config.parallel.pipeline) else "")
+            + (f"  sequence: {best.sequence}\n" if best.sequence != config.parallel.sequence else "")
+            + (f"  pipeline: {best.stages}\n" if best.stages != config.parallel.pipeline else ""),
             encoding="utf-8",
         )
     except OSError as error:

@@ -45,7 +45,9 @@ def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
 
 
 def _layout(row: dict[str, Any]) -> str:
-    words = f" parallel.pipeline={row['stages']}" if row["stages"] > 1 else ""
+    words = " chunk.cuts=time" if row["cuts"] == "time" else ""
+    words += f" parallel.sequence={row['sequence']}" if row["sequence"] > 1 else ""
+    words += f" parallel.pipeline={row['stages']}" if row["stages"] > 1 else ""
     return words + (f" on {row['stages'] * row['data_parallel']} devices" if row["data_parallel"] > 1 else "")
 
 
@@ -54,20 +56,23 @@ def _layouts(result: dict[str, Any]) -> Table | None:
     if len(result["layouts"]) == 1:
         return None
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("stages", "pipelines", "chunk.size", "K", "predicted", "memory", "waiting"):
+    for name in ("stages", "ranks", "group", "cuts", "chunk.size", "K", "predicted", "memory", "waiting"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["layouts"]:
-        stages, pipelines, memory = str(row["stages"]), str(row["data_parallel"]), human_bytes(row["memory_bytes"])
+        layout = (str(row["stages"]), str(row["data_parallel"]), str(row["sequence"]))
+        memory = human_bytes(row["memory_bytes"])
         if not row["fits"]:
-            table.add_row(stages, pipelines, "", "", "does not fit", memory, "")
+            table.add_row(*layout, "", "", "", "does not fit", memory, "")
             continue
-        seconds, waiting = f"{row['step_seconds']:.3g} s", percent(row["bubble_ratio"])
-        table.add_row(stages, pipelines, f"{row['chunk_size']:,}", str(row["k"]), seconds, memory, waiting)
+        pair = (row["cuts"], f"{row['chunk_size']:,}", str(row["k"]))
+        table.add_row(*layout, *pair, f"{row['step_seconds']:.3g} s", memory, percent(row["bubble_ratio"]))
     return table
 
 
 def _heat_map(result: dict[str, Any]) -> Table:
-    rows = [row for row in result["candidates"] if row["stages"] == result["best"]["stages"]]
+    best = result["best"]
+    alike = ("sequence", "stages", "cuts")
+    rows = [row for row in result["candidates"] if all(row[name] == best[name] for name in alike)]
     candidates = {(row["chunk_size"], row["k"]): row for row in rows}
     sizes = sorted({size for size, _ in candidates})
     ks = sorted({k for _, k in candidates})
@@ -89,8 +94,10 @@ def _heat_map(result: dict[str, Any]) -> Table:
                 style = next(style for most, style in SHADES if ratio <= most)
                 cells.append(Text(f"{row['step_seconds']:8.3g}", style=style))
         table.add_row(f"chunk.size {short_count(size)}", *cells)
-    stages = result["best"]["stages"]
-    of_layout = f"{stages} pipeline stages; " if len(result["layouts"]) > 1 and stages > 1 else ""
+    of_layout = ""
+    if len(result["layouts"]) > 1:
+        of_layout += f"groups of {best['sequence']}; " if best["sequence"] > 1 else ""
+        of_layout += f"{best['stages']} pipeline stages, cuts of equal {best['cuts']}; " if best["stages"] > 1 else ""
     table.caption = f"{of_layout}dim: does not fit into {human_bytes(result['memory_limit_bytes'])}"
     table.caption_justify = "left"
     return table
@@ -102,6 +109,8 @@ def _ranking(result: dict[str, Any]) -> Table:
         "chunk.size": lambda row: f"{row['chunk_size']:,}",
         "K": lambda row: str(row["k"]),
         "stages": lambda row: str(row["stages"]),
+        "group": lambda row: str(row["sequence"]),
+        "cuts": lambda row: row["cuts"],
         "predicted": lambda row: f"{row['step_seconds']:.3g} s",
         "measured": lambda row: "" if row["measured_step_seconds"] is None else f"{row['measured_step_seconds']:.3g} s",
         "memory": lambda row: human_bytes(row["memory_bytes"]),
@@ -109,8 +118,11 @@ def _ranking(result: dict[str, Any]) -> Table:
         "waiting": lambda row: percent(row["bubble_ratio"]),
         "full": lambda row: percent(row["fill"]),
     }
-    if len({row["stages"] for row in rows}) == 1:
-        del columns["stages"]
+    for column, name in (("stages", "stages"), ("group", "sequence"), ("cuts", "cuts")):
+        if len({row[name] for row in rows}) == 1:
+            del columns[column]
+    if len({(row["stages"], row["sequence"], row["cuts"]) for row in rows}) > 1:  # 80 columns have no room for all
+        del columns["recomputed"], columns["full"]
     if all(row["measured_step_seconds"] is None for row in rows):
         del columns["measured"]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
