@@ -92,9 +92,9 @@ def run(
 
     from chunkflow_cli.report import stderr_console, stdout_console
     from chunkflow_cli.report.training import print_training_summary
+    from chunkflow_cli.requirements import check_requirements
     from chunkflow_cli.run_data import load_run_data
     from chunkflow_cli.run_folder import open_run_folder
-    from chunkflow_cli.train import check_requirements
 
     config = loaded.config
     hosts = None if config.launch.hostfile is None else read_hostfile(config.launch.hostfile)

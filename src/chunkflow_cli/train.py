@@ -19,7 +19,6 @@ from rich.console import Console
 from chunkflow_cli import worker
 from chunkflow_cli.accounting import check_accounting, samples_account
 from chunkflow_cli.assembly import assemble
-from chunkflow_cli.balance import balance
 from chunkflow_cli.checkpoint import (
     Progress,
     describe_layout,
@@ -33,39 +32,34 @@ from chunkflow_cli.config import Config, LoadedConfig
 from chunkflow_cli.costs import training_flops
 from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import (
-    EngineSettings,
-    check_pipeline_settings,
-    check_settings,
     close_process_group,
     join_processes,
 )
-from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token, whole_sequence_bytes
 from chunkflow_cli.execution.backend_choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import guard
-from chunkflow_cli.execution.pipeline import PipelineRunner, check_pipeline_schedule
+from chunkflow_cli.execution.pipeline import PipelineRunner
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.failures import failures_recorded
-from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.held_out import HeldOut
 from chunkflow_cli.joining import load_data, open_folder
 from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.model import shape_without_weights, skeleton
 from chunkflow_cli.report import stderr_console, stdout_console, working
 from chunkflow_cli.report.training import print_training_summary, training_display
-from chunkflow_cli.run_data import check_heads, cost_model, plan_run, planned_topology, target_weights
+from chunkflow_cli.requirements import check_requirements
+from chunkflow_cli.run_data import cost_model, plan_run, planned_topology, target_weights
 from chunkflow_cli.run_folder import RunFolder, write_json
 from chunkflow_cli.run_plan import RankPlan, StepPlan
 from chunkflow_cli.stop_signals import stop_on_signals
 from chunkflow_cli.tokens import load_tokenizer
 from chunkflow_cli.trace import Recorder, merge
 from chunkflow_cli.worker import heartbeat
-
-EVAL_GROUP = 256
-"""Held-out samples that are planned together."""
 
 PROBE_TOKENS = 256
 """Length of the forward that measures activation bytes a token."""
@@ -96,49 +90,6 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     if not json_output and worker.rank() == 0:
         print_training_summary(stdout_console(), report, folder.path)
     return report
-
-
-def check_requirements(loaded: LoadedConfig) -> Any:
-    """The Hugging Face configuration, after a look for everything that must be at hand: all that is missing at once.
-
-    Raises:
-        UsageError: one error that names each missing thing.
-    """
-    config = loaded.config
-    missing: list[str] = []
-    hf_config = None
-    if not config.model.path:
-        missing.append("model.path is not set: a Hugging Face id, a folder or a GGUF file")
-    else:
-        try:
-            hf_config = load_config(config.model)
-        except UsageError as error:
-            missing.append(str(error))
-    if not config.data.path:
-        missing.append("data.path is not set: your training data (.jsonl, .json, .parquet, a folder, or a data set id)")
-    if missing and config.hardware and not torch.cuda.is_available():
-        missing.append(f"a GPU: this machine has none, and the recipe is made for {config.hardware}")
-    if missing:
-        lines = "\n".join(f"- {text}" for text in missing)
-        raise UsageError(
-            f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
-        )
-    check_heads(config, hf_config)
-    settings = EngineSettings(config.engine, config.optim, config.model.dtype, training_device())
-    stages = config.parallel.pipeline
-    if stages == 1:
-        check_settings(settings)
-        return hf_config
-    check_pipeline_settings(settings, stages)
-    check_pipeline_schedule(config.parallel.schedule.value)
-    assert hf_config is not None
-    layers = int(hf_config.get_text_config().num_hidden_layers)
-    if stages > layers:
-        raise UsageError(
-            f"parallel.pipeline={stages}: the model has {layers} layers, and each stage needs one\n"
-            f"  take parallel.pipeline={layers} or fewer"
-        )
-    return hf_config
 
 
 class _Training:
@@ -250,6 +201,9 @@ class _Training:
         assert self.plan.layout.join_retained == self.engine.needs_joined_retained_chunks
         self.peak_flops = 0.0
         self._measure_peak_flops()
+        self.held_out = HeldOut(
+            self.eval_data, self.model, self.runner, self.processes, config.chunk.size, self.plan.is_in_lockstep
+        )
         self.learning_rate = learning_rate_schedule(config.optim, self.steps)
         if config.train.trace:
             self.recorder = Recorder(self.processes.rank)
@@ -284,9 +238,9 @@ class _Training:
             done, total = self._tokens_until(progress.step), self._tokens_until(self.steps)
             display.begin(total, done)
             try:
-                if progress.eval_loss_start is None and progress.step == 0 and len(self.eval_data):
+                if progress.eval_loss_start is None and progress.step == 0 and len(self.held_out):
                     display.phase("held-out loss")
-                    progress.eval_loss_start = self._evaluate()
+                    progress.eval_loss_start = self.held_out.loss()
                 while progress.step < self.steps:
                     self._stop_together()
                     row = self._step(progress, display.advance)
@@ -300,8 +254,8 @@ class _Training:
                         display.phase("saving a checkpoint")
                         self._save_checkpoint(progress)
                 self._stop_together()
-                if len(self.eval_data) and progress.eval_step != self.steps:  # stopped within the last one
-                    progress.eval_loss_end = self._evaluate()
+                if len(self.held_out) and progress.eval_step != self.steps:  # stopped within the last one
+                    progress.eval_loss_end = self.held_out.loss()
             except Interrupted:
                 self.engine.discard_gradients()
                 display.phase("saving a checkpoint")
@@ -401,12 +355,12 @@ class _Training:
 
     def _evaluates_after(self, step: int) -> bool:
         every = self.config.eval.every
-        return len(self.eval_data) > 0 and (step == self.steps or (every is not None and step % every == 0))
+        return len(self.held_out) > 0 and (step == self.steps or (every is not None and step % every == 0))
 
     def _with_held_out_loss(self, row: StepMetrics, progress: Progress) -> StepMetrics:
         """The row with its held-out loss; without it if the user stops the run meanwhile, for the step is done."""
         try:
-            loss = self._evaluate()
+            loss = self.held_out.loss()
         except Interrupted:
             return row
         progress.eval_loss_end, progress.eval_step = loss, row.step
@@ -423,39 +377,6 @@ class _Training:
         weights = target_weights(rank, step, self.config.train.loss_weighting)
         sequences = [self.train_data[int(sample)] for sample in rank.samples]
         return StepBatch(rank.chunks, sequences, weights, None if self.plan.pipeline is not None else rank.spread)
-
-    def _evaluate(self) -> float:
-        """Token-mean loss over all held-out samples, whatever the training loss weighs.
-
-        Raises:
-            Interrupted: the user asked to stop.
-        """
-        total = 0.0
-        self.model.eval()
-        weight = 1.0 / int(self.eval_data.target_counts.sum())
-        for start in range(0, len(self.eval_data), EVAL_GROUP):
-            samples = np.arange(start, min(start + EVAL_GROUP, len(self.eval_data)))
-            shares = balance(self.eval_data.lengths[samples], self.topology.data)  # each chunk spread over a group
-            size = self.config.chunk.size * self.topology.sequence
-            chunks = [build_chunks(self.eval_data.lengths[samples[share]], size) for share in shares]
-            data_rank = self.processes.place.data_rank
-            sequences = [self.eval_data[int(sample)] for sample in samples[shares[data_rank]]]
-            batch = StepBatch(chunks[data_rank], sequences, np.full(len(sequences), weight))
-            forwards = max(map(len, chunks)) if self.plan.is_in_lockstep else 0
-            total += self._evaluate_group(batch, forwards)
-        self.model.train()
-        return total
-
-    def _evaluate_group(self, batch: StepBatch, forwards: int) -> float:
-        is_whole, loss = True, 0.0
-        try:
-            loss = self.runner.evaluate(batch, forwards=forwards)
-        except Interrupted:
-            is_whole = False
-        loss, whole = self.processes.sum(loss if self.processes.place.stage == 0 else 0.0, is_whole)
-        if whole < self.topology.processes:
-            raise Interrupted
-        return loss
 
     def _refuse_loss(self, step: StepPlan, rank: RankPlan, result: StepResult) -> None:
         """
