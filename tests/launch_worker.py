@@ -157,7 +157,7 @@ def one_moves(folder: Path) -> None:
     """Rank 0 waits for rank 1, which works: no hang."""
     beat = worker.heartbeat()
     beat.at(1, "optimizer step")
-    for operation in range(20 if RANK == 1 else 1):
+    for operation in range(60 if RANK == 1 else 1):
         beat.at(1, f"B{operation}")
         time.sleep(0.1)
     if RANK == 0:

@@ -37,8 +37,8 @@ for count in (256, 3):
     for index in range(count + 1):
         engine.backward(engine.forward(1.0 if index == 0 else 2.0 ** -9))
     norms.append(engine.step() / 64)
-    with engine.gathered_weights():
-        weights.append(model.weight.detach().float().flatten()[0].item())
+    whole = engine.whole_weights(model, trained_only=False)
+    weights.append(whole["weight"].float().flatten()[0].item())
 print(json.dumps({"weights": weights, "norms": norms}))
 """
 

@@ -277,7 +277,7 @@ def test_a_hang_is_found_and_names_where_every_rank_stands(start: Start, tmp_pat
 
 
 def test_a_rank_that_waits_for_one_that_works_is_no_hang(start: Start) -> None:
-    ended(start("one_moves", 2, hang=1), 0)
+    ended(start("one_moves", 2, hang=4), 0)
 
 
 def test_a_heartbeat_is_read_back(tmp_path: Path) -> None:

@@ -170,7 +170,8 @@ def test_sequence_parallel(runs: Runs, truth: dict[str, Any], processes: int) ->
     """Groups of two, alone and two of them: all chunks spread, or the long samples only."""
     group = "parallel.sequence=2"
     cases = [
-        Case(name, (group, f"engine.zero_stage={stage}")) for stage, name in zip((0, 1, 2, 3, 1), RECIPES, strict=True)
+        Case(name, (group, f"engine.zero_stage={stage}"))
+        for stage, name in zip((0, 1, 2, 3, 1, 3), RECIPES, strict=True)
     ]
     cases += [Case(name, (group, "parallel.spread=all")) for name in RECIPES]
     cases += [

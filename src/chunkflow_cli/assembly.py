@@ -11,10 +11,12 @@ import torch
 from chunkflow_cli.config import Config, PipelineSchedule
 from chunkflow_cli.costs import ModelShape
 from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Processes
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backends import Backend
-from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
+from chunkflow_cli.execution.loss import FUSED_HEADS
 from chunkflow_cli.execution.messages import Links
 from chunkflow_cli.execution.pipeline import PipelineRunner
 from chunkflow_cli.execution.runner import Runner, has_dropout
@@ -87,6 +89,8 @@ def assemble(
             announce=announce,
         )
         return Assembly(model, pipeline_engine, pipeline_runner, shape)
+    if settings.engine.zero_stage == 3 and processes.topology.processes > 1:
+        _check_head_in_lockstep(model)
     engine = Engine(_on_device(ChunkModel(model, backend), device), settings)
     runner = Runner(
         engine,
@@ -98,6 +102,19 @@ def assemble(
         announce=announce,
     )
     return Assembly(model, engine, runner, shape)
+
+
+def _check_head_in_lockstep(model: Any) -> None:
+    """ZeRO-3 fetches the weights of an adapted head for each tile of targets, of which ranks have different numbers.
+
+    Raises:
+        UsageError: the head has an adapter.
+    """
+    if type(base_model(model).get_output_embeddings()) not in FUSED_HEADS:
+        raise UsageError(
+            "model.lora.target_modules adapts the head, which engine.zero_stage=3 cannot run on several ranks\n"
+            "  take engine.zero_stage=1, or leave the head out"
+        )
 
 
 def _on_device(model: Model, device: torch.device) -> Model:

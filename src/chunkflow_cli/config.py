@@ -248,8 +248,8 @@ class TrainConfig:
     output_dir: str | None = None
     """Null is outputs/<recipe>/<date-time>."""
     trace: bool = False
-    """Write when every operation of every rank ran to trace.json, which Perfetto opens and `plan --trace` reads. On a
-    GPU it is then waited for after each operation, which costs time."""
+    """Write when each operation of each rank ran, since this start of the run, to trace.json at its end, for Perfetto
+    and `plan --trace`. A GPU is then waited for after each operation, which costs time."""
     guard: bool = True
     """Prove at the start, on a small float32 copy, that the architecture trains exactly in chunks."""
 

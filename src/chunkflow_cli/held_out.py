@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ class HeldOut:
     """Tokens on each rank: chunks are spread over the sequence-parallel group, if there is one."""
     is_in_lockstep: bool
     """Whether all ranks must run equally many forwards."""
+    stop_requested: Callable[[], bool]
+    """Asked after every group of samples; if one process is told to stop, all do."""
 
     def __len__(self) -> int:
         return len(self.data)
@@ -68,7 +71,7 @@ class HeldOut:
         except Interrupted:
             is_whole = False
         # All stages of a pipeline know its loss: one of them says it.
-        loss, whole = self.processes.sum(loss if place.stage == 0 else 0.0, is_whole)
+        loss, whole = self.processes.sum(loss if place.stage == 0 else 0.0, is_whole and not self.stop_requested())
         if whole < topology.processes:
             raise Interrupted
         return loss

@@ -60,7 +60,7 @@ def run(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) 
         options = ["--config-dir", config_dir] if config_dir is not None else []
         kept = [word for word in words if not word.startswith("train.output_dir=")]
         command = [sys.executable, "-m", "chunkflow_cli", "train", *options, *kept, f"train.output_dir={folder}"]
-        code = subprocess.run(command, stdout=sys.stderr if json_output else None, check=False).returncode
+        code = _wait_for(subprocess.Popen(command, stdout=sys.stderr if json_output else None))
         if code == 130:
             raise KeyboardInterrupt
         runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code})
@@ -69,3 +69,12 @@ def run(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) 
     if failed:
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(map(str, failed))}")
     return {"runs": runs}
+
+
+def _wait_for(job: subprocess.Popen[bytes]) -> int:
+    """Its exit code. Ctrl-C reaches the run as well: it saves a checkpoint and ends by itself."""
+    while True:
+        try:
+            return job.wait()
+        except KeyboardInterrupt:
+            continue

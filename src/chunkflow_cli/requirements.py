@@ -41,6 +41,13 @@ def check_requirements(loaded: LoadedConfig) -> Any:
             f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
         )
     check_heads(config, hf_config)
+    group = config.parallel.sequence * config.parallel.pipeline
+    if config.launch.processes < group:
+        raise UsageError(
+            f"launch.processes={config.launch.processes}: parallel.sequence={config.parallel.sequence} x "
+            f"parallel.pipeline={config.parallel.pipeline} takes {group} processes, or a multiple of it\n"
+            f"  take launch.processes={group}, or start it with torchrun or deepspeed"
+        )
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, training_device())
     stages = config.parallel.pipeline
     if stages == 1:

@@ -84,9 +84,9 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
                 report = folder.read_report()
             else:
                 report = _Training(loaded.config, hf_config, folder, stderr_console()).run()
+        close_process_group()  # not after an error: it may wait for ranks that wait for this one
     finally:
         folder.close()
-        close_process_group()
     if not json_output and worker.rank() == 0:
         print_training_summary(stdout_console(), report, folder.path)
     return report
@@ -119,13 +119,13 @@ class _Training:
         progress = self._resume()
         with stop_on_signals(self._request_stop):
             self._train(progress)
-        self._write_trace()
-        self._stand_at("saving the model")
-        self._save_model()
-        report = self._report(progress)
-        check_accounting(report, self.batches)
-        if self.processes.is_first:
-            write_json(self.folder.report, report)
+            # Whoever is told to stop from here on has nothing left to stop: what was learnt is saved.
+            self._write_trace()
+            self._save_model(progress)
+            report = self._report(progress)
+            check_accounting(report, self.batches)
+            if self.processes.is_first:
+                write_json(self.folder.report, report)
         return report
 
     # What is needed
@@ -185,7 +185,8 @@ class _Training:
         with working(self.console, "loading the model"):
             self.shape = shape_without_weights(config.model, self.hf_config)
             # Ranks may run on machines that are not alike, and must plan alike all the same.
-            costs = self.processes.gather(cost_model(config, self.shape, present_device(), self.hf_config))[0]
+            own = cost_model(config, self.shape, present_device(), self.hf_config) if self.processes.is_first else None
+            costs = self.processes.gather(own)[0]
             self.plan = plan_run(config, self.train_data, costs)
             parts = assemble(
                 config, self.hf_config, backend, self.device, processes=self.processes,
@@ -202,8 +203,9 @@ class _Training:
         self.peak_flops = 0.0
         self._measure_peak_flops()
         self.held_out = HeldOut(
-            self.eval_data, self.model, self.runner, self.processes, config.chunk.size, self.plan.is_in_lockstep
-        )
+            self.eval_data, self.model, self.runner, self.processes, config.chunk.size, self.plan.is_in_lockstep,
+            lambda: self.stop_requested,
+        )  # fmt: skip
         self.learning_rate = learning_rate_schedule(config.optim, self.steps)
         if config.train.trace:
             self.recorder = Recorder(self.processes.rank)
@@ -438,7 +440,9 @@ class _Training:
 
     def _request_stop(self) -> None:
         self.stop_requested = True
-        self.console.print("Stopping after the present chunk, then saving. Once more to stop at once.", soft_wrap=True)
+        what = "step" if self.topology.sequence * self.topology.pipeline > 1 or self.plan.is_in_lockstep else "chunk"
+        again = "" if worker.is_started_by_launcher() else " Once more to stop at once."
+        self.console.print(f"Stopping after the present {what}, then saving.{again}", soft_wrap=True)
 
     # Report
 
@@ -451,16 +455,23 @@ class _Training:
             path = merge(self.folder.path, self.topology)
             self.console.print(f"trace: {path}, for https://ui.perfetto.dev and plan --trace", soft_wrap=True)
 
-    def _save_model(self) -> None:
+    def _save_model(self, progress: Progress) -> None:
+        """Into `final/`; into a checkpoint instead, if that fails (a full disk), so that what was learnt is not lost."""
         from chunkflow_cli.tokens import has_tokenizer
 
+        self._stand_at("saving the model")
         tokenizer = None
         if has_tokenizer(self.config.model.path):
             tokenizer = load_tokenizer(self.config.model.path, trust_remote_code=self.config.model.trust_remote_code)
         is_stage = isinstance(self.runner, PipelineRunner)
         whole = skeleton(self.config.model, self.hf_config) if is_stage and self.processes.is_first else None
-        with working(self.console, "saving the model"):
-            save_final(self.folder.final, self.model, tokenizer, self.engine, skeleton=whole)
+        try:
+            with working(self.console, "saving the model"):
+                save_final(self.folder.final, self.model, tokenizer, self.engine, skeleton=whole)
+        except Exception:
+            path = self._save_checkpoint(progress)
+            self.console.print(f"The model could not be saved; its weights are in {path}", soft_wrap=True)
+            raise
 
     def _report(self, progress: Progress) -> dict[str, Any]:
         chunk = self.config.chunk

@@ -35,7 +35,7 @@ LAUNCHER_PID = "CHUNKFLOW_LAUNCHER_PID"
 STACKS_SIGNAL = signal.SIGUSR1
 """A worker that gets it writes the Python stacks of all its threads into its log."""
 
-LEASE_SECONDS = 60.0
+LEASE_SECONDS = 180.0
 """A worker that our launcher cannot reach by signals ends when it has not heard of it for so long."""
 ORDERS_SECONDS = 0.5
 """How often such a worker looks for orders."""
@@ -180,16 +180,17 @@ def _follow_orders(watch: WatchFolder) -> None:
             obeyed = order
             os.kill(os.getpid(), {STOP: signal.SIGTERM, STACKS: STACKS_SIGNAL, END: signal.SIGKILL}[order])
         text = _read(watch.lease)
-        if text != lease:
+        if text and text != lease:
             lease, renewed = text, time.monotonic()
         elif time.monotonic() - renewed > LEASE_SECONDS:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _read(path: Path) -> str:
+    """Empty where there is no such file, or a network file system just now cannot say what is in it."""
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 

@@ -4,6 +4,7 @@ from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
 from chunkflow_cli.engine.pipeline import PipelineEngine, check_pipeline_settings
 from chunkflow_cli.engine.processes import (
+    PATIENCE,
     Processes,
     broadcast_from_first,
     close_process_group,
@@ -15,6 +16,7 @@ from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepsp
 from chunkflow_cli.engine.state_files import StateFiles
 
 __all__ = [
+    "PATIENCE",
     "Engine",
     "EngineSettings",
     "PipelineEngine",

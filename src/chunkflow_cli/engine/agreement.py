@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import distributed
 
-from chunkflow_cli.errors import RunError
+from chunkflow_cli.errors import RunError, UsageError
 
 
 def own_rank() -> int:
@@ -26,19 +26,24 @@ def all_or_none(what: str) -> Iterator[None]:
 
     Raises:
         RunError: names `what` was done, the rank that failed, and its error. In that rank its own error is raised.
+        UsageError: the same, where that rank says that the user is at fault.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
+    errors: list[tuple[bool, str] | None] = [None] * process_count()
     if process_count() > 1:
-        errors: list[str | None] = [None] * process_count()
-        distributed.all_gather_object(errors, None if failure is None else f"{type(failure).__name__}: {failure}")
-    else:
-        errors = []
+        told = None if failure is None else (isinstance(failure, UsageError), f"{type(failure).__name__}: {failure}")
+        try:
+            distributed.all_gather_object(errors, told)
+        except RuntimeError:  # another rank has gone; what failed here is what matters
+            if failure is None:
+                raise
     if failure is not None:
         raise failure
-    for rank, error_text in enumerate(errors):
-        if error_text is not None:
-            raise RunError(f"{what} failed on rank {rank}: {error_text}")
+    for rank, told_by in enumerate(errors):
+        if told_by is not None:
+            is_usage, text = told_by
+            raise (UsageError if is_usage else RunError)(f"{what} failed on rank {rank}: {text}")

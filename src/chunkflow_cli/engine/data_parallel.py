@@ -6,9 +6,7 @@ micro-steps is turned off: `gradient_accumulation_steps` stays 1 and the step is
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -138,17 +136,6 @@ class Engine:
     def set_learning_rate(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-
-    @contextlib.contextmanager
-    def gathered_weights(self) -> Iterator[None]:
-        """Within it, the module's parameters are whole on every rank, whatever the ZeRO stage."""
-        if self._stage < 3:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            yield
 
     def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
         """The state dict of `model`, a part of the engine's module: on the first rank, None on others. All call it."""

@@ -8,8 +8,7 @@ the stage and updates. ZeRO 0 and 1 only: the others would reduce within every b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,11 +162,6 @@ class PipelineEngine:
     def set_learning_rate(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-
-    @contextmanager
-    def gathered_weights(self) -> Iterator[None]:
-        """Within it, the stage's parameters are whole: ZeRO 0 and 1 never divide them."""
-        yield
 
     def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
         """The whole model's weights: on the first rank, None on others. All call it.

@@ -9,6 +9,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ import torch
 from chunkflow_cli import worker
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.topology import Place, Topology
+
+PATIENCE = timedelta(days=1)
+"""How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait;
+what hangs is found by the launcher's watchdog (`launch.hang_seconds`), which says where each rank stands."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def join_processes(device: torch.device, topology: Topology) -> Processes:
     if topology.processes == 1:
         return Processes()
     init_process_group(device)
-    control = torch.distributed.new_group(backend="gloo")
+    control = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     return Processes(topology, torch.distributed.get_rank(), control)
 
 
@@ -113,13 +118,14 @@ def init_process_group(device: torch.device) -> None:
     """Join the other processes of the run, as the environment that a launcher sets names them; alone without one."""
     if torch.distributed.is_initialized():
         return
-    if "WORLD_SIZE" not in os.environ:
-        # Without all of these DeepSpeed looks for MPI.
+    if worker.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # Without all of these DeepSpeed looks for MPI. A world of one is never taken from the environment: it may be
+        # that of the process that started this one, which still listens there.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     deepspeed = import_deepspeed()
     with quiet():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)
 
 
 def broadcast_from_first(value: Any) -> Any:

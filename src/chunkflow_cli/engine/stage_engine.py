@@ -17,6 +17,8 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 
+from chunkflow_cli.engine.processes import PATIENCE
+
 
 class StageModule(PipelineModule):
     """DeepSpeed's idea of a pipeline whose "layers" are whole stages; this process builds its own one only."""
@@ -43,7 +45,7 @@ class StageModule(PipelineModule):
         own = None
         for replica in range(replicas):
             ranks = [replica, (stages - 1) * replicas + replica]
-            group = comm.new_group(ranks=ranks)
+            group = torch.distributed.new_group(ranks, timeout=PATIENCE)
             if self.global_rank in ranks:
                 own = group
         return own

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from chunkflow_cli.engine import PATIENCE
 from chunkflow_cli.schedule import OpKind, Schedule
 
 POSTED_AHEAD = 2
@@ -45,7 +46,7 @@ class Links:
         """
         own = dist.get_rank()
         for ranks in pipelines:
-            onward, back = dist.new_group(list(ranks)), dist.new_group(list(ranks))
+            onward, back = (dist.new_group(list(ranks), timeout=PATIENCE) for _ in range(2))
             if own in ranks:
                 self.ranks = list(ranks)
                 self._groups = {True: onward, False: back}

@@ -20,6 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from chunkflow_cli.engine import PATIENCE
 from chunkflow_cli.topology import Topology, key_value_copies
 
 
@@ -44,7 +45,9 @@ class SequenceGroup:
         rank = torch.distributed.get_rank()
         assert torch.distributed.get_world_size() == topology.processes, f"this run is no {topology}"
         firsts = range(0, topology.processes, topology.sequence)
-        groups = {first: torch.distributed.new_group(topology.sequence_group(first)) for first in firsts}
+        groups = {
+            first: torch.distributed.new_group(topology.sequence_group(first), timeout=PATIENCE) for first in firsts
+        }
         place = topology.place_of(rank)
         return cls(groups[rank - place.sequence_rank], topology.sequence, place.sequence_rank)
 
