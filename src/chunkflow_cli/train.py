@@ -456,7 +456,7 @@ class _Training:
             self.console.print(f"trace: {path}, for https://ui.perfetto.dev and plan --trace", soft_wrap=True)
 
     def _save_model(self, progress: Progress) -> None:
-        """Into `final/`; into a checkpoint instead, if that fails (a full disk), so that what was learnt is not lost."""
+        """Into `final/`; if that fails (a full disk), into a checkpoint, so that what was learnt is not lost."""
         from chunkflow_cli.tokens import has_tokenizer
 
         self._stand_at("saving the model")
