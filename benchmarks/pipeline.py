@@ -93,7 +93,7 @@ def compare(name: str, words: list[str], folder: Path, step: int) -> dict[str, A
     from chunkflow_cli.trace import measured_timeline
 
     say(f"{name}...")
-    run = folder / name.replace(" ", "_")
+    run = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
     words = [*words, f"train.epochs={step}"]
     subprocess.run(
         [sys.executable, "-m", "chunkflow_cli", "train", "--json", *words, f"train.output_dir={run}"],
