@@ -1,17 +1,20 @@
 """Pipelines as they ran against pipelines as they are simulated: order of operations, waits, bubble ratio.
 
-    python benchmarks/pipeline.py            four stages on this machine, eight schedules; about five minutes
+    python benchmarks/pipeline.py            four stages on this machine, eight schedules; about six minutes
+    python benchmarks/pipeline.py --real     operations take as long as they take, instead of a given time
 
 Each schedule is trained for real (`chunkflow train parallel.pipeline=4 train.trace=true`, four processes), on
 long-tailed rows of random ids. Of one step then:
 
 - the operations of every stage must have run in the order of the plan;
-- the durations that each operation *had* are given to `simulate`, which says when each would have run if stages waited
-  for nothing but what the schedule makes them wait for. Its makespan and bubble ratio stand beside the measured ones.
+- makespan and bubble ratio of the trace stand beside those that `simulate` says for the same durations.
 
-What cannot be measured on a machine with fewer cores than stages is the bubble ratio of a real pipeline: stages share
-the cores, so an operation takes longer while others run, and a wait of one stage is work of another. Giving the
-simulation the durations as they were takes that out: what is compared is the waiting, which is what a schedule decides.
+A machine with fewer cores than stages cannot measure the bubble ratio of a real pipeline: an operation takes longer
+while other stages run, and the wait of one is the work of another. So each operation is stretched: a stage computes,
+then sleeps until the operation has taken 0.3 milliseconds a token (a backward twice that), the durations of the paper's
+worked example, and then sends. Sleeping takes no core, so stages run beside each other as on devices of their own, and
+what is measured is what a schedule decides: who waits for whom, with real messages between real processes. With
+`--real` nothing is stretched, and the simulation gets the durations that operations had.
 Prints one JSON object on stdout; everything else goes to stderr.
 """
 
@@ -20,9 +23,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,8 @@ import numpy as np
 from common import emit, hardware, say
 
 STAGES = 4
+SECONDS_PER_TOKEN = 0.3e-3
+"""Of a stretched forward; a backward takes twice as long, each half of a split one as long as a forward."""
 SCHEDULES = {
     "1f1b": ("parallel.schedule=1f1b",),
     "1f1b, K=4": ("parallel.schedule=1f1b", "chunk.k=4"),
@@ -46,17 +53,22 @@ SCHEDULES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", type=int, default=3, help="which step is compared; the first ones warm up")
+    parser.add_argument("--real", action="store_true", help="do not stretch operations")
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         words = prepare(Path(folder))
-        rows = [compare(name, [*words, *extra], Path(folder), arguments.step) for name, extra in SCHEDULES.items()]
+        rows = [
+            compare(name, [*words, *extra], Path(folder), arguments.step, is_stretched=not arguments.real)
+            for name, extra in SCHEDULES.items()
+        ]
     simulated, measured = ([row[f"{kind}_bubble_ratio"] for row in rows] for kind in ("simulated", "measured"))
     result = {
         "benchmark": "pipeline",
         "hardware": hardware(),
         "stages": STAGES,
         "step": arguments.step,
+        "operations": "as long as they take" if arguments.real else f"stretched to {SECONDS_PER_TOKEN} s a token",
         "schedules": rows,
         "all_in_order": all(row["in_order"] for row in rows),
         "rank_correlation_of_bubbles": rank_correlation(simulated, measured),
@@ -66,12 +78,12 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> list[str]:
-    """A model of eight layers, long-tailed rows, and the words of every run."""
+    """A model of four layers, long-tailed rows, and the words of every run."""
     from transformers import AutoConfig
 
     AutoConfig.for_model(
-        "qwen2", hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, vocab_size=2048, max_position_embeddings=2048, architectures=["Qwen2ForCausalLM"],
+        "qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=2048, max_position_embeddings=2048, architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(folder / "model")  # fmt: skip
     random = np.random.default_rng(0)
     lengths = np.concatenate([random.integers(20, 200, 20), [1000, 700, 420]])
@@ -86,19 +98,17 @@ def prepare(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def compare(name: str, words: list[str], folder: Path, step: int) -> dict[str, Any]:
+def compare(name: str, words: list[str], folder: Path, step: int, *, is_stretched: bool) -> dict[str, Any]:
     from chunkflow_cli.config import load
+    from chunkflow_cli.costs import chunk_tokens
     from chunkflow_cli.plan import make_plan
-    from chunkflow_cli.simulate import simulate
+    from chunkflow_cli.simulate import OperationSeconds, simulate
     from chunkflow_cli.trace import measured_timeline
 
     say(f"{name}...")
     run = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
     words = [*words, f"train.epochs={step}"]
-    subprocess.run(
-        [sys.executable, "-m", "chunkflow_cli", "train", "--json", *words, f"train.output_dir={run}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
-    )  # fmt: skip
+    launch([*words, f"train.output_dir={run}"], is_stretched)
     (rank,) = make_plan(load(words), step=step).step.ranks
     timeline = measured_timeline(json.loads((run / "trace.json").read_text()), step)
     in_order = True
@@ -106,7 +116,9 @@ def compare(name: str, words: list[str], folder: Path, step: int) -> dict[str, A
         rows = timeline.stage == stage
         ran = [f"{kind}{chunk}" for kind, chunk in zip(timeline.kind[rows], timeline.chunk[rows], strict=True)]
         in_order &= ran == str(schedule).split()
-    replayed = simulate(rank.schedules, durations(timeline, len(rank.chunks)))
+    tokens = chunk_tokens(rank.chunks)
+    given = OperationSeconds.proportional(tokens, STAGES, seconds_per_token=SECONDS_PER_TOKEN)
+    replayed = simulate(rank.schedules, given if is_stretched else durations(timeline, len(rank.chunks)))
     return {
         "schedule": name,
         "chunks": len(rank.chunks),
@@ -116,6 +128,55 @@ def compare(name: str, words: list[str], folder: Path, step: int) -> dict[str, A
         "measured_bubble_ratio": timeline.bubble_ratio,
         "simulated_bubble_ratio": replayed.bubble_ratio,
     }
+
+
+def launch(words: list[str], is_stretched: bool) -> None:
+    """The ranks of a run, started here instead of by `chunkflow train`, so that their operations can be stretched."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = [sys.executable, __file__, "--stretched"] if is_stretched else [sys.executable, "-m", "chunkflow_cli"]
+    ranks = [
+        subprocess.Popen(
+            [*own, "train", "--json", *words],
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(STAGES), "LOCAL_WORLD_SIZE": str(STAGES), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(STAGES)
+    ]  # fmt: skip
+    if sum(rank.wait() for rank in ranks):  # of all, whatever the first says
+        raise SystemExit(f"chunkflow train {' '.join(words)} failed")
+
+
+def train_stretched() -> None:
+    """`chunkflow train` whose stages sleep at the end of each operation until it has taken its given time."""
+    from chunkflow_cli.cli import main as chunkflow
+    from chunkflow_cli.execution.messages import Messages
+    from chunkflow_cli.execution.pipeline import _StageStep
+
+    execute, send = _StageStep.execute, Messages.send
+    ends = [0.0]
+
+    def sleep_to_the_end() -> None:
+        time.sleep(max(0.0, ends[0] - time.perf_counter()))
+
+    def stretched(step: Any, op: Any) -> None:
+        tokens = step._batch.chunks[op.chunks[0]].tokens
+        ends[0] = time.perf_counter() + SECONDS_PER_TOKEN * tokens * (2 if op.kind.value == "B" else 1)
+        execute(step, op)
+        sleep_to_the_end()
+
+    def send_at_the_end(messages: Any, tensor: Any, *, onward: bool) -> None:
+        sleep_to_the_end()
+        send(messages, tensor, onward=onward)
+
+    _StageStep.execute, Messages.send = stretched, send_at_the_end  # type: ignore[method-assign]
+    chunkflow()
 
 
 def durations(timeline: Any, chunks: int) -> Any:
@@ -138,4 +199,8 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--stretched"]:
+        del sys.argv[1]
+        train_stretched()
+    else:
+        main()
