@@ -75,6 +75,9 @@ def _work(function: str, folder: str) -> None:
     module, _, name = function.partition(":")
     result = getattr(importlib.import_module(module), name)(pickle.loads(Path(folder, "arguments").read_bytes()))
     Path(folder, f"{os.environ['RANK']}.result").write_bytes(pickle.dumps(result))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the threads of a process group that is still open may abort an orderly exit; the result is there
 
 
 if __name__ == "__main__":

@@ -254,9 +254,13 @@ class _Supervision:
             time.sleep(POLL_SECONDS)
 
     def _exit_codes(self) -> Mapping[int, int]:
-        codes = self._workers.exit_codes()
-        for rank in codes:
+        """Of the ranks that have ended; what a rank has said of its end holds, even if it crashed on the way out."""
+        codes = dict(self._workers.exit_codes())
+        for rank, code in codes.items():
             self._died_at.setdefault(rank, time.time())
+            record = read_failure(self._watch.failure(rank)) if code != 0 else None
+            if record is not None:
+                codes[rank] = record.exit_code
         return codes
 
     def _is_failure(self, code: int) -> bool:

@@ -84,9 +84,9 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
                 report = folder.read_report()
             else:
                 report = _Training(loaded.config, hf_config, folder, stderr_console()).run()
-        close_process_group()  # not after an error: it may wait for ranks that wait for this one
     finally:
         folder.close()
+        close_process_group()  # a process that ends with an open one may abort in native code
     if not json_output and worker.rank() == 0:
         print_training_summary(stdout_console(), report, folder.path)
     return report
