@@ -145,6 +145,15 @@ def stopping(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
+def stopping_and_aborting(folder: Path) -> None:
+    """The same; then native code aborts the orderly end, as threads of a connection may."""
+    try:
+        with failures_recorded():
+            stopping(folder)
+    finally:
+        os.abort()
+
+
 def hanging(folder: Path) -> None:
     beat = worker.heartbeat()
     beat.at(3, "F5")

@@ -219,6 +219,14 @@ def test_a_worker_whose_launcher_died_while_it_started_ends(tmp_path: Path, envi
 # Signals
 
 
+def test_a_crash_on_the_way_out_changes_nothing(start: Start, tmp_path: Path) -> None:
+    """All ranks have saved and said so: what native code does after that is no failure of the run."""
+    launcher = start("stopping_and_aborting")
+    pids(tmp_path, 3)
+    launcher.terminate()
+    assert ended(launcher, 130, within=20) == "interrupted\n"
+
+
 @pytest.mark.parametrize("how", ["SIGTERM to the launcher", "Ctrl-C in its terminal", "SIGTERM to one rank"])
 def test_every_rank_is_told_to_stop_once_and_the_exit_code_is_130(how: str, start: Start, tmp_path: Path) -> None:
     """A second signal stops at once, without a checkpoint: a terminal's Ctrl-C must not reach a rank on two ways."""
