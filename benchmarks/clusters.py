@@ -4,8 +4,9 @@
     python benchmarks/clusters.py --recipes qwen7b_256k --nodes 1 64 --out clusters.json
 
 Each row is the command itself, run in this process: its search over ChunkSize, K, pipeline stages, sequence-parallel
-groups and cuts of long samples, on rows of ids in LMSys-Chat-1M's shape with one sample of the recipe's full length in each global batch of 256. Models are
-written as `config.json` from their published sizes; nothing is trained. What the table says: docs/clusters.md.
+groups and cuts of long samples, on rows of ids in LMSys-Chat-1M's shape with one sample of the recipe's full length in
+each global batch of 256. Models are written as `config.json` from their published sizes; nothing is trained. What the
+table says: docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -173,8 +174,9 @@ def in_words(row: dict[str, Any]) -> str:
     if row["best"] is None:
         return start + row["refused"].splitlines()[0]
     best = row["best"]
+    layout = f"{best['data_parallel'] // best['sequence']:>3} x {best['sequence']} x {best['stages']:<2}"
     return start + (
-        f"{best['chunk_size'] // K:>2}K K={best['k']:<2} {best['data_parallel'] // best['sequence']:>3} x {best['sequence']} x {best['stages']:<2} {best['cuts']:<6} "
+        f"{best['chunk_size'] // K:>2}K K={best['k']:<2} {layout} {best['cuts']:<6} "
         f"{best['step_seconds']:8.2f} s {best['memory_bytes'] / 2**30:5.1f} GiB "
         f"{row['tokens_per_second']:>11,.0f} tok/s "
         f"{row['speedup']:6.1f}x  waiting {100 * best['bubble_ratio']:3.0f} %   ({row['search_seconds']:.1f} s)"
