@@ -3,9 +3,10 @@
     python benchmarks/clusters.py                                     all recipes; minutes on a core, no GPU, no weights
     python benchmarks/clusters.py --recipes qwen7b_256k --nodes 1 64 --out clusters.json
 
-Each row is the command itself, run in this process: its search over ChunkSize, K and the number of pipeline stages, on
-rows of ids in LMSys-Chat-1M's shape with one sample of the recipe's full length in each global batch of 256. Models are
-written as `config.json` from their published sizes; nothing is trained. What the table says: docs/clusters.md.
+Each row is the command itself, run in this process: its search over ChunkSize, K, pipeline stages, sequence-parallel
+groups and cuts of long samples, on rows of ids in LMSys-Chat-1M's shape with one sample of the recipe's full length in
+each global batch of 256. Models are written as `config.json` from their published sizes; nothing is trained. What the
+table says: docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,21 @@ from numpy.typing import NDArray
 from chunkflow_cli import tune
 from chunkflow_cli.config import load
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.topology import key_value_copies
 from common import emit, say
 from paper import draw
 
 K = 1024
 BATCH = 256
 STEPS = 2
-NODES = (1, 2, 4, 8, 16, 32, 64)
+NODES = (1, 2, 4, 8, 16, 64)
 GPUS = 8
 """Of a node."""
 STAGES = (1, 2, 4, 8, 16)
 CHUNK_SIZES = (2 * K, 4 * K, 8 * K, 16 * K, 32 * K)
 KS = (1, 2, 4, 8, 16, 32)
+SEQUENCES = (1, 2, 4, 8)
+"""Sequence-parallel groups: within a node, where exchanges are cheap. A model's heads may allow fewer."""
 
 QWEN = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_position_embeddings": 32768,
@@ -103,21 +108,46 @@ def write_rows(folder: Path, longest: int, batch: int) -> Path:
     return path
 
 
-def plan_for(name: str, nodes: int, batch: int, cuts: list[str], folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Grid:
+    """What the search of every row tries, as far as the model and the number of GPUs allow."""
+
+    chunk_sizes: list[int]
+    ks: list[int]
+    sequences: list[int]
+    stages: list[int]
+    cuts: list[str]
+
+
+def groups_for(model: str, sequences: list[int]) -> list[int]:
+    """Those sizes of a sequence-parallel group that the model's heads can be divided among."""
+    heads, kv_heads = MODELS[model]["num_attention_heads"], MODELS[model]["num_key_value_heads"]
+    possible = []
+    for size in sequences:
+        try:
+            key_value_copies(heads, kv_heads, size)
+        except ValueError:
+            continue  # the command would refuse the whole list
+        possible.append(size)
+    return possible
+
+
+def plan_for(name: str, nodes: int, batch: int, tried: Grid, folder: Path) -> dict[str, Any]:
     """What the command finds for one recipe and one cluster."""
     recipe, model, changed = SETTINGS[name]
     gpus = nodes * GPUS
     words = [f"recipe={recipe}", *ON_A_CLUSTER, *changed]
     longest = load(words).config.data.max_length
     assert longest is not None
-    stages = [count for count in STAGES if gpus % count == 0]
+    stages = [count for count in tried.stages if gpus % count == 0]
     words += [
         f"model.path={write_model(folder, model)}", "model.init=random",
         f"data.path={write_rows(folder, longest, batch)}", "data.format=tokens", f"data.cache_dir={folder / 'cache'}",
         "data.num_workers=1", "train.shuffle=false", f"train.global_batch_size={batch}", f"launch.processes={gpus}",
         f"tune.samples={batch * STEPS}", f"tune.pipelines=[{','.join(map(str, stages))}]",
-        f"tune.chunk_sizes=[{','.join(map(str, CHUNK_SIZES))}]", f"tune.ks=[{','.join(map(str, KS))}]",
-        f"tune.cuts=[{','.join(cuts)}]",
+        f"tune.sequences=[{','.join(map(str, groups_for(model, tried.sequences)))}]",
+        f"tune.chunk_sizes=[{','.join(map(str, tried.chunk_sizes))}]", f"tune.ks=[{','.join(map(str, tried.ks))}]",
+        f"tune.cuts=[{','.join(tried.cuts)}]",
     ]  # fmt: skip
     started = time.perf_counter()
     row: dict[str, Any] = {"recipe": name, "model": model, "longest": longest, "nodes": nodes, "gpus": gpus}
@@ -134,7 +164,7 @@ def plan_for(name: str, nodes: int, batch: int, cuts: list[str], folder: Path) -
         "tokens_a_step": tokens,
         "tokens_per_second": tokens / best["step_seconds"],
         "memory_limit_bytes": found["memory_limit_bytes"],
-        "of_each_number_of_stages": found["layouts"],
+        "of_each_layout": found["layouts"],
         "search_seconds": time.perf_counter() - started,
     }
 
@@ -144,8 +174,9 @@ def in_words(row: dict[str, Any]) -> str:
     if row["best"] is None:
         return start + row["refused"].splitlines()[0]
     best = row["best"]
+    layout = f"{best['data_parallel'] // best['sequence']:>3} x {best['sequence']} x {best['stages']:<2}"
     return start + (
-        f"{best['chunk_size'] // K:>2}K K={best['k']} {best['data_parallel']:>3} x {best['stages']:<2} "
+        f"{best['chunk_size'] // K:>2}K K={best['k']:<2} {layout} {best['cuts']:<6} "
         f"{best['step_seconds']:8.2f} s {best['memory_bytes'] / 2**30:5.1f} GiB "
         f"{row['tokens_per_second']:>11,.0f} tok/s "
         f"{row['speedup']:6.1f}x  waiting {100 * best['bubble_ratio']:3.0f} %   ({row['search_seconds']:.1f} s)"
@@ -157,22 +188,28 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--nodes", nargs="+", type=int, default=list(NODES))
     parser.add_argument("--batch", type=int, default=BATCH, help="train.global_batch_size (%(default)s)")
-    parser.add_argument("--cuts", nargs="+", choices=("tokens", "time"), default=["tokens"], help="of long samples")
+    parser.add_argument("--chunk-sizes", nargs="+", type=int, default=list(CHUNK_SIZES))
+    parser.add_argument("--ks", nargs="+", type=int, default=list(KS))
+    parser.add_argument("--sequences", nargs="+", type=int, default=list(SEQUENCES), help="ranks of a group")
+    parser.add_argument("--stages", nargs="+", type=int, default=list(STAGES))
+    parser.add_argument("--cuts", nargs="+", choices=("tokens", "time"), default=["tokens", "time"])
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
+    tried = Grid(arguments.chunk_sizes, arguments.ks, arguments.sequences, arguments.stages, arguments.cuts)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.recipes:
             fewest: dict[str, Any] | None = None
             for nodes in sorted(arguments.nodes):
-                row = plan_for(name, nodes, arguments.batch, arguments.cuts, Path(folder))
+                row = plan_for(name, nodes, arguments.batch, tried, Path(folder))
                 if row["best"] is not None:
                     fewest = row if fewest is None else fewest
                     row["speedup"] = row["tokens_per_second"] / fewest["tokens_per_second"]
                     row["speedup_over_nodes"] = fewest["nodes"]
                 rows.append(row)
                 say(in_words(row))
-    emit({"benchmark": "clusters", "device": "H100 SXM, by its profile", "batch": arguments.batch, "rows": rows},
+    emit({"benchmark": "clusters", "device": "H100 SXM, by its profile", "batch": arguments.batch,
+          "tried": asdict(tried), "rows": rows},
          arguments.out)  # fmt: skip
 
 
