@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from balance import MODELS
 from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.costs import DEVICES, CostModel, MemorySettings, ModelShape, OperationCost, step_seconds
+from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, OperationCost
+from chunkflow_cli.memory import MemorySettings, memory_parts, step_seconds
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
-from chunkflow_cli.plan import memory_of_fullest
 from chunkflow_cli.run_plan import RunPlan, operation_seconds
 from chunkflow_cli.search import search
 from chunkflow_cli.simulate import simulate
@@ -115,7 +115,7 @@ def memory_settings(run: RunPlan, checkpointing: str, longest: int) -> MemorySet
     return MemorySettings(
         element_bytes=2, optimizer_states=2, zero_stage=1, data_parallel=run.ranks, offload="none",
         checkpointing=checkpointing, chunk_size=run.chunk_size, k=run.k, longest=longest,
-        device_type="cuda", stages=1 if run.pipeline is None else run.pipeline.stages, sequence=run.sequence,
+        device_type="cuda", sequence=run.sequence,
     )  # fmt: skip
 
 
@@ -131,8 +131,10 @@ def run_of(lengths: NDArray[np.int64], costs: CostModel, **options: Any) -> RunP
     return RunPlan(batches, STEPS, lengths, lengths, costs=costs, **options)
 
 
-def with_step(costs: CostModel, shape: ModelShape, settings: MemorySettings) -> CostModel:
-    return replace(costs, step_seconds=step_seconds(shape, settings, H100))
+def with_step(run: RunPlan, shape: ModelShape, settings: MemorySettings) -> RunPlan:
+    stages = 1 if run.pipeline is None else run.pipeline.stages
+    seconds = max(step_seconds(shape, settings, H100, run.held_by(stage, shape.layers)) for stage in range(stages))
+    return replace(run, costs=replace(run.costs, step_seconds=seconds))
 
 
 def baseline_seconds(shape: ModelShape, baseline: Baseline, lengths: NDArray[np.int64]) -> float:
@@ -150,8 +152,8 @@ def baseline_seconds(shape: ModelShape, baseline: Baseline, lengths: NDArray[np.
 
 def optimizer_seconds(shape: ModelShape, baseline: Baseline) -> float:
     """No data parallelism: every GPU updates its part."""
-    one = MemorySettings(2, 2, 0, 1, "none", "none", 1, 1, 1, "cuda", stages=baseline.gpus)
-    return step_seconds(shape, one, H100)
+    one = MemorySettings(2, 2, 0, 1, "none", "none", 1, 1, 1, "cuda")
+    return step_seconds(shape, one, H100) / baseline.gpus
 
 
 def best_of(runs: Iterator[tuple[dict[str, Any], RunPlan, int]]) -> dict[str, Any] | None:
@@ -197,8 +199,7 @@ def papers_way(
 
 def tensor_memory(shape: ModelShape, run: RunPlan, checkpointing: str, baseline: Baseline, longest: int) -> int:
     """TP divides all. The first stage holds up to K + P - 1 chunks and, of its layers, two long sequences' state."""
-    settings = replace(memory_settings(run, checkpointing, longest), stages=1, k=run.k + baseline.pipeline - 1)
-    parts = memory_of_fullest(shape, settings, [])
+    parts = memory_parts(shape, replace(memory_settings(run, checkpointing, longest), k=run.k + baseline.pipeline - 1))
     state = parts.state * 2 if baseline.pipeline > 1 else parts.state
     return (parts.device_total - parts.head - parts.state + state) // baseline.gpus + parts.head // baseline.tensor
 
@@ -233,20 +234,25 @@ def ours(
                                 sequence=group,
                             )  # fmt: skip
                             settings = memory_settings(run, checkpointing, longest)
-                            run = replace(run, costs=with_step(costs, shape, settings))
+                            run = with_step(run, shape, settings)
                             described = {"data": gpus // stages // group, "sequence": group, "pipeline": stages,
                                          "checkpointing": checkpointing}  # fmt: skip
-                            yield described, run, pipeline_memory(shape, settings)
+                            yield described, run, pipeline_memory(shape, run, settings)
 
     return best_of(runs())
 
 
-def pipeline_memory(shape: ModelShape, settings: MemorySettings) -> int:
-    """Without simulating: the first stage holds K + P - 1 chunks, and of its layers the state of two long sequences."""
-    parts = memory_of_fullest(shape, replace(settings, stages=1, k=settings.k + settings.stages - 1), [])
-    state = parts.state * (2 if settings.stages > 1 else 1)
-    divided = parts.weights + parts.gradients + parts.optimizer + parts.activations + state
-    return divided // settings.stages + parts.head
+def pipeline_memory(shape: ModelShape, run: RunPlan, settings: MemorySettings) -> int:
+    """Of the fullest stage, without simulating: stage s of P holds K + P - 1 - s chunks, and the state of two long
+    sequences."""
+    stages = 1 if run.pipeline is None else run.pipeline.stages
+    totals = []
+    for stage in range(stages):
+        parts = memory_parts(
+            shape, replace(settings, k=settings.k + stages - 1 - stage), run.held_by(stage, shape.layers)
+        )
+        totals.append(parts.device_total + (parts.state if stages > 1 else 0))
+    return max(totals)
 
 
 def in_words(found: dict[str, Any] | None, plain: float) -> str:

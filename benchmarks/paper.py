@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, OperationCost, state_bytes
+from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, OperationCost
+from chunkflow_cli.memory import state_bytes
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.run_plan import RunPlan, operation_seconds
 from chunkflow_cli.search import search

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.balance import balance, rank_loads
-from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, activation_bytes_per_token, state_bytes_per_token
+from chunkflow_cli.costs import DEVICES, CostModel, ModelShape
+from chunkflow_cli.memory import activation_bytes_per_token, state_bytes_per_token
 from common import emit, median, say
 from longtail import long_tailed_lengths
 

@@ -16,13 +16,10 @@ from typer.testing import CliRunner, Result
 from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.cli import app
 from chunkflow_cli.config import read_overrides
-from chunkflow_cli.costs import MemorySettings, ModelShape, activation_bytes_per_token, chunk_tokens
+from chunkflow_cli.costs import chunk_tokens
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.pipeline_schedules import PipelineLayout
-from chunkflow_cli.plan import memory_of_fullest
+from chunkflow_cli.peak_memory import activations_and_state
 from chunkflow_cli.run_plan import RunPlan
-from chunkflow_cli.search import SimulatedStep
-from chunkflow_cli.tune import activations_and_state
 
 SIZES = "tune.chunk_sizes=[64,128,256]"
 PROFILE = "tune.device=h100"
@@ -225,30 +222,6 @@ def test_what_a_whole_run_holds_is_what_its_schedules_hold(
     assert live_tokens.max() == most
     assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
     assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
-
-
-def test_peak_of_a_pipeline_by_hand() -> None:
-    """One sample of 10 tokens in chunks of 4 on two stages, K = 1.
-
-    Each stage runs S0 S1 F2 B2 R1 B1 R0 B0. It is fullest at R1: activations of chunk 1, keys and values of chunks 0
-    and 1 with their float32 gradients, and on the second stage the hidden states that came in for both.
-    """
-    shape = ModelShape(
-        layers=2, hidden_size=8, intermediate_size=16, attention_heads=2, kv_heads=1, head_dim=4, vocab_size=32,
-        matmul_parameters=1000, parameters=2000, trainable_parameters=2000,
-    )  # fmt: skip
-    lengths = np.array([10])
-    run = RunPlan(GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=4, k=1, pipeline=PipelineLayout(2))
-    settings = MemorySettings(
-        element_bytes=2, optimizer_states=2, zero_stage=0, data_parallel=1, offload="none", checkpointing="none",
-        chunk_size=4, k=1, longest=10, device_type="cuda", stages=2,
-    )  # fmt: skip
-    parts = memory_of_fullest(shape, settings, [SimulatedStep(run, run[0])])
-    a_token = activation_bytes_per_token(shape, 2, "none")
-    assert parts.activations == 4 * a_token / 2
-    assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2
-    assert parts.weights == 1000 * 2
-    assert parts.optimizer == 1000 * 4 * 3
 
 
 def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:

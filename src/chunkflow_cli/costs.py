@@ -1,4 +1,4 @@
-"""What work costs: floating-point operations, seconds of the operations of a schedule, bytes of a training run.
+"""What work costs: floating-point operations, and seconds of the operations of a schedule.
 
 All of it is formulas over the shape of the model; each states its source. Seconds come from a device's profile (data
 sheet and assumed efficiency) or are proportional to tokens, as in the paper's worked example.
@@ -7,12 +7,13 @@ sheet and assumed efficiency) or are proportional to tokens, as in the paper's w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.chunks import Chunks
+from chunkflow_cli.stage_cut import StageLayers
 
 GIB = 2**30
 
@@ -41,6 +42,8 @@ class ModelShape:
     """Most keys that a query of a windowed layer attends to."""
     windowed_layers: int = 0
     """How many of the layers have that window; the others attend to all of the past."""
+    is_head_tied: bool = False
+    """The embedding is the head's weight too; the first and the last stage of a pipeline then hold a copy each."""
 
     @property
     def state_elements_per_token(self) -> int:
@@ -68,6 +71,20 @@ class ModelShape:
     def is_head_trained(self) -> bool:
         """Adapters leave the head frozen."""
         return self.trainable_parameters == self.parameters
+
+    def parameters_of(self, held: Sequence[StageLayers]) -> int:
+        """Weights of these parts of the model. The first one holds the embedding, the last one the head; what is left
+        (final norm, biases, position embeddings) is little, and counted with the layers."""
+        tables = (1 if self.is_head_tied else 2) * self.head_parameters
+        of_layers = (self.parameters - tables) * sum(part.layers for part in held) // self.layers
+        ends = any(part.is_first for part in held) + any(part.is_last for part in held)
+        return of_layers + min(ends * self.head_parameters, tables)
+
+    def trainable_parameters_of(self, held: Sequence[StageLayers]) -> int:
+        """Those of them that get a gradient. Adapters lie in the layers."""
+        if self.is_head_trained:
+            return self.parameters_of(held)
+        return self.trainable_parameters * sum(part.layers for part in held) // self.layers
 
 
 def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:
@@ -314,173 +331,3 @@ def chunk_targets(chunks: Chunks, targets: NDArray[np.int64] | None = None) -> N
     share = np.asarray(targets, dtype=np.float64) / chunks.lengths
     tokens = (chunks.stop - chunks.start) * share[chunks.sequence]
     return np.add.reduceat(tokens, chunks.first_segment[:-1])
-
-
-# Memory
-
-HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Most bytes of float32 logits that exist at once (`execution.loss`)."""
-TILES_ALIVE = 3
-"""Tensors of that size within a tile: logits, their gradient, and a copy in the model's dtype."""
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """What the memory of a rank depends on besides the model's shape."""
-
-    element_bytes: int
-    """Of weights and activations: 2 or 4 (8 in float64)."""
-    optimizer_states: int
-    """Float32 numbers that the optimizer keeps for a weight: AdamW 2, SGD with momentum 1."""
-    zero_stage: int
-    data_parallel: int
-    """Ranks that optimizer states, gradients and weights are divided among, as the ZeRO stage says."""
-    offload: str
-    """none | optimizer | parameters"""
-    checkpointing: str
-    """none | full | selective"""
-    chunk_size: int
-    k: int
-    longest: int
-    """Tokens of the longest sequence."""
-    device_type: str
-    """cpu | cuda"""
-    stages: int = 1
-    """Of a pipeline; each holds an equal share of the model."""
-    sequence: int = 1
-    """Ranks of a sequence-parallel group: each holds `chunk_size` tokens of a chunk and a share of the heads' state."""
-
-
-@dataclass(frozen=True)
-class MemoryParts:
-    """Bytes on the device of a rank at its peak, and what is kept in host memory instead."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    head: int
-    state: int
-    host: int
-
-    @property
-    def device_total(self) -> int:
-        return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
-
-
-def activation_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str) -> float:
-    """Bytes that all layers keep for backward, for each token of a chunk.
-
-    Counted on the model's own modules (`shape.layer_activation_bytes`), or where that was not possible, for a model
-    with experts, by formula: read off transformers' Llama, tensor by tensor (h = hidden, f = feed-forward, b = element
-    bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's input:
-    4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp a head. The gated feed-forward
-    keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input, and all of one layer
-    while it goes backward; selective keeps the results of products and of attention.
-
-    The formula against the tensors that autograd keeps (tests/test_costs.py): 1 to 5 % too few for llama, qwen2 and
-    mistral, as the final norm and the rotary angles are left out; mixtral 14 %.
-    """
-    b, h, f = element_bytes, shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.attention_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = b * (2 * queries + 2 * keys) + 4 * shape.attention_heads
-    layer = 2 * (4 * h + 2 * b * h) + attention + 4 * b * f
-    if shape.layer_activation_bytes is not None:
-        layer = int(shape.layer_activation_bytes)
-    if checkpointing == "full":
-        return shape.layers * b * h + layer
-    if checkpointing == "selective":
-        kept = b * (3 * h + 2 * queries + 2 * keys + 2 * f) + 4 * shape.attention_heads
-        return shape.layers * kept + layer
-    return shape.layers * layer
-
-
-def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
-    """A key and a value in every layer, and their gradients, which are float32 (float64 in float64)."""
-    return shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
-
-
-def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
-    """Keys and values of all tokens before the last chunk of a sequence, and their gradients."""
-    return (length - 1) // chunk_size * chunk_size * state_bytes_per_token(shape, element_bytes)
-
-
-def live_tokens(
-    lengths: NDArray[np.int64], chunk_size: int, k: int, others: int, *, fill_tails: bool
-) -> NDArray[np.int64]:
-    """(sequences,) most tokens that hold activations at once, on one stage, while each sequence goes backward.
-
-    Of a long sequence that is its last K chunks, or an early one in its recompute. Its last chunk is seldom full of it:
-    what short sequences may add is what makes K x chunk_size of it, and on few samples it stays far below.
-
-    Args:
-        lengths: (sequences,) tokens.
-        chunk_size: most tokens in a chunk.
-        k: chunks of a long sequence that keep their activations.
-        others: tokens of short sequences that may share a chunk with this one, at most.
-        fill_tails: whether the last chunk of a long sequence takes them in, as other chunks do.
-    """
-    pieces = -(-lengths // chunk_size)
-    tail = lengths - (pieces - 1) * chunk_size
-    kept = np.minimum(pieces, k)
-    fill = np.where((pieces == 1) | fill_tails, others, 0)
-    retained = (kept - 1) * chunk_size + np.minimum(chunk_size, tail + fill)
-    return np.asarray(np.where(pieces > kept, np.maximum(retained, chunk_size), retained))
-
-
-def memory_parts(shape: ModelShape, settings: MemorySettings) -> MemoryParts:
-    """Bytes of one rank by part. ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 5.
-
-    Weights in the model's dtype; float32 master weights and optimizer states of the trainable ones; their gradients in
-    the model's dtype while a chunk goes backward, and their sum over the step in float32.
-    """
-    shared = settings.data_parallel
-    trainable = shape.trainable_parameters // settings.stages
-    parameters = shape.parameters // settings.stages
-    weights = parameters * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
-    optimizer = trainable * 4 * (1 + settings.optimizer_states) // (shared if settings.zero_stage >= 1 else 1)
-    summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
-    of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0
-    host = 0
-    if settings.offload in ("optimizer", "parameters"):  # DeepSpeed then sums the gradients on the host, too
-        host, optimizer, summed = optimizer + summed, 0, 0
-    if settings.offload == "parameters":
-        host, weights = host + weights, weights // max(1, shape.layers)
-    of_group = settings.chunk_size * settings.sequence
-    tokens = min(settings.chunk_size, settings.longest) * min(settings.k, -(-settings.longest // of_group))
-    state_of_longest = state_bytes(shape, settings.longest, of_group, settings.element_bytes)
-    per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
-    tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
-    # The head's gradient, summed until its chunks have gone backward.
-    head_sum = shape.head_parameters * 4 if shape.is_head_trained else 0
-    return MemoryParts(
-        weights=weights,
-        gradients=summed + of_a_chunk,
-        optimizer=optimizer,
-        activations=int(tokens * per_token),
-        head=TILES_ALIVE * tile + head_sum,
-        # Of key and value heads that are fewer than the ranks, each rank holds one.
-        state=state_of_longest // min(settings.sequence, shape.kv_heads),
-        host=host,
-    )
-
-
-def step_seconds(shape: ModelShape, settings: MemorySettings, device: DeviceProfile) -> float:
-    """Of the optimizer step on one rank: gradients are summed over the data-parallel ranks, weights are updated.
-
-    A ring moves 2 (n - 1) / n of the float32 gradients over each rank's link (Patarasuk & Yuan 2009); the update reads
-    and writes weights, gradients and states once. With offload the rank's share of them crosses the host link twice.
-    """
-    trainable = shape.trainable_parameters // settings.stages
-    ranks = settings.data_parallel
-    reduce = 2 * (ranks - 1) / ranks * 4 * trainable / device.link_bytes_per_second
-    share = trainable / (ranks if settings.zero_stage >= 1 else 1)
-    touched = share * (4 * (2 + 2 * settings.optimizer_states) + 2 * settings.element_bytes)
-    if settings.offload == "none":
-        return reduce + touched / device.memory_bytes_per_second
-    crossed = share * (4 + settings.element_bytes) / device.host_bytes_per_second
-    return reduce + crossed + touched / HOST_MEMORY_BYTES_PER_SECOND
-
-
-HOST_MEMORY_BYTES_PER_SECOND = 150e9
-"""What the optimizer reaches on a server's CPUs."""

@@ -31,7 +31,7 @@ from chunkflow_cli.assembly import Assembly, assemble
 from chunkflow_cli.calibration import Calibration, MemorySample, OperationSample, fit_costs, fit_memory
 from chunkflow_cli.chunks import Chunks, build_chunks
 from chunkflow_cli.config import Config, load
-from chunkflow_cli.costs import CostModel, chunk_tokens, state_bytes
+from chunkflow_cli.costs import CostModel, chunk_tokens
 from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
@@ -41,6 +41,7 @@ from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.runner import Runner, StepBatch, call_of
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.memory import state_bytes
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
 from chunkflow_cli.schedule import Op, plan

@@ -213,6 +213,7 @@ def model_shape(model: Any) -> ModelShape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     parameters = sum(parameter.numel() for parameter in model.parameters())
     window, windowed = _windows(config)
+    head = model.get_output_embeddings()
     return ModelShape(
         layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
@@ -226,6 +227,7 @@ def model_shape(model: Any) -> ModelShape:
         trainable_parameters=parameters,
         window=window,
         windowed_layers=windowed,
+        is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
 
 

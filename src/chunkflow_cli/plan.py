@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config import Config, DataFormat, Device, LoadedConfig, OptimizerName
-from chunkflow_cli.costs import (
-    DEVICES,
-    DeviceProfile,
-    MemoryParts,
-    MemorySettings,
-    ModelShape,
-    activation_bytes_per_token,
-    chunk_tokens,
-    memory_parts,
-    state_bytes,
-)
+from chunkflow_cli.costs import DEVICES, DeviceProfile, ModelShape
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hf_config import load_config
+from chunkflow_cli.memory import MemoryParts, MemorySettings, state_bytes
+from chunkflow_cli.peak_memory import memory_of_fullest, simulated_steps
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stdout_console
-from chunkflow_cli.run_data import check_heads, cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import check_heads, check_stages, cost_model, load_run_data, plan_run
 from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
-from chunkflow_cli.search import SimulatedStep
 from chunkflow_cli.simulate import Timeline, simulate
 from chunkflow_cli.tokens import TokenizedData
 from chunkflow_cli.trace import TRACE_FILE, measured_timeline
@@ -165,12 +155,9 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         from chunkflow_cli.model import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
+        check_stages(shape, config.parallel.pipeline, config.parallel.parts)
     device = planned_device(config)
     plan = plan_run(config, data.train, cost_model(config, shape, device, hf_config))
-    try:
-        _ = plan.cut
-    except ValueError as error:
-        raise UsageError(f"parallel.pipeline={config.parallel.pipeline}: {error}") from error
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen = plan[step - 1]
@@ -180,8 +167,9 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
             shape,
             memory_settings(
                 config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k,
-                ranks=plan.ranks, stages=config.parallel.pipeline, sequence=config.parallel.sequence,
+                ranks=plan.ranks, sequence=config.parallel.sequence,
             ),
+            plan,
             simulated_steps(plan, [step - 1]),
         )  # fmt: skip
     return PlannedRun(
@@ -290,7 +278,6 @@ def memory_settings(
     chunk_size: int,
     k: int,
     ranks: int = 1,
-    stages: int = 1,
     sequence: int = 1,
 ) -> MemorySettings:
     """What decides the memory of the rank that has the longest sample."""
@@ -306,61 +293,8 @@ def memory_settings(
         k=k,
         longest=longest,
         device_type="cpu" if "CPU" in device.name else "cuda",
-        stages=stages,
         sequence=sequence,
     )
-
-
-def memory_of_fullest(shape: ModelShape, settings: MemorySettings, steps: Sequence[SimulatedStep]) -> MemoryParts:
-    """Bytes of the fullest rank, or of the fullest stage of a pipeline.
-
-    Without a pipeline: of the rank with the longest sample of the whole data. With one: what does not depend on the
-    schedule, and the most that any stage holds at once in the given steps. Beside activations and state that is the
-    hidden states that came from the stage before, of chunks that will be forwarded a second time.
-    """
-    memory, stages = memory_parts(shape, settings), settings.stages
-    if stages == 1:
-        return memory
-    fullest = (0.0, 0.0)
-    for step in steps:
-        assert step.run.pipeline is not None
-        parts = step.run.pipeline.parts
-        virtual_stages = stages * parts
-        activation = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing) / virtual_stages
-        state_of_token = (
-            shape.state_elements_per_token * (settings.element_bytes + max(4, settings.element_bytes)) / virtual_stages
-        )
-        for index, rank in enumerate(step.plan.ranks):
-            if not len(rank.chunks):
-                continue
-            tokens = chunk_tokens(rank.chunks)
-            tokens[: len(rank.spread)] /= rank.group_size
-            read_later, received = np.zeros(len(tokens)), np.zeros(len(tokens))
-            for group in rank.chunks.dependent_groups():
-                first = rank.chunks.first_segment[group.start : group.stop - 1]
-                read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
-            read_later[: len(rank.spread)] /= min(rank.group_size, shape.kv_heads)
-            again = rank.recomputed
-            received[again] = tokens[again] * shape.hidden_size * settings.element_bytes
-            activations, state = tokens * activation, read_later * state_of_token
-            if parts * (activations.sum() + state.sum() + received.sum()) <= sum(fullest):
-                continue  # not even all of its chunks at once
-            timeline = step.timeline(index)
-            # Every stage is looked at: the first holds the most chunks, but not always the most state.
-            for stage in range(stages):
-                _, live = timeline.live_bytes(0, stage, activations)
-                # Only the very first part of the model receives nothing: of several, stage 0 is counted as the others.
-                receives = stage > 0 or parts > 1
-                _, both = timeline.live_bytes(0, stage, activations, state + received if receives else state)
-                peak = int(both.argmax())
-                fullest = max(fullest, (live[peak], both[peak] - live[peak]), key=sum)
-    return replace(memory, activations=int(fullest[0]), state=int(fullest[1]))
-
-
-def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:
-    """The steps, and that of the longest sample if it is not among them."""
-    longest = run.batches.step_of(int(run.lengths.argmax()))
-    return [SimulatedStep(run, run[step]) for step in dict.fromkeys([*steps, longest])]
 
 
 def as_json(planned: PlannedRun) -> dict[str, Any]:

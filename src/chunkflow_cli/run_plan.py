@@ -258,6 +258,10 @@ class RunPlan:
         stages = 1 if self.pipeline is None else self.pipeline.stages * self.pipeline.parts
         return cut_layers(layers, stages, head_in_layers=self.head_in_layers)
 
+    def held_by(self, stage: int, layers: int) -> tuple[StageLayers, ...]:
+        """The parts of a model that a stage of the pipeline holds: one, or `parts` of an interleaved schedule."""
+        return self.stage_layers(layers)[stage :: 1 if self.pipeline is None else self.pipeline.stages]
+
     @functools.cached_property
     def cut(self) -> tuple[StageLayers, ...] | None:
         """The stages of the model whose costs are known; None without one, or without a pipeline."""

@@ -158,17 +158,23 @@ class Timeline:
         Args:
             rank: whose pipeline.
             stage: of that pipeline.
-            activation_bytes: (chunks,) of one part, from the start of F or R to the end of B (of W, if split).
-            state_bytes: (chunks,) of one part, from the start of S or F to the end of B (of I, if split): keys and
-                values, their gradients, and the input of the stage for a chunk that will be recomputed.
+            activation_bytes: (chunks,) of each part, or (parts, chunks), from the start of F or R to the end of B (of
+                W, if split).
+            state_bytes: the same, from the start of S or F to the end of B (of I, if split): keys and values, their
+                gradients, and the input of the stage for a chunk that will be recomputed.
         """
         rows = np.flatnonzero((self.rank == rank) & (self.stage == stage))
-        kind, chunk = self.kind[rows], self.chunk[rows]
-        activations = np.asarray(activation_bytes, dtype=np.float64)[chunk]
+        kind, chunk, part = self.kind[rows], self.chunk[rows], self.part[rows]
+
+        def of_rows(size: ArrayLike) -> NDArray[np.float64]:
+            values = np.asarray(size, dtype=np.float64)
+            return values[chunk] if values.ndim == 1 else values[part, chunk]
+
+        activations = of_rows(activation_bytes)
         taken = np.where(np.isin(kind, ["F", "R"]), activations, 0.0)
         freed = np.where(np.isin(kind, ["B", "W"]), activations, 0.0)
         if state_bytes is not None:
-            state = np.asarray(state_bytes, dtype=np.float64)[chunk]
+            state = of_rows(state_bytes)
             taken += np.where(np.isin(kind, ["S", "F"]), state, 0.0)
             freed += np.where(np.isin(kind, ["B", "I"]), state, 0.0)
         # A stage runs one operation after the other, so start, stop, start, stop... is already the order of time.

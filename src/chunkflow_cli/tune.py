@@ -17,22 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chunkflow_cli.calibration import Calibration
 from chunkflow_cli.config import Config, Cuts, Device, LoadedConfig
-from chunkflow_cli.costs import (
-    CostModel,
-    DeviceProfile,
-    ModelShape,
-    chunk_tokens,
-    live_tokens,
-    state_bytes_per_token,
-    step_seconds,
-)
+from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
-from chunkflow_cli.plan import ELEMENT_BYTES, memory_of_fullest, memory_settings, planned_device
+from chunkflow_cli.memory import state_bytes_per_token, step_seconds
+from chunkflow_cli.peak_memory import activations_and_state, memory_of_fullest
+from chunkflow_cli.plan import ELEMENT_BYTES, memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
 from chunkflow_cli.run_data import (
@@ -295,17 +288,18 @@ def choice(
 ) -> RunPlan:
     """The run with another chunk size, K, way to cut long samples and division of the devices."""
     ranks, stages, sequence = topology.replicas, topology.pipeline, topology.sequence
-    pipeline = pipeline_layout(config, stages)
-    costs = run.costs
-    if basis.calibration is None and not costs.is_of_one_stage:
-        settings = memory_settings(
-            config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, stages=stages, sequence=sequence
-        )
-        costs = replace(costs, step_seconds=step_seconds(basis.shape, settings, basis.device))
-    return replace(
-        run, chunk_size=chunk_size, k=k, equal_time=equal_time, ranks=ranks, sequence=sequence, pipeline=pipeline,
-        costs=costs,
+    chosen = replace(
+        run, chunk_size=chunk_size, k=k, equal_time=equal_time, ranks=ranks, sequence=sequence,
+        pipeline=pipeline_layout(config, stages),
     )  # fmt: skip
+    if basis.calibration is not None or run.costs.is_of_one_stage:
+        return chosen
+    settings = memory_settings(config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, sequence=sequence)
+    update = max(
+        step_seconds(basis.shape, settings, basis.device, chosen.held_by(stage, basis.shape.layers))
+        for stage in range(stages)
+    )
+    return replace(chosen, costs=replace(run.costs, step_seconds=update))
 
 
 def peak_memory(
@@ -317,43 +311,14 @@ def peak_memory(
         live, stored = activations_and_state(run, is_planned_whole=is_planned_whole)
         state = stored * state_bytes_per_token(basis.shape, ELEMENT_BYTES[config.model.dtype.value])
         return basis.calibration.memory.peak_bytes(run.chunk_size, live, state)
-    stages = 1 if run.pipeline is None else run.pipeline.stages
     settings = memory_settings(
-        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, stages=stages,
-        sequence=run.sequence,
-    )  # fmt: skip
-    if stages > 1:
+        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, sequence=run.sequence
+    )
+    if run.pipeline is not None:
         longest_step = run.batches.step_of(int(run.lengths.argmax()))
         if all(step.plan.step != longest_step for step in steps):
             steps = [*steps, SimulatedStep(run, run[longest_step])]
-    return memory_of_fullest(basis.shape, settings, steps).device_total
-
-
-def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(n,) most tokens that hold activations at once, and (n,) tokens in the state store meanwhile, on one rank.
-
-    Of every chunk and long sample of the run's steps, if all of them are planned anyway; else of each sample with
-    whatever others might share its global batch, for then no step may exceed what is said.
-    """
-    if is_planned_whole:
-        pairs = []
-        for step in run:
-            for rank in step.ranks:
-                tokens, groups = chunk_tokens(rank.chunks).astype(np.int64), rank.chunks.dependent_groups()
-                standalone = groups[0].start if groups else len(tokens)
-                pairs += [(size, 0) for size in tokens[:standalone].tolist()]
-                for group in groups:
-                    of_group = tokens[group.start : group.stop]
-                    stored = rank.chunks.stop[rank.chunks.first_segment[group.stop - 2]]
-                    pairs.append((max(of_group.max(), of_group[-run.k :].sum()), stored))
-        live, stored_tokens = np.array(pairs, dtype=np.int64).T
-        return live, stored_tokens
-    stored_tokens = (run.lengths - 1) // run.chunk_size * run.chunk_size
-    short = np.sort(run.lengths[run.lengths <= run.chunk_size])[::-1]
-    others = int(short[: run.batches.global_batch_size - 1].sum())
-    if run.equal_time:  # pieces of a long sample are of many sizes
-        return np.minimum(run.lengths + others, run.chunk_size * run.k), run.lengths
-    return live_tokens(run.lengths, run.chunk_size, run.k, others, fill_tails=run.fill_tails), stored_tokens
+    return memory_of_fullest(basis.shape, settings, run, steps).device_total
 
 
 def _measure_best(
