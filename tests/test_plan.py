@@ -284,7 +284,7 @@ def test_interleaved_stages_without_a_layer_are_refused(qwen7b: Path, tmp_path: 
     words = [f"model.path={qwen7b}", f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}",
              "tune.device=h100", "parallel.schedule=interleaved"]  # fmt: skip
     assert planned(*words, "parallel.pipeline=4", "parallel.parts=7")["memory"]["fits"]
-    with pytest.raises(UsageError, match="28 layers cannot be cut into 32 stages"):
+    with pytest.raises(UsageError, match="4 stages with 8 parts of the model each cannot hold a model of 28 layers"):
         planned(*words, "parallel.pipeline=4", "parallel.parts=8")
 
 
@@ -426,12 +426,17 @@ def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_pat
     assert made.memory is not None
     assert made.shape is not None
     assert alone.memory is not None
-    assert made.memory.weights == alone.memory.weights // 4
-    assert made.memory.optimizer == alone.memory.optimizer // 4
+    # The first stage holds a quarter of the layers, and the embedding, which is as large as the head of the last one.
+    table = made.shape.head_parameters
+    of_layers = (made.shape.parameters - 2 * table) // 4
+    assert made.memory.weights == 2 * (of_layers + table)
+    assert made.memory.optimizer == 12 * (of_layers + table)
+    assert made.memory.head == 0
+    at_rest = [20 * (of_layers + table), 20 * of_layers, 20 * of_layers, 20 * (of_layers + table) + alone.memory.head]
     a_token = alone.memory.activations / 4096 / 4
     state_of_token = 2 * 7 * 4 * 128 * (2 + 4)
     (rank,) = made.step.ranks
-    fullest = (0.0, 0.0)
+    fullest = [(0.0, 0.0)] * 4
     for stage, schedule in enumerate(rank.schedules):
         live: set[int] = set()
         stored: set[int] = set()
@@ -445,12 +450,14 @@ def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_pat
             state = sum(piece.tokens for piece in continuing if piece.continues) * state_of_token
             received |= {chunk} if op.kind is OpKind.state_pass and stage > 0 else set()
             state += sum(rank.chunks[c].tokens for c in received) * 3584 * 2
-            fullest = max(fullest, (activations, state), key=sum)
+            fullest[stage] = max(fullest[stage], (activations, state), key=sum)
             if op.kind is OpKind.backward:
                 live -= {chunk}
                 stored -= {chunk}
                 received -= {chunk}
-    assert (made.memory.activations, made.memory.state) == pytest.approx(fullest, rel=1e-6)
+    assert (made.memory.activations, made.memory.state) == pytest.approx(fullest[0], rel=1e-6)
+    totals = [rest + sum(held) for rest, held in zip(at_rest, fullest, strict=True)]
+    assert made.memory.device_total == pytest.approx(max(totals), rel=1e-6)
     assert planned(*words)["memory"]["total_bytes"] < 0.5 * planned(*words[:-2])["memory"]["total_bytes"]
 
 
@@ -485,8 +492,15 @@ def test_what_ran_is_shown_beside_what_was_planned(tmp_path: Path, capsys: pytes
 
 
 def test_a_model_with_fewer_layers_than_stages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"parallel\.pipeline=16: .* cannot be cut into 16 stages"):
+    with pytest.raises(UsageError, match=r"a pipeline of 16 stages cannot hold a model of 4 layers"):
         planned(*TINY, f"data.cache_dir={tmp_path}", "launch.processes=16", "parallel.pipeline=16")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of 16 layers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 512}
+    return save_config(tmp_path_factory.mktemp("deep"), num_hidden_layers=16, **sizes)
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -496,7 +510,7 @@ def test_a_model_with_fewer_layers_than_stages_is_refused(tmp_path: Path) -> Non
         ("recipe=tiny_random",),
         ("recipe=tiny_random", "chunk.size=16", "launch.processes=64"),
         ("recipe=tiny_random", "chunk.size=64", "launch.processes=4", "parallel.pipeline=2"),
-        ("recipe=tiny_random", "chunk.size=16", "launch.processes=16", "parallel.pipeline=16", "parallel.schedule=zero_bubble", "plan.cost_model=proportional"),
+        ("recipe=tiny_random", "model.path=DEEP", "chunk.size=16", "launch.processes=16", "parallel.pipeline=16", "parallel.schedule=zero_bubble"),
         ("recipe=tiny_random", "tune.device=h100", "tune.memory_gib=0.001", "train.epochs=500"),
     ],
     ids=" ".join,
@@ -504,13 +518,14 @@ def test_a_model_with_fewer_layers_than_stages_is_refused(tmp_path: Path) -> Non
 def test_screens_fit(
     words: tuple[str, ...],
     width: int,
+    deep: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """No line wraps in the middle of a picture, no colour codes in a pipe; a wide screen is used."""
     monkeypatch.setenv("COLUMNS", str(width))
-    plan.run(load([*words, f"data.cache_dir={tmp_path}"]))
+    plan.run(load([*(word.replace("DEEP", str(deep)) for word in words), f"data.cache_dir={tmp_path}"]))
     screen = capsys.readouterr().out
     assert "\x1b" not in screen
     widths = [cell_len(line) for line in screen.splitlines()]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.chunks import build_chunks, join_chunks
-from chunkflow_cli.costs import CostModel, OperationCost
+from chunkflow_cli.costs import CostModel, ModelShape, OperationCost
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan, operation_seconds, rank_seconds, validate_groups
 from chunkflow_cli.schedule import Layout, OpKind, Schedule, validate
@@ -25,6 +25,12 @@ COSTS = CostModel(
     "by hand",
     OperationCost(40.0, 1.0, 0.01), OperationCost(80.0, 2.0, 0.02), OperationCost(40.0, 1.0, 0.01),
     OperationCost(40.0, 1.0, 0.01), seconds_per_target=0.5,
+)  # fmt: skip
+
+
+SHAPE = ModelShape(
+    layers=2, hidden_size=8, intermediate_size=16, attention_heads=4, kv_heads=1, head_dim=2, vocab_size=32,
+    matmul_parameters=1000, parameters=2000, trainable_parameters=2000,
 )  # fmt: skip
 
 
@@ -92,6 +98,50 @@ def test_no_rank_holds_more_state_than_its_part_of_the_longest(lengths: list[int
     for rank in run_of(lengths, ranks=ranks, sequence=sequence)[0].ranks:
         alone = rank.chunks.sequence[rank.chunks.first_segment[len(rank.spread)] :]
         assert (rank.chunks.lengths[alone] <= most).all()
+
+
+def test_a_k_for_each_sequence_by_hand() -> None:
+    """State of a token weighs half a token's activations. The longest, 100 tokens in chunks of 10, keeps K = 2 of them
+    beside the state of 90: room for 20 + 45. One of 41 has state of 40, so 45 are left: four chunks; one of 11 has six.
+    """
+    run = run_of([100, 41, 11, 7], ranks=1, sequence=1, chunk_size=10, k=2, state_weight=0.5)
+    assert np.asarray(run.k_of(run.lengths)).tolist() == [2, 4, 6, 6]
+    assert str(run[0].ranks[0].schedule).endswith("S10 F11 F12 F13 F14 B14 B13 B12 B11 R10 B10 F15 F16 B16 B15")
+    alike = run_of([100, 41, 11, 7], ranks=1, sequence=1, chunk_size=10, k=2)
+    assert alike.k_of(alike.lengths) == 2
+    assert (run[0].recomputed_chunks, alike[0].recomputed_chunks) == (8 + 1, 8 + 3)
+
+
+@given(
+    LENGTHS, st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 4)]), st.integers(1, 4), st.floats(0.01, 5), st.booleans(),
+    st.sampled_from([None, 1, 2]),
+)  # fmt: skip
+def test_with_a_k_for_each_sequence_none_takes_more_than_the_longest(
+    lengths: list[int], groups: tuple[int, int], k: int, weight: float, equal_time: bool, kv_heads: int | None
+) -> None:
+    """Replayed operation by operation, in tokens of activations: what is said to fit by the longest one must fit."""
+    ranks, sequence = groups
+    costs = COSTS if kv_heads is None else replace(COSTS, shape=replace(SHAPE, kv_heads=kv_heads))
+    run = run_of(
+        lengths, ranks=ranks, sequence=sequence, k=k, state_weight=weight, equal_time=equal_time, costs=costs
+    )  # fmt: skip
+    shares = min(sequence, kv_heads or sequence)
+    size, longest = 32 * sequence, max(lengths)
+    stored = longest if equal_time else (longest - 1) // size * size
+    most = 32 * min(k, -(-longest // size)) + weight * stored / shares
+    for rank in run[0].ranks:
+        live: dict[int, float] = {}
+        for op in rank.schedule.ops:
+            for chunk in op.real_chunks:
+                is_spread = chunk in rank.spread
+                tokens = rank.chunks[chunk].tokens / (sequence if is_spread else 1)
+                if op.kind in (OpKind.forward, OpKind.recompute):
+                    live[chunk] = tokens
+                elif op.kind is OpKind.backward:
+                    del live[chunk]
+                first = rank.chunks[chunk].segments[0]
+                held = weight * first.start / (shares if is_spread else 1)
+                assert sum(live.values()) + held <= most + 1e-6
 
 
 @given(LENGTHS, st.sampled_from([(2, 2), (4, 2), (4, 4)]))

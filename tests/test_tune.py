@@ -96,6 +96,14 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["launch.processes=2"], "name the device to predict for: tune.device=h100"),
         (["parallel.pipeline=2"], "parallel.pipeline=2: only one process can be measured here"),
         (["tune.pipelines=[1,2]", "launch.processes=1"], "only one process can be measured here"),
+        (
+            [PROFILE, "chunk.k_per=sequence", "parallel.pipeline=2"],
+            "chunk.k_per=sequence with parallel.pipeline=2: there",
+        ),
+        (
+            [PROFILE, "chunk.k_per=sequence", "engine.zero_stage=3"],
+            "chunk.k_per=sequence with engine.zero_stage=3: there",
+        ),
         ([PROFILE, "--plot", "grid.txt"], "the name must end in .png"),
         ([PROFILE, "launch.processes=16", "tune.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
         ([PROFILE, "launch.processes=16", "tune.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
@@ -137,6 +145,33 @@ def test_the_screen_fits_and_names_the_next_command() -> None:
     assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_k_for_each_sample_is_weighed_and_the_file_names_it() -> None:
+    """On one long sample among shorter ones it saves second forwards in the same memory; plan counts as tune does."""
+    rows = [{"input_ids": [3] * length} for length in [1900, 500, 450, 400, 300, 300, 200, 30]]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "data.path=rows.jsonl", "data.eval_fraction=0", "train.global_batch_size=8", "tune.chunk_sizes=[64]",
+        "tune.ks=[2]", "model.activation_checkpointing=full",
+    ]  # fmt: skip
+    found = tuned(PROFILE, *words)
+    alike, of_each = sorted(found["candidates"], key=lambda row: row["k_per"])
+    assert (alike["k_per"], of_each["k_per"]) == ("run", "sequence")
+    assert of_each["memory_bytes"] == alike["memory_bytes"]
+    assert of_each["recompute_share"] < alike["recompute_share"]
+    assert of_each["step_seconds"] < alike["step_seconds"]
+    assert found["best"] == of_each
+    assert "ne K for all samples would take" in found["explanation"]
+    written = read_overrides(found["overrides_file"])
+    assert "chunk.k_per=sequence" in written
+    plan = CliRunner().invoke(app, ["plan", "recipe=tiny_random", *words, PROFILE, *written, "--json"])
+    assert json.loads(plan.stdout)["recompute_share"] == of_each["recompute_share"]
+    assert [row["k_per"] for row in tuned(PROFILE, *words, "tune.k_per=[]")["candidates"]] == ["run"]
+    assert [row["k_per"] for row in tuned(PROFILE, *words, "engine.zero_stage=3")["candidates"]] == ["run"]
+    screen = invoke(PROFILE, *words).stdout
+    assert "chunk.size=64 chunk.k=2 chunk.k_per=sequence" in screen
+    assert max(len(line) for line in screen.splitlines() if not line.startswith("Train with it")) <= 80
+
+
 # Layouts of a cluster
 
 
@@ -147,7 +182,7 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
     assert [(row["stages"], row["data_parallel"]) for row in found["layouts"]] == [(1, 16), (2, 8), (4, 4)]
     bytes_of: dict[tuple[int, int], list[int]] = {}
     for row in sorted(found["candidates"], key=lambda row: row["stages"]):
-        if row["cuts"] == "tokens":
+        if (row["cuts"], row["k_per"]) == ("tokens", "run"):
             bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
     assert len(bytes_of) == 6
     for one, two, four in bytes_of.values():
@@ -266,6 +301,6 @@ def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> No
 def test_state_and_activations_of_a_rank_fall_with_the_size_of_its_group() -> None:
     words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2]"]
     for pipelines in ("tune.pipelines=[1]", "tune.pipelines=[4]"):
-        found = tuned(*words, pipelines, "tune.cuts=[tokens]")
+        found = tuned(*words, pipelines, "tune.cuts=[tokens]", "tune.k_per=[run]")
         alone, grouped = sorted(found["candidates"], key=lambda row: row["sequence"])
         assert grouped["memory_bytes"] < alone["memory_bytes"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.costs import CostModel, ModelShape, OperationCost
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 """Goes up when what is measured, or what is made of it, changes."""
 
 

@@ -122,6 +122,11 @@ class Cuts(str, Enum):
     time = "time"
 
 
+class KPer(str, Enum):
+    run = "run"
+    sequence = "sequence"
+
+
 class Spread(str, Enum):
     auto = "auto"
     all = "all"
@@ -203,6 +208,9 @@ class ChunkConfig:
     """Most tokens in a chunk: the unit of every forward and backward, and what sets peak memory."""
     k: int = 1
     """How many chunks of a long sequence keep their activations; the others are forwarded twice."""
+    k_per: KPer = KPer.run
+    """`run`: every long sample keeps K chunks. `sequence`: only the longest does; the state that others do not have
+    leaves room for more of theirs, up to the same memory, so fewer are forwarded twice."""
     fill_tails: bool = True
     """Fill the last chunk of a long sequence with short sequences."""
     cuts: Cuts = Cuts.tokens
@@ -341,6 +349,8 @@ class TuneConfig:
     """Sizes of sequence-parallel groups that are tried for launch.processes devices; empty: parallel.sequence."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
     """Values of chunk.cuts that are tried in pipelines (one stage is as fast with any); empty: chunk.cuts."""
+    k_per: list[KPer] = field(default_factory=lambda: [KPer.run, KPer.sequence])
+    """Values of chunk.k_per that are tried without a pipeline, below ZeRO-3; empty: chunk.k_per."""
     samples: int = 1024
     """So many samples are planned for each pair, in whole global batches of the run."""
     measure: int = 3
@@ -544,6 +554,15 @@ def check(config: Config) -> None:
             + ("interleaved needs two or more parts\n  such as parallel.parts=2" if is_interleaved else
                "only interleaved holds several parts of the model on a stage\n  take parallel.schedule=interleaved")
         )  # fmt: skip
+    if config.chunk.k_per is KPer.sequence:
+        for is_unsuited, key, why in (
+            (stages > 1, f"parallel.pipeline={stages}", "there several long samples hold activations at once"),
+            (config.engine.zero_stage == 3, "engine.zero_stage=3", "there all ranks run as many chunks together"),
+            (config.plan.cost_model is CostModelName.proportional, "plan.cost_model=proportional",
+             "it needs to know what a token's state and activations take"),
+        ):  # fmt: skip
+            if is_unsuited:
+                raise UsageError(f"chunk.k_per=sequence with {key}: {why}\n  take chunk.k_per=run")
     if config.plan.cost_model is CostModelName.measured and config.tune.device is not Device.measured:
         raise UsageError(
             f"plan.cost_model=measured with tune.device={config.tune.device.value}: only the device of this machine "

@@ -286,7 +286,11 @@ class CostModel:
         return np.add.reduceat(self.pairs_up_to(ends) - self.pairs_up_to(starts), chunks.first_segment[:-1])
 
     def of_sequences(
-        self, lengths: NDArray[np.int64], chunk_size: int, k: int, targets: NDArray[np.int64] | None = None
+        self,
+        lengths: NDArray[np.int64],
+        chunk_size: int,
+        k: int | NDArray[np.int64],
+        targets: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
         """(sequences,) seconds of all operations of each sequence, the second forwards of long ones included.
 
@@ -295,7 +299,7 @@ class CostModel:
         Args:
             lengths: (sequences,) tokens.
             chunk_size: most tokens in a chunk.
-            k: chunks of a long sequence that keep their activations.
+            k: chunks of a long sequence that keep their activations: of each alike, or (sequences,).
             targets: (sequences,) tokens that the loss counts; all of them if not given.
         """
         size = np.asarray(lengths, dtype=np.float64)

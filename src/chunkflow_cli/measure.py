@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.assembly import Assembly, assemble
 from chunkflow_cli.calibration import Calibration, MemorySample, OperationSample, fit_costs, fit_memory
 from chunkflow_cli.chunks import Chunks, build_chunks
-from chunkflow_cli.config import Config, load
+from chunkflow_cli.config import Config, KPer, load
 from chunkflow_cli.costs import CostModel, chunk_tokens
 from chunkflow_cli.devices import present_device, training_device
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
@@ -42,8 +42,9 @@ from chunkflow_cli.execution.runner import Runner, StepBatch, call_of
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.hf_config import load_config
 from chunkflow_cli.memory import state_bytes
+from chunkflow_cli.model import shape_without_weights
 from chunkflow_cli.progress import progress_bar
-from chunkflow_cli.run_data import cost_model, load_run_data, plan_run
+from chunkflow_cli.run_data import cost_model, load_run_data, plan_run, state_weight
 from chunkflow_cli.schedule import Op, plan
 
 CHUNKS_OF_SEQUENCE = 3
@@ -109,9 +110,10 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
             if index + 1 >= FEWEST_SIZES and now - started + 2.2 * (now - began) > budget_seconds:
                 break
     name = present_device().name
-    costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}", shape=parts.shape)
+    shape = shape_without_weights(config.model, hf_config)  # as `plan` and `train` know it, activations counted
+    costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}", shape=shape)
     fitted = fit_memory(memory, step_peak_bytes=min(step_peaks), activation_bytes_per_token=kept)
-    return Calibration(name, parts.shape, costs, fitted, worst)
+    return Calibration(name, shape, costs, fitted, worst)
 
 
 def _activation_bytes(parts: Assembly, size: int) -> float:
@@ -202,8 +204,8 @@ def _peak(device: torch.device) -> Iterator[_Peak]:
         peak.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict[tuple[int, int], float]:
-    """Seconds of one real optimizer step of the run under each (chunk_size, k): the same samples, one after the other.
+def compare(config: Config, pairs: Sequence[tuple[int, int, KPer]], step: int) -> dict[tuple[int, int, KPer], float]:
+    """Seconds of one real optimizer step of the run under each (chunk_size, k, k_per): the same samples, in turn.
 
     Args:
         config: the run; its data is taken from the token cache.
@@ -222,15 +224,18 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
     parts = assemble(config, hf_config, backend, device)
     assert isinstance(parts.runner, Runner)
     parts.engine.set_learning_rate(0.0)
-    _run(parts, device, min(size for size, _ in pairs), 1.0)
+    _run(parts, device, min(size for size, _, _ in pairs), 1.0)
     parts.engine.step()
-    plan_of_run = plan_run(config, data, cost_model(config, parts.shape, present_device(), hf_config))
+    shape = shape_without_weights(config.model, hf_config)
+    plan_of_run = plan_run(config, data, cost_model(config, shape, present_device(), hf_config))
+    weights_of_state = {KPer.run: 0.0, KPer.sequence: state_weight(config, shape)}
     total = len(pairs) * int(data.lengths[plan_of_run.batches[step]].sum())
     seconds = {}
     done = 0
     with progress_bar("running the best", total) as progress:
-        for size, k in pairs:
-            (share,) = replace(plan_of_run, chunk_size=size, k=k)[step].ranks
+        for size, k, k_per in pairs:
+            run = replace(plan_of_run, chunk_size=size, k=k, state_weight=weights_of_state[k_per])
+            (share,) = run[step].ranks
             sequences = [data[int(sample)] for sample in share.samples]
             weights = np.full(len(sequences), 1.0 / int(share.target_counts.sum()))
 
@@ -244,7 +249,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
             parts.engine.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds[size, k] = time.perf_counter() - began
+            seconds[size, k, k_per] = time.perf_counter() - began
     return seconds
 
 
@@ -253,7 +258,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=300.0, help="seconds")
     parser.add_argument("--sizes", type=int, nargs="+", help="chunk sizes to time")
-    parser.add_argument("--pairs", nargs="+", metavar="SIZE:K", help="run one real step under each instead")
+    parser.add_argument("--pairs", nargs="+", metavar="SIZE:K:K_PER", help="run one real step under each instead")
     parser.add_argument("--step", type=int, default=0, help="with --pairs: which step of the run, from 0")
     parser.add_argument("--config-dir")
     parser.add_argument("--overrides", nargs="*", default=[])
@@ -264,9 +269,12 @@ def main() -> None:
         if arguments.pairs is None:
             calibrate(config, arguments.sizes, budget_seconds=arguments.budget).save(arguments.out)
             return
-        pairs = [(int(size), int(k)) for size, k in (pair.split(":") for pair in arguments.pairs)]
+        pairs = [(int(size), int(k), KPer(k_per)) for size, k, k_per in (pair.split(":") for pair in arguments.pairs)]
         seconds = compare(config, pairs, arguments.step)
-        rows = [{"chunk_size": size, "k": k, "seconds": value} for (size, k), value in seconds.items()]
+        rows = [
+            {"chunk_size": size, "k": k, "k_per": k_per.value, "seconds": value}
+            for (size, k, k_per), value in seconds.items()
+        ]
         arguments.out.write_text(json.dumps(rows), encoding="utf-8")
     finally:
         close_process_group()

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from chunkflow_cli.costs import DeviceProfile, ModelShape
 from chunkflow_cli.stage_cut import StageLayers, cut_layers
 
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+"""Of weights and activations, by `model.dtype`."""
 HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Most bytes of float32 logits that exist at once (`execution.loss`)."""
 TILES_ALIVE = 3
@@ -104,7 +106,7 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
 
 
 def live_tokens(
-    lengths: NDArray[np.int64], chunk_size: int, k: int, others: int, *, fill_tails: bool
+    lengths: NDArray[np.int64], chunk_size: int, k: int | NDArray[np.int64], others: int, *, fill_tails: bool
 ) -> NDArray[np.int64]:
     """(sequences,) most tokens that hold activations at once, on one stage, while each sequence goes backward.
 
@@ -114,7 +116,7 @@ def live_tokens(
     Args:
         lengths: (sequences,) tokens.
         chunk_size: most tokens in a chunk.
-        k: chunks of a long sequence that keep their activations.
+        k: chunks of a long sequence that keep their activations: of each alike, or (sequences,).
         others: tokens of short sequences that may share a chunk with this one, at most.
         fill_tails: whether the last chunk of a long sequence takes them in, as other chunks do.
     """

@@ -104,17 +104,21 @@ def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDAr
         for step in run:
             for rank in step.ranks:
                 tokens, groups = chunk_tokens(rank.chunks).astype(np.int64), rank.chunks.dependent_groups()
+                k = np.broadcast_to(run.k_of(rank.chunks.lengths), len(rank.chunks.lengths))
                 standalone = groups[0].start if groups else len(tokens)
                 pairs += [(size, 0) for size in tokens[:standalone].tolist()]
                 for group in groups:
                     of_group = tokens[group.start : group.stop]
-                    stored = rank.chunks.stop[rank.chunks.first_segment[group.stop - 2]]
-                    pairs.append((max(of_group.max(), of_group[-run.k :].sum()), stored))
+                    last_stored = rank.chunks.first_segment[group.stop - 2]
+                    kept = of_group[-int(k[rank.chunks.sequence[last_stored]]) :].sum()
+                    pairs.append((max(of_group.max(), kept), rank.chunks.stop[last_stored]))
         live, stored_tokens = np.array(pairs, dtype=np.int64).T
         return live, stored_tokens
     stored_tokens = (run.lengths - 1) // run.chunk_size * run.chunk_size
     short = np.sort(run.lengths[run.lengths <= run.chunk_size])[::-1]
     others = int(short[: run.batches.global_batch_size - 1].sum())
     if run.equal_time:  # pieces of a long sample are of many sizes
-        return np.minimum(run.lengths + others, run.chunk_size * run.k), run.lengths
-    return live_tokens(run.lengths, run.chunk_size, run.k, others, fill_tails=run.fill_tails), stored_tokens
+        return np.minimum(run.lengths + others, run.chunk_size * run.k_of(run.lengths)), run.lengths
+    return live_tokens(
+        run.lengths, run.chunk_size, run.k_of(run.lengths), others, fill_tails=run.fill_tails
+    ), stored_tokens

@@ -19,7 +19,7 @@ from chunkflow_cli.config import Config, DataFormat, Device, LoadedConfig, Optim
 from chunkflow_cli.costs import DEVICES, DeviceProfile, ModelShape
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hf_config import load_config
-from chunkflow_cli.memory import MemoryParts, MemorySettings, state_bytes
+from chunkflow_cli.memory import ELEMENT_BYTES, MemoryParts, MemorySettings, state_bytes
 from chunkflow_cli.peak_memory import memory_of_fullest, simulated_steps
 from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.progress import progress_bar
@@ -29,8 +29,6 @@ from chunkflow_cli.run_plan import RunPlan, StepPlan, operation_seconds, rank_se
 from chunkflow_cli.simulate import Timeline, simulate
 from chunkflow_cli.tokens import TokenizedData
 from chunkflow_cli.trace import TRACE_FILE, measured_timeline
-
-ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.batches import GlobalBatches, held_out
 from chunkflow_cli.calibration import CALIBRATION_VERSION, Calibration
-from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, LossWeighting, Spread
+from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName, Cuts, KPer, LossWeighting, Spread
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hf_config import position_limit
+from chunkflow_cli.memory import ELEMENT_BYTES, activation_bytes_per_token, state_bytes_per_token
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.schedule import Layout
@@ -103,6 +104,7 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         k=config.chunk.k,
         fill_tails=config.chunk.fill_tails,
         equal_time=config.chunk.cuts is Cuts.time,
+        state_weight=state_weight(config, costs.shape) if config.chunk.k_per is KPer.sequence else 0.0,
         # ZeRO-3 traces one forward for one backward, so the retained chunks of a sequence must share an engine call;
         # and it communicates within both, so all ranks must run the same ones.
         layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
@@ -111,6 +113,20 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         sequence=topology.sequence,
         spread_all=config.parallel.spread is Spread.all,
         costs=costs,
+    )
+
+
+def state_weight(config: Config, shape: ModelShape | None) -> float:
+    """How many tokens' activations take as much memory as the state of one token, in all layers.
+
+    Raises:
+        UsageError: no model is named whose sizes would say so.
+    """
+    if shape is None:
+        raise UsageError("chunk.k_per=sequence needs the sizes of a model: set model.path")
+    element_bytes = ELEMENT_BYTES[config.model.dtype.value]
+    return state_bytes_per_token(shape, element_bytes) / activation_bytes_per_token(
+        shape, element_bytes, config.model.activation_checkpointing.value
     )
 
 

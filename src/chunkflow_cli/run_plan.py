@@ -123,9 +123,13 @@ class RunPlan:
     target_counts: NDArray[np.int64]  # (samples,)
     chunk_size: int
     k: int
+    """Chunks of a long sequence that keep their activations: of each, or at least of the longest one."""
     fill_tails: bool = True
     equal_time: bool = False
     """Cut long sequences into pieces of equal predicted time instead of equal tokens."""
+    state_weight: float = 0.0
+    """Above 0, K is of each sequence: the state of a token takes as much memory as the activations of so many, and a
+    sequence that has less state than the longest one keeps as many more chunks (`k_of`)."""
     layout: Layout = field(default_factory=Layout)
     pipeline: PipelineLayout | None = None
     ranks: int = 1
@@ -146,7 +150,7 @@ class RunPlan:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         if self.sequence > 1:
             return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), self._groups(samples))
-        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks)
+        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k_of(lengths), targets), self.ranks)
         chunks = [self._built(lengths[share], self.chunk_size) for share in shares]
         ranks = tuple(
             RankPlan(samples[share], own, targets[share], schedules)
@@ -163,8 +167,8 @@ class RunPlan:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         costs = np.stack(
             [
-                self.costs.of_sequences(lengths, self.chunk_size, self.k, targets),
-                self._spread_costs.of_sequences(lengths, self._spread_chunk_size, self.k, targets),
+                self.costs.of_sequences(lengths, self.chunk_size, self.k_of(lengths), targets),
+                self._seconds_spread(lengths, targets),
             ]
         )
         least = np.where(lengths > self.longest_alone, self.sequence, 1)
@@ -173,12 +177,14 @@ class RunPlan:
         for first in range(0, self.ranks, self.sequence):
             spread = shares.spread(first)
             together = self._built(lengths[spread], self._spread_chunk_size)
-            schedule_together = plan(together, self.k, self.layout)
+            schedule_together = plan(together, self.k_of(together.lengths, spread=True), self.layout)
             for place in range(self.sequence):
                 alone = shares.alone(first + place)
                 own = self._built(lengths[alone], self.chunk_size)
                 share = np.concatenate([spread, alone])
-                schedule = _one_after_the_other(schedule_together, plan(own, self.k, self.layout), together)
+                schedule = _one_after_the_other(
+                    schedule_together, plan(own, self.k_of(own.lengths), self.layout), together
+                )
                 ranks.append(
                     RankPlan(
                         samples[share], join_chunks(together, own), targets[share], (schedule if len(share) else IDLE,),
@@ -189,8 +195,7 @@ class RunPlan:
 
     def _all_spread(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
-        costs = self._spread_costs.of_sequences(lengths, self._spread_chunk_size, self.k, targets)
-        shares = balance(costs, self.ranks // self.sequence)
+        shares = balance(self._seconds_spread(lengths, targets), self.ranks // self.sequence)
         chunks = [self._built(lengths[share], self._spread_chunk_size) for share in shares]
         none = self._built(lengths[:0], self.chunk_size)
         return tuple(
@@ -209,7 +214,8 @@ class RunPlan:
 
     def seconds_of_whole_samples(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """(ranks,) predicted of a step, if no sample were spread."""
-        costs = self.costs.of_sequences(self.lengths[samples], self.chunk_size, self.k, self.target_counts[samples])
+        lengths, targets = self.lengths[samples], self.target_counts[samples]
+        costs = self.costs.of_sequences(lengths, self.chunk_size, self.k_of(lengths), targets)
         return rank_loads(costs, balance(costs, self.ranks))
 
     @property
@@ -217,9 +223,42 @@ class RunPlan:
         """Of a chunk of which each rank of a group holds `chunk_size` tokens."""
         return self.chunk_size * self.sequence
 
+    def _seconds_spread(self, lengths: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(sequences,) of each, if its group ran it together."""
+        k = self.k_of(lengths, spread=True)
+        return self.costs.spread_over(self.sequence).of_sequences(lengths, self._spread_chunk_size, k, targets)
+
+    def k_of(self, lengths: NDArray[np.int64], *, spread: bool = False) -> int | NDArray[np.int64]:
+        """How many chunks of each of these sequences keep their activations: `k`, or with `state_weight` (sequences,).
+
+        Then activations and state of a sequence stay within what the longest one takes, in tokens of activations:
+        K x chunk_size of them, and of its state what lies before its last chunk.
+
+        Args:
+            lengths: (sequences,) tokens.
+            spread: over their sequence-parallel group, of which each rank holds a share of the state.
+        """
+        if self.state_weight == 0:
+            return self.k
+
+        def state(tokens: NDArray[np.int64], ranks: int) -> NDArray[np.float64]:
+            return self.state_weight * tokens / min(ranks, self._kv_heads)
+
+        def before_last_chunk(lengths: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+            return (lengths - 1) // size * size
+
+        size, ranks = (self._spread_chunk_size, self.sequence) if spread else (self.chunk_size, 1)
+        longest = self.lengths.max(keepdims=True)
+        kept = min(self.k, -(-int(longest[0]) // self._spread_chunk_size))
+        budget = kept * self.chunk_size + state(before_last_chunk(longest, self._spread_chunk_size), self.sequence)
+        # Of equal time, the last chunk of a sequence is shorter than others: nearly all of its tokens have state.
+        own = state(lengths if self.equal_time else before_last_chunk(lengths, size), ranks)
+        return np.maximum((budget - own) // self.chunk_size, kept).astype(np.int64)
+
     @property
-    def _spread_costs(self) -> CostModel:
-        return self.costs.spread_over(self.sequence)
+    def _kv_heads(self) -> int:
+        """Of the model; where they are fewer than the ranks of a group, each rank holds one."""
+        return self.sequence if self.costs.shape is None else self.costs.shape.kv_heads
 
     @property
     def longest_alone(self) -> int:
@@ -274,7 +313,11 @@ class RunPlan:
         if self.pipeline is None:
             if self.is_in_lockstep:
                 return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
-            return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
+            spread = self.sequence > 1
+            return [
+                (plan(chunks, self.k_of(chunks.lengths, spread=spread), self.layout) if len(chunks) else IDLE,)
+                for chunks in ranks
+            ]
         return [self._pipeline_schedules(chunks, own) for chunks, own in zip(ranks, targets, strict=True)]
 
     def _pipeline_schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:

@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from chunkflow_cli.chunks import Chunks
 
 DUMMY = -1
@@ -100,7 +103,7 @@ class Layout:
     """All ranks run the same kinds of operations, at each position: ZeRO-3 communicates within them."""
 
 
-def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
+def plan(chunks: Chunks, k: int | NDArray[np.int64], layout: Layout | None = None) -> Schedule:
     """The operations of one step on one stage.
 
     A standalone chunk is forwarded and goes backward at once. A sequence of N dependent chunks runs state passes over
@@ -108,19 +111,18 @@ def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
 
     Args:
         chunks: the chunks of the step.
-        k: how many chunks of a long sequence keep their activations.
+        k: how many chunks of a long sequence keep their activations: of each alike, or (sequences,).
         layout: defaults to one rank that runs every chunk as its own engine call.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
     layout = layout or Layout()
     ops: list[Op] = []
     groups = chunks.dependent_groups()
     first_dependent = groups[0].start if groups else len(chunks)
     for chunk in range(first_dependent):
         ops += [Op(OpKind.forward, (chunk,)), Op(OpKind.backward, (chunk,))]
+    k_of_chunk = _k_of_chunks(chunks, k)
     for group in groups:
-        retained_from = max(group.start, group.stop - k)
+        retained_from = max(group.start, group.stop - int(k_of_chunk[group.start]))
         early, retained = range(group.start, retained_from), range(retained_from, group.stop)
         ops += [Op(OpKind.state_pass, (chunk,)) for chunk in early]
         if layout.join_retained:
@@ -131,6 +133,13 @@ def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
         for chunk in reversed(early):
             ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
     return Schedule(tuple(ops))
+
+
+def _k_of_chunks(chunks: Chunks, k: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    """(chunks,) K of the sequence that each holds first, which is the long one if there is one."""
+    if np.min(k, initial=1) < 1:
+        raise ValueError(f"k={np.min(k)} must be at least 1")
+    return np.broadcast_to(k, len(chunks.lengths))[chunks.sequence[chunks.first_segment[:-1]]]
 
 
 IDLE = Schedule((Op(OpKind.forward, (DUMMY,)), Op(OpKind.backward, (DUMMY,))))
@@ -221,17 +230,19 @@ def validate_lockstep(schedules: Sequence[Schedule]) -> None:
                 raise ValueError(f"operation {position}: rank {rank} runs {op}, rank 0 {other}")
 
 
-def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
+def validate(schedule: Schedule, chunks: Chunks, k: int | NDArray[np.int64]) -> None:
     """Prove, for a schedule of one stage, what the gradient and the memory bound rest on.
 
     Each chunk goes backward exactly once, with live activations; state is read only after it was written and before
-    it was freed; backwards of a sequence descend; at most K chunks hold activations at once.
+    it was freed; backwards of a sequence descend; at most K chunks hold activations at once, where sequences
+    differ in K the smallest of theirs.
 
     Raises:
         ValueError: names the first operation that breaks a rule, and the rule.
     """
     groups = chunks.dependent_groups()
     group_of = {chunk: group for group in groups for chunk in group}
+    k_of_chunk = _k_of_chunks(chunks, k)
     written: set[int] = set()
     passed: set[int] = set()
     live: dict[int, tuple[int, ...]] = {}  # chunk -> the chunks of its engine call
@@ -274,8 +285,8 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
             else:
                 live[chunk] = op.chunks
             written.add(chunk)
-        if len(live) > k:
-            raise refuse(f"{len(live)} chunks hold activations, K is {k}")
+        if live and len(live) > (most := min(int(k_of_chunk[chunk]) for chunk in live)):
+            raise refuse(f"{len(live)} chunks hold activations, K is {most}")
     missing = [chunk for chunk in range(len(chunks)) if chunk not in done]
     if missing:
         raise ValueError(f"chunk {missing[0]} never goes backward")

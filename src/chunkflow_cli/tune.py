@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from chunkflow_cli.calibration import Calibration
-from chunkflow_cli.config import Config, Cuts, Device, LoadedConfig
+from chunkflow_cli.config import Config, Cuts, Device, KPer, LoadedConfig
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.hf_config import load_config
-from chunkflow_cli.memory import state_bytes_per_token, step_seconds
+from chunkflow_cli.memory import ELEMENT_BYTES, state_bytes_per_token, step_seconds
 from chunkflow_cli.peak_memory import activations_and_state, memory_of_fullest
-from chunkflow_cli.plan import ELEMENT_BYTES, memory_settings, planned_device
+from chunkflow_cli.plan import memory_settings, planned_device
 from chunkflow_cli.progress import progress_bar
 from chunkflow_cli.report import stderr_console, stdout_console
 from chunkflow_cli.run_data import (
@@ -37,6 +37,7 @@ from chunkflow_cli.run_data import (
     pipeline_layout,
     plan_run,
     planned_topology,
+    state_weight,
 )
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
@@ -44,6 +45,9 @@ from chunkflow_cli.topology import Topology
 
 LARGEST_TIMED = 4096
 """Chunk sizes beyond it are not timed: costs are linear by then, and a large chunk takes long."""
+
+Measured = dict[tuple[int, int, str], float]
+"""Real seconds of a step by chunk size, K and what K is of."""
 
 DISTURBED = 0.4
 """Relative error of a fit above which what was timed is doubted."""
@@ -104,12 +108,13 @@ def run(
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)
     runs = [
-        choice(config, run_plan, basis, layout, equal_time, *pair)
+        with_k_per
         for layout in layouts
         for equal_time in cuts_of(config, layout.pipeline)
         for pair in grid(
             config.tune.chunk_sizes, config.tune.ks, longest, replace(run_plan, equal_time=equal_time).pair_weight
         )
+        for with_k_per in of_each_k_per(config, choice(config, run_plan, basis, layout, equal_time, *pair))
     ]
     candidates = []
     is_planned_whole = len(steps) == run_plan.steps
@@ -125,8 +130,7 @@ def run(
     if not ranked:
         raise UsageError(_nothing_fits(candidates, limit, longest))
     measured = _measure_best(loaded, config_dir, ranked, steps[0], basis)
-    best = min(ranked, key=lambda candidate: measured.get((candidate.chunk_size, candidate.k), np.inf)) if measured \
-        else ranked[0]  # fmt: skip
+    best = min(ranked, key=lambda candidate: measured.get(_measured_as(candidate), np.inf)) if measured else ranked[0]
     result: dict[str, Any] = {
         "best": _row(best, measured),
         "explanation": explain(best, candidates, basis.costs),
@@ -283,6 +287,22 @@ def cuts_of(config: Config, stages: int) -> list[bool]:
     return [cuts is Cuts.time for cuts in dict.fromkeys(tried)]
 
 
+def of_each_k_per(config: Config, run: RunPlan) -> list[RunPlan]:
+    """The run with K for all long samples alike, and with a K for each, as far as that is to be tried.
+
+    Where no long sample would keep more chunks for it, the two do the same, and one is enough.
+    """
+    alike = replace(run, state_weight=0.0)
+    if run.pipeline is not None or run.layout.lockstep or run.costs.shape is None:
+        return [alike]
+    of_each = replace(run, state_weight=state_weight(config, run.costs.shape))
+    pieces = -(-run.lengths // run.chunk_size)
+    if not (np.minimum(of_each.k_of(run.lengths), pieces) > np.minimum(run.k, pieces)).any():
+        return [alike]
+    runs = {KPer.run: alike, KPer.sequence: of_each}
+    return [runs[k_per] for k_per in dict.fromkeys(config.tune.k_per or [config.chunk.k_per])]
+
+
 def choice(
     config: Config, run: RunPlan, basis: Basis, topology: Topology, equal_time: bool, chunk_size: int, k: int
 ) -> RunPlan:
@@ -323,7 +343,7 @@ def peak_memory(
 
 def _measure_best(
     loaded: LoadedConfig, config_dir: str | None, ranked: Sequence[Candidate], step: int, basis: Basis
-) -> dict[tuple[int, int], float]:
+) -> Measured:
     """Real seconds of a step of the best few; none where the device is not here or the budget has no room."""
     config = loaded.config
     if basis.calibration is None or config.tune.measure == 0:
@@ -343,10 +363,14 @@ def _measure_best(
         return {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "seconds.json")
-        pairs = [f"{candidate.chunk_size}:{candidate.k}" for candidate in chosen]
+        pairs = [":".join(map(str, _measured_as(candidate))) for candidate in chosen]
         _run_measurement(["--out", str(out), "--pairs", *pairs, "--step", str(step)], loaded, config_dir)
         rows = json.loads(out.read_text(encoding="utf-8"))
-    return {(row["chunk_size"], row["k"]): row["seconds"] for row in rows}
+    return {(row["chunk_size"], row["k"], row["k_per"]): row["seconds"] for row in rows}
+
+
+def _measured_as(candidate: Candidate) -> tuple[int, int, str]:
+    return candidate.chunk_size, candidate.k, candidate.k_per
 
 
 def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) -> str:
@@ -389,6 +413,11 @@ def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) 
         near = min(others, key=lambda each: each.memory_bytes)
         parts.append(f"{_stages(near)} would need {near.memory_bytes / 2**30:.1f} GiB")
     twins = [each for each in candidates if each.fits and each.is_at(best) and each.cuts != best.cuts]
+    twins_in_k = [each for each in candidates if each.fits and each.is_at(best) and each.k_per != best.k_per]
+    if twins_in_k:
+        times = twins_in_k[0].step_seconds / total
+        kept = "for each sample its own K" if best.k_per == "run" else "one K for all samples"
+        parts.append(f"{kept} would take {times:.2f} times as long ({_why(twins_in_k[0], best)})")
     if twins:
         times = twins[0].step_seconds / total
         parts.append(f"cuts of equal {twins[0].cuts} would take {times:.2f} times as long ({_why(twins[0], best)})")
@@ -431,8 +460,8 @@ def _and(parts: Sequence[str]) -> str:
     return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 
-def _row(candidate: Candidate, measured: dict[tuple[int, int], float]) -> dict[str, Any]:
-    return {**asdict(candidate), "measured_step_seconds": measured.get((candidate.chunk_size, candidate.k))}
+def _row(candidate: Candidate, measured: Measured) -> dict[str, Any]:
+    return {**asdict(candidate), "measured_step_seconds": measured.get(_measured_as(candidate))}
 
 
 def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) -> Path:
@@ -444,6 +473,7 @@ def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) 
             f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
             f"chunkflow train recipe=... --overrides {path}\n"
             f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
+            + (f"  k_per: {best.k_per}\n" if best.k_per != config.chunk.k_per.value else "")
             + (f"  cuts: {best.cuts}\n" if best.cuts != config.chunk.cuts.value else "")
             + ("parallel:\n" if best.layout != (config.parallel.sequence, config.parallel.pipeline) else "")
             + (f"  sequence: {best.sequence}\n" if best.sequence != config.parallel.sequence else "")
