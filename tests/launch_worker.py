@@ -66,6 +66,18 @@ def error_then_slow_end(folder: Path) -> None:
     raise RuntimeError(CONNECTION_LOST)
 
 
+def error_that_never_ends(folder: Path) -> None:
+    """Rank 1 fails and then hangs in tearing down its connections; the others wait for it."""
+    worker.heartbeat().at(3, "B5")
+    if RANK == 1:
+        try:
+            with failures_recorded():
+                raise ValueError("spoilt")
+        finally:
+            time.sleep(60)
+    time.sleep(60)
+
+
 def killed(folder: Path) -> None:
     """Rank 1 is killed as the kernel does it when memory is short; the others lose their connection."""
     if RANK == 1:

@@ -360,6 +360,17 @@ def test_random_numbers_are_taken_over_or_begun_anew(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_random_numbers_of_another_kind_of_device_are_not_taken_over(tmp_path: Path) -> None:
+    """On a GPU dropout draws there, which a checkpoint of a CPU has no state of, and the other way round."""
+    engine: Any = Engineless(0.0)
+    saved = save(tmp_path, 7)
+    (path,) = saved.glob("random-*.pt")
+    states = torch.load(path, weights_only=True)
+    here = states["cuda"]
+    torch.save({**states, "cuda": torch.zeros(16, dtype=torch.uint8) if here is None else None}, path)
+    assert load_checkpoint(saved, engine, seed=0).is_reseeded
+
+
 # What is refused
 
 

@@ -22,7 +22,7 @@ from chunkflow_cli import launch
 from chunkflow_cli.config import load
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.heartbeat import STARTING, Heartbeat, Place, Watchdog, read_place
-from chunkflow_cli.supervisor import Failure, first_cause
+from chunkflow_cli.supervisor import LEAVING_SECONDS, Failure, first_cause
 from chunkflow_cli.worker import WatchFolder
 from ranks import run_ranks
 
@@ -141,6 +141,14 @@ def test_the_first_cause_is_named_and_not_those_that_follow(start: Start, tmp_pa
     assert "    the last thing that rank 1 did\n" in err
     assert "Connection closed" not in err
     assert "raise ValueError" in log(tmp_path, 1)
+
+
+def test_a_rank_that_hangs_on_its_way_out_is_not_waited_for(start: Start, tmp_path: Path) -> None:
+    """It has said what it dies of, and NCCL keeps it from dying: the others would wait for as long as it hangs."""
+    began = time.monotonic()
+    err = ended(start("error_that_never_ends"), 1, within=50)
+    assert err.startswith("error: rank 1: ValueError: spoilt\n")
+    assert time.monotonic() - began > LEAVING_SECONDS
 
 
 def test_debug_shows_the_traceback_of_the_rank(start: Start) -> None:

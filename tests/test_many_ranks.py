@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from chunkflow_cli.heartbeat import read_place
+from chunkflow_cli.worker import WatchFolder
+
 STEPS = 16
 WORDS = (
     "recipe=tiny_random", f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=2", "train.guard=false",
-    "train.global_batch_size=8", "optim.schedule=constant", "engine.zero_stage=2", "data.eval_fraction=0",
-    "data.num_workers=1", "optim=adamw",
+    "train.global_batch_size=8", "optim.schedule=constant", "engine.zero_stage=2", "data.eval_fraction=0.2",
+    "eval.every=5", "data.num_workers=1", "optim=adamw",
 )  # fmt: skip
 TWO_RANKS = ("launch.processes=2",)
 
@@ -46,9 +49,20 @@ def wait_for_step(run: subprocess.Popen[str], folder: Path, step: int) -> None:
         time.sleep(0.02)
 
 
-def stop(run: subprocess.Popen[str], folder: Path, step: int, *, says: str = "") -> int:
-    """SIGTERM to the launcher once that step is done; the step after which a checkpoint was saved."""
-    wait_for_step(run, folder, step)
+def wait_until(run: subprocess.Popen[str], folder: Path, rank: int, doing: str) -> None:
+    """Until the rank itself says that it does that."""
+    deadline = time.monotonic() + 240
+    while not read_place(WatchFolder(folder).heartbeat(rank)).doing.startswith(doing):
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline, f"rank {rank} never was at {doing!r}"
+        time.sleep(0.0005)
+
+
+def stop(folder: Path, *words: str, after: int, says: str = "") -> int:
+    """Start, and SIGTERM to the launcher once that step is done; the step after which a checkpoint was saved."""
+    done = rows(folder)[-1]["step"]  # by a run that was killed, which may have gone further
+    run = start(folder, *words)
+    wait_for_step(run, folder, max(after, done + 1))
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 130, err
@@ -78,23 +92,28 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 def test_a_run_survives_its_ranks_and_its_layout(undisturbed: list[float], tmp_path: Path) -> None:
-    """Rank 1 is killed, then rank 0; the launcher is told to stop, as two ranks and as two stages; one process ends it.
+    """A rank is killed within a step, in a save, in an evaluation and while it starts; the launcher is told to stop, as
+    two ranks and as two stages; one process ends it. (benchmarks/kills.py kills at random moments, many times over.)
 
     On one layout the losses are the same to the bit; on another they differ by the order of sums.
     """
     folder = tmp_path / "run"
-    for victim, step in ((1, 3), (0, 6)):
+    for victim, step, doing in (
+        (1, 3, ""), (0, 4, "saving a checkpoint"), (1, 4, "held-out chunk"), (0, 0, "loading the model"),
+    ):  # fmt: skip
         run = start(folder, *TWO_RANKS)
-        wait_for_step(run, folder, step)
+        if step:
+            wait_for_step(run, folder, step)
+        wait_until(run, folder, victim, doing)
         os.kill(process_of_rank(run.pid, victim), signal.SIGKILL)
         _, err = run.communicate(timeout=120)
         assert run.returncode == 1, err
         assert f"rank {victim} was killed by SIGKILL" in err
         assert "Traceback" not in err
 
-    stopped_at = stop(start(folder, *TWO_RANKS), folder, 9)
-    two_stages = start(folder, *TWO_RANKS, "parallel.pipeline=2", "engine.zero_stage=1")
-    stop(two_stages, folder, 12, says="saved on data 2, ZeRO-2, continued on pipeline 2, ZeRO-1")
+    stopped_at = stop(folder, *TWO_RANKS, after=9)
+    moved = "saved on data 2, ZeRO-2, continued on pipeline 2, ZeRO-1"
+    stop(folder, *TWO_RANKS, "parallel.pipeline=2", "engine.zero_stage=1", after=12, says=moved)
     run = start(folder, "engine.zero_stage=0")
     _, err = run.communicate(timeout=400)
     assert run.returncode == 0, err

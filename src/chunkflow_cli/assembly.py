@@ -91,7 +91,12 @@ def assemble(
         return Assembly(model, pipeline_engine, pipeline_runner, shape)
     if settings.engine.zero_stage == 3 and processes.topology.processes > 1:
         _check_head_in_lockstep(model)
-    engine = Engine(_on_device(ChunkModel(model, backend), device), settings)
+    chunk_model = ChunkModel(model, backend)
+    if settings.engine.zero_stage < 3:
+        _on_device(chunk_model, device)
+    elif device.type == "cpu":
+        convert_linear_layers(chunk_model)
+    engine = Engine(chunk_model, settings)
     runner = Runner(
         engine,
         device,

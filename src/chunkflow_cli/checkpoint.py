@@ -63,7 +63,7 @@ class Resumed:
     saved_on: str
     """The layout, in words."""
     is_reseeded: bool
-    """Random states could not be taken over, for there were as many as ranks, and these are more or fewer now."""
+    """Random states could not be taken over: they are of so many ranks and one kind of device, and those are others."""
 
 
 def describe_layout(topology: Topology, engine: EngineConfig) -> str:
@@ -132,11 +132,11 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
         )
     engine.load(checkpoint)
     progress = Progress(**state["progress"])
-    is_reseeded = state["processes"] != process_count()
+    is_reseeded = state["processes"] != process_count() or not _load_random_states(
+        checkpoint / _random_name(own_rank())
+    )
     if is_reseeded:
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, own_rank()]).generate_state(1)[0]))
-    else:
-        _load_random_states(checkpoint / _random_name(own_rank()))
     return Resumed(progress, state["layout"], is_reseeded)
 
 
@@ -173,14 +173,18 @@ def _save_random_states(path: Path, generators: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _load_random_states(path: Path) -> None:
+def _load_random_states(path: Path) -> bool:
+    """Whether the states are those of the devices that are here: a GPU cannot go on from what a CPU has drawn."""
     try:
         generators = torch.load(path, weights_only=True)
     except OSError as error:
         raise RunError(f"{path.parent} is not a complete checkpoint: {error}") from error
+    if (generators["cuda"] is not None) != torch.cuda.is_available():
+        return False
     torch.set_rng_state(generators["cpu"])
-    if generators["cuda"] is not None and torch.cuda.is_available():
+    if generators["cuda"] is not None:
         torch.cuda.set_rng_state(generators["cuda"])
+    return True
 
 
 def _check_shared(temporary: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from chunkflow_cli.schedule import Layout
 from chunkflow_cli.tokens import TokenizedData, tokenize
 from chunkflow_cli.tokens.cache import cache_root
 from chunkflow_cli.topology import Topology, key_value_copies
+from chunkflow_cli.worker import threads_of_user
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> P
         "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
                           config.model.lora, config.engine, config.optim.name)),
         "device": device.name,
-        "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "threads": threads_of_user(),
     }  # fmt: skip
     key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
     return cache_root(config.data.cache_dir).parent / "calibrations" / f"{key}.json"

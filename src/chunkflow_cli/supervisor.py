@@ -41,6 +41,8 @@ SETTLE_SECONDS = 2.0
 """After a rank that has lost its connection, so long for the one that it was connected to."""
 STACKS_SECONDS = 1.0
 """For ranks that hang to write their stacks."""
+LEAVING_SECONDS = 15.0
+"""For a rank that has said what it dies of to end; NCCL may hang in that."""
 REAP_SECONDS = 10.0
 """For killed workers to vanish; one that stands in a driver may take for ever."""
 LAST_LINES = 10
@@ -231,6 +233,8 @@ class _Supervision:
         """When the ranks were asked to stop."""
         self._died_at: dict[int, float] = {}
         """When each death was seen, seconds since the epoch."""
+        self._leaving_since: dict[int, float] = {}
+        """When each rank was first seen to have said what it dies of, seconds on this clock."""
 
     def run(self) -> None:
         look_at = 0.0
@@ -254,8 +258,14 @@ class _Supervision:
             time.sleep(POLL_SECONDS)
 
     def _exit_codes(self) -> Mapping[int, int]:
-        """Of the ranks that have ended; what a rank has said of its end holds, even if it crashed on the way out."""
+        """Of the ranks that have ended; what a rank has said of its end holds, even if it crashed on the way out, or
+        does not get there."""
         codes = dict(self._workers.exit_codes())
+        for rank in self._ranks:
+            if rank not in codes and (record := read_failure(self._watch.failure(rank))) is not None:
+                since = self._leaving_since.setdefault(rank, time.monotonic())
+                if time.monotonic() - since > LEAVING_SECONDS:
+                    codes[rank] = record.exit_code
         for rank, code in codes.items():
             self._died_at.setdefault(rank, time.time())
             record = read_failure(self._watch.failure(rank)) if code != 0 else None

@@ -96,7 +96,8 @@ def _test_size(config: Config, console: Console) -> tuple[int, int]:
 
 def _give_adapters_gradient(model: Any) -> None:
     """Fresh adapters end in zeros, which leaves half of their gradients zero: draw them, so that all are compared."""
-    with torch.random.fork_rng(), torch.no_grad():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -32,6 +32,9 @@ RUN_FOLDER = "CHUNKFLOW_RUN_FOLDER"
 LAUNCHER_PID = "CHUNKFLOW_LAUNCHER_PID"
 """Environment variable: the parent of a worker that our launcher has started itself, without another one between."""
 
+THREADS_OF_USER = "CHUNKFLOW_OMP_NUM_THREADS"
+"""Environment variable: what OMP_NUM_THREADS was before `enter` has divided the machine's cores; empty if unset."""
+
 STACKS_SIGNAL = signal.SIGUSR1
 """A worker that gets it writes the Python stacks of all its threads into its log."""
 
@@ -119,6 +122,7 @@ def enter() -> None:
     local = (
         os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or str(processes())
     )  # LOCAL_SIZE: deepspeed
+    os.environ.setdefault(THREADS_OF_USER, threads_of_user())
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_each(int(local))))
     folder = worker_folder()
     if folder is None:
@@ -140,6 +144,11 @@ def enter() -> None:
     stacks = watch.log(rank()).open("a")
     faulthandler.enable(stacks)  # a crash in native code leaves its Python stack behind
     faulthandler.register(STACKS_SIGNAL, stacks)
+
+
+def threads_of_user() -> str:
+    """OMP_NUM_THREADS as the user has it, which several processes are not given as it is; empty if unset."""
+    return os.environ.get(THREADS_OF_USER, os.environ.get("OMP_NUM_THREADS", ""))
 
 
 def threads_of_each(local_processes: int) -> int:

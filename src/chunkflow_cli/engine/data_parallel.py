@@ -29,6 +29,8 @@ WRAPPER = "causal_lm."
 class Engine:
     """A DeepSpeed engine around a module whose forward returns a scalar loss.
 
+    The module is on its device already, or with ZeRO-3 on the CPU: a model that only all devices together can hold.
+
     The loss must already be normalised over the whole step: gradients of all backwards of all ranks are summed.
     """
 
@@ -39,12 +41,13 @@ class Engine:
         self._stage = settings.engine.zero_stage
         self._clip = settings.optim.grad_clip
         self._optimizer_name = settings.optim.name.value
+        config, optimizer = deepspeed_config(settings), make_optimizer(module, settings)
         with quiet():
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=module,
-                optimizer=make_optimizer(module, settings),
-                config=deepspeed_config(settings),
-            )
+            if self._stage == 3:  # one weight at a time: `initialize` would first move the whole model to each device
+                deepspeed.zero.Init(module=module, config_dict_or_path=config)
+                for buffer in module.buffers():
+                    buffer.data = buffer.data.to(settings.device)
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device
         self._averaged_over = self._engine.dp_world_size

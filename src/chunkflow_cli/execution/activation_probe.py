@@ -15,6 +15,7 @@ def activation_bytes_per_token(model: ChunkModel, call: ChunkCall) -> float:
     """
     ours = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
+    device = call.batch.input_ids.device
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -23,7 +24,8 @@ def activation_bytes_per_token(model: ChunkModel, call: ChunkCall) -> float:
         return tensor
 
     with (
-        torch.random.fork_rng(),
+        # Of this device only: torch warns where all of a machine's are saved, and it is in vain.
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):

@@ -202,7 +202,7 @@ def guard(
 def _compare_small(
     config: Any, backend: Backend, device: torch.device, dtype: torch.dtype, checkpointing: ActivationCheckpointing
 ) -> Parity:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         model = _small_model(config, device, dtype)
         enable_activation_checkpointing(model, checkpointing)

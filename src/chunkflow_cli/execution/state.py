@@ -106,9 +106,6 @@ class StateStore:
         """Forget a sequence whose first chunk has gone backward."""
         del self._sequences[sequence]
 
-    def clear(self) -> None:
-        self._sequences.clear()
-
     def __len__(self) -> int:
         return len(self._sequences)
 
