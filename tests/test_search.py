@@ -80,20 +80,22 @@ def test_predicted_seconds_are_those_of_the_simulated_schedules(
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     k=st.integers(1, 4),
-    ranks=st.integers(1, 5),
+    groups=st.integers(1, 5),
+    sequence=st.integers(1, 3),
     stages=st.integers(2, 4),
     schedule=st.sampled_from(["1f1b", "state_aware_1f1b", "zero_bubble"]),
     latency=st.sampled_from([0.0, 30.0]),
 )
 def test_predicted_seconds_of_pipelines_are_those_of_all_ranks_simulated(
-    lengths: list[int], k: int, ranks: int, stages: int, schedule: str, latency: float
+    lengths: list[int], k: int, groups: int, sequence: int, stages: int, schedule: str, latency: float
 ) -> None:
-    """The search simulates only the ranks that may be the last to finish."""
+    """The search simulates only the ranks that may be the last to finish, and of a group of ranks one."""
     costs = replace(COSTS, transfer_latency_seconds=latency, transfer_seconds_per_token=0.1)
     run = replace(
-        run_of(lengths, ranks=ranks, batch=12),
+        run_of(lengths, ranks=groups * sequence, batch=12),
         chunk_size=10,
         k=k,
+        sequence=sequence,
         pipeline=PipelineLayout(stages, schedule),
         costs=costs,
     )

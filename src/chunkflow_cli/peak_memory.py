@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,49 +42,71 @@ def memory_of_fullest(
     at_rest = [replace(memory_parts(shape, settings, parts), activations=0, state=0) for parts in held]
     fullest = max(at_rest, key=lambda parts: parts.device_total)
     for step in steps:
-        for index, rank in enumerate(step.plan.ranks):
+        for index in step.first_of_groups:
+            rank = step.plan.ranks[index]
             if not len(rank.chunks):
                 continue
+            tokens = _TokensOfChunks.of(rank, shape.kv_heads)
             # Every stage is looked at: the first holds the most chunks, but not always the most state or weights.
             for stage, (parts, rest) in enumerate(zip(held, at_rest, strict=True)):
-                activations, state = _bytes_of_chunks(shape, settings, rank, parts)
-                if rest.device_total + activations.sum() + state.sum() <= fullest.device_total:
+                activations, state = tokens.bytes_on(shape, settings, parts)
+                room = fullest.device_total - rest.device_total
+                if activations.sum() + state.sum() <= room:
                     continue  # not even with all of its chunks at once
                 timeline = step.timeline(index)
-                _, live = timeline.live_bytes(0, stage, activations)
                 _, both = timeline.live_bytes(0, stage, activations, state)
                 peak = int(both.argmax())
+                if both[peak] <= room:
+                    continue
+                _, live = timeline.live_bytes(0, stage, activations)
                 at_peak = replace(rest, activations=int(live[peak]), state=int(both[peak] - live[peak]))
                 fullest = max(fullest, at_peak, key=lambda parts: parts.device_total)
     return fullest
 
 
-def _bytes_of_chunks(
-    shape: ModelShape, settings: MemorySettings, rank: RankPlan, held: Sequence[StageLayers]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(parts, chunks) of activations, and of what lies in the state store, in each of a stage's parts of the model.
+@dataclass(frozen=True)
+class _TokensOfChunks:
+    """What takes memory on every stage of a rank, in tokens: (chunks,) of each."""
 
-    The store holds the keys and values that later chunks read, with their gradients, and what came in from the stage
-    before for a chunk that is forwarded twice: its hidden states.
-    """
-    tokens = chunk_tokens(rank.chunks)
-    tokens[: len(rank.spread)] /= rank.group_size
-    read_later = np.zeros(len(tokens))
-    for group in rank.chunks.dependent_groups():
-        first = rank.chunks.first_segment[group.start : group.stop - 1]
-        read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
-    read_later[: len(rank.spread)] /= min(rank.group_size, shape.kv_heads)
-    received = np.zeros(len(tokens))
-    received[rank.recomputed] = tokens[rank.recomputed] * shape.hidden_size * settings.element_bytes
-    state_of_layer = state_bytes_per_token(shape, settings.element_bytes) / shape.layers
+    held: NDArray[np.float64]
+    """On this rank: of a spread chunk its share."""
+    read_later: NDArray[np.float64]
+    """Whose keys and values later chunks read: of a spread chunk those in the rank's share of the heads."""
+    received: NDArray[np.float64]
+    """Whose hidden states are kept as they came in from the stage before, for a chunk that is forwarded twice."""
 
-    def activations(layers: int) -> float:
-        return activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
+    @classmethod
+    def of(cls, rank: RankPlan, kv_heads: int) -> _TokensOfChunks:
+        held = chunk_tokens(rank.chunks)
+        held[: len(rank.spread)] /= rank.group_size
+        read_later = np.zeros(len(held))
+        for group in rank.chunks.dependent_groups():
+            first = rank.chunks.first_segment[group.start : group.stop - 1]
+            read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
+        read_later[: len(rank.spread)] /= min(rank.group_size, kv_heads)
+        received = np.zeros(len(held))
+        received[rank.recomputed] = held[rank.recomputed]
+        return cls(held, read_later, received)
 
-    return (
-        np.stack([tokens * activations(part.layers) for part in held]),
-        np.stack([read_later * state_of_layer * part.layers + received * (not part.is_first) for part in held]),
-    )
+    def bytes_on(
+        self, shape: ModelShape, settings: MemorySettings, held: Sequence[StageLayers]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(parts, chunks) of activations, and of what lies in the state store, in each of a stage's parts of the model.
+
+        The store holds the keys and values that later chunks read, with their gradients, and what was received.
+        """
+        state_of_layer = state_bytes_per_token(shape, settings.element_bytes) / shape.layers
+        received = self.received * shape.hidden_size * settings.element_bytes
+
+        def activations(layers: int) -> float:
+            return activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
+
+        return (
+            np.stack([self.held * activations(part.layers) for part in held]),
+            np.stack(
+                [self.read_later * state_of_layer * part.layers + received * (not part.is_first) for part in held]
+            ),
+        )
 
 
 def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:

@@ -66,7 +66,7 @@ class RankPlan:
         """Of the first stage. All stages forward, recompute and go backward through the same chunks."""
         return self.schedules[0]
 
-    @property
+    @functools.cached_property
     def recomputed(self) -> NDArray[np.int64]:
         """(recomputed,) the chunks that are forwarded twice."""
         return np.array(

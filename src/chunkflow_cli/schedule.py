@@ -56,7 +56,7 @@ class Op:
     @property
     def real_chunks(self) -> tuple[int, ...]:
         """Without dummies."""
-        return tuple(chunk for chunk in self.chunks if chunk != DUMMY)
+        return self.chunks if DUMMY not in self.chunks else tuple(chunk for chunk in self.chunks if chunk != DUMMY)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ def grid(
 class SimulatedStep:
     """A step of a pipeline: what its ranks do, and when. A rank is simulated when it is first asked for.
 
-    On long-tailed data one rank decides the step, and hundreds of others need not be simulated to know that.
+    On long-tailed data one rank decides the step, and hundreds of others need not be simulated to know that. The ranks
+    of a sequence-parallel group do the same (in a pipeline every chunk is spread): the first stands for all.
     """
 
     def __init__(self, run: RunPlan, plan: StepPlan) -> None:
@@ -111,6 +112,7 @@ class SimulatedStep:
 
     def timeline(self, rank: int) -> Timeline:
         """Of one rank, alone."""
+        rank -= self.plan.ranks[rank].sequence_rank
         if rank not in self._timelines:
             planned = self.plan.ranks[rank]
             self._timelines[rank] = simulate(planned.schedules, self.run.operation_seconds(planned))
@@ -120,6 +122,11 @@ class SimulatedStep:
     def simulated_ranks(self) -> list[int]:
         return sorted(self._timelines)
 
+    @property
+    def first_of_groups(self) -> list[int]:
+        """Of each sequence-parallel group its first rank; all ranks without groups."""
+        return [index for index, rank in enumerate(self.plan.ranks) if rank.sequence_rank == 0]
+
     def makespan(self, stage_seconds: NDArray[np.float64]) -> float:
         """Seconds until the last rank is done.
 
@@ -127,7 +134,8 @@ class SimulatedStep:
             stage_seconds: (ranks,) for how long the stages of a rank run something, their mean.
         """
         most = 0.0
-        for rank in np.argsort(-stage_seconds, kind="stable").tolist():
+        first = np.array(self.first_of_groups)
+        for rank in first[np.argsort(-stage_seconds[first], kind="stable")].tolist():
             if self._one_after_the_other(rank, stage_seconds[rank]) > most:
                 most = max(most, self.timeline(rank).makespan)
         return most
@@ -178,7 +186,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         tokens += planned.tokens
         room += planned.room
         share = 1.0 if run.costs.is_of_one_stage else 1.0 / stages
-        of_stages = np.array([run.stage_seconds(rank) for rank in planned.ranks])
+        of_stages = _stage_seconds(run, planned)
         of_ranks = of_stages.mean(axis=1)
         if run.pipeline is None:
             seconds.append(run.step_seconds(planned) if run.is_in_lockstep else float(of_ranks.max()))
@@ -211,6 +219,12 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         waiting_seconds=float(waiting.mean()),
         bubble_seconds=float(np.mean(bubbles)),
     )
+
+
+def _stage_seconds(run: RunPlan, step: StepPlan) -> NDArray[np.float64]:
+    """(ranks, stages) for how long each runs something."""
+    group = 1 if run.pipeline is None else run.sequence  # of which all ranks do the same
+    return np.repeat([run.stage_seconds(rank) for rank in step.ranks[::group]], group, axis=0)
 
 
 def _recompute_seconds(rank: RankPlan, run: RunPlan) -> float:

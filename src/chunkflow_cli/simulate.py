@@ -14,6 +14,7 @@ worked example of ChunkFlow (arXiv 2503.02356, figures 2, 6 and 7) calls the bub
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -171,12 +172,12 @@ class Timeline:
             return values[chunk] if values.ndim == 1 else values[part, chunk]
 
         activations = of_rows(activation_bytes)
-        taken = np.where(np.isin(kind, ["F", "R"]), activations, 0.0)
-        freed = np.where(np.isin(kind, ["B", "W"]), activations, 0.0)
+        taken = np.where((kind == "F") | (kind == "R"), activations, 0.0)
+        freed = np.where((kind == "B") | (kind == "W"), activations, 0.0)
         if state_bytes is not None:
             state = of_rows(state_bytes)
-            taken += np.where(np.isin(kind, ["S", "F"]), state, 0.0)
-            freed += np.where(np.isin(kind, ["B", "I"]), state, 0.0)
+            taken += np.where((kind == "S") | (kind == "F"), state, 0.0)
+            freed += np.where((kind == "B") | (kind == "I"), state, 0.0)
         # A stage runs one operation after the other, so start, stop, start, stop... is already the order of time.
         seconds = np.stack([self.start_seconds[rows], self.stop_seconds[rows]], axis=1).ravel()
         return seconds, np.cumsum(np.stack([taken, -freed], axis=1).ravel())
@@ -293,26 +294,21 @@ class _Rows:
         stages, virtual_stages = len(schedules), seconds.virtual_stages
         if stages == 0 or virtual_stages % stages:
             raise ValueError(f"{virtual_stages} virtual stages cannot lie on {stages} stages")
-        letters: list[str] = []
-        chunk: list[int] = []
-        part: list[int] = []
-        first_row = [0]
-        for schedule in schedules:
-            for op in schedule.ops:
-                chunks = op.real_chunks
-                letters.append(op.kind.value * len(chunks))
-                chunk += chunks
-                part += [op.part] * len(chunks)
-            first_row.append(len(chunk))
+        ops = [op for schedule in schedules for op in schedule.ops]
+        chunks_of_op = [op.real_chunks for op in ops]
+        rows_of_op = np.array([len(chunks) for chunks in chunks_of_op], dtype=np.int64)
+        first_op = np.cumsum([0, *(len(schedule.ops) for schedule in schedules)])
+        first_row = np.concatenate([[0], np.cumsum(rows_of_op)])[first_op]
+        letters = "".join([op.kind for op in ops])  # a kind is its letter
         code_of_letter = np.full(128, -1, dtype=np.int64)
         code_of_letter[np.frombuffer(KINDS.encode(), dtype=np.uint8)] = np.arange(len(KINDS))
         rows = cls(
             schedules,
-            np.asarray(first_row, dtype=np.int64),
+            first_row,
             np.repeat(np.arange(stages), np.diff(first_row)),
-            np.asarray(part, dtype=np.int64),
-            code_of_letter[np.frombuffer("".join(letters).encode(), dtype=np.uint8)],
-            np.asarray(chunk, dtype=np.int64),
+            np.repeat(np.array([op.part for op in ops], dtype=np.int64), rows_of_op),
+            np.repeat(code_of_letter[np.frombuffer(letters.encode(), dtype=np.uint8)], rows_of_op),
+            np.array(list(itertools.chain.from_iterable(chunks_of_op)), dtype=np.int64),
             virtual_stages,
             seconds.chunks,
         )
