@@ -218,6 +218,15 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     )
 
 
+def test_the_optimizer_step_that_is_told_of_is_that_of_the_best_layout() -> None:
+    """From a profile it depends on the layout: what the costs of an operation say of it is nothing."""
+    found = tuned(PROFILE, SIZES, *CLUSTER)
+    seconds = {row["stages"]: row["optimizer_seconds"] for row in found["candidates"]}
+    assert seconds[1] > seconds[2] > seconds[4] > 0, "fewer weights on a stage"
+    share = 100 * found["best"]["optimizer_seconds"] / found["best"]["step_seconds"]
+    assert f"{share:.0f} % is the optimizer step" in found["explanation"]
+
+
 def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_among_those_planned(
     tmp_path: Path,
 ) -> None:

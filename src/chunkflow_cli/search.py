@@ -54,6 +54,8 @@ class Candidate:
     """Of all stages and ranks, their mean."""
     bubble_seconds: float
     """Of the slowest rank's pipeline: what its stages wait for each other."""
+    optimizer_seconds: float
+    """Of the optimizer step, gradients summed over the ranks: of the stage that takes longest."""
 
     def is_like(self, other: Candidate) -> bool:
         """Whether only chunk size and K may differ: one heat map shows both."""
@@ -218,6 +220,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         fixed_seconds=float(np.mean(fixed)),
         waiting_seconds=float(waiting.mean()),
         bubble_seconds=float(np.mean(bubbles)),
+        optimizer_seconds=run.costs.step_seconds,
     )
 
 

@@ -133,7 +133,7 @@ def run(
     best = min(ranked, key=lambda candidate: measured.get(_measured_as(candidate), np.inf)) if measured else ranked[0]
     result: dict[str, Any] = {
         "best": _row(best, measured),
-        "explanation": explain(best, candidates, basis.costs),
+        "explanation": explain(best, candidates),
         "layouts": [_row(candidate, measured) for candidate in best_of_layouts(candidates)],
         "candidates": [_row(candidate, measured) for candidate in candidates],
         "device": basis.device.name,
@@ -373,14 +373,14 @@ def _measured_as(candidate: Candidate) -> tuple[int, int, str]:
     return candidate.chunk_size, candidate.k, candidate.k_per
 
 
-def explain(best: Candidate, candidates: Sequence[Candidate], costs: CostModel) -> str:
+def explain(best: Candidate, candidates: Sequence[Candidate]) -> str:
     """Two sentences: where the best pair's time goes, and what its neighbours would lose."""
     total = best.step_seconds
     shares = {
         "second forwards of long samples": best.recompute_seconds,
         "the fixed cost of chunks": best.fixed_seconds,
         "waiting between stages": best.bubble_seconds,
-        "the optimizer step": costs.step_seconds,
+        "the optimizer step": best.optimizer_seconds,
     }
     told = [f"{100 * seconds / total:.0f} % is {name}" for name, seconds in shares.items() if seconds > 0.005 * total]
     first = f"A step is predicted to take {total:.3g} s" + (f", of which {_and(told)}" if told else "")
@@ -449,11 +449,11 @@ def _why(other: Candidate, best: Candidate) -> str:
         "second forwards": other.recompute_seconds - best.recompute_seconds,
         "the fixed cost of chunks": other.fixed_seconds - best.fixed_seconds,
         "waiting": other.waiting_seconds - best.waiting_seconds,
+        "the optimizer step": other.optimizer_seconds - best.optimizer_seconds,
     }
     slower = other.step_seconds >= best.step_seconds
     name = max(differences, key=lambda key: differences[key] if slower else -differences[key])
-    return f"{'more' if slower else 'less'} of {name}" if name == "the fixed cost of chunks" else (
-        f"{'more' if slower else 'less'} {name}")  # fmt: skip
+    return f"{'more' if slower else 'less'} {'of ' if name.startswith('the ') else ''}{name}"
 
 
 def _and(parts: Sequence[str]) -> str:
