@@ -37,7 +37,7 @@ GPUS = 8
 """Of a node."""
 STAGES = (1, 2, 4, 8, 16)
 CHUNK_SIZES = (2 * K, 4 * K, 8 * K, 16 * K, 32 * K)
-KS = (1, 2, 4, 8, 16, 32)
+KS = (1, 2, 4, 8, 16, 32, 64, 128)
 SEQUENCES = (1, 2, 4, 8)
 """Sequence-parallel groups: within a node, where exchanges are cheap. A model's heads may allow fewer."""
 

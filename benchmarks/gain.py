@@ -9,7 +9,7 @@ in each step, on as many H100 as the paper's baseline takes (its table 3, as far
     baseline     the paper's <TP, PP>, a sequence a micro-batch, plain 1F1B in the data's order, its recompute
     paper's way  the same <TP, PP> and data, chunks instead of sequences; the best (ChunkSize, K) of a grid that fits
     ours         no tensor parallelism: the best layout of data x sequence or data x pipeline on as many GPUs that fits
-    both         the same with sequence and pipeline parallelism together, which can be planned and not yet run
+    both         the same with sequence and pipeline parallelism together
 
 chunkflow has no tensor parallelism: TP is a device of so many times the rate whose layers wait for two all-reduces
 forward and two backward over NVLink (`benchmarks/paper.py`). What agrees with the paper: docs/distributed.md.
@@ -222,7 +222,7 @@ def ours(
             costs = CostModel.profile(shape, H100, checkpointed=checkpointing == "full")
             for stages in STAGES:
                 for group in GROUPS:
-                    if gpus % (stages * group) or shape.attention_heads % group or shape.layers % stages:
+                    if gpus % (stages * group) or shape.attention_heads % group or shape.layers < stages:
                         continue
                     if group > 1 and stages > 1 and not both:
                         continue
