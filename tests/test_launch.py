@@ -21,6 +21,7 @@ import pytest
 from chunkflow_cli import launch
 from chunkflow_cli.config import load
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.hang_watch import watched_together
 from chunkflow_cli.heartbeat import STARTING, Heartbeat, Place, Watchdog, read_place
 from chunkflow_cli.supervisor import LEAVING_SECONDS, Failure, first_cause
 from chunkflow_cli.worker import WatchFolder
@@ -411,6 +412,27 @@ def test_other_nodes_get_the_users_environment_file_and_ours(tmp_path: Path, mon
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
     text = launch.exported_environment({"OMP_NUM_THREADS": "3"}, WatchFolder(Path("/shared/run")))
     assert text == "NCCL_SOCKET_IFNAME=eth0\nCHUNKFLOW_RUN_FOLDER=/shared/run\nOMP_NUM_THREADS=3\n"
+
+
+def hang_under_a_foreign_launcher(folder: str) -> None:
+    """On each of two ranks."""
+    watch, rank = WatchFolder(Path(folder)), int(os.environ["RANK"])
+    with watched_together(watch, rank, 2, limit_seconds=2.0):
+        Heartbeat(watch.heartbeat(rank)).at(3, ("F5", "B5")[rank])
+        time.sleep(60)
+
+
+def test_ranks_of_a_foreign_launcher_find_a_hang_themselves(tmp_path: Path) -> None:
+    """Collectives wait for a day, and torchrun knows nothing of operations."""
+    WatchFolder(tmp_path).empty()
+    with pytest.raises(
+        AssertionError, match=r"exit codes \[-9, -9\]|exit codes \[-9, None\]|exit codes \[None, -9\]"
+    ) as end:
+        run_ranks(2, "test_launch:hang_under_a_foreign_launcher", str(tmp_path), timeout=60)
+    assert "error: no rank has moved for launch.hang_seconds=2: the run hangs and is ended" in str(end.value)
+    assert "  rank 1: step 3, B5, for 2." in str(end.value)
+    for rank in range(2):
+        assert "in hang_under_a_foreign_launcher" in log(tmp_path, rank)
 
 
 @pytest.mark.slow
