@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +281,9 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     assert predicted == [row["step_seconds"] for row in first["candidates"]]
     costs = json.loads(CliRunner().invoke(app, plan).stdout)["cost_model"]
     assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
+    train = ["train", *plan[1:-1], "launch.processes=2", "train.steps=1", "train.guard=false", "train.output_dir=run"]
+    ranks = subprocess.run([sys.executable, "-m", "chunkflow_cli", *train], capture_output=True, text=True, check=False)
+    assert ranks.returncode == 0, ranks.stderr
     other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
     assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"
 

@@ -43,7 +43,7 @@ POLL_SECONDS = 0.05
 SETTLE_SECONDS = 2.0
 """After a rank that has lost its connection, so long for the one that it was connected to."""
 LEAVING_SECONDS = 15.0
-"""For a rank that has said what it dies of to end; NCCL may hang in that."""
+"""For a rank that has saved and said so to end; NCCL may hang in that. One that has failed is given SETTLE_SECONDS."""
 REAP_SECONDS = 10.0
 """For killed workers to vanish; one that stands in a driver may take for ever."""
 LAST_LINES = 10
@@ -265,7 +265,8 @@ class _Supervision:
         for rank in self._ranks:
             if rank not in codes and (record := read_failure(self._watch.failure(rank))) is not None:
                 since = self._leaving_since.setdefault(rank, time.monotonic())
-                if time.monotonic() - since > LEAVING_SECONDS:
+                patience = LEAVING_SECONDS if record.exit_code == 130 else SETTLE_SECONDS
+                if time.monotonic() - since > patience:
                     codes[rank] = record.exit_code
         for rank, code in codes.items():
             self._died_at.setdefault(rank, time.time())

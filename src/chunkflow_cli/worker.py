@@ -157,8 +157,15 @@ def enter() -> None:
 
 
 def threads_of_user() -> str:
-    """OMP_NUM_THREADS as the user has it, which several processes are not given as it is; empty if unset."""
-    return os.environ.get(THREADS_OF_USER, os.environ.get("OMP_NUM_THREADS", ""))
+    """OMP_NUM_THREADS as the user has it; empty if unset.
+
+    Several processes are not given it as it is: our launcher says what it was, and torchrun has set it to 1 where it
+    was not set.
+    """
+    if THREADS_OF_USER in os.environ:
+        return os.environ[THREADS_OF_USER]
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return "" if threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ else threads
 
 
 def threads_of_each(local_processes: int) -> int:
