@@ -165,10 +165,15 @@ def test_a_k_for_each_sample_is_weighed_and_the_file_names_it() -> None:
     assert "ne K for all samples would take" in found["explanation"]
     written = read_overrides(found["overrides_file"])
     assert "chunk.k_per=sequence" in written
-    plan = CliRunner().invoke(app, ["plan", "recipe=tiny_random", *words, PROFILE, *written, "--json"])
+    plan_words = ["plan", "recipe=tiny_random", *words, PROFILE]
+    plan = CliRunner().invoke(app, [*plan_words, *written, "--json"])
     assert json.loads(plan.stdout)["recompute_share"] == of_each["recompute_share"]
     assert [row["k_per"] for row in tuned(PROFILE, *words, "tune.k_per=[]")["candidates"]] == ["run"]
     assert [row["k_per"] for row in tuned(PROFILE, *words, "engine.zero_stage=3")["candidates"]] == ["run"]
+    groups = tuned(PROFILE, *words, "launch.processes=2", "parallel.sequence=2", "tune.chunk_sizes=[128]")
+    shares = {row["k_per"]: row["recompute_share"] for row in groups["candidates"]}
+    assert shares["sequence"] < shares["run"], "what a group runs together counts, not what each sample would alone"
+    assert "chunk.k=2 chunk.k_per=sequence" in CliRunner().invoke(app, [*plan_words, *written]).stdout
     screen = invoke(PROFILE, *words).stdout
     assert "chunk.size=64 chunk.k=2 chunk.k_per=sequence" in screen
     assert max(len(line) for line in screen.splitlines() if not line.startswith("Train with it")) <= 80
@@ -261,8 +266,10 @@ def test_what_a_whole_run_holds_is_what_its_schedules_hold(
     assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
 
 
-def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
-    """Real operations of the real model, in processes of their own; the second search finds the calibration."""
+def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real operations of the real model, in processes of their own; the second search finds the calibration, and so do
+    the ranks of a run, which have fewer threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = [SIZES, "tune.ks=[1,2]", "tune.measure=2", "data.num_workers=1"]
     plan = ["plan", "recipe=tiny_random", "data.num_workers=1", "plan.cost_model=measured", "--json"]
     refused = CliRunner().invoke(app, plan)

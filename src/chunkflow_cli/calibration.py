@@ -55,7 +55,9 @@ class MeasuredMemory:
     """What the one chunk that is running takes beside it: results on their way, and room that the allocator cannot use
     a second time."""
 
-    def peak_bytes(self, chunk_size: int, activation_tokens: NDArray[np.int64], state_bytes: NDArray[np.int64]) -> int:
+    def peak_bytes(
+        self, chunk_size: int, activation_tokens: NDArray[np.float64], state_bytes: NDArray[np.float64]
+    ) -> int:
         """Of a run over these sequences, each of which goes backward alone.
 
         Args:

@@ -209,8 +209,8 @@ class ChunkConfig:
     k: int = 1
     """How many chunks of a long sequence keep their activations; the others are forwarded twice."""
     k_per: KPer = KPer.run
-    """`run`: every long sample keeps K chunks. `sequence`: only the longest does; the state that others do not have
-    leaves room for more of theirs, up to the same memory, so fewer are forwarded twice."""
+    """`run`: every long sample keeps K chunks. `sequence`: the longest does; the state that others do not have leaves
+    room for more of theirs, up to what the longest takes with K full chunks, so fewer are forwarded twice."""
     fill_tails: bool = True
     """Fill the last chunk of a long sequence with short sequences."""
     cuts: Cuts = Cuts.tokens

@@ -17,7 +17,7 @@ from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName,
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hf_config import position_limit
-from chunkflow_cli.memory import ELEMENT_BYTES, activation_bytes_per_token, state_bytes_per_token
+from chunkflow_cli.memory import ELEMENT_BYTES, kept_bytes_per_token, state_bytes_per_token
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.schedule import Layout
@@ -125,7 +125,7 @@ def state_weight(config: Config, shape: ModelShape | None) -> float:
     if shape is None:
         raise UsageError("chunk.k_per=sequence needs the sizes of a model: set model.path")
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
-    return state_bytes_per_token(shape, element_bytes) / activation_bytes_per_token(
+    return state_bytes_per_token(shape, element_bytes) / kept_bytes_per_token(
         shape, element_bytes, config.model.activation_checkpointing.value
     )
 
