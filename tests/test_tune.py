@@ -92,6 +92,7 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["tune.memory_gib=0.000001", PROFILE, SIZES], "no pair fits into 0.0 GiB: the smallest, chunk.size="),
         (["tune.chunk_sizes=[]", PROFILE], "tune.chunk_sizes is empty"),
         (["tune.ks=[0]", PROFILE], "tune.ks=[0] must be positive numbers"),
+        (["tune.network_gb_per_second=0", PROFILE], "tune.network_gb_per_second=0.0 must be above 0"),
         (["tune.device=h900"], "tune.device=h900: invalid value 'h900', expected one of"),
         (["data.path=", PROFILE], "data.path is not set"),
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
@@ -198,6 +199,27 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
     for row in found["layouts"]:
         same = [each["step_seconds"] for each in found["candidates"] if each["stages"] == row["stages"]]
         assert row["step_seconds"] == min(same)
+
+
+def test_the_cluster_that_is_described_is_the_one_that_is_planned_for() -> None:
+    """Slower links between nodes cost pipelines and gradients, slower ones within a node cost groups."""
+    words = [PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=8", "tune.pipelines=[1,4]",
+             "tune.sequences=[1,4]", "tune.cuts=[tokens]", "tune.k_per=[run]"]  # fmt: skip
+
+    def seconds(*described: str) -> dict[tuple[int, int], float]:
+        rows = tuned(*words, *described)["candidates"]
+        return {(row["sequence"], row["stages"]): row["step_seconds"] for row in rows}
+
+    sheet, network, node = (
+        seconds(),
+        seconds("tune.network_gb_per_second=0.01"),
+        seconds("tune.node_gb_per_second=0.01"),
+    )
+    assert all(network[layout] > sheet[layout] for layout in sheet), "gradients are reduced over all ranks"
+    assert {layout for layout in sheet if node[layout] > sheet[layout]} == {(4, 1)}
+    across = seconds("tune.gpus_per_node=2")
+    assert {layout for layout in sheet if across[layout] > sheet[layout]} == {(4, 1)}
+    assert seconds("tune.network_gb_per_second=50", "tune.node_gb_per_second=450") == sheet
 
 
 def test_the_file_names_the_stages_where_the_recipe_has_others() -> None:

@@ -147,7 +147,7 @@ class _Training:
         with working(self.console, "proving that this architecture trains exactly in chunks"):
             parity = guard(
                 self.hf_config, requested=model.attention, device=self.device, dtype=self.dtype,
-                activation_checkpointing=model.activation_checkpointing,
+                activation_checkpointing=model.activation_checkpointing, is_pipeline=self.topology.pipeline > 1,
             )  # fmt: skip
         self.console.print(
             f"Parity guard: chunked and whole-sequence gradients of a small {self.hf_config.model_type} agree to "

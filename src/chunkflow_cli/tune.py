@@ -38,6 +38,7 @@ from chunkflow_cli.run_data import (
     plan_run,
     planned_topology,
     state_weight,
+    with_links,
 )
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
@@ -193,7 +194,7 @@ def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, siz
         from chunkflow_cli.model import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
-        return Basis(cost_model(config, shape, device, hf_config), device, shape, None)
+        return Basis(cost_model(config, shape, device, hf_config), with_links(config, device), shape, None)
     path = calibration_path(config, hf_config, device)
     calibration = Calibration.load(path)
     if calibration is None:
