@@ -344,7 +344,7 @@ class TuneConfig:
     node_gb_per_second: float | None = None
     """Between two GPUs of a node, in one direction, in 10^9 bytes; null: by the device's data sheet."""
     network_gb_per_second: float | None = None
-    """Between nodes, each GPU's share, in one direction; pipelines and gradients are costed with it. null: 50; a100 25."""
+    """Between nodes, each GPU's share, in one direction; stages and gradients too. null: 50, of an A100 25."""
     chunk_sizes: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
     """Values of chunk.size that are tried."""
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
