@@ -110,13 +110,24 @@ RECOMPUTE_SHARE = {"none": 0.0, "selective": 0.0, "full": 1.0}
 chunkflow's runs element-wise operations again. Neither is charged here, in any column."""
 
 
-def memory_settings(run: RunPlan, checkpointing: str, longest: int) -> MemorySettings:
-    """Bfloat16 weights, AdamW, ZeRO-1 over the data-parallel ranks; a sample of the full length must fit."""
+def memory_settings(run: RunPlan, checkpointing: str) -> MemorySettings:
+    """Bfloat16 weights, AdamW, ZeRO-1 over the data-parallel ranks."""
     return MemorySettings(
         element_bytes=2, optimizer_states=2, zero_stage=1, data_parallel=run.ranks, offload="none",
-        checkpointing=checkpointing, chunk_size=run.chunk_size, k=run.k, longest=longest,
-        device_type="cuda", sequence=run.sequence,
+        checkpointing=checkpointing, chunk_size=run.chunk_size, device_type="cuda",
     )  # fmt: skip
+
+
+def tokens_held(run: RunPlan, longest: int, in_flight: int) -> tuple[int, float]:
+    """Tokens of a rank that hold activations, and that are in its state store; a sample of the full length must fit.
+
+    Args:
+        in_flight: chunks of the pipeline beside those K of the long sample; then a second long one has state, too.
+    """
+    size = run.spread_chunk_size
+    chunks = min(run.k, -(-longest // size)) + in_flight
+    stored = (longest - 1) // size * size / run.state_shares
+    return run.chunk_size * chunks, stored * (1 if run.pipeline is None else 2)
 
 
 def data(longest: int, *, one_long: bool) -> NDArray[np.int64]:
@@ -152,7 +163,7 @@ def baseline_seconds(shape: ModelShape, baseline: Baseline, lengths: NDArray[np.
 
 def optimizer_seconds(shape: ModelShape, baseline: Baseline) -> float:
     """No data parallelism: every GPU updates its part."""
-    one = MemorySettings(2, 2, 0, 1, "none", "none", 1, 1, 1, "cuda")
+    one = MemorySettings(2, 2, 0, 1, "none", "none", 1, "cuda")
     return step_seconds(shape, one, H100) / baseline.gpus
 
 
@@ -198,10 +209,10 @@ def papers_way(
 
 
 def tensor_memory(shape: ModelShape, run: RunPlan, checkpointing: str, baseline: Baseline, longest: int) -> int:
-    """TP divides all. The first stage holds up to K + P - 1 chunks and, of its layers, two long sequences' state."""
-    parts = memory_parts(shape, replace(memory_settings(run, checkpointing, longest), k=run.k + baseline.pipeline - 1))
-    state = parts.state * 2 if baseline.pipeline > 1 else parts.state
-    return (parts.device_total - parts.head - parts.state + state) // baseline.gpus + parts.head // baseline.tensor
+    """TP divides all, stages divide all but the head. The first stage has the most chunks in flight."""
+    live, stored = tokens_held(run, longest, baseline.pipeline - 1)
+    parts = memory_parts(shape, memory_settings(run, checkpointing), live=live, stored=stored)
+    return (parts.device_total - parts.head) // baseline.gpus + parts.head // baseline.tensor
 
 
 def ours(
@@ -233,25 +244,23 @@ def ours(
                                 lengths, costs, chunk_size=size, k=k, pipeline=pipeline, ranks=gpus // stages,
                                 sequence=group,
                             )  # fmt: skip
-                            settings = memory_settings(run, checkpointing, longest)
+                            settings = memory_settings(run, checkpointing)
                             run = with_step(run, shape, settings)
                             described = {"data": gpus // stages // group, "sequence": group, "pipeline": stages,
                                          "checkpointing": checkpointing}  # fmt: skip
-                            yield described, run, pipeline_memory(shape, run, settings)
+                            yield described, run, pipeline_memory(shape, run, settings, longest)
 
     return best_of(runs())
 
 
-def pipeline_memory(shape: ModelShape, run: RunPlan, settings: MemorySettings) -> int:
-    """Of the fullest stage, without simulating: stage s of P holds K + P - 1 - s chunks, and the state of two long
-    sequences."""
+def pipeline_memory(shape: ModelShape, run: RunPlan, settings: MemorySettings, longest: int) -> int:
+    """Of the fullest stage, without simulating: stage s of P has P - 1 - s chunks in flight."""
     stages = 1 if run.pipeline is None else run.pipeline.stages
     totals = []
     for stage in range(stages):
-        parts = memory_parts(
-            shape, replace(settings, k=settings.k + stages - 1 - stage), run.held_by(stage, shape.layers)
-        )
-        totals.append(parts.device_total + (parts.state if stages > 1 else 0))
+        live, stored = tokens_held(run, longest, stages - 1 - stage)
+        held = run.held_by(stage, shape.layers)
+        totals.append(memory_parts(shape, settings, held, live=live, stored=stored).device_total)
     return max(totals)
 
 

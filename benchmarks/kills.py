@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -114,8 +115,8 @@ def kill_one(words: list[str], folder: Path, generator: random.Random, seconds: 
         raise SystemExit(f"rank {rank}, killed while {place}: exit {run.returncode}\n{err}")
     if left := [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]:
         raise SystemExit(f"rank {rank}, killed while {place}: processes {left} are left behind")
-    return "an operation of a step" if place[:1] in "SFBR" and place[1:2] in "0123456789-" else place, \
-        time.monotonic() - killed  # fmt: skip
+    is_operation = re.fullmatch(r"[SFRB](\d+|-).*", place) is not None
+    return "an operation of a step" if is_operation else place, time.monotonic() - killed
 
 
 def children(launcher: int) -> dict[int, int]:

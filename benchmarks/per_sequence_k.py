@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.balance import balance, rank_loads
 from chunkflow_cli.costs import DEVICES, CostModel, ModelShape
-from chunkflow_cli.memory import activation_bytes_per_token, state_bytes_per_token
+from chunkflow_cli.memory import kept_bytes_per_token, state_bytes_per_token
 from common import emit, median, say
 from longtail import long_tailed_lengths
 
@@ -73,7 +73,7 @@ def compare(lengths: NDArray[np.int64], checkpointing: str, ranks: int, memory_b
         None where not even the smallest chunk fits beside the state of the longest sample.
     """
     costs = CostModel.profile(QWEN_7B, DEVICES["h100"], checkpointed=checkpointing != "none")
-    a_token, longest = activation_bytes_per_token(QWEN_7B, 2, checkpointing), int(lengths.max())
+    a_token, longest = kept_bytes_per_token(QWEN_7B, 2, checkpointing), int(lengths.max())
 
     def state(lengths: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         return (lengths - 1) // size * size * state_bytes_per_token(QWEN_7B, 2)

@@ -68,7 +68,7 @@ def error_then_slow_end(folder: Path) -> None:
 
 def error_that_never_ends(folder: Path) -> None:
     """Rank 1 fails and then hangs in tearing down its connections; the others wait for it."""
-    worker.heartbeat().at(3, "B5")
+    worker.heartbeat(folder).at(3, "B5")
     if RANK == 1:
         try:
             with failures_recorded():
@@ -93,7 +93,7 @@ def killed(folder: Path) -> None:
 
 def crash(folder: Path) -> None:
     """Rank 1 reads where nothing is; the others hang, as NCCL does."""
-    worker.heartbeat().at(3, "B5")
+    worker.heartbeat(folder).at(3, "B5")
     if RANK == 1:
         ctypes.string_at(0)
     time.sleep(60)
@@ -126,7 +126,7 @@ def sleeping(folder: Path) -> None:
     """Whatever happens."""
     (folder / f"pid-{RANK}").write_text(str(os.getpid()))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    worker.heartbeat().at(2, "saving a checkpoint")
+    worker.heartbeat(folder).at(2, "saving a checkpoint")
     time.sleep(60)
 
 
@@ -146,7 +146,7 @@ def stopping(folder: Path) -> None:
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     (folder / f"pid-{RANK}").write_text(str(os.getpid()))
-    beat = worker.heartbeat()
+    beat = worker.heartbeat(folder)
     operation = 0
     while not signals and operation < 6000:
         operation += 1
@@ -167,7 +167,7 @@ def stopping_and_aborting(folder: Path) -> None:
 
 
 def hanging(folder: Path) -> None:
-    beat = worker.heartbeat()
+    beat = worker.heartbeat(folder)
     beat.at(3, "F5")
     if RANK == 1:
         beat.at(3, "B5")
@@ -176,7 +176,7 @@ def hanging(folder: Path) -> None:
 
 def one_moves(folder: Path) -> None:
     """Rank 0 waits for rank 1, which works: no hang."""
-    beat = worker.heartbeat()
+    beat = worker.heartbeat(folder)
     beat.at(1, "optimizer step")
     for operation in range(60 if RANK == 1 else 1):
         beat.at(1, f"B{operation}")

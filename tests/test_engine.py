@@ -23,9 +23,10 @@ from chunkflow_cli.engine import Engine, EngineSettings
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(64, 64))
+        self.weight = torch.nn.Parameter(torch.zeros(64, 64))  # float32, as some models keep some of theirs
+        self.other = torch.nn.Parameter(torch.zeros(64, 64, dtype=getattr(torch, sys.argv[2])))
     def forward(self, factor):
-        return (self.weight.float() * factor).sum()
+        return (self.weight.float() * factor).sum() + 0 * self.other.float().sum()
 
 stage, dtype = int(sys.argv[1]), Dtype(sys.argv[2])
 model = Model()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from chunkflow_cli.chunks import build_chunks
 from chunkflow_cli.config import ActivationCheckpointing, Attention, LoraConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution import attention, parity
+from chunkflow_cli.execution import attention, parity, stages
 from chunkflow_cli.execution import runner as runner_module
 from chunkflow_cli.execution.attention import ChunkAttentionContext
 from chunkflow_cli.execution.backend_choice import choose_backend
@@ -694,6 +694,30 @@ def test_guard_checks_the_kernel_in_the_dtype_of_the_run(
     guarded(tiny_config("llama"), dtype=torch.float32)
     with pytest.raises(UsageError, match=r"model\.attention=cpu computes wrongly on this device"):
         guarded(tiny_config("llama"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "granite", "qwen3_moe"])
+@pytest.mark.parametrize("checkpointing", [ActivationCheckpointing.none, ActivationCheckpointing.full])
+def test_guard_goes_through_the_stages_of_a_pipeline(
+    tiny_config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    checkpointing: ActivationCheckpointing,
+) -> None:
+    """A model that is exact as a whole may do something between its layers that a cut loses; tied weights add up."""
+    config = tiny_config(model_type, tie_word_embeddings=True)
+    assert guarded(config, is_pipeline=True, activation_checkpointing=checkpointing).passed
+    monkeypatch.setattr(stages._Entry, "forward", lambda self, *_, **__: 1.01 * self.received)
+    guarded(config)
+    with pytest.raises(UsageError, match="exactly in chunks through the stages of a pipeline"):
+        guarded(config, is_pipeline=True)
+
+
+def test_guard_names_what_cannot_be_cut(tiny_config: Callable[..., Any]) -> None:
+    with pytest.raises(
+        UsageError, match=r"cannot be trained in chunks through the stages of a pipeline(.|\n)*cut into"
+    ):
+        guarded(tiny_config("gpt2"), is_pipeline=True)
 
 
 ROPES: dict[str, dict[str, Any]] = {

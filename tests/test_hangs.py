@@ -9,7 +9,7 @@ in every pass through the model; Ulysses exchanges in every operation on a sprea
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.batches import GlobalBatches
+from chunkflow_cli.costs import CostModel, OperationCost
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.schedule import DUMMY, Layout, Op, OpKind, Schedule, validate, validate_lockstep
@@ -122,7 +123,7 @@ def _pass(op: Op) -> str:
 def _received(op: Op, stage: int, stages: list[int]) -> list[Event]:
     if stage > 0 and op.kind in (OpKind.forward, OpKind.state_pass):
         return [Receive(stages[stage - 1], ("activations", chunk)) for chunk in op.chunks]
-    if stage < len(stages) - 1 and op.kind is OpKind.backward:
+    if stage < len(stages) - 1 and op.kind in (OpKind.backward, OpKind.input_gradient):
         return [Receive(stages[stage + 1], ("gradient", chunk)) for chunk in op.chunks]
     return []
 
@@ -130,7 +131,7 @@ def _received(op: Op, stage: int, stages: list[int]) -> list[Event]:
 def _sent(op: Op, stage: int, stages: list[int]) -> list[Event]:
     if stage < len(stages) - 1 and op.kind in (OpKind.forward, OpKind.state_pass):
         return [Send(stages[stage + 1], ("activations", chunk)) for chunk in op.chunks]
-    if stage > 0 and op.kind is OpKind.backward:
+    if stage > 0 and op.kind in (OpKind.backward, OpKind.input_gradient):
         return [Send(stages[stage - 1], ("gradient", chunk)) for chunk in op.chunks]
     return []
 
@@ -148,12 +149,15 @@ LENGTHS = st.lists(st.one_of(st.integers(1, 12), st.integers(13, 90)), min_size=
     stages=st.sampled_from([1, 1, 2, 3, 4]),
     fill_tails=st.booleans(),
     spread_all=st.booleans(),
-    schedule=st.sampled_from(["1f1b", "state_aware_1f1b"]),
+    schedule=st.sampled_from(["1f1b", "state_aware_1f1b", "zero_bubble"]),
+    warmup_extra=st.integers(0, 2),
+    equal_time=st.booleans(),
+    state_weight=st.sampled_from([0.0, 0.4]),
 )
 @settings(max_examples=300)
 def test_no_order_of_lengths_hangs(
     lengths: list[int], chunk_size: int, k: int, zero_stage: int, data: int, sequence: int, stages: int,
-    fill_tails: bool, spread_all: bool, schedule: str,
+    fill_tails: bool, spread_all: bool, schedule: str, warmup_extra: int, equal_time: bool, state_weight: float,
 ) -> None:  # fmt: skip
     """Any lengths, any layout: every event of every process comes to its end."""
     if stages > 1:
@@ -167,8 +171,11 @@ def test_no_order_of_lengths_hangs(
         chunk_size=chunk_size,
         k=k,
         fill_tails=fill_tails,
+        equal_time=equal_time,
+        state_weight=state_weight if stages == 1 and zero_stage < 3 else 0.0,
+        costs=replace(CostModel.proportional(), forward=OperationCost(0, 1, 0.1), backward=OperationCost(0, 2, 0.2)),
         layout=Layout(join_retained=zero_stage == 3, lockstep=zero_stage == 3),
-        pipeline=None if stages == 1 else PipelineLayout(stages, schedule),
+        pipeline=None if stages == 1 else PipelineLayout(stages, schedule, warmup_extra),
         ranks=topology.replicas,
         sequence=sequence,
         spread_all=spread_all and sequence > 1,
@@ -177,7 +184,9 @@ def test_no_order_of_lengths_hangs(
         run_to_end(events_of(plan, step, topology, zero_stage))
         for rank in plan[step].ranks:
             if stages == 1 and len(rank.chunks):
-                validate(rank.schedule, rank.chunks, k)
+                together = plan.k_of(rank.chunks.lengths, spread=sequence > 1)
+                alone = plan.k_of(rank.chunks.lengths)
+                validate(rank.schedule, rank.chunks, np.maximum(together, alone) * np.ones(len(rank.samples), np.int64))
         if zero_stage == 3:
             validate_lockstep([rank.schedule for rank in plan[step].ranks])
 

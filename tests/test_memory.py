@@ -32,9 +32,10 @@ from chunkflow_cli.memory import (
     TILES_ALIVE,
     MemoryParts,
     MemorySettings,
-    activation_bytes_per_token,
+    kept_bytes_per_token,
     live_tokens,
     memory_parts,
+    rerun_bytes_per_token,
     state_bytes,
     step_seconds,
 )
@@ -88,7 +89,7 @@ def test_activation_bytes_against_the_probe(
 ) -> None:
     """Memory is what the chunk size is chosen by. 1 to 5 % too few here: the final norm and the rotary angles."""
     model = tiny_model(kind, dtype=dtype, **{**NARROW, **settings})
-    predicted = activation_bytes_per_token(model_shape(model), dtype.itemsize, "none")
+    predicted = kept_bytes_per_token(model_shape(model), dtype.itemsize, "none")
     assert 0.95 <= predicted / measured_activation_bytes(*chunk_call(model)) <= 1.0
 
 
@@ -129,10 +130,11 @@ def test_activation_bytes_of_checkpointed_layers(mode: str, dtype: torch.dtype, 
         return bytes_kept_by_forward(*chunk_call(model))
 
     shapes = [model_shape(tiny_model("llama", **{**NARROW, "num_hidden_layers": layers})) for layers in (2, 6)]
-    two, six = (activation_bytes_per_token(shape, dtype.itemsize, mode) for shape in shapes)
+    two, six = (kept_bytes_per_token(shape, dtype.itemsize, mode) for shape in shapes)
     assert (six - two) / 4 == pytest.approx((kept(6) - kept(2)) / 4, rel=0.02)
-    one_layer = activation_bytes_per_token(dataclasses.replace(shapes[0], layers=1), dtype.itemsize, "none")
-    assert two - 2 * (six - two) / 4 == pytest.approx(one_layer)
+    assert 3 * two == pytest.approx(six), "the layer that runs again is not kept"
+    one_layer = kept_bytes_per_token(dataclasses.replace(shapes[0], layers=1), dtype.itemsize, "none")
+    assert rerun_bytes_per_token(shapes[1], dtype.itemsize, mode) == pytest.approx(one_layer)
 
 
 def bytes_kept_by_forward(model: ChunkModel, call: ChunkCall) -> float:
@@ -190,7 +192,7 @@ def test_the_256k_tokens_of_the_design() -> None:
 
 BASE = MemorySettings(
     element_bytes=2, optimizer_states=2, zero_stage=0, data_parallel=4, offload="none", checkpointing="none",
-    chunk_size=16, k=2, longest=40, device_type="cpu",
+    chunk_size=16, device_type="cpu",
 )  # fmt: skip
 # Of SHAPE: a layer keeps two norms (4 x 8 + 2 x 2 x 8), attention 2 x (2 x 8 + 2 x 4) + 4 x 4 and 4 x 2 x 20.
 LAYER = 2 * (32 + 32) + 64 + 160
@@ -218,16 +220,14 @@ STATE = 32 * 2 * 3 * 2 * 2 * (2 + 4)
             {"element_bytes": 4},
             MemoryParts(10000, 10000, 30000, 2 * 16 * 3 * (2 * 96 + 112 + 320), HEAD, STATE // 6 * 8, 0),
         ),
-        # A sample that fits in a chunk has one chunk alive, however large K is, and no state.
-        ({"longest": 9}, MemoryParts(5000, 15000, 30000, 9 * 3 * LAYER, HEAD, 0, 0)),
-        ({"k": 50}, MemoryParts(5000, 15000, 30000, 3 * 16 * 3 * LAYER, HEAD, STATE, 0)),
-        ({"checkpointing": "full"}, MemoryParts(5000, 15000, 30000, 32 * (3 * 16 + LAYER), HEAD, STATE, 0)),
+        # Of checkpointed layers all keep their inputs, for 32 tokens; one runs again, for the 16 of a chunk.
+        ({"checkpointing": "full"}, MemoryParts(5000, 15000, 30000, 32 * 3 * 16 + 16 * LAYER, HEAD, STATE, 0)),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) or "zero 0" if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_memory_by_hand(settings: dict[str, Any], expected: MemoryParts) -> None:
     """2500 weights on four ranks: what each ZeRO stage divides, and what offloading moves to the host."""
-    found = memory_parts(SHAPE, dataclasses.replace(BASE, **settings))
+    found = memory_parts(SHAPE, dataclasses.replace(BASE, **settings), live=32, stored=32)
     assert found == expected
     assert found.device_total == sum(dataclasses.astuple(expected)[:-1])
 
@@ -244,7 +244,7 @@ def test_the_tile_of_the_head_is_the_one_that_the_loss_makes() -> None:
     """Two constants, one fact: planning imports no torch, so it cannot read the other."""
     assert HEAD_TILE_BYTES == TILE_BYTES
     large = dataclasses.replace(SHAPE, vocab_size=150_000)
-    found = memory_parts(large, dataclasses.replace(BASE, chunk_size=8192, longest=100_000))
+    found = memory_parts(large, dataclasses.replace(BASE, chunk_size=8192))
     assert found.head == TILES_ALIVE * 64 * 2**20 + large.head_parameters * 4
 
 
@@ -280,13 +280,70 @@ def test_live_tokens_by_hand() -> None:
     assert live_tokens(lengths, 10, 8, 99, fill_tails=True).tolist() == [30, 10, 10]
 
 
-def test_memory_of_a_sequence_parallel_rank_by_hand() -> None:
-    """Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks; of their state, one head each."""
-    found = memory_parts(SHAPE, dataclasses.replace(BASE, sequence=2))
-    assert (found.activations, found.state) == (ACTIVATIONS, STATE // 2)
-    shallow = memory_parts(SHAPE, dataclasses.replace(BASE, sequence=4))  # one chunk, and it has no state
-    assert (shallow.activations, shallow.state) == (ACTIVATIONS // 2, 0)
-    assert found.weights == memory_parts(SHAPE, BASE).weights
+def fullest(lengths: list[int], **options: Any) -> MemoryParts:
+    """Of the run that plans these samples in one step, in chunks of 16; without a pipeline."""
+    sizes = np.array(lengths)
+    costs = dataclasses.replace(CostModel.proportional(), shape=SHAPE)
+    settings = {"chunk_size": 16, "k": 1, "costs": costs, **options}
+    run = RunPlan(GlobalBatches(len(sizes), len(sizes), 0, False), 1, sizes, sizes, **settings)
+    return memory_of_fullest(SHAPE, BASE, run, [])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "live", "stored"),
+    [
+        ([40], {"k": 2}, 16 + 8, 32),
+        ([40, 9], {"k": 2}, 16 + 16, 32),  # the tail of the long one has room for the short one
+        ([40, 9], {"k": 2, "fill_tails": False}, 16 + 8, 32),
+        ([9], {"k": 50}, 9, 0),
+        ([9, 5, 2], {"k": 2}, 16, 0),  # short ones share a chunk: what is longest says nothing of that
+        ([40], {"k": 50}, 40, 32),
+        ([40], {"equal_time": True}, 16, 40),  # the last piece is the smallest: nearly all tokens are stored
+        # Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks; of their state, one head each.
+        ([40], {"k": 2, "ranks": 2, "sequence": 2}, 20, 16),
+        ([40], {"k": 2, "ranks": 4, "sequence": 4}, 10, 0),
+        ([40, 20], {"ranks": 2, "sequence": 2}, 16, 16),  # a rank alone runs 20 tokens in two chunks
+    ],
+)  # fmt: skip
+def test_memory_of_the_fullest_rank_by_hand(
+    lengths: list[int], options: dict[str, Any], live: int, stored: int
+) -> None:
+    assert fullest(lengths, **options) == memory_parts(SHAPE, BASE, live=live, stored=stored)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=12),
+    k=st.integers(1, 4),
+    options=st.fixed_dictionaries({"fill_tails": st.booleans(), "equal_time": st.booleans(), "state_weight": st.sampled_from([0.0, 0.3])}),
+    groups=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 4)]),
+    batch=st.integers(1, 6),
+)  # fmt: skip
+def test_no_planned_step_holds_more_than_is_said_to_be_the_most(
+    lengths: list[int], k: int, options: dict[str, Any], groups: tuple[int, int], batch: int
+) -> None:
+    """Replayed operation by operation, with the weights of both kinds of tokens drawn by the shape: a run that is said
+    to fit must fit in each of its steps, on each rank."""
+    sizes = np.array(lengths)
+    costs = CostModel.profile(SHAPE, DEVICES["h100"], checkpointed=False)
+    ranks, sequence = groups
+    run = RunPlan(
+        GlobalBatches(len(sizes), batch, 0, True), -(-len(sizes) // batch), sizes, sizes, chunk_size=16, k=k,
+        costs=costs, ranks=ranks, sequence=sequence, **options,
+    )  # fmt: skip
+    limit = memory_of_fullest(SHAPE, BASE, run, [])
+    for step in run:
+        for rank in step.ranks:
+            live: dict[int, float] = {}
+            for op in rank.schedule.ops:
+                for chunk in op.real_chunks:
+                    spread = chunk in rank.spread
+                    if op.kind.value in "FR":
+                        live[chunk] = rank.chunks[chunk].tokens / (sequence if spread else 1)
+                    elif op.kind.value == "B":
+                        del live[chunk]
+                    stored = rank.chunks[chunk].segments[0].start / (min(sequence, SHAPE.kv_heads) if spread else 1)
+                    held = memory_parts(SHAPE, BASE, live=sum(live.values()), stored=stored)
+                    assert held.device_total <= limit.device_total
 
 
 def test_peak_of_a_pipeline_by_hand() -> None:
@@ -303,10 +360,10 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     run = RunPlan(GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=4, k=1, pipeline=PipelineLayout(2))
     settings = MemorySettings(
         element_bytes=2, optimizer_states=2, zero_stage=0, data_parallel=1, offload="none", checkpointing="none",
-        chunk_size=4, k=1, longest=10, device_type="cuda",
+        chunk_size=4, device_type="cuda",
     )  # fmt: skip
     parts = memory_of_fullest(shape, settings, run, [SimulatedStep(run, run[0])])
-    a_token = activation_bytes_per_token(shape, 2, "none")
+    a_token = kept_bytes_per_token(shape, 2, "none")
     assert parts.activations == 4 * a_token / 2
     assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2
     assert parts.weights == 1000 * 2, "half of the layers, and the embedding or the head"
@@ -332,7 +389,7 @@ def test_weights_of_stages_by_hand() -> None:
     assert tied.parameters_of([FIRST, LAST]) == 7000
     adapters = dataclasses.replace(WIDE, parameters=13050, trainable_parameters=50)
     assert [adapters.trainable_parameters_of([part]) for part in (FIRST, MIDDLE, LAST)] == [20, 20, 10]
-    first, middle, last = (memory_parts(WIDE, BASE, [part]) for part in (FIRST, MIDDLE, LAST))
+    first, middle, last = (memory_parts(WIDE, BASE, [part], live=32, stored=32) for part in (FIRST, MIDDLE, LAST))
     assert (first.weights, middle.optimizer, last.gradients) == (6000 * 2, 2000 * 12, 5000 * (4 + 2))
     assert (first.head, middle.head, last.head) == (0, 0, TILES_ALIVE * 16 * 500 * 4 + 4 * 4000)
     assert [part.activations for part in (first, middle, last)] == [2 * 16 * layers * LAYER for layers in (2, 2, 1)]
@@ -367,7 +424,7 @@ def test_the_fullest_stage_is_found_where_layers_do_not_divide() -> None:
         GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=16, k=1, pipeline=PipelineLayout(2), costs=costs
     )
     assert [part.layers for part in run.stage_layers(5)] == [4, 1]
-    settings = dataclasses.replace(BASE, data_parallel=1, k=1, longest=10)
+    settings = dataclasses.replace(BASE, data_parallel=1)
     parts = memory_of_fullest(shape, settings, run, [SimulatedStep(run, run[0])])
     assert (parts.weights, parts.optimizer, parts.head) == (2 * 48000, 12 * 48000, 0)
     assert parts.activations == 10 * 4 * LAYER

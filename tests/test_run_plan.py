@@ -129,6 +129,10 @@ def test_with_a_k_for_each_sequence_none_takes_more_than_the_longest(
     size, longest = 32 * sequence, max(lengths)
     stored = longest if equal_time else (longest - 1) // size * size
     most = 32 * min(k, -(-longest // size)) + weight * stored / shares
+    alike = run_of(lengths, ranks=ranks, sequence=sequence, k=k, equal_time=equal_time, costs=costs)
+    if ranks == 1:  # of several, other ones may have them
+        assert run[0].recomputed_chunks <= alike[0].recomputed_chunks
+    assert (np.asarray(run.k_of(run.lengths)) >= alike.k).all()
     for rank in run[0].ranks:
         live: dict[int, float] = {}
         for op in rank.schedule.ops:

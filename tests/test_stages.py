@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chunkflow_cli.chunks import build_chunks
 from chunkflow_cli.config import LoraConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution import attention
 from chunkflow_cli.execution.backends import CpuBackend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel
+from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch
-from chunkflow_cli.execution.stages import StageModel
+from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.model import add_lora
 from chunkflow_cli.schedule import plan
 from chunkflow_cli.stage_cut import StageLayers, cut_layers, layer_shares
@@ -71,20 +71,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class Chain(nn.Module):
-    """All stages in one process; autograd goes through them as messages would."""
-
-    def __init__(self, stages: list[StageModel]) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(stages)
-
-    def forward(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor | None:
-        hidden: Tensor | None = None
-        for stage in self.stages:
-            hidden = stage(call, hidden, state_pass=state_pass)
-        return hidden
-
-
 def gradients(module: nn.Module, k: int) -> float:
     """Runs one step on LENGTHS in chunks; gradients stay in the parameters."""
     sequences = random_sequences(LENGTHS, 96, seed=3)
@@ -97,18 +83,6 @@ def staged(model: Any, bounds: list[int]) -> list[StageModel]:
     stages = len(bounds) - 1
     cut = [StageLayers(stage, stages, bounds[stage], bounds[stage + 1]) for stage in range(stages)]
     return [StageModel(copy.deepcopy(model), CpuBackend(), layers) for layers in cut]
-
-
-def gradients_by_name(stages: list[StageModel]) -> dict[str, Tensor]:
-    """Under the names of the whole model; those of a weight that two stages hold are added."""
-    sums: dict[str, Tensor] = {}
-    for stage in stages:
-        for own, parameter in stage.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None, own
-                name = stage.hf_parameter_names[own]
-                sums[name] = sums[name] + parameter.grad if name in sums else parameter.grad
-    return sums
 
 
 def prepared(tiny_model: Callable[..., Any], name: str, *, lora: bool = False) -> Any:
@@ -136,8 +110,9 @@ def test_chained_stages_are_the_whole_model(
     stages = staged(model, bounds)
     loss = gradients(ChunkModel(model, CpuBackend()), k)
     whole = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    chained = gradients(Chain(stages), k)
-    cut = gradients_by_name(stages)
+    chain = StageChain(stages)
+    chained = gradients(chain, k)
+    cut = chain.gradients()
     assert chained == pytest.approx(loss, rel=1e-6)
     assert set(cut) == set(whole)
     for parameter, gradient in whole.items():

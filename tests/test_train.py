@@ -21,6 +21,7 @@ from chunkflow_cli.config import LossWeighting, load
 from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.run_data import target_weights
 from chunkflow_cli.run_plan import RunPlan
+from ranks import run_ranks
 
 TINY = (
     "model.init=random",
@@ -115,48 +116,70 @@ def relative_difference(folder: Path, expected: dict[str, torch.Tensor]) -> floa
     return difference / sum(float(expected[name].norm()) ** 2 for name in mine) ** 0.5
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("chunk.size=64", "chunk.k=1"),
-        ("chunk.size=64", "chunk.k=2"),
-        ("chunk.size=64", "chunk.k=8"),
-        ("chunk.size=128", "chunk.k=1"),
-        ("chunk.size=128", "chunk.k=2", "chunk.fill_tails=false"),
-        ("chunk.size=4096", "chunk.k=1"),
-        ("chunk.size=64", "chunk.k=2", "engine.zero_stage=3"),
-        ("chunk.size=77", "chunk.k=1", "engine.zero_stage=0", "model.activation_checkpointing=full"),
-        ("chunk.size=64", "chunk.k=2", "engine.zero_stage=2", "model.activation_checkpointing=selective"),
-        ("chunk.size=50", "chunk.k=2", "train.loss_weighting=sequence"),
-        ("chunk.size=64", "chunk.k=2", "chunk.cuts=time"),
-        ("chunk.size=20", "chunk.k=1", "chunk.k_per=sequence", "model.activation_checkpointing=full"),
-    ],
-    ids=lambda words: " ".join(words),
-)
+ONE_STEP = [
+    ("chunk.size=64", "chunk.k=1"),
+    ("chunk.size=64", "chunk.k=2"),
+    ("chunk.size=64", "chunk.k=8"),
+    ("chunk.size=128", "chunk.k=1"),
+    ("chunk.size=128", "chunk.k=2", "chunk.fill_tails=false"),
+    ("chunk.size=4096", "chunk.k=1"),
+    ("chunk.size=64", "chunk.k=2", "engine.zero_stage=3"),
+    ("chunk.size=77", "chunk.k=1", "engine.zero_stage=0", "model.activation_checkpointing=full"),
+    ("chunk.size=64", "chunk.k=2", "engine.zero_stage=2", "model.activation_checkpointing=selective"),
+    ("chunk.size=50", "chunk.k=2", "train.loss_weighting=sequence"),
+    ("chunk.size=64", "chunk.k=2", "chunk.cuts=time"),
+    ("chunk.size=20", "chunk.k=1", "chunk.k_per=sequence", "model.activation_checkpointing=full"),
+]
+HEAD_APART = [("chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}") for stage in (1, 3)]
+
+
+def run_all(runs: list[tuple[str, ...]]) -> None:
+    """In a process of its own: one training after the other. To start a process for each takes longer than to train."""
+    from chunkflow_cli import train as training
+
+    training.close_process_group = lambda: None  # the next run needs it
+    for words in runs:
+        training.run(load(list(words)), json_output=True)
+
+
+@pytest.fixture(scope="module")
+def one_step(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Run folders: of ONE_STEP by their words, of HEAD_APART with "untied" before them."""
+    folder = tmp_path_factory.mktemp("one_step")
+    untied = make_model(folder / "untied", is_tied=False)
+    runs, folders = [], {}
+    for key, model, words in [
+        *((words, model_folder, words) for words in ONE_STEP),
+        *((("untied", *words), untied, words) for words in HEAD_APART),
+    ]:
+        folders[key] = folder / f"run-{len(runs)}"
+        runs.append((*TINY, *SGD, f"model.path={model}", f"data.path={data_file}", f"data.cache_dir={folder}",
+                     "train.global_batch_size=12", f"train.output_dir={folders[key]}", *words))  # fmt: skip
+    run_ranks(1, "test_train:run_all", runs)
+    return folders
+
+
+@pytest.mark.parametrize("words", ONE_STEP, ids=" ".join)
 def test_one_step_equals_a_plain_hugging_face_loop(
-    words: tuple[str, ...], model_folder: Path, data_file: Path, plain_weights: dict[str, Any], tmp_path: Path
+    words: tuple[str, ...], one_step: dict[Any, Path], plain_weights: dict[str, Any]
 ) -> None:
     """Packing, chunk size, K, layout and checkpointing must not change what is learnt."""
-    train(*TINY, *SGD, f"model.path={model_folder}", f"data.path={data_file}", "train.global_batch_size=12",
-          "train.output_dir=run", *words, cwd=tmp_path)  # fmt: skip
     weighting = "sequence" if "train.loss_weighting=sequence" in words else "token"
-    assert relative_difference(tmp_path / "run", plain_weights[weighting]) <= 1e-6
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert relative_difference(one_step[words], plain_weights[weighting]) <= 1e-6
+    report = json.loads((one_step[words] / "report.json").read_text())
     assert report["target_tokens_trained"] == report["target_tokens_planned"] > 0
     assert report["samples_trained"] == report["samples_read"] == 12
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("words", HEAD_APART, ids=" ".join)
 def test_a_head_of_its_own_is_trained_just_as_exactly(
-    stage: int, data_file: Path, samples: list[dict[str, list[int]]], tmp_path: Path
+    words: tuple[str, ...], one_step: dict[Any, Path], samples: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:
     """A tied head's gradient has a second way, through the embedding; an untied one has only the loss's."""
-    folder = make_model(tmp_path / "model", is_tied=False)
-    train(*TINY, *SGD, f"model.path={folder}", f"data.path={data_file}", "train.global_batch_size=12",
-          "train.output_dir=run", "chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}", cwd=tmp_path)  # fmt: skip
-    expected = plain_step(folder, samples, "token")
-    assert "lm_head.weight" in load_file(tmp_path / "run" / "final" / "model.safetensors")
-    assert relative_difference(tmp_path / "run", expected) <= 1e-6
+    expected = plain_step(make_model(tmp_path / "model", is_tied=False), samples, "token")
+    run = one_step["untied", *words]
+    assert "lm_head.weight" in load_file(run / "final" / "model.safetensors")
+    assert relative_difference(run, expected) <= 1e-6
 
 
 def test_the_oracle_would_notice_a_lost_target(plain_weights: dict[str, Any]) -> None:

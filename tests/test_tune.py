@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["tune.memory_gib=0.000001", PROFILE, SIZES], "no pair fits into 0.0 GiB: the smallest, chunk.size="),
         (["tune.chunk_sizes=[]", PROFILE], "tune.chunk_sizes is empty"),
         (["tune.ks=[0]", PROFILE], "tune.ks=[0] must be positive numbers"),
+        (["tune.network_gb_per_second=0", PROFILE], "tune.network_gb_per_second=0.0 must be above 0"),
         (["tune.device=h900"], "tune.device=h900: invalid value 'h900', expected one of"),
         (["data.path=", PROFILE], "data.path is not set"),
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
@@ -163,10 +166,15 @@ def test_a_k_for_each_sample_is_weighed_and_the_file_names_it() -> None:
     assert "ne K for all samples would take" in found["explanation"]
     written = read_overrides(found["overrides_file"])
     assert "chunk.k_per=sequence" in written
-    plan = CliRunner().invoke(app, ["plan", "recipe=tiny_random", *words, PROFILE, *written, "--json"])
+    plan_words = ["plan", "recipe=tiny_random", *words, PROFILE]
+    plan = CliRunner().invoke(app, [*plan_words, *written, "--json"])
     assert json.loads(plan.stdout)["recompute_share"] == of_each["recompute_share"]
     assert [row["k_per"] for row in tuned(PROFILE, *words, "tune.k_per=[]")["candidates"]] == ["run"]
     assert [row["k_per"] for row in tuned(PROFILE, *words, "engine.zero_stage=3")["candidates"]] == ["run"]
+    groups = tuned(PROFILE, *words, "launch.processes=2", "parallel.sequence=2", "tune.chunk_sizes=[128]")
+    shares = {row["k_per"]: row["recompute_share"] for row in groups["candidates"]}
+    assert shares["sequence"] < shares["run"], "what a group runs together counts, not what each sample would alone"
+    assert "chunk.k=2 chunk.k_per=sequence" in CliRunner().invoke(app, [*plan_words, *written]).stdout
     screen = invoke(PROFILE, *words).stdout
     assert "chunk.size=64 chunk.k=2 chunk.k_per=sequence" in screen
     assert max(len(line) for line in screen.splitlines() if not line.startswith("Train with it")) <= 80
@@ -191,6 +199,27 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
     for row in found["layouts"]:
         same = [each["step_seconds"] for each in found["candidates"] if each["stages"] == row["stages"]]
         assert row["step_seconds"] == min(same)
+
+
+def test_the_cluster_that_is_described_is_the_one_that_is_planned_for() -> None:
+    """Slower links between nodes cost pipelines and gradients, slower ones within a node cost groups."""
+    words = [PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=8", "tune.pipelines=[1,4]",
+             "tune.sequences=[1,4]", "tune.cuts=[tokens]", "tune.k_per=[run]"]  # fmt: skip
+
+    def seconds(*described: str) -> dict[tuple[int, int], float]:
+        rows = tuned(*words, *described)["candidates"]
+        return {(row["sequence"], row["stages"]): row["step_seconds"] for row in rows}
+
+    sheet, network, node = (
+        seconds(),
+        seconds("tune.network_gb_per_second=0.01"),
+        seconds("tune.node_gb_per_second=0.01"),
+    )
+    assert all(network[layout] > sheet[layout] for layout in sheet), "gradients are reduced over all ranks"
+    assert {layout for layout in sheet if node[layout] > sheet[layout]} == {(4, 1)}
+    across = seconds("tune.gpus_per_node=2")
+    assert {layout for layout in sheet if across[layout] > sheet[layout]} == {(4, 1)}
+    assert seconds("tune.network_gb_per_second=50", "tune.node_gb_per_second=450") == sheet
 
 
 def test_the_file_names_the_stages_where_the_recipe_has_others() -> None:
@@ -268,8 +297,10 @@ def test_what_a_whole_run_holds_is_what_its_schedules_hold(
     assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
 
 
-def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
-    """Real operations of the real model, in processes of their own; the second search finds the calibration."""
+def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real operations of the real model, in processes of their own; the second search finds the calibration, and so do
+    the ranks of a run, which have fewer threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = [SIZES, "tune.ks=[1,2]", "tune.measure=2", "data.num_workers=1"]
     plan = ["plan", "recipe=tiny_random", "data.num_workers=1", "plan.cost_model=measured", "--json"]
     refused = CliRunner().invoke(app, plan)
@@ -288,6 +319,9 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step() -> None:
     assert predicted == [row["step_seconds"] for row in first["candidates"]]
     costs = json.loads(CliRunner().invoke(app, plan).stdout)["cost_model"]
     assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
+    train = ["train", *plan[1:-1], "launch.processes=2", "train.steps=1", "train.guard=false", "train.output_dir=run"]
+    ranks = subprocess.run([sys.executable, "-m", "chunkflow_cli", *train], capture_output=True, text=True, check=False)
+    assert ranks.returncode == 0, ranks.stderr
     other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
     assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"
 

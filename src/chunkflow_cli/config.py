@@ -209,8 +209,8 @@ class ChunkConfig:
     k: int = 1
     """How many chunks of a long sequence keep their activations; the others are forwarded twice."""
     k_per: KPer = KPer.run
-    """`run`: every long sample keeps K chunks. `sequence`: only the longest does; the state that others do not have
-    leaves room for more of theirs, up to the same memory, so fewer are forwarded twice."""
+    """`run`: every long sample keeps K chunks. `sequence`: the longest does; the state that others do not have leaves
+    room for more of theirs, up to what the longest takes with K full chunks, so fewer are forwarded twice."""
     fill_tails: bool = True
     """Fill the last chunk of a long sequence with short sequences."""
     cuts: Cuts = Cuts.tokens
@@ -339,6 +339,12 @@ class TuneConfig:
     """What is planned for; `measured` is the device of this machine."""
     memory_gib: float | None = None
     """Memory of a rank's device; null is all that the device has, less a twentieth that allocators waste."""
+    gpus_per_node: int = 8
+    """Of the cluster that is planned for: exchanges of a sequence-parallel group within a node take its own links."""
+    node_gb_per_second: float | None = None
+    """Between two GPUs of a node, in one direction, in 10^9 bytes; null: by the device's data sheet."""
+    network_gb_per_second: float | None = None
+    """Between nodes, each GPU's share, in one direction; stages and gradients too. null: 50, of an A100 25."""
     chunk_sizes: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
     """Values of chunk.size that are tried."""
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
@@ -510,6 +516,7 @@ def check(config: Config) -> None:
         "parallel.parts": (config.parallel.parts, 1),
         "parallel.warmup_extra": (config.parallel.warmup_extra, 0),
         "tune.memory_gib": (config.tune.memory_gib, 0),
+        "tune.gpus_per_node": (config.tune.gpus_per_node, 1),
         "tune.samples": (config.tune.samples, 1),
         "tune.measure": (config.tune.measure, 0),
         "tune.budget_seconds": (config.tune.budget_seconds, 0),
@@ -523,6 +530,12 @@ def check(config: Config) -> None:
     for key, (value, smallest) in at_least.items():
         if value is not None and value < smallest:
             raise UsageError(f"{key}={value} must be at least {smallest}")
+    for key, rate in (
+        ("tune.node_gb_per_second", config.tune.node_gb_per_second),
+        ("tune.network_gb_per_second", config.tune.network_gb_per_second),
+    ):
+        if rate is not None and rate <= 0:
+            raise UsageError(f"{key}={rate} must be above 0; null takes the data sheet's")
     shares = {
         "data.eval_fraction": config.data.eval_fraction,
         "optim.warmup_ratio": config.optim.warmup_ratio,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from chunkflow_cli.config import Config, LoadedConfig
 from chunkflow_cli.devices import training_device
 from chunkflow_cli.engine import broadcast_from_first, init_process_group
 from chunkflow_cli.errors import ChunkflowError
+from chunkflow_cli.hang_watch import watched_together
 from chunkflow_cli.run_data import RunData, load_run_data
 from chunkflow_cli.run_folder import RunFolder, open_run_folder, shared_run_folder
 from chunkflow_cli.tokens.cache import cache_root
@@ -40,6 +42,7 @@ def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> RunFolder:
     if worker.rank() == 0:
         try:
             opened = open_run_folder(loaded)
+            worker.WatchFolder(opened.path).empty()
         except ChunkflowError as error:
             opened = error
     told = broadcast_from_first(opened.path if isinstance(opened, RunFolder) else opened)
@@ -50,6 +53,13 @@ def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> RunFolder:
         return opened
     worker.redirect_output(worker.WatchFolder(told).log(worker.rank()), keep_stderr=False)
     return shared_run_folder(told, config.checkpoint.resume)
+
+
+def watched(folder: RunFolder, hang_seconds: float) -> AbstractContextManager[None]:
+    """Within it somebody finds out if the run hangs: our launcher, or where another one has started the ranks, they."""
+    if worker.worker_folder() is not None or worker.processes() == 1:
+        return nullcontext()
+    return watched_together(worker.WatchFolder(folder.path), worker.rank(), worker.processes(), hang_seconds)
 
 
 def load_data(config: Config, hf_config: Any | None) -> RunData:

@@ -166,6 +166,7 @@ def run_workers(
 def local_environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
     """What the ranks of one machine have in common, as torchrun would set it."""
     return {
+        worker.THREADS_OF_USER: environment.get("OMP_NUM_THREADS", ""),
         "OMP_NUM_THREADS": str(worker.threads_of_each(processes)),
         # What torchrun says of a world of its own, such as of one rank, would make ours look for each other there.
         **{name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")},
@@ -255,6 +256,7 @@ def exported_environment(environment: Mapping[str, str], watch: WatchFolder) -> 
                 if separator:
                     lines[key.strip()] = value
     lines[worker.RUN_FOLDER] = str(watch.run_folder)
+    lines[worker.THREADS_OF_USER] = environment.get("OMP_NUM_THREADS", "")
     if "OMP_NUM_THREADS" in environment:
         lines["OMP_NUM_THREADS"] = environment["OMP_NUM_THREADS"]
     return "".join(f"{key}={value}\n" for key, value in lines.items())

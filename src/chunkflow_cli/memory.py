@@ -39,13 +39,9 @@ class MemorySettings:
     checkpointing: str
     """none | full | selective"""
     chunk_size: int
-    k: int
-    longest: int
-    """Tokens of the longest sequence."""
+    """Most tokens of a chunk on one rank."""
     device_type: str
     """cpu | cuda"""
-    sequence: int = 1
-    """Ranks of a sequence-parallel group: each holds `chunk_size` tokens of a chunk and a share of the heads' state."""
 
 
 @dataclass(frozen=True)
@@ -65,34 +61,35 @@ class MemoryParts:
         return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
 
 
-def activation_bytes_per_token(
-    shape: ModelShape, element_bytes: int, checkpointing: str, layers: int | None = None
-) -> float:
-    """Bytes that `layers` layers keep for backward, for each token of a chunk; all of them if not given.
+def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str, layers: int | None = None) -> float:
+    """Bytes that `layers` layers (all, if not given) keep for backward, for each token that holds activations.
 
     Counted on the model's own modules (`shape.layer_activation_bytes`), or where that was not possible, for a model
     with experts, by formula: read off transformers' Llama, tensor by tensor (h = hidden, f = feed-forward, b = element
     bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's input:
     4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp a head. The gated feed-forward
-    keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input, and all of one layer
-    while it goes backward; selective keeps the results of products and of attention.
+    keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input; selective keeps the
+    results of products and of attention.
 
-    The formula against the tensors that autograd keeps (tests/test_costs.py): 1 to 5 % too few for llama, qwen2 and
+    The formula against the tensors that autograd keeps (tests/test_memory.py): 1 to 5 % too few for llama, qwen2 and
     mistral, as the final norm and the rotary angles are left out; mixtral 14 %.
     """
     b, h, f = element_bytes, shape.hidden_size, shape.intermediate_size
     queries, keys = shape.attention_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = b * (2 * queries + 2 * keys) + 4 * shape.attention_heads
-    layer = 2 * (4 * h + 2 * b * h) + attention + 4 * b * f
-    if shape.layer_activation_bytes is not None:
-        layer = int(shape.layer_activation_bytes)
     layers = shape.layers if layers is None else layers
     if checkpointing == "full":
-        return layers * b * h + layer
+        return layers * b * h
     if checkpointing == "selective":
-        kept = b * (3 * h + 2 * queries + 2 * keys + 2 * f) + 4 * shape.attention_heads
-        return layers * kept + layer
-    return layers * layer
+        return layers * (b * (3 * h + 2 * queries + 2 * keys + 2 * f) + 4 * shape.attention_heads)
+    if shape.layer_activation_bytes is not None:
+        return layers * shape.layer_activation_bytes
+    attention = b * (2 * queries + 2 * keys) + 4 * shape.attention_heads
+    return layers * (2 * (4 * h + 2 * b * h) + attention + 4 * b * f)
+
+
+def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str) -> float:
+    """Bytes more for each token of the one chunk that goes backward: of the layer that is being run again."""
+    return 0.0 if checkpointing == "none" else kept_bytes_per_token(shape, element_bytes, "none", layers=1)
 
 
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
@@ -128,17 +125,27 @@ def live_tokens(
     return np.asarray(np.where(pieces > kept, np.maximum(retained, chunk_size), retained))
 
 
-def memory_parts(shape: ModelShape, settings: MemorySettings, held: Sequence[StageLayers] | None = None) -> MemoryParts:
-    """Bytes of one rank by part, while the longest sequence has K chunks alive.
+def memory_parts(
+    shape: ModelShape,
+    settings: MemorySettings,
+    held: Sequence[StageLayers] | None = None,
+    *,
+    live: float = 0.0,
+    stored: float = 0.0,
+) -> MemoryParts:
+    """Bytes of one rank by part.
 
     ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 5. Weights in the model's dtype; float32 master weights and
     optimizer states of the trainable ones; their gradients in the model's dtype while a chunk goes backward, and their
-    sum over the step in float32.
+    sum over the step in float32. Nothing else is counted: what allocators waste, and what kernels use beside their
+    results, comes on top (of the CPU's measured form see benchmarks/LOG.md; GPUs have not been measured).
 
     Args:
         shape: of the whole model.
         settings: of the run.
         held: the parts of the model that the rank holds: those of its pipeline stage, the whole model if not given.
+        live: tokens that hold activations on this rank at its peak.
+        stored: tokens in its state store meanwhile; of a sequence-parallel group, this rank's share of them.
     """
     held = cut_layers(shape.layers, 1) if held is None else held
     layers = sum(part.layers for part in held)
@@ -154,10 +161,11 @@ def memory_parts(shape: ModelShape, settings: MemorySettings, held: Sequence[Sta
         host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
         host, weights = host + weights, weights // max(1, layers)
-    of_group = settings.chunk_size * settings.sequence
-    tokens = min(settings.chunk_size, settings.longest) * min(settings.k, -(-settings.longest // of_group))
-    state_of_longest = state_bytes(shape, settings.longest, of_group, settings.element_bytes)
-    per_token = activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
+    kept = live * kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
+    again = min(live, settings.chunk_size) * rerun_bytes_per_token(
+        shape, settings.element_bytes, settings.checkpointing
+    )
+    state = stored * state_bytes_per_token(shape, settings.element_bytes) * layers / shape.layers
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient, summed until its chunks have gone backward.
     head = TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
@@ -165,10 +173,9 @@ def memory_parts(shape: ModelShape, settings: MemorySettings, held: Sequence[Sta
         weights=weights,
         gradients=summed + of_a_chunk,
         optimizer=optimizer,
-        activations=int(tokens * per_token),
+        activations=int(kept + again),
         head=head if any(part.is_last for part in held) else 0,
-        # Of key and value heads that are fewer than the ranks, each rank holds one.
-        state=state_of_longest * layers // shape.layers // min(settings.sequence, shape.kv_heads),
+        state=int(state),
         host=host,
     )
 

@@ -12,9 +12,10 @@ from chunkflow_cli.costs import ModelShape, chunk_tokens
 from chunkflow_cli.memory import (
     MemoryParts,
     MemorySettings,
-    activation_bytes_per_token,
+    kept_bytes_per_token,
     live_tokens,
     memory_parts,
+    rerun_bytes_per_token,
     state_bytes_per_token,
 )
 from chunkflow_cli.run_plan import RankPlan, RunPlan
@@ -27,8 +28,8 @@ def memory_of_fullest(
 ) -> MemoryParts:
     """Bytes of the fullest rank, or of the fullest stage of a pipeline.
 
-    Without a pipeline: of the rank with the longest sample of the whole data. With one: for each stage what does not
-    depend on the schedule (its layers, embedding and head), and the most that it holds at once in the given steps.
+    Without a pipeline: whatever samples share a step. With one: for each stage what does not depend on the schedule
+    (its layers, embedding and head), and the most that it holds at once in the given steps.
 
     Args:
         shape: of the whole model.
@@ -37,9 +38,15 @@ def memory_of_fullest(
         steps: of that run; without a pipeline none is looked at.
     """
     if run.pipeline is None:
-        return memory_parts(shape, settings)
+        live, stored = activations_and_state(run, is_planned_whole=False)
+        return max(
+            # Whatever a token's activations and state take, one of these is the most.
+            (memory_parts(shape, settings, live=tokens, stored=state) for tokens, state in _undominated(live, stored)),
+            key=lambda parts: parts.device_total,
+        )
     held = [run.held_by(stage, shape.layers) for stage in range(run.pipeline.stages)]
-    at_rest = [replace(memory_parts(shape, settings, parts), activations=0, state=0) for parts in held]
+    at_rest = [memory_parts(shape, settings, parts) for parts in held]
+    again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     fullest = max(at_rest, key=lambda parts: parts.device_total)
     for step in steps:
         for index in step.first_of_groups:
@@ -47,10 +54,11 @@ def memory_of_fullest(
             if not len(rank.chunks):
                 continue
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
+            running = again * float(tokens.held.max())
             # Every stage is looked at: the first holds the most chunks, but not always the most state or weights.
             for stage, (parts, rest) in enumerate(zip(held, at_rest, strict=True)):
                 activations, state = tokens.bytes_on(shape, settings, parts)
-                room = fullest.device_total - rest.device_total
+                room = fullest.device_total - rest.device_total - running
                 if activations.sum() + state.sum() <= room:
                     continue  # not even with all of its chunks at once
                 timeline = step.timeline(index)
@@ -59,9 +67,17 @@ def memory_of_fullest(
                 if both[peak] <= room:
                     continue
                 _, live = timeline.live_bytes(0, stage, activations)
-                at_peak = replace(rest, activations=int(live[peak]), state=int(both[peak] - live[peak]))
+                at_peak = replace(rest, activations=int(live[peak] + running), state=int(both[peak] - live[peak]))
                 fullest = max(fullest, at_peak, key=lambda parts: parts.device_total)
     return fullest
+
+
+def _undominated(live: NDArray[np.float64], stored: NDArray[np.float64]) -> list[tuple[float, float]]:
+    """Of pairs of tokens, those that no other pair exceeds in both."""
+    order = np.lexsort((-live, -stored))
+    live, stored = live[order], stored[order]
+    exceeds_all_before = live > np.concatenate([[-1.0], np.maximum.accumulate(live)[:-1]])
+    return list(zip(live[exceeds_all_before].tolist(), stored[exceeds_all_before].tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -98,11 +114,11 @@ class _TokensOfChunks:
         state_of_layer = state_bytes_per_token(shape, settings.element_bytes) / shape.layers
         received = self.received * shape.hidden_size * settings.element_bytes
 
-        def activations(layers: int) -> float:
-            return activation_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
+        def kept(layers: int) -> float:
+            return kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
 
         return (
-            np.stack([self.held * activations(part.layers) for part in held]),
+            np.stack([self.held * kept(part.layers) for part in held]),
             np.stack(
                 [self.read_later * state_of_layer * part.layers + received * (not part.is_first) for part in held]
             ),
@@ -115,32 +131,66 @@ def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:
     return [SimulatedStep(run, run[step]) for step in dict.fromkeys([*steps, longest])]
 
 
-def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(n,) most tokens that hold activations at once, and (n,) tokens in the state store meanwhile, on one rank.
 
-    Of every chunk and long sample of the run's steps, if all of them are planned anyway; else of each sample with
-    whatever others might share its global batch, for then no step may exceed what is said.
+    Of every chunk and long sample of the run's steps, if all of them are planned anyway (by one rank); else of each
+    sample with whatever others might share its global batch, for then no step may exceed what is said. Of what a
+    sequence-parallel group runs together, a rank has its share.
     """
     if is_planned_whole:
-        pairs = []
-        for step in run:
-            for rank in step.ranks:
-                tokens, groups = chunk_tokens(rank.chunks).astype(np.int64), rank.chunks.dependent_groups()
-                k = np.broadcast_to(run.k_of(rank.chunks.lengths), len(rank.chunks.lengths))
-                standalone = groups[0].start if groups else len(tokens)
-                pairs += [(size, 0) for size in tokens[:standalone].tolist()]
-                for group in groups:
-                    of_group = tokens[group.start : group.stop]
-                    last_stored = rank.chunks.first_segment[group.stop - 2]
-                    kept = of_group[-int(k[rank.chunks.sequence[last_stored]]) :].sum()
-                    pairs.append((max(of_group.max(), kept), rank.chunks.stop[last_stored]))
-        live, stored_tokens = np.array(pairs, dtype=np.int64).T
-        return live, stored_tokens
-    stored_tokens = (run.lengths - 1) // run.chunk_size * run.chunk_size
-    short = np.sort(run.lengths[run.lengths <= run.chunk_size])[::-1]
-    others = int(short[: run.batches.global_batch_size - 1].sum())
-    if run.equal_time:  # pieces of a long sample are of many sizes
-        return np.minimum(run.lengths + others, run.chunk_size * run.k_of(run.lengths)), run.lengths
-    return live_tokens(
-        run.lengths, run.chunk_size, run.k_of(run.lengths), others, fill_tails=run.fill_tails
-    ), stored_tokens
+        return _of_planned_chunks(run)
+    if run.sequence == 1:
+        return _of_any_batch(run, run.lengths)
+    together = _of_any_batch(run, run.lengths, spread=True)
+    if run.spreads_all:
+        return together
+    alone = _of_any_batch(run, run.lengths[run.lengths <= run.longest_alone])
+    return np.concatenate([together[0], alone[0]]), np.concatenate([together[1], alone[1]])
+
+
+def _of_planned_chunks(run: RunPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    pairs = []
+    for step in run:
+        for rank in step.ranks:
+            tokens, groups = chunk_tokens(rank.chunks), rank.chunks.dependent_groups()
+            k = np.broadcast_to(run.k_of(rank.chunks.lengths), len(rank.chunks.lengths))
+            standalone = groups[0].start if groups else len(tokens)
+            pairs += [(size, 0.0) for size in tokens[:standalone].tolist()]
+            for group in groups:
+                of_group = tokens[group.start : group.stop]
+                last_stored = rank.chunks.first_segment[group.stop - 2]
+                kept = of_group[-int(k[rank.chunks.sequence[last_stored]]) :].sum()
+                pairs.append((max(of_group.max(), kept), float(rank.chunks.stop[last_stored])))
+    live, stored = np.array(pairs, dtype=np.float64).T
+    return live, stored
+
+
+def _of_any_batch(
+    run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    size, ranks = (run.spread_chunk_size, run.sequence) if spread else (run.chunk_size, 1)
+    counts = np.bincount(lengths)
+    lengths = np.flatnonzero(counts)  # a million samples have some thousand lengths
+    others = _sum_of_longest(lengths[lengths <= size], counts, run.batches.global_batch_size - 1)
+    k = run.k_of(lengths, spread=spread)
+    if run.equal_time:  # pieces of a long sample are of many sizes, the last one the smallest
+        live, stored = np.minimum(lengths + others, size * np.asarray(k)), np.where(lengths > size, lengths, 0)
+    else:
+        live = live_tokens(lengths, size, k, others, fill_tails=run.fill_tails)
+        stored = (lengths - 1) // size * size
+    return live / ranks, stored / (run.state_shares if spread else 1)
+
+
+def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:
+    """Tokens of so many samples, the longest ones.
+
+    Args:
+        lengths: ascending, each once.
+        counts: how many samples have each length, from 0 on.
+        samples: how many are taken.
+    """
+    longest_first = lengths[::-1]
+    of_length = counts[longest_first]
+    taken = np.clip(samples - (np.cumsum(of_length) - of_length), 0, of_length)
+    return int((taken * longest_first).sum())

@@ -163,13 +163,10 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
     if shape is not None:
         memory = memory_of_fullest(
             shape,
-            memory_settings(
-                config, device, int(plan.lengths.max()), chunk_size=config.chunk.size, k=config.chunk.k,
-                ranks=plan.ranks, sequence=config.parallel.sequence,
-            ),
+            memory_settings(config, device, chunk_size=config.chunk.size, ranks=plan.ranks),
             plan,
             simulated_steps(plan, [step - 1]),
-        )  # fmt: skip
+        )
     return PlannedRun(
         config=config,
         recipe=loaded.recipe,
@@ -268,17 +265,8 @@ def add_up(plan: RunPlan) -> Totals:
     )
 
 
-def memory_settings(
-    config: Config,
-    device: DeviceProfile,
-    longest: int,
-    *,
-    chunk_size: int,
-    k: int,
-    ranks: int = 1,
-    sequence: int = 1,
-) -> MemorySettings:
-    """What decides the memory of the rank that has the longest sample."""
+def memory_settings(config: Config, device: DeviceProfile, *, chunk_size: int, ranks: int) -> MemorySettings:
+    """What decides the memory of a rank besides the model, under another chunk size and number of ranks."""
     states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
     return MemorySettings(
         element_bytes=ELEMENT_BYTES[config.model.dtype.value],
@@ -288,10 +276,7 @@ def memory_settings(
         offload=config.engine.offload.value,
         checkpointing=config.model.activation_checkpointing.value,
         chunk_size=chunk_size,
-        k=k,
-        longest=longest,
         device_type="cpu" if "CPU" in device.name else "cuda",
-        sequence=sequence,
     )
 
 
@@ -308,6 +293,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         "global_batch_size": config.train.global_batch_size,
         "chunk_size": plan.chunk_size,
         "k": plan.k,
+        "k_per": config.chunk.k_per.value,
         "steps": plan.steps,
         "ranks": plan.ranks,
         "sequence": plan.sequence,

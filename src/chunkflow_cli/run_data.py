@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from chunkflow_cli.config import ActivationCheckpointing, Config, CostModelName,
 from chunkflow_cli.costs import CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hf_config import position_limit
-from chunkflow_cli.memory import ELEMENT_BYTES, activation_bytes_per_token, state_bytes_per_token
+from chunkflow_cli.memory import ELEMENT_BYTES, kept_bytes_per_token, state_bytes_per_token
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.schedule import Layout
@@ -125,7 +125,7 @@ def state_weight(config: Config, shape: ModelShape | None) -> float:
     if shape is None:
         raise UsageError("chunk.k_per=sequence needs the sizes of a model: set model.path")
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
-    return state_bytes_per_token(shape, element_bytes) / activation_bytes_per_token(
+    return state_bytes_per_token(shape, element_bytes) / kept_bytes_per_token(
         shape, element_bytes, config.model.activation_checkpointing.value
     )
 
@@ -177,8 +177,20 @@ def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile, 
         return measured_costs(config, hf_config, device)
     if config.plan.cost_model is CostModelName.proportional or shape is None:
         return CostModel.proportional()
+    device = with_links(config, device)
     checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
     return CostModel.profile(shape, device, checkpointed=checkpointed)
+
+
+def with_links(config: Config, device: DeviceProfile) -> DeviceProfile:
+    """The device in the cluster that the configuration describes."""
+    tune = config.tune
+    described = replace(device, devices_of_node=tune.gpus_per_node)
+    if tune.node_gb_per_second is not None:
+        described = replace(described, node_bytes_per_second=tune.node_gb_per_second * 1e9)
+    if tune.network_gb_per_second is not None:
+        described = replace(described, link_bytes_per_second=tune.network_gb_per_second * 1e9)
+    return described
 
 
 def measured_costs(config: Config, hf_config: Any | None, device: DeviceProfile) -> CostModel:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.balance import balance, rank_loads, share_out
 from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.chunks import Chunks, build_chunks, join_chunks
+from chunkflow_cli.chunks import Chunks, build_chunks, cut_points, join_chunks
 from chunkflow_cli.costs import CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.pipeline_schedules import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
 from chunkflow_cli.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
@@ -162,7 +162,7 @@ class RunPlan:
 
     def _groups(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         """Of the ranks of all sequence-parallel groups, group by group."""
-        if self.spread_all or self.pipeline is not None or self.layout.join_retained:
+        if self.spreads_all:
             return self._all_spread(samples)
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         costs = np.stack(
@@ -176,7 +176,7 @@ class RunPlan:
         ranks = []
         for first in range(0, self.ranks, self.sequence):
             spread = shares.spread(first)
-            together = self._built(lengths[spread], self._spread_chunk_size)
+            together = self._built(lengths[spread], self.spread_chunk_size)
             schedule_together = plan(together, self.k_of(together.lengths, spread=True), self.layout)
             for place in range(self.sequence):
                 alone = shares.alone(first + place)
@@ -196,7 +196,7 @@ class RunPlan:
     def _all_spread(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         shares = balance(self._seconds_spread(lengths, targets), self.ranks // self.sequence)
-        chunks = [self._built(lengths[share], self._spread_chunk_size) for share in shares]
+        chunks = [self._built(lengths[share], self.spread_chunk_size) for share in shares]
         none = self._built(lengths[:0], self.chunk_size)
         return tuple(
             RankPlan(
@@ -219,20 +219,20 @@ class RunPlan:
         return rank_loads(costs, balance(costs, self.ranks))
 
     @property
-    def _spread_chunk_size(self) -> int:
+    def spread_chunk_size(self) -> int:
         """Of a chunk of which each rank of a group holds `chunk_size` tokens."""
         return self.chunk_size * self.sequence
 
     def _seconds_spread(self, lengths: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
         """(sequences,) of each, if its group ran it together."""
         k = self.k_of(lengths, spread=True)
-        return self.costs.spread_over(self.sequence).of_sequences(lengths, self._spread_chunk_size, k, targets)
+        return self.costs.spread_over(self.sequence).of_sequences(lengths, self.spread_chunk_size, k, targets)
 
     def k_of(self, lengths: NDArray[np.int64], *, spread: bool = False) -> int | NDArray[np.int64]:
         """How many chunks of each of these sequences keep their activations: `k`, or with `state_weight` (sequences,).
 
-        Then activations and state of a sequence stay within what the longest one takes, in tokens of activations:
-        K x chunk_size of them, and of its state what lies before its last chunk.
+        Then activations and state of a sequence stay within what the longest one takes if its K chunks are full, in
+        tokens of activations: K x chunk_size of them, and of its state what lies before its last chunk.
 
         Args:
             lengths: (sequences,) tokens.
@@ -241,24 +241,30 @@ class RunPlan:
         if self.state_weight == 0:
             return self.k
 
-        def state(tokens: NDArray[np.int64], ranks: int) -> NDArray[np.float64]:
-            return self.state_weight * tokens / min(ranks, self._kv_heads)
-
-        def before_last_chunk(lengths: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-            return (lengths - 1) // size * size
-
-        size, ranks = (self._spread_chunk_size, self.sequence) if spread else (self.chunk_size, 1)
-        longest = self.lengths.max(keepdims=True)
-        kept = min(self.k, -(-int(longest[0]) // self._spread_chunk_size))
-        budget = kept * self.chunk_size + state(before_last_chunk(longest, self._spread_chunk_size), self.sequence)
+        size, shares = (self.spread_chunk_size, self.state_shares) if spread else (self.chunk_size, 1)
         # Of equal time, the last chunk of a sequence is shorter than others: nearly all of its tokens have state.
-        own = state(lengths if self.equal_time else before_last_chunk(lengths, size), ranks)
-        return np.maximum((budget - own) // self.chunk_size, kept).astype(np.int64)
+        stored = lengths if self.equal_time else (lengths - 1) // size * size
+        k = (self._tokens_of_longest - self.state_weight * stored / shares) // self.chunk_size
+        return np.maximum(k, self.k).astype(np.int64)  # no sequence has more chunks than the longest
+
+    @functools.cached_property
+    def _tokens_of_longest(self) -> float:
+        """What K full chunks and the state of the longest sequence take on one rank, in tokens of activations."""
+        longest, size = int(self.lengths.max()), self.spread_chunk_size
+        pieces = len(cut_points(longest, size, self.pair_weight)) - 1
+        stored = (longest - 1) // size * size
+        return min(self.k, pieces) * self.chunk_size + self.state_weight * stored / self.state_shares
 
     @property
-    def _kv_heads(self) -> int:
-        """Of the model; where they are fewer than the ranks of a group, each rank holds one."""
-        return self.sequence if self.costs.shape is None else self.costs.shape.kv_heads
+    def spreads_all(self) -> bool:
+        """Whether groups run everything together."""
+        return self.spread_all or self.pipeline is not None or self.layout.join_retained
+
+    @property
+    def state_shares(self) -> int:
+        """Into how many parts a group divides the state of what it runs together: of K/V heads that are fewer than its
+        ranks, each rank holds one."""
+        return self.sequence if self.costs.shape is None else min(self.sequence, self.costs.shape.kv_heads)
 
     @property
     def longest_alone(self) -> int:

@@ -24,7 +24,8 @@ from typing import Protocol
 
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.failures import read_failure, reads_like_broken_connection
-from chunkflow_cli.heartbeat import Standstill, Watchdog
+from chunkflow_cli.hang_watch import STACKS_SECONDS, hang_message, is_hang, look_every, places
+from chunkflow_cli.heartbeat import Watchdog
 from chunkflow_cli.worker import (
     END,
     LAUNCHER_PID,
@@ -34,15 +35,15 @@ from chunkflow_cli.worker import (
     STOP,
     WatchFolder,
     open_log,
+    write_atomically,
+    write_order,
 )
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 2.0
 """After a rank that has lost its connection, so long for the one that it was connected to."""
-STACKS_SECONDS = 1.0
-"""For ranks that hang to write their stacks."""
 LEAVING_SECONDS = 15.0
-"""For a rank that has said what it dies of to end; NCCL may hang in that."""
+"""For a rank that has saved and said so to end; NCCL may hang in that. One that has failed is given SETTLE_SECONDS."""
 REAP_SECONDS = 10.0
 """For killed workers to vanish; one that stands in a driver may take for ever."""
 LAST_LINES = 10
@@ -160,7 +161,7 @@ class DeepSpeedWorkers:
         if time.monotonic() - self._renewed >= 1.0:
             self._renewals += 1
             self._renewed = time.monotonic()
-            _write_atomically(self.watch.lease, str(self._renewals))
+            write_atomically(self.watch.lease, str(self._renewals))
 
     def exit_codes(self) -> Mapping[int, int]:
         self._renew_lease()
@@ -173,7 +174,7 @@ class DeepSpeedWorkers:
         return codes
 
     def order(self, order: str) -> None:
-        _write_atomically(self.watch.order, order)
+        write_order(self.watch, order)
 
     def end(self) -> None:
         self.order(END)
@@ -202,7 +203,7 @@ def supervise(
         RunError: a rank failed or was killed, all hang, or they did not stop when they were asked to.
         KeyboardInterrupt: this process was asked to stop, and the ranks have.
     """
-    _empty(watch.path)
+    watch.empty()
     with _signals_counted() as signals:
         workers = start()
         try:
@@ -254,7 +255,7 @@ class _Supervision:
             self._check_grace()
             if time.monotonic() >= look_at:
                 self._check_hang(set(codes))
-                look_at = time.monotonic() + min(1.0, self._limits.hang_seconds / 10 or 1.0)
+                look_at = time.monotonic() + look_every(self._limits.hang_seconds)
             time.sleep(POLL_SECONDS)
 
     def _exit_codes(self) -> Mapping[int, int]:
@@ -264,7 +265,8 @@ class _Supervision:
         for rank in self._ranks:
             if rank not in codes and (record := read_failure(self._watch.failure(rank))) is not None:
                 since = self._leaving_since.setdefault(rank, time.monotonic())
-                if time.monotonic() - since > LEAVING_SECONDS:
+                patience = LEAVING_SECONDS if record.exit_code == 130 else SETTLE_SECONDS
+                if time.monotonic() - since > patience:
                     codes[rank] = record.exit_code
         for rank, code in codes.items():
             self._died_at.setdefault(rank, time.time())
@@ -303,28 +305,15 @@ class _Supervision:
     # Hangs
 
     def _check_hang(self, ended: set[int]) -> None:
-        standing = self._watchdog.look()
-        limit = self._limits.hang_seconds
-        if not limit or any(standing[rank].seconds < limit for rank in self._ranks if rank not in ended):
-            return
-        text = self._places(standing)
-        self._workers.order(STACKS)
-        time.sleep(STACKS_SECONDS)
-        raise RunError(
-            f"no rank has moved for launch.hang_seconds={limit:g}: the run hangs and is ended\n{text}\n"
-            f"  where in the code each one stands is at the end of its log: {self._watch.log(0).parent}\n"
-            "  one that stands elsewhere than the others is the one they wait for; "
-            "0 turns this off, if a single operation may take so long"
-        )
+        standing, running = self._watchdog.look(), [rank for rank in self._ranks if rank not in ended]
+        if is_hang(standing, running, self._limits.hang_seconds):
+            self._workers.order(STACKS)
+            time.sleep(STACKS_SECONDS)
+            raise RunError(hang_message(standing, running, self._limits.hang_seconds, self._watch))
 
-    def _places(self, standing: Sequence[Standstill] | None = None) -> str:
-        standing = self._watchdog.look() if standing is None else standing
+    def _places(self) -> str:
         ended = self._workers.exit_codes()
-        return "\n".join(
-            f"  rank {rank}: {standing[rank].place}, for {_seconds(standing[rank].seconds)}"
-            for rank in self._ranks
-            if rank not in ended
-        )
+        return places(self._watchdog.look(), [rank for rank in self._ranks if rank not in ended])
 
     # Failures
 
@@ -441,23 +430,6 @@ def _last_lines(log: Path, end: int | None, count: int) -> tuple[str, ...]:
     except FileNotFoundError:
         return ()
     return tuple(line for line in text.splitlines() if line.strip())[-count:]
-
-
-def _seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _empty(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        file.unlink()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _show_cursor() -> None:

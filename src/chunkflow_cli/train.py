@@ -46,7 +46,7 @@ from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, c
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.failures import failures_recorded
 from chunkflow_cli.held_out import HeldOut
-from chunkflow_cli.joining import load_data, open_folder
+from chunkflow_cli.joining import load_data, open_folder, watched
 from chunkflow_cli.learning_rate import learning_rate_schedule
 from chunkflow_cli.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.model import shape_without_weights, skeleton
@@ -76,7 +76,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     hf_config = check_requirements(loaded)
     folder = open_folder(loaded, hf_config)
     try:
-        with failures_recorded():
+        with failures_recorded(), watched(folder, loaded.config.launch.hang_seconds):
             if folder.report.exists():
                 stderr_console().print(
                     f"This run is finished already. To run it again: checkpoint.resume=never\n  {folder.path}"
@@ -104,7 +104,7 @@ class _Training:
         self.dtype: torch.dtype = getattr(torch, self.config.model.dtype.value)
         self.topology = planned_topology(self.config)
         self.stop_requested = False
-        self.heartbeat = heartbeat()
+        self.heartbeat = heartbeat(folder.path)
         self.recorder: Recorder | None = None
         self.step_now = 0
         """From 1; 0 before the first."""
@@ -147,7 +147,7 @@ class _Training:
         with working(self.console, "proving that this architecture trains exactly in chunks"):
             parity = guard(
                 self.hf_config, requested=model.attention, device=self.device, dtype=self.dtype,
-                activation_checkpointing=model.activation_checkpointing,
+                activation_checkpointing=model.activation_checkpointing, is_pipeline=self.topology.pipeline > 1,
             )  # fmt: skip
         self.console.print(
             f"Parity guard: chunked and whole-sequence gradients of a small {self.hf_config.model_type} agree to "

@@ -38,6 +38,7 @@ from chunkflow_cli.run_data import (
     plan_run,
     planned_topology,
     state_weight,
+    with_links,
 )
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.search import Candidate, SimulatedStep, best_first, grid, search
@@ -193,7 +194,7 @@ def find_basis(loaded: LoadedConfig, config_dir: str | None, hf_config: Any, siz
         from chunkflow_cli.model import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
-        return Basis(cost_model(config, shape, device, hf_config), device, shape, None)
+        return Basis(cost_model(config, shape, device, hf_config), with_links(config, device), shape, None)
     path = calibration_path(config, hf_config, device)
     calibration = Calibration.load(path)
     if calibration is None:
@@ -296,11 +297,18 @@ def of_each_k_per(config: Config, run: RunPlan) -> list[RunPlan]:
     if run.pipeline is not None or run.layout.lockstep or run.costs.shape is None:
         return [alike]
     of_each = replace(run, state_weight=state_weight(config, run.costs.shape))
-    pieces = -(-run.lengths // run.chunk_size)
-    if not (np.minimum(of_each.k_of(run.lengths), pieces) > np.minimum(run.k, pieces)).any():
+    if not (_keeps_more(of_each, spread=run.sequence > 1) or _keeps_more(of_each, spread=False)):
         return [alike]
     runs = {KPer.run: alike, KPer.sequence: of_each}
     return [runs[k_per] for k_per in dict.fromkeys(config.tune.k_per or [config.chunk.k_per])]
+
+
+def _keeps_more(run: RunPlan, *, spread: bool) -> bool:
+    """Whether some sequence keeps more than K of its chunks, if its group runs it together or a rank alone."""
+    pieces = -(-run.lengths // (run.spread_chunk_size if spread else run.chunk_size))
+    if run.equal_time:
+        pieces = pieces + run.k  # there are more, and how many is not known before they are cut
+    return bool((np.minimum(run.k_of(run.lengths, spread=spread), pieces) > np.minimum(run.k, pieces)).any())
 
 
 def choice(
@@ -314,7 +322,7 @@ def choice(
     )  # fmt: skip
     if basis.calibration is not None or run.costs.is_of_one_stage:
         return chosen
-    settings = memory_settings(config, basis.device, 1, chunk_size=chunk_size, k=k, ranks=ranks, sequence=sequence)
+    settings = memory_settings(config, basis.device, chunk_size=chunk_size, ranks=ranks)
     update = max(
         step_seconds(basis.shape, settings, basis.device, chosen.held_by(stage, basis.shape.layers))
         for stage in range(stages)
@@ -326,14 +334,11 @@ def peak_memory(
     config: Config, basis: Basis, run: RunPlan, steps: Sequence[SimulatedStep], *, is_planned_whole: bool = False
 ) -> int:
     """Predicted bytes of the fullest rank or stage, in the planned steps or in that of the longest sample."""
-    longest = int(run.lengths.max())
     if basis.calibration is not None:
         live, stored = activations_and_state(run, is_planned_whole=is_planned_whole)
         state = stored * state_bytes_per_token(basis.shape, ELEMENT_BYTES[config.model.dtype.value])
         return basis.calibration.memory.peak_bytes(run.chunk_size, live, state)
-    settings = memory_settings(
-        config, basis.device, longest, chunk_size=run.chunk_size, k=run.k, ranks=run.ranks, sequence=run.sequence
-    )
+    settings = memory_settings(config, basis.device, chunk_size=run.chunk_size, ranks=run.ranks)
     if run.pipeline is not None:
         longest_step = run.batches.step_of(int(run.lengths.argmax()))
         if all(step.plan.step != longest_step for step in steps):
@@ -350,9 +355,11 @@ def _measure_best(
         return {}
     room = config.tune.budget_seconds / 2
     chosen: list[Candidate] = []
-    for candidate in ranked[: config.tune.measure]:
+    for candidate in ranked:
+        if any((each.chunk_size, each.k) == (candidate.chunk_size, candidate.k) for each in chosen):
+            continue  # with the other k_per: as good as the same
         room -= candidate.step_seconds
-        if room < 0:
+        if room < 0 or len(chosen) == config.tune.measure:
             break
         chosen.append(candidate)
     if len(chosen) < 2:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import fcntl
+import math
 import os
 import signal
 import sys
@@ -107,6 +108,12 @@ class WatchFolder:
         """Changes as long as the launcher lives."""
         return self.path / "lease"
 
+    def empty(self) -> None:
+        """Before any rank of a new run is there; the logs stay."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in self.path.iterdir():
+            file.unlink()
+
 
 STOP, STACKS, END = "stop", "stacks", "end"
 """Orders: save a checkpoint and end; write stacks into the log; end at once."""
@@ -140,15 +147,25 @@ def enter() -> None:
         die_with(int(launcher))
     else:
         redirect_output(watch.log(rank()), keep_stderr=rank() == 0)
-        threading.Thread(target=_follow_orders, args=(watch,), name="orders of the launcher", daemon=True).start()
+        never = threading.Event()
+        threading.Thread(
+            target=follow_orders, args=(watch, never, LEASE_SECONDS), name="orders of the launcher", daemon=True
+        ).start()
     stacks = watch.log(rank()).open("a")
     faulthandler.enable(stacks)  # a crash in native code leaves its Python stack behind
     faulthandler.register(STACKS_SIGNAL, stacks)
 
 
 def threads_of_user() -> str:
-    """OMP_NUM_THREADS as the user has it, which several processes are not given as it is; empty if unset."""
-    return os.environ.get(THREADS_OF_USER, os.environ.get("OMP_NUM_THREADS", ""))
+    """OMP_NUM_THREADS as the user has it; empty if unset.
+
+    Several processes are not given it as it is: our launcher says what it was, and torchrun has set it to 1 where it
+    was not set.
+    """
+    if THREADS_OF_USER in os.environ:
+        return os.environ[THREADS_OF_USER]
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return "" if threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ else threads
 
 
 def threads_of_each(local_processes: int) -> int:
@@ -178,12 +195,28 @@ def redirect_output(log: Path, *, keep_stderr: bool) -> None:
             os.dup2(file.fileno(), sys.stderr.fileno())
 
 
-def _follow_orders(watch: WatchFolder) -> None:
-    """What signals and the kernel do for workers on the launcher's machine, by files that all nodes see."""
+def write_order(watch: WatchFolder, order: str) -> None:
+    """To all workers that follow orders."""
+    write_atomically(watch.order, order)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def follow_orders(watch: WatchFolder, ended: threading.Event, lease_seconds: float = math.inf) -> None:
+    """What signals and the kernel do for workers on the launcher's machine, by files that all nodes see.
+
+    Args:
+        watch: where orders are found.
+        ended: there are no more to be followed.
+        lease_seconds: end this process if the launcher has not renewed its lease for so long.
+    """
     obeyed: str | None = None
     lease, renewed = "", time.monotonic()
-    while True:
-        time.sleep(ORDERS_SECONDS)
+    while not ended.wait(ORDERS_SECONDS):
         order = _read(watch.order)
         if order and order != obeyed:
             obeyed = order
@@ -191,7 +224,7 @@ def _follow_orders(watch: WatchFolder) -> None:
         text = _read(watch.lease)
         if text and text != lease:
             lease, renewed = text, time.monotonic()
-        elif time.monotonic() - renewed > LEASE_SECONDS:
+        elif time.monotonic() - renewed > lease_seconds:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -206,10 +239,9 @@ def _read(path: Path) -> str:
 # Running
 
 
-def heartbeat() -> Heartbeat:
-    """Of this rank; one that does nothing where no launcher of ours is watching."""
-    folder = worker_folder()
-    return Heartbeat(None if folder is None else WatchFolder(folder).heartbeat(rank()))
+def heartbeat(run_folder: Path) -> Heartbeat:
+    """Of this rank, whoever has started it; one that does nothing in a process that is alone: nobody waits for it."""
+    return Heartbeat(WatchFolder(run_folder).heartbeat(rank()) if is_started_by_launcher() else None)
 
 
 @contextmanager

@@ -26,6 +26,20 @@ WRAPPER = "causal_lm."
 """What stands before a parameter's name in the Hugging Face model, where the engine drives a module around that."""
 
 
+def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any]) -> None:
+    """Give each rank its part of every weight, one after the other; `initialize` would first move all to each device.
+
+    It does not cast weights that are divided already, such as those that a model keeps in float32.
+    """
+    dtype: torch.dtype = getattr(torch, settings.dtype.value)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    import_deepspeed().zero.Init(module=module, config_dict_or_path=config)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(settings.device)
+
+
 class Engine:
     """A DeepSpeed engine around a module whose forward returns a scalar loss.
 
@@ -43,10 +57,8 @@ class Engine:
         self._optimizer_name = settings.optim.name.value
         config, optimizer = deepspeed_config(settings), make_optimizer(module, settings)
         with quiet():
-            if self._stage == 3:  # one weight at a time: `initialize` would first move the whole model to each device
-                deepspeed.zero.Init(module=module, config_dict_or_path=config)
-                for buffer in module.buffers():
-                    buffer.data = buffer.data.to(settings.device)
+            if self._stage == 3:
+                _divide(module, settings, config)
             self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module: nn.Module = self._engine.module
         self.device: torch.device = self._engine.device

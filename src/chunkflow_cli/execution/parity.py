@@ -27,8 +27,10 @@ from chunkflow_cli.execution.backends import AttentionRule, Backend, Packing, Re
 from chunkflow_cli.execution.batch import IGNORED
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.model import enable_activation_checkpointing
 from chunkflow_cli.schedule import plan
+from chunkflow_cli.stage_cut import cut_layers
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
 """Largest relative error of the gradient that passes. Wrong attention shows as 1e-2 and more; the guard's settings
@@ -110,10 +112,14 @@ def compare(
     fill_tails: bool = True,
     pair_weight: float = 0.0,
     tolerance: float | None = None,
+    stages: int = 1,
 ) -> Parity:
     """Loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
     The whole-sequence side is transformers' own forward, one sequence a batch, with its own attention, masks and head.
+
+    Args:
+        stages: that the chunked side is cut into, as those of a pipeline; each works on a copy of the model.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
@@ -131,10 +137,12 @@ def compare(
     )
     batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with _implementation(model, attention.NAME):
-        runner = Runner(
-            DirectEngine(ChunkModel(model, backend)), device, weight_dtype=torch.promote_types(dtype, torch.float32)
-        )
+        module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
+        runner = Runner(DirectEngine(module), device, weight_dtype=torch.promote_types(dtype, torch.float32))
         loss_chunked = runner.run(plan(chunks, k), batch).loss
+    if isinstance(module, StageChain):
+        for name, gradient in module.gradients().items():
+            parameters[name].grad = gradient
     chunked = {name: _gradient(parameter) for name, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
 
@@ -154,6 +162,11 @@ def compare(
     )
 
 
+def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
+    cut = cut_layers(int(model.config.get_text_config().num_hidden_layers), stages)
+    return StageChain([StageModel(copy.deepcopy(model), backend, layers) for layers in cut])
+
+
 def whole_implementation(config: Any) -> str:
     """transformers' own attention for the whole-sequence side: its eager one where sdpa leaves something out."""
     has_sinks = getattr(config, "model_type", "") == "gpt_oss"
@@ -168,8 +181,17 @@ def guard(
     device: torch.device,
     dtype: torch.dtype,
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+    is_pipeline: bool = False,
 ) -> Parity:
     """Prove on a small float32 model of the same architecture that chunks change nothing.
+
+    Args:
+        hf_config: of the model.
+        requested: `model.attention`.
+        device: of the run.
+        dtype: of the run.
+        activation_checkpointing: of the run.
+        is_pipeline: cut the small model into two stages, too.
 
     Raises:
         UsageError: the gradients differ, or the architecture cannot run in chunks at all.
@@ -179,19 +201,21 @@ def guard(
     small = small_config(hf_config)
     attention_ = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
     backend = choose_backend(attention_, small, device, torch.float32).backend
+    stages = 2 if is_pipeline else 1
+    how = "in chunks through the stages of a pipeline" if is_pipeline else "in chunks"
     try:
-        parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing)
+        parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing, stages)
         if TOLERANCES[torch.float32] < parity.grad_rel_error < ROUNDING_SUSPECTED:
             # Saturated scores can lift float32's own rounding this high; in float64 only a real difference stays.
-            parity = _compare_small(small, ReferenceBackend(), device, torch.float64, activation_checkpointing)
+            parity = _compare_small(small, ReferenceBackend(), device, torch.float64, activation_checkpointing, stages)
     except (UsageError, TypeError, AttributeError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"models of the kind {name!r} cannot be trained in chunks: a small one fails with\n  {reason}"
+            f"models of the kind {name!r} cannot be trained {how}: a small one fails with\n  {reason}"
         ) from error
     if not parity.passed:
         raise UsageError(
-            f"models of the kind {name!r} cannot be trained exactly in chunks: on a small random one the gradient "
+            f"models of the kind {name!r} cannot be trained exactly {how}: on a small random one the gradient "
             f"differs by {parity.grad_rel_error:.1e}\n  from whole-sequence training ({parity.tolerance:.0e} is "
             f"allowed), most in {parity.grad_max_rel_error_parameter}.\n  Such a model does more than attention across "
             "tokens (recurrent layers, say), or changes its logits in a way that is not supported yet."
@@ -200,7 +224,12 @@ def guard(
 
 
 def _compare_small(
-    config: Any, backend: Backend, device: torch.device, dtype: torch.dtype, checkpointing: ActivationCheckpointing
+    config: Any,
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpointing: ActivationCheckpointing,
+    stages: int,
 ) -> Parity:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -209,7 +238,7 @@ def _compare_small(
         sequences = random_sequences(GUARD_LENGTHS, GUARD_VOCABULARY)
         # Norms that transformers computes in float32 whatever the dtype leave 1e-8 in float64.
         tolerance = 1e-6 if dtype is torch.float64 else None
-        return compare(model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance)
+        return compare(model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance, stages=stages)
 
 
 def use_float64_experts(model: Any, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ Adapters are added to the whole model before it is cut: their random numbers are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -106,6 +107,31 @@ class StageModel(ChunkModel):
     def _last_layer_of_state_pass(self) -> int | None:
         """Other stages still need what comes after this one's last keys and values."""
         return super()._last_layer_of_state_pass() if self.stage.is_last else None
+
+
+class StageChain(nn.Module):
+    """All stages of a model in one process, one after the other: autograd goes through them as messages would."""
+
+    def __init__(self, stages: Sequence[StageModel]) -> None:
+        super().__init__()
+        self._stages = tuple(stages)
+        self._registered = nn.ModuleList(stages)
+
+    def forward(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor | None:
+        hidden: Tensor | None = None
+        for stage in self._stages:
+            hidden = stage(call, hidden, state_pass=state_pass)
+        return hidden
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Under the names of the whole model; those of a weight that two stages hold are added."""
+        sums: dict[str, Tensor] = {}
+        for stage in self._stages:
+            for own, parameter in stage.named_parameters():
+                if parameter.grad is not None:
+                    name = stage.hf_parameter_names[own]
+                    sums[name] = sums[name] + parameter.grad if name in sums else parameter.grad
+        return sums
 
 
 class _Elsewhere(nn.Module):
