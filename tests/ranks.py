@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
@@ -29,10 +30,8 @@ def run_ranks(processes: int, function: str, arguments: Any = None, *, timeout: 
         arguments: pickled to every rank.
         timeout: a hang is a failure, and shows what every rank has printed.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
         Path(folder, "arguments").write_bytes(pickle.dumps(arguments))
         workers = []
         for rank in range(processes):
@@ -57,6 +56,18 @@ def run_ranks(processes: int, function: str, arguments: Any = None, *, timeout: 
             logs = "\n".join(f"rank {rank}:\n{Path(folder, f'{rank}.log').read_text()}" for rank in range(processes))
             raise AssertionError(f"{function} on {processes} ranks: exit codes {codes}\n{logs}")
         return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(processes)]
+
+
+def _free_port() -> int:
+    """Below those that the kernel gives to connections, one of which could take it before the first rank listens."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:

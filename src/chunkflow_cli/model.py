@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import warnings
@@ -142,7 +143,11 @@ def _on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
     _quiet_peft()
     dtype: torch.dtype = getattr(torch, config.dtype.value)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(hf_config),  # a model's attention is set in its configuration: this one's is its own
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
 
 
 PROBE_TOKENS = 128
