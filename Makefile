@@ -34,7 +34,7 @@ format: setup ## rewrite in the project's format
 
 test: setup check ## setup, check and all tests that need no GPU
 	# One thread each: two processes of two spinning threads on two cores wait for each other more than they work.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## the parity tests on CUDA
 	$(BIN)/python -m pytest tests/gpu -m gpu

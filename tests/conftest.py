@@ -11,6 +11,18 @@ from hypothesis import settings
 settings.register_profile("chunkflow", deadline=None)  # two shared cores: the clock says nothing about the code
 settings.load_profile("chunkflow")
 
+SLOWEST_FIRST = (
+    "test_train", "test_layouts", "test_many_ranks", "test_help", "test_cli", "test_pipeline", "test_checkpoint",
+    "test_tune", "test_doctor", "test_plan", "test_engine", "test_completion", "test_sequence_parallel", "test_launch",
+)  # fmt: skip
+"""Files that take minutes or nearly so: two workers take a file each, and the last one to begin should be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: index for index, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: within a file nothing changes
+
+
 TINY: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -88,6 +88,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], 
     run = start(folder, *TWO_RANKS)
     out, err = run.communicate(timeout=400)
     assert run.returncode == 0, out + err
+    assert "Traceback" not in err
     return [row["loss"] for row in rows(folder)], json.loads((folder / "report.json").read_text())
 
 

@@ -79,7 +79,7 @@ class Engine:
         return self._stage == 3 and bool(self._averaged_over > 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._stage == 2:
+        if self._stage == 2 and torch.is_grad_enabled():  # nothing would end what an evaluation had begun
             self._coalesce()
         return self._engine(*args, **kwargs)
 
