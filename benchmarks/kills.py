@@ -139,7 +139,7 @@ def children(launcher: int) -> dict[int, int]:
 
 def losses(folder: Path) -> list[Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["eval_loss"]) for row in rows]
+    return [(row["step"], row["loss"], row.get("eval_loss")) for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Pipelines as they ran against pipelines as they are simulated: order of operations, waits, bubble ratio.
+"""Pipelines and ranks as they ran against what is simulated: order of operations, waits, bubble ratio, balance.
 
     python benchmarks/pipeline.py            four stages on this machine, eight schedules; about six minutes
+    python benchmarks/pipeline.py --balance  four ranks that share the samples instead, six layouts
     python benchmarks/pipeline.py --real     operations take as long as they take, instead of a given time
 
 Each schedule is trained for real (`chunkflow train parallel.pipeline=4 train.trace=true`, four processes), on
@@ -15,6 +16,9 @@ then sleeps until the operation has taken 0.3 milliseconds a token (a backward t
 worked example, and then sends. Sleeping takes no core, so stages run beside each other as on devices of their own, and
 what is measured is what a schedule decides: who waits for whom, with real messages between real processes. With
 `--real` nothing is stretched, and the simulation gets the durations that operations had.
+
+With `--balance` samples are divided among four ranks, in six layouts and settings; the share of the ranks' time in
+which they wait for the slowest stands beside that of the plan.
 Prints one JSON object on stdout; everything else goes to stderr.
 """
 
@@ -48,25 +52,41 @@ SCHEDULES = {
     "zero bubble": ("parallel.schedule=zero_bubble",),
     "whole sequences": ("parallel.schedule=1f1b", "chunk.size=1024"),
 }
+BALANCED = {
+    "whole samples": (),
+    "whole samples, K=4": ("chunk.k=4",),
+    "whole samples, larger chunks": ("chunk.size=512",),
+    "groups of 2": ("parallel.sequence=2",),
+    "groups of 2, all spread": ("parallel.sequence=2", "parallel.spread=all"),
+    "a group of 4": ("parallel.sequence=4",),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", type=int, default=3, help="which step is compared; the first ones warm up")
     parser.add_argument("--real", action="store_true", help="do not stretch operations")
+    parser.add_argument("--balance", action="store_true", help="ranks that share samples instead of stages")
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        words = prepare(Path(folder))
-        rows = [
-            compare(name, [*words, *extra], Path(folder), arguments.step, is_stretched=not arguments.real)
-            for name, extra in SCHEDULES.items()
-        ]
+        # One sample that is more than a rank's share, so that there is something to balance.
+        words = prepare(Path(folder), longest=3000 if arguments.balance else 1000)
+        if arguments.balance:
+            if arguments.real:
+                parser.error("--balance with --real: four ranks on two cores say nothing of balance")
+            rows = [balance(name, [*words, *extra], Path(folder), arguments.step) for name, extra in BALANCED.items()]
+        else:
+            words.append(f"parallel.pipeline={STAGES}")
+            rows = [
+                compare(name, [*words, *extra], Path(folder), arguments.step, is_stretched=not arguments.real)
+                for name, extra in SCHEDULES.items()
+            ]
     simulated, measured = ([row[f"{kind}_bubble_ratio"] for row in rows] for kind in ("simulated", "measured"))
     result = {
         "benchmark": "pipeline",
         "hardware": hardware(),
-        "stages": STAGES,
+        "layout": f"{STAGES} {'ranks' if arguments.balance else 'stages'}",
         "step": arguments.step,
         "operations": "as long as they take" if arguments.real else f"stretched to {SECONDS_PER_TOKEN} s a token",
         "schedules": rows,
@@ -77,16 +97,16 @@ def main() -> None:
     emit(result, arguments.out)
 
 
-def prepare(folder: Path) -> list[str]:
+def prepare(folder: Path, longest: int) -> list[str]:
     """A model of four layers, long-tailed rows, and the words of every run."""
     from transformers import AutoConfig
 
     AutoConfig.for_model(
         "qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=2048, max_position_embeddings=2048, architectures=["Qwen2ForCausalLM"],
+        num_key_value_heads=2, vocab_size=2048, max_position_embeddings=4096, architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(folder / "model")  # fmt: skip
     random = np.random.default_rng(0)
-    lengths = np.concatenate([random.integers(20, 200, 20), [1000, 700, 420]])
+    lengths = np.concatenate([random.integers(20, 200, 20), [longest, 700, 420]])
     with (folder / "rows.jsonl").open("w") as file:
         for length in random.permutation(lengths).tolist():
             file.write(json.dumps({"input_ids": random.integers(3, 2048, length).tolist()}) + "\n")
@@ -94,7 +114,7 @@ def prepare(folder: Path) -> list[str]:
         f"model.path={folder / 'model'}", "model.init=random", "model.dtype=float32", "data.format=tokens",
         f"data.path={folder / 'rows.jsonl'}", f"data.cache_dir={folder}", "data.num_workers=1", "train.guard=false",
         f"train.global_batch_size={len(lengths)}", "train.shuffle=false", "chunk.size=128", "optim=sgd",
-        f"launch.processes={STAGES}", f"parallel.pipeline={STAGES}", "train.trace=true",
+        f"launch.processes={STAGES}", "train.trace=true", "plan.cost_model=proportional",
     ]  # fmt: skip
 
 
@@ -130,6 +150,38 @@ def compare(name: str, words: list[str], folder: Path, step: int, *, is_stretche
     }
 
 
+def balance(name: str, words: list[str], folder: Path, step: int) -> dict[str, Any]:
+    """How long the ranks run operations, and how long the slowest one takes: as the trace and as the plan has it."""
+    from chunkflow_cli.config import load
+    from chunkflow_cli.plan import make_plan
+
+    say(f"{name}...")
+    run = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
+    words = [*words, f"train.epochs={step}"]
+    launch([*words, f"train.output_dir={run}"], is_stretched=True)
+    planned = make_plan(load(words), step=step)
+    events = [event for event in json.loads((run / "trace.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    busy, stops, starts, in_order = np.zeros(STAGES), [], [], True
+    for rank, plan in enumerate(planned.step.ranks):
+        own = [event for event in events if event["args"]["step"] == step and event["pid"] == rank]
+        own.sort(key=lambda event: event["ts"])
+        in_order &= [event["name"] for event in own] == str(plan.schedule).split()
+        busy[rank] = sum(event["dur"] for event in own) / 1e6
+        starts.append(own[0]["ts"] / 1e6)
+        stops.append((own[-1]["ts"] + own[-1]["dur"]) / 1e6)
+    makespan = max(stops) - min(starts)
+    predicted = planned.timeline
+    return {
+        "schedule": name,
+        "chunks": planned.step.chunks,
+        "in_order": bool(in_order),
+        "measured_makespan_seconds": makespan,
+        "simulated_makespan_seconds": predicted.makespan * SECONDS_PER_TOKEN,
+        "measured_bubble_ratio": float(1 - busy.sum() / (STAGES * makespan)),
+        "simulated_bubble_ratio": predicted.bubble_ratio,
+    }
+
+
 def launch(words: list[str], is_stretched: bool) -> None:
     """The ranks of a run, started here instead of by `chunkflow train`, so that their operations can be stretched."""
     with socket.socket() as probe:
@@ -154,12 +206,13 @@ def launch(words: list[str], is_stretched: bool) -> None:
 
 
 def train_stretched() -> None:
-    """`chunkflow train` whose stages sleep at the end of each operation until it has taken its given time."""
+    """`chunkflow train` whose ranks sleep at the end of each operation until it has taken its given time."""
     from chunkflow_cli.cli import main as chunkflow
     from chunkflow_cli.execution.messages import Messages
     from chunkflow_cli.execution.pipeline import _StageStep
+    from chunkflow_cli.execution.runner import _Step
 
-    execute, send = _StageStep.execute, Messages.send
+    execute, send, execute_alone = _StageStep.execute, Messages.send, _Step.execute
     ends = [0.0]
 
     def sleep_to_the_end() -> None:
@@ -175,7 +228,18 @@ def train_stretched() -> None:
         sleep_to_the_end()
         send(messages, tensor, onward=onward)
 
+    def stretched_alone(step: Any, op: Any) -> None:
+        batch, runner = step._batch, step._runner
+        tokens = 0.0
+        for index in op.real_chunks:
+            group = runner._group_of(index, batch)
+            tokens += batch.chunks[index].tokens / (1 if group is None else group.size)
+        end = time.perf_counter() + SECONDS_PER_TOKEN * tokens * (2 if op.kind.value == "B" else 1)
+        execute_alone(step, op)
+        time.sleep(max(0.0, end - time.perf_counter()))
+
     _StageStep.execute, Messages.send = stretched, send_at_the_end  # type: ignore[method-assign]
+    _Step.execute = stretched_alone  # type: ignore[method-assign]
     chunkflow()
 
 
