@@ -72,6 +72,7 @@ class Ran:
         ("chunk.size=64", "chunk.k=2", "engine.zero_stage=3"),
         ("chunk.size=2048", "train.steps=3", "train.global_batch_size=40", "data.overlong=drop", "data.max_length=300"),
         ("chunk.size=100", "data.overlong=truncate", "data.max_length=300", "train.loss_weighting=sequence"),
+        ("chunk.size=20", "chunk.k_per=sequence", "model.activation_checkpointing=full"),
     ],
     ids=" ".join,
 )
@@ -88,7 +89,7 @@ def test_train_runs_what_plan_prints(words: tuple[str, ...], tmp_path: Path, mon
     for step, (schedule, batch), row in zip(made.plan, ran.steps, rows, strict=True):
         (rank,) = step.ranks
         assert schedule == rank.schedule
-        validate(schedule, rank.chunks, made.plan.k)
+        validate(schedule, rank.chunks, made.plan.k_of(rank.chunks.lengths))
         assert list(batch.chunks) == list(rank.chunks)
         for sample, sequence in zip(rank.samples, batch.sequences, strict=True):
             assert np.array_equal(sequence.input_ids, made.data[int(sample)].input_ids)
