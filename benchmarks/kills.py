@@ -1,12 +1,12 @@
 """`kill -9` of any one rank at any moment, many times over: does the run always say so, and always end the same?
 
-    python benchmarks/kills.py                                        until twenty kills; about six minutes
+    python benchmarks/kills.py                                        until twenty kills; about ten minutes
     python benchmarks/kills.py --words parallel.pipeline=2            another layout
     python benchmarks/kills.py --processes 4 --kills 50 --seed 1
 
-A small run (tiny_random, a checkpoint after every second step, held-out loss after every third) is started, one of its
-ranks is killed after a random time, and the same command is given again, until it has ended by itself. Then it begins
-anew, until there were enough kills. Each time: exit 1 within seconds, the rank is named, no traceback, nobody is left
+A small run (tiny_random, 120 steps, a checkpoint after every tenth, held-out loss after every 15th) is started, one of
+its ranks is killed after a random time, and the same command is given again, until it has ended by itself. Then it
+begins anew, until there were enough kills. Each time: exit 1 within seconds, the rank is named, no traceback, nobody is left
 behind. Each run that ends: the losses of all steps are those of a run left alone, to the bit, and every sample counts.
 Prints one JSON object on stdout: where the victims stood. Anything else is an error.
 """
@@ -31,10 +31,10 @@ from chunkflow_cli.heartbeat import read_place
 from chunkflow_cli.worker import WatchFolder
 from common import emit, hardware, say
 
-STEPS = 8
+STEPS = 120
 RUN = (
-    "recipe=tiny_random", f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=1", "train.guard=false",
-    "train.global_batch_size=8", "data.eval_fraction=0.2", "eval.every=3", "data.num_workers=1",
+    "recipe=tiny_random", f"train.steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=1", "train.guard=false",
+    "train.global_batch_size=8", "data.eval_fraction=0.2", "eval.every=15", "data.num_workers=1",
 )  # fmt: skip
 
 
