@@ -6,8 +6,9 @@
 
 A small run (tiny_random, 120 steps, a checkpoint after every tenth, held-out loss after every 15th) is started, one of
 its ranks is killed after a random time, and the same command is given again, until it has ended by itself. Then it
-begins anew, until there were enough kills. Each time: exit 1 within seconds, the rank is named, no traceback, nobody is left
-behind. Each run that ends: the losses of all steps are those of a run left alone, to the bit, and every sample counts.
+begins anew, until there were enough kills. Each time: exit 1 within seconds, the rank is named, no traceback, nobody is
+left behind. Each run that ends: the losses of all steps are those of a run left alone, to the bit, and every sample
+counts.
 Prints one JSON object on stdout: where the victims stood. Anything else is an error.
 """
 
