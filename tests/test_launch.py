@@ -244,6 +244,21 @@ def test_a_worker_whose_launcher_died_while_it_started_ends(tmp_path: Path, envi
 # Signals
 
 
+def test_a_worker_leaves_without_the_end_of_the_interpreter(environment: dict[str, str]) -> None:
+    """Native threads that are left abort it there; what was to be done at the end is done, and the exit code is kept."""
+    code = (
+        "import atexit, sys, threading, time; from chunkflow_cli import cli\n"
+        "atexit.register(print, 'the end'); threading.Thread(target=time.sleep, args=(120,)).start()\n"
+        "sys.argv[1:] = ['train', 'chunk.sise=4']; cli.main()\n"
+    )
+    ranks = {**environment, "RANK": "0", "WORLD_SIZE": "2"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=ranks, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (run.returncode, run.stdout) == (2, "the end\n")
+    assert "chunk.sise" in run.stderr
+
+
 def test_a_crash_on_the_way_out_changes_nothing(start: Start, tmp_path: Path) -> None:
     """All ranks have saved and said so: what native code does after that is no failure of the run."""
     launcher = start("stopping_and_aborting")

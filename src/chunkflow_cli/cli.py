@@ -485,4 +485,11 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    app()
+    from chunkflow_cli import worker
+
+    try:
+        app()
+    except SystemExit as end:
+        if worker.is_started_by_launcher() and not isinstance(end.code, str):
+            worker.leave(end.code or 0)
+        raise
