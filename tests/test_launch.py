@@ -442,7 +442,9 @@ def test_other_nodes_get_the_users_environment_file_and_ours(tmp_path: Path, mon
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
     text = launch.exported_environment({"OMP_NUM_THREADS": "3"}, WatchFolder(Path("/shared/run")))
-    assert text == "NCCL_SOCKET_IFNAME=eth0\nCHUNKFLOW_RUN_FOLDER=/shared/run\nOMP_NUM_THREADS=3\n"
+    assert text == (
+        "NCCL_SOCKET_IFNAME=eth0\nCHUNKFLOW_RUN_FOLDER=/shared/run\nCHUNKFLOW_OMP_NUM_THREADS=3\nOMP_NUM_THREADS=3\n"
+    )
 
 
 def hang_under_a_foreign_launcher(folder: str) -> None:
