@@ -40,7 +40,7 @@ from chunkflow_cli.memory import (
     step_seconds,
 )
 from chunkflow_cli.model import enable_activation_checkpointing, layer_activation_bytes, model_shape
-from chunkflow_cli.peak_memory import memory_of_fullest
+from chunkflow_cli.peak_memory import activations_and_state, memory_of_fullest
 from chunkflow_cli.pipeline_schedules import PipelineLayout
 from chunkflow_cli.run_plan import RunPlan
 from chunkflow_cli.schedule import plan
@@ -249,25 +249,32 @@ def test_the_tile_of_the_head_is_the_one_that_the_loss_makes() -> None:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=10),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     chunk_size=st.integers(3, 20),
     k=st.integers(1, 4),
     fill_tails=st.booleans(),
+    state_weight=st.sampled_from([0.0, 0.3]),
 )
-def test_no_schedule_holds_more_tokens_than_are_counted(
-    lengths: list[int], chunk_size: int, k: int, fill_tails: bool
+def test_what_a_whole_run_holds_is_what_its_schedules_hold(
+    lengths: list[int], chunk_size: int, k: int, fill_tails: bool, state_weight: float
 ) -> None:
-    """A pair that is said to fit must fit; what is counted is reached where other samples fill every chunk."""
+    """Replayed operation by operation; what is said of a run that is not planned whole is never less."""
     sizes = np.array(lengths)
-    chunks = build_chunks(sizes, chunk_size, fill_tails=fill_tails)
-    tokens = chunk_tokens(chunks)
-    live, most = 0.0, 0.0
-    for op in plan(chunks, k).ops:
-        (chunk,) = op.chunks
-        live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * tokens[chunk]
-        most = max(most, live)
-    others = int(sizes[sizes <= chunk_size].sum())
-    assert most <= live_tokens(sizes, chunk_size, k, others, fill_tails=fill_tails).max()
+    run = RunPlan(
+        GlobalBatches(len(sizes), 4, 0, True), -(-len(sizes) // 4), sizes, sizes, chunk_size, k, fill_tails,
+        state_weight=state_weight,
+    )  # fmt: skip
+    most = 0
+    for step in run:
+        (rank,) = step.ranks
+        tokens, live = chunk_tokens(rank.chunks), 0
+        for op in rank.schedule.ops:
+            live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * int(tokens[op.chunks[0]])
+            most = max(most, live)
+    live_most, stored = activations_and_state(run, is_planned_whole=True)
+    assert live_most.max() == most
+    assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
+    assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
 
 
 def test_live_tokens_by_hand() -> None:

@@ -9,19 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from chunkflow_cli.batches import GlobalBatches
 from chunkflow_cli.cli import app
 from chunkflow_cli.config import read_overrides
-from chunkflow_cli.costs import chunk_tokens
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.peak_memory import activations_and_state
-from chunkflow_cli.run_plan import RunPlan
 
 SIZES = "tune.chunk_sizes=[64,128,256]"
 PROFILE = "tune.device=h100"
@@ -269,32 +262,6 @@ def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_a
     assert (some["steps_planned"], everything["steps_planned"]) == (1, 4)
     bytes_of = [[row["memory_bytes"] for row in found["candidates"]] for found in (some, everything)]
     assert bytes_of[0] == bytes_of[1]
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
-    chunk_size=st.integers(3, 20),
-    k=st.integers(1, 4),
-    fill_tails=st.booleans(),
-)
-def test_what_a_whole_run_holds_is_what_its_schedules_hold(
-    lengths: list[int], chunk_size: int, k: int, fill_tails: bool
-) -> None:
-    """Replayed operation by operation; what is said of a run that is not planned whole is never less."""
-    sizes = np.array(lengths)
-    run = RunPlan(GlobalBatches(len(sizes), 4, 0, True), -(-len(sizes) // 4), sizes, sizes, chunk_size, k, fill_tails)
-    most = 0
-    for step in run:
-        (rank,) = step.ranks
-        tokens, live = chunk_tokens(rank.chunks), 0
-        for op in rank.schedule.ops:
-            live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * int(tokens[op.chunks[0]])
-            most = max(most, live)
-    live_tokens, stored = activations_and_state(run, is_planned_whole=True)
-    assert live_tokens.max() == most
-    assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
-    assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
 
 
 def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,7 @@ class CostModel:
     network_seconds_per_byte: float = 0.0
     """The same between nodes."""
     devices_of_node: int = 8
+    """Ranks of a group that the links of one node connect."""
     shape: ModelShape | None = None
     """Whose attention is counted; without it every query attends to all of its past."""
     is_of_one_stage: bool = False
