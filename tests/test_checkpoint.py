@@ -91,11 +91,18 @@ def written(engine: Engine, folder: Path) -> Path:
     return folder
 
 
+def whole(files: StateFiles, parameter: str, kind: str = "weight") -> Tensor:
+    """One array in the parameter's shape, in float32."""
+    array = torch.empty(files.shapes[parameter])
+    files.read(parameter, kind, 0, array.view(-1))
+    return array
+
+
 def numbers(folder: Path) -> dict[str, Tensor]:
     """Every master weight and optimizer state as a whole array, and every count of steps."""
     files = StateFiles(folder)
     arrays = {
-        f"{kind} {name}": files.whole(name, kind) for name in files.shapes for kind in ("weight", *files.states(name))
+        f"{kind} {name}": whole(files, name, kind) for name in files.shapes for kind in ("weight", *files.states(name))
     }
     counts = {
         f"{word} {name}": torch.tensor(value) for name in files.shapes for word, value in files.scalars[name].items()
@@ -218,7 +225,7 @@ class Engineless:
         write_parts(folder, self.rank, [part], optimizer="sgd")
 
     def load(self, folder: Path) -> None:
-        self.loaded = StateFiles(folder).whole("weight")
+        self.loaded = whole(StateFiles(folder), "weight")
 
 
 def save(folder: Path, step: int, *, keep: int = 2, rank: int = 0, ranks: int = 1) -> Path:
@@ -278,7 +285,7 @@ def test_a_rank_killed_while_it_saves_leaves_the_previous_checkpoint(victim: int
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert json.loads((found / "state.json").read_text())["progress"]["step"] == 1
-    assert torch.equal(StateFiles(found).whole("weight"), torch.full((10, 100), 1.0))
+    assert torch.equal(whole(StateFiles(found), "weight"), torch.full((10, 100), 1.0))
     assert len(list(found.glob("random-*.pt"))) == 2
     save(tmp_path / "checkpoints", 2)  # the run goes on, and nothing is left over
     newest = newest_checkpoint(tmp_path)

@@ -151,13 +151,6 @@ class StateFiles:
                 numbers = self._files[piece.file].get_slice(piece.key)[begin - piece.start : end - piece.start]
                 into[begin - start : end - start].copy_(numbers)
 
-    def whole(self, parameter: str, kind: str = WEIGHT) -> Tensor:
-        """One array in the parameter's shape, in float32."""
-        shape = self.shapes[parameter]
-        whole = torch.empty(shape)
-        self.read(parameter, kind, 0, whole.view(-1))
-        return whole
-
     def _index(self, path: Path) -> None:
         try:
             file = safe_open(path, framework="pt")  # mapped into memory: it costs no open file
