@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 setup: $(VENV)/.installed ## .venv with everything installed
 
 demo: setup ## fine-tune SmolLM2-135M on the Python standard library, about five minutes on two cores
-	$(BIN)/python -m chunkflow_cli.demo
+	$(BIN)/python -m chunkflow_cli.cli.demo
 
 check: setup ## format, lint, types, import directions
 	$(BIN)/ruff format --check .

@@ -105,7 +105,7 @@ def main() -> None:
 
 def generate(data: Path, tokenizer_folder: Path, rows: int, seed: int) -> NDArray[np.int64]:
     """Write the data and SmolLM2's tokenizer.json (transformers reads a GGUF file with torch); the true lengths."""
-    from chunkflow_cli.tokens import load_tokenizer
+    from chunkflow_cli.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2_path(), trust_remote_code=False)
     tokenizer.save_pretrained(tokenizer_folder)
@@ -268,8 +268,9 @@ def reading_rates(data: Path, rounds: int) -> dict[str, Any]:
     """MB/s of one core: reading files and lengths, and parsing lines that are in memory already."""
     import orjson
 
-    from chunkflow_cli.config import DataFormat
-    from chunkflow_cli.data import estimate_sizes, open_source
+    from chunkflow_cli.config.schema import DataFormat
+    from chunkflow_cli.data.estimate import estimate_sizes
+    from chunkflow_cli.data.source import open_source
 
     part = data.with_name("part.jsonl")
     with data.open("rb") as file:
@@ -310,9 +311,9 @@ class Planned:
 
 
 def plan(lengths: NDArray[np.int64]) -> dict[str, Any]:
-    from chunkflow_cli.batches import GlobalBatches
-    from chunkflow_cli.chunks import Chunks, build_chunks
-    from chunkflow_cli.run_plan import RunPlan
+    from chunkflow_cli.planning.batches import GlobalBatches
+    from chunkflow_cli.planning.chunks import Chunks, build_chunks
+    from chunkflow_cli.planning.run_plan import RunPlan
 
     batches = GlobalBatches(len(lengths), 256, seed=0, shuffle=True)
 

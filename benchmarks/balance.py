@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.balance import balance, rank_loads, share_out
-from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, OperationCost
-from chunkflow_cli.run_plan import RunPlan, rank_seconds
+from chunkflow_cli.planning.balance import balance, rank_loads, share_out
+from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.run_plan import RunPlan, rank_seconds
 from common import emit, say
 from paper import draw
 

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli import tune
-from chunkflow_cli.config import load
+from chunkflow_cli.cli import tune
+from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.topology import key_value_copies
+from chunkflow_cli.planning.topology import key_value_copies
 from common import emit, say
 from paper import draw
 

@@ -122,9 +122,9 @@ def load_plain_model(dtype: torch.dtype) -> Any:
     """SmolLM2 as transformers loads it, with its sdpa attention, in train mode."""
     from transformers import AutoModelForCausalLM
 
-    from chunkflow_cli.config import ModelConfig
-    from chunkflow_cli.hf_config import load_config
-    from chunkflow_cli.model import load_model
+    from chunkflow_cli.config.schema import ModelConfig
+    from chunkflow_cli.model.hf_config import load_config
+    from chunkflow_cli.model.loading import load_model
 
     config = ModelConfig(path=smollm2_path())
     read = load_model(config, load_config(config), dtype=dtype, attention="sdpa", seed=0)

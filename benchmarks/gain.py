@@ -27,13 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from balance import MODELS
-from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, OperationCost
-from chunkflow_cli.memory import MemorySettings, memory_parts, step_seconds
-from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
-from chunkflow_cli.run_plan import RunPlan, operation_seconds
-from chunkflow_cli.search import search
-from chunkflow_cli.simulate import simulate
+from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.memory_parts import MemorySettings, memory_parts, step_seconds
+from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
+from chunkflow_cli.planning.run_plan import RunPlan, operation_seconds
+from chunkflow_cli.planning.search import search
+from chunkflow_cli.planning.simulate import simulate
 from common import emit, say
 from paper import draw
 

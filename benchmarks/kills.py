@@ -28,8 +28,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from chunkflow_cli.heartbeat import read_place
-from chunkflow_cli.worker import WatchFolder
+from chunkflow_cli.processes.heartbeat import read_place
+from chunkflow_cli.processes.worker import WatchFolder
 from common import emit, hardware, say
 
 STEPS = 120

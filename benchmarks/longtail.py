@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare each length with what the tokenizer gives")
     arguments = parser.parse_args()
 
-    from chunkflow_cli.tokens import load_tokenizer
+    from chunkflow_cli.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(smollm2_path(), trust_remote_code=False)
     started = time.perf_counter()

@@ -111,8 +111,8 @@ def claims(chunked: dict[int, Point], whole: dict[int, Point], state: dict[int, 
 
 def state_bytes(length: int, chunk_size: int, dtype: str) -> int:
     """Keys and values of all tokens before the last chunk, and their gradients."""
-    from chunkflow_cli.config import ModelConfig
-    from chunkflow_cli.hf_config import load_config
+    from chunkflow_cli.config.schema import ModelConfig
+    from chunkflow_cli.model.hf_config import load_config
 
     config = load_config(ModelConfig(path=smollm2_path())).get_text_config()
     head_dim = config.hidden_size // config.num_attention_heads

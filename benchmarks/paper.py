@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.batches import GlobalBatches
-from chunkflow_cli.costs import DEVICES, CostModel, ModelShape, OperationCost
-from chunkflow_cli.memory import state_bytes
-from chunkflow_cli.pipeline_schedules import PipelineLayout, plan_pipeline, sequences_as_chunks
-from chunkflow_cli.run_plan import RunPlan, operation_seconds
-from chunkflow_cli.search import search
-from chunkflow_cli.simulate import simulate
+from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.memory_parts import state_bytes
+from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
+from chunkflow_cli.planning.run_plan import RunPlan, operation_seconds
+from chunkflow_cli.planning.search import search
+from chunkflow_cli.planning.simulate import simulate
 from common import emit, say
 
 K = 1024

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.balance import balance, rank_loads
-from chunkflow_cli.costs import DEVICES, CostModel, ModelShape
-from chunkflow_cli.memory import kept_bytes_per_token, state_bytes_per_token
+from chunkflow_cli.planning.balance import balance, rank_loads
+from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape
+from chunkflow_cli.planning.memory_parts import kept_bytes_per_token, state_bytes_per_token
 from common import emit, median, say
 from longtail import long_tailed_lengths
 

@@ -119,11 +119,11 @@ def prepare(folder: Path, longest: int) -> list[str]:
 
 
 def compare(name: str, words: list[str], folder: Path, step: int, *, is_stretched: bool) -> dict[str, Any]:
-    from chunkflow_cli.config import load
-    from chunkflow_cli.costs import chunk_tokens
-    from chunkflow_cli.plan import make_plan
-    from chunkflow_cli.simulate import OperationSeconds, simulate
-    from chunkflow_cli.trace import measured_timeline
+    from chunkflow_cli.cli.plan import make_plan
+    from chunkflow_cli.config.load import load
+    from chunkflow_cli.planning.costs import chunk_tokens
+    from chunkflow_cli.planning.simulate import OperationSeconds, simulate
+    from chunkflow_cli.planning.trace import measured_timeline
 
     say(f"{name}...")
     run = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -152,8 +152,8 @@ def compare(name: str, words: list[str], folder: Path, step: int, *, is_stretche
 
 def balance(name: str, words: list[str], folder: Path, step: int) -> dict[str, Any]:
     """How long the ranks run operations, and how long the slowest one takes: as the trace and as the plan has it."""
-    from chunkflow_cli.config import load
-    from chunkflow_cli.plan import make_plan
+    from chunkflow_cli.cli.plan import make_plan
+    from chunkflow_cli.config.load import load
 
     say(f"{name}...")
     run = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -207,10 +207,10 @@ def launch(words: list[str], is_stretched: bool) -> None:
 
 def train_stretched() -> None:
     """`chunkflow train` whose ranks sleep at the end of each operation until it has taken its given time."""
-    from chunkflow_cli.cli import main as chunkflow
+    from chunkflow_cli.cli.app import main as chunkflow
     from chunkflow_cli.execution.messages import Messages
-    from chunkflow_cli.execution.pipeline import _StageStep
     from chunkflow_cli.execution.runner import _Step
+    from chunkflow_cli.execution.stage_runner import _StageStep
 
     execute, send, execute_alone = _StageStep.execute, Messages.send, _Step.execute
     ends = [0.0]
@@ -245,7 +245,7 @@ def train_stretched() -> None:
 
 def durations(timeline: Any, chunks: int) -> Any:
     """Of every operation as it ran; 0 for those that no schedule holds."""
-    from chunkflow_cli.simulate import OperationSeconds
+    from chunkflow_cli.planning.simulate import OperationSeconds
 
     kinds = {"F": "forward", "B": "backward", "R": "recompute", "S": "state_pass",
              "I": "input_gradient", "W": "weight_gradient"}  # fmt: skip

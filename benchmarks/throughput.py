@@ -150,9 +150,9 @@ def make_loads(arguments: argparse.Namespace) -> list[Load]:
 
 def demo_samples(count: int, max_length: int) -> list[RawSample]:
     """Samples of the demo, tokenised as `chunkflow train` does it, in a seeded order."""
-    from chunkflow_cli.config import DataConfig
-    from chunkflow_cli.demo import stdlib_pairs, subset
-    from chunkflow_cli.tokens import tokenize
+    from chunkflow_cli.cli.demo import stdlib_pairs, subset
+    from chunkflow_cli.config.schema import DataConfig
+    from chunkflow_cli.data.dataset import tokenize
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pairs.jsonl")
@@ -221,18 +221,18 @@ def work(kind: str, connection: Connection, loads: list[Load], dtype: str) -> No
 
 def work_chunkflow(connection: Connection, loads: dict[str, Load], dtype: torch.dtype) -> None:
     """The parts of `chunkflow train`, put together as it does."""
-    from chunkflow_cli.chunks import build_chunks
-    from chunkflow_cli.config import Attention, Dtype, EngineConfig, ModelConfig, OptimConfig
-    from chunkflow_cli.devices import training_device
+    from chunkflow_cli.config.schema import Attention, Dtype, EngineConfig, ModelConfig, OptimConfig
     from chunkflow_cli.engine import Engine, EngineSettings
-    from chunkflow_cli.execution import attention
-    from chunkflow_cli.execution.backend_choice import choose_backend
+    from chunkflow_cli.execution.attention import function as attention
+    from chunkflow_cli.execution.attention.choice import choose_backend
     from chunkflow_cli.execution.chunk_model import ChunkModel
     from chunkflow_cli.execution.cpu_quirks import convert_linear_layers, settle_vector_math
     from chunkflow_cli.execution.runner import Runner, StepBatch
-    from chunkflow_cli.hf_config import load_config
-    from chunkflow_cli.model import load_model
-    from chunkflow_cli.schedule import plan
+    from chunkflow_cli.model.device import training_device
+    from chunkflow_cli.model.hf_config import load_config
+    from chunkflow_cli.model.loading import load_model
+    from chunkflow_cli.planning.chunks import build_chunks
+    from chunkflow_cli.planning.schedule import plan
 
     settle_vector_math()
     device = training_device()
@@ -285,7 +285,7 @@ def work_trl(connection: Connection, loads: dict[str, Load], dtype: torch.dtype)
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
-    from chunkflow_cli.tokens import load_tokenizer
+    from chunkflow_cli.data.tokenizer import load_tokenizer
 
     samples = loads["mixed"].samples
     rows = {
@@ -391,10 +391,10 @@ def summary(load: Load, timings: Timings, rate: float) -> dict[str, Any]:
 
 
 def load_flops(load: Load) -> float:
-    from chunkflow_cli.config import ModelConfig
-    from chunkflow_cli.costs import training_flops
-    from chunkflow_cli.hf_config import load_config
-    from chunkflow_cli.model import shape_without_weights
+    from chunkflow_cli.config.schema import ModelConfig
+    from chunkflow_cli.model.hf_config import load_config
+    from chunkflow_cli.model.shape import shape_without_weights
+    from chunkflow_cli.planning.costs import training_flops
 
     config = ModelConfig(path=smollm2_path())
     return training_flops(load.lengths, shape_without_weights(config, load_config(config)))
@@ -402,7 +402,7 @@ def load_flops(load: Load) -> float:
 
 def matrix_rate() -> float:
     """Of a large float32 product, as `chunkflow train` measures what MFU is relative to."""
-    from chunkflow_cli.metrics import peak_flops
+    from chunkflow_cli.training.metrics import peak_flops
 
     return peak_flops(torch.device("cpu"), torch.float32)
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from support.models import TINY
+
 settings.register_profile("chunkflow", deadline=None)  # two shared cores: the clock says nothing about the code
 settings.load_profile("chunkflow")
 
@@ -23,21 +25,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: within a file nothing changes
 
 
-TINY: dict[str, Any] = {
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 1024,
-}
+WITHOUT_TORCH = ("planning", "config", "data")
+"""Rooms whose tests need no torch, but for those that are marked."""
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
+def _torch_settled_where_it_is_used(request: pytest.FixtureRequest) -> None:
+    if request.path.parent.name not in WITHOUT_TORCH or request.node.get_closest_marker("torch"):
+        request.getfixturevalue("_torch_settled")
+
+
+@pytest.fixture(scope="session")
 def _torch_settled() -> None:
     """The first threaded exp of a process can be wrong by 1e-4, which would fail a random test of exactness."""
     import torch

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from chunkflow_cli.config import Attention
-from chunkflow_cli.execution.backend_choice import choose_backend
+from chunkflow_cli.config.schema import Attention
+from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.parity import check_backend, compare, guard, random_sequences
 
 pytestmark = [

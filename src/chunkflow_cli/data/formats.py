@@ -32,7 +32,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from chunkflow_cli.config import DataFormat
+from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.source import BadRowError, Location, RowBatch, Source
 from chunkflow_cli.errors import UsageError
 

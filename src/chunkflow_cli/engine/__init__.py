@@ -2,8 +2,7 @@
 
 from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
-from chunkflow_cli.engine.pipeline import PipelineEngine, check_pipeline_settings
-from chunkflow_cli.engine.processes import (
+from chunkflow_cli.engine.distributed import (
     PATIENCE,
     Processes,
     broadcast_from_first,
@@ -13,6 +12,7 @@ from chunkflow_cli.engine.processes import (
     join_processes,
 )
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
+from chunkflow_cli.engine.stage import PipelineEngine, check_pipeline_settings
 from chunkflow_cli.engine.state_files import StateFiles
 
 __all__ = [

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.engine.agreement import all_or_none, own_rank
+from chunkflow_cli.engine.distributed import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.partitions import check_fits, parts_to_write, publish_weights, read_partitions
-from chunkflow_cli.engine.processes import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
 from chunkflow_cli.engine.state_files import StateFiles, write_parts
 from chunkflow_cli.engine.whole_weights import whole_weights

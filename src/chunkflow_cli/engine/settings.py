@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chunkflow_cli.config import Dtype, EngineConfig, Offload, OptimConfig, OptimizerName
+from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig, OptimizerName
 from chunkflow_cli.errors import UsageError
 
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chunkflow_cli.chunks import Chunk
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.planning.chunks import Chunk
 
 IGNORED = -100
 """Target of a position that the loss does not count."""

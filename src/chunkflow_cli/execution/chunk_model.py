@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkflow_cli.execution.attention import ChunkAttentionContext
-from chunkflow_cli.execution.backends import Backend, Packing
+from chunkflow_cli.execution.attention.backend import Backend, Packing
+from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chunkflow_cli.engine import PATIENCE
-from chunkflow_cli.schedule import OpKind, Schedule
+from chunkflow_cli.planning.schedule import OpKind, Schedule
 
 POSTED_AHEAD = 2
 """Receives that are posted before they are wanted; each takes the memory of one chunk's hidden states."""

@@ -18,19 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from chunkflow_cli.chunks import build_chunks
-from chunkflow_cli.config import ActivationCheckpointing, Attention
+from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution import attention
-from chunkflow_cli.execution.backend_choice import choose_backend
-from chunkflow_cli.execution.backends import AttentionRule, Backend, Packing, ReferenceBackend
+from chunkflow_cli.execution.attention import function as attention
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.attention.choice import choose_backend
+from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import IGNORED
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.stages import StageChain, StageModel
-from chunkflow_cli.model import enable_activation_checkpointing
-from chunkflow_cli.schedule import plan
-from chunkflow_cli.stage_cut import cut_layers
+from chunkflow_cli.model.loading import enable_activation_checkpointing
+from chunkflow_cli.planning.chunks import build_chunks
+from chunkflow_cli.planning.schedule import plan
+from chunkflow_cli.planning.stage_cut import cut_layers
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
 """Largest relative error of the gradient that passes. Wrong attention shows as 1e-2 and more; the guard's settings

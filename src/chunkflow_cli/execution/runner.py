@@ -12,19 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from chunkflow_cli.chunks import Chunk, Chunks
-from chunkflow_cli.execution.batch import (
-    ChunkBatch,
-    TokenizedSequence,
-    build_batch,
-    dummy_batch,
-    with_idle_target,
-)
+from chunkflow_cli.execution.batch import ChunkBatch, TokenizedSequence, build_batch, dummy_batch, with_idle_target
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StateStore
-from chunkflow_cli.schedule import DUMMY, Op, OpKind, Schedule
+from chunkflow_cli.planning.chunks import Chunk, Chunks
+from chunkflow_cli.planning.schedule import DUMMY, Op, OpKind, Schedule
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from chunkflow_cli.engine import PATIENCE
-from chunkflow_cli.topology import Topology, key_value_copies
+from chunkflow_cli.planning.topology import Topology, key_value_copies
 
 
 @dataclass(frozen=True)

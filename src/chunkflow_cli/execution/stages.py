@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution.backends import Backend
+from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, decoder_of
 from chunkflow_cli.execution.split_backward import PutOff, split_linear_layers
-from chunkflow_cli.stage_cut import StageLayers
+from chunkflow_cli.planning.stage_cut import StageLayers
 
 
 class StageModel(ChunkModel):

@@ -1,0 +1,237 @@
+"""`chunkflow analyze`: how long the samples of a data set are, and what batching, packing or cutting them would cost.
+
+With a tokenizer (`recipe=` or `model.path=`) lengths are exact, and the token cache that `train` reads is built on the
+way. Without one they are estimated from bytes. `data.format=tokens` rows are counted either way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.config.schema import Config, DataFormat, ModelConfig, TrainOn
+from chunkflow_cli.console import progress_bar, stdout_console
+from chunkflow_cli.data.dataset import tokenize_source
+from chunkflow_cli.data.estimate import estimate_sizes
+from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data.lengths import LengthStatistics, describe, idle_share, padding_share, truncation
+from chunkflow_cli.data.source import Location, open_source
+from chunkflow_cli.data.tokenizer import has_tokenizer
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.hf_config import load_config, position_limit
+from chunkflow_cli.planning.balance import balance, rank_loads
+from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.chunks import count_chunks
+
+CHUNK_SIZES = (2048, 4096, 8192, 16384, 32768)
+TRUNCATIONS = (2048, 4096, 8192, 32768)
+PADDED_BATCH = 8
+"""Samples of a padded micro-batch."""
+RANKS = 8
+"""Data-parallel ranks of the balance that is shown: a node of eight GPUs."""
+LONGEST_SHOWN = 5
+REJECTED_LISTED = 100
+"""Rejected rows that the JSON names one by one; the counts by reason are complete."""
+
+
+@dataclass(frozen=True)
+class MeasuredData:
+    """The lengths of a data set, and where its samples stand."""
+
+    path: str
+    format: DataFormat
+    estimated: bool
+    lengths: NDArray[np.int64]  # (samples,) tokens
+    target_counts: NDArray[np.int64]  # (samples,)
+    digests: NDArray[np.int64]  # (samples,), equal where samples are
+    longest: list[tuple[Location, int]]
+    """The longest samples, longest first, and their tokens."""
+    rejected: list[tuple[Location, str]]
+    model_limit: int | None
+    """The longest sequence that the model is made for, where a model is given."""
+
+
+def run(
+    paths: Sequence[str], loaded: LoadedConfig, *, plot: str | None = None, json_output: bool = False
+) -> dict[str, Any]:
+    """Measure one data set or several; print what was found, unless it is wanted as JSON.
+
+    Args:
+        paths: of the data sets; none means `data.path`.
+        plot: write histogram and cumulative curve to this PNG or SVG file.
+
+    Raises:
+        UsageError: data, tokenizer or the plot's file name is at fault.
+    """
+    config = loaded.config
+    paths = list(paths) or ([config.data.path] if config.data.path else [])
+    if not paths:
+        raise UsageError("no data to analyze\n  name it: chunkflow analyze data.jsonl (or data.path=, or a recipe)")
+    if plot is not None:
+        from chunkflow_cli.cli.screens.plots import check_plot_path
+
+        check_plot_path(plot)
+    measured = [measure(path, config) for path in paths]
+    analyses = [analysis(data, config) for data in measured]
+    if plot is not None:
+        from chunkflow_cli.cli.screens.plots import plot_lengths
+
+        plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
+    if not json_output:
+        from chunkflow_cli.cli.screens.analysis import print_analyses
+
+        print_analyses(
+            stdout_console(), [(data.lengths, found) for data, found in zip(measured, analyses, strict=True)]
+        )
+        if plot is not None:
+            print(f"plot: {plot}", file=sys.stderr)
+    return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
+
+
+def measure(path: str, config: Config) -> MeasuredData:
+    """Lengths of a data set: exact where a model is configured, estimated where not.
+
+    Raises:
+        UsageError: the data cannot be read, holds no sample at all, or the model has no tokenizer.
+    """
+    source = open_source(path)
+    format = detect_format(source) if config.data.format is DataFormat.auto else config.data.format
+    if config.model.path:
+        vocab_size, limit = _vocabulary_and_limit(config.model)
+        data = tokenize_source(
+            replace(config.data, path=path, format=format),
+            model_path=config.model.path,
+            vocab_size=vocab_size,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        lengths, rejected, locate = data.entry.lengths, data.rejected, data.location
+        target_counts, digests = data.entry.target_counts, data.entry.digests.view(np.int64)
+    else:
+        with progress_bar(f"reading {path}", source.size) as progress:
+            sizes = estimate_sizes(source, format, count_all=config.data.train_on is TrainOn.all, progress=progress)
+        lengths, rejected = sizes.lengths, sizes.rejected
+        target_counts, digests = sizes.target_counts, sizes.digests
+        limit = config.data.max_length
+
+        def locate(sample: int) -> Location:
+            return source.location(int(sizes.files[sample]), int(sizes.lines[sample]))
+
+    if len(lengths) == 0:
+        reasons = "".join(f"\n  {where}: {reason}" for where, reason in rejected[:LONGEST_SHOWN])
+        raise UsageError(f"{path}: none of its {len(rejected)} rows can be trained on{reasons}")
+    longest = np.argsort(-lengths, kind="stable")[:LONGEST_SHOWN]
+    return MeasuredData(
+        path=path,
+        format=format,
+        estimated=not config.model.path and format is not DataFormat.tokens,
+        lengths=lengths,
+        target_counts=target_counts,
+        digests=digests,
+        longest=[(locate(int(sample)), int(lengths[sample])) for sample in longest],
+        rejected=rejected,
+        model_limit=limit,
+    )
+
+
+def _vocabulary_and_limit(model: ModelConfig) -> tuple[int | None, int | None]:
+    """Of the model; nothing is known of a folder that holds a tokenizer and no model, and lengths need no more."""
+    folder = Path(model.path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").exists() and has_tokenizer(model.path):
+        return None, None
+    hf_config = load_config(model)
+    return int(hf_config.get_text_config().vocab_size), position_limit(hf_config)
+
+
+def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
+    """All that is told of a data set, as plain values for JSON. Shares are between 0 and 1."""
+    statistics: LengthStatistics = describe(data.lengths)
+    targets = int(data.target_counts.sum())
+    over_limit = 0 if data.model_limit is None else int(np.count_nonzero(data.lengths > data.model_limit))
+    return {
+        "data": data.path,
+        "format": data.format.value,
+        "estimated": data.estimated,
+        "samples": statistics.samples,
+        "tokens": statistics.tokens,
+        "targets": targets,
+        "target_share": targets / statistics.tokens,
+        "mean": statistics.mean,
+        "quantiles": statistics.quantiles,
+        "max": statistics.max,
+        "cdf": statistics.shorter,
+        "cdf_tokens": statistics.tokens_in_shorter,
+        "longest": [{"location": str(where), "tokens": tokens} for where, tokens in data.longest],
+        "duplicates": len(data.digests) - len(np.unique(data.digests)),
+        "rejected": _rejected(data.rejected),
+        "model_limit": data.model_limit,
+        "over_model_limit": over_limit,
+        "truncation": [asdict(truncation(data.lengths, limit)) for limit in TRUNCATIONS],
+        "padding": {
+            "batch_size": PADDED_BATCH,
+            "as_they_come": padding_share(data.lengths, PADDED_BATCH),
+            "sorted_by_length": padding_share(np.sort(data.lengths), PADDED_BATCH),
+        },
+        **_by_global_batch(data.path, data.lengths, config),
+    }
+
+
+def _rejected(rejected: Sequence[tuple[Location, str]]) -> dict[str, Any]:
+    reasons: dict[str, dict[str, Any]] = {}
+    for where, reason in rejected:
+        reasons.setdefault(reason, {"rows": 0, "first": str(where)})["rows"] += 1
+    return {
+        "rows": len(rejected),
+        "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1]["rows"])),
+        "first": [{"location": str(where), "reason": reason} for where, reason in rejected[:REJECTED_LISTED]],
+    }
+
+
+def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> dict[str, Any]:
+    """Packing, chunks and balance within the global batches of an epoch: those that training would take."""
+    batches = GlobalBatches(len(lengths), config.train.global_batch_size, config.train.seed, config.train.shuffle)
+    sizes = sorted({*CHUNK_SIZES, config.chunk.size})
+    longest = int(lengths.max())
+    packed_chunks = 0
+    totals = {size: {"chunks": 0, "lower_bound": 0, "dependent": 0, "recomputed": 0} for size in sizes}
+    dealt, balanced = [], []
+    with progress_bar(f"planning {path}", batches.steps_per_epoch) as progress:
+        for step in range(batches.steps_per_epoch):
+            batch = lengths[batches[step]]
+            tokens = int(batch.sum())
+            packed_chunks += count_chunks(batch, longest)
+            for size, total in totals.items():
+                pieces = -(-batch[batch > size] // size)
+                total["chunks"] += count_chunks(batch, size)
+                total["lower_bound"] += -(-tokens // size)
+                total["dependent"] += int(pieces.sum())
+                total["recomputed"] += int((pieces - 1).sum()) * size
+            in_turn = [np.arange(rank, len(batch), RANKS) for rank in range(RANKS)]
+            dealt.append(rank_loads(batch, in_turn))
+            balanced.append(rank_loads(batch, balance(batch, RANKS)))
+            progress(step + 1)
+    tokens = int(lengths.sum())
+    return {
+        "packing": {
+            "global_batch_size": config.train.global_batch_size,
+            "to_longest": {"size": longest, "bins": packed_chunks, "waste": 1 - tokens / (packed_chunks * longest)},
+            "chunks": [
+                {
+                    "chunk_size": size,
+                    "chunks": total["chunks"],
+                    "lower_bound": total["lower_bound"],
+                    "dependent": total["dependent"],
+                    "waste": 1 - tokens / (total["chunks"] * size),
+                    "recomputed_token_share": total["recomputed"] / tokens,
+                }
+                for size, total in totals.items()
+            ],
+        },
+        "ranks": {"ranks": RANKS, "idle_as_dealt": idle_share(dealt), "idle_balanced": idle_share(balanced)},
+    }

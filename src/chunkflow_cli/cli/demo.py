@@ -1,0 +1,136 @@
+"""The demo: fine-tune a small real model on the Python standard library of this machine.
+
+    python -m chunkflow_cli.cli.demo              make the data, train, ask the model a question
+    python -m chunkflow_cli.cli.demo --data-only  make the data and stop
+
+Each sample is a docstring as the request and the source of that function, class or module as the answer: most are
+short, a few are very long, which is much the shape of real chat data. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import random
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+RECIPE = "smollm2_stdlib"
+ALL_PAIRS = Path("data/stdlib_pairs.jsonl")
+SUBSET = Path("data/stdlib_demo.jsonl")
+SEED = 0
+# Characters of request and answer together; about 3.4 make a token.
+SUBSET_SHARES = ((0, 2_500, 110), (3_000, 6_000, 4), (16_500, 18_000, 1))
+"""(at least, below, how many): mostly short, some longer, and one of eight or more chunks of 512 tokens."""
+QUESTION = "What is the capital of France?"
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    request: str
+    answer: str
+
+    @property
+    def characters(self) -> int:
+        return len(self.request) + len(self.answer)
+
+    def to_json(self) -> str:
+        messages = [{"role": "user", "content": self.request}, {"role": "assistant", "content": self.answer}]
+        return json.dumps({"messages": messages}, ensure_ascii=False)
+
+
+def stdlib_pairs(folder: Path | None = None) -> Iterator[Pair]:
+    """Request and answer of every documented module, class and function of the library; nothing is imported."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old escapes in string literals
+                tree = ast.parse(source)
+        except (UnicodeDecodeError, SyntaxError):  # a few files are broken on purpose
+            continue
+        module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+        yield from _pairs_of(tree, source, module)
+
+
+def _pairs_of(tree: ast.Module, source: str, module: str) -> Iterator[Pair]:
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        documentation = ast.get_docstring(node)
+        if not documentation:
+            continue
+        if isinstance(node, ast.Module):
+            kind, answer = f"the module {module}", source
+        else:
+            kind = f"{'class' if isinstance(node, ast.ClassDef) else 'function'} {node.name} of the module {module}"
+            answer = "".join(lines[node.lineno - 1 : node.end_lineno])
+        yield Pair(f"Write the Python source of {kind}.\n\n{documentation}", answer)
+
+
+def subset(pairs: Sequence[Pair]) -> list[Pair]:
+    """A seeded subset with the tail in it."""
+    generator = random.Random(SEED)
+    chosen = []
+    for at_least, below, count in SUBSET_SHARES:
+        candidates = [pair for pair in pairs if at_least <= pair.characters < below]
+        chosen += generator.sample(candidates, min(count, len(candidates)))
+    generator.shuffle(chosen)
+    return chosen
+
+
+def write_data() -> None:
+    """Both files, under the present folder."""
+    pairs = list(stdlib_pairs())
+    SUBSET.parent.mkdir(parents=True, exist_ok=True)
+    for path, rows in ((ALL_PAIRS, pairs), (SUBSET, subset(pairs))):
+        path.write_text("".join(pair.to_json() + "\n" for pair in rows), encoding="utf-8")
+        print(f"{path}: {len(rows):,} samples, the longest {max(pair.characters for pair in rows):,} characters")
+
+
+def ask(model_folder: str, question: str) -> str:
+    """The trained model's answer, greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32").eval()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    length = prompt["input_ids"].shape[1]
+    out = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(out[0, length:], skip_special_tokens=True)).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M on the Python standard library.")
+    parser.add_argument("--data-only", action="store_true", help="make the data and stop")
+    parser.add_argument("overrides", nargs="*", help="overrides of the recipe, e.g. train.steps=2")
+    arguments = parser.parse_args()
+    write_data()
+    if arguments.data_only:
+        return
+    from chunkflow_cli.cli.app import app
+
+    command = ["train", f"recipe={RECIPE}", *arguments.overrides]
+    print("\n$ chunkflow " + " ".join(command), flush=True)
+    exit_code = app(command, standalone_mode=False)
+    if exit_code:
+        sys.exit(exit_code)
+    final = max(Path("outputs", RECIPE).glob("*/final"), key=lambda path: path.stat().st_mtime)
+    print(f"\nIt has not forgotten what it knew:\n  > {QUESTION}\n  {ask(str(final), QUESTION)}")
+
+
+if __name__ == "__main__":
+    main()

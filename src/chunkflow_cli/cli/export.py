@@ -1,0 +1,60 @@
+"""`chunkflow export`: a run's model as a Hugging Face folder, adapters merged on request."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from chunkflow_cli.config.schema import ModelConfig
+from chunkflow_cli.console import stderr_console, stdout_console, working
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.training.run_folder import CONFIG, written_aside
+
+
+def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool = False) -> dict[str, Any]:
+    """Copy `final/` to `output` (default RUN_DIR/export), or with `merge` write the model with its adapters added in.
+
+    Raises:
+        UsageError: there is no finished run, the target exists, or there is nothing to merge.
+    """
+    source = Path(run_folder)
+    final = source / "final"
+    if not final.is_dir():
+        raise UsageError(f"{source} holds no finished run: there is no {final}")
+    target = Path(output) if output is not None else source / "export"
+    if target.exists() and any(target.iterdir()):
+        raise UsageError(f"--output={target} exists and is not empty: choose another folder")
+    has_adapters = (final / "adapter_config.json").is_file()
+    if merge and not has_adapters:
+        raise UsageError(f"--merge: {final} holds no adapters, the model is whole as it is")
+    with working(stderr_console(), "writing the model"), written_aside(target) as temporary:
+        if merge:
+            _merge(source, final, temporary)
+        else:
+            shutil.copytree(final, temporary, dirs_exist_ok=True)
+    if not json_output:
+        stdout_console().print(str(target), markup=False, soft_wrap=True)
+    return {"output": str(target), "merged": merge}
+
+
+def _merge(source: Path, final: Path, target: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    saved = OmegaConf.load(source / CONFIG)
+    fields = OmegaConf.structured(ModelConfig)
+    config = OmegaConf.to_object(OmegaConf.merge(fields, saved.model))
+    assert isinstance(config, ModelConfig)
+    dtype: torch.dtype = getattr(torch, config.dtype.value)
+    seed = int(saved.train.seed)  # a random base is drawn again from it
+    base = load_model(config, load_config(config), dtype=dtype, attention="sdpa", seed=seed)
+    merged = PeftModel.from_pretrained(base, str(final)).merge_and_unload()
+    merged.save_pretrained(str(target))
+    if (final / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(str(final)).save_pretrained(str(target))

@@ -1,0 +1,49 @@
+"""`--help` of a command ends with the configuration keys that it is most often given, from config.py alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+KEYS = {
+    "train": (
+        "model.path", "data.path", "data.max_length", "chunk.size", "chunk.k", "model.lora.enabled", "optim.lr",
+        "train.epochs", "train.global_batch_size", "train.output_dir",
+    ),
+    "verify": (
+        "model.path", "model.dtype", "model.attention", "chunk.size", "chunk.k", "verify.length", "verify.dtype",
+    ),
+    "doctor": ("model.path", "model.dtype", "model.attention", "data.cache_dir"),
+}  # fmt: skip
+"""By command."""
+
+
+class CommandWithKeys(TyperCommand):
+    """A command whose help shows its keys below its options."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _print_keys(KEYS[str(self.name)])
+
+
+def _print_keys(names: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    from chunkflow_cli.config.keys import describe_keys
+
+    described = describe_keys()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False, expand=True)
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(ratio=1)
+    for name in names:
+        key = described[name]
+        text = Text(key.help.replace("`", ""))
+        text.append(f" [default: {key.default}]" if key.default not in ("", "null") else "", style="dim")
+        table.add_row(name, text)
+    console = Console(highlight=False)
+    console.print(Panel(table, title="Keys, among others", title_align="left", border_style="dim"))
+    console.print(" All keys: --cfg job. To complete them with TAB: chunkflow --install-completion")

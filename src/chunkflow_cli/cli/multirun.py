@@ -1,0 +1,80 @@
+"""`chunkflow train --multirun`: every combination of the values that the overrides give, one process each."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chunkflow_cli.config.load import load
+from chunkflow_cli.console import stderr_console
+from chunkflow_cli.errors import RunError, UsageError
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """The runs of a sweep in Hydra's syntax: `a=1,2 b=x` gives `[a=1, b=x]` and `[a=2, b=x]`.
+
+    Raises:
+        UsageError: an override that cannot be read.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    except HydraException as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    choices = []
+    for override in parsed:
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            assert override.input_line is not None
+            choices.append([override.input_line])
+    return [list(words) for words in itertools.product(*choices)]
+
+
+def run(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
+    """Run all combinations one after the other; each in its own process, so that nothing of one is left in the next.
+
+    Raises:
+        UsageError: one of the configurations is wrong; then none has been started.
+        RunError: a run failed; the others were run all the same.
+    """
+    console = stderr_console()
+    jobs = combinations(overrides)
+    loaded = [load(words, config_dir) for words in jobs]
+    named = loaded[0].config.train.output_dir
+    root = (
+        Path(named) if named else Path("outputs") / loaded[0].recipe / f"multirun-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    )
+    runs, failed = [], []
+    for number, words in enumerate(jobs):
+        folder = root / str(number)
+        console.print(f"[bold]run {number + 1} of {len(jobs)}[/] {' '.join(words)}", soft_wrap=True)
+        options = ["--config-dir", config_dir] if config_dir is not None else []
+        kept = [word for word in words if not word.startswith("train.output_dir=")]
+        command = [sys.executable, "-m", "chunkflow_cli", "train", *options, *kept, f"train.output_dir={folder}"]
+        code = _wait_for(subprocess.Popen(command, stdout=sys.stderr if json_output else None))
+        if code == 130:
+            raise KeyboardInterrupt
+        runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code})
+        if code != 0:
+            failed.append(folder)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(map(str, failed))}")
+    return {"runs": runs}
+
+
+def _wait_for(job: subprocess.Popen[bytes]) -> int:
+    """Its exit code. Ctrl-C reaches the run as well: it saves a checkpoint and ends by itself."""
+    while True:
+        try:
+            return job.wait()
+        except KeyboardInterrupt:
+            continue

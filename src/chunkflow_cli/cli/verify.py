@@ -1,0 +1,122 @@
+"""`chunkflow verify`: chunked against whole-sequence loss and gradients on the configured model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.config.schema import Config, Cuts, Dtype
+from chunkflow_cli.console import stderr_console, stdout_console, working
+from chunkflow_cli.execution.attention import function as attention
+from chunkflow_cli.execution.attention.choice import choose_backend
+from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.parity import compare, random_sequences, remove_dropout, use_float64_experts
+from chunkflow_cli.model.device import training_device
+from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing, load_model
+
+LONGEST_DEFAULT = 2048
+
+
+def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
+    """Compare, print the outcome, and return what `--json` prints.
+
+    The model is the configured one, weights, adapters and activation checkpointing included; dropout is off, for two
+    forwards could not agree under it. The test is a made-up long sequence and short ones that fill its tail.
+
+    Raises:
+        UsageError: the model cannot be loaded, or cannot run in chunks.
+    """
+    settle_vector_math()
+    config = loaded.config
+    console = stderr_console()
+    device = training_device()
+    dtype_name = config.verify.dtype or (Dtype.float64 if config.model.dtype is Dtype.float64 else Dtype.float32)
+    dtype: torch.dtype = getattr(torch, dtype_name.value)
+    hf_config = load_config(config.model)
+    remove_dropout(hf_config.get_text_config())
+    choice = choose_backend(config.model.attention, hf_config, device, dtype)
+    length, chunk_size = _test_size(config, console)
+    attention.register()
+    with working(console, "loading the model"):
+        model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
+        use_float64_experts(model, dtype)
+        enable_activation_checkpointing(model, config.model.activation_checkpointing)
+        if config.model.lora.enabled:
+            model = add_lora(model, replace(config.model.lora, dropout=0.0))
+            _give_adapters_gradient(model)
+        model.to(device)
+    vocabulary = hf_config.get_text_config().vocab_size
+    lengths = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
+    with working(console, f"comparing {sum(lengths):,} tokens, whole and in chunks of {chunk_size:,}"):
+        parity = compare(
+            model, choice.backend, random_sequences(lengths, vocabulary, config.train.seed),
+            chunk_size=chunk_size, k=config.chunk.k, fill_tails=config.chunk.fill_tails,
+            # Pieces far more uneven than any device's costs would make them.
+            pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0,
+        )  # fmt: skip
+    result = {
+        "passed": parity.passed,
+        "loss_whole": parity.loss_whole,
+        "loss_chunked": parity.loss_chunked,
+        "loss_rel_error": parity.loss_rel_error,
+        "grad_rel_error": parity.grad_rel_error,
+        "grad_max_rel_error_parameter": parity.grad_max_rel_error_parameter,
+        "grad_max_rel_error": parity.grad_max_rel_error,
+        "dtype": dtype_name.value,
+        "tolerance": parity.tolerance,
+        "chunk_size": chunk_size,
+        "k": config.chunk.k,
+        "length": length,
+        "attention": choice.backend.name,
+    }
+    if not json_output:
+        _print(stdout_console(), result, config)
+    return result
+
+
+def _test_size(config: Config, console: Console) -> tuple[int, int]:
+    """Length of the long sequence, and the chunk size: smaller than configured where that would leave one chunk."""
+    chunk_size = config.chunk.size
+    length = config.verify.length or min(3 * chunk_size + chunk_size // 2, LONGEST_DEFAULT)
+    length = max(length, 8)
+    if chunk_size * 2 > length:
+        smaller = max(1, length * 2 // 7)
+        console.print(
+            f"{length:,} tokens have no two chunks of chunk.size={chunk_size:,}: comparing in chunks of {smaller:,}",
+            soft_wrap=True,
+        )
+        chunk_size = smaller
+    return length, chunk_size
+
+
+def _give_adapters_gradient(model: Any) -> None:
+    """Fresh adapters end in zeros, which leaves half of their gradients zero: draw them, so that all are compared."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+
+
+def _print(console: Console, result: dict[str, Any], config: Config) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("model", config.model.path)
+    table.add_row("test", f"{result['length']:,} tokens in chunks of {result['chunk_size']:,}, K = {result['k']}, "
+                          f"{result['dtype']}, attention {result['attention']}")  # fmt: skip
+    table.add_row("loss", f"{result['loss_whole']:.6f} whole, {result['loss_chunked']:.6f} chunked "
+                          f"({result['loss_rel_error']:.1e} apart)")  # fmt: skip
+    table.add_row("gradient", f"{result['grad_rel_error']:.1e} apart, {result['tolerance']:.0e} allowed")
+    table.add_row("worst", f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})")
+    console.print(table)
+    passed = "[green]passed[/]: chunked training of this model is exact"
+    failed = "[red]failed[/]: chunked training of this model differs from whole-sequence training"
+    console.print(passed if result["passed"] else failed)

@@ -1,0 +1,228 @@
+"""Exact attention of a chunk: the one thing that chunking changes inside a model.
+
+`ChunkAttention` is registered with transformers under the name "chunkflow", so any model that takes its attention from
+`AttentionInterface` runs in chunks unchanged. What a chunk is travels as the keyword argument `chunk` of the model's
+forward, which Hugging Face passes down to every attention call.
+
+With `lse` the log-sum-exp of a row's scores, attention to own tokens and to the past merge exactly:
+
+    lse = logaddexp(lse_own, lse_past)
+    out = out_own * exp(lse_own - lse) + out_past * exp(lse_past - lse)
+
+Shapes: queries (1, heads, tokens, head_dim), keys and values (1, kv_heads, tokens, head_dim).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.execution.state import SequenceState
+
+NAME = "chunkflow"
+"""The attention implementation that models are loaded with."""
+
+
+@dataclass(frozen=True)
+class ChunkAttentionContext:
+    """What the attention of one chunk needs to know."""
+
+    packing: Packing
+    backend: Backend
+    state: SequenceState | None = None
+    """Of the long sequence whose piece is the first segment; None in a standalone chunk."""
+    past: int = 0
+    """Tokens of that sequence in earlier chunks."""
+    continues: bool = False
+    """Whether later chunks will read the keys and values of that piece."""
+    last_layer_of_state_pass: int | None = None
+    """In a state pass, the layer after whose keys and values nothing is wanted any more."""
+    sequence_group: SequenceGroup | None = None
+    """Whose ranks share the chunk's tokens; `packing`, `past` and the state are those of all tokens all the same."""
+
+    @property
+    def dependent_tokens(self) -> int:
+        """Tokens of the piece of the long sequence."""
+        return self.packing.boundaries[1]
+
+
+def attend(
+    module: nn.Module,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    chunk: ChunkAttentionContext | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; returns (1, tokens, heads, head_dim)."""
+    if chunk is None:
+        raise UsageError(
+            f"{type(module).__name__} does not pass keyword arguments to its attention: it cannot be trained in chunks"
+        )
+    if dropout != 0.0:
+        raise UsageError(
+            f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"
+            "  set attention_dropout to 0 in the model's config.json"
+        )
+    group = chunk.sequence_group
+    if queries.shape[0] != 1 or queries.shape[2] * (1 if group is None else group.size) != chunk.packing.boundaries[-1]:
+        raise UsageError(
+            f"{type(module).__name__} reshapes its tokens before attention, so it cannot be trained in chunks"
+        )
+    scale = queries.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    rule = AttentionRule(scale, sliding_window, softcap)
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise UsageError(f"{type(module).__name__} does not know its layer, so its state cannot be kept apart")
+    if group is None:
+        out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer, rule)
+        return out.transpose(1, 2), None
+    sinks = None if s_aux is None else s_aux[group.slice_of(len(s_aux))]
+    queries, keys, values = group.tokens_to_heads(queries, keys, values)
+    out = group.heads_to_tokens(ChunkAttention.apply(queries, keys, values, sinks, chunk, layer, rule))
+    return out.transpose(1, 2), None
+
+
+def register() -> None:
+    """Make "chunkflow" an attention implementation that transformers knows."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The attention function knows the segments; a mask tensor would be quadratic and is never made."""
+    return
+
+
+class ChunkAttention(torch.autograd.Function):
+    """Attention of one chunk in one layer: own tokens, merged with the past; backward, gradient goes by the store."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sinks: Tensor | None,
+        chunk: ChunkAttentionContext,
+        layer: int,
+        rule: AttentionRule,
+    ) -> Tensor:
+        if chunk.state is not None and chunk.continues:
+            piece = slice(0, chunk.dependent_tokens)
+            chunk.state.write(
+                layer, chunk.past, {"keys": _flat(keys[:, :, piece]), "values": _flat(values[:, :, piece])}
+            )
+        if chunk.last_layer_of_state_pass == layer:
+            return queries.new_zeros(*queries.shape[:3], values.shape[3])
+        out, log_sum_exp = chunk.backend.own_forward(queries, keys, values, chunk.packing, rule)
+        seen = _PastInSight.of(chunk, rule)
+        if seen is not None:
+            rows = slice(0, seen.queries)
+            past_keys, past_values = seen.read(layer)
+            past_out, past_lse = chunk.backend.past_forward(queries[:, :, rows], past_keys, past_values, rule)
+            merged_out, merged_lse = _merge(out[:, :, rows], log_sum_exp[:, :, rows], past_out, past_lse)
+            # New tensors: under selective checkpointing the kernel's own outputs are kept and must not change.
+            out = _with_first_rows(out, merged_out)
+            log_sum_exp = _with_first_rows(log_sum_exp, merged_lse)
+        if sinks is not None:
+            # A sink is one more key per head with a learned score and no value: it takes weight and gives nothing.
+            with_sink = torch.logaddexp(log_sum_exp, sinks.to(log_sum_exp.dtype).view(1, -1, 1))
+            out = (out * torch.exp(log_sum_exp - with_sink).unsqueeze(-1)).to(queries.dtype)
+            log_sum_exp = with_sink
+        ctx.save_for_backward(queries, keys, values, out, log_sum_exp, sinks)
+        ctx.chunk, ctx.layer, ctx.rule = chunk, layer, rule
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        queries, keys, values, out, log_sum_exp, sinks = ctx.saved_tensors
+        chunk, layer, rule = ctx.chunk, ctx.layer, ctx.rule
+        grad_queries, grad_keys, grad_values = chunk.backend.own_backward(
+            grad_out, queries, keys, values, out, log_sum_exp, chunk.packing, rule
+        )
+        seen = _PastInSight.of(chunk, rule)
+        if seen is not None:
+            rows = slice(0, seen.queries)
+            past_keys, past_values = seen.read(layer)
+            from_past = chunk.backend.past_backward(
+                grad_out[:, :, rows], queries[:, :, rows], past_keys, past_values,
+                out[:, :, rows], log_sum_exp[:, :, rows], rule,
+            )  # fmt: skip
+            grad_queries[:, :, rows] += from_past[0]
+            chunk.state.add_gradient(layer, "keys", seen.start, _flat(from_past[1]))
+            chunk.state.add_gradient(layer, "values", seen.start, _flat(from_past[2]))
+        if chunk.state is not None:
+            if chunk.continues:
+                piece = slice(0, chunk.dependent_tokens)
+                stop = chunk.past + chunk.dependent_tokens
+                for name, gradient in (("keys", grad_keys), ("values", grad_values)):
+                    from_later = chunk.state.gradient(layer, name, chunk.past, stop)
+                    if from_later is not None:
+                        gradient[:, :, piece] += from_later.transpose(0, 1).unsqueeze(0)
+            chunk.state.release(layer, chunk.past)
+        grad_sinks = None
+        if sinks is not None:
+            lost = torch.exp(sinks.to(log_sum_exp.dtype).view(1, -1, 1) - log_sum_exp)  # weight that went to the sink
+            delta = (grad_out.to(log_sum_exp.dtype) * out.to(log_sum_exp.dtype)).sum(-1)
+            grad_sinks = -(lost * delta).sum((0, 2)).to(sinks.dtype)
+        return (
+            grad_queries.to(queries.dtype), grad_keys.to(keys.dtype), grad_values.to(values.dtype), grad_sinks,
+            None, None, None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _PastInSight:
+    """The part of the past that some query sees, and the queries that see any of it."""
+
+    state: SequenceState
+    queries: int
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, chunk: ChunkAttentionContext, rule: AttentionRule) -> _PastInSight | None:
+        if chunk.state is None or chunk.past == 0 or rule.window == 1:
+            return None
+        reach = chunk.past + chunk.dependent_tokens if rule.window is None else rule.window - 1
+        return cls(chunk.state, min(chunk.dependent_tokens, reach), max(0, chunk.past - reach), chunk.past)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (1, kv_heads, tokens, head_dim)."""
+        keys = self.state.read(layer, "keys", self.start, self.stop)
+        values = self.state.read(layer, "values", self.start, self.stop)
+        return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+
+
+def _merge(own_out: Tensor, own_lse: Tensor, past_out: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to both sets of keys, from attention to each; rounded once."""
+    merged = torch.logaddexp(own_lse, past_lse)
+    own_part = own_out * torch.exp(own_lse - merged).unsqueeze(-1)
+    past_part = past_out * torch.exp(past_lse - merged).unsqueeze(-1)
+    return (own_part + past_part).to(own_out.dtype), merged
+
+
+def _with_first_rows(rows: Tensor, first: Tensor) -> Tensor:
+    """`rows` (1, heads, tokens, ...) with its first ones exchanged, as a new tensor."""
+    count = first.shape[2]
+    return first if count == rows.shape[2] else torch.cat([first, rows[:, :, count:]], dim=2)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(1, heads, tokens, head_dim) -> (tokens, heads, head_dim), the layout of the store."""
+    return tensor[0].transpose(0, 1)

@@ -1,0 +1,1 @@
+"""A Hugging Face model: its configuration, loading, shape and device."""

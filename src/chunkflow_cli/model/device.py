@@ -1,0 +1,63 @@
+"""The device of this machine, as a profile: its rate and its memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from chunkflow_cli.planning.costs import DEVICES, DeviceProfile
+
+MATMUL_FLOPS = {
+    # Dense bfloat16, from the makers' data sheets; the first name that is part of the driver's.
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+UNKNOWN_GPU_FLOPS = 100e12
+"""Of a GPU that the table does not know; the ratios between chunks hold all the same."""
+
+
+def training_device() -> torch.device:
+    """Of this process: the GPU of its local rank, as a launcher numbers them, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def known_matmul_flops(device: torch.device) -> float | None:
+    """By the data sheet; None of a CPU, and of a GPU that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in MATMUL_FLOPS.items() if part in name), None)
+
+
+def present_device() -> DeviceProfile:
+    """Of the GPU that training would run on, or of the CPU where there is none."""
+    device = training_device()
+    if device.type == "cpu":
+        pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        cores = os.cpu_count() or 1
+        per_core = DEVICES["cpu"].matmul_flops / 2
+        return replace(
+            DEVICES["cpu"],
+            name=f"this CPU, {cores} cores",
+            matmul_flops=cores * per_core,
+            memory_bytes=pages * page_bytes,
+        )
+    flops = known_matmul_flops(device)
+    name = torch.cuda.get_device_name(device)
+    return DeviceProfile(
+        name if flops else f"{name} (rate unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)",
+        flops or UNKNOWN_GPU_FLOPS,
+        int(torch.cuda.get_device_properties(device).total_memory),
+    )

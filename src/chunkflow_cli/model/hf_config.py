@@ -1,0 +1,94 @@
+"""The Hugging Face configuration of a model: found, read, and refused where chunks could not be exact. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chunkflow_cli.config.schema import ModelConfig
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.hub import go_offline_if_unreachable
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def pretrained_arguments(path: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` wants for a model id, a folder or a GGUF file."""
+    if path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise UsageError(f"model.path={path}: there is no such file")
+        return str(Path(path).parent), {"gguf_file": Path(path).name}
+    return path, {}
+
+
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The Hugging Face configuration.
+
+    Raises:
+        UsageError: the model is not to be found, or uses what chunked training cannot do exactly.
+    """
+    from transformers import AutoConfig
+
+    _quiet_transformers()
+    if not Path(config.path).exists():
+        go_offline_if_unreachable()
+    name, extra = pretrained_arguments(config.path)
+    try:
+        hf_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise model_not_found(config, error) from error
+    text = hf_config.get_text_config()
+    if getattr(text, "output_router_logits", False):
+        raise UsageError(
+            "the model's configuration has output_router_logits=true: the auxiliary loss of a router is not supported\n"
+            "  set it to false in the model's config.json to train without that loss"
+        )
+    refuse_length_dependent_rope(text)
+    return hf_config
+
+
+def _quiet_transformers() -> None:
+    """Silence advice about calls that the user did not make; errors still raise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def refuse_length_dependent_rope(hf_config: Any) -> None:
+    """Rotary embeddings that change with the longest position of a forward would differ from chunk to chunk.
+
+    Raises:
+        UsageError: names the kind.
+    """
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    for kind in sorted({str(part.get("rope_type")) for part in parts} & {"dynamic", "longrope"}):
+        raise UsageError(
+            f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position seen\n"
+            "  chunks of one sequence would disagree: use a fixed kind (default, linear, yarn, llama3) in config.json"
+        )
+
+
+def position_limit(hf_config: Any) -> int | None:
+    """The longest sequence that the model was made for; None if its configuration does not say."""
+    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def model_not_found(config: ModelConfig, error: Exception) -> UsageError:
+    looks_local = Path(config.path).exists() or config.path.startswith((".", "/", "~"))
+    if looks_local:
+        what = "weights (*.safetensors)" if Path(config.path, "config.json").is_file() else "config.json"
+        if not Path(config.path).exists():
+            return UsageError(f"model.path={config.path}: there is no such folder or file")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "\n  to train it from random weights: model.init=random" if what.startswith("weights") else ""
+        return UsageError(f"model.path={config.path}: no usable {what} there\n  {reason}{remedy}")
+    return UsageError(
+        f"model.path={config.path}: neither a local folder nor in the local cache, and the Hugging Face hub "
+        f"{'cannot be reached' if go_offline_if_unreachable() else 'did not give it'}\n"
+        "  with network: check the name, and `hf auth login` for a gated model\n"
+        "  without: copy the model's folder here and give model.path=FOLDER"
+    )

@@ -1,0 +1,1 @@
+"""Start the ranks of a run, watch them, and say which one failed first."""

@@ -1,0 +1,1 @@
+"""One training run: its folder, data, model, steps, checkpoints and report."""

@@ -1,0 +1,130 @@
+"""What runs the steps of a training run, put together: model, engine and runner; of a pipeline, those of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from chunkflow_cli.config.schema import Config, PipelineSchedule
+from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Processes
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.attention import function as attention
+from chunkflow_cli.execution.attention.backend import Backend
+from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
+from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
+from chunkflow_cli.execution.loss import FUSED_HEADS
+from chunkflow_cli.execution.messages import Links
+from chunkflow_cli.execution.runner import Runner, has_dropout
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.execution.stage_runner import PipelineRunner
+from chunkflow_cli.execution.stages import StageModel
+from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing, load_model
+from chunkflow_cli.model.shape import model_shape, with_adapters
+from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.stage_cut import StageLayers
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    model: Any
+    """With adapters, if any; of a pipeline, the part that this stage holds. Its parameters are the engine's."""
+    engine: Engine | PipelineEngine
+    runner: Runner | PipelineRunner
+    shape: ModelShape
+    """Of the whole model."""
+
+
+def assemble(
+    config: Config,
+    hf_config: Any,
+    backend: Backend,
+    device: torch.device,
+    *,
+    processes: Processes | None = None,
+    stages: Sequence[StageLayers] = (),
+    stop_requested: Callable[[], bool] = lambda: False,
+    announce: Callable[[str], None] = lambda doing: None,
+) -> Assembly:
+    """Load the model and make the engine around it.
+
+    Args:
+        hf_config: the model's configuration.
+        backend: the attention that it runs with.
+        device: where it runs.
+        processes: of the run; every one of them assembles its own, at the same time. None: this one is alone.
+        stages: of the pipeline, what each holds of the model; empty without one.
+        stop_requested: asked before every operation.
+        announce: told every operation before it begins.
+
+    Raises:
+        UsageError: the model's weights are not to be had, or its settings do not fit it.
+    """
+    attention.register()
+    torch.manual_seed(config.train.seed)
+    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+    model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
+    enable_activation_checkpointing(model, config.model.activation_checkpointing)
+    shape = model_shape(model)
+    if config.model.lora.enabled:
+        model = add_lora(model, config.model.lora)
+        shape = with_adapters(shape, model)
+    processes = processes or Processes()
+    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
+    sequence_group = SequenceGroup.join(processes.topology)
+    if len(stages) > 1:
+        stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
+        pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
+        pipelines = [processes.topology.pipeline_group(first) for first in range(processes.topology.replicas)]
+        pipeline_runner = PipelineRunner(
+            pipeline_engine,
+            Links(pipelines, device),
+            device,
+            replay_random=has_dropout(model),
+            splits_backwards=config.parallel.schedule is PipelineSchedule("zero_bubble"),
+            sequence_group=sequence_group,
+            announce=announce,
+        )
+        return Assembly(model, pipeline_engine, pipeline_runner, shape)
+    if settings.engine.zero_stage == 3 and processes.topology.processes > 1:
+        _check_head_in_lockstep(model)
+    chunk_model = ChunkModel(model, backend)
+    if settings.engine.zero_stage < 3:
+        _on_device(chunk_model, device)
+    elif device.type == "cpu":
+        convert_linear_layers(chunk_model)
+    engine = Engine(chunk_model, settings)
+    runner = Runner(
+        engine,
+        device,
+        replay_random=has_dropout(model),
+        lockstep=engine.needs_lockstep,
+        sequence_group=sequence_group,
+        stop_requested=stop_requested,
+        announce=announce,
+    )
+    return Assembly(model, engine, runner, shape)
+
+
+def _check_head_in_lockstep(model: Any) -> None:
+    """ZeRO-3 fetches the weights of an adapted head for each tile of targets, of which ranks have different numbers.
+
+    Raises:
+        UsageError: the head has an adapter.
+    """
+    if type(base_model(model).get_output_embeddings()) not in FUSED_HEADS:
+        raise UsageError(
+            "model.lora.target_modules adapts the head, which engine.zero_stage=3 cannot run on several ranks\n"
+            "  take engine.zero_stage=1, or leave the head out"
+        )
+
+
+def _on_device(model: Model, device: torch.device) -> Model:
+    if device.type == "cpu":
+        convert_linear_layers(model)
+    model.to(device)
+    return model

@@ -1,0 +1,49 @@
+"""The samples that a run reads, trains on and holds out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from chunkflow_cli.config.schema import (
+    Config,
+)
+from chunkflow_cli.data.dataset import TokenizedData, tokenize
+from chunkflow_cli.model.hf_config import position_limit
+from chunkflow_cli.planning.batches import held_out
+
+
+@dataclass(frozen=True)
+class RunData:
+    read: TokenizedData
+    """All samples of `data.path`, with the account of what was rejected or dropped."""
+    train: TokenizedData
+    evaluation: TokenizedData
+    """Held out of `data.path`, or those of `data.eval_path`; may be empty."""
+
+
+def load_run_data(config: Config, hf_config: Any | None) -> RunData:
+    """Tokenise (or find in the cache) what the run needs.
+
+    Args:
+        hf_config: the model's configuration; None only where rows are ids and no model is named.
+
+    Raises:
+        UsageError: as `tokens.tokenize`.
+    """
+
+    def read(path: str | None) -> TokenizedData:
+        return tokenize(
+            config.data,
+            path=path,
+            model_path=config.model.path,
+            model_limit=None if hf_config is None else position_limit(hf_config),
+            vocab_size=None if hf_config is None else int(hf_config.get_text_config().vocab_size),
+            trust_remote_code=config.model.trust_remote_code,
+        )
+
+    data = read(None)
+    if config.data.eval_path is not None:
+        return RunData(data, data, read(config.data.eval_path))
+    train, evaluation = held_out(len(data), config.data.eval_fraction, config.train.seed)
+    return RunData(data, data.select(train), data.select(evaluation))

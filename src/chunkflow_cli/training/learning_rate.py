@@ -1,0 +1,32 @@
+"""The learning rate of each step, by transformers' schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers import get_scheduler
+
+from chunkflow_cli.config.schema import LearningRateSchedule, OptimConfig
+
+
+def learning_rate_schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step, counted from 0.
+
+    The schedules are asked for step + 1 of steps + 1: so neither the first step nor the last idles at a rate of zero.
+    """
+    idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
+    warmup = math.ceil(optim.warmup_ratio * steps)
+    if optim.schedule is LearningRateSchedule.wsd:
+        decay = math.ceil(0.1 * steps) + 1  # it begins at the full rate: one more, for the last tenth to be below it
+        scheduler = get_scheduler(
+            "warmup_stable_decay", idle, num_warmup_steps=warmup, num_training_steps=steps + 1,
+            scheduler_specific_kwargs={"num_decay_steps": decay},
+        )  # fmt: skip
+    elif optim.schedule is LearningRateSchedule.constant:
+        scheduler = get_scheduler("constant_with_warmup", idle, num_warmup_steps=warmup)
+    else:
+        scheduler = get_scheduler(optim.schedule.value, idle, num_warmup_steps=warmup, num_training_steps=steps + 1)
+    factor = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
+    return lambda step: float(optim.lr * factor(step + 1))

@@ -1,0 +1,65 @@
+"""What must be at hand and fit together before a run begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_settings
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.stage_runner import check_pipeline_schedule
+from chunkflow_cli.model.device import training_device
+from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.training.from_config import check_heads
+
+
+def check_requirements(loaded: LoadedConfig) -> Any:
+    """The Hugging Face configuration, after a look for everything that must be at hand: all that is missing at once.
+
+    Raises:
+        UsageError: one error that names each missing thing.
+    """
+    config = loaded.config
+    missing: list[str] = []
+    hf_config = None
+    if not config.model.path:
+        missing.append("model.path is not set: a Hugging Face id, a folder or a GGUF file")
+    else:
+        try:
+            hf_config = load_config(config.model)
+        except UsageError as error:
+            missing.append(str(error))
+    if not config.data.path:
+        missing.append("data.path is not set: your training data (.jsonl, .json, .parquet, a folder, or a data set id)")
+    if missing and config.hardware and not torch.cuda.is_available():
+        missing.append(f"a GPU: this machine has none, and the recipe is made for {config.hardware}")
+    if missing:
+        lines = "\n".join(f"- {text}" for text in missing)
+        raise UsageError(
+            f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
+        )
+    check_heads(config, hf_config)
+    group = config.parallel.sequence * config.parallel.pipeline
+    if config.launch.processes < group:
+        raise UsageError(
+            f"launch.processes={config.launch.processes}: parallel.sequence={config.parallel.sequence} x "
+            f"parallel.pipeline={config.parallel.pipeline} takes {group} processes, or a multiple of it\n"
+            f"  take launch.processes={group}, or start it with torchrun or deepspeed"
+        )
+    settings = EngineSettings(config.engine, config.optim, config.model.dtype, training_device())
+    stages = config.parallel.pipeline
+    if stages == 1:
+        check_settings(settings)
+        return hf_config
+    check_pipeline_settings(settings, stages)
+    check_pipeline_schedule(config.parallel.schedule.value)
+    assert hf_config is not None
+    layers = int(hf_config.get_text_config().num_hidden_layers)
+    if stages > layers:
+        raise UsageError(
+            f"parallel.pipeline={stages}: the model has {layers} layers, and each stage needs one\n"
+            f"  take parallel.pipeline={layers} or fewer"
+        )
+    return hf_config

@@ -1,0 +1,226 @@
+"""The folder of a run: what was run, its checkpoints, and whether a run is to be begun or continued."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.errors import UsageError
+
+CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
+REPLACED = ".replaced"
+"""Ends the name of a checkpoint that another of the same step is about to stand in for."""
+# Keys that may differ between a run and its continuation, for the loss and the weights of every step are the same.
+FREE_KEYS = (
+    "train.output_dir", "train.guard", "train.trace", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune",
+    "plan",
+    # The layout: checkpoints are independent of it. Not engine.deepspeed, which can change precisions.
+    "launch", "parallel", "engine.zero_stage", "engine.offload",
+    # What a run out of memory is continued with. Chunks are exact: their size, K and cuts round differently and change
+    # nothing else. (Dropout draws other numbers for other chunks, as it does for another layout.)
+    "chunk", "model.activation_checkpointing",
+)  # fmt: skip
+
+
+@dataclass
+class RunFolder:
+    """A run's folder, locked for this process or for one that it belongs to."""
+
+    path: Path
+    checkpoint: Path | None
+    """The checkpoint to continue from; None begins anew."""
+    _lock: IO[str] | None
+    """None in the other processes of a run."""
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def report(self) -> Path:
+        """Written last: a run that has it is finished."""
+        return self.path / "report.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def read_report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
+        return report
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def open_run_folder(loaded: LoadedConfig) -> RunFolder:
+    """Find or make the folder of this run, write down what is run, and find the checkpoint to continue from.
+
+    Under `checkpoint.resume=auto` a run continues the unfinished run of the same configuration: the one in
+    `train.output_dir`, or without that the newest in outputs/<recipe>/.
+
+    Raises:
+        UsageError: the folder holds a run of another configuration, or one that is still running.
+    """
+    config = loaded.config
+    resume = config.checkpoint.resume
+    mine = _comparable(OmegaConf.to_container(loaded.tree, resolve=True))
+    if config.train.output_dir is not None:
+        path = Path(config.train.output_dir)
+        lock = _lock(path)
+        if lock is None:
+            raise UsageError(f"train.output_dir={path}: another process is training there")
+        if resume == "never" and (path / CONFIG).exists():
+            aside = path.with_name(f"{path.name}.before-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+            path.rename(aside)
+            lock.close()
+            lock = _lock(path)
+            assert lock is not None
+        elif (path / CONFIG).exists():
+            different = _differences(
+                mine, _comparable(OmegaConf.to_container(OmegaConf.load(path / CONFIG), resolve=True))
+            )
+            if different:
+                raise UsageError(
+                    f"train.output_dir={path} holds a run of another configuration; different: {', '.join(different)}\n"
+                    "  choose another folder, or checkpoint.resume=never to move that run aside"
+                )
+    else:
+        found = _unfinished_run(Path("outputs") / loaded.recipe, mine) if resume == "auto" else None
+        path, lock = found if found is not None else _new_folder(Path("outputs") / loaded.recipe)
+    (path / CONFIG).parent.mkdir(exist_ok=True)
+    _write_atomically(path / CONFIG, OmegaConf.to_yaml(loaded.tree, resolve=True))
+    _write_atomically(path / OVERRIDES, OmegaConf.to_yaml(list(loaded.overrides)))
+    return RunFolder(path, _checkpoint_to_resume(path, resume), lock)
+
+
+def shared_run_folder(path: Path, resume: str) -> RunFolder:
+    """The folder of a run that another of its processes has opened and holds the lock of.
+
+    Args:
+        path: of the folder.
+        resume: `checkpoint.resume` of the run.
+    """
+    return RunFolder(path, _checkpoint_to_resume(path, resume), None)
+
+
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step; unfinished ones have another name.
+
+    If the process died between taking one out of the way and putting its successor there, that one is still found.
+    """
+    folder = run_folder / "checkpoints"
+    found = {path.name: path for path in folder.glob("step-[0-9]*[0-9]")}
+    for path in folder.glob(f".step-*{REPLACED}"):
+        found.setdefault(path.name[1:].removesuffix(REPLACED), path)
+    return found[max(found)] if found else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, and on the disk."""
+    _write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.writing")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in temporary.rglob("*"):  # on disk before the name says that it is
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def _checkpoint_to_resume(path: Path, resume: str) -> Path | None:
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return newest_checkpoint(path)
+    named = Path(resume)
+    checkpoint = named if (named / "state.json").is_file() else newest_checkpoint(named)
+    if checkpoint is None:
+        raise UsageError(f"checkpoint.resume={resume} is neither a checkpoint nor a run with one (nor auto, nor never)")
+    return checkpoint
+
+
+def _unfinished_run(recipe_folder: Path, mine: dict[str, Any]) -> tuple[Path, IO[str]] | None:
+    for path in sorted(recipe_folder.glob("*"), reverse=True):
+        if not (path / CONFIG).is_file() or (path / "report.json").exists():
+            continue
+        if _differences(mine, _comparable(OmegaConf.to_container(OmegaConf.load(path / CONFIG), resolve=True))):
+            continue
+        lock = _lock(path)
+        if lock is not None:  # else it is running right now
+            return path, lock
+    return None
+
+
+def _new_folder(recipe_folder: Path) -> tuple[Path, IO[str]]:
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(100):
+        path = recipe_folder / (name if attempt == 0 else f"{name}_{attempt}")
+        if not path.exists() and (lock := _lock(path)) is not None:
+            return path, lock
+    raise AssertionError("a hundred runs began within one second")
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """A lock that the kernel takes back when the process ends, however it ends; None if another process has it."""
+    path.mkdir(parents=True, exist_ok=True)
+    handle = (path / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    return handle
+
+
+def _comparable(container: Any) -> dict[str, Any]:
+    """Dotted keys and values that decide what is computed."""
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name in FREE_KEYS:
+                continue
+            if isinstance(value, dict):
+                walk(value, f"{name}.")
+            else:
+                flat[name] = getattr(value, "value", value)
+
+    walk(container, "")
+    return flat
+
+
+def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(mine.keys() | theirs.keys()) if str(mine.get(key)) != str(theirs.get(key))]
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,151 @@
+"""The command line as a user meets it: real processes, exit codes, what is printed where."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def chunkflow(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "chunkflow_cli", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`--help` that takes seconds feels broken; torch alone takes two."""
+    code = (
+        "import sys; from chunkflow_cli.cli.app import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'hydra', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_printed_configuration_is_yaml_that_composes_again(tmp_path: Path) -> None:
+    run = chunkflow("train", "recipe=tiny_random", "chunk.size=64", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert run.returncode == 0
+    (tmp_path / "again.yaml").write_text(run.stdout)
+    again = chunkflow("train", "recipe=again.yaml", "--cfg", "job", "--resolve", cwd=tmp_path)
+    assert again.stdout == run.stdout
+    assert "size: 64" in run.stdout
+
+
+def test_wrong_key_exits_2_in_a_few_lines(tmp_path: Path) -> None:
+    run = chunkflow("train", "recipe=tiny_random", "chunk.sise=4", cwd=tmp_path)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert "did you mean chunk.size?" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in chunkflow("train", "chunk.sise=4", "--debug", cwd=tmp_path).stderr
+
+
+def test_missing_model_and_data_are_named_together(tmp_path: Path) -> None:
+    """Whoever starts a recipe should not learn of one missing thing after the other."""
+    run = chunkflow("train", "recipe=qwen7b", "model.path=./weights", cwd=tmp_path)
+    assert run.returncode == 2
+    assert "model.path=./weights" in run.stderr
+    assert "data.path is not set" in run.stderr
+    assert len(run.stderr.splitlines()) <= 8
+
+
+def test_verify_prints_one_json_object_and_nothing_else(tmp_path: Path) -> None:
+    run = chunkflow("verify", "recipe=tiny_random", "chunk.size=64", "chunk.k=2", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["passed"] is True
+    assert result["grad_rel_error"] <= 2e-6
+    assert (result["chunk_size"], result["k"], result["dtype"]) == (64, 2, "float32")
+    promised = {"passed", "loss_whole", "loss_chunked", "loss_rel_error", "grad_rel_error"}
+    assert promised | {"grad_max_rel_error_parameter", "dtype", "tolerance", "chunk_size", "k", "length"} <= set(result)
+
+
+def test_verify_in_float64_with_adapters(tmp_path: Path) -> None:
+    run = chunkflow(
+        "verify", "recipe=tiny_random", "chunk.size=50", "model.dtype=float64", "model.attention=reference",
+        "model.lora.enabled=true", "model.activation_checkpointing=full", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["grad_rel_error"] <= 1e-12
+    assert "lora_" in result["grad_max_rel_error_parameter"]
+
+
+def test_verify_of_a_recurrent_model_fails(tmp_path: Path) -> None:
+    """Exit code 1 is the difference between a proof and a printed number."""
+    config = {
+        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    }  # fmt: skip
+    (tmp_path / "recurrent").mkdir()
+    (tmp_path / "recurrent" / "config.json").write_text(json.dumps(config))
+    run = chunkflow("verify", "model.path=recurrent", "model.init=random", "chunk.size=32", cwd=tmp_path)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "failed" in run.stdout
+
+
+def test_train_from_any_folder_with_json(tmp_path: Path) -> None:
+    """No colour codes, one JSON object, an 80-column terminal's worth of files where they are promised."""
+    run = chunkflow("train", "recipe=tiny_random", "train.steps=2", "train.output_dir=run", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "\x1b[" not in run.stderr
+    for name in (".hydra/config.yaml", ".hydra/overrides.yaml", "metrics.jsonl", "final/model.safetensors"):
+        assert (tmp_path / "run" / name).is_file()
+    noise = [
+        line for line in run.stderr.splitlines() if "WARN" in line or "deepspeed" in line.lower() or "it/s" in line
+    ]
+    assert not noise
+
+
+def test_multirun_runs_each_combination(tmp_path: Path) -> None:
+    run = chunkflow(
+        "train", "recipe=tiny_random", "-m", "chunk.size=64,128", "train.steps=1", "train.guard=false", "--json",
+        "train.output_dir=sweep", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    runs = json.loads(run.stdout)["runs"]
+    assert [words["overrides"][1] for words in runs] == ["chunk.size=64", "chunk.size=128"]
+    losses = [json.loads((tmp_path / "sweep" / n / "metrics.jsonl").read_text())["loss"] for n in ("0", "1")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    words = ["train", "recipe=tiny_random", "train.steps=1", "train.output_dir=run", "train.guard=false"]
+    first = chunkflow(*words, cwd=tmp_path)
+    start = time.time()
+    second = chunkflow(*words, cwd=tmp_path)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "finished already" in second.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime < start
+
+
+def test_another_configuration_does_not_overwrite_a_run(tmp_path: Path) -> None:
+    words = ["train", "recipe=tiny_random", "train.steps=1", "train.output_dir=run", "train.guard=false"]
+    assert chunkflow(*words, cwd=tmp_path).returncode == 0
+    other = chunkflow(*words, "optim.lr=0.5", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "optim.lr" in other.stderr
+    anew = chunkflow(*words, "optim.lr=0.5", "checkpoint.resume=never", cwd=tmp_path)
+    assert anew.returncode == 0
+    assert len(list(tmp_path.glob("run.before-*/final"))) == 1

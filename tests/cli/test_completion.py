@@ -1,0 +1,210 @@
+"""Completion of overrides through the mechanism of each shell, and in a bash that runs."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from chunkflow_cli.cli.completion import candidates
+from chunkflow_cli.config.keys import known_keys
+
+COMMAND = Path(sys.executable).parent / "chunkflow"
+
+
+def complete(shell: str, *words: str, cwd: Path, position: int | None = None) -> list[str]:
+    """What the shell is given for the last of the words."""
+    if shell == "bash":
+        position = len(words) - 1 if position is None else position
+        variables = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(position)}
+    else:
+        variables = {"_TYPER_COMPLETE_ARGS": " ".join(words), "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    run = subprocess.run(
+        [COMMAND],
+        env={**os.environ, **variables, "_CHUNKFLOW_COMPLETE": f"complete_{shell}"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stderr == ""
+    return run.stdout.split() if shell == "bash" else run.stdout.splitlines()
+
+
+def texts(word: str, config_dir: str | None = None) -> list[str]:
+    return [text for text, _ in candidates(word, config_dir)]
+
+
+def test_an_unfinished_word_never_stands_alone() -> None:
+    """The shell puts a space behind a candidate that stands alone, and `chunk.size= 4096` is two words."""
+    for key in known_keys():
+        for end in range(1, len(key) + 1):
+            found = texts(key[:end])
+            assert found, key[:end]
+            alone = found[0] if len(found) == 1 else "done"
+            assert not alone.endswith((".", "=")) or alone == "hardware=", found
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("chu", ["chunk.size=", "chunk.k=", "chunk.k_per=", "chunk.fill_tails=", "chunk.cuts="]),
+        ("chunk.s", ["chunk.size=", "chunk.size=8192"]),
+        ("chunk.size=", ["chunk.size=8192"]),
+        ("opt", ["optim=", "optim."]),
+        ("optim=", ["optim=adamw", "optim=sgd"]),
+        ("model.dtype=b", ["model.dtype=bfloat16"]),
+        ("model.dt", ["model.dtype=", "model.dtype=bfloat16", "model.dtype=float32", "model.dtype=float64"]),
+        ("train.shuffle=", ["train.shuffle=true", "train.shuffle=false"]),
+        ("model.lora.en", ["model.lora.enabled=", "model.lora.enabled=true", "model.lora.enabled=false"]),
+        ("log.backends=", ["log.backends=[jsonl]"]),
+        ("log.backends=[jsonl,t", ["log.backends=[jsonl,tensorboard"]),
+        ("model.dtype=bfloat16,f", ["model.dtype=bfloat16,float32", "model.dtype=bfloat16,float64"]),
+        ("++engine.deep", ["++engine.deepspeed=", "++engine.deepspeed={}"]),
+        ("nothing", []),
+        ("no.such=", []),
+        ("recipe=tiny", ["recipe=tiny_random"]),
+    ],
+)
+def test_candidates(word: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert texts(word) == expected
+
+
+def test_recipes_of_files_and_of_the_config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "recipes").mkdir(parents=True)
+    (tmp_path / "mine" / "optim").mkdir()
+    (tmp_path / "mine" / "recipes" / "careful.yaml").write_text("# Slowly. But surely.\noptim: {lr: 1.0e-7}\n")
+    (tmp_path / "mine" / "optim" / "slow.yaml").write_text("lr: 1.0e-7\n")
+    (tmp_path / "copied.yaml").write_text("chunk: {size: 4}\n")
+    (tmp_path / "chats.jsonl").write_text("")
+    assert candidates("recipe=car", "mine") == [("recipe=careful", "Slowly")]
+    assert texts("optim=", "mine") == ["optim=adamw", "optim=sgd", "optim=slow"]
+    assert texts("recipe=c") == ["recipe=copied.yaml"]
+    assert texts("recipe=mi") == ["recipe=mine/optim/", "recipe=mine/recipes/"]
+    assert texts("recipe=mine/r") == ["recipe=mine/recipes/careful.yaml"]
+    assert texts("data.path=ch") == ["data.path=chats.jsonl"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_is_answered(shell: str, tmp_path: Path) -> None:
+    found = "\n".join(complete(shell, "chunkflow", "train", "recipe=tin", cwd=tmp_path))
+    assert "recipe=tiny_random" in found
+    found = "\n".join(complete(shell, "chunkflow", "verify", "recipe=tiny_random", "chunk.", cwd=tmp_path))
+    assert "chunk.fill_tails=" in found
+    if shell != "bash":
+        assert "Most tokens in a chunk" in found
+
+
+def test_meanings_stay_on_the_line_of_their_candidate(tmp_path: Path) -> None:
+    """fish takes each line for a candidate, and Typer breaks long ones."""
+    for section in sorted({key.rpartition(".")[0] for key in known_keys()} - {""}):
+        for line in complete("fish", "chunkflow", "train", f"{section}.", cwd=tmp_path):
+            assert line.startswith(f"{section}."), line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "recipe", "=", "tiny"], ["tiny_random"]),
+        (["train", "optim", "="], ["adamw", "sgd"]),
+        (["train", "model.dtype", "=", "b"], ["bfloat16"]),
+        (["train", "data.path", "=", "x"], []),
+        (["train", "--config-dir", "=", "mine", "recipe", "=", "car"], ["careful"]),
+    ],
+)
+def test_bash_cuts_words_at_equal_signs(words: list[str], expected: list[str], tmp_path: Path) -> None:
+    """It replaces only what is behind the sign, so `recipe=` must not be said again."""
+    (tmp_path / "mine" / "recipes").mkdir(parents=True)
+    (tmp_path / "mine" / "recipes" / "careful.yaml").write_text("chunk: {size: 4}\n")
+    assert complete("bash", "chunkflow", *words, cwd=tmp_path) == expected
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    """Half a second after a key press is already a pause; torch alone takes two."""
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", COMMAND],
+        env={
+            **os.environ,
+            "COMP_WORDS": "chunkflow train chu",
+            "COMP_CWORD": "2",
+            "_CHUNKFLOW_COMPLETE": "complete_bash",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "chunk.size=" in run.stdout
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "chunkflow_cli.cli.completion" in imported
+    assert not imported & {"torch", "hydra", "omegaconf", "numpy", "transformers", "yaml"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_a_real_bash(tmp_path: Path) -> None:
+    """Keys pressed, line read back: what a user sees after TAB."""
+    (tmp_path / "chats.jsonl").write_text("")
+    shell = _Bash(tmp_path)
+    try:
+        assert shell.press_tab("chunkflow train recipe=ti") == "chunkflow train recipe=tiny_random "
+        assert shell.press_tab("chunkflow train recipe=q") == "chunkflow train recipe=qwen"
+        assert shell.press_tab("chunkflow train chu") == "chunkflow train chunk."
+        assert shell.press_tab("chunkflow train chunk.s") == "chunkflow train chunk.size="
+        assert shell.press_tab("chunkflow train recipe=tiny_random model.dtype=b") == (
+            "chunkflow train recipe=tiny_random model.dtype=bfloat16 "
+        )
+        assert shell.press_tab("chunkflow train data.path=ch") == "chunkflow train data.path=chats.jsonl "
+        assert shell.press_tab("chunkflow veri") == "chunkflow verify "
+    finally:
+        shell.close()
+
+
+class _Bash:
+    """An interactive bash on a pseudo-terminal, with chunkflow's completion loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "TERM": "dumb", "PS1": "$ "}
+        environment.pop("PROMPT_COMMAND", None)
+        self._process_id, self._terminal = pty.fork()
+        if self._process_id == 0:
+            os.chdir(folder)
+            os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], environment)
+        self._say("bind 'set bell-style none'; bind 'set enable-bracketed-paste off'; stty columns 200\n")
+        self._say('source <(_CHUNKFLOW_COMPLETE=source_bash chunkflow); PS1="> "; echo rea""dy\n')
+        self._read_until("ready")
+
+    def press_tab(self, line: str) -> str:
+        """The line as bash runs it after TAB; its last space is shown by the mark that is typed behind it."""
+        self._say(line + "\t")
+        time.sleep(0.1)
+        # Ctrl-A and a quoting echo in front: bash prints what the line has become, and runs no command of ours.
+        self._say("@end'\x01echo 'line:\n")
+        printed = self._read_until(r"\r\nline:(.*)@end\r\n")
+        return printed.group(1)
+
+    def close(self) -> None:
+        os.close(self._terminal)
+        os.waitpid(self._process_id, 0)
+
+    def _say(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def _read_until(self, pattern: str) -> re.Match[str]:
+        read, deadline = "", time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if select.select([self._terminal], [], [], 0.2)[0]:
+                read += os.read(self._terminal, 4096).decode(errors="replace")
+                found = re.search(pattern, read)
+                if found is not None:
+                    return found
+        raise AssertionError(f"bash said {read!r}")

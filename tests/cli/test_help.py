@@ -1,0 +1,78 @@
+"""`--help`: its examples work as they stand, it fits 80 columns, and it shows keys as config.py describes them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from chunkflow_cli.cli.app import app
+from chunkflow_cli.cli.key_help import KEYS
+from chunkflow_cli.config.keys import known_keys
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    """Every command and group of the application: its words, and what Typer made of it."""
+
+    def walk(words: str, command: Any) -> Iterator[tuple[str, Any]]:
+        yield words, command
+        for name, child in getattr(command, "commands", {}).items():
+            yield from walk(f"{words} {name}", child)
+
+    return walk("chunkflow", typer.main.get_command(app))
+
+
+def examples(command: Any) -> list[str]:
+    """The command lines of a help text, continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", command.help or "")
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("chunkflow ")]
+
+
+COMMANDS = dict(commands())
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_begins_with_three_examples_and_fits_80_columns(words: str) -> None:
+    lines = examples(COMMANDS[words])
+    assert len(lines) >= 3
+    if words != "chunkflow":
+        assert any(line.startswith(words) for line in lines)
+    run = subprocess.run(
+        [sys.executable, "-m", "chunkflow_cli", *words.split()[1:], "--help"],
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert "\x1b" not in run.stdout
+    shown = [line.strip() for line in re.sub(r"\\\s*\n\s*", "", run.stdout).splitlines()]
+    for line in lines:  # each on a line of its own, to be copied
+        assert line in shown
+    assert run.stdout.index(lines[0][:40]) < run.stdout.index("Options")
+
+
+def test_keys_in_help_exist() -> None:
+    assert set(KEYS) <= {words.removeprefix("chunkflow ") for words in COMMANDS}
+    for names in KEYS.values():
+        assert set(names) <= set(known_keys())
+
+
+@pytest.mark.slow
+def test_every_example_works_as_it_stands(tmp_path: Path) -> None:
+    """All of them, in the order of the help, in one empty folder, as a shell runs them."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    lines = list(dict.fromkeys(line for command in COMMANDS.values() for line in examples(command)))
+    for line in lines:
+        run = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert run.returncode == 0, f"{line}\n{run.stdout}\n{run.stderr}"
+        assert "\x1b" not in run.stdout + run.stderr, line

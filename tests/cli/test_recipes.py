@@ -1,0 +1,140 @@
+"""`chunkflow recipes` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chunkflow_cli.cli.recipes import copy, describe
+from chunkflow_cli.config.load import load
+from chunkflow_cli.config.recipe_files import recipe_files
+from chunkflow_cli.errors import UsageError
+
+
+def recipes(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "chunkflow_cli", "recipes", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def on_a_terminal(*words: str, columns: int) -> str:
+    """What the command prints to a terminal of so many columns."""
+    reader, terminal = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}  # rich takes a dumb one for 80 wide
+    subprocess.run([sys.executable, "-m", "chunkflow_cli", *words], stdout=terminal, env=environment, check=True)
+    os.close(terminal)
+    printed = b""
+    while True:
+        try:
+            part = os.read(reader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        printed += part
+    os.close(reader)
+    return re.sub(r"\x1b\[[0-9;]*m", "", printed.decode().replace("\r\n", "\n"))
+
+
+def test_the_list_names_what_decides(tmp_path: Path) -> None:
+    run = recipes("list", cwd=tmp_path)
+    assert run.returncode == 0
+    line = next(line for line in run.stdout.splitlines() if line.startswith("qwen7b_256k "))
+    for part in ("Qwen2.5-7B-Instruct", "4096/1", "256K", "one GPU of 80 GB and 160 GB of host memory", "on one GPU."):
+        assert part in line
+    assert "\x1b" not in run.stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_list_does_not_wrap(columns: int) -> None:
+    """A wrapped table is unreadable; so each line of it must be narrower than the terminal."""
+    lines = on_a_terminal("recipes", "list", columns=columns).splitlines()
+    assert max(map(len, lines)) <= columns
+    per_recipe = 1 if columns >= 170 else 3
+    assert len(lines) == 1 + per_recipe * len(recipe_files())
+
+
+def test_the_list_as_json_with_recipes_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.yaml").write_text(
+        "# Mine. All mine.\nhardware: a toaster\ndata: {max_length: 1000}\n"
+    )
+    run = recipes("list", "--config-dir", ".", "--json", cwd=tmp_path)
+    found = {recipe["name"]: recipe for recipe in json.loads(run.stdout)["recipes"]}
+    assert found["mine"]["hardware"] == "a toaster"
+    assert found["mine"]["description"] == "Mine."
+    assert (found["mine"]["chunk_size"], found["mine"]["k"], found["mine"]["max_length"]) == (8192, 1, 1000)
+    assert set(recipe_files()) < set(found)
+
+
+def test_descriptions_agree_with_what_composes() -> None:
+    """The list reads files without Hydra; it must not tell another story than the run."""
+    for name, path in recipe_files().items():
+        described, config = describe(name, path), load([f"recipe={name}"]).config
+        assert (described.chunk_size, described.k) == (config.chunk.size, config.chunk.k)
+        assert described.max_length == config.data.max_length
+        assert described.hardware == config.hardware
+        assert described.description.endswith(".")
+
+
+def test_show_prints_the_file_and_nothing_else(tmp_path: Path) -> None:
+    run = recipes("show", "qwen7b", cwd=tmp_path)
+    assert run.stdout == recipe_files()["qwen7b"].read_text()
+    assert "hardware:" in on_a_terminal("recipes", "show", "qwen7b", columns=80)
+
+
+def test_a_copy_runs_and_is_never_overwritten(tmp_path: Path) -> None:
+    run = recipes("copy", "tiny_random", cwd=tmp_path)
+    assert run.returncode == 0
+    assert "chunkflow train recipe=tiny_random.yaml" in run.stdout
+    path = tmp_path / "tiny_random.yaml"
+    assert load([f"recipe={path}"]).config == load(["recipe=tiny_random"]).config
+    path.write_text("mine")
+    again = recipes("copy", "tiny_random", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "tiny_random.yaml exists" in again.stderr
+    assert "OTHER.yaml" in again.stderr
+    assert path.read_text() == "mine"
+
+
+def test_a_copy_into_a_folder_names_what_is_left_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my runs").mkdir()
+    result = copy("qwen7b", "my runs", None, json_output=True)
+    assert result["path"] == "my runs/qwen7b.yaml"
+    assert result["command"] == "chunkflow train 'recipe=my runs/qwen7b.yaml' data.path=YOUR_DATA"
+    assert load(["recipe=my runs/qwen7b.yaml"]).config == load(["recipe=qwen7b"]).config
+
+
+@pytest.mark.parametrize(
+    ("destination", "expected"), [("run.txt", "run.txt.yaml"), ("no/such/run.yaml", "a folder that exists")]
+)
+def test_a_copy_that_could_not_be_used_is_refused(
+    destination: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=expected):
+        copy("tiny_random", destination, None)
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    for words in (("show", "qwn7b"), ("copy", "qwn7b")):
+        run = recipes(*words, cwd=tmp_path)
+        assert run.returncode == 2
+        assert "did you mean qwen7b?" in run.stderr
+        assert run.stdout == ""
+    assert recipes("list", "--config-dir", "nowhere", cwd=tmp_path).returncode == 2
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "torn.yaml").write_text("chunk: {size: 4")
+    run = recipes("list", "--config-dir", ".", cwd=tmp_path)
+    assert run.returncode == 2
+    assert "torn.yaml is not valid YAML" in run.stderr

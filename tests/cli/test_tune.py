@@ -1,0 +1,316 @@
+"""`chunkflow tune-chunk-size`, from the command line to the file that train takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from chunkflow_cli.cli.app import app
+from chunkflow_cli.config.load import read_overrides
+from chunkflow_cli.errors import UsageError
+
+SIZES = "tune.chunk_sizes=[64,128,256]"
+PROFILE = "tune.device=h100"
+CLUSTER = ["launch.processes=16", "tune.pipelines=[4,1,2]"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(app, ["tune-chunk-size", "recipe=tiny_random", *words])
+
+
+def tuned(*words: str) -> dict[str, Any]:
+    result = invoke(*words, "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_json_holds_what_was_promised_and_the_best_is_the_fastest_that_fits() -> None:
+    found = tuned(PROFILE, SIZES)
+    keys = {"chunk_size", "k", "step_seconds", "memory_bytes", "fits", "recompute_share", "bubble_ratio"}
+    assert all(keys <= set(row) for row in found["candidates"])
+    fitting = [row for row in found["candidates"] if row["fits"]]
+    assert found["best"] == min(fitting, key=lambda row: row["step_seconds"])
+    assert found["candidates"][0]["measured_step_seconds"] is None, "an H100 is not here"
+    assert found["explanation"].count(".") >= 1
+
+
+def test_train_takes_the_file_that_tune_writes() -> None:
+    """And what is typed beside it wins."""
+    found = tuned(PROFILE, SIZES, "--output", "mine/tuned.yaml")
+    assert found["overrides_file"] == "mine/tuned.yaml"
+    words = ["train", "recipe=tiny_random", "--overrides", "mine/tuned.yaml", "--cfg", "job"]
+    chosen = CliRunner().invoke(app, words).stdout
+    assert f"size: {found['best']['chunk_size']}" in chosen
+    assert f"k: {found['best']['k']}" in chosen
+    assert "  k: 7" in CliRunner().invoke(app, [*words, "chunk.k=7"]).stdout
+
+
+def test_by_default_the_file_lies_with_the_recipes_outputs() -> None:
+    found = tuned(PROFILE, SIZES)
+    assert read_overrides(found["overrides_file"]) == [
+        f"chunk.size={found['best']['chunk_size']}",
+        f"chunk.k={found['best']['k']}",
+    ]
+    assert found["overrides_file"] == "outputs/tiny_random/tuned.yaml"
+
+
+def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() -> None:
+    everything = tuned(PROFILE, SIZES)["candidates"]
+    sizes = sorted(row["memory_bytes"] for row in everything)
+    limit = sizes[len(sizes) // 2] / 2**30
+    found = tuned(PROFILE, SIZES, f"tune.memory_gib={limit}")
+    assert {row["fits"] for row in found["candidates"]} == {True, False}
+    assert all(row["fits"] == (row["memory_bytes"] <= limit * 2**30) for row in found["candidates"])
+    assert found["best"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tune.memory_gib=0.000001", PROFILE, SIZES], "no pair fits into 0.0 GiB: the smallest, chunk.size="),
+        (["tune.chunk_sizes=[]", PROFILE], "tune.chunk_sizes is empty"),
+        (["tune.ks=[0]", PROFILE], "tune.ks=[0] must be positive numbers"),
+        (["tune.network_gb_per_second=0", PROFILE], "tune.network_gb_per_second=0.0 must be above 0"),
+        (["tune.device=h900"], "tune.device=h900: invalid value 'h900', expected one of"),
+        (["data.path=", PROFILE], "data.path is not set"),
+        (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
+        (["launch.processes=2"], "name the device to predict for: tune.device=h100"),
+        (["parallel.pipeline=2"], "parallel.pipeline=2: only one process can be measured here"),
+        (["tune.pipelines=[1,2]", "launch.processes=1"], "only one process can be measured here"),
+        (
+            [PROFILE, "chunk.k_per=sequence", "parallel.pipeline=2"],
+            "chunk.k_per=sequence with parallel.pipeline=2: there",
+        ),
+        (
+            [PROFILE, "chunk.k_per=sequence", "engine.zero_stage=3"],
+            "chunk.k_per=sequence with engine.zero_stage=3: there",
+        ),
+        ([PROFILE, "--plot", "grid.txt"], "the name must end in .png"),
+        ([PROFILE, "launch.processes=16", "tune.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
+        ([PROFILE, "launch.processes=16", "tune.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
+        (
+            [PROFILE, *CLUSTER, "tune.memory_gib=0.00001"],
+            "no pair fits into 0.0 GiB: the smallest, chunk.size=256 chunk.k=1 on 4 pipelines of 4 stages, needs",
+        ),
+    ],
+)
+def test_bad_input_is_a_clear_line_and_exit_2(words: list[str], message: str) -> None:
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_overrides_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no such file"):
+        read_overrides("no.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UsageError, match="holds no keys"):
+        read_overrides("list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        read_overrides("broken.yaml")
+    (tmp_path / "nested.yaml").write_text("chunk: {size: 64}\ndata: {max_length: null}\n")
+    assert read_overrides("nested.yaml") == ["chunk.size=64", "data.max_length=null"]
+
+
+def test_the_screen_fits_and_names_the_next_command() -> None:
+    result = invoke(PROFILE, "--plot", "grid.png")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "Train with it:  chunkflow train recipe=tiny_random --overrides outputs/tiny_random/tuned.yaml" in lines
+    sentences = [line for line in lines if line.startswith(("A step is predicted", "Train with it"))]
+    assert max(len(line) for line in lines if line not in sentences) <= 80
+    assert "\x1b" not in result.stdout
+    assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_k_for_each_sample_is_weighed_and_the_file_names_it() -> None:
+    """On one long sample among shorter ones it saves second forwards in the same memory; plan counts as tune does."""
+    rows = [{"input_ids": [3] * length} for length in [1900, 500, 450, 400, 300, 300, 200, 30]]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "data.path=rows.jsonl", "data.eval_fraction=0", "train.global_batch_size=8", "tune.chunk_sizes=[64]",
+        "tune.ks=[2]", "model.activation_checkpointing=full",
+    ]  # fmt: skip
+    found = tuned(PROFILE, *words)
+    alike, of_each = sorted(found["candidates"], key=lambda row: row["k_per"])
+    assert (alike["k_per"], of_each["k_per"]) == ("run", "sequence")
+    assert of_each["memory_bytes"] == alike["memory_bytes"]
+    assert of_each["recompute_share"] < alike["recompute_share"]
+    assert of_each["step_seconds"] < alike["step_seconds"]
+    assert found["best"] == of_each
+    assert "ne K for all samples would take" in found["explanation"]
+    written = read_overrides(found["overrides_file"])
+    assert "chunk.k_per=sequence" in written
+    plan_words = ["plan", "recipe=tiny_random", *words, PROFILE]
+    plan = CliRunner().invoke(app, [*plan_words, *written, "--json"])
+    assert json.loads(plan.stdout)["recompute_share"] == of_each["recompute_share"]
+    assert [row["k_per"] for row in tuned(PROFILE, *words, "tune.k_per=[]")["candidates"]] == ["run"]
+    assert [row["k_per"] for row in tuned(PROFILE, *words, "engine.zero_stage=3")["candidates"]] == ["run"]
+    groups = tuned(PROFILE, *words, "launch.processes=2", "parallel.sequence=2", "tune.chunk_sizes=[128]")
+    shares = {row["k_per"]: row["recompute_share"] for row in groups["candidates"]}
+    assert shares["sequence"] < shares["run"], "what a group runs together counts, not what each sample would alone"
+    assert "chunk.k=2 chunk.k_per=sequence" in CliRunner().invoke(app, [*plan_words, *written]).stdout
+    screen = invoke(PROFILE, *words).stdout
+    assert "chunk.size=64 chunk.k=2 chunk.k_per=sequence" in screen
+    assert max(len(line) for line in screen.splitlines() if not line.startswith("Train with it")) <= 80
+
+
+# Layouts of a cluster
+
+
+def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stages() -> None:
+    found = tuned(PROFILE, SIZES, "tune.ks=[1,2]", *CLUSTER)
+    assert found["processes"] == 16
+    assert found["device"] == "H100 SXM"
+    assert [(row["stages"], row["data_parallel"]) for row in found["layouts"]] == [(1, 16), (2, 8), (4, 4)]
+    bytes_of: dict[tuple[int, int], list[int]] = {}
+    for row in sorted(found["candidates"], key=lambda row: row["stages"]):
+        if (row["cuts"], row["k_per"]) == ("tokens", "run"):
+            bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
+    assert len(bytes_of) == 6
+    for one, two, four in bytes_of.values():
+        assert one > two > four
+    assert found["best"] == min(found["candidates"], key=lambda row: row["step_seconds"])
+    for row in found["layouts"]:
+        same = [each["step_seconds"] for each in found["candidates"] if each["stages"] == row["stages"]]
+        assert row["step_seconds"] == min(same)
+
+
+def test_the_cluster_that_is_described_is_the_one_that_is_planned_for() -> None:
+    """Slower links between nodes cost pipelines and gradients, slower ones within a node cost groups."""
+    words = [PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=8", "tune.pipelines=[1,4]",
+             "tune.sequences=[1,4]", "tune.cuts=[tokens]", "tune.k_per=[run]"]  # fmt: skip
+
+    def seconds(*described: str) -> dict[tuple[int, int], float]:
+        rows = tuned(*words, *described)["candidates"]
+        return {(row["sequence"], row["stages"]): row["step_seconds"] for row in rows}
+
+    sheet, network, node = (
+        seconds(),
+        seconds("tune.network_gb_per_second=0.01"),
+        seconds("tune.node_gb_per_second=0.01"),
+    )
+    assert all(network[layout] > sheet[layout] for layout in sheet), "gradients are reduced over all ranks"
+    assert {layout for layout in sheet if node[layout] > sheet[layout]} == {(4, 1)}
+    across = seconds("tune.gpus_per_node=2")
+    assert {layout for layout in sheet if across[layout] > sheet[layout]} == {(4, 1)}
+    assert seconds("tune.network_gb_per_second=50", "tune.node_gb_per_second=450") == sheet
+
+
+def test_the_file_names_the_stages_where_the_recipe_has_others() -> None:
+    found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=16", "tune.pipelines=[4]")
+    assert "parallel.pipeline=4" in read_overrides(found["overrides_file"])
+    back = ["launch.processes=16", "parallel.pipeline=2", "tune.pipelines=[1]"]
+    found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", *back)
+    assert "parallel.pipeline=1" in read_overrides(found["overrides_file"])
+
+
+def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() -> None:
+    result = invoke(PROFILE, SIZES, *CLUSTER)
+    assert result.exit_code == 0, result.stderr
+    assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("Train with it")) <= 80
+    words = " ".join(result.stdout.split())
+    assert "…" not in invoke(PROFILE, SIZES, *CLUSTER, "tune.sequences=[1,2]").stdout, "a cut-off column says nothing"
+    assert "stages ranks group cuts chunk.size K predicted memory waiting 1 16 1 tokens" in words
+    sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
+    number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"
+    assert re.match(
+        rf"A step is predicted to take {number} s, of which .* % .*; {waits} \d+ % of the time\. ", sentences
+    )
+    assert re.search(
+        rf"\d (ranks without a pipeline|pipelines of \d stages) would take {number} times as long \(", sentences
+    )
+
+
+def test_the_optimizer_step_that_is_told_of_is_that_of_the_best_layout() -> None:
+    """From a profile it depends on the layout: what the costs of an operation say of it is nothing."""
+    found = tuned(PROFILE, SIZES, *CLUSTER)
+    seconds = {row["stages"]: row["optimizer_seconds"] for row in found["candidates"]}
+    assert seconds[1] > seconds[2] > seconds[4] > 0, "fewer weights on a stage"
+    share = 100 * found["best"]["optimizer_seconds"] / found["best"]["step_seconds"]
+    assert f"{share:.0f} % is the optimizer step" in found["explanation"]
+
+
+def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_among_those_planned(
+    tmp_path: Path,
+) -> None:
+    rows = [{"input_ids": [3] * length} for length in [40, 50, 60, 70, 30, 20, 900, 800]]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "data.path=rows.jsonl", "data.eval_fraction=0", "train.shuffle=false", "train.global_batch_size=2", PROFILE,
+        "tune.chunk_sizes=[128]", "tune.ks=[1,2]", "launch.processes=2", "tune.pipelines=[2]",
+    ]  # fmt: skip
+    some, everything = tuned(*words, "tune.samples=2"), tuned(*words, "tune.samples=8")
+    assert (some["steps_planned"], everything["steps_planned"]) == (1, 4)
+    bytes_of = [[row["memory_bytes"] for row in found["candidates"]] for found in (some, everything)]
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real operations of the real model, in processes of their own; the second search finds the calibration, and so do
+    the ranks of a run, which have fewer threads."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = [SIZES, "tune.ks=[1,2]", "tune.measure=2", "data.num_workers=1"]
+    plan = ["plan", "recipe=tiny_random", "data.num_workers=1", "plan.cost_model=measured", "--json"]
+    refused = CliRunner().invoke(app, plan)
+    assert refused.exit_code == 2
+    assert "chunkflow tune-chunk-size with the same recipe and keys measures it" in refused.stderr
+    first = tuned(*words)
+    assert first["cost_model"].startswith("measured on")
+    measured = [row for row in first["candidates"] if row["measured_step_seconds"] is not None]
+    assert len(measured) == 2
+    assert first["best"]["measured_step_seconds"] == min(row["measured_step_seconds"] for row in measured)
+    assert list(Path("cache/chunkflow/calibrations").glob("*.json"))
+    result = invoke(*words, "tune.measure=0", "--json")
+    assert "Timing chunks" not in result.stderr
+    again = json.loads(result.stdout)
+    predicted = [row["step_seconds"] for row in again["candidates"]]
+    assert predicted == [row["step_seconds"] for row in first["candidates"]]
+    costs = json.loads(CliRunner().invoke(app, plan).stdout)["cost_model"]
+    assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
+    train = ["train", *plan[1:-1], "launch.processes=2", "train.steps=1", "train.guard=false", "train.output_dir=run"]
+    ranks = subprocess.run([sys.executable, "-m", "chunkflow_cli", *train], capture_output=True, text=True, check=False)
+    assert ranks.returncode == 0, ranks.stderr
+    other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
+    assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"
+
+
+def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> None:
+    """Sizes that do not fit beside each other are left out; each that is tried is planned as train would divide it."""
+    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2,4]",
+                  "tune.pipelines=[1,4]")  # fmt: skip
+    layouts = [(row["sequence"], row["stages"], row["data_parallel"]) for row in found["layouts"]]
+    assert layouts == [(1, 1, 8), (1, 4, 2), (2, 1, 8), (2, 4, 2), (4, 1, 8)]
+    words = ["launch.processes=8", "tune.sequences=[2]", "tune.pipelines=[4]", "tune.cuts=[time]"]
+    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", *words)
+    written = read_overrides(found["overrides_file"])
+    assert {"parallel.sequence=2", "parallel.pipeline=4", "chunk.cuts=time"} <= set(written)
+    plan = CliRunner().invoke(app, ["plan", "recipe=tiny_random", "launch.processes=8", PROFILE, *written, "--json"])
+    planned = json.loads(plan.stdout)
+    assert (planned["ranks"], planned["sequence"], planned["pipeline"]["stages"]) == (2, 2, 4)
+
+
+def test_state_and_activations_of_a_rank_fall_with_the_size_of_its_group() -> None:
+    words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2]"]
+    for pipelines in ("tune.pipelines=[1]", "tune.pipelines=[4]"):
+        found = tuned(*words, pipelines, "tune.cuts=[tokens]", "tune.k_per=[run]")
+        alone, grouped = sorted(found["candidates"], key=lambda row: row["sequence"])
+        assert grouped["memory_bytes"] < alone["memory_bytes"]

@@ -1,0 +1,756 @@
+"""Chunked training is whole-sequence training: the matrix of architectures, settings, chunk sizes, K and memory savers.
+
+The truth is transformers' own forward over whole sequences, with its own attention, masks and head. In float32 the
+gradients may differ by rounding, in float64 by nothing that matters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, LoraConfig
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution import parity, stages
+from chunkflow_cli.execution import runner as runner_module
+from chunkflow_cli.execution.attention import function as attention
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.attention.choice import choose_backend
+from chunkflow_cli.execution.attention.cpu import CpuBackend
+from chunkflow_cli.execution.attention.function import ChunkAttentionContext
+from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.execution.batch import IGNORED, ChunkBatch, build_batch
+from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.parity import (
+    DirectEngine,
+    Parity,
+    RandomSequence,
+    compare,
+    guard,
+    random_sequences,
+    small_config,
+    use_float64_experts,
+)
+from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
+from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
+from chunkflow_cli.planning.chunks import build_chunks
+from chunkflow_cli.planning.schedule import Schedule, plan
+
+CPU = torch.device("cpu")
+LENGTHS = (100, 13, 9, 31)
+VOCABULARY = 96
+FLOAT32_TOLERANCE, FLOAT64_TOLERANCE = 2e-6, 1e-12
+
+# Shorter than a chunk, between chunk and sequence, longer than every sequence.
+SHORT_WINDOW, MIDDLE_WINDOW, LONG_WINDOW = 11, 45, 400
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, biases, own rope": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama, tied, one kv head": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "llama, head_dim, no gqa": ("llama", {"head_dim": 24, "num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied, yarn": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN_ROPE}),
+    "qwen2, window in one layer": (
+        "qwen2", {"use_sliding_window": True, "sliding_window": SHORT_WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3, biases, tied, head_dim": ("qwen3", {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True}),
+    "mistral, short window": ("mistral", {"sliding_window": SHORT_WINDOW}),
+    "mistral, middle window": ("mistral", {"sliding_window": MIDDLE_WINDOW, "head_dim": 32}),
+    "mistral, long window": ("mistral", {"sliding_window": LONG_WINDOW}),
+    "mistral, no window": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, window, one expert": (
+        "mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": MIDDLE_WINDOW},
+    ),
+    "phi3": ("phi3", {}),
+    "phi3, window, half rope": ("phi3", {"sliding_window": SHORT_WINDOW, "partial_rotary_factor": 0.5}),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": SHORT_WINDOW}),
+    "gemma3, layer types, cap": (
+        "gemma3_text",
+        {
+            "head_dim": 24, "sliding_window": MIDDLE_WINDOW, "layer_types": ["full_attention", "sliding_attention"],
+            "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 40, "tie_word_embeddings": False,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2, biases, tied": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "granite": ("granite", {}),
+    "granite, multipliers": (
+        "granite",
+        {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1},
+    ),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "glm4, biases, whole rope": ("glm4", {"head_dim": 16, "attention_bias": True, "partial_rotary_factor": 1.0}),
+    "starcoder2": ("starcoder2", {"residual_dropout": 0.0, "embedding_dropout": 0.0, "use_bias": True}),
+    "starcoder2, window, untied": (
+        "starcoder2",
+        {
+            "residual_dropout": 0.0, "embedding_dropout": 0.0, "use_bias": False, "sliding_window": SHORT_WINDOW,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1]}),
+    "smollm3, no rope, window": (
+        "smollm3",
+        {
+            "no_rope_layers": [1, 0], "layer_types": ["full_attention", "sliding_attention"],
+            "use_sliding_window": True, "sliding_window": MIDDLE_WINDOW, "attention_bias": True,
+        },
+    ),
+}  # fmt: skip
+
+BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss, sinks": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": SHORT_WINDOW}),
+    "cohere, scaled head": ("cohere", {"logit_scale": 0.1, "use_qk_norm": True}),
+    "gemma2, soft caps": (
+        "gemma2",
+        {
+            "head_dim": 16, "sliding_window": SHORT_WINDOW, "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the matrix."""
+
+    model: str
+    chunk_size: int
+    """25 divides the longest sequence, 32 and 17 do not; 25 makes two sequences long."""
+    k: int
+    """99 stands for N: nothing is recomputed."""
+    checkpointing: ActivationCheckpointing
+    fill_tails: bool
+    lora: bool
+
+    def __str__(self) -> str:
+        words = [self.model, f"size {self.chunk_size}", "K=N" if self.k == 99 else f"K={self.k}"]
+        words += [self.checkpointing.value] if self.checkpointing is not ActivationCheckpointing.none else []
+        words += ["lora"] if self.lora else []
+        words += [] if self.fill_tails else ["tails apart"]
+        return " - ".join(words).replace(",", "")
+
+
+SIZES, KS, CHECKPOINTING = (25, 32, 17), (1, 2, 99), tuple(ActivationCheckpointing)
+LORA_AND_TAILS = ((False, True), (True, True), (True, False))
+
+
+def covering(models: list[str]) -> list[Case]:
+    """Three rows a model, in which every level of every factor occurs once; the pairing turns from model to model."""
+    cases = []
+    for index, model in enumerate(models):
+        for row in range(3):
+            lora, fill_tails = LORA_AND_TAILS[(row + index // 2) % 3]
+            cases.append(
+                Case(
+                    model,
+                    SIZES[row],
+                    KS[(row + index) % 3],
+                    CHECKPOINTING[(row + 2 * index + index // 3) % 3],
+                    fill_tails,
+                    lora,
+                )
+            )
+    return cases
+
+
+MATRIX = covering([*MODELS])
+
+
+def build(tiny_model: Callable[..., Any], case: Case, dtype: torch.dtype) -> Any:
+    model_type, settings = {**MODELS, **BEYOND}[case.model]
+    model = tiny_model(model_type, dtype=dtype, **settings)
+    use_float64_experts(model, dtype)
+    enable_activation_checkpointing(model, case.checkpointing)
+    if case.lora:
+        model = add_lora(model, LoraConfig(enabled=True, r=4, alpha=8.0))
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zeros at first, which would leave half of the gradients zero
+                parameter.data.normal_(std=0.05, generator=generator)
+    return model
+
+
+def compared(model: Any, backend: Backend, case: Case) -> Parity:
+    sequences = random_sequences(LENGTHS, VOCABULARY, seed=3)
+    return compare(model, backend, sequences, chunk_size=case.chunk_size, k=case.k, fill_tails=case.fill_tails)
+
+
+@pytest.fixture
+def _everything_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and routers compute in float32 whatever the dtype (`x.float()`, `x.to(torch.float32)`), which leaves 1e-8
+    between two orders of the same sums. For both sides, let them stay in float64: what then differs is a mistake."""
+    to = torch.Tensor.to
+
+    def to_float64(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.dtype is torch.float64 and torch.float32 in (*args, kwargs.get("dtype")):
+            return self
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda self: self if self.dtype is torch.float64 else to(self, torch.float32)
+    )
+    monkeypatch.setattr(torch.Tensor, "to", to_float64)
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_float32(tiny_model: Callable[..., Any], case: Case) -> None:
+    """The gradient that training follows, with the backend that training takes: equal up to rounding."""
+    model = build(tiny_model, case, torch.float32)
+    backend = choose_backend(Attention.auto, model.config, CPU, torch.float32).backend
+    assert isinstance(backend, CpuBackend)
+    result = compared(model, backend, case)
+    assert result.grad_rel_error <= FLOAT32_TOLERANCE
+    assert result.loss_rel_error <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.usefixtures("_everything_in_float64")
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_float64(tiny_model: Callable[..., Any], case: Case) -> None:
+    """In float64 rounding hides nothing: what differs by 1e-9 is another computation."""
+    result = compared(build(tiny_model, case, torch.float64), ReferenceBackend(), case)
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+    assert result.loss_rel_error <= FLOAT64_TOLERANCE
+    # Of a parameter whose gradient is zero but for rounding (the router of one expert, say), this is rounding too.
+    assert result.grad_max_rel_error <= 1e-9, result.grad_max_rel_error_parameter
+
+
+@pytest.mark.usefixtures("_everything_in_float64")
+@pytest.mark.parametrize("case", [c for c in MATRIX if c.model in ("llama", "mistral, short window")], ids=str)
+def test_float64_with_the_cpu_kernels(tiny_model: Callable[..., Any], case: Case) -> None:
+    """The kernels that float32 takes on the CPU have no float32 error of their own that hides a mistake."""
+    result = compared(build(tiny_model, case, torch.float64), CpuBackend(), case)
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
+@pytest.mark.parametrize("case", covering([*BEYOND])[::2], ids=str)
+def test_beyond_plain_attention(tiny_model: Callable[..., Any], case: Case) -> None:
+    """Sinks, soft caps and scaled heads were 4e-5 to 1e-1 off in the prototype: small enough to miss."""
+    model = build(tiny_model, case, torch.float32)
+    backend = choose_backend(Attention.auto, model.config, CPU, torch.float32).backend
+    assert compared(model, backend, case).grad_rel_error <= FLOAT32_TOLERANCE
+
+
+def test_the_matrix_covers_every_pair() -> None:
+    """A refactoring that drops a setting from the matrix would leave everything green: every pair of levels occurs, and
+    every architecture meets every chunk size, K and memory saver."""
+    factors = {
+        "chunk_size": SIZES, "k": KS, "checkpointing": CHECKPOINTING, "fill_tails": (True, False), "lora": (True, False),
+    }  # fmt: skip
+    for one, two in itertools.combinations(factors, 2):
+        seen = Counter((getattr(case, one), getattr(case, two)) for case in MATRIX)
+        pairs = set(itertools.product(factors[one], factors[two])) - {(False, False)}  # tails apart only under LoRA
+        assert pairs <= set(seen), (one, two)
+    types = {model_type for model_type, _ in MODELS.values()}
+    assert types == {
+        "llama", "qwen2", "qwen3", "mistral", "mixtral", "phi3", "gemma3_text", "olmo2", "granite", "glm4",
+        "starcoder2", "smollm3",
+    }  # fmt: skip
+    for model in MODELS:
+        for name in ("chunk_size", "k", "checkpointing"):
+            assert {getattr(case, name) for case in MATRIX if case.model == model} == set(factors[name])
+
+
+@pytest.mark.parametrize("checkpointing", ActivationCheckpointing, ids=lambda mode: mode.value)
+def test_retained_chunks_in_one_engine_call(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing
+) -> None:
+    """ZeRO-3 runs the retained chunks in one forward and one backward: inside it too, later chunks must go first."""
+    from chunkflow_cli.planning.schedule import Layout
+
+    case = Case("llama", 17, 3, checkpointing, fill_tails=True, lora=False)
+    planned = []
+
+    def joined(chunks: Any, k: int) -> Schedule:
+        planned.append(plan(chunks, k, Layout(join_retained=True)))
+        return planned[-1]
+
+    monkeypatch.setattr(parity, "plan", joined)
+    result = compared(build(tiny_model, case, torch.float64), ReferenceBackend(), case)
+    assert "+" in str(planned[0])
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
+@pytest.mark.parametrize("targets", [["o_proj"], ["down_proj"], ["q_proj"], ["v_proj"]], ids=str)
+def test_lora_on_some_layers_only(tiny_model: Callable[..., Any], targets: list[str]) -> None:
+    """Where keys or values of the first layer need no gradient, its attention has no backward, or half of one: what it
+    would have put into the store, or freed, must not be missed."""
+    model = add_lora(tiny_model("llama", dtype=torch.float64), LoraConfig(enabled=True, r=4, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    result = compared(
+        model, ReferenceBackend(), Case("llama", 25, 2, ActivationCheckpointing.none, fill_tails=True, lora=True)
+    )
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
+@pytest.mark.parametrize("lengths", [(64,), (16,), (5, 5), (1, 33, 2), (48, 48)], ids=str)
+def test_shapes_at_the_edges(tiny_model: Callable[..., Any], lengths: tuple[int, ...]) -> None:
+    """Only full chunks, one chunk exactly, no long sequence, samples of one token, a tail of one token."""
+    model = tiny_model("qwen2", dtype=torch.float64)
+    result = compare(model, ReferenceBackend(), random_sequences(lengths, VOCABULARY, seed=3), chunk_size=16, k=1)
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
+def test_chunks_of_one_token(tiny_model: Callable[..., Any]) -> None:
+    """The extreme: every token its own chunk, every one but the last recomputed."""
+    model = tiny_model("llama", dtype=torch.float64)
+    result = compare(model, ReferenceBackend(), random_sequences((12, 1), VOCABULARY, seed=3), chunk_size=1, k=1)
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
+@pytest.mark.parametrize("k", [1, 2, 99])
+@pytest.mark.parametrize("pair_weight", [1e-3, 0.1, 3.0])
+def test_pieces_of_equal_time(tiny_model: Callable[..., Any], pair_weight: float, k: int) -> None:
+    """Where a sequence is cut must not matter: the last of these pieces are a few tokens long."""
+    model = tiny_model("mistral", dtype=torch.float64, sliding_window=20)
+    sequences = random_sequences((90, 7, 40), VOCABULARY, seed=3)
+    result = compare(model, ReferenceBackend(), sequences, chunk_size=16, k=k, pair_weight=pair_weight)
+    assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
+# --- The oracle itself -----------------------------------------------------------------------------------------------
+
+PLAIN = Case("llama", 17, 2, ActivationCheckpointing.none, fill_tails=True, lora=False)
+BREAKAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
+
+
+def breakage(function: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    BREAKAGES[(function.__doc__ or "").rstrip(".")] = function
+    return function
+
+
+@breakage
+def _drop_state_gradient(patch: pytest.MonkeyPatch) -> None:
+    """gradient to earlier chunks dropped."""
+    patch.setattr(SequenceState, "add_gradient", lambda *_: None)
+
+
+@breakage
+def _drop_one_piece(patch: pytest.MonkeyPatch) -> None:
+    """gradient of earlier values dropped."""
+    add = SequenceState.add_gradient
+    patch.setattr(
+        SequenceState,
+        "add_gradient",
+        lambda self, layer, name, *rest: name == "values" or add(self, layer, name, *rest),
+    )
+
+
+@breakage
+def _ignore_the_past(patch: pytest.MonkeyPatch) -> None:
+    """chunks do not see earlier chunks."""
+    patch.setattr(attention._PastInSight, "of", classmethod(lambda cls, chunk, rule: None))
+
+
+@breakage
+def _ignore_the_window(patch: pytest.MonkeyPatch) -> None:
+    """window ignored."""
+    patch.setattr(attention, "AttentionRule", lambda scale, window, softcap: AttentionRule(scale, None, softcap))
+
+
+@breakage
+def _window_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """window one too long."""
+    patch.setattr(attention, "AttentionRule", lambda scale, window, softcap: AttentionRule(scale, window + 1, softcap))
+
+
+@breakage
+def _ignore_the_scale(patch: pytest.MonkeyPatch) -> None:
+    """scale of the scores ignored."""
+    patch.setattr(attention, "AttentionRule", lambda scale, window, softcap: AttentionRule(1.0, window, softcap))
+
+
+def _batches(patch: pytest.MonkeyPatch, change: Callable[[ChunkBatch], ChunkBatch]) -> None:
+    patch.setattr(runner_module, "build_batch", lambda *args: change(build_batch(*args)))
+
+
+@breakage
+def _shift_targets(patch: pytest.MonkeyPatch) -> None:
+    """targets shifted by one."""
+    _batches(patch, lambda batch: replace(batch, targets=batch.targets.roll(1)))
+
+
+@breakage
+def _shift_within_chunks(patch: pytest.MonkeyPatch) -> None:
+    """last target of each chunk lost."""
+    _batches(
+        patch,
+        lambda batch: replace(
+            batch, target_weights=batch.target_weights * (batch.target_positions < batch.input_ids.shape[1] - 1)
+        ),
+    )
+
+
+@breakage
+def _restart_positions(patch: pytest.MonkeyPatch) -> None:
+    """positions from zero in every chunk."""
+    _batches(patch, lambda batch: replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None]))
+
+
+@breakage
+def _mean_of_each_chunk(patch: pytest.MonkeyPatch) -> None:
+    """loss averaged in each chunk."""
+    _batches(
+        patch,
+        lambda batch: replace(
+            batch, target_weights=torch.full_like(batch.target_weights, 1 / max(1, batch.target_tokens))
+        ),
+    )
+
+
+@breakage
+def _let_segments_see_each_other(patch: pytest.MonkeyPatch) -> None:
+    """packed sequences see each other."""
+
+    class Joined(ReferenceBackend):
+        def own_forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, rule: AttentionRule) -> Any:
+            return super().own_forward(q, k, v, Packing((0, packing.boundaries[-1]), CPU), rule)
+
+        def own_backward(self, *args: Any) -> Any:
+            *tensors, packing, rule = args
+            return super().own_backward(*tensors, Packing((0, packing.boundaries[-1]), CPU), rule)
+
+    patch.setattr("chunkflow_cli.execution.chunk_model.ChunkAttentionContext", _with_backend(Joined()))
+
+
+def _with_backend(backend: Backend) -> Callable[..., ChunkAttentionContext]:
+    return lambda packing, _, *rest: ChunkAttentionContext(packing, backend, *rest)
+
+
+@breakage
+def _go_backward_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    """second to last chunk backward before the last."""
+
+    def swapped(chunks: Any, k: int) -> Schedule:
+        text = str(plan(chunks, 99))
+        last = chunks.dependent_groups()[0].stop - 1
+        broken = text.replace(f"B{last} B{last - 1} ", f"B{last - 1} B{last} ")
+        assert broken != text
+        return Schedule.parse(broken)
+
+    patch.setattr(parity, "plan", swapped)
+
+
+@breakage
+def _skip_a_backward(patch: pytest.MonkeyPatch) -> None:
+    """one standalone chunk left out."""
+
+    def shortened(chunks: Any, k: int) -> Schedule:
+        text = str(plan(chunks, k))
+        assert text.startswith("F0 B0 ")
+        return Schedule.parse(text.removeprefix("F0 B0 "))
+
+    patch.setattr(parity, "plan", shortened)
+
+
+@contextmanager
+def broken(function: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        function(patch)
+        yield
+
+
+@pytest.mark.parametrize("function", BREAKAGES.values(), ids=BREAKAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_comparison_fails_when_chunks_are_wrong(
+    tiny_model: Callable[..., Any], function: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype
+) -> None:
+    """A proof that passes whatever happens is worth nothing: each mistake that chunking invites must fail it."""
+    model = tiny_model("mistral", dtype=dtype, sliding_window=MIDDLE_WINDOW, initializer_range=0.1)
+    sequences = random_sequences((125, 13, 9), VOCABULARY, seed=3)
+    sequences.append(RandomSequence(np.arange(16, dtype=np.int32), np.arange(16, dtype=np.int32)))  # a chunk of its own
+
+    def result() -> Parity:
+        return compare(model, ReferenceBackend(), sequences, chunk_size=17, k=2)
+
+    assert result().passed
+    with broken(function):
+        wrong = result()
+    assert not wrong.passed
+    assert wrong.grad_rel_error > 1e-3
+    assert result().passed, "the breakage is undone"
+
+
+def test_the_paper_as_printed_does_not_run(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeping the first chunks and going backward ascending frees state that is still needed: a crash, no silence."""
+    monkeypatch.setattr(parity, "plan", lambda chunks, k: Schedule.parse("F0 F1 F2 B0 B1 B2"))
+    with pytest.raises(KeyError):
+        compare(
+            tiny_model("llama"), ReferenceBackend(), random_sequences((40,), VOCABULARY, seed=3), chunk_size=17, k=2
+        )
+
+
+def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., Any]) -> None:
+    """The oracle is checked by another: labels and loss of transformers itself, and a sum over all parameters. Chunks
+    are broken on purpose, so that both must find the same large error, not the same zero."""
+    model = tiny_model("qwen2", dtype=torch.float64)
+    sequences = random_sequences(LENGTHS, VOCABULARY, seed=3)
+    with broken(_drop_state_gradient):
+        result = compare(model, ReferenceBackend(), sequences, chunk_size=25, k=2)
+
+    total = sum(int((s.targets != IGNORED).sum()) for s in sequences)
+    loss_whole = 0.0
+    model.set_attn_implementation("eager")
+    for sequence in sequences:
+        labels = torch.full((1, len(sequence.targets)), IGNORED)
+        labels[0, 1:] = torch.as_tensor(sequence.targets[:-1])  # transformers shifts them back
+        loss = model(
+            input_ids=torch.as_tensor(sequence.input_ids, dtype=torch.int64)[None],
+            labels=labels,
+            num_items_in_batch=total,
+        ).loss
+        loss.backward()
+        loss_whole += float(loss.detach())
+    whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad(set_to_none=True)
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    chunks = build_chunks([len(s.input_ids) for s in sequences], 25)
+    weights = np.full(len(sequences), 1 / total)
+    runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), CPU, weight_dtype=torch.float64)
+    with broken(_drop_state_gradient):
+        loss_chunked = runner.run(Schedule.parse(str(plan(chunks, 2))), StepBatch(chunks, sequences, weights)).loss
+    squares = {
+        name: (float(((parameter.grad - whole[name]) ** 2).sum()), float((whole[name] ** 2).sum()))
+        for name, parameter in model.named_parameters()
+    }
+    expected = (sum(error for error, _ in squares.values()) / sum(norm for _, norm in squares.values())) ** 0.5
+
+    assert result.grad_rel_error == pytest.approx(expected, rel=1e-5)  # transformers takes its loss in float32
+    assert result.grad_rel_error > 1e-2
+    assert result.loss_whole == pytest.approx(loss_whole, rel=1e-6)
+    assert result.loss_chunked == pytest.approx(loss_chunked, rel=1e-12)
+    worst = max(squares, key=lambda name: squares[name][0] / squares[name][1])
+    assert result.grad_max_rel_error_parameter == worst
+    assert result.grad_max_rel_error == pytest.approx((squares[worst][0] / squares[worst][1]) ** 0.5, rel=1e-5)
+
+
+def test_comparison_leaves_the_model_as_it_was(tiny_model: Callable[..., Any]) -> None:
+    """`verify` runs on the user's model: its weights, attention and gradients must be what they were."""
+    model = tiny_model("llama")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    implementation = model.config._attn_implementation
+    compare(model, CpuBackend(), random_sequences((40,), VOCABULARY), chunk_size=17, k=1)
+    assert model.config._attn_implementation == implementation
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "passed"),
+    [(1.0, 1e-6, True), (1.0, 1e-4, False), (1.1, 1e-6, False), (1.0, float("nan"), False)],
+)
+def test_what_passes(loss: float, gradient: float, passed: bool) -> None:
+    """Both loss and gradient must agree, and NaN agrees with nothing."""
+    assert Parity(1.0, loss, gradient, "weight", gradient, tolerance=1e-5).passed is passed
+
+
+# --- The guard -------------------------------------------------------------------------------------------------------
+
+
+def guarded(config: Any, **options: Any) -> Parity:
+    return guard(config, **{"requested": Attention.auto, "device": CPU, "dtype": torch.float32, **options})
+
+
+@pytest.mark.parametrize("model", [*MODELS, *BEYOND])
+def test_guard_passes_what_is_exact(tiny_config: Callable[..., Any], model: str) -> None:
+    """A guard that refuses a good model is turned off by its users."""
+    model_type, settings = {**MODELS, **BEYOND}[model]
+    assert guarded(tiny_config(model_type, **settings)).grad_rel_error <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "phi", "exaone4", "qwen3_moe"])
+def test_guard_passes_more_architectures(tiny_config: Callable[..., Any], model_type: str) -> None:
+    """Nothing about chunking is written for an architecture: others pass too, learned positions included."""
+    assert guarded(tiny_config(model_type)).grad_rel_error <= 1e-5
+
+
+LINEAR_ATTENTION = {
+    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}  # fmt: skip
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen3_next, recurrent": ("qwen3_next", LINEAR_ATTENTION, "'qwen3_next' cannot be trained exactly in chunks"),
+    "qwen3_5, recurrent": ("qwen3_5_text", LINEAR_ATTENTION, "'qwen3_5_text' cannot be trained exactly in chunks"),
+    "llama4, chunked attention": (
+        "llama4_text", {"attention_chunk_size": 32}, "'llama4_text' cannot be trained exactly in chunks",
+    ),
+    "bloom, alibi": ("bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained exactly in chunks"),
+    "stablelm, no keyword arguments": ("stablelm", {}, "'stablelm' cannot be trained in chunks(.|\n)*keyword arguments"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_guard_refuses_what_is_not(
+    tiny_config: Callable[..., Any], model_type: str, settings: dict[str, Any], message: str
+) -> None:
+    """Silently wrong training is the worst that can happen: more than attention across tokens is refused by name."""
+    with pytest.raises(UsageError, match=message):
+        guarded(tiny_config(model_type, **settings))
+
+
+def test_guard_refuses_llama4_at_its_own_size(tiny_config: Callable[..., Any]) -> None:
+    """With chunks of 8192 in its configuration, a short test would never reach their end: the guard must shorten them."""
+    with pytest.raises(UsageError, match="'llama4_text' cannot be trained exactly in chunks"):
+        guarded(tiny_config("llama4_text", attention_chunk_size=8192))
+
+
+def test_guard_looks_at_windows_longer_than_its_test(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that ignores windows passes any test that is shorter than the window: the guard shortens it."""
+    config = tiny_config("mistral", sliding_window=4096)
+    guarded(config)
+    _ignore_the_window(monkeypatch)
+    with pytest.raises(UsageError, match="cannot be trained exactly in chunks"):
+        guarded(config)
+
+
+def test_guard_sees_a_missing_soft_cap(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With default weights a missing soft cap is 4e-5, small enough to miss: the guard's weights lift it."""
+    config = tiny_config("gemma2", head_dim=16)
+    guarded(config)
+    monkeypatch.setattr(attention, "AttentionRule", lambda scale, window, softcap: AttentionRule(scale, window, None))
+    with pytest.raises(UsageError, match="cannot be trained exactly in chunks"):
+        guarded(config)
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"]
+)
+def test_guard_keeps_every_multiplier(tiny_config: Callable[..., Any], name: str) -> None:
+    """granite's multipliers were 7.0 off in the prototype: a small configuration without them would hide that."""
+    assert getattr(small_config(tiny_config("granite", **{name: 3.5})), name) == 3.5
+
+
+def test_guard_keeps_one_layer_of_each_kind(tiny_config: Callable[..., Any]) -> None:
+    """A hybrid model cut to its first two layers would be tested without its other kinds."""
+    kinds = ["full_attention", "full_attention", "full_attention", "sliding_attention"] * 3
+    small = small_config(tiny_config("qwen3", num_hidden_layers=12, layer_types=kinds))
+    assert small.num_hidden_layers == 2
+    assert small.layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_guard_leaves_the_configuration_alone(tiny_config: Callable[..., Any]) -> None:
+    """The run goes on with the configuration that the guard looked at."""
+    config = tiny_config("gemma2", head_dim=16, sliding_window=400)
+    before = config.to_dict()
+    guarded(config)
+    assert config.to_dict() == before
+
+
+def test_guard_leaves_random_numbers_alone(tiny_config: Callable[..., Any]) -> None:
+    """Turning the guard off must not change the run."""
+    state = torch.get_rng_state()
+    guarded(tiny_config("llama"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("checkpointing", ActivationCheckpointing, ids=lambda mode: mode.value)
+def test_guard_with_the_run_s_memory_saver(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing
+) -> None:
+    """Selective checkpointing once reused merged attention as if it were the kernel's: only a test that has it on sees."""
+    assert guarded(tiny_config("llama"), activation_checkpointing=checkpointing).passed
+    used = []
+    monkeypatch.setattr(parity, "enable_activation_checkpointing", lambda model, mode: used.append(mode))
+    guarded(tiny_config("llama"), activation_checkpointing=checkpointing)
+    assert used == [checkpointing]
+
+
+def test_guard_checks_the_kernel_in_the_dtype_of_the_run(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The small model runs in float32; a kernel that is wrong in bfloat16 only must be found all the same."""
+    guarded(tiny_config("llama"), dtype=torch.bfloat16)
+    backward = CpuBackend.past_backward
+
+    def wrong_in_bfloat16(self: CpuBackend, grad_out: Tensor, *rest: Any) -> Any:
+        grads = backward(self, grad_out, *rest)
+        return (grads[0], grads[1] * 1.1, grads[2]) if grad_out.dtype is torch.bfloat16 else grads
+
+    monkeypatch.setattr(CpuBackend, "past_backward", wrong_in_bfloat16)
+    guarded(tiny_config("llama"), dtype=torch.float32)
+    with pytest.raises(UsageError, match=r"model\.attention=cpu computes wrongly on this device"):
+        guarded(tiny_config("llama"), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "granite", "qwen3_moe"])
+@pytest.mark.parametrize("checkpointing", [ActivationCheckpointing.none, ActivationCheckpointing.full])
+def test_guard_goes_through_the_stages_of_a_pipeline(
+    tiny_config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    checkpointing: ActivationCheckpointing,
+) -> None:
+    """A model that is exact as a whole may do something between its layers that a cut loses; tied weights add up."""
+    config = tiny_config(model_type, tie_word_embeddings=True)
+    assert guarded(config, is_pipeline=True, activation_checkpointing=checkpointing).passed
+    monkeypatch.setattr(stages._Entry, "forward", lambda self, *_, **__: 1.01 * self.received)
+    guarded(config)
+    with pytest.raises(UsageError, match="exactly in chunks through the stages of a pipeline"):
+        guarded(config, is_pipeline=True)
+
+
+def test_guard_names_what_cannot_be_cut(tiny_config: Callable[..., Any]) -> None:
+    with pytest.raises(
+        UsageError, match=r"cannot be trained in chunks through the stages of a pipeline(.|\n)*cut into"
+    ):
+        guarded(tiny_config("gpt2"), is_pipeline=True)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("llama", "dynamic"), ("llama", "longrope"), ("phi3", "longrope")])
+def test_length_dependent_rope_is_refused(tiny_config: Callable[..., Any], model_type: str, kind: str) -> None:
+    """It changes with the longest position of a forward, so the chunks of a sequence would disagree (2e-4 to 2e-3)."""
+    config = tiny_config(model_type, rope_parameters=ROPES[kind], max_position_embeddings=256)
+    with pytest.raises(UsageError, match=f"rotary embedding is of the kind '{kind}'"):
+        refuse_length_dependent_rope(config)
+
+
+def test_length_dependent_rope_of_one_layer_kind_is_refused(tiny_config: Callable[..., Any]) -> None:
+    """gemma3 has a rotary embedding for each kind of layer: the one that matters may be the second."""
+    default = {"rope_type": "default", "rope_theta": 1e4}
+    config = tiny_config(
+        "gemma3_text", rope_parameters={"sliding_attention": default, "full_attention": ROPES["dynamic"]}
+    )
+    with pytest.raises(UsageError, match="of the kind 'dynamic'"):
+        refuse_length_dependent_rope(config)
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "default", "rope_theta": 1e4}, LLAMA3_ROPE, YARN_ROPE], ids=str)
+def test_fixed_rope_is_not_refused(tiny_config: Callable[..., Any], rope: dict[str, Any] | None) -> None:
+    """Kinds that are a function of the position alone are exact (the matrix has llama3 and yarn)."""
+    refuse_length_dependent_rope(tiny_config("llama", **({} if rope is None else {"rope_parameters": rope})))

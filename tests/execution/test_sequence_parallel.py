@@ -1,0 +1,397 @@
+"""Chunks spread over the ranks of a group are whole-sequence training: real gloo ranks against transformers alone.
+
+The truth is transformers' own forward over whole sequences in this process, with no chunk, no group and none of
+our code but the random sequences. Each group size is one launch that runs all of its cases.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from chunkflow_cli.config.schema import ActivationCheckpointing, Config, LoraConfig, ModelConfig, ParallelConfig
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.attention import function as attention
+from chunkflow_cli.execution.attention.backend import Backend
+from chunkflow_cli.execution.attention.cpu import CpuBackend
+from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.execution.batch import IGNORED, build_batch
+from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.parity import DirectEngine, RandomSequence, random_sequences
+from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
+from chunkflow_cli.planning.chunks import Chunks, build_chunks
+from chunkflow_cli.planning.schedule import Layout, plan
+from chunkflow_cli.planning.topology import Topology, key_value_copies
+from chunkflow_cli.training.from_config import check_heads
+from support.models import TINY
+from support.ranks import run_ranks
+
+CPU = torch.device("cpu")
+VOCABULARY = TINY["vocab_size"]
+LENGTHS = (101, 13, 9, 31, 1, 50)
+"""Odd numbers, so that chunks need padding; of chunks of 17, two long sequences of six and three, and a third of two."""
+SIZES = (2, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the matrix."""
+
+    model_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = LENGTHS
+    chunk_size: int = 17
+    k: int = 2
+    """99 stands for N: nothing is recomputed."""
+    fill_tails: bool = True
+    join_retained: bool = False
+    checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    lora: tuple[str, ...] = ()
+    """Target modules of the adapters; none without."""
+    only_last_target: bool = False
+    """The last token of each sequence is the only target: most slices of most chunks have none."""
+    dtype: str = "float64"
+
+
+CASES = {
+    "k 1": Case("llama", k=1),
+    "k 2": Case("llama", k=2),
+    "k N": Case("llama", k=99),
+    "retained chunks joined": Case("llama", k=3, join_retained=True),
+    "tails not filled": Case("llama", k=1, fill_tails=False),
+    "chunks that divide": Case("llama", chunk_size=16, lengths=(64, 16, 8, 8)),
+    "whole sequences packed": Case("llama", chunk_size=512),
+    "one token": Case("llama", lengths=(1, 40), chunk_size=40),
+    "chunks of one token": Case("llama", lengths=(5, 1), chunk_size=1),
+    "few targets": Case("llama", k=2, only_last_target=True),
+    "few targets, retained chunks joined": Case("llama", k=3, only_last_target=True, join_retained=True),
+    "grouped queries, biases": Case("qwen2", k=1),
+    "one key head, tied": Case("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "own heads, head_dim": Case("llama", {"num_key_value_heads": 4, "head_dim": 24}),
+    "short window": Case("mistral", {"sliding_window": 11}),
+    "window over chunks": Case("mistral", {"sliding_window": 45}, k=1),
+    "sinks": Case("gpt_oss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 11}, dtype="float32"),
+    "soft caps": Case("gemma2", {"head_dim": 16, "sliding_window": 11, "attn_logit_softcapping": 1.5,
+                                 "final_logit_softcapping": 3.0}, dtype="float32"),
+    "experts": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, dtype="float32"),
+    "layers checkpointed": Case("qwen2", k=2, checkpointing=ActivationCheckpointing.full),
+    "products kept": Case("qwen2", k=2, checkpointing=ActivationCheckpointing.selective),
+    "products kept, retained chunks joined": Case(
+        "qwen2", k=3, checkpointing=ActivationCheckpointing.selective, join_retained=True, dtype="float32"
+    ),
+    "adapters": Case("qwen2", k=2, lora=("all-linear",)),
+    "adapters of queries": Case("qwen2", k=1, lora=("q_proj",)),
+    "cpu kernel": Case("qwen2", k=2, dtype="float32"),
+    "cpu kernel, window": Case("mistral", {"sliding_window": 20}, dtype="float32"),
+}  # fmt: skip
+TOLERANCES = {"float64": 1e-12, "float32": 3e-6}
+"""Of the norm of the gradients' difference; transformers' experts, sinks and Gemma norms know only float32."""
+
+
+def exact_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers computes norms and rotary angles in float32 whatever the dtype, and so rounds to 1e-8 between two
+    orders of the same sums. In a case of float64 let all of it stay so: what then differs is a mistake."""
+    to = torch.Tensor.to
+
+    def to_float64(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.dtype is torch.float64 and torch.float32 in (*args, kwargs.get("dtype")):
+            return self
+        return to(self, *args, **kwargs)
+
+    def to_float(self: Tensor) -> Tensor:
+        return self if self.dtype is torch.float64 else to(self, torch.float32)
+
+    @functools.wraps(function)
+    def within(case: Case, *rest: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if case.dtype == "float64":
+                patch.setattr(torch.Tensor, "float", to_float)
+                patch.setattr(torch.Tensor, "to", to_float64)
+            return function(case, *rest)
+
+    return within
+
+
+def make_model(case: Case) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(case.model_type, **{**TINY, "initializer_range": 0.1, **case.settings})
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
+    model.config.use_cache = False
+    if case.lora:
+        model = add_lora(model, LoraConfig(enabled=True, r=4, target_modules=list(case.lora)))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zeros otherwise, and with them the gradient of the other half
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def make_sequences(case: Case) -> list[RandomSequence]:
+    sequences = random_sequences(case.lengths, VOCABULARY, seed=3)
+    if not case.only_last_target:
+        return sequences
+    return [replace(each, targets=np.append(np.full(len(each.targets) - 1, IGNORED, np.int32), np.int32(5)))
+            for each in sequences]  # fmt: skip
+
+
+def make_weights(sequences: Sequence[RandomSequence]) -> np.ndarray:
+    """Of each sequence its own: a weight must stay with its sequence through slices."""
+    return np.arange(1, len(sequences) + 1) / 100
+
+
+def chunks_of(case: Case) -> Chunks:
+    return build_chunks(case.lengths, case.chunk_size, fill_tails=case.fill_tails)
+
+
+@exact_dtype
+def whole_sequence_training(case: Case) -> tuple[float, Tensor]:
+    """Loss and gradients of transformers alone, one sequence a forward."""
+    model = make_model(case)
+    # Its eager attention takes the softmax in float32, but knows sinks and soft caps.
+    model.set_attn_implementation("sdpa" if case.dtype == "float64" else "eager")
+    sequences = make_sequences(case)
+    total = 0.0
+    for sequence, weight in zip(sequences, make_weights(sequences).tolist(), strict=True):
+        logits = model(input_ids=torch.as_tensor(sequence.input_ids, dtype=torch.int64)[None]).logits[0]
+        loss = weight * torch.nn.functional.cross_entropy(
+            logits, torch.as_tensor(sequence.targets, dtype=torch.int64), ignore_index=IGNORED, reduction="sum"
+        )
+        loss.backward()
+        total += float(loss.detach())
+    return total, gradients(model)
+
+
+def gradients(model: Any) -> Tensor:
+    """Of all trained parameters; none where a rank never used one."""
+    parts = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts])
+
+
+def backend_of(case: Case) -> Backend:
+    return CpuBackend() if case.dtype == "float32" and case.model_type != "gemma2" else ReferenceBackend()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank found, and what it is of the whole group."""
+
+    loss: float
+    """Summed over the group."""
+    gradients: Tensor
+    """Summed over the group."""
+    evaluated: float
+    """The loss without gradient, summed over the group."""
+    target_tokens: int
+    """Of this rank."""
+    peak_state_bytes: int
+    """Of this rank."""
+
+
+@exact_dtype
+def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
+    """The case by our runner, spread over the group or alone."""
+    attention.register()
+    model = make_model(case)
+    model.set_attn_implementation(attention.NAME)
+    enable_activation_checkpointing(model, case.checkpointing)
+    sequences, chunks = make_sequences(case), chunks_of(case)
+    batch = StepBatch(chunks, sequences, make_weights(sequences))
+    runner = Runner(
+        DirectEngine(ChunkModel(model, backend_of(case))), CPU,
+        weight_dtype=torch.promote_types(getattr(torch, case.dtype), torch.float32), sequence_group=group,
+    )  # fmt: skip
+    result = runner.run(plan(chunks, case.k, Layout(join_retained=case.join_retained)), batch)
+    gradient, losses = gradients(model), torch.tensor([result.loss, runner.evaluate(batch)], dtype=torch.float64)
+    assert result.not_finite == ()
+    if group is not None:
+        torch.distributed.all_reduce(gradient, group=group.process_group)
+        torch.distributed.all_reduce(losses, group=group.process_group)
+    return Outcome(losses[0].item(), gradient, losses[1].item(), result.target_tokens, result.peak_state_bytes)
+
+
+def run_all_cases(size: int) -> dict[str, Outcome]:
+    """On each rank of one group."""
+    group = join(Topology(sequence=size))
+    return {name: run_case(case, group) for name, case in CASES.items()}
+
+
+def join(topology: Topology) -> SequenceGroup:
+    torch.distributed.init_process_group("gloo")
+    settle_vector_math()
+    group = SequenceGroup.join(topology)
+    assert group is not None
+    return group
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Outcome]]:
+    """The outcomes of all cases, by rank, of each group size; one launch a size."""
+    return run_ranks(request.param, "test_sequence_parallel:run_all_cases", request.param)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Callable[[str], tuple[float, Tensor]]:
+    """Whole-sequence training of a case, computed once."""
+    known: dict[str, tuple[float, Tensor]] = {}
+
+    def of(name: str) -> tuple[float, Tensor]:
+        if name not in known:
+            known[name] = whole_sequence_training(CASES[name])
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_group_s_step_is_whole_sequence_training(
+    outcomes: list[dict[str, Outcome]], truth: Callable[[str], tuple[float, Tensor]], name: str
+) -> None:
+    """A head sent to the wrong rank, a slice off by one, padding that is attended to, state of another head: all of
+    them show in the gradient, and none of them crashes."""
+    loss, gradient = truth(name)
+    tolerance = TOLERANCES[CASES[name].dtype]
+    ranks = [outcome[name] for outcome in outcomes]
+    for rank in ranks:
+        assert rank.loss == pytest.approx(loss, rel=tolerance)
+        assert rank.evaluated == pytest.approx(loss, rel=tolerance)
+        assert float((rank.gradients - gradient).norm() / gradient.norm()) < tolerance
+    targets = sum(int((sequence.targets != IGNORED).sum()) for sequence in make_sequences(CASES[name]))
+    assert sum(rank.target_tokens for rank in ranks) == targets, "padding is not counted, and no target twice"
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("own heads, head_dim", 4), ("grouped queries, biases", 2),
+                                                ("one key head, tied", 1)])  # fmt: skip
+def test_state_falls_with_the_group(outcomes: list[dict[str, Outcome]], name: str, kv_heads: int) -> None:
+    """What a group is for: a rank stores its own heads only, and of fewer heads than ranks still just one."""
+    alone = run_case(CASES[name], None).peak_state_bytes
+    assert alone > 0
+    for rank in outcomes:
+        assert rank[name].peak_state_bytes * min(len(outcomes), kv_heads) == alone
+
+
+def run_two_groups(_: None) -> dict[str, Any]:
+    """On each of four ranks: two groups beside each other, on chunks of their own; and the exchange of bfloat16."""
+    group = join(Topology(data=2, sequence=2))
+    first = torch.distributed.get_rank() < 2
+    outcome = run_case(CASES["k 2" if first else "short window"], group)
+    whole = torch.arange(2 * 4 * 6 * 8).view(2, 4, 6, 8).to(torch.bfloat16)  # of both ranks (heads, tokens, head_dim)
+    mine = whole[group.rank : group.rank + 1]
+    queries, keys, values = group.tokens_to_heads(mine, mine[:, :1], mine[:, :1, :, :3])
+    all_tokens = torch.cat([whole[0], whole[1]], dim=1)
+    expected = all_tokens[2 * group.rank : 2 * group.rank + 2]
+    return {
+        "ranks": torch.distributed.get_process_group_ranks(group.process_group),
+        "place": (group.size, group.rank),
+        "outcome": outcome,
+        "exchanged": [
+            torch.equal(queries[0], expected),
+            torch.equal(keys[0], all_tokens[:1]),
+            torch.equal(values[0], all_tokens[:1, :, :3]),
+            torch.equal(group.heads_to_tokens(queries), mine),
+        ],
+    }
+
+
+def test_groups_beside_each_other(truth: Callable[[str], tuple[float, Tensor]]) -> None:
+    """Data-parallel groups run other chunks, and other numbers of them: an exchange over all ranks would mix them or
+    hang. In bfloat16 an exchange is a copy, to the bit, and one of fewer key heads than ranks gives both the same."""
+    ranks = run_ranks(4, "test_sequence_parallel:run_two_groups")
+    assert [rank["ranks"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [rank["place"] for rank in ranks] == [(2, 0), (2, 1), (2, 0), (2, 1)]
+    for rank, name in zip(ranks, ["k 2", "k 2", "short window", "short window"], strict=True):
+        loss, gradient = truth(name)
+        assert rank["outcome"].loss == pytest.approx(loss, rel=1e-12)
+        assert float((rank["outcome"].gradients - gradient).norm() / gradient.norm()) < 1e-12
+        assert rank["exchanged"] == [True] * 4
+
+
+# --- What needs no other process -------------------------------------------------------------------------------------
+
+
+def group_of(size: int, rank: int) -> SequenceGroup:
+    """Without the others: it cannot exchange."""
+    return SequenceGroup(cast("Any", None), size, rank)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 24])
+def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
+    """Laid side by side the slices are the chunk's tokens in order, then padding, which is a segment of its own and has
+    no targets: attached to the last segment it would be attended to by nothing, but counted as its tokens."""
+    sequences = random_sequences((tokens - tokens // 3, tokens // 3) if tokens > 2 else (tokens,), VOCABULARY)
+    (chunk,) = build_chunks([len(each.input_ids) for each in sequences], tokens)
+    weights = make_weights(sequences)
+    whole = build_batch(chunk, sequences, weights, CPU, torch.float64)
+    slices = [build_batch(chunk, sequences, weights, CPU, torch.float64, group_of(size, rank)) for rank in range(size)]
+    padding = -tokens % size
+    share = (tokens + padding) // size
+    for name in ("input_ids", "position_ids"):
+        joined = torch.cat([getattr(each, name) for each in slices], dim=1)
+        assert torch.equal(joined[:, :tokens], getattr(whole, name))
+        assert joined.shape == (1, tokens + padding)
+    positions = [each.target_positions + rank * share for rank, each in enumerate(slices)]
+    assert torch.equal(torch.cat(positions), whole.target_positions)
+    assert torch.equal(torch.cat([each.targets for each in slices]), whole.targets)
+    assert torch.equal(torch.cat([each.target_weights for each in slices]), whole.target_weights)
+    last = (tokens + padding,) if padding else ()
+    assert {each.boundaries for each in slices} == {(*whole.boundaries, *last)}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "copies"),
+    [(28, 4, 1, 1), (28, 4, 2, 1), (28, 4, 4, 1), (8, 2, 4, 2), (8, 1, 8, 8), (32, 32, 16, 1), (9, 3, 3, 1)],
+)
+def test_copies_of_key_heads(heads: int, kv_heads: int, size: int, copies: int) -> None:
+    """By hand: with a head for each rank no copies, with fewer as many as ranks share one."""
+    assert key_value_copies(heads, kv_heads, size) == copies
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 9, 12, 28])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 6])
+def test_each_rank_gets_the_key_heads_of_its_queries(heads: int, kv_heads: int) -> None:
+    """Brute force over the heads of each rank: a size is possible where contiguous slices of repeated key heads serve
+    exactly the queries beside them, and refused where they do not."""
+    if heads % kv_heads:
+        return
+    possible = []
+    for size in range(1, heads + 1):
+        try:
+            copies = key_value_copies(heads, kv_heads, size)
+        except ValueError:
+            continue
+        possible.append(size)
+        repeated = [head for head in range(kv_heads) for _ in range(copies)]
+        for rank in range(size):
+            queries = range(heads)[group_of(size, rank).slice_of(heads)]
+            keys = repeated[group_of(size, rank).slice_of(len(repeated))]
+            served = [keys[place * len(keys) // len(queries)] for place in range(len(queries))]
+            assert served == [query // (heads // kv_heads) for query in queries]
+    assert 1 in possible
+    assert heads in possible
+    with pytest.raises(ValueError, match=f"among {', '.join(map(str, possible))}$"):
+        key_value_copies(heads, kv_heads, heads + 1)
+
+
+def test_heads_that_do_not_divide_are_refused_by_name(tiny_config: Callable[..., Any]) -> None:
+    """Before anything is loaded: the model, its heads, the size, and the sizes that would do."""
+    config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(sequence=3))
+    with pytest.raises(UsageError) as refused:
+        check_heads(config, tiny_config("qwen2"))
+    assert str(refused.value) == (
+        "parallel.sequence=3 does not suit my-model:\n"
+        "  its 4 attention heads and 2 key and value heads cannot be divided among 3 ranks, but among 1, 2, 4"
+    )
+    for size in (1, 2, 4):
+        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("qwen2"))
+        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("gpt2", n_head=4))

@@ -1,0 +1,299 @@
+"""Costs against what they predict: torch's own count of operations, the operations of schedules, measured bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
+from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.loading import add_lora, load_model
+from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_adapters
+from chunkflow_cli.planning.chunks import Chunks, build_chunks
+from chunkflow_cli.planning.costs import (
+    DEVICES,
+    CostModel,
+    DeviceProfile,
+    ModelShape,
+    OperationCost,
+    chunk_targets,
+    chunk_tokens,
+    training_flops,
+)
+from chunkflow_cli.planning.run_plan import RankPlan, operation_seconds, rank_seconds
+from chunkflow_cli.planning.schedule import Layout, plan
+from chunkflow_cli.planning.simulate import simulate
+
+CPU = torch.device("cpu")
+LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=12)
+SIZES = st.integers(1, 40)
+
+
+# Floating-point operations
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 32}),
+    ],
+)
+@pytest.mark.parametrize("length", [32, 200])
+def test_operations_against_torchs_own_count(
+    kind: str, settings: dict[str, Any], length: int, tiny_model: Callable[..., Any]
+) -> None:
+    """MFU is a claim: a head counted twice, an embedding taken for a product or idle experts would flatter it.
+
+    torch counts whole squares of attention; ours leaves out the half of the square that is masked.
+    """
+    model = tiny_model(kind, **settings)
+    model.set_attn_implementation("eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    ids = torch.randint(3, 96, (1, length))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(input_ids=ids)
+    with FlopCounterMode(display=False) as both:
+        model(input_ids=ids).logits.sum().backward()
+    shape = model_shape(model)
+    masked = 2 * shape.layers * shape.attention_heads * shape.head_dim * length**2
+    ours = training_flops([length], shape)
+    assert forward.get_total_flops() - masked == pytest.approx(ours / 3)
+    assert both.get_total_flops() - 3 * masked == pytest.approx(ours)
+
+
+SHAPE = ModelShape(
+    layers=3, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=50,
+    matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
+)  # fmt: skip
+DEVICE = DeviceProfile(
+    "made up", 1e6, 10**9, matmul_efficiency=0.5, attention_efficiency=0.25, layer_launch_seconds=0.1
+)
+
+
+def test_operations_of_several_sequences_add_up() -> None:
+    """Sequences do not attend to each other: the squares are of each, not of the sum."""
+    assert training_flops([5, 7], SHAPE) == 6 * 2000 * 12 + 6 * 3 * 4 * 2 * (25 + 49)
+    assert training_flops([], SHAPE) == 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_seconds_of_a_profile_by_hand(checkpointed: bool) -> None:
+    """Half of 1e6 for products, a quarter for attention; the head by targets alone; checkpointing forwards again."""
+    costs = CostModel.profile(SHAPE, DEVICE, checkpointed=checkpointed)
+    forward = OperationCost(0.3, 2 * (2000 - 400) / 0.5e6, 4 * 3 * 4 * 2 / 0.25e6)
+    assert dataclasses.astuple(costs.forward) == pytest.approx(dataclasses.astuple(forward))
+    assert costs.recompute == costs.state_pass == costs.forward
+    times = 3 if checkpointed else 2
+    assert dataclasses.astuple(costs.backward) == pytest.approx(tuple(times * x for x in dataclasses.astuple(forward)))
+    assert costs.seconds_per_target == pytest.approx(6 * 400 / 0.5e6)
+    frozen = CostModel.profile(dataclasses.replace(SHAPE, trainable_parameters=10), DEVICE, checkpointed=checkpointed)
+    assert frozen.seconds_per_target == pytest.approx(4 * 400 / 0.5e6)
+
+
+def test_a_profile_is_the_count_of_operations_divided_by_the_rate() -> None:
+    """Without launches and with one efficiency, a step of standalone chunks takes `training_flops` / rate."""
+    device = dataclasses.replace(DEVICE, attention_efficiency=0.5, layer_launch_seconds=0)
+    costs = CostModel.profile(SHAPE, device, checkpointed=False)
+    lengths = np.array([5, 7, 11])
+    assert costs.of_sequences(lengths, 16, 1).sum() == pytest.approx(training_flops(lengths, SHAPE) / 0.5e6)
+
+
+# Seconds of sequences, chunks and ranks
+
+COST = st.builds(OperationCost, st.floats(0, 5), st.floats(0, 2), st.floats(0, 0.1))
+COSTS = st.builds(CostModel, st.just("drawn"), COST, COST, COST, COST, st.floats(0, 3))
+
+
+def seconds_by_operation(chunks: Chunks, targets: np.ndarray, k: int, costs: CostModel) -> float:
+    """Walk through the schedule and look up every operation's seconds."""
+    seconds = operation_seconds(chunks, targets, costs)
+    by_kind = {"F": seconds.forward, "B": seconds.backward, "R": seconds.recompute, "S": seconds.state_pass}
+    return sum(float(by_kind[op.kind.value][0, chunk]) for op in plan(chunks, k).ops for chunk in op.chunks)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.floats(0, 1)), min_size=1, max_size=6), st.integers(1, 20),
+    st.integers(1, 6), COSTS,
+)  # fmt: skip
+def test_cost_of_a_sequence_is_that_of_its_operations(
+    samples: list[tuple[int, float]], size: int, k: int, costs: CostModel
+) -> None:
+    """Ranks are balanced by it: a second forward that is not charged, or a head that is charged twice, unbalances them.
+
+    Long sequences of any length, and short ones that fill a chunk, so that no chunk is shared.
+    """
+    lengths = np.array([max(length, size) for length, _ in samples])
+    targets = np.array([int(share * length) for length, (_, share) in zip(lengths, samples, strict=True)])
+    predicted = costs.of_sequences(lengths, size, k, targets)
+    assert predicted.shape == lengths.shape
+    for length, target, seconds in zip(lengths, targets, predicted, strict=True):
+        chunks = build_chunks([length], size, fill_tails=False)
+        assert seconds == pytest.approx(seconds_by_operation(chunks, np.array([target]), k, costs))
+    assert costs.of_sequences(lengths, size, k) == pytest.approx(costs.of_sequences(lengths, size, k, lengths))
+
+
+def test_a_short_sequence_pays_its_share_of_the_fixed_seconds() -> None:
+    """Four sequences that fill a chunk pay for one chunk together, not for four."""
+    costs = CostModel("drawn", *(OperationCost(fixed, 0.0, 0.0) for fixed in (1.0, 10.0, 100.0, 1000.0)))
+    assert costs.of_sequences(np.array([2, 2, 2, 2]), 8, 1) == pytest.approx([2.75] * 4)
+    # Three chunks, one of them retained: three forwards with activations, three backwards, two state passes.
+    assert costs.of_sequences(np.array([20]), 8, 1) == pytest.approx([1 + 2 * 100 + 3 * 10 + 2 * 1000])
+
+
+@given(LENGTHS, SIZES, st.integers(1, 4), st.booleans(), st.booleans(), COSTS)
+def test_seconds_of_a_rank_are_those_of_its_operations(
+    lengths: list[int], size: int, k: int, fill_tails: bool, joined: bool, costs: CostModel
+) -> None:
+    """`plan` adds up ranks by formula and draws them by simulation: one machine, one time."""
+    chunks = build_chunks(lengths, size, fill_tails=fill_tails)
+    targets = np.array([length // 2 for length in lengths])
+    schedule = plan(chunks, k, Layout(join_retained=joined))
+    rank = RankPlan(np.arange(len(lengths)), chunks, targets, (schedule,))
+    expected = seconds_by_operation(chunks, targets, k, costs)
+    assert rank_seconds(rank, costs) == pytest.approx(expected)
+    assert simulate([schedule], operation_seconds(chunks, targets, costs)).makespan == pytest.approx(expected)
+
+
+def test_a_rank_without_samples_takes_no_time() -> None:
+    """With fewer samples than ranks some have none."""
+    empty = build_chunks([], 8)
+    rank = RankPlan(np.arange(0), empty, np.arange(0), (plan(empty, 1),))
+    assert rank_seconds(rank, CostModel.proportional()) == 0
+
+
+@given(LENGTHS, SIZES, st.booleans())
+def test_tokens_and_pairs_of_chunks_by_counting(lengths: list[int], size: int, fill_tails: bool) -> None:
+    """A query sees every earlier token of its own sequence, and its own by half (it stands on the diagonal)."""
+    chunks = build_chunks(lengths, size, fill_tails=fill_tails)
+    pairs = [sum(query + 0.5 for part in chunk.segments for query in range(part.start, part.stop)) for chunk in chunks]
+    found = CostModel.proportional().chunk_pairs(chunks)
+    assert found == pytest.approx(pairs)
+    assert chunk_tokens(chunks).tolist() == [chunk.tokens for chunk in chunks]
+    assert found.sum() == pytest.approx(sum(length**2 / 2 for length in lengths))
+
+
+@given(LENGTHS, SIZES, st.integers(1, 40))
+def test_a_windowed_query_sees_no_more_than_its_window(lengths: list[int], size: int, window: int) -> None:
+    """By counting: in one of the three layers a query has at most `window` keys (to the half on the diagonal)."""
+    shape = replace(SHAPE, layers=3, window=window, windowed_layers=1)
+    chunks = build_chunks(lengths, size)
+
+    def seen(query: int) -> float:
+        return (2 * (query + 0.5) + min(query + 0.5, window)) / 3
+
+    expected = [
+        sum(seen(query) for part in chunk.segments for query in range(part.start, part.stop)) for chunk in chunks
+    ]
+    found = replace(CostModel.proportional(), shape=shape).chunk_pairs(chunks)
+    assert found == pytest.approx(expected, abs=0.2 * sum(len(chunk.segments) for chunk in chunks))
+
+
+@given(LENGTHS, SIZES)
+def test_targets_of_chunks_by_counting(lengths: list[int], size: int) -> None:
+    """All of a sequence's targets are in its chunks, each piece with its share."""
+    chunks = build_chunks(lengths, size)
+    targets = np.array([length // 3 for length in lengths])
+    expected = [sum(p.tokens * targets[p.sequence] / p.length for p in chunk.segments) for chunk in chunks]
+    assert chunk_targets(chunks, targets) == pytest.approx(expected)
+    assert chunk_targets(chunks).tolist() == chunk_tokens(chunks).tolist()
+
+
+def test_devices_hold_what_their_makers_say() -> None:
+    """A memory in GB taken for GiB lets plans pass that do not fit."""
+    assert {name: round(device.memory_bytes / 1e9) for name, device in DEVICES.items() if name != "cpu"} == {
+        "a100": 85, "h100": 85, "h200": 150, "b200": 192,
+    }  # fmt: skip
+
+
+# Shapes of models that are not loaded
+
+SHAPES = [
+    ("llama", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("gemma3_text", {"head_dim": 32, "sliding_window": 16}),
+    ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("kind", "settings"), SHAPES, ids=[kind for kind, _ in SHAPES])
+def test_shape_without_weights_is_that_of_the_model(
+    kind: str, settings: dict[str, Any], lora: bool, tiny_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    """`plan` must count what `train` will hold, tied heads once and adapters too."""
+    tiny_config(kind, **settings).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), init=Init.random, lora=LoraConfig(enabled=lora, r=4))
+    hf_config = load_config(config)
+    model: Any = load_model(config, hf_config, dtype=torch.float32, attention="sdpa", seed=0)
+    expected = model_shape(model)
+    if lora:
+        expected = with_adapters(expected, add_lora(model, config.lora))
+        assert 0 < expected.trainable_parameters < expected.parameters
+    found = shape_without_weights(config, hf_config)
+    assert dataclasses.replace(found, layer_activation_bytes=None) == expected
+    assert expected.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+# Spread over a sequence-parallel group
+
+
+def test_costs_of_a_spread_chunk_by_hand() -> None:
+    """A third of the arithmetic, all of the launches, two exchanges a layer: three heads of queries and of outputs, the
+    one of keys and of values repeated to three; of the third of the tokens that a rank has, it sends two thirds."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4, link_latency_seconds=0.01)
+    shape = dataclasses.replace(SHAPE, attention_heads=3, kv_heads=1)
+    alone = CostModel.profile(shape, device, checkpointed=False)
+    spread = alone.spread_over(3)
+    sent = 3 * (2 * 3 + 2 * 3) * shape.head_dim * 2 / 3 * (2 / 3)
+    assert spread.forward.fixed_seconds == pytest.approx(alone.forward.fixed_seconds + 2 * 3 * 0.01)
+    assert spread.forward.seconds_per_token == pytest.approx(alone.forward.seconds_per_token / 3 + sent / 0.6e4)
+    assert spread.backward.seconds_per_token == pytest.approx(alone.backward.seconds_per_token / 3 + sent / 0.6e4)
+    assert spread.forward.seconds_per_pair == pytest.approx(alone.forward.seconds_per_pair / 3)
+    assert spread.seconds_per_target == pytest.approx(alone.seconds_per_target / 3)
+    assert alone.spread_over(1) is alone
+
+
+def test_checkpointed_layers_exchange_again() -> None:
+    """Their backward runs the forward once more, with its exchanges."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4, link_latency_seconds=0.01)
+    once, twice = (
+        CostModel.profile(SHAPE, device, checkpointed=checkpointed).spread_over(2) for checkpointed in (False, True)
+    )
+    assert twice.backward.seconds_per_token - once.backward.seconds_per_token == pytest.approx(
+        once.forward.seconds_per_token
+    )
+    assert twice.backward.fixed_seconds - once.backward.fixed_seconds == pytest.approx(once.forward.fixed_seconds)
+
+
+def test_the_network_limits_what_leaves_the_node() -> None:
+    """Of sixteen ranks, eight are on the same node: half of a token's bytes goes over the network, and that is slower."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e6, link_bytes_per_second=1e4)
+    shape = dataclasses.replace(SHAPE, attention_heads=16, kv_heads=16)
+    alone = CostModel.profile(shape, device, checkpointed=False)
+    sent = 3 * (2 * 16 + 2 * 16) * shape.head_dim * 2 / 16
+    over_network = alone.spread_over(16).forward.seconds_per_token - alone.forward.seconds_per_token / 16
+    within_node = alone.spread_over(8).forward.seconds_per_token - alone.forward.seconds_per_token / 8
+    assert over_network == pytest.approx(sent / 2 / 0.6e4)
+    assert within_node == pytest.approx(2 * sent * 7 / 8 / 0.6e6)
+
+
+def test_proportional_costs_are_divided() -> None:
+    """The paper's example has no communication."""
+    spread = CostModel.proportional().spread_over(4)
+    assert (spread.forward.seconds_per_token, spread.backward.seconds_per_token) == (0.25, 0.5)

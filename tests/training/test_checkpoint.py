@@ -1,0 +1,470 @@
+"""Checkpoints: exact on the layout that saved them and on every other, whole or absent whoever dies."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chunkflow_cli.config.schema import Dtype, EngineConfig, OptimConfig, OptimizerName
+from chunkflow_cli.engine import Engine, EngineSettings, StateFiles, state_files
+from chunkflow_cli.engine.state_files import Part, write_parts
+from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.training import checkpoint as checkpoints
+from chunkflow_cli.training.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint
+from chunkflow_cli.training.run_folder import newest_checkpoint
+from support.ranks import run_ranks
+
+OPTIMIZERS = {
+    "adamw": OptimConfig(lr=0.05, weight_decay=0.1, grad_clip=1.0),
+    "sgd with momentum": OptimConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.9, grad_clip=1.0),
+    "sgd": OptimConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.0, grad_clip=0.0),
+}
+LAYOUTS = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
+ROWS = 4
+"""Of a global batch, shared among the ranks."""
+
+
+class Tiny(nn.Module):
+    """A tied head, a frozen parameter, and sizes that two ranks do not divide."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding = nn.Embedding(11, 5)
+        self.up = nn.Linear(5, 7)
+        self.down = nn.Linear(7, 5)
+        self.scale = nn.Parameter(torch.rand(5), requires_grad=False)
+        self.head = nn.Linear(5, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.embedding(tokens) * self.scale
+        hidden = hidden + self.down(torch.tanh(self.up(hidden)))
+        return nn.functional.cross_entropy(self.head(hidden).float(), targets, reduction="sum")
+
+
+def engine_of(stage: int, dtype: str, optim: OptimConfig, *, seed: int) -> Engine:
+    """Large matrices are partitioned under ZeRO-3, vectors stay gathered, as in a real model."""
+    engine = EngineConfig(zero_stage=stage)
+    if stage == 3:
+        engine.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 8}}
+    model = Tiny(seed).to(getattr(torch, dtype))
+    model.scale.data.fill_(0.5)  # frozen: it comes with the model, not with the checkpoint
+    return Engine(model, EngineSettings(engine, optim, Dtype(dtype), torch.device("cpu")))
+
+
+def train(engine: Engine, steps: range) -> list[float]:
+    """Loss and gradient norm of each step, for a batch that only the step decides."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    seen = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        tokens, targets = torch.randint(0, 11, (2, ROWS, 6), generator=generator)
+        for row in range(rank, ROWS, ranks):
+            loss = engine.forward(tokens[row], targets[row]) / (ROWS * 6)
+            engine.backward(loss)
+            seen.append(float(loss.detach()))
+        seen.append(engine.step())
+    return seen
+
+
+def model_weights(engine: Engine) -> dict[str, Tensor]:
+    weights = engine.whole_weights(engine.module, trained_only=False)
+    return {name: tensor.clone() for name, tensor in (weights or {}).items()}
+
+
+def written(engine: Engine, folder: Path) -> Path:
+    from torch import distributed
+
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.save(folder)
+    distributed.barrier()
+    return folder
+
+
+def whole(files: StateFiles, parameter: str, kind: str = "weight") -> Tensor:
+    """One array in the parameter's shape, in float32."""
+    array = torch.empty(files.shapes[parameter])
+    files.read(parameter, kind, 0, array.view(-1))
+    return array
+
+
+def numbers(folder: Path) -> dict[str, Tensor]:
+    """Every master weight and optimizer state as a whole array, and every count of steps."""
+    files = StateFiles(folder)
+    arrays = {
+        f"{kind} {name}": whole(files, name, kind) for name in files.shapes for kind in ("weight", *files.states(name))
+    }
+    counts = {
+        f"{word} {name}": torch.tensor(value) for name in files.shapes for word, value in files.scalars[name].items()
+    }
+    return {**arrays, **counts}
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not the same to the bit, the sign of a zero included."""
+    if one.keys() != other.keys():
+        return sorted(one.keys() ^ other.keys())
+    as_bytes = {True: torch.int16, False: torch.int32}
+    return [
+        name
+        for name in one
+        if not torch.equal(*(t[name].view(as_bytes[t[name].dtype is torch.bfloat16]) for t in (one, other)))
+    ]
+
+
+def saved_name(ranks: int, stage: int, dtype: str) -> str:
+    return f"{ranks} ranks ZeRO-{stage} {dtype}"
+
+
+# On one layout
+
+
+def resume_on_the_same_layout(root: str) -> list[str]:
+    """What a continued run does differently from an uninterrupted one, over all cases."""
+    wrong = []
+    for stage, dtype in LAYOUTS:
+        for name, optim in OPTIMIZERS.items():
+            case = f"{name}, ZeRO-{stage} {dtype}"
+            first = engine_of(stage, dtype, optim, seed=0)
+            train(first, range(2))
+            folder = written(first, Path(root, case))
+            expected = train(first, range(2, 5))
+            second = engine_of(stage, dtype, optim, seed=1)
+            second.load(folder)
+            if train(second, range(2, 5)) != expected:
+                wrong.append(f"{case}: losses or norms")
+            if differing(model_weights(first), model_weights(second)):
+                wrong.append(f"{case}: the model's weights")
+            states = [numbers(written(engine, Path(root, f"{case} {i}"))) for i, engine in enumerate((first, second))]
+            wrong += [f"{case}: {array}" for array in differing(*states)]
+    return wrong
+
+
+def test_a_run_continues_to_the_bit(tmp_path: Path) -> None:
+    """Weights, momenta and counts of steps, in a model that was made from another seed."""
+    assert run_ranks(2, "test_checkpoint:resume_on_the_same_layout", str(tmp_path)) == [[], []]
+
+
+# Across layouts
+
+
+def save_on_all_layouts(root: str) -> dict[str, dict[str, Tensor]]:
+    """Model weights one step after each checkpoint."""
+    after = {}
+    for stage, dtype in LAYOUTS:
+        engine = engine_of(stage, dtype, OPTIMIZERS["adamw"], seed=0)
+        train(engine, range(2))
+        name = saved_name(int(os.environ["WORLD_SIZE"]), stage, dtype)
+        written(engine, Path(root, name))
+        train(engine, range(2, 3))
+        after[name] = model_weights(engine)
+        if (stage, dtype) == (0, "float32"):  # what the comparison below must be able to see
+            engine.load(Path(root, name))
+            for state in engine._optimizer.state.values():
+                state["exp_avg"].zero_()
+            train(engine, range(2, 3))
+            after["momenta lost"] = model_weights(engine)
+    return after
+
+
+def load_all_layouts(root: str) -> dict[tuple[str, str], tuple[list[str], dict[str, Tensor]]]:
+    """By who saved and who loads: what of the loaded state differs, and the model's weights one step later."""
+    found = {}
+    for stage, dtype in LAYOUTS:
+        engine = engine_of(stage, dtype, OPTIMIZERS["adamw"], seed=1)
+        me = saved_name(int(os.environ["WORLD_SIZE"]), stage, dtype)
+        for saved in sorted(path for path in Path(root).iterdir() if path.name.endswith(dtype)):
+            engine.load(saved)
+            mine = written(engine, Path(root, "loaded", me, saved.name))
+            wrong = differing(numbers(saved), numbers(mine))
+            train(engine, range(2, 3))
+            found[saved.name, me] = (wrong, model_weights(engine))
+    return found
+
+
+def test_every_layout_reads_every_other(tmp_path: Path) -> None:
+    """One and two processes, all ZeRO stages, both precisions: the same state to the bit, and then the same step."""
+    after = {}
+    for ranks in (1, 2):
+        after |= run_ranks(ranks, "test_checkpoint:save_on_all_layouts", str(tmp_path))[0]
+    lost, kept = after["momenta lost"], after[saved_name(2, 0, "float32")]
+    assert max(float((lost[name] - kept[name]).abs().max()) for name in kept) > 1e-3
+    for ranks in (1, 2):
+        found = run_ranks(ranks, "test_checkpoint:load_all_layouts", str(tmp_path))[0]
+        assert len(found) == 4 * 8 + 2 * 4
+        for (saved, me), (wrong, weights) in found.items():
+            assert wrong == [], f"{saved}, read by {me}"
+            for name, expected in after[saved].items():
+                tolerance = 1e-6 if saved.endswith("float32") else 2**-7
+                torch.testing.assert_close(weights[name], expected, rtol=tolerance, atol=tolerance, msg=f"{saved} {me}")
+
+
+# Whole or absent
+
+
+class Engineless:
+    """Stands for an engine where only files matter: one parameter of 1,000 numbers, shared by the ranks."""
+
+    def __init__(self, value: float, rank: int = 0, ranks: int = 1) -> None:
+        self.weight = torch.full((1000 // ranks,), value)
+        self.rank = rank
+        self.loaded: Tensor | None = None
+
+    def save(self, folder: Path) -> None:
+        part = Part("weight", (10, 100), len(self.weight) * self.rank, {"weight": self.weight}, {})
+        write_parts(folder, self.rank, [part], optimizer="sgd")
+
+    def load(self, folder: Path) -> None:
+        self.loaded = whole(StateFiles(folder), "weight")
+
+
+def save(folder: Path, step: int, *, keep: int = 2, rank: int = 0, ranks: int = 1) -> Path:
+    engine: Any = Engineless(float(step), rank, ranks)
+    return save_checkpoint(folder, engine, Progress(step=step), random_states(), layout="one process", keep=keep)
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_saving(arguments: tuple[str, int, str]) -> None:
+    """Saves step 1, then is killed on one rank while it saves `step`, where `moment` says."""
+    from torch import distributed
+
+    root, victim, moment = arguments
+    rank = int(os.environ["RANK"])
+    distributed.init_process_group("gloo")
+    folder = Path(root, "checkpoints")
+    save(folder, 1, rank=rank, ranks=2)
+    if rank == victim:
+        if moment == "between its files":
+            state_files.MAX_FILE_BYTES = 1000
+            write, written_files = state_files.save_file, []
+
+            def write_one(*words: Any) -> None:
+                if written_files:
+                    die()
+                written_files.append(write(*words))
+
+            state_files.save_file = write_one
+        elif moment == "before state.json":
+            checkpoints.write_json = die
+        elif moment == "before the new name":
+            checkpoints._sync_folder = die
+        else:
+            assert moment == "between two names"
+            rename = Path.rename
+            Path.rename = lambda path, to: die() if path.name.endswith(".writing") else rename(path, to)  # type: ignore
+    save(folder, 1 if moment == "between two names" else 2, rank=rank, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("victim", "moment"),
+    [
+        (0, "between its files"),
+        (1, "between its files"),
+        (0, "before state.json"),
+        (0, "before the new name"),
+        (0, "between two names"),
+    ],
+)
+def test_a_rank_killed_while_it_saves_leaves_the_previous_checkpoint(victim: int, moment: str, tmp_path: Path) -> None:
+    """Neither what it has written so far nor what the others have may be taken for a checkpoint."""
+    with pytest.raises(AssertionError, match="-9"):
+        run_ranks(2, "test_checkpoint:die_while_saving", (str(tmp_path), victim, moment))
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert json.loads((found / "state.json").read_text())["progress"]["step"] == 1
+    assert torch.equal(whole(StateFiles(found), "weight"), torch.full((10, 100), 1.0))
+    assert len(list(found.glob("random-*.pt"))) == 2
+    save(tmp_path / "checkpoints", 2)  # the run goes on, and nothing is left over
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "step-00000002"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def other_things_of_two_ranks(root: str) -> dict[str, Any]:
+    """In one launch: a rank that cannot write, and the stages of a model gathered."""
+    from torch import distributed
+
+    from chunkflow_cli.engine.whole_weights import collect_stages
+
+    rank = int(os.environ["RANK"])
+    distributed.init_process_group("gloo")
+    folder = Path(root, "checkpoints")
+    save(folder, 1, rank=rank, ranks=2)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write = state_files.save_file
+    if rank == 1:
+        state_files.save_file = full
+    try:
+        save(folder, 2, rank=rank, ranks=2)
+        error = ""
+    except RunError as caught:
+        error = str(caught)
+    state_files.save_file = write
+    stages = [
+        {"embed": torch.tensor([[1.0, 2.0]]), "layers.0": torch.tensor([3.0], dtype=torch.bfloat16)},
+        {"layers.1": torch.tensor([4.0], dtype=torch.bfloat16), "embed": torch.tensor([[1.0, 2.0]])},
+    ]
+    return {"error": error, "whole": collect_stages(stages[rank], [0, 1], torch.device("cpu"))}
+
+
+def test_a_disk_that_is_full_on_one_rank_is_told_by_all(tmp_path: Path) -> None:
+    """The others must not wait for ever, nor rename a checkpoint that lacks a rank's files."""
+    first, second = run_ranks(2, "test_checkpoint:other_things_of_two_ranks", str(tmp_path))
+    assert "failed on rank 1" in first["error"]
+    assert "No space left on device" in first["error"]
+    assert "No space left on device" in second["error"]
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000001"
+    assert second["whole"] is None
+    assert {name: tensor.tolist() for name, tensor in first["whole"].items()} == {
+        "embed": [[1.0, 2.0]], "layers.0": [3.0], "layers.1": [4.0],
+    }  # fmt: skip
+    assert first["whole"]["layers.1"].dtype is torch.bfloat16
+
+
+def test_the_same_step_again_and_the_oldest_deleted(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 3):
+        save(folder, step)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    save(folder, 100_000_000, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-100000000"]
+
+
+def test_random_numbers_are_taken_over_or_begun_anew(tmp_path: Path) -> None:
+    """One rank reads its own state; where the number of ranks has changed, the seed, the step and the rank decide."""
+    engine: Any = Engineless(0.0)
+    saved = save(tmp_path, 7)
+    expected = torch.rand(3)
+    torch.rand(5)
+    resumed = load_checkpoint(saved, engine, seed=0)
+    assert torch.equal(torch.rand(3), expected)
+    assert not resumed.is_reseeded
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps({**state, "processes": 4}))
+    drawn = []
+    for seed in (0, 0, 1):
+        assert load_checkpoint(saved, engine, seed=seed).is_reseeded
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_random_numbers_of_another_kind_of_device_are_not_taken_over(tmp_path: Path) -> None:
+    """On a GPU dropout draws there, which a checkpoint of a CPU has no state of, and the other way round."""
+    engine: Any = Engineless(0.0)
+    saved = save(tmp_path, 7)
+    (path,) = saved.glob("random-*.pt")
+    states = torch.load(path, weights_only=True)
+    here = states["cuda"]
+    torch.save({**states, "cuda": torch.zeros(16, dtype=torch.uint8) if here is None else None}, path)
+    assert load_checkpoint(saved, engine, seed=0).is_reseeded
+
+
+# What is refused
+
+
+def test_an_older_format_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    engine: Any = Engineless(0.0)
+    saved = save(tmp_path, 1)
+    (saved / "state.json").write_text(json.dumps({"step": 1, "samples_trained": 3}))
+    with pytest.raises(UsageError, match=r"has format 1(.|\n)*checkpoint\.resume=never"):
+        load_checkpoint(saved, engine, seed=0)
+    (saved / "state.json").unlink()
+    with pytest.raises(RunError, match="not a complete checkpoint"):
+        load_checkpoint(saved, engine, seed=0)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_files, "MAX_FILE_BYTES", 1200)
+    saved = save(tmp_path, 1)
+    files = sorted(saved.glob("state-*"))
+    assert len(files) == 4
+    assert max(file.stat().st_size for file in files) < 1200 + 400
+    middle = files[1].read_bytes()
+    files[1].unlink()
+    with pytest.raises(RunError, match="incomplete: of the weight of weight it has 300 numbers in a row, of 1,000"):
+        StateFiles(saved)
+    files[1].write_bytes(middle[:-100])
+    with pytest.raises(RunError, match=f"{files[1].name} is damaged"):
+        StateFiles(saved)
+    with pytest.raises(RunError, match="holds no weights"):
+        StateFiles(tmp_path / "nowhere")
+
+
+def test_any_range_is_read_from_whatever_parts_there_are(tmp_path: Path) -> None:
+    """Against slices of the array itself, for parts that begin and end anywhere."""
+    generator = np.random.default_rng(3)
+    array = torch.arange(200.0)
+    cuts = [0, *sorted(generator.choice(199, 6, replace=False) + 1), 200]
+    for rank, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        part = Part(
+            "a:b", (20, 10), int(start), {"weight": array[start:stop], "exp_avg": -array[start:stop]}, {"step": 3.0}
+        )
+        write_parts(tmp_path, rank, [part], optimizer="adamw")
+    files = StateFiles(tmp_path)
+    assert files.states("a:b") == ["exp_avg"]
+    assert files.scalars["a:b"] == {"step": 3.0}
+    for _ in range(50):
+        start, stop = sorted(generator.integers(0, 201, 2))
+        into = torch.full((int(stop - start),), torch.nan)
+        files.read("a:b", "exp_avg", int(start), into)
+        assert torch.equal(into, -array[start:stop])
+
+
+def refusals(root: str) -> dict[str, str]:
+    """What loading a checkpoint of `Tiny` with AdamW says to engines that it does not fit."""
+
+    class Wider(Tiny):
+        def __init__(self, seed: int) -> None:
+            super().__init__(seed)
+            self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 5)
+
+    class Deeper(Tiny):
+        def __init__(self, seed: int) -> None:
+            super().__init__(seed)
+            self.more = nn.Linear(5, 5)
+
+    def engine(model: nn.Module, optim: OptimConfig) -> Engine:
+        return Engine(model, EngineSettings(EngineConfig(zero_stage=1), optim, Dtype.float32, torch.device("cpu")))
+
+    adamw = OPTIMIZERS["adamw"]
+    tiny, deep = written(engine(Tiny(0), adamw), Path(root, "tiny")), written(engine(Deeper(0), adamw), Path(root, "d"))
+    said = {}
+    for name, model, optim, folder in (
+        ("optimizer", Tiny(0), OPTIMIZERS["sgd"], tiny),
+        ("wider", Wider(0), adamw, tiny),
+        ("deeper", Deeper(0), adamw, tiny),
+        ("shallower", Tiny(0), adamw, deep),
+    ):
+        with pytest.raises(UsageError) as error:
+            engine(model, optim).load(folder)
+        said[name] = str(error.value)
+    return said
+
+
+def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
+    """Each in its own words; a part of a larger model would otherwise be taken silently."""
+    (said,) = run_ranks(1, "test_checkpoint:refusals", str(tmp_path))
+    assert said["optimizer"].startswith("optim.name=sgd: ")
+    assert "up.weight is [7, 5] there, here [8, 5]" in said["wider"]
+    assert "it has no more.weight" in said["deeper"]
+    assert "which has more.bias too" in said["shallower"]
+    assert all("checkpoint.resume=never" in text for text in said.values())

@@ -1,0 +1,510 @@
+"""`train` against a plain Hugging Face loop, and what must survive: every target, an interruption, a kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from chunkflow_cli.config.load import load
+from chunkflow_cli.config.schema import LossWeighting
+from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.run_plan import RunPlan
+from chunkflow_cli.training.from_config import target_weights
+from chunkflow_cli.training.learning_rate import learning_rate_schedule
+from support.ranks import run_ranks
+
+TINY = (
+    "model.init=random",
+    "model.dtype=float32",
+    "data.format=tokens",
+    "train.guard=false",
+    "optim.schedule=constant",
+)
+SGD = ("optim=sgd", "optim.lr=0.5", "optim.warmup_ratio=0", "optim.grad_clip=0")
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "chunkflow_cli", "train", *words]
+
+
+def train(*words: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    run = subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == code, run.stdout + run.stderr
+    return run
+
+
+def rows(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [row["loss"] for row in rows(run_folder)]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer qwen2: grouped heads, biases, tied head."""
+    return make_model(tmp_path_factory.mktemp("model"), is_tied=True)
+
+
+def make_model(folder: Path, *, is_tied: bool) -> Path:
+    AutoConfig.for_model(
+        "qwen2", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, max_position_embeddings=1024, tie_word_embeddings=is_tied, initializer_range=0.1,
+        architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[dict[str, list[int]]]:
+    """Eleven short sequences and one of 300 tokens, whose middle has no targets at all."""
+    rng = np.random.default_rng(7)
+    made = []
+    for length in [9, 40, 300, 17, 64, 33, 5, 58, 21, 12, 47, 30]:
+        ids = rng.integers(3, 97, length).tolist()
+        labels = list(ids)
+        labels[: length // 3] = [-100] * (length // 3)
+        if length == 300:
+            labels[100:240] = [-100] * 140
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, list[int]]]) -> Path:
+    path = tmp_path_factory.mktemp("data") / "samples.jsonl"
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_weights(model_folder: Path, samples: list[dict[str, list[int]]]) -> dict[str, dict[str, torch.Tensor]]:
+    """One SGD step of a plain Hugging Face loop over whole samples, for either weighting."""
+    return {weighting: plain_step(model_folder, samples, weighting) for weighting in ("token", "sequence")}
+
+
+def plain_step(folder: Path, samples: list[dict[str, list[int]]], weighting: str) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="sdpa")
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    all_targets = sum(label != -100 for sample in samples for label in sample["labels"][1:])
+    for sample in samples:
+        labels = torch.tensor(sample["labels"])[1:]
+        logits = model(input_ids=torch.tensor(sample["input_ids"])[None]).logits[0, :-1]
+        total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        own = int((labels != -100).sum())
+        (total / (all_targets if weighting == "token" else own * len(samples))).backward()
+    optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def relative_difference(folder: Path, expected: dict[str, torch.Tensor]) -> float:
+    mine = load_file(folder / "final" / "model.safetensors")
+    difference = sum(float((mine[name] - expected[name]).norm()) ** 2 for name in mine) ** 0.5
+    return difference / sum(float(expected[name].norm()) ** 2 for name in mine) ** 0.5
+
+
+ONE_STEP = [
+    ("chunk.size=64", "chunk.k=1"),
+    ("chunk.size=64", "chunk.k=2"),
+    ("chunk.size=64", "chunk.k=8"),
+    ("chunk.size=128", "chunk.k=1"),
+    ("chunk.size=128", "chunk.k=2", "chunk.fill_tails=false"),
+    ("chunk.size=4096", "chunk.k=1"),
+    ("chunk.size=64", "chunk.k=2", "engine.zero_stage=3"),
+    ("chunk.size=77", "chunk.k=1", "engine.zero_stage=0", "model.activation_checkpointing=full"),
+    ("chunk.size=64", "chunk.k=2", "engine.zero_stage=2", "model.activation_checkpointing=selective"),
+    ("chunk.size=50", "chunk.k=2", "train.loss_weighting=sequence"),
+    ("chunk.size=64", "chunk.k=2", "chunk.cuts=time"),
+    ("chunk.size=20", "chunk.k=1", "chunk.k_per=sequence", "model.activation_checkpointing=full"),
+]
+HEAD_APART = [("chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}") for stage in (1, 3)]
+
+
+def run_all(runs: list[tuple[str, ...]]) -> None:
+    """In a process of its own: one training after the other. To start a process for each takes longer than to train."""
+    from chunkflow_cli.training import train as training
+
+    training.close_process_group = lambda: None  # the next run needs it
+    for words in runs:
+        training.run(load(list(words)), json_output=True)
+
+
+@pytest.fixture(scope="module")
+def one_step(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Run folders: of ONE_STEP by their words, of HEAD_APART with "untied" before them."""
+    folder = tmp_path_factory.mktemp("one_step")
+    untied = make_model(folder / "untied", is_tied=False)
+    runs, folders = [], {}
+    for key, model, words in [
+        *((words, model_folder, words) for words in ONE_STEP),
+        *((("untied", *words), untied, words) for words in HEAD_APART),
+    ]:
+        folders[key] = folder / f"run-{len(runs)}"
+        runs.append((*TINY, *SGD, f"model.path={model}", f"data.path={data_file}", f"data.cache_dir={folder}",
+                     "train.global_batch_size=12", f"train.output_dir={folders[key]}", *words))  # fmt: skip
+    run_ranks(1, "test_train:run_all", runs)
+    return folders
+
+
+@pytest.mark.parametrize("words", ONE_STEP, ids=" ".join)
+def test_one_step_equals_a_plain_hugging_face_loop(
+    words: tuple[str, ...], one_step: dict[Any, Path], plain_weights: dict[str, Any]
+) -> None:
+    """Packing, chunk size, K, layout and checkpointing must not change what is learnt."""
+    weighting = "sequence" if "train.loss_weighting=sequence" in words else "token"
+    assert relative_difference(one_step[words], plain_weights[weighting]) <= 1e-6
+    report = json.loads((one_step[words] / "report.json").read_text())
+    assert report["target_tokens_trained"] == report["target_tokens_planned"] > 0
+    assert report["samples_trained"] == report["samples_read"] == 12
+
+
+@pytest.mark.parametrize("words", HEAD_APART, ids=" ".join)
+def test_a_head_of_its_own_is_trained_just_as_exactly(
+    words: tuple[str, ...], one_step: dict[Any, Path], samples: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """A tied head's gradient has a second way, through the embedding; an untied one has only the loss's."""
+    expected = plain_step(make_model(tmp_path / "model", is_tied=False), samples, "token")
+    run = one_step["untied", *words]
+    assert "lm_head.weight" in load_file(run / "final" / "model.safetensors")
+    assert relative_difference(run, expected) <= 1e-6
+
+
+def test_the_oracle_would_notice_a_lost_target(plain_weights: dict[str, Any]) -> None:
+    """The two weightings differ by far more than the tolerance, so the comparison above can fail."""
+    token, sequence = plain_weights["token"], plain_weights["sequence"]
+    assert max(float((token[name] - sequence[name]).norm() / token[name].norm()) for name in token) > 1e-3
+
+
+RECIPE = ("recipe=tiny_random", "train.guard=false", "train.epochs=3", "train.global_batch_size=8", "chunk.size=64",
+          "train.output_dir=run")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(*RECIPE, cwd=folder)
+    return folder / "run"
+
+
+def wait_for_rows(process: subprocess.Popen[str], run_folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_folder / "metrics.jsonl").exists() and len(
+            (run_folder / "metrics.jsonl").read_text().splitlines()
+        ) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the run ended with {process.poll()} before {count} rows")
+
+
+def test_kill_and_same_command_give_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
+    """A killed run must go on to the bit: weights, optimizer, random numbers and data position."""
+    words = [*RECIPE, "checkpoint.every=2"]
+    rng = np.random.default_rng()
+    for _ in range(2):
+        with subprocess.Popen(
+            command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
+        ) as process:
+            wait_for_rows(process, tmp_path / "run", int(rng.integers(2, 8)))
+            process.send_signal(signal.SIGKILL)
+    train(*words, cwd=tmp_path)
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, len(losses(uninterrupted)) + 1))
+    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "run", uninterrupted)]
+    for key in ("samples_trained", "target_tokens_trained", "eval_loss_start", "eval_loss_end", "chunks"):
+        assert reports[0][key] == reports[1][key]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_saves_and_exits_130(number: signal.Signals, uninterrupted: Path, tmp_path: Path) -> None:
+    """Without checkpoint.every too: what a user stops by hand is what they least expect to lose."""
+    with subprocess.Popen(command(*RECIPE), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_rows(process, tmp_path / "run", 3)
+        process.send_signal(number)
+        _, printed = process.communicate(timeout=300)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+    assert not (tmp_path / "run" / "final").exists()
+    train(*RECIPE, cwd=tmp_path)
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+def test_resume_finds_the_unfinished_run_without_an_output_dir(tmp_path: Path) -> None:
+    """The same command again, default folder and all, must continue and not begin a second run."""
+    words = [word for word in RECIPE if not word.startswith("train.output_dir")] + ["checkpoint.every=1"]
+    with subprocess.Popen(
+        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        outputs = tmp_path / "outputs" / "tiny_random"
+        while not list(outputs.glob("*/checkpoints/step-*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    run = train(*words, cwd=tmp_path)
+    assert "Continuing after step" in run.stderr
+    assert len(list(outputs.iterdir())) == 1
+
+
+def test_a_half_written_checkpoint_is_never_taken(uninterrupted: Path, tmp_path: Path) -> None:
+    words = [*RECIPE, "checkpoint.every=3"]
+    with subprocess.Popen(
+        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        wait_for_rows(process, tmp_path / "run", 4)
+        process.send_signal(signal.SIGKILL)
+    half = tmp_path / "run" / "checkpoints" / ".step-00000099.writing"
+    half.mkdir()
+    (half / "state.json").write_text("{}")
+    train(*words, cwd=tmp_path)
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+def test_resume_from_a_named_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    train(*RECIPE, "checkpoint.every=10", "checkpoint.keep=9", cwd=tmp_path)
+    words = [word for word in RECIPE if not word.startswith("train.output_dir")]
+    train(*words, "train.output_dir=second", "checkpoint.resume=run/checkpoints/step-00000010", cwd=tmp_path)
+    assert losses(tmp_path / "second") == losses(uninterrupted)[10:]
+    train(*words, "train.output_dir=third", "checkpoint.resume=nowhere", cwd=tmp_path, code=2)
+
+
+def test_a_run_goes_on_in_another_layout_with_other_chunks(uninterrupted: Path, tmp_path: Path) -> None:
+    """Fewer devices than yesterday, or too little memory: the same command with other keys continues, and says so."""
+    words = [*RECIPE, "checkpoint.every=10", "engine.zero_stage=0", "chunk.k=2"]
+    with subprocess.Popen(
+        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        wait_for_rows(process, tmp_path / "run", 12)
+        process.send_signal(signal.SIGKILL)
+    other = ["chunk.size=48", "engine.zero_stage=3", "model.activation_checkpointing=full"]
+    run = train(*RECIPE, *other, cwd=tmp_path)
+    assert "saved on one process, ZeRO-0, continued on one process, ZeRO-3" in run.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
+    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
+    assert all(float((mine[name] - theirs[name]).abs().max()) < 1e-4 for name in theirs)
+    refused = train(*RECIPE, "optim.lr=0.5", cwd=tmp_path, code=2)
+    assert "different: optim.lr" in refused.stderr
+
+
+def test_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
+    """Dropout draws random numbers: a resumed run must draw the same, after an interrupted step as well."""
+    words = [*RECIPE, "model.lora.enabled=true", "model.lora.dropout=0.3", "optim.lr=0.01", "train.epochs=1"]
+    train(*words, cwd=tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    with subprocess.Popen(
+        command(*words), cwd=other, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        wait_for_rows(process, other / "run", 3)
+        process.send_signal(signal.SIGINT)
+    train(*words, cwd=other)
+    assert losses(other / "run") == losses(tmp_path / "run")
+
+
+def test_lora_run_exports_merged(tmp_path: Path) -> None:
+    """final/ is a peft folder; merged, it is a whole model with the same outputs."""
+    from peft import AutoPeftModelForCausalLM, PeftModel
+
+    train("recipe=tiny_random", "train.guard=false", "model.lora.enabled=true", "model.lora.r=4", "optim.lr=0.05",
+          "chunk.size=64", "train.output_dir=run", cwd=tmp_path)  # fmt: skip
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
+    export = [sys.executable, "-m", "chunkflow_cli", "export", "run", "--merge", "--output", "merged", "--json"]
+    run = subprocess.run(export, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == {"output": "merged", "merged": True}
+    config = AutoConfig.from_pretrained(load(["recipe=tiny_random"]).config.model.path)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    before = base(input_ids=torch.arange(3, 40)[None]).logits
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "final"))(
+        input_ids=torch.arange(3, 40)[None]
+    ).logits
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=torch.arange(3, 40)[None]).logits
+    assert float((merged - adapted).norm() / adapted.norm()) < 1e-5
+    assert float((merged - before).norm() / before.norm()) > 1e-2
+    assert AutoPeftModelForCausalLM is not None
+
+
+def test_final_loads_in_the_model_dtype(uninterrupted: Path, tmp_path: Path) -> None:
+    assert AutoModelForCausalLM.from_pretrained(uninterrupted / "final").dtype is torch.float32
+    train("recipe=tiny_random", "train.guard=false", "train.steps=1", "model.dtype=bfloat16", "train.output_dir=run",
+          cwd=tmp_path)  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert model.dtype is torch.bfloat16
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples(
+    model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """NaN that trains on for a night is the costliest of silent failures."""
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    run = train(*TINY, f"model.path={model_folder}", "data.path=samples.jsonl", "optim=sgd", "optim.lr=1e30", "optim.grad_clip=0",
+                "train.global_batch_size=4", "train.shuffle=false", "train.output_dir=run", cwd=tmp_path, code=1)  # fmt: skip
+    assert "not finite" in run.stderr
+    assert "step 2" in run.stderr
+    assert "samples.jsonl:" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_accounting_of_every_policy(model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path) -> None:
+    """read = rejected + dropped + held out + trained on; and every target of those is trained on."""
+    lines = [json.dumps(sample) for sample in samples]
+    lines.insert(2, '{"input_ids": [5, 6')  # cut off
+    lines.insert(5, '{"input_ids": []}')
+    lines.insert(7, json.dumps({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}))
+    lines.append(json.dumps({"input_ids": [5, 6, 1000]}))
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    words = [
+        *TINY,
+        *SGD,
+        f"model.path={model_folder}",
+        "data.path=samples.jsonl",
+        "chunk.size=64",
+        "data.cache_dir=cache",
+    ]
+    refused = train(*words, cwd=tmp_path, code=2)
+    assert "samples.jsonl:3" in refused.stderr
+    assert "data.bad_rows=skip" in refused.stderr
+    train(*words, "data.bad_rows=skip", "data.max_length=100", "data.overlong=drop", "data.eval_fraction=0.2",
+          "train.epochs=2", "train.global_batch_size=5", "train.output_dir=run", cwd=tmp_path)  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["samples_read"], report["samples_rejected"], report["samples_dropped"]) == (16, 4, 1)
+    assert report["samples_held_out"] == 2
+    assert report["samples_trained"] == 2 * (16 - 4 - 1 - 2)
+    assert report["target_tokens_trained"] == report["target_tokens_planned"]
+    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rejected] == [3, 6, 8, 16]
+    assert all(row["reason"] for row in rejected)
+
+
+def test_rows_of_the_held_out_file_are_accounted_for_too(
+    model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    """A held-out file that lost its rows silently would still give a loss."""
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    held_out = [json.dumps(samples[0]), '{"input_ids": []}', json.dumps(samples[2]), json.dumps(samples[3])]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(held_out) + "\n")
+    train(*TINY, *SGD, f"model.path={model_folder}", "data.path=samples.jsonl", "data.eval_path=held_out.jsonl",
+          "data.bad_rows=skip", "data.max_length=100", "data.overlong=drop", "data.cache_dir=cache", "train.output_dir=run",
+          cwd=tmp_path)  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    counts = [report[f"eval_samples_{word}"] for word in ("read", "rejected", "dropped", "truncated")]
+    assert counts == [4, 1, 1, 0]
+    assert (report["samples_read"], report["samples_dropped"], report["samples_held_out"]) == (12, 1, 0)
+    (rejected,) = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+    assert "held_out.jsonl" in rejected
+
+
+def test_held_out_losses_are_taken_when_asked(tmp_path: Path) -> None:
+    train("recipe=tiny_random", "train.guard=false", "train.global_batch_size=8", "eval.every=3", "train.output_dir=run",
+          "log.every=100", cwd=tmp_path)  # fmt: skip
+    steps = [row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert steps == [3, 6, 8]
+    assert report["steps"] == 8
+    assert report["eval_loss_end"] < report["eval_loss_start"]
+
+
+def test_tensorboard_rows(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train("recipe=tiny_random", "train.guard=false", "train.steps=2", "log.backends=[jsonl,tensorboard]",
+          "train.output_dir=run", cwd=tmp_path)  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+
+
+def test_metric_rows_hold_what_is_promised(uninterrupted: Path) -> None:
+    promised = [
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "samples",
+        "tokens",
+        "target_tokens",
+        "chunks",
+        "recomputed_chunks",
+        "step_seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+    ]
+    for row in rows(uninterrupted):
+        assert set(promised) <= set(row)
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
+
+
+def test_model_init_random_trains_a_large_recipe_cut_small(tmp_path: Path) -> None:
+    """`recipe=qwen7b` without weights, with a local configuration of a few layers."""
+    AutoConfig.for_model(
+        "qwen2", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=97, max_position_embeddings=512, architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(tmp_path / "small")  # fmt: skip
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for length in (30, 300, 12):
+            file.write(json.dumps({"input_ids": [3 + i % 90 for i in range(length)]}) + "\n")
+    run = train("recipe=qwen7b", "model.path=small", "model.init=random", "data.path=rows.jsonl", "data.train_on=all",
+                "data.max_length=512", "chunk.size=128", "train.epochs=1", "engine.offload=none", "train.output_dir=run",
+                cwd=tmp_path)  # fmt: skip
+    assert "step 1/1" in run.stderr
+
+
+def test_weights_of_a_global_batch_sum_to_one() -> None:
+    """Over all ranks: a rank that divides by its own targets weighs its samples by how few neighbours they have."""
+    lengths, targets = np.array([5, 20, 7]), np.array([3, 10, 1])
+    step = RunPlan(GlobalBatches(3, 3, 0, False), 1, lengths, targets, chunk_size=8, k=1, ranks=2)[0]
+    for weighting in LossWeighting:
+        weights = [target_weights(rank, step, weighting) for rank in step.ranks]
+        assert sum(
+            float((own * rank.target_counts).sum()) for own, rank in zip(weights, step.ranks, strict=True)
+        ) == pytest.approx(1.0)
+    by_sample = {
+        int(sample): weight
+        for rank in step.ranks
+        for sample, weight in zip(rank.samples, target_weights(rank, step, LossWeighting.sequence), strict=True)
+    }
+    assert by_sample == pytest.approx({0: 1 / 9, 1: 1 / 30, 2: 1 / 3})
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_no_step_idles_at_a_learning_rate_of_zero(schedule: str) -> None:
+    """transformers' warm-up begins at zero: in a run of ten steps that is a tenth of the training."""
+    optim = load([f"optim.schedule={schedule}", "optim.lr=1.0", "optim.warmup_ratio=0.2"]).config.optim
+    rate = learning_rate_schedule(optim, 10)
+    rates = [rate(step) for step in range(10)]
+    assert min(rates) > 0
+    assert rates[0] == pytest.approx(0.5)
+    assert rates[1] == max(rates) == pytest.approx(1.0)
+    assert (rates[-1] < 0.6) == (schedule != "constant")
+
+
+def test_another_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    words = [*RECIPE, "train.epochs=50"]
+    with subprocess.Popen(
+        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        wait_for_rows(process, tmp_path / "run", 1)
+        second = train(*words, cwd=tmp_path, code=2)
+        process.send_signal(signal.SIGKILL)
+    assert "another process" in second.stderr
