@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, LoraConfig
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution import parity, stages
 from chunkflow_cli.execution import runner as runner_module
@@ -28,12 +29,11 @@ from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.batch import IGNORED, ChunkBatch, build_batch
+from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import (
     DirectEngine,
     Parity,
-    RandomSequence,
     compare,
     guard,
     random_sequences,
@@ -481,7 +481,9 @@ def test_comparison_fails_when_chunks_are_wrong(
     """A proof that passes whatever happens is worth nothing: each mistake that chunking invites must fail it."""
     model = tiny_model("mistral", dtype=dtype, sliding_window=MIDDLE_WINDOW, initializer_range=0.1)
     sequences = random_sequences((125, 13, 9), VOCABULARY, seed=3)
-    sequences.append(RandomSequence(np.arange(16, dtype=np.int32), np.arange(16, dtype=np.int32)))  # a chunk of its own
+    sequences.append(
+        TokenizedSample(np.arange(16, dtype=np.int32), np.arange(16, dtype=np.int32))
+    )  # a chunk of its own
 
     def result() -> Parity:
         return compare(model, ReferenceBackend(), sequences, chunk_size=17, k=2)

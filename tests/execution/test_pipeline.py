@@ -98,8 +98,8 @@ class Run:
 
 def train_whole(case: Case, stages: int) -> Run:
     """Plain PyTorch: transformers' own forward over whole sequences, torch's optimizer and clipping."""
+    from chunkflow_cli.data.sample import IGNORED
     from chunkflow_cli.engine.settings import EngineSettings, make_optimizer
-    from chunkflow_cli.execution.batch import IGNORED
 
     torch.set_num_threads(1)
     model = model_of(case, stages, "sdpa")
@@ -130,7 +130,7 @@ def train_whole(case: Case, stages: int) -> Run:
 
 def plan_of(case: Case, step: int, stages: int, data: int) -> Any:
     """The step's plan, by the code that `plan` and `train` use; costs make the cut and the searched schedules."""
-    from chunkflow_cli.execution.batch import IGNORED
+    from chunkflow_cli.data.sample import IGNORED
     from chunkflow_cli.planning.batches import GlobalBatches
     from chunkflow_cli.planning.pipeline import PipelineLayout
     from chunkflow_cli.planning.run_plan import RunPlan

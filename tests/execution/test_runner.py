@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, LoraConfig
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.batch import IGNORED, build_batch
+from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.parity import DirectEngine, RandomSequence, compare, random_sequences
+from chunkflow_cli.execution.parity import DirectEngine, compare, random_sequences
 from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch, StepResult, has_dropout
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
@@ -31,7 +32,7 @@ LENGTHS = (50, 7, 37, 12, 5)
 """Two long sequences of four and three chunks, whose tails the short ones fill."""
 
 
-def step_batch(sequences: Sequence[RandomSequence], size: int = SIZE) -> StepBatch:
+def step_batch(sequences: Sequence[TokenizedSample], size: int = SIZE) -> StepBatch:
     total = sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences)
     chunks = build_chunks([len(sequence.input_ids) for sequence in sequences], size)
     return StepBatch(chunks, sequences, np.full(len(sequences), 1 / total))
@@ -160,14 +161,14 @@ def test_chunks_without_targets(tiny_model: Callable[..., Any], counted: slice) 
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 50, dtype=np.int32)
     targets = np.full(50, IGNORED, dtype=np.int32)
     targets[counted] = np.append(ids[1:], IGNORED)[counted]
-    batch = step_batch([RandomSequence(ids, targets)])
+    batch = step_batch([TokenizedSample(ids, targets)])
     without = [
         chunk for chunk in batch.chunks if build_batch(chunk, batch.sequences, batch.weights, CPU).target_tokens == 0
     ]
     assert len(without) == 3
     model = tiny_model("llama", dtype=torch.float64)
     for k in (1, 99):
-        result = compare(model, ReferenceBackend(), [RandomSequence(ids, targets)], chunk_size=SIZE, k=k)
+        result = compare(model, ReferenceBackend(), [TokenizedSample(ids, targets)], chunk_size=SIZE, k=k)
         assert result.grad_rel_error <= 1e-12
         assert result.loss_rel_error <= 1e-12
 

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, Config, LoraConfig, ModelConfig, ParallelConfig
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.batch import IGNORED, build_batch
+from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-from chunkflow_cli.execution.parity import DirectEngine, RandomSequence, random_sequences
+from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
@@ -137,7 +138,7 @@ def make_model(case: Case) -> Any:
     return model.train()
 
 
-def make_sequences(case: Case) -> list[RandomSequence]:
+def make_sequences(case: Case) -> list[TokenizedSample]:
     sequences = random_sequences(case.lengths, VOCABULARY, seed=3)
     if not case.only_last_target:
         return sequences
@@ -145,7 +146,7 @@ def make_sequences(case: Case) -> list[RandomSequence]:
             for each in sequences]  # fmt: skip
 
 
-def make_weights(sequences: Sequence[RandomSequence]) -> np.ndarray:
+def make_weights(sequences: Sequence[TokenizedSample]) -> np.ndarray:
     """Of each sequence its own: a weight must stay with its sequence through slices."""
     return np.arange(1, len(sequences) + 1) / 100
 

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import written_aside
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.training.run_folder import CONFIG, written_aside
+from chunkflow_cli.training.run_folder import CONFIG
 
 
 def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool = False) -> dict[str, Any]:

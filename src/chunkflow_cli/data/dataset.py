@@ -13,22 +13,15 @@ from numpy.typing import NDArray
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, RejectedRow, build_entry, cache_root, open_entry
-from chunkflow_cli.data.encoding import IGNORED, Encoder
+from chunkflow_cli.data.encoding import Encoder
 from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.data.source import Location, Source, open_source
 from chunkflow_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
 
 SHOWN = 5
 """How many samples or rows an error names."""
-
-
-@dataclass(frozen=True)
-class TokenizedSample:
-    """One sequence. The arrays may be read-only views of the cache."""
-
-    input_ids: NDArray[np.int32]  # (length,)
-    targets: NDArray[np.int32]  # (length,), already shifted; -100 = not counted by the loss
 
 
 class TokenizedData:

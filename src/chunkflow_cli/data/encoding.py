@@ -34,6 +34,7 @@ from chunkflow_cli.data.formats import (
     decode_row,
     parse_sample,
 )
+from chunkflow_cli.data.sample import IGNORED
 from chunkflow_cli.data.source import BadRowError, RowBatch
 from chunkflow_cli.data.template import ChatTemplate, MarkedText
 from chunkflow_cli.errors import UsageError
@@ -41,9 +42,6 @@ from chunkflow_cli.errors import UsageError
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The target of a position that the loss does not count."""
 
 
 @dataclass(frozen=True, slots=True)

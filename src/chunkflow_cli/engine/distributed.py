@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.processes import worker
+from chunkflow_cli.processes.start import free_port
 
 PATIENCE = timedelta(days=1)
 """How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait;
@@ -122,7 +122,7 @@ def init_process_group(device: torch.device) -> None:
         # Without all of these DeepSpeed looks for MPI. A world of one is never taken from the environment: it may be
         # that of the process that started this one, which still listens there.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     deepspeed = import_deepspeed()
     with quiet():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)
@@ -133,12 +133,6 @@ def broadcast_from_first(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

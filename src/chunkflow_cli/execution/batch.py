@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.planning.chunks import Chunk
-
-IGNORED = -100
-"""Target of a position that the loss does not count."""
-
-
-class TokenizedSequence(Protocol):
-    """One sequence; `targets[i]` is the id that position i has to predict, shifted before any split."""
-
-    @property
-    def input_ids(self) -> NDArray[np.int32]: ...  # (length,)
-
-    @property
-    def targets(self) -> NDArray[np.int32]: ...  # (length,)
 
 
 @dataclass(frozen=True)
@@ -47,7 +34,7 @@ class ChunkBatch:
 
 def build_batch(
     chunk: Chunk,
-    sequences: Sequence[TokenizedSequence],
+    sequences: Sequence[TokenizedSample],
     sequence_weights: NDArray[np.float64],
     device: torch.device,
     weight_dtype: torch.dtype = torch.float32,

@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.batch import IGNORED
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.stages import StageChain, StageModel
@@ -47,14 +46,6 @@ GUARD_VOCABULARY = 512
 GUARD_PROJECTION_STD = 1.6
 """Spread of a projection of a normalised input: weights are drawn with this over sqrt(hidden_size), 0.2 at 64. Scores
 are far from zero then, so a missing soft cap or multiplier shows, but not so large that rounding drowns everything."""
-
-
-@dataclass(frozen=True)
-class RandomSequence:
-    """A made-up sequence, shaped like a tokenised sample."""
-
-    input_ids: NDArray[np.int32]
-    targets: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ class DirectEngine:
         loss.backward()
 
 
-def random_sequences(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[RandomSequence]:
+def random_sequences(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[TokenizedSample]:
     """Sequences of random tokens, about half of them targets; what follows a piece without targets still counts."""
     rng = np.random.default_rng(seed)
     sequences = []
@@ -99,14 +90,14 @@ def random_sequences(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> 
         targets = np.append(ids[1:], IGNORED).astype(np.int32)
         targets[: length // 4] = IGNORED  # a prompt: whole chunks of it have no target of their own
         targets[:-1][rng.random(length - 1) < 0.3] = IGNORED
-        sequences.append(RandomSequence(ids, targets))
+        sequences.append(TokenizedSample(ids, targets))
     return sequences
 
 
 def compare(
     model: Any,
     backend: Backend,
-    sequences: Sequence[RandomSequence],
+    sequences: Sequence[TokenizedSample],
     *,
     chunk_size: int,
     k: int,
@@ -378,7 +369,7 @@ def check_backend(backend: Backend, device: torch.device, dtype: torch.dtype) ->
                     )
 
 
-def _whole_loss(model: Any, sequence: RandomSequence, weight: float, device: torch.device) -> float:
+def _whole_loss(model: Any, sequence: TokenizedSample, weight: float, device: torch.device) -> float:
     ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
     targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
     logits = model(input_ids=ids, use_cache=False).logits[0]

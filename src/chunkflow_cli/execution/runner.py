@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from chunkflow_cli.execution.batch import ChunkBatch, TokenizedSequence, build_batch, dummy_batch, with_idle_target
+from chunkflow_cli.data.sample import TokenizedSample
+from chunkflow_cli.execution.batch import ChunkBatch, build_batch, dummy_batch, with_idle_target
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
@@ -34,7 +35,7 @@ class StepBatch:
     """The sequences of one optimizer step and how they are cut."""
 
     chunks: Chunks
-    sequences: Sequence[TokenizedSequence]
+    sequences: Sequence[TokenizedSample]
     weights: NDArray[np.float64]
     """(sequences,): what each target of a sequence counts in the loss."""
     spread: range | None = None

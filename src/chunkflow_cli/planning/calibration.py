@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.files import write_json
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 
 CALIBRATION_VERSION = 4
@@ -87,9 +88,7 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Written aside and renamed: complete or absent."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps({"version": CALIBRATION_VERSION, **asdict(self)}, indent=2), encoding="utf-8")
-        aside.replace(path)
+        write_json(path, {"version": CALIBRATION_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration | None:

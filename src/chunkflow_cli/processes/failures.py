@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from chunkflow_cli.errors import ChunkflowError, describe, exit_code_of
+from chunkflow_cli.files import write_json
 from chunkflow_cli.processes.worker import WatchFolder, rank, worker_folder
 
 
@@ -73,10 +74,7 @@ def record_failure(error: BaseException) -> None:
         at=time.time(),
         log_bytes=log.stat().st_size if log.exists() else 0,
     )
-    path = watch.failure(rank())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
-    temporary.replace(path)
+    write_json(watch.failure(rank()), asdict(record))
     if not isinstance(error, KeyboardInterrupt):
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exception(error, file=file)

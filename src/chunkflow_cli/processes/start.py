@@ -84,7 +84,7 @@ def local_environment(environment: Mapping[str, str], processes: int) -> dict[st
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
 
 
@@ -127,7 +127,7 @@ def deepspeed_command(hosts: Sequence[Host], *, hostfile: Path, module: str, wor
     is_here = len(hosts) == 1 and hosts[0].is_here
     command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--quiet"]
     if is_here:
-        command += ["--no_ssh_check", "--master_addr=127.0.0.1", f"--master_port={_free_port()}"]
+        command += ["--no_ssh_check", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     elif len(hosts) == 1:
         command += ["--force_multi"]  # it takes a single host for this machine
     command += ["--module", "--no_local_rank", module]
@@ -179,7 +179,8 @@ def _start_deepspeed(
     return DeepSpeedWorkers(command, watch, sum(host.slots for host in hosts), environment)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of this machine that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

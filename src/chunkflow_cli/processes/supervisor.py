@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Protocol
 
 from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.files import write_atomically
 from chunkflow_cli.processes.failures import read_failure, reads_like_broken_connection
 from chunkflow_cli.processes.hang_watch import STACKS_SECONDS, hang_message, is_hang, look_every, places
 from chunkflow_cli.processes.heartbeat import Watchdog
@@ -35,7 +36,6 @@ from chunkflow_cli.processes.worker import (
     STOP,
     WatchFolder,
     open_log,
-    write_atomically,
     write_order,
 )
 

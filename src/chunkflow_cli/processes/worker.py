@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import write_atomically
 from chunkflow_cli.processes.heartbeat import Heartbeat
 
 RUN_FOLDER = "CHUNKFLOW_RUN_FOLDER"
@@ -199,12 +200,6 @@ def redirect_output(log: Path, *, keep_stderr: bool) -> None:
 def write_order(watch: WatchFolder, order: str) -> None:
     """To all workers that follow orders."""
     write_atomically(watch.order, order)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def follow_orders(watch: WatchFolder, ended: threading.Event, lease_seconds: float = math.inf) -> None:

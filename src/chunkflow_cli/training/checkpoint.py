@@ -25,8 +25,9 @@ import torch
 from chunkflow_cli.config.schema import EngineConfig, Offload
 from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, own_rank, process_count
 from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.files import write_json, written_aside
 from chunkflow_cli.planning.topology import Topology
-from chunkflow_cli.training.run_folder import REPLACED, write_json, written_aside
+from chunkflow_cli.training.run_folder import REPLACED
 
 AnyEngine = Engine | PipelineEngine
 

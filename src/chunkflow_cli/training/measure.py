@@ -1,7 +1,7 @@
 """Times the operations of chunks with the real model on the real device, in a process of its own.
 
-    python -m chunkflow_cli.training.measure --out FILE --sizes 512 1024 --budget SECONDS --overrides recipe=NAME ...
-    python -m chunkflow_cli.training.measure --out FILE --pairs 512:1:run 1024:2:sequence --step 0 --overrides recipe=NAME ...
+    python -m ….training.measure --out FILE --sizes 512 1024 --budget SECONDS --overrides recipe=NAME ...
+    python -m ….training.measure --out FILE --pairs 512:1:run 1024:2:sequence --step 0 --overrides recipe=NAME ...
 
 For each chunk size, smallest first, a sequence of three chunks and one standalone chunk run as training runs them: so
 state passes, forwards, recomputes and backwards are timed over a past of none, one and two chunks. That is done with
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import Config, KPer
 from chunkflow_cli.console import progress_bar
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import choose_backend
@@ -52,13 +53,6 @@ from chunkflow_cli.training.inputs import load_run_data
 CHUNKS_OF_SEQUENCE = 3
 FEW_TARGETS = 0.1
 FEWEST_SIZES = 2
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    input_ids: NDArray[np.int32]
-    targets: NDArray[np.int32]
 
 
 def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) -> Calibration:
@@ -157,15 +151,15 @@ def _run(parts: Assembly, device: torch.device, size: int, target_share: float) 
 
 def _random_sequence(
     generator: np.random.Generator, length: int, chunk_size: int, target_share: float, vocab_size: int
-) -> _Sequence:
+) -> TokenizedSample:
     ids = generator.integers(0, vocab_size, length, dtype=np.int32)
     targets = np.append(ids[1:], IGNORED).astype(np.int32)
     if target_share < 1:
         targets[np.arange(length) % chunk_size >= target_share * chunk_size] = IGNORED
-    return _Sequence(ids, targets)
+    return TokenizedSample(ids, targets)
 
 
-def _targets_of_chunks(chunks: Chunks, sequences: Sequence[_Sequence]) -> NDArray[np.int64]:
+def _targets_of_chunks(chunks: Chunks, sequences: Sequence[TokenizedSample]) -> NDArray[np.int64]:
     return np.array(
         [
             sum(

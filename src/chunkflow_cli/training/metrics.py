@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from chunkflow_cli.config.schema import LogBackend
+from chunkflow_cli.files import write_atomically
 from chunkflow_cli.model.device import known_matmul_flops
 
 
@@ -95,9 +96,7 @@ def _keep_rows_before(path: Path, first_step: int) -> None:
         if row["step"] >= first_step:
             break
         kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "".join(kept))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +13,7 @@ from omegaconf import OmegaConf
 
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import write_atomically
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 REPLACED = ".replaced"
@@ -101,8 +98,8 @@ def open_run_folder(loaded: LoadedConfig) -> RunFolder:
         found = _unfinished_run(Path("outputs") / loaded.recipe, mine) if resume == "auto" else None
         path, lock = found if found is not None else _new_folder(Path("outputs") / loaded.recipe)
     (path / CONFIG).parent.mkdir(exist_ok=True)
-    _write_atomically(path / CONFIG, OmegaConf.to_yaml(loaded.tree, resolve=True))
-    _write_atomically(path / OVERRIDES, OmegaConf.to_yaml(list(loaded.overrides)))
+    write_atomically(path / CONFIG, OmegaConf.to_yaml(loaded.tree, resolve=True))
+    write_atomically(path / OVERRIDES, OmegaConf.to_yaml(list(loaded.overrides)))
     return RunFolder(path, _checkpoint_to_resume(path, resume), lock)
 
 
@@ -126,28 +123,6 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     for path in folder.glob(f".step-*{REPLACED}"):
         found.setdefault(path.name[1:].removesuffix(REPLACED), path)
     return found[max(found)] if found else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, and on the disk."""
-    _write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` at the end, whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.writing")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    yield temporary
-    for file in temporary.rglob("*"):  # on disk before the name says that it is
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
 
 
 def _checkpoint_to_resume(path: Path, resume: str) -> Path | None:
@@ -215,12 +190,3 @@ def _comparable(container: Any) -> dict[str, Any]:
 
 def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [key for key in sorted(mine.keys() | theirs.keys()) if str(mine.get(key)) != str(theirs.get(key))]
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import stderr_console, stdout_console, working
+from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.data.tokenizer import load_tokenizer
 from chunkflow_cli.engine import close_process_group, join_processes
 from chunkflow_cli.errors import RunError
@@ -30,6 +30,7 @@ from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
 from chunkflow_cli.execution.stage_runner import PipelineRunner
 from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.files import write_json
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.model.shape import shape_without_weights
@@ -58,7 +59,7 @@ from chunkflow_cli.training.joining import load_data, open_folder, watched
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.training.requirements import check_requirements
-from chunkflow_cli.training.run_folder import RunFolder, write_json
+from chunkflow_cli.training.run_folder import RunFolder
 
 PROBE_TOKENS = 256
 """Length of the forward that measures activation bytes a token."""
@@ -430,7 +431,8 @@ class _Training:
         if self.config.engine.zero_stage == 3 or isinstance(self.runner, PipelineRunner):
             return None
         sample = int(np.argmax(self.train_data.lengths))
-        probe = [_First(self.train_data[sample], PROBE_TOKENS)]
+        whole = self.train_data[sample]
+        probe = [TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])]
         chunks = build_chunks([len(probe[0].input_ids)], PROBE_TOKENS)
         tensors = self.runner.build(0, StepBatch(chunks, probe, np.ones(1), spread=range(0)))
         module = self.engine.module
@@ -506,11 +508,3 @@ class _Training:
         return sum(
             training_flops(self.train_data.lengths[self.batches[step]], self.shape) for step in range(progress.step)
         )
-
-
-class _First:
-    """The first tokens of a sample."""
-
-    def __init__(self, sample: Any, count: int) -> None:
-        self.input_ids: NDArray[np.int32] = sample.input_ids[:count]
-        self.targets: NDArray[np.int32] = sample.targets[:count]

@@ -1,0 +1,43 @@
+"""Write files and folders whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by `text`. Readers, and a machine that loses power, see the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a JSON document, as `write_atomically` does."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` at the end; if the block raises, `folder` stays as it was."""
+    temporary = folder.with_name(f".{folder.name}.writing")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in temporary.rglob("*"):  # on the disk before the folder gets its name
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
