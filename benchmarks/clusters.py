@@ -3,10 +3,10 @@
     python benchmarks/clusters.py                                     all recipes; minutes on a core, no GPU, no weights
     python benchmarks/clusters.py --recipes qwen7b_256k --nodes 1 64 --out clusters.json
 
-Each row is the command itself, run in this process: its search over ChunkSize, K (of the run or of each sequence),
-pipeline stages, sequence-parallel groups and cuts of long samples, on rows of ids in LMSys-Chat-1M's shape with one
-sample of the recipe's full length in each global batch of 256. Models are written as `config.json` from their published
-sizes; nothing is trained. What the table says: docs/clusters.md.
+Each row is the command itself, run in this process: its search over ChunkSize, K, pipeline
+stages, sequence-parallel groups and cuts of long samples, on rows of ids in LMSys-Chat-1M's shape with one sample of
+the recipe's full length in each global batch of 256. Models are written as `config.json` from their published sizes;
+nothing is trained. What the table says: docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -117,7 +117,6 @@ class Grid:
     sequences: list[int]
     stages: list[int]
     cuts: list[str]
-    k_per: list[str]
 
 
 def groups_for(model: str, sequences: list[int]) -> list[int]:
@@ -145,10 +144,10 @@ def plan_for(name: str, nodes: int, batch: int, tried: Grid, folder: Path) -> di
         f"model.path={write_model(folder, model)}", "model.init=random",
         f"data.path={write_rows(folder, longest, batch)}", "data.format=tokens", f"data.cache_dir={folder / 'cache'}",
         "data.num_workers=1", "train.shuffle=false", f"train.global_batch_size={batch}", f"launch.processes={gpus}",
-        f"tune.samples={batch * STEPS}", f"tune.pipelines=[{','.join(map(str, stages))}]",
-        f"tune.sequences=[{','.join(map(str, groups_for(model, tried.sequences)))}]",
+        f"tune.samples={batch * STEPS}", f"cluster.pipelines=[{','.join(map(str, stages))}]",
+        f"cluster.sequences=[{','.join(map(str, groups_for(model, tried.sequences)))}]",
         f"tune.chunk_sizes=[{','.join(map(str, tried.chunk_sizes))}]", f"tune.ks=[{','.join(map(str, tried.ks))}]",
-        f"tune.cuts=[{','.join(tried.cuts)}]", f"tune.k_per=[{','.join(tried.k_per)}]",
+        f"tune.cuts=[{','.join(tried.cuts)}]",
     ]  # fmt: skip
     started = time.perf_counter()
     row: dict[str, Any] = {"recipe": name, "model": model, "longest": longest, "nodes": nodes, "gpus": gpus}
@@ -176,9 +175,8 @@ def in_words(row: dict[str, Any]) -> str:
         return start + row["refused"].splitlines()[0]
     best = row["best"]
     layout = f"{best['data_parallel'] // best['sequence']:>3} x {best['sequence']} x {best['stages']:<2}"
-    k = f"{best['k']} s" if best["k_per"] == "sequence" else f"{best['k']}"
     return start + (
-        f"{best['chunk_size'] // K:>2}K K={k:<4} {layout} {best['cuts']:<6} "
+        f"{best['chunk_size'] // K:>2}K K={best['k']:<4} {layout} {best['cuts']:<6} "
         f"{best['step_seconds']:8.2f} s {best['memory_bytes'] / 2**30:5.1f} GiB "
         f"{row['tokens_per_second']:>11,.0f} tok/s "
         f"{row['speedup']:6.1f}x  waiting {100 * best['bubble_ratio']:3.0f} %   ({row['search_seconds']:.1f} s)"
@@ -195,12 +193,9 @@ def main() -> None:
     parser.add_argument("--sequences", nargs="+", type=int, default=list(SEQUENCES), help="ranks of a group")
     parser.add_argument("--stages", nargs="+", type=int, default=list(STAGES))
     parser.add_argument("--cuts", nargs="+", choices=("tokens", "time"), default=["tokens", "time"])
-    parser.add_argument("--k-per", nargs="+", choices=("run", "sequence"), default=["run", "sequence"])
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
-    tried = Grid(
-        arguments.chunk_sizes, arguments.ks, arguments.sequences, arguments.stages, arguments.cuts, arguments.k_per
-    )  # fmt: skip
+    tried = Grid(arguments.chunk_sizes, arguments.ks, arguments.sequences, arguments.stages, arguments.cuts)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.recipes:

@@ -143,8 +143,7 @@ def run_of(lengths: NDArray[np.int64], costs: CostModel, **options: Any) -> RunP
 
 
 def with_step(run: RunPlan, shape: ModelShape, settings: MemorySettings) -> RunPlan:
-    stages = 1 if run.pipeline is None else run.pipeline.stages
-    seconds = max(step_seconds(shape, settings, H100, run.held_by(stage, shape.layers)) for stage in range(stages))
+    seconds = max(step_seconds(shape, settings, H100, held) for held in run.stage_layers(shape.layers))
     return replace(run, costs=replace(run.costs, step_seconds=seconds))
 
 
@@ -255,11 +254,9 @@ def ours(
 
 def pipeline_memory(shape: ModelShape, run: RunPlan, settings: MemorySettings, longest: int) -> int:
     """Of the fullest stage, without simulating: stage s of P has P - 1 - s chunks in flight."""
-    stages = 1 if run.pipeline is None else run.pipeline.stages
     totals = []
-    for stage in range(stages):
-        live, stored = tokens_held(run, longest, stages - 1 - stage)
-        held = run.held_by(stage, shape.layers)
+    for held in run.stage_layers(shape.layers):
+        live, stored = tokens_held(run, longest, held.stages - 1 - held.stage)
         totals.append(memory_parts(shape, settings, held, live=live, stored=stored).device_total)
     return max(totals)
 

@@ -56,7 +56,7 @@ def test_an_unfinished_word_never_stands_alone() -> None:
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("chu", ["chunk.size=", "chunk.k=", "chunk.k_per=", "chunk.fill_tails=", "chunk.cuts="]),
+        ("chu", ["chunk.size=", "chunk.k=", "chunk.fill_tails=", "chunk.cuts="]),
         ("chunk.s", ["chunk.size=", "chunk.size=8192"]),
         ("chunk.size=", ["chunk.size=8192"]),
         ("opt", ["optim=", "optim."]),

@@ -18,7 +18,7 @@ from chunkflow_cli.errors import UsageError
 
 SIZES = "tune.chunk_sizes=[64,128,256]"
 PROFILE = "tune.device=h100"
-CLUSTER = ["launch.processes=16", "tune.pipelines=[4,1,2]"]
+CLUSTER = ["launch.processes=16", "cluster.pipelines=[4,1,2]"]
 
 
 @pytest.fixture(autouse=True)
@@ -85,24 +85,16 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["tune.memory_gib=0.000001", PROFILE, SIZES], "no pair fits into 0.0 GiB: the smallest, chunk.size="),
         (["tune.chunk_sizes=[]", PROFILE], "tune.chunk_sizes is empty"),
         (["tune.ks=[0]", PROFILE], "tune.ks=[0] must be positive numbers"),
-        (["tune.network_gb_per_second=0", PROFILE], "tune.network_gb_per_second=0.0 must be above 0"),
+        (["cluster.network_gb_per_second=0", PROFILE], "cluster.network_gb_per_second=0.0 must be above 0"),
         (["tune.device=h900"], "tune.device=h900: invalid value 'h900', expected one of"),
         (["data.path=", PROFILE], "data.path is not set"),
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
         (["launch.processes=2"], "name the device to predict for: tune.device=h100"),
         (["parallel.pipeline=2"], "parallel.pipeline=2: only one process can be measured here"),
-        (["tune.pipelines=[1,2]", "launch.processes=1"], "only one process can be measured here"),
-        (
-            [PROFILE, "chunk.k_per=sequence", "parallel.pipeline=2"],
-            "chunk.k_per=sequence with parallel.pipeline=2: there",
-        ),
-        (
-            [PROFILE, "chunk.k_per=sequence", "engine.zero_stage=3"],
-            "chunk.k_per=sequence with engine.zero_stage=3: there",
-        ),
+        (["cluster.pipelines=[1,2]", "launch.processes=1"], "only one process can be measured here"),
         ([PROFILE, "--plot", "grid.txt"], "the name must end in .png"),
-        ([PROFILE, "launch.processes=16", "tune.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
-        ([PROFILE, "launch.processes=16", "tune.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
+        ([PROFILE, "launch.processes=16", "cluster.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
+        ([PROFILE, "launch.processes=16", "cluster.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
         (
             [PROFILE, *CLUSTER, "tune.memory_gib=0.00001"],
             "no pair fits into 0.0 GiB: the smallest, chunk.size=256 chunk.k=1 on 4 pipelines of 4 stages, needs",
@@ -141,38 +133,6 @@ def test_the_screen_fits_and_names_the_next_command() -> None:
     assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_k_for_each_sample_is_weighed_and_the_file_names_it() -> None:
-    """On one long sample among shorter ones it saves second forwards in the same memory; plan counts as tune does."""
-    rows = [{"input_ids": [3] * length} for length in [1900, 500, 450, 400, 300, 300, 200, 30]]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [
-        "data.path=rows.jsonl", "data.eval_fraction=0", "train.global_batch_size=8", "tune.chunk_sizes=[64]",
-        "tune.ks=[2]", "model.activation_checkpointing=full",
-    ]  # fmt: skip
-    found = tuned(PROFILE, *words)
-    alike, of_each = sorted(found["candidates"], key=lambda row: row["k_per"])
-    assert (alike["k_per"], of_each["k_per"]) == ("run", "sequence")
-    assert of_each["memory_bytes"] == alike["memory_bytes"]
-    assert of_each["recompute_share"] < alike["recompute_share"]
-    assert of_each["step_seconds"] < alike["step_seconds"]
-    assert found["best"] == of_each
-    assert "ne K for all samples would take" in found["explanation"]
-    written = read_overrides(found["overrides_file"])
-    assert "chunk.k_per=sequence" in written
-    plan_words = ["plan", "recipe=tiny_random", *words, PROFILE]
-    plan = CliRunner().invoke(app, [*plan_words, *written, "--json"])
-    assert json.loads(plan.stdout)["recompute_share"] == of_each["recompute_share"]
-    assert [row["k_per"] for row in tuned(PROFILE, *words, "tune.k_per=[]")["candidates"]] == ["run"]
-    assert [row["k_per"] for row in tuned(PROFILE, *words, "engine.zero_stage=3")["candidates"]] == ["run"]
-    groups = tuned(PROFILE, *words, "launch.processes=2", "parallel.sequence=2", "tune.chunk_sizes=[128]")
-    shares = {row["k_per"]: row["recompute_share"] for row in groups["candidates"]}
-    assert shares["sequence"] < shares["run"], "what a group runs together counts, not what each sample would alone"
-    assert "chunk.k=2 chunk.k_per=sequence" in CliRunner().invoke(app, [*plan_words, *written]).stdout
-    screen = invoke(PROFILE, *words).stdout
-    assert "chunk.size=64 chunk.k=2 chunk.k_per=sequence" in screen
-    assert max(len(line) for line in screen.splitlines() if not line.startswith("Train with it")) <= 80
-
-
 # Layouts of a cluster
 
 
@@ -183,7 +143,7 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
     assert [(row["stages"], row["data_parallel"]) for row in found["layouts"]] == [(1, 16), (2, 8), (4, 4)]
     bytes_of: dict[tuple[int, int], list[int]] = {}
     for row in sorted(found["candidates"], key=lambda row: row["stages"]):
-        if (row["cuts"], row["k_per"]) == ("tokens", "run"):
+        if row["cuts"] == "tokens":
             bytes_of.setdefault((row["chunk_size"], row["k"]), []).append(row["memory_bytes"])
     assert len(bytes_of) == 6
     for one, two, four in bytes_of.values():
@@ -196,8 +156,8 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
 
 def test_the_cluster_that_is_described_is_the_one_that_is_planned_for() -> None:
     """Slower links between nodes cost pipelines and gradients, slower ones within a node cost groups."""
-    words = [PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=8", "tune.pipelines=[1,4]",
-             "tune.sequences=[1,4]", "tune.cuts=[tokens]", "tune.k_per=[run]"]  # fmt: skip
+    words = [PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=8", "cluster.pipelines=[1,4]",
+             "cluster.sequences=[1,4]", "tune.cuts=[tokens]"]  # fmt: skip
 
     def seconds(*described: str) -> dict[tuple[int, int], float]:
         rows = tuned(*words, *described)["candidates"]
@@ -205,20 +165,20 @@ def test_the_cluster_that_is_described_is_the_one_that_is_planned_for() -> None:
 
     sheet, network, node = (
         seconds(),
-        seconds("tune.network_gb_per_second=0.01"),
-        seconds("tune.node_gb_per_second=0.01"),
+        seconds("cluster.network_gb_per_second=0.01"),
+        seconds("cluster.node_gb_per_second=0.01"),
     )
     assert all(network[layout] > sheet[layout] for layout in sheet), "gradients are reduced over all ranks"
     assert {layout for layout in sheet if node[layout] > sheet[layout]} == {(4, 1)}
-    across = seconds("tune.gpus_per_node=2")
+    across = seconds("cluster.gpus_per_node=2")
     assert {layout for layout in sheet if across[layout] > sheet[layout]} == {(4, 1)}
-    assert seconds("tune.network_gb_per_second=50", "tune.node_gb_per_second=450") == sheet
+    assert seconds("cluster.network_gb_per_second=50", "cluster.node_gb_per_second=450") == sheet
 
 
 def test_the_file_names_the_stages_where_the_recipe_has_others() -> None:
-    found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=16", "tune.pipelines=[4]")
+    found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=16", "cluster.pipelines=[4]")
     assert "parallel.pipeline=4" in read_overrides(found["overrides_file"])
-    back = ["launch.processes=16", "parallel.pipeline=2", "tune.pipelines=[1]"]
+    back = ["launch.processes=16", "parallel.pipeline=2", "cluster.pipelines=[1]"]
     found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", *back)
     assert "parallel.pipeline=1" in read_overrides(found["overrides_file"])
 
@@ -228,7 +188,9 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     assert result.exit_code == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines() if not line.startswith("Train with it")) <= 80
     words = " ".join(result.stdout.split())
-    assert "…" not in invoke(PROFILE, SIZES, *CLUSTER, "tune.sequences=[1,2]").stdout, "a cut-off column says nothing"
+    assert "…" not in invoke(PROFILE, SIZES, *CLUSTER, "cluster.sequences=[1,2]").stdout, (
+        "a cut-off column says nothing"
+    )
     assert "stages ranks group cuts chunk.size K predicted memory waiting 1 16 1 tokens" in words
     sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
     number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"
@@ -256,7 +218,7 @@ def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_a
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [
         "data.path=rows.jsonl", "data.eval_fraction=0", "train.shuffle=false", "train.global_batch_size=2", PROFILE,
-        "tune.chunk_sizes=[128]", "tune.ks=[1,2]", "launch.processes=2", "tune.pipelines=[2]",
+        "tune.chunk_sizes=[128]", "tune.ks=[1,2]", "launch.processes=2", "cluster.pipelines=[2]",
     ]  # fmt: skip
     some, everything = tuned(*words, "tune.samples=2"), tuned(*words, "tune.samples=8")
     assert (some["steps_planned"], everything["steps_planned"]) == (1, 4)
@@ -295,11 +257,11 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch
 
 def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> None:
     """Sizes that do not fit beside each other are left out; each that is tried is planned as train would divide it."""
-    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2,4]",
-                  "tune.pipelines=[1,4]")  # fmt: skip
+    found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "cluster.sequences=[1,2,4]",
+                  "cluster.pipelines=[1,4]")  # fmt: skip
     layouts = [(row["sequence"], row["stages"], row["data_parallel"]) for row in found["layouts"]]
     assert layouts == [(1, 1, 8), (1, 4, 2), (2, 1, 8), (2, 4, 2), (4, 1, 8)]
-    words = ["launch.processes=8", "tune.sequences=[2]", "tune.pipelines=[4]", "tune.cuts=[time]"]
+    words = ["launch.processes=8", "cluster.sequences=[2]", "cluster.pipelines=[4]", "tune.cuts=[time]"]
     found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", *words)
     written = read_overrides(found["overrides_file"])
     assert {"parallel.sequence=2", "parallel.pipeline=4", "chunk.cuts=time"} <= set(written)
@@ -309,8 +271,8 @@ def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> No
 
 
 def test_state_and_activations_of_a_rank_fall_with_the_size_of_its_group() -> None:
-    words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "tune.sequences=[1,2]"]
-    for pipelines in ("tune.pipelines=[1]", "tune.pipelines=[4]"):
-        found = tuned(*words, pipelines, "tune.cuts=[tokens]", "tune.k_per=[run]")
+    words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "cluster.sequences=[1,2]"]
+    for pipelines in ("cluster.pipelines=[1]", "cluster.pipelines=[4]"):
+        found = tuned(*words, pipelines, "tune.cuts=[tokens]")
         alone, grouped = sorted(found["candidates"], key=lambda row: row["sequence"])
         assert grouped["memory_bytes"] < alone["memory_bytes"]

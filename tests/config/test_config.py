@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chunkflow_cli.config.keys import describe_keys, known_keys
-from chunkflow_cli.config.load import compose, load
+from chunkflow_cli.config.keys import GONE, describe_keys, known_keys
+from chunkflow_cli.config.load import compose, load, read_overrides
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
 from chunkflow_cli.config.schema import Config, Dtype, OptimizerName
 from chunkflow_cli.errors import UsageError
@@ -96,8 +96,6 @@ def test_deepspeed_section_is_open() -> None:
         (["optim=adamx"], ["optim/adamx", "sgd"]),
         (["~chunk.size"], ["chunk.size", "cannot be removed"]),
         (["engine.zero_stage=4"], ["engine.zero_stage=4", "0, 1, 2 or 3"]),
-        (["parallel.parts=2"], ["parallel.schedule=state_aware_1f1b with parallel.parts=2", "=interleaved"]),
-        (["parallel.schedule=interleaved"], ["interleaved needs two or more parts", "parallel.parts=2"]),
         (["plan.cost_model=measured", "tune.device=h100"], ["plan.cost_model=measured with tune.device=h100"]),
         (["data.eval_fraction=1.5"], ["data.eval_fraction=1.5", "below 1"]),
         (["data.eval_fraction=0.1", "data.eval_path=x"], ["data.eval_path", "data.eval_fraction"]),
@@ -120,6 +118,38 @@ def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     path.write_text("train: {global_batchsize: 3}\n")
     with pytest.raises(UsageError, match=r"train\.global_batchsize"):
         load([f"recipe={path}"])
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++", "~", "a section", "a recipe", "a recipe of a folder", "--overrides"])
+@pytest.mark.parametrize("name", GONE)
+def test_a_key_of_an_earlier_version_is_refused_by_name(name: str, sign: str, tmp_path: Path) -> None:
+    """A script or recipe that used it reads what became of the key, not that it mistyped another one."""
+    key, _, value = name.partition("=")
+    value = value or "1"
+    section, _, field = key.partition(".")
+    path = tmp_path / "recipes" / "old.yaml"
+    path.parent.mkdir()
+    path.write_text(f"{section}: {{{field}: {value}}}\n")
+    words = {
+        "a section": [f"{section}={{{field}:{value}}}"],
+        "a recipe": [f"recipe={path}"],
+        "a recipe of a folder": ["recipe=old"],
+        "--overrides": read_overrides(str(path)),
+    }
+    if sign == "~" and "=" in name:
+        words["~"] = [f"~{name}"]
+    with pytest.raises(UsageError) as caught:
+        load(words.get(sign, [f"{sign}{key}={value}"]), str(tmp_path))
+    assert str(caught.value) == f"{name} is gone: {GONE[name]}"
+    assert caught.value.exit_code == 2
+
+
+def test_a_key_that_moved_is_named_with_the_one_it_is_now() -> None:
+    with pytest.raises(UsageError, match=r"tune\.pipelines is gone: it is now cluster\.pipelines"):
+        load(["tune.pipelines=[1,2]"])
+    moved = [sentence.removeprefix("it is now ") for sentence in GONE.values() if sentence.startswith("it is now ")]
+    assert len(moved) == 5
+    assert set(moved) <= set(known_keys())
 
 
 def test_a_missing_required_key_is_named() -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from chunkflow_cli.config.schema import Dtype, EngineConfig, LoraConfig, Offload, OptimConfig, OptimizerName
 from chunkflow_cli.engine import EngineSettings, check_pipeline_settings
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution.stage_runner import check_pipeline_schedule
 from support.ranks import run_ranks
 
 VOCABULARY = 96
@@ -475,5 +474,3 @@ def test_what_a_pipeline_cannot_run_is_refused(engine: EngineConfig, expected: s
     settings = EngineSettings(engine, OptimConfig(), Dtype.float32, torch.device("cuda", 0))
     with pytest.raises(UsageError, match=expected):
         check_pipeline_settings(settings, 2)
-    with pytest.raises(UsageError, match=r"parallel\.schedule=interleaved"):
-        check_pipeline_schedule("interleaved")

@@ -255,17 +255,13 @@ def test_the_tile_of_the_head_is_the_one_that_the_loss_makes() -> None:
     chunk_size=st.integers(3, 20),
     k=st.integers(1, 4),
     fill_tails=st.booleans(),
-    state_weight=st.sampled_from([0.0, 0.3]),
 )
 def test_what_a_whole_run_holds_is_what_its_schedules_hold(
-    lengths: list[int], chunk_size: int, k: int, fill_tails: bool, state_weight: float
+    lengths: list[int], chunk_size: int, k: int, fill_tails: bool
 ) -> None:
     """Replayed operation by operation; what is said of a run that is not planned whole is never less."""
     sizes = np.array(lengths)
-    run = RunPlan(
-        GlobalBatches(len(sizes), 4, 0, True), -(-len(sizes) // 4), sizes, sizes, chunk_size, k, fill_tails,
-        state_weight=state_weight,
-    )  # fmt: skip
+    run = RunPlan(GlobalBatches(len(sizes), 4, 0, True), -(-len(sizes) // 4), sizes, sizes, chunk_size, k, fill_tails)
     most = 0
     for step in run:
         (rank,) = step.ranks
@@ -323,7 +319,7 @@ def test_memory_of_the_fullest_rank_by_hand(
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=12),
     k=st.integers(1, 4),
-    options=st.fixed_dictionaries({"fill_tails": st.booleans(), "equal_time": st.booleans(), "state_weight": st.sampled_from([0.0, 0.3])}),
+    options=st.fixed_dictionaries({"fill_tails": st.booleans(), "equal_time": st.booleans()}),
     groups=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 4)]),
     batch=st.integers(1, 6),
 )  # fmt: skip
@@ -390,20 +386,18 @@ FIRST, MIDDLE, LAST = StageLayers(0, 3, 0, 2), StageLayers(1, 3, 2, 4), StageLay
 
 def test_weights_of_stages_by_hand() -> None:
     """1000 weights a layer; tables of 4000: the embedding on the first stage, the head on the last, where it is summed."""
-    assert [WIDE.parameters_of([part]) for part in (FIRST, MIDDLE, LAST)] == [6000, 2000, 5000]
-    assert WIDE.parameters_of([FIRST, LAST]) == 11000
+    assert [WIDE.parameters_of(part) for part in (FIRST, MIDDLE, LAST)] == [6000, 2000, 5000]
     tied = dataclasses.replace(WIDE, parameters=9000, trainable_parameters=9000, is_head_tied=True)
-    assert [tied.parameters_of([part]) for part in (FIRST, MIDDLE, LAST)] == [6000, 2000, 5000], "a copy on each"
-    assert tied.parameters_of(cut_layers(5, 1)) == 9000, "one table where one rank holds both"
-    assert tied.parameters_of([FIRST, LAST]) == 7000
+    assert [tied.parameters_of(part) for part in (FIRST, MIDDLE, LAST)] == [6000, 2000, 5000], "a copy on each"
+    assert tied.parameters_of(cut_layers(5, 1)[0]) == 9000, "one table where one rank holds both"
     adapters = dataclasses.replace(WIDE, parameters=13050, trainable_parameters=50)
-    assert [adapters.trainable_parameters_of([part]) for part in (FIRST, MIDDLE, LAST)] == [20, 20, 10]
-    first, middle, last = (memory_parts(WIDE, BASE, [part], live=32, stored=32) for part in (FIRST, MIDDLE, LAST))
+    assert [adapters.trainable_parameters_of(part) for part in (FIRST, MIDDLE, LAST)] == [20, 20, 10]
+    first, middle, last = (memory_parts(WIDE, BASE, part, live=32, stored=32) for part in (FIRST, MIDDLE, LAST))
     assert (first.weights, middle.optimizer, last.gradients) == (6000 * 2, 2000 * 12, 5000 * (4 + 2))
     assert (first.head, middle.head, last.head) == (0, 0, TILES_ALIVE * 16 * 500 * 4 + 4 * 4000)
     assert [part.activations for part in (first, middle, last)] == [2 * 16 * layers * LAYER for layers in (2, 2, 1)]
     assert [part.state for part in (first, middle, last)] == [32 * 2 * layers * 2 * 2 * (2 + 4) for layers in (2, 2, 1)]
-    seconds = [step_seconds(WIDE, BASE, DEVICES["h100"], [part]) for part in (FIRST, MIDDLE, LAST)]
+    seconds = [step_seconds(WIDE, BASE, DEVICES["h100"], part) for part in (FIRST, MIDDLE, LAST)]
     assert seconds[0] == pytest.approx(3 * seconds[1])
     assert seconds[2] == pytest.approx(2.5 * seconds[1])
 
@@ -418,7 +412,7 @@ def test_weights_of_stages_are_those_of_the_real_ones(kind: str, tied: bool, tin
     for part in cut_layers(5, 3, head_in_layers=1.5):
         stage = StageModel(copy.deepcopy(model), CpuBackend(), part)
         real = sum(parameter.numel() for parameter in stage.parameters())
-        assert shape.parameters_of([part]) == pytest.approx(real, abs=2 * shape.hidden_size)
+        assert shape.parameters_of(part) == pytest.approx(real, abs=2 * shape.hidden_size)
 
 
 def test_the_fullest_stage_is_found_where_layers_do_not_divide() -> None:

@@ -33,10 +33,8 @@ GOLDEN = Path(__file__).parent / "golden"
 def run(chunks: Chunks, k: int, layout: PipelineLayout) -> tuple[tuple[Schedule, ...], Timeline]:
     """Plan, prove and simulate with the assumptions of the paper."""
     schedules = plan_pipeline(chunks, k, layout)
-    validate_pipeline(schedules, chunks, k, parts=layout.parts, most_live=activation_bound(chunks, k, layout))
-    return schedules, simulate(
-        schedules, OperationSeconds.proportional(chunk_tokens(chunks), layout.stages * layout.parts)
-    )
+    validate_pipeline(schedules, chunks, k, most_live=activation_bound(k, layout))
+    return schedules, simulate(schedules, OperationSeconds.proportional(chunk_tokens(chunks), layout.stages))
 
 
 # Sequences of 1, 1, 2 and 4 units on 4 stages. At ChunkSize 2: chunk 0 the one of 2, chunk 1 both of 1, then 2 and 3.
@@ -127,7 +125,6 @@ GOLDEN_LAYOUTS = {
     "state_aware_1f1b": PipelineLayout(4),
     "state_aware_1f1b_warmup_extra": PipelineLayout(4, warmup_extra=1),
     "searched": PipelineLayout(4, "searched"),
-    "interleaved": PipelineLayout(4, "interleaved", parts=2),
     "zero_bubble": PipelineLayout(4, "zero_bubble"),
 }
 
@@ -136,7 +133,7 @@ def golden_text(name: str) -> str:
     layout = GOLDEN_LAYOUTS[name]
     schedules, timeline = run(build_chunks(GOLDEN_LENGTHS, GOLDEN_SIZE), GOLDEN_K, layout)
     lines = [
-        f"# {layout.schedule}, {layout.stages} stages, {layout.parts} part(s) each, warmup_extra={layout.warmup_extra}",
+        f"# {layout.schedule}, {layout.stages} stages, warmup_extra={layout.warmup_extra}",
         f"# sequences of {GOLDEN_LENGTHS} units, ChunkSize {GOLDEN_SIZE}, K={GOLDEN_K}",
         f"# makespan {timeline.makespan:g}, bubble {100 * timeline.bubble_ratio:.2f} %,"
         f" {100 * timeline.bubble_ratio_recompute_idle:.2f} % with recompute as idle",
@@ -152,8 +149,7 @@ def test_golden_schedules(name: str) -> None:
     expected = read_golden(f"{name}.txt")
     assert golden_text(name) == expected
     stages = [Schedule.parse(line.split("   ", 1)[1]) for line in expected.splitlines() if not line.startswith("#")]
-    chunks, layout = build_chunks(GOLDEN_LENGTHS, GOLDEN_SIZE), GOLDEN_LAYOUTS[name]
-    validate_pipeline(stages, chunks, GOLDEN_K, parts=layout.parts)
+    validate_pipeline(stages, build_chunks(GOLDEN_LENGTHS, GOLDEN_SIZE), GOLDEN_K)
 
 
 LENGTHS = st.lists(st.integers(1, 30), max_size=10)
@@ -164,21 +160,19 @@ KS = st.integers(1, 5)
 @st.composite
 def layouts(draw: st.DrawFn, names: Sequence[str] = PIPELINE_SCHEDULES) -> PipelineLayout:
     name = draw(st.sampled_from(names))
-    parts = draw(st.integers(1, 3)) if name == "interleaved" else 1
-    return PipelineLayout(draw(st.integers(1, 6)), name, draw(st.integers(0, 3)), parts)
+    return PipelineLayout(draw(st.integers(1, 6)), name, draw(st.integers(0, 3)))
 
 
-def random_seconds(seed: int, virtual_stages: int, chunks: int) -> OperationSeconds:
+def random_seconds(seed: int, stages: int, chunks: int) -> OperationSeconds:
     """Whole sixteenths, so that sums are exact; a split backward takes as long as a whole one."""
     random = np.random.default_rng(seed)
 
     def draw(rows: int) -> np.ndarray:
         return random.integers(0, 64, (rows, chunks)) / 16
 
-    first, second = draw(virtual_stages), draw(virtual_stages)
+    first, second = draw(stages), draw(stages)
     return OperationSeconds(
-        draw(virtual_stages), first + second, draw(virtual_stages), draw(virtual_stages), first, second,
-        draw(virtual_stages - 1),
+        draw(stages), first + second, draw(stages), draw(stages), first, second, draw(stages - 1),
     )  # fmt: skip
 
 
@@ -190,18 +184,17 @@ def critical_path(chunks: Chunks, k: int, stages: int, seconds: OperationSeconds
     """
     forward: dict[tuple[int, int], float] = {}
     backward: dict[tuple[int, int], float] = {}
-    virtual_stages = seconds.virtual_stages
     input_gradient = seconds.input_gradient
     assert input_gradient is not None
     for unit in units_of(chunks):
-        for stage in range(virtual_stages):
+        for stage in range(stages):
             for place, chunk in enumerate(unit):
                 table = seconds.state_pass if place < len(unit) - k else seconds.forward
                 start = max(
                     forward.get((stage - 1, chunk), 0.0), forward.get((stage, chunk - 1), 0.0) if place else 0.0
                 )
                 forward[stage, chunk] = start + table[stage, chunk]
-        for stage in reversed(range(virtual_stages)):
+        for stage in reversed(range(stages)):
             for place, chunk in reversed(list(enumerate(unit))):
                 own = forward[stage, chunk] + (seconds.recompute[stage, chunk] if place < len(unit) - k else 0.0)
                 later = backward[stage, chunk + 1] if place < len(unit) - 1 else 0.0
@@ -214,18 +207,16 @@ def critical_path(chunks: Chunks, k: int, stages: int, seconds: OperationSeconds
 def test_every_plan_is_valid_and_ends(lengths: list[int], size: int, k: int, layout: PipelineLayout, seed: int) -> None:
     """For any lengths, K, stages, warm-up and durations: proved, no deadlock, all work done, no faster than possible."""
     chunks = build_chunks(lengths, size)
-    virtual_stages = layout.stages * layout.parts
-    seconds = random_seconds(seed, virtual_stages, len(chunks))
+    seconds = random_seconds(seed, layout.stages, len(chunks))
     schedules = plan_pipeline(chunks, k, layout, seconds)
-    bound = activation_bound(chunks, k, layout)
-    validate_pipeline(schedules, chunks, k, parts=layout.parts, most_live=bound)
+    bound = activation_bound(k, layout)
+    validate_pipeline(schedules, chunks, k, most_live=bound)
     timeline = simulate(schedules, seconds)
 
     recomputed = [chunk for unit in units_of(chunks) for chunk in unit[: max(0, len(unit) - k)]]
     kept = np.setdiff1d(np.arange(len(chunks)), recomputed)
-    of_virtual_stage = seconds.backward.sum(axis=1) + seconds.forward[:, kept].sum(axis=1)
-    of_virtual_stage += seconds.state_pass[:, recomputed].sum(axis=1) + seconds.recompute[:, recomputed].sum(axis=1)
-    of_stage = of_virtual_stage.reshape(layout.parts, layout.stages).sum(axis=0)
+    of_stage = seconds.backward.sum(axis=1) + seconds.forward[:, kept].sum(axis=1)
+    of_stage += seconds.state_pass[:, recomputed].sum(axis=1) + seconds.recompute[:, recomputed].sum(axis=1)
     assert timeline.busy_seconds.tolist() == [of_stage.tolist()]
     assert timeline.recompute_seconds.sum() == seconds.recompute[:, recomputed].sum()
     assert timeline.makespan >= max(of_stage.max(), critical_path(chunks, k, layout.stages, seconds))
@@ -325,24 +316,12 @@ def test_zero_bubble_of_equal_micro_batches() -> None:
     assert simulate(zero_bubble(chunks, 1, 4, seconds), seconds).makespan == 36 + 3
 
 
-def test_interleaved_of_equal_micro_batches() -> None:
-    """Megatron-LM (arXiv 2104.04473, section 2.2.2): the bubble of V parts a stage is that of 1F1B divided by V."""
-    chunks = sequences_as_chunks([1] * 12)
-    plain = simulate(plain_1f1b(chunks, 1, 4), OperationSeconds.proportional(chunk_tokens(chunks), 4)).makespan
-    for parts in (1, 2, 3):
-        layout = PipelineLayout(4, "interleaved", parts=parts)
-        seconds = OperationSeconds.proportional(chunk_tokens(chunks), 4 * parts, seconds_per_token=1 / parts)
-        makespan = simulate(plan_pipeline(chunks, 1, layout), seconds).makespan
-        assert makespan - 36 == pytest.approx((plain - 36) / parts)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"stages": 2, "schedule": "gpipe"}, "schedule='gpipe' is none of 1f1b, state_aware_1f1b, searched,"),
         ({"stages": 0}, "stages=0 must be at least 1"),
         ({"stages": 2, "warmup_extra": -1}, "warmup_extra=-1 must be at least 0"),
-        ({"stages": 2, "parts": 2}, "parts=2: a stage of state_aware_1f1b holds one part of the model"),
     ],
 )
 def test_layouts_that_make_no_sense(arguments: dict[str, object], message: str) -> None:
@@ -367,7 +346,7 @@ def test_a_plan_without_one_operation_is_refused(
     lost = data.draw(st.integers(0, len(schedules[stage].ops) - 1))
     schedules[stage] = Schedule(schedules[stage].ops[:lost] + schedules[stage].ops[lost + 1 :])
     with pytest.raises(ValueError, match=f"^stage {stage}"):
-        validate_pipeline(schedules, chunks, k, parts=layout.parts)
+        validate_pipeline(schedules, chunks, k)
 
 
 # One sequence of three chunks (0, 1, 2 of [6]), or two standalone chunks before it (2, 3, 4 of [2, 2, 6]); K = 1.
@@ -395,9 +374,8 @@ BROKEN = {
     "both backwards": (MIXED, "F0 I0 B0", "operation 2 (B0): chunk 0 already went backward"),
     "joined chunks": (LONG, "S0+1", "operation 0 (S0+1): operations of a pipeline take one chunk"),
     "chunk that is not there": (LONG, "F3", "operation 0 (F3): there are only 3 chunks"),
-    "part that is not there": (LONG, "F0@1", "operation 0 (F0@1): a stage holds only 1 parts of the model"),
-    "missing backward": (LONG, "S0 S1 F2 B2 R1 B1", ": chunk 0 never goes backward on part 0"),
-    "missing weight gradient": (LONG, "S0 S1 F2 B2 R1 B1 R0 I0", ": chunk 0 has no weight gradient on part 0"),
+    "missing backward": (LONG, "S0 S1 F2 B2 R1 B1", ": chunk 0 never goes backward"),
+    "missing weight gradient": (LONG, "S0 S1 F2 B2 R1 B1 R0 I0", ": chunk 0 has no weight gradient"),
 }  # fmt: skip
 
 

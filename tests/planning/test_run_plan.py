@@ -107,54 +107,6 @@ def test_no_rank_holds_more_state_than_its_part_of_the_longest(lengths: list[int
         assert (rank.chunks.lengths[alone] <= most).all()
 
 
-def test_a_k_for_each_sequence_by_hand() -> None:
-    """State of a token weighs half a token's activations. The longest, 100 tokens in chunks of 10, keeps K = 2 of them
-    beside the state of 90: room for 20 + 45. One of 41 has state of 40, so 45 are left: four chunks; one of 11 has six.
-    """
-    run = run_of([100, 41, 11, 7], ranks=1, sequence=1, chunk_size=10, k=2, state_weight=0.5)
-    assert np.asarray(run.k_of(run.lengths)).tolist() == [2, 4, 6, 6]
-    assert str(run[0].ranks[0].schedule).endswith("S10 F11 F12 F13 F14 B14 B13 B12 B11 R10 B10 F15 F16 B16 B15")
-    alike = run_of([100, 41, 11, 7], ranks=1, sequence=1, chunk_size=10, k=2)
-    assert alike.k_of(alike.lengths) == 2
-    assert (run[0].recomputed_chunks, alike[0].recomputed_chunks) == (8 + 1, 8 + 3)
-
-
-@given(
-    LENGTHS, st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 4)]), st.integers(1, 4), st.floats(0.01, 5), st.booleans(),
-    st.sampled_from([None, 1, 2]),
-)  # fmt: skip
-def test_with_a_k_for_each_sequence_none_takes_more_than_the_longest(
-    lengths: list[int], groups: tuple[int, int], k: int, weight: float, equal_time: bool, kv_heads: int | None
-) -> None:
-    """Replayed operation by operation, in tokens of activations: what is said to fit by the longest one must fit."""
-    ranks, sequence = groups
-    costs = COSTS if kv_heads is None else replace(COSTS, shape=replace(SHAPE, kv_heads=kv_heads))
-    run = run_of(
-        lengths, ranks=ranks, sequence=sequence, k=k, state_weight=weight, equal_time=equal_time, costs=costs
-    )  # fmt: skip
-    shares = min(sequence, kv_heads or sequence)
-    size, longest = 32 * sequence, max(lengths)
-    stored = longest if equal_time else (longest - 1) // size * size
-    most = 32 * min(k, -(-longest // size)) + weight * stored / shares
-    alike = run_of(lengths, ranks=ranks, sequence=sequence, k=k, equal_time=equal_time, costs=costs)
-    if ranks == 1:  # of several, other ones may have them
-        assert run[0].recomputed_chunks <= alike[0].recomputed_chunks
-    assert (np.asarray(run.k_of(run.lengths)) >= alike.k).all()
-    for rank in run[0].ranks:
-        live: dict[int, float] = {}
-        for op in rank.schedule.ops:
-            for chunk in op.real_chunks:
-                is_spread = chunk in rank.spread
-                tokens = rank.chunks[chunk].tokens / (sequence if is_spread else 1)
-                if op.kind in (OpKind.forward, OpKind.recompute):
-                    live[chunk] = tokens
-                elif op.kind is OpKind.backward:
-                    del live[chunk]
-                first = rank.chunks[chunk].segments[0]
-                held = weight * first.start / (shares if is_spread else 1)
-                assert sum(live.values()) + held <= most + 1e-6
-
-
 @given(LENGTHS, st.sampled_from([(2, 2), (4, 2), (4, 4)]))
 def test_seconds_of_a_group_are_those_of_its_operations(lengths: list[int], groups: tuple[int, int]) -> None:
     """Of each operation, what the costs say by hand: of a group's, divided; of a rank's own, not."""

@@ -112,9 +112,7 @@ def test_text_round_trip(schedule: Schedule) -> None:
     assert Schedule.parse(str(schedule)) == schedule
 
 
-@pytest.mark.parametrize(
-    "word", ["X1", "F", "F1+", "F+1", "F-1", "f1", "F1++2", "1F", "F1,2", "F1.0", "F1@", "F1@0", "F1@a", "F@1"]
-)
+@pytest.mark.parametrize("word", ["X1", "F", "F1+", "F+1", "F-1", "f1", "F1++2", "1F", "F1,2", "F1.0", "F1@", "F1@1"])
 def test_words_that_are_no_operation(word: str) -> None:
     """A typo in a schedule is named, not skipped."""
     with pytest.raises(ValueError, match=re.escape(f"{word!r} is not an operation")):
@@ -196,9 +194,8 @@ BROKEN = {
     "chunk that is not there": (LONG, 1, "S0 S1 S2 F3", "operation 3 (F3): there are only 3 chunks"),
     "joined state passes": (LONG, 1, "S0+1 F2 B2 R1 B1 R0 B0", "operation 0 (S0+1): only forwards and backwards"),
     "joined recomputes": (LONG, 2, "S0 S1 F2 B2 R0+1 B1+0", "operation 4 (R0+1): only forwards and backwards"),
-    "split backward": (LONG, 3, "F0 F1 F2 I2 W2", "operation 3 (I2): only pipeline stages hold parts of the model or"),
-    "second half alone": (LONG, 3, "F0 F1 F2 W2", "operation 3 (W2): only pipeline stages hold parts of the model or"),
-    "part of a model": (LONG, 3, "F0 F1@1", "operation 1 (F1@1): only pipeline stages hold parts of the model"),
+    "split backward": (LONG, 3, "F0 F1 F2 I2 W2", "operation 3 (I2): only pipeline stages split backwards"),
+    "second half alone": (LONG, 3, "F0 F1 F2 W2", "operation 3 (W2): only pipeline stages split backwards"),
     "backward of half an engine call": (LONG, 3, "F0+1+2 B2 B1 B0", "operation 1 (B2): the chunks were not forwarded"),
     "backward of two engine calls": (LONG, 3, "F0 F1 F2 B2+1 B0", "operation 3 (B2+1): the chunks were not forwarded"),
 }  # fmt: skip

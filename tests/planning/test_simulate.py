@@ -92,24 +92,6 @@ def test_split_backward_sends_its_gradient_before_its_weight_gradient() -> None:
     assert stage_rows(mixed, 0) == [("F0", 0, 1), ("B0", 3, 5)]
 
 
-def test_virtual_stages_wrap_around() -> None:
-    """Two parts on two stages: part 1 of stage 0 follows part 0 of stage 1, and the gradient goes the same way back."""
-    timeline = simulate(lines("F0 F0@1 B0@1 B0", "F0 F0@1 B0@1 B0"), OperationSeconds.proportional([1], 4))
-    assert stage_rows(timeline, 0) == [("F0", 0, 1), ("F0", 2, 3), ("B0", 6, 8), ("B0", 10, 12)]
-    assert stage_rows(timeline, 1) == [("F0", 1, 2), ("F0", 3, 4), ("B0", 4, 6), ("B0", 8, 10)]
-    assert timeline.part.tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
-    assert timeline.live_activations.tolist() == [2, 2]
-
-
-def test_parts_on_one_stage_send_nothing() -> None:
-    """Two parts on the same stage are neighbours in memory: no transfer."""
-    plain = OperationSeconds.proportional([1], 2)
-    seconds = OperationSeconds(
-        plain.forward, plain.backward, plain.recompute, plain.state_pass, transfer=np.full((1, 1), 9.0)
-    )
-    assert simulate(lines("F0 F0@1 B0@1 B0"), seconds).makespan == 6
-
-
 def test_stages_may_differ() -> None:
     """Durations are a stage's own: the last one has the head to run as well."""
     forward = np.array([[1.0], [4.0]])
@@ -180,22 +162,20 @@ HANGS = {
     "backward after a state pass only": (["S0 B0"], "stage 0, operation 1 (B0) waits forever: it needs a forward with activations of chunk 0"),
     "recompute without state pass": (["R0 B0"], "stage 0, operation 0 (R0) waits forever: it needs a state pass of chunk 0"),
     "weight gradient first": (["F0 W0 I0"], "stage 0, operation 1 (W0) waits forever: it needs an input gradient of chunk 0"),
-    "no forward before": (["", "F0 B0"], "stage 1, operation 0 (F0) waits forever: it needs a forward of chunk 0 on virtual stage 0"),
-    "no backward after": (["F0 B0", "F0"], "stage 0, operation 1 (B0) waits forever: it needs a backward of chunk 0 on virtual stage 1"),
+    "no forward before": (["", "F0 B0"], "stage 1, operation 0 (F0) waits forever: it needs a forward of chunk 0 on stage 0"),
+    "no backward after": (["F0 B0", "F0"], "stage 0, operation 1 (B0) waits forever: it needs a backward of chunk 0 on stage 1"),
     "each waits for the other": (
         ["F0 B0 F1 B1", "F0 F1 B0 B1"],
         "stage 0, operation 1 (B0) waits forever: it needs stage 1, operation 2 (B0), which never runs",
     ),
-    "the parts in the wrong order": (["F0@1 F0 B0@1 B0"], "stage 0, operation 0 (F0@1) waits forever: it needs stage 0, operation 1 (F0)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "message"), HANGS.values(), ids=HANGS)
 def test_deadlocks_are_named(text: list[str], message: str) -> None:
     """A schedule that would hang for ever on a cluster fails in milliseconds here, with the place."""
-    virtual_stages = 2 if "@" in text[0] else len(text)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        simulate(lines(*text), OperationSeconds.proportional([1, 1], virtual_stages))
+        simulate(lines(*text), OperationSeconds.proportional([1, 1], len(text)))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +186,9 @@ def test_deadlocks_are_named(text: list[str], message: str) -> None:
         (["F0 I0 B0 W0", "F0 B0"], "stage 0, operation 2 (B0): runs a second time"),
         (["F0 I0 W0 W0", "F0 B0"], "stage 0, operation 3 (W0): runs a second time"),
         (["F0 B0", "F0 B0 F7"], "stage 1, operation 2 (F7): there are only 2 chunks"),
-        (["F0 B0", "F0@1 B0"], "stage 1, operation 0 (F0@1): there are only 1 parts of the model on a stage"),
-        (["F0 B0", "F0 B0", "F0 B0"], "2 virtual stages cannot lie on 3 stages"),
-        ([], "2 virtual stages cannot lie on 0 stages"),
+        (["F0 B0", "F0 B0", "F0 B0"], "there are schedules of 3 stages, and seconds of 2"),
+        (["F0 B0"], "there are schedules of 1 stages, and seconds of 2"),
+        ([], "there are schedules of 0 stages, and seconds of 2"),
     ],
 )
 def test_schedules_that_do_not_fit(text: list[str], message: str) -> None:
@@ -236,53 +216,50 @@ def test_durations_that_do_not_fit() -> None:
 
 def naive_stops(schedules: list[Schedule], seconds: OperationSeconds) -> dict[tuple[int, int], float]:
     """When each operation (stage, position) stops, straight from the rules and by recursion: slow, and independent."""
-    stages, parts = len(schedules), seconds.virtual_stages // len(schedules)
     table = {
         OpKind.state_pass: seconds.state_pass, OpKind.forward: seconds.forward, OpKind.recompute: seconds.recompute,
         OpKind.backward: seconds.backward, OpKind.input_gradient: seconds.input_gradient,
         OpKind.weight_gradient: seconds.weight_gradient,
     }  # fmt: skip
 
-    def find(virtual_stage: int, chunk: int, kinds: tuple[OpKind, ...]) -> tuple[int, int]:
-        stage, part = virtual_stage % stages, virtual_stage // stages
+    def find(stage: int, chunk: int, kinds: tuple[OpKind, ...]) -> tuple[int, int]:
         for position, op in enumerate(schedules[stage].ops):
-            if op.kind in kinds and op.chunks == (chunk,) and op.part == part:
+            if op.kind in kinds and op.chunks == (chunk,):
                 return stage, position
-        raise AssertionError(f"no {kinds} of chunk {chunk} on virtual stage {virtual_stage}")
+        raise AssertionError(f"no {kinds} of chunk {chunk} on stage {stage}")
 
     @cache
     def stop(stage: int, position: int) -> float:
         op: Op = schedules[stage].ops[position]
-        chunk, virtual_stage = op.chunks[0], op.part * stages + stage
+        (chunk,) = op.chunks
         start = stop(stage, position - 1) if position else 0.0
         message: tuple[int, int] | None = None
-        edge = virtual_stage
-        if op.kind in (OpKind.state_pass, OpKind.forward) and virtual_stage > 0:
-            edge = virtual_stage - 1
+        edge = stage
+        if op.kind in (OpKind.state_pass, OpKind.forward) and stage > 0:
+            edge = stage - 1
             message = find(edge, chunk, (OpKind.state_pass, OpKind.forward))
-        elif op.kind in (OpKind.backward, OpKind.input_gradient) and virtual_stage < stages * parts - 1:
-            message = find(virtual_stage + 1, chunk, (OpKind.backward, OpKind.input_gradient))
+        elif op.kind in (OpKind.backward, OpKind.input_gradient) and stage < len(schedules) - 1:
+            message = find(stage + 1, chunk, (OpKind.backward, OpKind.input_gradient))
         if message is not None:
-            on_its_way = 0.0 if seconds.transfer is None or stages == 1 else float(seconds.transfer[edge, chunk])
+            on_its_way = 0.0 if seconds.transfer is None else float(seconds.transfer[edge, chunk])
             start = max(start, stop(*message) + on_its_way)
         values = table[op.kind]
         assert values is not None
-        return start + float(values[virtual_stage, chunk])
+        return start + float(values[stage, chunk])
 
     return {(s, p): stop(s, p) for s, schedule in enumerate(schedules) for p in range(len(schedule.ops))}
 
 
-def random_seconds(seed: int, virtual_stages: int, chunks: int) -> OperationSeconds:
+def random_seconds(seed: int, stages: int, chunks: int) -> OperationSeconds:
     """Nothing in proportion to anything, whole sixteenths so that sums are exact; backwards split without loss."""
     random = np.random.default_rng(seed)
 
     def draw(rows: int) -> np.ndarray:
         return random.integers(0, 64, (rows, chunks)) / 16
 
-    first, second = draw(virtual_stages), draw(virtual_stages)
+    first, second = draw(stages), draw(stages)
     return OperationSeconds(
-        draw(virtual_stages), first + second, draw(virtual_stages), draw(virtual_stages), first, second,
-        draw(virtual_stages - 1),
+        draw(stages), first + second, draw(stages), draw(stages), first, second, draw(stages - 1),
     )  # fmt: skip
 
 

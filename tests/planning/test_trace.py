@@ -47,7 +47,7 @@ def test_a_timeline_survives_its_trace() -> None:
             for c in chunks
         ]
     )
-    for name in ("rank", "stage", "part", "kind", "chunk"):
+    for name in ("rank", "stage", "kind", "chunk"):
         assert np.array_equal(getattr(measured, name), getattr(expected, name)), name
     assert measured.bubble_ratio == pytest.approx(expected.bubble_ratio, abs=1e-6)
     assert measured.makespan == pytest.approx(expected.makespan)

@@ -51,10 +51,6 @@ WITHIN = {name: 5e-4 if name.startswith("adamw") else 5e-5 for name in RECIPES}
 """Of the update: Frobenius norm of the difference over that of what training changed."""
 
 
-K_OF_EACH = ("chunk.size=32", "chunk.k_per=sequence", "model.activation_checkpointing=full")
-"""Chunks and checkpointing that let shorter sequences keep more chunks than the longest."""
-
-
 @dataclass(frozen=True)
 class Case:
     """One run of `train` in every process of a launch."""
@@ -176,7 +172,6 @@ def test_data_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> Non
     """ZeRO 0 to 3: ranks without long samples, without any sample, or with more chunks than the others; offload (with
     SGD, for DeepSpeed's AdamW on the host would have to be compiled)."""
     cases = [Case(name, (f"engine.zero_stage={stage}",)) for stage in (0, 1, 2, 3) for name in RECIPES]
-    cases += [Case("sgd", (*K_OF_EACH, "engine.zero_stage=2"))]
     if processes == 2:
         offloads = (("optimizer", 1), ("optimizer", 2), ("optimizer", 3), ("parameters", 3))
         cases += [
@@ -198,7 +193,6 @@ def test_sequence_parallel(runs: Runs, truth: dict[str, Any], processes: int) ->
     cases += [
         Case("sgd, K=2, tails alone", (group, "engine.zero_stage=3")),
         Case("adamw", (group, "engine.zero_stage=3")),
-        Case("sgd", (group, *K_OF_EACH)),
     ]
     compare(runs, truth, processes, cases)
 

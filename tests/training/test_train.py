@@ -129,7 +129,6 @@ ONE_STEP = [
     ("chunk.size=64", "chunk.k=2", "engine.zero_stage=2", "model.activation_checkpointing=selective"),
     ("chunk.size=50", "chunk.k=2", "train.loss_weighting=sequence"),
     ("chunk.size=64", "chunk.k=2", "chunk.cuts=time"),
-    ("chunk.size=20", "chunk.k=1", "chunk.k_per=sequence", "model.activation_checkpointing=full"),
 ]
 HEAD_APART = [("chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}") for stage in (1, 3)]
 

@@ -161,7 +161,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         from chunkflow_cli.model.shape import shape_without_weights
 
         shape = shape_without_weights(config.model, hf_config)
-        check_stages(shape, config.parallel.pipeline, config.parallel.parts)
+        check_stages(shape, config.parallel.pipeline)
     device = planned_device(config)
     plan = plan_run(config, data.train, cost_model(config, shape, device, hf_config))
     if not 1 <= step <= plan.steps:
@@ -273,7 +273,6 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         "global_batch_size": config.train.global_batch_size,
         "chunk_size": plan.chunk_size,
         "k": plan.k,
-        "k_per": config.chunk.k_per.value,
         "steps": plan.steps,
         "ranks": plan.ranks,
         "sequence": plan.sequence,

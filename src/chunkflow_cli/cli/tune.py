@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Config, Cuts, Device, KPer
+from chunkflow_cli.config.schema import Config, Cuts, Device
 from chunkflow_cli.console import progress_bar, stderr_console, stdout_console
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.model.hf_config import load_config
@@ -40,7 +40,6 @@ from chunkflow_cli.training.from_config import (
     plan_run,
     planned_device,
     planned_topology,
-    state_weight,
     with_links,
 )
 from chunkflow_cli.training.inputs import load_run_data
@@ -48,8 +47,8 @@ from chunkflow_cli.training.inputs import load_run_data
 LARGEST_TIMED = 4096
 """Chunk sizes beyond it are not timed: costs are linear by then, and a large chunk takes long."""
 
-Measured = dict[tuple[int, int, str], float]
-"""Real seconds of a step by chunk size, K and what K is of."""
+Measured = dict[tuple[int, int], float]
+"""Real seconds of a step by chunk size and K."""
 
 DISTURBED = 0.4
 """Relative error of a fit above which what was timed is doubted."""
@@ -104,19 +103,18 @@ def run(
     layouts = layouts_of(config)
     basis = find_basis(loaded, config_dir, hf_config, [size for size, _ in pairs])
     for layout in layouts:
-        check_stages(basis.shape, layout.pipeline, config.parallel.parts)
+        check_stages(basis.shape, layout.pipeline)
         check_heads(config, hf_config, layout.sequence)
     run_plan = plan_run(config, data, basis.costs)
     steps = sampled_steps(run_plan, config.tune.samples)
     limit = memory_limit(config, basis.device)
     runs = [
-        with_k_per
+        choice(config, run_plan, basis, layout, equal_time, *pair)
         for layout in layouts
         for equal_time in cuts_of(config, layout.pipeline)
         for pair in grid(
             config.tune.chunk_sizes, config.tune.ks, longest, replace(run_plan, equal_time=equal_time).pair_weight
         )
-        for with_k_per in of_each_k_per(config, choice(config, run_plan, basis, layout, equal_time, *pair))
     ]
     candidates = []
     is_planned_whole = len(steps) == run_plan.steps
@@ -173,8 +171,8 @@ def refuse_what_cannot_be_measured(config: Config) -> None:
         ("launch.processes", config.launch.processes, config.launch.processes),
         ("parallel.pipeline", config.parallel.pipeline, config.parallel.pipeline),
         ("parallel.sequence", config.parallel.sequence, config.parallel.sequence),
-        ("tune.sequences", config.tune.sequences, max(config.tune.sequences, default=1)),
-        ("tune.pipelines", config.tune.pipelines, max(config.tune.pipelines, default=1)),
+        ("cluster.sequences", config.cluster.sequences, max(config.cluster.sequences, default=1)),
+        ("cluster.pipelines", config.cluster.pipelines, max(config.cluster.pipelines, default=1)),
     ):
         if most > 1:
             raise UsageError(
@@ -256,13 +254,13 @@ def layouts_of(config: Config) -> list[Topology]:
     Raises:
         UsageError: a size that does not divide `launch.processes`, or sizes that do so only one at a time.
     """
-    tried = config.tune
+    tried = config.cluster
     if not tried.pipelines and not tried.sequences:
         return [planned_topology(config)]
     processes = config.launch.processes
     for key, sizes, noun in (
-        ("tune.pipelines", tried.pipelines, "pipelines of {} stages"),
-        ("tune.sequences", tried.sequences, "groups of {} ranks"),
+        ("cluster.pipelines", tried.pipelines, "pipelines of {} stages"),
+        ("cluster.sequences", tried.sequences, "groups of {} ranks"),
     ):
         for size in sizes:
             if size < 1 or processes % size:
@@ -277,8 +275,8 @@ def layouts_of(config: Config) -> list[Topology]:
     ]
     if not found:
         raise UsageError(
-            f"launch.processes={processes} cannot be divided into groups of tune.sequences={tried.sequences} "
-            f"x tune.pipelines={tried.pipelines}"
+            f"launch.processes={processes} cannot be divided into groups of cluster.sequences={tried.sequences} "
+            f"x cluster.pipelines={tried.pipelines}"
         )
     return found
 
@@ -287,29 +285,6 @@ def cuts_of(config: Config, stages: int) -> list[bool]:
     """Whether long samples are cut into pieces of equal time: what to try. One stage takes as long either way."""
     tried = config.tune.cuts if stages > 1 and config.tune.cuts else [config.chunk.cuts]
     return [cuts is Cuts.time for cuts in dict.fromkeys(tried)]
-
-
-def of_each_k_per(config: Config, run: RunPlan) -> list[RunPlan]:
-    """The run with K for all long samples alike, and with a K for each, as far as that is to be tried.
-
-    Where no long sample would keep more chunks for it, the two do the same, and one is enough.
-    """
-    alike = replace(run, state_weight=0.0)
-    if run.pipeline is not None or run.layout.lockstep or run.costs.shape is None:
-        return [alike]
-    of_each = replace(run, state_weight=state_weight(config, run.costs.shape))
-    if not (_keeps_more(of_each, spread=run.sequence > 1) or _keeps_more(of_each, spread=False)):
-        return [alike]
-    runs = {KPer.run: alike, KPer.sequence: of_each}
-    return [runs[k_per] for k_per in dict.fromkeys(config.tune.k_per or [config.chunk.k_per])]
-
-
-def _keeps_more(run: RunPlan, *, spread: bool) -> bool:
-    """Whether some sequence keeps more than K of its chunks, if its group runs it together or a rank alone."""
-    pieces = -(-run.lengths // (run.spread_chunk_size if spread else run.chunk_size))
-    if run.equal_time:
-        pieces = pieces + run.k  # there are more, and how many is not known before they are cut
-    return bool((np.minimum(run.k_of(run.lengths, spread=spread), pieces) > np.minimum(run.k, pieces)).any())
 
 
 def choice(
@@ -325,8 +300,7 @@ def choice(
         return chosen
     settings = memory_settings(config, basis.device, chunk_size=chunk_size, ranks=ranks)
     update = max(
-        step_seconds(basis.shape, settings, basis.device, chosen.held_by(stage, basis.shape.layers))
-        for stage in range(stages)
+        step_seconds(basis.shape, settings, basis.device, held) for held in chosen.stage_layers(basis.shape.layers)
     )
     return replace(chosen, costs=replace(run.costs, step_seconds=update))
 
@@ -357,8 +331,6 @@ def _measure_best(
     room = config.tune.budget_seconds / 2
     chosen: list[Candidate] = []
     for candidate in ranked:
-        if any((each.chunk_size, each.k) == (candidate.chunk_size, candidate.k) for each in chosen):
-            continue  # with the other k_per: as good as the same
         room -= candidate.step_seconds
         if room < 0 or len(chosen) == config.tune.measure:
             break
@@ -371,14 +343,14 @@ def _measure_best(
         return {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "seconds.json")
-        pairs = [":".join(map(str, _measured_as(candidate))) for candidate in chosen]
+        pairs = [f"{candidate.chunk_size}:{candidate.k}" for candidate in chosen]
         _run_measurement(["--out", str(out), "--pairs", *pairs, "--step", str(step)], loaded, config_dir)
         rows = json.loads(out.read_text(encoding="utf-8"))
-    return {(row["chunk_size"], row["k"], row["k_per"]): row["seconds"] for row in rows}
+    return {(row["chunk_size"], row["k"]): row["seconds"] for row in rows}
 
 
-def _measured_as(candidate: Candidate) -> tuple[int, int, str]:
-    return candidate.chunk_size, candidate.k, candidate.k_per
+def _measured_as(candidate: Candidate) -> tuple[int, int]:
+    return candidate.chunk_size, candidate.k
 
 
 def explain(best: Candidate, candidates: Sequence[Candidate]) -> str:
@@ -421,11 +393,6 @@ def explain(best: Candidate, candidates: Sequence[Candidate]) -> str:
         near = min(others, key=lambda each: each.memory_bytes)
         parts.append(f"{_stages(near)} would need {near.memory_bytes / 2**30:.1f} GiB")
     twins = [each for each in candidates if each.fits and each.is_at(best) and each.cuts != best.cuts]
-    twins_in_k = [each for each in candidates if each.fits and each.is_at(best) and each.k_per != best.k_per]
-    if twins_in_k:
-        times = twins_in_k[0].step_seconds / total
-        kept = "for each sample its own K" if best.k_per == "run" else "one K for all samples"
-        parts.append(f"{kept} would take {times:.2f} times as long ({_why(twins_in_k[0], best)})")
     if twins:
         times = twins[0].step_seconds / total
         parts.append(f"cuts of equal {twins[0].cuts} would take {times:.2f} times as long ({_why(twins[0], best)})")
@@ -481,7 +448,6 @@ def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) 
             f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
             f"chunkflow train recipe=... --overrides {path}\n"
             f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
-            + (f"  k_per: {best.k_per}\n" if best.k_per != config.chunk.k_per.value else "")
             + (f"  cuts: {best.cuts}\n" if best.cuts != config.chunk.cuts.value else "")
             + ("parallel:\n" if best.layout != (config.parallel.sequence, config.parallel.pipeline) else "")
             + (f"  sequence: {best.sequence}\n" if best.sequence != config.parallel.sequence else "")
@@ -501,5 +467,5 @@ def _nothing_fits(candidates: Sequence[Candidate], limit: int, longest: int) -> 
         f"{layout}, needs {least.memory_bytes / 2**30:.1f} GiB (the longest sample has {longest:,} tokens)\n"
         "  lower data.max_length or tune.chunk_sizes, take model.activation_checkpointing=full or\n"
         "  model.lora.enabled=true or engine.offload=optimizer; `chunkflow plan` shows the parts"
-        + ("\n  more stages divide the model: tune.pipelines" if layout else "")
+        + ("\n  more stages divide the model: cluster.pipelines" if layout else "")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, KPer, PipelineSchedule, Spread
+from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread
 from chunkflow_cli.errors import UsageError
 
 
@@ -30,10 +30,9 @@ def check(config: Config) -> None:
         "launch.grace_seconds": (config.launch.grace_seconds, 0),
         "launch.hang_seconds": (config.launch.hang_seconds, 0),
         "parallel.pipeline": (config.parallel.pipeline, 1),
-        "parallel.parts": (config.parallel.parts, 1),
         "parallel.warmup_extra": (config.parallel.warmup_extra, 0),
         "tune.memory_gib": (config.tune.memory_gib, 0),
-        "tune.gpus_per_node": (config.tune.gpus_per_node, 1),
+        "cluster.gpus_per_node": (config.cluster.gpus_per_node, 1),
         "tune.samples": (config.tune.samples, 1),
         "tune.measure": (config.tune.measure, 0),
         "tune.budget_seconds": (config.tune.budget_seconds, 0),
@@ -48,8 +47,8 @@ def check(config: Config) -> None:
         if value is not None and value < smallest:
             raise UsageError(f"{key}={value} must be at least {smallest}")
     for key, rate in (
-        ("tune.node_gb_per_second", config.tune.node_gb_per_second),
-        ("tune.network_gb_per_second", config.tune.network_gb_per_second),
+        ("cluster.node_gb_per_second", config.cluster.node_gb_per_second),
+        ("cluster.network_gb_per_second", config.cluster.network_gb_per_second),
     ):
         if rate is not None and rate <= 0:
             raise UsageError(f"{key}={rate} must be above 0; null takes the data sheet's")
@@ -77,22 +76,6 @@ def check(config: Config) -> None:
         )
     if config.parallel.spread is Spread.all and sequence == 1:
         raise UsageError("parallel.spread=all: there is no group to spread over\n  set parallel.sequence")
-    is_interleaved = config.parallel.schedule is PipelineSchedule.interleaved
-    if is_interleaved != (config.parallel.parts > 1):
-        raise UsageError(
-            f"parallel.schedule={config.parallel.schedule.value} with parallel.parts={config.parallel.parts}: "
-            + ("interleaved needs two or more parts\n  such as parallel.parts=2" if is_interleaved else
-               "only interleaved holds several parts of the model on a stage\n  take parallel.schedule=interleaved")
-        )  # fmt: skip
-    if config.chunk.k_per is KPer.sequence:
-        for is_unsuited, key, why in (
-            (stages > 1, f"parallel.pipeline={stages}", "there several long samples hold activations at once"),
-            (config.engine.zero_stage == 3, "engine.zero_stage=3", "there all ranks run as many chunks together"),
-            (config.plan.cost_model is CostModelName.proportional, "plan.cost_model=proportional",
-             "it needs to know what a token's state and activations take"),
-        ):  # fmt: skip
-            if is_unsuited:
-                raise UsageError(f"chunk.k_per=sequence with {key}: {why}\n  take chunk.k_per=run")
     if config.plan.cost_model is CostModelName.measured and config.tune.device is not Device.measured:
         raise UsageError(
             f"plan.cost_model=measured with tune.device={config.tune.device.value}: only the device of this machine "

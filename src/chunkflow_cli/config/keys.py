@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from chunkflow_cli.config import schema
 from chunkflow_cli.config.schema import Config
+from chunkflow_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,42 @@ def _as_written(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+GONE = {
+    "chunk.k_per": "every long sample keeps chunk.k chunks: a K for each sample brought nothing\n  remove the key",
+    "tune.k_per": "every long sample keeps chunk.k chunks: a K for each sample brought nothing\n  remove the key",
+    "parallel.parts": "a stage holds one part of the model: interleaved schedules never ran\n  remove the key",
+    "parallel.schedule=interleaved": "interleaved schedules never ran\n"
+    "  take parallel.schedule=state_aware_1f1b or zero_bubble",
+    **{
+        f"tune.{name}": f"it is now cluster.{name}"
+        for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second", "pipelines", "sequences")
+    },
+}
+"""Keys, and one value as key=value, that earlier versions had: what became of each."""
+
+
+def refuse_gone(overrides: Sequence[str]) -> None:
+    """Refuse an override that sets, adds or removes a key of an earlier version.
+
+    Raises:
+        UsageError: names the override and what became of the key.
+    """
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        for name in (key, f"{key}={value}"):
+            if name in GONE:
+                raise UsageError(gone(name))
+
+
+def gone(name: str) -> str:
+    """Return the error for a key, or a key=value, of GONE."""
+    return f"{name} is gone: {GONE[name]}"
+
+
 def unknown_key(key: str) -> str:
+    """Return the error for a key that the configuration does not have: a gone one is named, not taken for a typo."""
+    if key in GONE:
+        return gone(key)
     return f"there is no configuration key {key!r}{did_you_mean(key, known_keys())}"
 
 

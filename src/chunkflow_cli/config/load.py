@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chunkflow_cli.config.checks import check
-from chunkflow_cli.config.keys import did_you_mean, known_keys, unknown_key
+from chunkflow_cli.config.keys import GONE, did_you_mean, gone, known_keys, refuse_gone, unknown_key
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
@@ -55,6 +55,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    refuse_gone(overrides)
     _register_resolvers()
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -215,6 +216,9 @@ def _explain(error: BaseException, overrides: Sequence[str], names: Sequence[str
         return unknown_key(key or (named.group(1) if named is not None else "?"))
     value = re.search(r"(?:Value|Invalid value) '[^']*'.*|.*could not be converted.*", text)
     if key and value is not None:
+        refused = re.search(r"value '([^']*)'", value.group(0), re.IGNORECASE)
+        if refused is not None and (name := f"{key}={refused.group(1)}") in GONE:
+            return gone(name)
         word = next((word for word in overrides if word.lstrip("+").partition("=")[0] == key), key)
         return f"{word}: {value.group(0).splitlines()[0][0].lower()}{value.group(0).splitlines()[0][1:]}"
     if "does not support deletion" in text:

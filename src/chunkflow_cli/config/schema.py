@@ -97,7 +97,6 @@ PipelineSchedule = Enum(
         "1f1b": "1f1b",
         "state_aware_1f1b": "state_aware_1f1b",
         "searched": "searched",
-        "interleaved": "interleaved",
         "zero_bubble": "zero_bubble",
     },
     type=str,
@@ -107,11 +106,6 @@ PipelineSchedule = Enum(
 class Cuts(str, Enum):
     tokens = "tokens"
     time = "time"
-
-
-class KPer(str, Enum):
-    run = "run"
-    sequence = "sequence"
 
 
 class Spread(str, Enum):
@@ -195,9 +189,6 @@ class ChunkConfig:
     """Most tokens in a chunk: the unit of every forward and backward, and what sets peak memory."""
     k: int = 1
     """How many chunks of a long sequence keep their activations; the others are forwarded twice."""
-    k_per: KPer = KPer.run
-    """`run`: every long sample keeps K chunks. `sequence`: the longest does; the state that others do not have leaves
-    room for more of theirs, up to what the longest takes with K full chunks, so fewer are forwarded twice."""
     fill_tails: bool = True
     """Fill the last chunk of a long sequence with short sequences."""
     cuts: Cuts = Cuts.tokens
@@ -307,8 +298,6 @@ class ParallelConfig:
     """Stages that the model's layers are cut into: `plan` shows their schedules."""
     schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
     """How the stages of a pipeline take turns."""
-    parts: int = 1
-    """Parts of the model on each stage: 2 or more with parallel.schedule=interleaved, 1 with any other."""
     warmup_extra: int = 0
     """More warm-up forwards a stage than 1F1B has: fewer bubbles for about one more live activation each."""
 
@@ -326,30 +315,33 @@ class TuneConfig:
     """What is planned for; `measured` is the device of this machine."""
     memory_gib: float | None = None
     """Memory of a rank's device; null is all that the device has, less a twentieth that allocators waste."""
-    gpus_per_node: int = 8
-    """Of the cluster that is planned for: exchanges of a sequence-parallel group within a node take its own links."""
-    node_gb_per_second: float | None = None
-    """Between two GPUs of a node, in one direction, in 10^9 bytes; null: by the device's data sheet."""
-    network_gb_per_second: float | None = None
-    """Between nodes, each GPU's share, in one direction; stages and gradients too. null: 50, of an A100 25."""
     chunk_sizes: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
     """Values of chunk.size that are tried."""
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Values of chunk.k that are tried."""
-    pipelines: list[int] = field(default_factory=list)
-    """Numbers of pipeline stages that are tried for launch.processes devices; empty: parallel.pipeline."""
-    sequences: list[int] = field(default_factory=list)
-    """Sizes of sequence-parallel groups that are tried for launch.processes devices; empty: parallel.sequence."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
     """Values of chunk.cuts that are tried in pipelines (one stage is as fast with any); empty: chunk.cuts."""
-    k_per: list[KPer] = field(default_factory=lambda: [KPer.run, KPer.sequence])
-    """Values of chunk.k_per that are tried without a pipeline, below ZeRO-3; empty: chunk.k_per."""
     samples: int = 1024
     """So many samples are planned for each pair, in whole global batches of the run."""
     measure: int = 3
     """How many of the best pairs run a real step, where the device is here; 0 trusts the prediction."""
     budget_seconds: float = 300.0
     """Time for all that runs on the device: timing of chunks, and the best pairs."""
+
+
+@dataclass
+class ClusterConfig:
+    gpus_per_node: int = 8
+    """GPUs of a node: a sequence-parallel group within a node exchanges over the node's own links."""
+    node_gb_per_second: float | None = None
+    """Between two GPUs of a node, in one direction, in 10^9 bytes; null: by the device's data sheet."""
+    network_gb_per_second: float | None = None
+    """Between nodes, each GPU's share, in one direction; stages and gradients too. null: 50, of an A100 25."""
+    pipelines: list[int] = field(default_factory=list)
+    """Numbers of pipeline stages that tune-chunk-size tries for launch.processes devices; empty: parallel.pipeline."""
+    sequences: list[int] = field(default_factory=list)
+    """Sizes of sequence-parallel groups that tune-chunk-size tries for launch.processes devices; empty:
+    parallel.sequence."""
 
 
 @dataclass
@@ -377,4 +369,5 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)

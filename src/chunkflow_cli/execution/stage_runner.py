@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.engine import PipelineEngine
-from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
@@ -30,18 +29,6 @@ from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stages import StageModel
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.planning.schedule import Op, OpKind, Schedule
-
-
-def check_pipeline_schedule(schedule: str) -> None:
-    """
-    Raises:
-        UsageError: `parallel.schedule` is one that is planned and simulated, but not run.
-    """
-    if schedule == "interleaved":
-        raise UsageError(
-            "parallel.schedule=interleaved gives a stage several parts of the model; so far only plan knows it\n"
-            "  take parallel.schedule=zero_bubble or state_aware_1f1b"
-        )
 
 
 class PipelineRunner:

@@ -72,19 +72,19 @@ class ModelShape:
         """Adapters leave the head frozen."""
         return self.trainable_parameters == self.parameters
 
-    def parameters_of(self, held: Sequence[StageLayers]) -> int:
-        """Weights of these parts of the model. The first one holds the embedding, the last one the head; what is left
-        (final norm, biases, position embeddings) is little, and counted with the layers."""
+    def parameters_of(self, held: StageLayers) -> int:
+        """Weights of a stage. The first one holds the embedding, the last one the head; what is left (final norm,
+        biases, position embeddings) is little, and counted with the layers."""
         tables = (1 if self.is_head_tied else 2) * self.head_parameters
-        of_layers = (self.parameters - tables) * sum(part.layers for part in held) // self.layers
-        ends = any(part.is_first for part in held) + any(part.is_last for part in held)
+        of_layers = (self.parameters - tables) * held.layers // self.layers
+        ends = held.is_first + held.is_last
         return of_layers + min(ends * self.head_parameters, tables)
 
-    def trainable_parameters_of(self, held: Sequence[StageLayers]) -> int:
+    def trainable_parameters_of(self, held: StageLayers) -> int:
         """Those of them that get a gradient. Adapters lie in the layers."""
         if self.is_head_trained:
             return self.parameters_of(held)
-        return self.trainable_parameters * sum(part.layers for part in held) // self.layers
+        return self.trainable_parameters * held.layers // self.layers
 
 
 def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:
@@ -298,7 +298,7 @@ class CostModel:
         self,
         lengths: NDArray[np.int64],
         chunk_size: int,
-        k: int | NDArray[np.int64],
+        k: int,
         targets: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
         """(sequences,) seconds of all operations of each sequence, the second forwards of long ones included.
@@ -308,7 +308,7 @@ class CostModel:
         Args:
             lengths: (sequences,) tokens.
             chunk_size: most tokens in a chunk.
-            k: chunks of a long sequence that keep their activations: of each alike, or (sequences,).
+            k: chunks of a long sequence that keep their activations.
             targets: (sequences,) tokens that the loss counts; all of them if not given.
         """
         size = np.asarray(lengths, dtype=np.float64)

@@ -6,7 +6,6 @@ formula states its source. `peak_memory` puts them together with what a plan kee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -103,7 +102,7 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
 
 
 def live_tokens(
-    lengths: NDArray[np.int64], chunk_size: int, k: int | NDArray[np.int64], others: int, *, fill_tails: bool
+    lengths: NDArray[np.int64], chunk_size: int, k: int, others: int, *, fill_tails: bool
 ) -> NDArray[np.int64]:
     """(sequences,) most tokens that hold activations at once, on one stage, while each sequence goes backward.
 
@@ -113,7 +112,7 @@ def live_tokens(
     Args:
         lengths: (sequences,) tokens.
         chunk_size: most tokens in a chunk.
-        k: chunks of a long sequence that keep their activations: of each alike, or (sequences,).
+        k: chunks of a long sequence that keep their activations.
         others: tokens of short sequences that may share a chunk with this one, at most.
         fill_tails: whether the last chunk of a long sequence takes them in, as other chunks do.
     """
@@ -128,7 +127,7 @@ def live_tokens(
 def memory_parts(
     shape: ModelShape,
     settings: MemorySettings,
-    held: Sequence[StageLayers] | None = None,
+    held: StageLayers | None = None,
     *,
     live: float = 0.0,
     stored: float = 0.0,
@@ -143,12 +142,12 @@ def memory_parts(
     Args:
         shape: of the whole model.
         settings: of the run.
-        held: the parts of the model that the rank holds: those of its pipeline stage, the whole model if not given.
+        held: the layers of the rank's pipeline stage; the whole model if not given.
         live: tokens that hold activations on this rank at its peak.
         stored: tokens in its state store meanwhile; of a sequence-parallel group, this rank's share of them.
     """
-    held = cut_layers(shape.layers, 1) if held is None else held
-    layers = sum(part.layers for part in held)
+    held = cut_layers(shape.layers, 1)[0] if held is None else held
+    layers = held.layers
     shared = settings.data_parallel
     trainable = shape.trainable_parameters_of(held)
     parameters = shape.parameters_of(held)
@@ -174,14 +173,14 @@ def memory_parts(
         gradients=summed + of_a_chunk,
         optimizer=optimizer,
         activations=int(kept + again),
-        head=head if any(part.is_last for part in held) else 0,
+        head=head if held.is_last else 0,
         state=int(state),
         host=host,
     )
 
 
 def step_seconds(
-    shape: ModelShape, settings: MemorySettings, device: DeviceProfile, held: Sequence[StageLayers] | None = None
+    shape: ModelShape, settings: MemorySettings, device: DeviceProfile, held: StageLayers | None = None
 ) -> float:
     """Of the optimizer step on one rank: gradients are summed over the data-parallel ranks, weights are updated.
 
@@ -192,9 +191,9 @@ def step_seconds(
         shape: of the whole model.
         settings: of the run.
         device: whose links and memory.
-        held: the parts of the model that the rank holds, as for `memory_parts`.
+        held: the layers of its pipeline stage, as for `memory_parts`.
     """
-    trainable = shape.trainable_parameters_of(cut_layers(shape.layers, 1) if held is None else held)
+    trainable = shape.trainable_parameters_of(cut_layers(shape.layers, 1)[0] if held is None else held)
     ranks = settings.data_parallel
     reduce = 2 * (ranks - 1) / ranks * 4 * trainable / device.link_bytes_per_second
     share = trainable / (ranks if settings.zero_stage >= 1 else 1)

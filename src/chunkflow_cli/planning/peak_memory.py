@@ -44,8 +44,8 @@ def memory_of_fullest(
             (memory_parts(shape, settings, live=tokens, stored=state) for tokens, state in _undominated(live, stored)),
             key=lambda parts: parts.device_total,
         )
-    held = [run.held_by(stage, shape.layers) for stage in range(run.pipeline.stages)]
-    at_rest = [memory_parts(shape, settings, parts) for parts in held]
+    held = run.stage_layers(shape.layers)
+    at_rest = [memory_parts(shape, settings, layers) for layers in held]
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     fullest = max(at_rest, key=lambda parts: parts.device_total)
     for step in steps:
@@ -56,8 +56,8 @@ def memory_of_fullest(
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
             running = again * float(tokens.held.max())
             # Every stage is looked at: the first holds the most chunks, but not always the most state or weights.
-            for stage, (parts, rest) in enumerate(zip(held, at_rest, strict=True)):
-                activations, state = tokens.bytes_on(shape, settings, parts)
+            for stage, (layers, rest) in enumerate(zip(held, at_rest, strict=True)):
+                activations, state = tokens.bytes_on(shape, settings, layers)
                 room = fullest.device_total - rest.device_total - running
                 if activations.sum() + state.sum() <= room:
                     continue  # not even with all of its chunks at once
@@ -105,24 +105,16 @@ class _TokensOfChunks:
         return cls(held, read_later, received)
 
     def bytes_on(
-        self, shape: ModelShape, settings: MemorySettings, held: Sequence[StageLayers]
+        self, shape: ModelShape, settings: MemorySettings, held: StageLayers
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(parts, chunks) of activations, and of what lies in the state store, in each of a stage's parts of the model.
+        """(chunks,) bytes of activations, and of what lies in the state store, on a stage.
 
         The store holds the keys and values that later chunks read, with their gradients, and what was received.
         """
         state_of_layer = state_bytes_per_token(shape, settings.element_bytes) / shape.layers
         received = self.received * shape.hidden_size * settings.element_bytes
-
-        def kept(layers: int) -> float:
-            return kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
-
-        return (
-            np.stack([self.held * kept(part.layers) for part in held]),
-            np.stack(
-                [self.read_later * state_of_layer * part.layers + received * (not part.is_first) for part in held]
-            ),
-        )
+        kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
+        return self.held * kept, self.read_later * state_of_layer * held.layers + received * (not held.is_first)
 
 
 def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:
@@ -154,13 +146,12 @@ def _of_planned_chunks(run: RunPlan) -> tuple[NDArray[np.float64], NDArray[np.fl
     for step in run:
         for rank in step.ranks:
             tokens, groups = chunk_tokens(rank.chunks), rank.chunks.dependent_groups()
-            k = np.broadcast_to(run.k_of(rank.chunks.lengths), len(rank.chunks.lengths))
             standalone = groups[0].start if groups else len(tokens)
             pairs += [(size, 0.0) for size in tokens[:standalone].tolist()]
             for group in groups:
                 of_group = tokens[group.start : group.stop]
                 last_stored = rank.chunks.first_segment[group.stop - 2]
-                kept = of_group[-int(k[rank.chunks.sequence[last_stored]]) :].sum()
+                kept = of_group[-run.k :].sum()
                 pairs.append((max(of_group.max(), kept), float(rank.chunks.stop[last_stored])))
     live, stored = np.array(pairs, dtype=np.float64).T
     return live, stored
@@ -173,11 +164,10 @@ def _of_any_batch(
     counts = np.bincount(lengths)
     lengths = np.flatnonzero(counts)  # a million samples have some thousand lengths
     others = _sum_of_longest(lengths[lengths <= size], counts, run.batches.global_batch_size - 1)
-    k = run.k_of(lengths, spread=spread)
     if run.equal_time:  # pieces of a long sample are of many sizes, the last one the smallest
-        live, stored = np.minimum(lengths + others, size * np.asarray(k)), np.where(lengths > size, lengths, 0)
+        live, stored = np.minimum(lengths + others, size * run.k), np.where(lengths > size, lengths, 0)
     else:
-        live = live_tokens(lengths, size, k, others, fill_tails=run.fill_tails)
+        live = live_tokens(lengths, size, run.k, others, fill_tails=run.fill_tails)
         stored = (lengths - 1) // size * size
     return live / ranks, stored / (run.state_shares if spread else 1)
 

@@ -20,8 +20,7 @@ What is ours:
 
 Why plain and state-aware 1F1B never deadlock: all stages run the same forwards and the same backwards in one order, and
 a stage runs at least as many forwards before its j-th backward as the stage after it. So a forward waits only for
-earlier forwards of the stage before, and for backwards that themselves wait only for earlier forwards. Interleaved, the
-last stage also sends to the first: there no stage may run ahead by more than a round each way, 2 P forwards in all.
+earlier forwards of the stage before, and for backwards that themselves wait only for earlier forwards.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from chunkflow_cli.planning.chunks import Chunks
-from chunkflow_cli.planning.pipeline_orders import interleaved, plain_1f1b, state_aware_1f1b
+from chunkflow_cli.planning.pipeline_orders import plain_1f1b, state_aware_1f1b
 from chunkflow_cli.planning.pipeline_search import searched
 from chunkflow_cli.planning.schedule import Schedule
 from chunkflow_cli.planning.simulate import OperationSeconds
 from chunkflow_cli.planning.zero_bubble import zero_bubble
 
-PIPELINE_SCHEDULES = ("1f1b", "state_aware_1f1b", "searched", "interleaved", "zero_bubble")
+PIPELINE_SCHEDULES = ("1f1b", "state_aware_1f1b", "searched", "zero_bubble")
 CHOSEN_BY_SECONDS = ("searched", "zero_bubble")
 """Those that depend on how long operations take."""
 
@@ -53,19 +52,15 @@ class PipelineLayout:
     warmup_extra: int = 0
     """More warm-up forwards a stage than 1F1B has; each takes about one more live activation. `searched` tries all
     from 0 up to this, or up to 2."""
-    parts: int = 1
-    """Parts of the model on each stage. Only interleaved schedules have more than one."""
     most_live: int | None = None
     """Live activations that a stage has room for; what `searched` and `zero_bubble` take must stay within it."""
 
     def __post_init__(self) -> None:
         if self.schedule not in PIPELINE_SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(PIPELINE_SCHEDULES)}")
-        for name, least in (("stages", 1), ("warmup_extra", 0), ("parts", 1)):
+        for name, least in (("stages", 1), ("warmup_extra", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.parts > 1 and self.schedule != "interleaved":
-            raise ValueError(f"parts={self.parts}: a stage of {self.schedule} holds one part of the model")
 
 
 def plan_pipeline(
@@ -75,17 +70,15 @@ def plan_pipeline(
 
     Args:
         chunks: the chunks of the step of one data-parallel rank.
-        k: how many chunks of a long sequence keep their activations, on each part of the model.
+        k: how many chunks of a long sequence keep their activations.
         layout: the stages.
         seconds: what `searched` and `zero_bubble` choose by; proportional to tokens if not given.
     """
     if seconds is None and layout.schedule in CHOSEN_BY_SECONDS:
-        seconds = OperationSeconds.proportional(chunk_tokens(chunks), layout.stages * layout.parts)
+        seconds = OperationSeconds.proportional(chunk_tokens(chunks), layout.stages)
     match layout.schedule:
         case "1f1b":
             return plain_1f1b(chunks, k, layout.stages, layout.warmup_extra)
-        case "interleaved":
-            return interleaved(chunks, k, layout.stages, layout.parts, layout.warmup_extra)
         case "zero_bubble":
             assert seconds is not None
             return zero_bubble(chunks, k, layout.stages, seconds, layout.warmup_extra, most_live=layout.most_live)
@@ -113,24 +106,17 @@ def chunk_tokens(chunks: Chunks) -> NDArray[np.int64]:
     return np.diff(ends[chunks.first_segment])
 
 
-def activation_bound(chunks: Chunks, k: int, layout: PipelineLayout) -> tuple[int, ...]:
+def activation_bound(k: int, layout: PipelineLayout) -> tuple[int, ...]:
     """Live activations that no stage exceeds, whatever the lengths: (stages,).
 
     Plain 1F1B: K (P - s + warmup_extra). State-aware: K + P - 1 - s + warmup_extra; `searched` has the largest warm-up
-    it may try, and `zero_bubble` the room of the fullest stage on all. Interleaved, with rounds of at most Q chunks
-    and V parts: the larger of V (K + 2 Q) and what is in flight, 2 (P - 1 - s + warmup_extra) + (V - 1) Q + 1.
+    it may try, and `zero_bubble` the room of the fullest stage on all.
     """
-    stages, parts = layout.stages, layout.parts
+    stages = layout.stages
     in_flight = [stages - stage + layout.warmup_extra for stage in range(stages)]
     match layout.schedule:
         case "1f1b":
             return tuple(k * held for held in in_flight)
-        case "interleaved":
-            longest_round = -(-len(chunks) // max(1, len(chunks) // stages))
-            return tuple(
-                max(parts * (k + 2 * longest_round), 2 * (held - 1) + (parts - 1) * longest_round + 1)
-                for held in in_flight
-            )
         case "zero_bubble":
             return (k - 1 + in_flight[0] if layout.most_live is None else layout.most_live,) * stages
         case "searched":

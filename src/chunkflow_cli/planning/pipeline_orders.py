@@ -76,40 +76,8 @@ def state_aware_1f1b(
     return tuple(schedules)
 
 
-def interleaved(chunks: Chunks, k: int, stages: int, parts: int, warmup_extra: int = 0) -> tuple[Schedule, ...]:
-    """State-aware 1F1B with several parts of the model on each stage: bubbles shrink by their number.
-
-    Rounds of at least P chunks go through part 0 of all stages, then through part 1, and so on; rounds of backwards the
-    other way (Megatron-LM: Narayanan et al. 2021, arXiv 2104.04473, section 2.2; it asks for rounds of exactly P, here
-    the chunks left over make rounds longer). Part `v` of stage `s` is virtual stage `v * P + s`.
-    """
-    units = units_of(chunks)
-    count = len(chunks)
-    rounds = np.array_split(np.arange(count), max(1, count // stages))
-    forwards = _first_forwards(units, k)
-    backwards = _backwards(units, k)
-    forward_items = [(int(turn), part) for turns in rounds for part in range(parts) for turn in turns]
-    backward_items = [(int(turn), part) for turns in rounds for part in reversed(range(parts)) for turn in turns]
-    forward_ops = [_on_part(forwards[turn], part) for turn, part in forward_items]
-    backward_ops = [[_on_part(op, part) for op in backwards[turn]] for turn, part in backward_items]
-
-    place = {(op.chunks[0], op.part): place for place, op in enumerate(forward_ops)}
-    own_forward = np.array([place[(ops[-1].chunks[0], ops[-1].part)] for ops in backward_ops], dtype=np.int64)
-    needed = np.maximum.accumulate(own_forward) + 1
-    turn = np.arange(len(backward_ops)) + 1
-    longest_round = max(len(turns) for turns in rounds)
-    schedules = []
-    for stage in range(stages):
-        # As in Megatron-LM: a round through all parts but the last, and twice the distance to the last stage.
-        warmup = 2 * (stages - 1 - stage) + (parts - 1) * longest_round + warmup_extra
-        schedules.append(
-            _weave(forward_ops, backward_ops, np.minimum(np.maximum(turn + warmup, needed), len(forward_ops)).tolist())
-        )
-    return tuple(schedules)
-
-
 def live_activations(schedule: Schedule) -> int:
-    """The most chunks that hold activations at once on a stage that runs this; each counts once for each part."""
+    """The most chunks that hold activations at once on a stage that runs this."""
     live = most = 0
     for op in schedule.ops:
         if op.kind in (OpKind.forward, OpKind.recompute):
@@ -138,10 +106,6 @@ def _backwards(units: Iterable[Unit], k: int) -> list[list[Op]]:
         for unit in units
         for place, chunk in reversed(list(enumerate(unit)))
     ]
-
-
-def _on_part(op: Op, part: int) -> Op:
-    return Op(op.kind, op.chunks, part)
 
 
 def _weave(forwards: Sequence[Op], backwards: Sequence[Sequence[Op]], forwards_before: Sequence[int]) -> Schedule:

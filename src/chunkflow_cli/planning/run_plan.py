@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.balance import balance, rank_loads, share_out
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.chunks import Chunks, build_chunks, cut_points, join_chunks
+from chunkflow_cli.planning.chunks import Chunks, build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.planning.pipeline import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
 from chunkflow_cli.planning.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
@@ -123,13 +123,10 @@ class RunPlan:
     target_counts: NDArray[np.int64]  # (samples,)
     chunk_size: int
     k: int
-    """Chunks of a long sequence that keep their activations: of each, or at least of the longest one."""
+    """Chunks of a long sequence that keep their activations."""
     fill_tails: bool = True
     equal_time: bool = False
     """Cut long sequences into pieces of equal predicted time instead of equal tokens."""
-    state_weight: float = 0.0
-    """Above 0, K is of each sequence: the state of a token takes as much memory as the activations of so many, and a
-    sequence that has less state than the longest one keeps as many more chunks (`k_of`)."""
     layout: Layout = field(default_factory=Layout)
     pipeline: PipelineLayout | None = None
     ranks: int = 1
@@ -150,7 +147,7 @@ class RunPlan:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         if self.sequence > 1:
             return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), self._groups(samples))
-        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k_of(lengths), targets), self.ranks)
+        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks)
         chunks = [self._built(lengths[share], self.chunk_size) for share in shares]
         ranks = tuple(
             RankPlan(samples[share], own, targets[share], schedules)
@@ -167,7 +164,7 @@ class RunPlan:
         lengths, targets = self.lengths[samples], self.target_counts[samples]
         costs = np.stack(
             [
-                self.costs.of_sequences(lengths, self.chunk_size, self.k_of(lengths), targets),
+                self.costs.of_sequences(lengths, self.chunk_size, self.k, targets),
                 self._seconds_spread(lengths, targets),
             ]
         )
@@ -177,14 +174,12 @@ class RunPlan:
         for first in range(0, self.ranks, self.sequence):
             spread = shares.spread(first)
             together = self._built(lengths[spread], self.spread_chunk_size)
-            schedule_together = plan(together, self.k_of(together.lengths, spread=True), self.layout)
+            schedule_together = plan(together, self.k, self.layout)
             for place in range(self.sequence):
                 alone = shares.alone(first + place)
                 own = self._built(lengths[alone], self.chunk_size)
                 share = np.concatenate([spread, alone])
-                schedule = _one_after_the_other(
-                    schedule_together, plan(own, self.k_of(own.lengths), self.layout), together
-                )
+                schedule = _one_after_the_other(schedule_together, plan(own, self.k, self.layout), together)
                 ranks.append(
                     RankPlan(
                         samples[share], join_chunks(together, own), targets[share], (schedule if len(share) else IDLE,),
@@ -215,7 +210,7 @@ class RunPlan:
     def seconds_of_whole_samples(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """(ranks,) predicted of a step, if no sample were spread."""
         lengths, targets = self.lengths[samples], self.target_counts[samples]
-        costs = self.costs.of_sequences(lengths, self.chunk_size, self.k_of(lengths), targets)
+        costs = self.costs.of_sequences(lengths, self.chunk_size, self.k, targets)
         return rank_loads(costs, balance(costs, self.ranks))
 
     @property
@@ -225,35 +220,7 @@ class RunPlan:
 
     def _seconds_spread(self, lengths: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
         """(sequences,) of each, if its group ran it together."""
-        k = self.k_of(lengths, spread=True)
-        return self.costs.spread_over(self.sequence).of_sequences(lengths, self.spread_chunk_size, k, targets)
-
-    def k_of(self, lengths: NDArray[np.int64], *, spread: bool = False) -> int | NDArray[np.int64]:
-        """How many chunks of each of these sequences keep their activations: `k`, or with `state_weight` (sequences,).
-
-        Then activations and state of a sequence stay within what the longest one takes if its K chunks are full, in
-        tokens of activations: K x chunk_size of them, and of its state what lies before its last chunk.
-
-        Args:
-            lengths: (sequences,) tokens.
-            spread: over their sequence-parallel group, of which each rank holds a share of the state.
-        """
-        if self.state_weight == 0:
-            return self.k
-
-        size, shares = (self.spread_chunk_size, self.state_shares) if spread else (self.chunk_size, 1)
-        # Of equal time, the last chunk of a sequence is shorter than others: nearly all of its tokens have state.
-        stored = lengths if self.equal_time else (lengths - 1) // size * size
-        k = (self._tokens_of_longest - self.state_weight * stored / shares) // self.chunk_size
-        return np.maximum(k, self.k).astype(np.int64)  # no sequence has more chunks than the longest
-
-    @functools.cached_property
-    def _tokens_of_longest(self) -> float:
-        """What K full chunks and the state of the longest sequence take on one rank, in tokens of activations."""
-        longest, size = int(self.lengths.max()), self.spread_chunk_size
-        pieces = len(cut_points(longest, size, self.pair_weight)) - 1
-        stored = (longest - 1) // size * size
-        return min(self.k, pieces) * self.chunk_size + self.state_weight * stored / self.state_shares
+        return self.costs.spread_over(self.sequence).of_sequences(lengths, self.spread_chunk_size, self.k, targets)
 
     @property
     def spreads_all(self) -> bool:
@@ -300,12 +267,8 @@ class RunPlan:
         Raises:
             ValueError: there are fewer layers than stages.
         """
-        stages = 1 if self.pipeline is None else self.pipeline.stages * self.pipeline.parts
+        stages = 1 if self.pipeline is None else self.pipeline.stages
         return cut_layers(layers, stages, head_in_layers=self.head_in_layers)
-
-    def held_by(self, stage: int, layers: int) -> tuple[StageLayers, ...]:
-        """The parts of a model that a stage of the pipeline holds: one, or `parts` of an interleaved schedule."""
-        return self.stage_layers(layers)[stage :: 1 if self.pipeline is None else self.pipeline.stages]
 
     @functools.cached_property
     def cut(self) -> tuple[StageLayers, ...] | None:
@@ -319,11 +282,7 @@ class RunPlan:
         if self.pipeline is None:
             if self.is_in_lockstep:
                 return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
-            spread = self.sequence > 1
-            return [
-                (plan(chunks, self.k_of(chunks.lengths, spread=spread), self.layout) if len(chunks) else IDLE,)
-                for chunks in ranks
-            ]
+            return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
         return [self._pipeline_schedules(chunks, own) for chunks, own in zip(ranks, targets, strict=True)]
 
     def _pipeline_schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
@@ -357,9 +316,9 @@ class RunPlan:
             head = self.costs.seconds_per_target * float(targets[spread:].sum())
             if spread:
                 head += self.costs.spread_over(rank.group_size).seconds_per_target * float(targets[:spread].sum())
-        of_parts = _shares(self.pipeline, self.costs, self.cut) * (rank_seconds(rank, self.costs) - head)
-        of_parts[-1] += head
-        return of_parts if self.pipeline is None else of_parts.reshape(-1, self.pipeline.stages).sum(axis=0)
+        of_stages = _shares(self.pipeline, self.costs, self.cut) * (rank_seconds(rank, self.costs) - head)
+        of_stages[-1] += head
+        return of_stages
 
     def timeline(self, step: StepPlan) -> Timeline:
         """When each operation of a step runs on each rank and stage, as predicted."""
@@ -388,7 +347,7 @@ def _one_after_the_other(first: Schedule, second: Schedule, chunks: Chunks) -> S
         first: on `chunks`.
         second: on the chunks that were joined to them.
     """
-    shifted = (Op(op.kind, tuple(len(chunks) + chunk for chunk in op.chunks), op.part) for op in second.ops)
+    shifted = (Op(op.kind, tuple(len(chunks) + chunk for chunk in op.chunks)) for op in second.ops)
     return Schedule((*first.ops, *shifted))
 
 
@@ -401,16 +360,16 @@ def operation_seconds(
 ) -> OperationSeconds:
     """Predicted seconds of every operation on these chunks.
 
-    Each part of a pipeline takes its layers' share of the model's seconds, the last one also head and loss.
+    Each stage of a pipeline takes its layers' share of the model's seconds, the last one also head and loss.
 
     Args:
         targets: (sequences,) tokens that the loss counts.
-        cut: the layers of each part; equal shares if not given.
+        cut: the layers of each stage; equal shares if not given.
     """
-    parts = 1 if pipeline is None else pipeline.stages * pipeline.parts
+    stages = 1 if pipeline is None else pipeline.stages
     shares = _shares(pipeline, costs, cut)
     tokens, pairs = chunk_tokens(chunks), costs.chunk_pairs(chunks)
-    head = np.zeros((parts, len(chunks)))
+    head = np.zeros((stages, len(chunks)))
     head[-1] = costs.seconds_per_target * chunk_targets(chunks, targets)
 
     def shared(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -426,7 +385,7 @@ def operation_seconds(
         input_gradient=backward / 2,
         weight_gradient=backward / 2,
         transfer=np.broadcast_to(
-            costs.transfer_latency_seconds + costs.transfer_seconds_per_token * tokens, (parts - 1, len(chunks))
+            costs.transfer_latency_seconds + costs.transfer_seconds_per_token * tokens, (stages - 1, len(chunks))
         ).copy(),
     )
 
@@ -434,12 +393,11 @@ def operation_seconds(
 def _shares(
     pipeline: PipelineLayout | None, costs: CostModel, cut: tuple[StageLayers, ...] | None
 ) -> NDArray[np.float64]:
-    """(parts,) what each takes of the model's seconds, head and loss apart; of a stage's, where costs are of one."""
-    stages, of_a_stage = (1, 1) if pipeline is None else (pipeline.stages, pipeline.parts)
-    parts = stages * of_a_stage
+    """(stages,) what each takes of the model's seconds, head and loss apart; 1 where costs are those of a stage."""
+    stages = 1 if pipeline is None else pipeline.stages
     if costs.is_of_one_stage:
-        return np.full(parts, 1.0 / of_a_stage)
-    return np.full(parts, 1.0 / parts) if cut is None else layer_shares(cut)
+        return np.ones(stages)
+    return np.full(stages, 1.0 / stages) if cut is None else layer_shares(cut)
 
 
 def rank_seconds(rank: RankPlan, costs: CostModel) -> float:

@@ -2,7 +2,7 @@
 
     S0 S1 F2 B2 R1 B1 R0 B0        one sequence of three chunks, K = 1
     S0 F1+2 B2+1 R0 B0             K = 2, the retained chunks in one engine call (ZeRO-3 needs that)
-    F0 F0@1 I0@1 I0 W0@1 W0        a pipeline stage that holds two parts of the layers, backwards split in two
+    F0 I0 W0                       a pipeline stage whose backwards are split in two
     S- F3+- B-+3                   in lock-step with ranks that have more to do: `-` is a token that nothing comes of
 
 Source: ChunkFlow (arXiv 2503.02356), section 4.2, in the reading of its prose: the *last* K chunks of a sequence keep
@@ -17,9 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-
-import numpy as np
-from numpy.typing import NDArray
 
 from chunkflow_cli.planning.chunks import Chunks
 
@@ -46,12 +43,10 @@ class Op:
     kind: OpKind
     chunks: tuple[int, ...]
     """Usually one. Retained chunks of a sequence may share one engine call; a backward lists them descending."""
-    part: int = 0
-    """Which of the parts of the model that its pipeline stage holds; interleaved schedules have more than one."""
 
     def __str__(self) -> str:
         names = ("-" if chunk == DUMMY else str(chunk) for chunk in self.chunks)
-        return self.kind.value + "+".join(names) + (f"@{self.part}" if self.part else "")
+        return self.kind.value + "+".join(names)
 
     @property
     def real_chunks(self) -> tuple[int, ...]:
@@ -75,12 +70,10 @@ class Schedule:
         """
         ops = []
         for word in line.split():
-            if re.fullmatch(r"[SFRBIW](\d+|-)(\+(\d+|-))*(@[1-9]\d*)?", word) is None:
-                raise ValueError(f"{word!r} is not an operation such as S0, F2, R1, B1, F1+2 or F1@1")
-            indices, _, part = word[1:].partition("@")
-            names = indices.split("+")
-            chunks = tuple(DUMMY if name == "-" else int(name) for name in names)
-            ops.append(Op(OpKind(word[0]), chunks, int(part or 0)))
+            if re.fullmatch(r"[SFRBIW](\d+|-)(\+(\d+|-))*", word) is None:
+                raise ValueError(f"{word!r} is not an operation such as S0, F2, R1, B1 or F1+2")
+            chunks = tuple(DUMMY if name == "-" else int(name) for name in word[1:].split("+"))
+            ops.append(Op(OpKind(word[0]), chunks))
         return cls(tuple(ops))
 
     @property
@@ -103,7 +96,7 @@ class Layout:
     """All ranks run the same kinds of operations, at each position: ZeRO-3 communicates within them."""
 
 
-def plan(chunks: Chunks, k: int | NDArray[np.int64], layout: Layout | None = None) -> Schedule:
+def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
     """The operations of one step on one stage.
 
     A standalone chunk is forwarded and goes backward at once. A sequence of N dependent chunks runs state passes over
@@ -111,18 +104,19 @@ def plan(chunks: Chunks, k: int | NDArray[np.int64], layout: Layout | None = Non
 
     Args:
         chunks: the chunks of the step.
-        k: how many chunks of a long sequence keep their activations: of each alike, or (sequences,).
+        k: how many chunks of a long sequence keep their activations.
         layout: defaults to one rank that runs every chunk as its own engine call.
     """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
     layout = layout or Layout()
     ops: list[Op] = []
     groups = chunks.dependent_groups()
     first_dependent = groups[0].start if groups else len(chunks)
     for chunk in range(first_dependent):
         ops += [Op(OpKind.forward, (chunk,)), Op(OpKind.backward, (chunk,))]
-    k_of_chunk = _k_of_chunks(chunks, k)
     for group in groups:
-        retained_from = max(group.start, group.stop - int(k_of_chunk[group.start]))
+        retained_from = max(group.start, group.stop - k)
         early, retained = range(group.start, retained_from), range(retained_from, group.stop)
         ops += [Op(OpKind.state_pass, (chunk,)) for chunk in early]
         if layout.join_retained:
@@ -133,13 +127,6 @@ def plan(chunks: Chunks, k: int | NDArray[np.int64], layout: Layout | None = Non
         for chunk in reversed(early):
             ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
     return Schedule(tuple(ops))
-
-
-def _k_of_chunks(chunks: Chunks, k: int | NDArray[np.int64]) -> NDArray[np.int64]:
-    """(chunks,) K of the sequence that each holds first, which is the long one if there is one."""
-    if np.min(k, initial=1) < 1:
-        raise ValueError(f"k={np.min(k)} must be at least 1")
-    return np.broadcast_to(k, len(chunks.lengths))[chunks.sequence[chunks.first_segment[:-1]]]
 
 
 IDLE = Schedule((Op(OpKind.forward, (DUMMY,)), Op(OpKind.backward, (DUMMY,))))
@@ -230,19 +217,17 @@ def validate_lockstep(schedules: Sequence[Schedule]) -> None:
                 raise ValueError(f"operation {position}: rank {rank} runs {op}, rank 0 {other}")
 
 
-def validate(schedule: Schedule, chunks: Chunks, k: int | NDArray[np.int64]) -> None:
+def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
     """Prove, for a schedule of one stage, what the gradient and the memory bound rest on.
 
     Each chunk goes backward exactly once, with live activations; state is read only after it was written and before
-    it was freed; backwards of a sequence descend; at most K chunks hold activations at once, where sequences
-    differ in K the smallest of theirs.
+    it was freed; backwards of a sequence descend; at most K chunks hold activations at once.
 
     Raises:
         ValueError: names the first operation that breaks a rule, and the rule.
     """
     groups = chunks.dependent_groups()
     group_of = {chunk: group for group in groups for chunk in group}
-    k_of_chunk = _k_of_chunks(chunks, k)
     written: set[int] = set()
     passed: set[int] = set()
     live: dict[int, tuple[int, ...]] = {}  # chunk -> the chunks of its engine call
@@ -252,8 +237,8 @@ def validate(schedule: Schedule, chunks: Chunks, k: int | NDArray[np.int64]) -> 
         def refuse(rule: str, position: int = position, op: Op = op) -> ValueError:
             return ValueError(f"operation {position} ({op}): {rule}")
 
-        if op.part or op.kind in (OpKind.input_gradient, OpKind.weight_gradient):
-            raise refuse("only pipeline stages hold parts of the model or split backwards")
+        if op.kind in (OpKind.input_gradient, OpKind.weight_gradient):
+            raise refuse("only pipeline stages split backwards")
         if len(op.chunks) > 1 and op.kind not in (OpKind.forward, OpKind.backward):
             raise refuse("only forwards and backwards may join chunks")
         for chunk in op.real_chunks:
@@ -285,8 +270,8 @@ def validate(schedule: Schedule, chunks: Chunks, k: int | NDArray[np.int64]) -> 
             else:
                 live[chunk] = op.chunks
             written.add(chunk)
-        if live and len(live) > (most := min(int(k_of_chunk[chunk]) for chunk in live)):
-            raise refuse(f"{len(live)} chunks hold activations, K is {most}")
+        if len(live) > k:
+            raise refuse(f"{len(live)} chunks hold activations, K is {k}")
     missing = [chunk for chunk in range(len(chunks)) if chunk not in done]
     if missing:
         raise ValueError(f"chunk {missing[0]} never goes backward")

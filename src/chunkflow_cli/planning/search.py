@@ -30,8 +30,6 @@ class Candidate:
     """Of the pipeline; 1 without one."""
     sequence: int
     """Ranks of a sequence-parallel group; 1 without."""
-    k_per: str
-    """All long sequences of the `run` keep K chunks, or each `sequence` what it has room for, as `chunk.k_per`."""
     cuts: str
     """Long sequences are cut into pieces of equal `tokens` or equal `time`, as `chunk.cuts`."""
     data_parallel: int
@@ -59,10 +57,10 @@ class Candidate:
 
     def is_like(self, other: Candidate) -> bool:
         """Whether only chunk size and K may differ: one heat map shows both."""
-        return (self.layout, self.k_per, self.cuts) == (other.layout, other.k_per, other.cuts)
+        return (self.layout, self.cuts) == (other.layout, other.cuts)
 
     def is_at(self, other: Candidate) -> bool:
-        """Whether only the cuts, or what K is of, may differ."""
+        """Whether only the cuts may differ."""
         return (self.layout, self.chunk_size, self.k) == (other.layout, other.chunk_size, other.k)
 
     @property
@@ -146,7 +144,7 @@ class SimulatedStep:
         """No order takes longer than all operations and messages of all stages in turn."""
         pipeline, costs, chunks = self.run.pipeline, self.run.costs, self.plan.ranks[rank].chunks
         assert pipeline is not None
-        messages = 2 * (pipeline.stages * pipeline.parts - 1)
+        messages = 2 * (pipeline.stages - 1)
         sent = len(chunks) * costs.transfer_latency_seconds + chunks.tokens * costs.transfer_seconds_per_token
         return 1.001 * (pipeline.stages * stage_seconds + messages * sent)  # sums in another order round otherwise
 
@@ -207,7 +205,6 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         k=run.k,
         stages=stages,
         sequence=run.sequence,
-        k_per="sequence" if run.state_weight else "run",
         cuts="time" if run.equal_time else "tokens",
         data_parallel=run.ranks,
         step_seconds=float(np.mean(seconds)) + run.costs.step_seconds,

@@ -29,14 +29,10 @@ STATE_PASS, FORWARD, RECOMPUTE, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = rang
 
 @dataclass(frozen=True)
 class OperationSeconds:
-    """How long each operation takes on each virtual stage.
-
-    A virtual stage is a part of the model's layers: part `v` of stage `s` of `P` stages is virtual stage `v * P + s`.
-    The stages of a plain pipeline are its virtual stages.
-    """
+    """How long each operation takes on each stage."""
 
     forward: NDArray[np.float64]
-    """(virtual stages, chunks), as all of these."""
+    """(stages, chunks), as all of these."""
     backward: NDArray[np.float64]
     recompute: NDArray[np.float64]
     state_pass: NDArray[np.float64]
@@ -44,12 +40,12 @@ class OperationSeconds:
     """First half of a split backward; None where backwards cannot be split."""
     weight_gradient: NDArray[np.float64] | None = None
     transfer: NDArray[np.float64] | None = None
-    """(virtual stages - 1, chunks): a chunk's activations from one virtual stage to the next, or its gradient back."""
+    """(stages - 1, chunks): a chunk's activations from one stage to the next, or its gradient back."""
 
     def __post_init__(self) -> None:
         shape = self.forward.shape
         if len(shape) != 2:
-            raise ValueError(f"seconds of forwards have shape {shape}, not (virtual stages, chunks)")
+            raise ValueError(f"seconds of forwards have shape {shape}, not (stages, chunks)")
         for name, expected in {
             "forward": shape, "backward": shape, "recompute": shape, "state_pass": shape, "input_gradient": shape,
             "weight_gradient": shape, "transfer": (max(0, shape[0] - 1), shape[1]),
@@ -65,7 +61,7 @@ class OperationSeconds:
             raise ValueError("a split backward has two halves: give input_gradient and weight_gradient, or neither")
 
     @property
-    def virtual_stages(self) -> int:
+    def stages(self) -> int:
         return int(self.forward.shape[0])
 
     @property
@@ -73,20 +69,18 @@ class OperationSeconds:
         return int(self.forward.shape[1])
 
     @classmethod
-    def proportional(
-        cls, tokens: ArrayLike, virtual_stages: int, *, seconds_per_token: float = 1.0
-    ) -> OperationSeconds:
+    def proportional(cls, tokens: ArrayLike, stages: int, *, seconds_per_token: float = 1.0) -> OperationSeconds:
         """The assumptions of the paper's worked example: time proportional to tokens, backward twice the forward.
 
         The halves of a split backward take as long as a forward each; messages take no time.
 
         Args:
             tokens: (chunks,) tokens of each chunk.
-            virtual_stages: how many parts the model is cut into.
-            seconds_per_token: of a forward through one virtual stage.
+            stages: of the pipeline.
+            seconds_per_token: of a forward through one stage.
         """
         one = np.asarray(tokens, dtype=np.float64) * seconds_per_token
-        forward = np.broadcast_to(one, (virtual_stages, len(one))).copy()
+        forward = np.broadcast_to(one, (stages, len(one))).copy()
         return cls(forward, 2 * forward, forward, forward, forward, forward)
 
 
@@ -101,7 +95,6 @@ class Timeline:
     stages: int
     rank: NDArray[np.int64]
     stage: NDArray[np.int64]
-    part: NDArray[np.int64]
     kind: NDArray[np.str_]
     """The letters of `OpKind`."""
     chunk: NDArray[np.int64]
@@ -135,7 +128,7 @@ class Timeline:
 
     @property
     def live_activations(self) -> NDArray[np.int64]:
-        """(stages,): most chunks that hold activations at once, of all ranks; a chunk counts once for each part."""
+        """(stages,): most chunks that hold activations at once, of all ranks."""
         most = np.zeros(self.stages, dtype=np.int64)
         for rank in range(self.ranks):
             for stage in range(self.stages):
@@ -159,23 +152,17 @@ class Timeline:
         Args:
             rank: whose pipeline.
             stage: of that pipeline.
-            activation_bytes: (chunks,) of each part, or (parts, chunks), from the start of F or R to the end of B (of
-                W, if split).
+            activation_bytes: (chunks,) from the start of F or R to the end of B (of W, if split).
             state_bytes: the same, from the start of S or F to the end of B (of I, if split): keys and values, their
                 gradients, and the input of the stage for a chunk that will be recomputed.
         """
         rows = np.flatnonzero((self.rank == rank) & (self.stage == stage))
-        kind, chunk, part = self.kind[rows], self.chunk[rows], self.part[rows]
-
-        def of_rows(size: ArrayLike) -> NDArray[np.float64]:
-            values = np.asarray(size, dtype=np.float64)
-            return values[chunk] if values.ndim == 1 else values[part, chunk]
-
-        activations = of_rows(activation_bytes)
+        kind, chunk = self.kind[rows], self.chunk[rows]
+        activations = np.asarray(activation_bytes, dtype=np.float64)[chunk]
         taken = np.where((kind == "F") | (kind == "R"), activations, 0.0)
         freed = np.where((kind == "B") | (kind == "W"), activations, 0.0)
         if state_bytes is not None:
-            state = of_rows(state_bytes)
+            state = np.asarray(state_bytes, dtype=np.float64)[chunk]
             taken += np.where((kind == "S") | (kind == "F"), state, 0.0)
             freed += np.where((kind == "B") | (kind == "I"), state, 0.0)
         # A stage runs one operation after the other, so start, stop, start, stop... is already the order of time.
@@ -197,7 +184,7 @@ def simulate(schedules: Sequence[Schedule], seconds: OperationSeconds) -> Timeli
 
     Args:
         schedules: one a stage.
-        seconds: of each operation; its virtual stages are the parts of all stages.
+        seconds: of each operation.
 
     Raises:
         ValueError: an operation waits for one that never runs or that waits for it (a deadlock): names the stage and
@@ -230,7 +217,7 @@ def simulate_ranks(ranks: Sequence[tuple[Sequence[Schedule], OperationSeconds]])
         return np.concatenate([getattr(timeline, name) for timeline in timelines])
 
     rank_of_row = np.repeat(np.arange(len(timelines)), [len(timeline.chunk) for timeline in timelines])
-    columns = {name: join(name) for name in ("stage", "part", "kind", "chunk", "start_seconds", "stop_seconds")}
+    columns = {name: join(name) for name in ("stage", "kind", "chunk", "start_seconds", "stop_seconds")}
     return Timeline(len(timelines), stages.pop(), rank_of_row, **columns)  # type: ignore[arg-type]
 
 
@@ -269,7 +256,7 @@ def simulate_lockstep(ranks: Sequence[tuple[Schedule, OperationSeconds]], dummy:
 
     rank_of_row = np.repeat(np.arange(len(ranks)), [len(row) for row in rows])
     return Timeline(
-        len(ranks), 1, rank_of_row, join("stage"), join("part"), np.array(list(KINDS))[join("kind")], join("chunk"),
+        len(ranks), 1, rank_of_row, join("stage"), np.array(list(KINDS))[join("kind")], join("chunk"),
         np.concatenate(starts), np.concatenate(stops),
     )  # fmt: skip
 
@@ -282,18 +269,16 @@ class _Rows:
     first_row: NDArray[np.int64]
     """(stages + 1,)"""
     stage: NDArray[np.int64]
-    part: NDArray[np.int64]
     kind: NDArray[np.int64]
     """Index into KINDS."""
     chunk: NDArray[np.int64]
-    virtual_stages: int
     chunks: int
 
     @classmethod
     def of(cls, schedules: Sequence[Schedule], seconds: OperationSeconds) -> _Rows:
-        stages, virtual_stages = len(schedules), seconds.virtual_stages
-        if stages == 0 or virtual_stages % stages:
-            raise ValueError(f"{virtual_stages} virtual stages cannot lie on {stages} stages")
+        stages = len(schedules)
+        if stages == 0 or seconds.stages != stages:
+            raise ValueError(f"there are schedules of {stages} stages, and seconds of {seconds.stages}")
         ops = [op for schedule in schedules for op in schedule.ops]
         chunks_of_op = [op.real_chunks for op in ops]
         rows_of_op = np.array([len(chunks) for chunks in chunks_of_op], dtype=np.int64)
@@ -306,32 +291,22 @@ class _Rows:
             schedules,
             first_row,
             np.repeat(np.arange(stages), np.diff(first_row)),
-            np.repeat(np.array([op.part for op in ops], dtype=np.int64), rows_of_op),
             np.repeat(code_of_letter[np.frombuffer(letters.encode(), dtype=np.uint8)], rows_of_op),
             np.array(list(itertools.chain.from_iterable(chunks_of_op)), dtype=np.int64),
-            virtual_stages,
             seconds.chunks,
         )
-        for values, end, noun in (
-            (rows.chunk, rows.chunks, "chunks"),
-            (rows.part, virtual_stages // stages, "parts of the model on a stage"),
-        ):
-            outside = np.flatnonzero((values < 0) | (values >= end))
-            if len(outside):
-                raise ValueError(f"{rows.describe(int(outside[0]))}: there are only {end} {noun}")
+        outside = np.flatnonzero((rows.chunk < 0) | (rows.chunk >= rows.chunks))
+        if len(outside):
+            raise ValueError(f"{rows.describe(int(outside[0]))}: there are only {rows.chunks} chunks")
         return rows
 
     def __len__(self) -> int:
         return len(self.chunk)
 
     @property
-    def virtual_stage(self) -> NDArray[np.int64]:
-        return self.part * len(self.schedules) + self.stage
-
-    @property
     def key(self) -> NDArray[np.int64]:
-        """What an operation works on: a chunk on a virtual stage."""
-        return self.virtual_stage * self.chunks + self.chunk
+        """What an operation works on: a chunk on a stage."""
+        return self.stage * self.chunks + self.chunk
 
     @property
     def is_first_forward(self) -> NDArray[np.bool_]:
@@ -339,7 +314,7 @@ class _Rows:
 
     @property
     def is_gradient(self) -> NDArray[np.bool_]:
-        """Operations whose result the previous virtual stage waits for."""
+        """Operations whose result the previous stage waits for."""
         return np.asarray((self.kind == BACKWARD) | (self.kind == INPUT_GRADIENT))
 
     def durations(self, seconds: OperationSeconds) -> NDArray[np.float64]:
@@ -352,7 +327,7 @@ class _Rows:
         for code, table in enumerate(tables):
             rows = np.flatnonzero(self.kind == code)
             if table is not None:
-                durations[rows] = table[self.virtual_stage[rows], self.chunk[rows]]
+                durations[rows] = table[self.stage[rows], self.chunk[rows]]
             elif len(rows):
                 raise ValueError(f"{self.describe(int(rows[0]))}: no seconds are given for a split backward")
         return durations
@@ -360,11 +335,11 @@ class _Rows:
     def transfers(self, seconds: OperationSeconds) -> NDArray[np.float64]:
         """(rows,): how long what an operation receives from another stage is on its way."""
         transfers = np.zeros(len(self))
-        if seconds.transfer is None or len(self.schedules) == 1:  # on one stage nothing needs to be sent
+        if seconds.transfer is None:
             return transfers
         for receives, edge in (
-            (self.is_first_forward & (self.virtual_stage > 0), self.virtual_stage - 1),
-            (self.is_gradient & (self.virtual_stage < self.virtual_stages - 1), self.virtual_stage),
+            (self.is_first_forward & (self.stage > 0), self.stage - 1),
+            (self.is_gradient & (self.stage < len(self.schedules) - 1), self.stage),
         ):
             transfers[receives] = seconds.transfer[edge[receives], self.chunk[receives]]
         return transfers
@@ -374,7 +349,7 @@ class _Rows:
 
         What an operation needs from its own stage lies before it in the schedule, or never comes.
         """
-        size = self.virtual_stages * self.chunks
+        size = len(self.schedules) * self.chunks
         forward_at, gradient_at = self._row_of(self.is_first_forward), self._row_of(self.is_gradient)
         activations_at = self._row_of((self.kind == FORWARD) | (self.kind == RECOMPUTE))
         state_pass_at = self._row_of(self.kind == STATE_PASS)
@@ -382,7 +357,7 @@ class _Rows:
         self._row_of(self.kind == WEIGHT_GRADIENT)
 
         awaited = np.full(len(self), -1, dtype=np.int64)
-        sends_on = self.is_first_forward & (self.virtual_stage > 0)
+        sends_on = self.is_first_forward & (self.stage > 0)
         awaited[sends_on] = forward_at[self.key[sends_on] - self.chunks]
         sends_back = self.is_gradient & (self.key < size - self.chunks)
         awaited[sends_back] = gradient_at[self.key[sends_back] + self.chunks]
@@ -399,9 +374,9 @@ class _Rows:
         return awaited, never
 
     def _row_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """(virtual stages * chunks,): the row of each chunk's only operation among those chosen, -1 without one."""
+        """(stages * chunks,): the row of each chunk's only operation among those chosen, -1 without one."""
         rows = np.flatnonzero(chosen)
-        row_of = np.full(self.virtual_stages * self.chunks, -1, dtype=np.int64)
+        row_of = np.full(len(self.schedules) * self.chunks, -1, dtype=np.int64)
         row_of[self.key[rows]] = rows
         twice = rows[row_of[self.key[rows]] != rows]
         if len(twice):
@@ -424,15 +399,15 @@ class _Rows:
 
     def why_never(self, row: int) -> str:
         """What a row waits for in vain."""
-        kind, chunk, virtual_stage = int(self.kind[row]), int(self.chunk[row]), int(self.virtual_stage[row])
+        kind, chunk, stage = int(self.kind[row]), int(self.chunk[row]), int(self.stage[row])
         awaited, never = self.awaited()
         if awaited[row] >= 0 and not never[row]:
             return f"{self.describe(int(awaited[row]))}, which never runs"
         gradient, first_forward = self.is_gradient[row], self.is_first_forward[row]
         if first_forward:
-            return f"a forward of chunk {chunk} on virtual stage {virtual_stage - 1}, which is in no schedule"
-        if gradient and virtual_stage + 1 < self.virtual_stages and awaited[row] < 0:
-            return f"a backward of chunk {chunk} on virtual stage {virtual_stage + 1}, which is in no schedule"
+            return f"a forward of chunk {chunk} on stage {stage - 1}, which is in no schedule"
+        if gradient and stage + 1 < len(self.schedules) and awaited[row] < 0:
+            return f"a backward of chunk {chunk} on stage {stage + 1}, which is in no schedule"
         needed = {RECOMPUTE: "a state pass", WEIGHT_GRADIENT: "an input gradient"}.get(
             kind, "a forward with activations"
         )
@@ -475,6 +450,6 @@ def _run(rows: _Rows, durations: NDArray[np.float64], transfers: NDArray[np.floa
             raise ValueError(f"{rows.describe(row)} waits forever: it needs {rows.why_never(row)}")
     kinds = np.array(list(KINDS))
     return Timeline(
-        1, len(rows.schedules), np.zeros(count, dtype=np.int64), rows.stage, rows.part, kinds[rows.kind], rows.chunk,
+        1, len(rows.schedules), np.zeros(count, dtype=np.int64), rows.stage, kinds[rows.kind], rows.chunk,
         np.array(starts), np.array(stops[:-1]),
     )  # fmt: skip

@@ -36,7 +36,7 @@ class TracedOperation:
     step: int
     """Counted from 1, as in metrics.jsonl."""
     op: str
-    """As schedules print it: F3, B2@1."""
+    """As schedules print it: F3, B2."""
     start_seconds: float
     """By the wall clock, which the ranks of a node share."""
     stop_seconds: float
@@ -109,8 +109,7 @@ def chrome_trace(operations: Iterable[TracedOperation], topology: Topology) -> d
                 "ts": (operation.start_seconds - origin) * 1e6,
                 "dur": (operation.stop_seconds - operation.start_seconds) * 1e6,
                 "args": {
-                    "chunk": list(op.chunks), "kind": KIND_NAMES[op.kind.value], "part": op.part,
-                    "step": operation.step,
+                    "chunk": list(op.chunks), "kind": KIND_NAMES[op.kind.value], "step": operation.step,
                 },
             }
         )  # fmt: skip
@@ -135,21 +134,19 @@ def measured_timeline(trace: Mapping[str, Any], step: int) -> Timeline:
         raise ValueError(f"it is not a trace that train wrote ({error!r} is missing)") from error
     if step not in steps:
         raise ValueError(f"it holds steps {steps[0]} to {steps[-1]}, not {step}" if steps else "it holds no steps")
-    rows: list[tuple[int, int, float, float, int, str, int]] = []
+    rows: list[tuple[int, int, float, float, str, int]] = []
     for event in events:
         place = topology.place_of(int(event["pid"]))
         if event["args"]["step"] != step or place.sequence_rank:
             continue
         op, start = _parsed(event["name"]), float(event["ts"]) / 1e6
         stop = start + float(event["dur"]) / 1e6
-        rows += [(place.data_rank, place.stage, start, stop, op.part, op.kind.value, chunk) for chunk in op.real_chunks]
+        rows += [(place.data_rank, place.stage, start, stop, op.kind.value, chunk) for chunk in op.real_chunks]
     rows.sort()
-    rank, stage, start_seconds, stop_seconds, part, kind, chunk = (
-        np.array(column) for column in zip(*rows, strict=True)
-    )
+    rank, stage, start_seconds, stop_seconds, kind, chunk = (np.array(column) for column in zip(*rows, strict=True))
     origin = start_seconds.min()
     return Timeline(
-        topology.data, topology.pipeline, rank, stage, part, kind, chunk, start_seconds - origin, stop_seconds - origin
+        topology.data, topology.pipeline, rank, stage, kind, chunk, start_seconds - origin, stop_seconds - origin
     )
 
 

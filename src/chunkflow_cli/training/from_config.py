@@ -17,7 +17,6 @@ from chunkflow_cli.config.schema import (
     CostModelName,
     Cuts,
     Device,
-    KPer,
     LossWeighting,
     OptimizerName,
     Spread,
@@ -31,8 +30,6 @@ from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, Mode
 from chunkflow_cli.planning.memory_parts import (
     ELEMENT_BYTES,
     MemorySettings,
-    kept_bytes_per_token,
-    state_bytes_per_token,
 )
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
@@ -58,7 +55,7 @@ def check_heads(config: Config, hf_config: Any, sequence: int | None = None) -> 
         key_value_copies(heads, kv_heads, sequence or config.parallel.sequence)
     except ValueError as error:
         name = config.model.path or text.model_type
-        key = "parallel.sequence" if sequence is None else "tune.sequences"
+        key = "parallel.sequence" if sequence is None else "cluster.sequences"
         raise UsageError(
             f"{key}={sequence or config.parallel.sequence} does not suit {name}:\n  its {error}"
         ) from error
@@ -82,7 +79,6 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         k=config.chunk.k,
         fill_tails=config.chunk.fill_tails,
         equal_time=config.chunk.cuts is Cuts.time,
-        state_weight=state_weight(config, costs.shape) if config.chunk.k_per is KPer.sequence else 0.0,
         # ZeRO-3 traces one forward for one backward, so the retained chunks of a sequence must share an engine call;
         # and it communicates within both, so all ranks must run the same ones.
         layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
@@ -91,20 +87,6 @@ def plan_run(config: Config, data: TokenizedData, costs: CostModel) -> RunPlan:
         sequence=topology.sequence,
         spread_all=config.parallel.spread is Spread.all,
         costs=costs,
-    )
-
-
-def state_weight(config: Config, shape: ModelShape | None) -> float:
-    """How many tokens' activations take as much memory as the state of one token, in all layers.
-
-    Raises:
-        UsageError: no model is named whose sizes would say so.
-    """
-    if shape is None:
-        raise UsageError("chunk.k_per=sequence needs the sizes of a model: set model.path")
-    element_bytes = ELEMENT_BYTES[config.model.dtype.value]
-    return state_bytes_per_token(shape, element_bytes) / kept_bytes_per_token(
-        shape, element_bytes, config.model.activation_checkpointing.value
     )
 
 
@@ -123,21 +105,19 @@ def pipeline_layout(config: Config, stages: int) -> PipelineLayout | None:
     if stages == 1:
         return None
     parallel = config.parallel
-    return PipelineLayout(stages, parallel.schedule.value, parallel.warmup_extra, parallel.parts)
+    return PipelineLayout(stages, parallel.schedule.value, parallel.warmup_extra)
 
 
-def check_stages(shape: ModelShape, stages: int, parts: int) -> None:
+def check_stages(shape: ModelShape, stages: int) -> None:
     """Refuse a pipeline that the model's layers cannot fill.
 
     Raises:
-        UsageError: some part of some stage would hold no layer.
+        UsageError: some stage would hold no layer.
     """
-    if stages > 1 and stages * parts > shape.layers:
-        each = f" with {parts} parts of the model each" if parts > 1 else ""
+    if stages > shape.layers:
         raise UsageError(
-            f"a pipeline of {stages} stages{each} cannot hold a model of {shape.layers} layers: each "
-            f"{'part' if parts > 1 else 'stage'} needs one\n  lower parallel.pipeline"
-            + (" or parallel.parts" if parts > 1 else "")
+            f"a pipeline of {stages} stages cannot hold a model of {shape.layers} layers: each stage needs one\n"
+            "  lower parallel.pipeline"
         )
 
 
@@ -162,12 +142,12 @@ def cost_model(config: Config, shape: ModelShape | None, device: DeviceProfile, 
 
 def with_links(config: Config, device: DeviceProfile) -> DeviceProfile:
     """The device in the cluster that the configuration describes."""
-    tune = config.tune
-    described = replace(device, devices_of_node=tune.gpus_per_node)
-    if tune.node_gb_per_second is not None:
-        described = replace(described, node_bytes_per_second=tune.node_gb_per_second * 1e9)
-    if tune.network_gb_per_second is not None:
-        described = replace(described, link_bytes_per_second=tune.network_gb_per_second * 1e9)
+    cluster = config.cluster
+    described = replace(device, devices_of_node=cluster.gpus_per_node)
+    if cluster.node_gb_per_second is not None:
+        described = replace(described, node_bytes_per_second=cluster.node_gb_per_second * 1e9)
+    if cluster.network_gb_per_second is not None:
+        described = replace(described, link_bytes_per_second=cluster.network_gb_per_second * 1e9)
     return described
 
 

@@ -1,7 +1,7 @@
 """Times the operations of chunks with the real model on the real device, in a process of its own.
 
     python -m ….training.measure --out FILE --sizes 512 1024 --budget SECONDS --overrides recipe=NAME ...
-    python -m ….training.measure --out FILE --pairs 512:1:run 1024:2:sequence --step 0 --overrides recipe=NAME ...
+    python -m ….training.measure --out FILE --pairs 512:1 1024:2 --step 0 --overrides recipe=NAME ...
 
 For each chunk size, smallest first, a sequence of three chunks and one standalone chunk run as training runs them: so
 state passes, forwards, recomputes and backwards are timed over a past of none, one and two chunks. That is done with
@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.load import load
-from chunkflow_cli.config.schema import Config, KPer
+from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
@@ -47,7 +47,7 @@ from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.memory_parts import state_bytes
 from chunkflow_cli.planning.schedule import Op, plan
 from chunkflow_cli.training.assembly import Assembly, assemble
-from chunkflow_cli.training.from_config import cost_model, plan_run, state_weight
+from chunkflow_cli.training.from_config import cost_model, plan_run
 from chunkflow_cli.training.inputs import load_run_data
 
 CHUNKS_OF_SEQUENCE = 3
@@ -200,8 +200,8 @@ def _peak(device: torch.device) -> Iterator[_Peak]:
         peak.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def compare(config: Config, pairs: Sequence[tuple[int, int, KPer]], step: int) -> dict[tuple[int, int, KPer], float]:
-    """Seconds of one real optimizer step of the run under each (chunk_size, k, k_per): the same samples, in turn.
+def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict[tuple[int, int], float]:
+    """Seconds of one real optimizer step of the run under each (chunk_size, k): the same samples, in turn.
 
     Args:
         config: the run; its data is taken from the token cache.
@@ -220,17 +220,16 @@ def compare(config: Config, pairs: Sequence[tuple[int, int, KPer]], step: int) -
     parts = assemble(config, hf_config, backend, device)
     assert isinstance(parts.runner, Runner)
     parts.engine.set_learning_rate(0.0)
-    _run(parts, device, min(size for size, _, _ in pairs), 1.0)
+    _run(parts, device, min(size for size, _ in pairs), 1.0)
     parts.engine.step()
     shape = shape_without_weights(config.model, hf_config)
     plan_of_run = plan_run(config, data, cost_model(config, shape, present_device(), hf_config))
-    weights_of_state = {KPer.run: 0.0, KPer.sequence: state_weight(config, shape)}
     total = len(pairs) * int(data.lengths[plan_of_run.batches[step]].sum())
     seconds = {}
     done = 0
     with progress_bar("running the best", total) as progress:
-        for size, k, k_per in pairs:
-            run = replace(plan_of_run, chunk_size=size, k=k, state_weight=weights_of_state[k_per])
+        for size, k in pairs:
+            run = replace(plan_of_run, chunk_size=size, k=k)
             (share,) = run[step].ranks
             sequences = [data[int(sample)] for sample in share.samples]
             weights = np.full(len(sequences), 1.0 / int(share.target_counts.sum()))
@@ -245,7 +244,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int, KPer]], step: int) -
             parts.engine.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds[size, k, k_per] = time.perf_counter() - began
+            seconds[size, k] = time.perf_counter() - began
     return seconds
 
 
@@ -254,7 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=300.0, help="seconds")
     parser.add_argument("--sizes", type=int, nargs="+", help="chunk sizes to time")
-    parser.add_argument("--pairs", nargs="+", metavar="SIZE:K:K_PER", help="run one real step under each instead")
+    parser.add_argument("--pairs", nargs="+", metavar="SIZE:K", help="run one real step under each instead")
     parser.add_argument("--step", type=int, default=0, help="with --pairs: which step of the run, from 0")
     parser.add_argument("--config-dir")
     parser.add_argument("--overrides", nargs="*", default=[])
@@ -265,12 +264,9 @@ def main() -> None:
         if arguments.pairs is None:
             calibrate(config, arguments.sizes, budget_seconds=arguments.budget).save(arguments.out)
             return
-        pairs = [(int(size), int(k), KPer(k_per)) for size, k, k_per in (pair.split(":") for pair in arguments.pairs)]
+        pairs = [(int(size), int(k)) for size, k in (pair.split(":") for pair in arguments.pairs)]
         seconds = compare(config, pairs, arguments.step)
-        rows = [
-            {"chunk_size": size, "k": k, "k_per": k_per.value, "seconds": value}
-            for (size, k, k_per), value in seconds.items()
-        ]
+        rows = [{"chunk_size": size, "k": k, "seconds": value} for (size, k), value in seconds.items()]
         arguments.out.write_text(json.dumps(rows), encoding="utf-8")
     finally:
         close_process_group()

@@ -9,7 +9,6 @@ import torch
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_settings
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution.stage_runner import check_pipeline_schedule
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.training.from_config import check_heads
@@ -54,7 +53,6 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         check_settings(settings)
         return hf_config
     check_pipeline_settings(settings, stages)
-    check_pipeline_schedule(config.parallel.schedule.value)
     assert hf_config is not None
     layers = int(hf_config.get_text_config().num_hidden_layers)
     if stages > layers:

@@ -21,7 +21,7 @@ REPLACED = ".replaced"
 # Keys that may differ between a run and its continuation, for the loss and the weights of every step are the same.
 FREE_KEYS = (
     "train.output_dir", "train.guard", "train.trace", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune",
-    "plan",
+    "plan", "cluster",
     # The layout: checkpoints are independent of it. Not engine.deepspeed, which can change precisions.
     "launch", "parallel", "engine.zero_stage", "engine.offload",
     # What a run out of memory is continued with. Chunks are exact: their size, K and cuts round differently and change

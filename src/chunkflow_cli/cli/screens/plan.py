@@ -57,8 +57,6 @@ def _headline(result: dict[str, Any]) -> Text:
     text = Text()
     text.append("no recipe" if result["recipe"] == "default" else f"recipe {result['recipe']}", style="bold")
     text.append(f"  chunk.size={result['chunk_size']} chunk.k={result['k']}")
-    if result["k_per"] != "run":
-        text.append(f" chunk.k_per={result['k_per']}")
     layout = []
     if result["ranks"] > 1:
         layout.append(counted(result["ranks"] // result["sequence"], "data-parallel rank"))

@@ -45,8 +45,7 @@ def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
 
 
 def _layout(row: dict[str, Any]) -> str:
-    words = " chunk.k_per=sequence" if row["k_per"] == "sequence" else ""
-    words += " chunk.cuts=time" if row["cuts"] == "time" else ""
+    words = " chunk.cuts=time" if row["cuts"] == "time" else ""
     words += f" parallel.sequence={row['sequence']}" if row["sequence"] > 1 else ""
     words += f" parallel.pipeline={row['stages']}" if row["stages"] > 1 else ""
     return words + (f" on {row['stages'] * row['data_parallel']} devices" if row["data_parallel"] > 1 else "")
@@ -72,7 +71,7 @@ def _layouts(result: dict[str, Any]) -> Table | None:
 
 def _heat_map(result: dict[str, Any]) -> Table:
     best = result["best"]
-    alike = ("sequence", "stages", "k_per", "cuts")
+    alike = ("sequence", "stages", "cuts")
     rows = [row for row in result["candidates"] if all(row[name] == best[name] for name in alike)]
     candidates = {(row["chunk_size"], row["k"]): row for row in rows}
     sizes = sorted({size for size, _ in candidates})
@@ -95,7 +94,7 @@ def _heat_map(result: dict[str, Any]) -> Table:
                 style = next(style for most, style in SHADES if ratio <= most)
                 cells.append(Text(f"{row['step_seconds']:8.3g}", style=style))
         table.add_row(f"chunk.size {short_count(size)}", *cells)
-    of_layout = "a K for each sample; " if best["k_per"] == "sequence" else ""
+    of_layout = ""
     if len(result["layouts"]) > 1:
         of_layout += f"groups of {best['sequence']}; " if best["sequence"] > 1 else ""
         of_layout += f"{best['stages']} pipeline stages, cuts of equal {best['cuts']}; " if best["stages"] > 1 else ""
@@ -109,7 +108,6 @@ def _ranking(result: dict[str, Any]) -> Table:
     columns = {
         "chunk.size": lambda row: f"{row['chunk_size']:,}",
         "K": lambda row: str(row["k"]),
-        "K per": lambda row: row["k_per"],
         "stages": lambda row: str(row["stages"]),
         "group": lambda row: str(row["sequence"]),
         "cuts": lambda row: row["cuts"],
@@ -120,12 +118,10 @@ def _ranking(result: dict[str, Any]) -> Table:
         "waiting": lambda row: percent(row["bubble_ratio"]),
         "full": lambda row: percent(row["fill"]),
     }
-    for column, name in (("K per", "k_per"), ("stages", "stages"), ("group", "sequence"), ("cuts", "cuts")):
+    for column, name in (("stages", "stages"), ("group", "sequence"), ("cuts", "cuts")):
         if len({row[name] for row in rows}) == 1:
             del columns[column]
-    if (
-        len({(row["stages"], row["sequence"], row["k_per"], row["cuts"]) for row in rows}) > 1
-    ):  # 80 columns have no room for all
+    if len({(row["stages"], row["sequence"], row["cuts"]) for row in rows}) > 1:  # 80 columns have no room for all
         del columns["recomputed"], columns["full"]
     if all(row["measured_step_seconds"] is None for row in rows):
         del columns["measured"]
