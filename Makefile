@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo check format test test-gpu bench clean
+.PHONY: help setup demo check format docs test test-fast test-gpu bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -27,14 +27,22 @@ check: setup ## format, lint, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 format: setup ## rewrite in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: setup check ## setup, check and all tests that need no GPU
+docs: setup ## write docs/configuration.md from the schema
+	$(BIN)/python docs/generate.py
+
+test-fast: setup ## the tests of planning, config and data, which need no torch: under a minute
+	$(BIN)/python -m pytest -n 2 --without-torch -m "not torch and not processes and not slow" \
+		tests/planning tests/config tests/data
+
+test: setup check ## check and all tests that need no GPU; ROOM=execution runs those of one room
 	# One thread each: two processes of two spinning threads on two cores wait for each other more than they work.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(ROOM),tests/$(ROOM))
 
 test-gpu: setup ## the parity tests on CUDA
 	$(BIN)/python -m pytest tests/gpu -m gpu

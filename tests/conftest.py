@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,15 @@ SLOWEST_FIRST = (
     "test_tune", "test_doctor", "test_plan", "test_engine", "test_completion", "test_sequence_parallel", "test_launch",
 )  # fmt: skip
 """Files that take minutes or nearly so: two workers take a file each, and the last one to begin should be short."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-torch", action="store_true", help="fail every import of torch")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-torch"):
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it now raises ModuleNotFoundError
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
