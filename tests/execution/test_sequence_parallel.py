@@ -29,11 +29,12 @@ from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.topology import Topology, key_value_copies
-from chunkflow_cli.training.from_config import check_heads
+from chunkflow_cli.training.layout import planned_topology
 from support.models import TINY
 from support.ranks import run_ranks
 
@@ -388,11 +389,12 @@ def test_heads_that_do_not_divide_are_refused_by_name(tiny_config: Callable[...,
     """Before anything is loaded: the model, its heads, the size, and the sizes that would do."""
     config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(sequence=3))
     with pytest.raises(UsageError) as refused:
-        check_heads(config, tiny_config("qwen2"))
+        check_layouts(config, tiny_config("qwen2"), [planned_topology(config)])
     assert str(refused.value) == (
         "parallel.sequence=3 does not suit my-model:\n"
         "  its 4 attention heads and 2 key and value heads cannot be divided among 3 ranks, but among 1, 2, 4"
     )
     for size in (1, 2, 4):
-        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("qwen2"))
-        check_heads(Config(parallel=ParallelConfig(sequence=size)), tiny_config("gpt2", n_head=4))
+        config = Config(parallel=ParallelConfig(sequence=size))
+        check_layouts(config, tiny_config("qwen2"), [planned_topology(config)])
+        check_layouts(config, tiny_config("gpt2", n_head=4), [planned_topology(config)])

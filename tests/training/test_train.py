@@ -20,7 +20,7 @@ from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import LossWeighting
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.run_plan import RunPlan
-from chunkflow_cli.training.from_config import target_weights
+from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from support.ranks import run_ranks
 

@@ -16,42 +16,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Config, DataFormat
+from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.dataset import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
+from chunkflow_cli.model.layouts import check_layouts
+from chunkflow_cli.planning.costs import DeviceProfile
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes
 from chunkflow_cli.planning.peak_memory import memory_of_fullest, simulated_steps
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
 from chunkflow_cli.planning.simulate import Timeline, simulate
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
-from chunkflow_cli.training.from_config import (
-    check_heads,
-    check_stages,
-    cost_model,
-    memory_settings,
-    plan_run,
-    planned_device,
-)
 from chunkflow_cli.training.inputs import load_run_data
+from chunkflow_cli.training.layout import planned_topology
+from chunkflow_cli.training.setup import RunSetup, planned_device, read_setup
 
 
 @dataclass(frozen=True)
 class PlannedRun:
     """All that the screen and the JSON are made of."""
 
-    config: Config
     recipe: str
+    setup: RunSetup
     data: TokenizedData
     plan: RunPlan
     totals: Totals
-    device: DeviceProfile
-    shape: ModelShape | None
-    """None where no model is named."""
     memory: MemoryParts | None
+    """None if no model is named."""
     step: StepPlan
     """The chosen step."""
     timeline: Timeline
@@ -140,49 +133,37 @@ def _measured_json(measured: Timeline, planned: PlannedRun) -> dict[str, Any]:
 
 
 def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
-    """
+    """Plan every step of the run, and simulate one.
+
     Raises:
-        UsageError: no data, a text without a tokenizer, or a step that the run does not have.
+        UsageError: no data, strings without a tokenizer, or a step that the run does not have.
     """
     config = loaded.config
     if not config.data.path:
         raise UsageError("data.path is not set: your training data (.jsonl, .json, .parquet, a folder, a data set id)")
     hf_config = load_config(config.model) if config.model.path else None
-    if hf_config is None and config.data.format is not DataFormat.tokens:
+    if hf_config is not None:
+        check_layouts(config, hf_config, [planned_topology(config)])
+    elif config.data.format is not DataFormat.tokens:
         raise UsageError(
-            "model.path is not set: the plan needs its tokenizer and its configuration, not its weights\n"
-            "  without a model only rows of ids can be planned: data.format=tokens"
+            "model.path is not set: the plan needs the model's tokenizer and configuration, not its weights\n"
+            "  without a model only rows of token ids can be planned: data.format=tokens"
         )
-    if hf_config is not None:
-        check_heads(config, hf_config)
-    data = load_run_data(config, hf_config)
-    shape = None
-    if hf_config is not None:
-        from chunkflow_cli.model.shape import shape_without_weights
-
-        shape = shape_without_weights(config.model, hf_config)
-        check_stages(shape, config.parallel.pipeline)
-    device = planned_device(config)
-    plan = plan_run(config, data.train, cost_model(config, shape, device, hf_config))
+    data = load_run_data(config, hf_config).train
+    setup = read_setup(config, hf_config, planned_device(config))
+    plan = setup.plan(data)
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
-    chosen = plan[step - 1]
     memory = None
-    if shape is not None:
-        memory = memory_of_fullest(
-            shape,
-            memory_settings(config, device, chunk_size=config.chunk.size, ranks=plan.ranks),
-            plan,
-            simulated_steps(plan, [step - 1]),
-        )
+    if setup.shape is not None:
+        memory = memory_of_fullest(setup.shape, setup.memory, plan, simulated_steps(plan, [step - 1]))
+    chosen = plan[step - 1]
     return PlannedRun(
-        config=config,
         recipe=loaded.recipe,
-        data=data.train,
+        setup=setup,
+        data=data,
         plan=plan,
         totals=add_up(plan),
-        device=device,
-        shape=shape,
         memory=memory,
         step=chosen,
         timeline=plan.timeline(chosen),
@@ -262,10 +243,11 @@ def add_up(plan: RunPlan) -> Totals:
 
 def as_json(planned: PlannedRun) -> dict[str, Any]:
     """Plain values. Shares are between 0 and 1."""
-    plan, totals, config = planned.plan, planned.totals, planned.config
+    plan, totals, config = planned.plan, planned.totals, planned.setup.config
     longest = int(plan.lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
-    state = None if planned.shape is None else state_bytes(planned.shape, longest, plan.chunk_size, element_bytes)
+    shape = planned.setup.shape
+    state = None if shape is None else state_bytes(shape, longest, plan.chunk_size, element_bytes)
     slowest, busy = totals.step_seconds, totals.seconds.mean(axis=1)
     seconds = None if plan.costs.is_of_one_stage else float(slowest.sum() + plan.steps * plan.costs.step_seconds)
     return {
@@ -334,10 +316,10 @@ def _memory_json(planned: PlannedRun) -> dict[str, Any] | None:
     return {
         **{f"{name}_bytes": value for name, value in asdict(parts).items()},
         "total_bytes": parts.device_total,
-        "device": planned.device.name,
-        "device_bytes": planned.device.memory_bytes,
-        "fits": parts.device_total <= planned.device.memory_bytes,
-        "remedy": what_does_not_fit(parts, planned.device),
+        "device": planned.setup.device.name,
+        "device_bytes": planned.setup.device.memory_bytes,
+        "fits": parts.device_total <= planned.setup.device.memory_bytes,
+        "remedy": what_does_not_fit(parts, planned.setup.device),
     }
 
 

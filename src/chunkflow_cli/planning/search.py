@@ -8,7 +8,7 @@ a pipeline, ranks that wait for the slowest).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -154,24 +154,41 @@ PeakMemory = Callable[[RunPlan, Sequence[SimulatedStep]], int]
 
 
 def search(
-    runs: Iterable[RunPlan], steps: Sequence[int], memory_bytes: PeakMemory, memory_limit_bytes: int
-) -> Iterator[Candidate]:
+    runs: Sequence[RunPlan],
+    steps: Sequence[int],
+    memory_bytes: PeakMemory,
+    memory_limit_bytes: int,
+    on_candidate: Callable[[int], None] = lambda done: None,
+) -> list[Candidate]:
     """Predict every choice, in the order given.
 
     Args:
         runs: the same run under different chunk sizes, K and layouts.
         steps: which of its steps are planned; they stand for all.
-        memory_bytes: what a choice takes.
+        memory_bytes: predicts what a choice takes.
         memory_limit_bytes: choices above it do not fit.
+        on_candidate: called after each choice with the number of choices done.
     """
+    candidates = []
     for run in runs:
-        yield _predict(run, steps, memory_bytes, memory_limit_bytes)
+        candidates.append(_predict(run, steps, memory_bytes, memory_limit_bytes))
+        on_candidate(len(candidates))
+    return candidates
 
 
 def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that fit, fastest first; of equal ones the one that needs less memory."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     return sorted(fitting, key=lambda candidate: (candidate.step_seconds, candidate.memory_bytes))
+
+
+def best_of_layouts(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the fastest candidate that fits for each layout; if none fits, the one that needs the least memory."""
+    found = []
+    for layout in sorted({each.layout for each in candidates}):
+        rows = [each for each in candidates if each.layout == layout]
+        found.append((best_first(rows) or sorted(rows, key=lambda each: each.memory_bytes))[0])
+    return found
 
 
 def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit: int) -> Candidate:

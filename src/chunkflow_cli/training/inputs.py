@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from chunkflow_cli.config.schema import (
-    Config,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_cli.config.schema import Config, LossWeighting
 from chunkflow_cli.data.dataset import TokenizedData, tokenize
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.planning.batches import held_out
+from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class RunData:
 
 
 def load_run_data(config: Config, hf_config: Any | None) -> RunData:
-    """Tokenise (or find in the cache) what the run needs.
+    """Tokenise the samples of the run, or find them in the cache.
 
     Args:
-        hf_config: the model's configuration; None only where rows are ids and no model is named.
+        hf_config: the model's configuration; None only if rows are token ids and no model is named.
 
     Raises:
-        UsageError: as `tokens.tokenize`.
+        UsageError: as `data.dataset.tokenize`.
     """
 
     def read(path: str | None) -> TokenizedData:
@@ -47,3 +49,10 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
         return RunData(data, data, read(config.data.eval_path))
     train, evaluation = held_out(len(data), config.data.eval_fraction, config.train.seed)
     return RunData(data, data.select(train), data.select(evaluation))
+
+
+def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:
+    """Return the weight of each target by sequence, (sequences of the rank,); over all ranks they sum to 1."""
+    if weighting is LossWeighting.token:
+        return np.full(len(rank.samples), 1.0 / step.target_tokens)
+    return 1.0 / (len(step.samples) * rank.target_counts)

@@ -47,8 +47,8 @@ from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.memory_parts import state_bytes
 from chunkflow_cli.planning.schedule import Op, plan
 from chunkflow_cli.training.assembly import Assembly, assemble
-from chunkflow_cli.training.from_config import cost_model, plan_run
 from chunkflow_cli.training.inputs import load_run_data
+from chunkflow_cli.training.setup import described_device, read_setup
 
 CHUNKS_OF_SEQUENCE = 3
 FEW_TARGETS = 0.1
@@ -222,8 +222,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
     parts.engine.set_learning_rate(0.0)
     _run(parts, device, min(size for size, _ in pairs), 1.0)
     parts.engine.step()
-    shape = shape_without_weights(config.model, hf_config)
-    plan_of_run = plan_run(config, data, cost_model(config, shape, present_device(), hf_config))
+    plan_of_run = read_setup(config, hf_config, described_device(config, present_device())).plan(data)
     total = len(pairs) * int(data.lengths[plan_of_run.batches[step]].sum())
     seconds = {}
     done = 0

@@ -11,7 +11,8 @@ from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.training.from_config import check_heads
+from chunkflow_cli.model.layouts import check_layouts
+from chunkflow_cli.training.layout import planned_topology
 
 
 def check_requirements(loaded: LoadedConfig) -> Any:
@@ -39,7 +40,7 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         raise UsageError(
             f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
         )
-    check_heads(config, hf_config)
+    check_layouts(config, hf_config, [planned_topology(config)])
     group = config.parallel.sequence * config.parallel.pipeline
     if config.launch.processes < group:
         raise UsageError(
@@ -53,11 +54,4 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         check_settings(settings)
         return hf_config
     check_pipeline_settings(settings, stages)
-    assert hf_config is not None
-    layers = int(hf_config.get_text_config().num_hidden_layers)
-    if stages > layers:
-        raise UsageError(
-            f"parallel.pipeline={stages}: the model has {layers} layers, and each stage needs one\n"
-            f"  take parallel.pipeline={layers} or fewer"
-        )
     return hf_config

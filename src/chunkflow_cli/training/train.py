@@ -33,7 +33,6 @@ from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.files import write_json
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.loading import skeleton
-from chunkflow_cli.model.shape import shape_without_weights
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
@@ -53,13 +52,15 @@ from chunkflow_cli.training.checkpoint import (
     save_final,
 )
 from chunkflow_cli.training.display import print_training_summary, training_display
-from chunkflow_cli.training.from_config import cost_model, plan_run, planned_topology, target_weights
 from chunkflow_cli.training.held_out import HeldOut
+from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.joining import load_data, open_folder, watched
+from chunkflow_cli.training.layout import planned_topology
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.metrics import MetricWriters, StepMetrics, peak_flops, peak_memory_bytes
 from chunkflow_cli.training.requirements import check_requirements
 from chunkflow_cli.training.run_folder import RunFolder
+from chunkflow_cli.training.setup import RunSetup, described_device, read_setup
 
 PROBE_TOKENS = 256
 """Length of the forward that measures activation bytes a token."""
@@ -183,11 +184,13 @@ class _Training:
         settle_vector_math()
         backend = choose_backend(config.model.attention, self.hf_config, self.device, self.dtype).backend
         with working(self.console, "loading the model"):
-            self.shape = shape_without_weights(config.model, self.hf_config)
-            # Ranks may run on machines that are not alike, and must plan alike all the same.
-            own = cost_model(config, self.shape, present_device(), self.hf_config) if self.processes.is_first else None
-            costs = self.processes.gather(own)[0]
-            self.plan = plan_run(config, self.train_data, costs)
+            # The first rank's setup decides for all: ranks may run on different machines, and must plan alike.
+            own = None
+            if self.processes.is_first:
+                own = read_setup(config, self.hf_config, described_device(config, present_device()))
+            setup: RunSetup = self.processes.gather(own)[0]
+            assert setup.shape is not None
+            self.shape, self.plan = setup.shape, setup.plan(self.train_data)
             parts = assemble(
                 config, self.hf_config, backend, self.device, processes=self.processes,
                 stages=self.plan.stage_layers(self.shape.layers), stop_requested=self._must_stop_now,

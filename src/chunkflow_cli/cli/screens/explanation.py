@@ -1,0 +1,107 @@
+"""The words of `chunkflow tune-chunk-size`: why the best pair is the best, or why nothing fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from chunkflow_cli.planning.search import Candidate
+
+
+def explain(best: Candidate, candidates: Sequence[Candidate], best_of_layouts: Sequence[Candidate]) -> str:
+    """Return two sentences: where the best pair's time goes, and what its neighbours would cost."""
+    neighbours = _and(list(_neighbours(best, candidates, best_of_layouts)))
+    return _where_time_goes(best) + (f" {neighbours[0].upper()}{neighbours[1:]}." if neighbours else "")
+
+
+def nothing_fits(candidates: Sequence[Candidate], limit_bytes: int, longest: int) -> str:
+    """Return the error for a search in which no candidate fits.
+
+    Args:
+        limit_bytes: what a candidate may take.
+        longest: tokens of the longest sample.
+    """
+    least = min(candidates, key=lambda candidate: candidate.memory_bytes)
+    layout = f" on {_layout(least)}" if least.stages * least.data_parallel > 1 else ""
+    return (
+        f"no pair fits into {limit_bytes / 2**30:.1f} GiB: the smallest, chunk.size={least.chunk_size} "
+        f"chunk.k={least.k}{layout}, needs {_gib(least)} (the longest sample has {longest:,} tokens)\n"
+        "  lower data.max_length or tune.chunk_sizes, or set model.activation_checkpointing=full,\n"
+        "  model.lora.enabled=true or engine.offload=optimizer; `chunkflow plan` shows the parts"
+        + ("\n  more stages divide the model: cluster.pipelines" if layout else "")
+    )
+
+
+def _where_time_goes(best: Candidate) -> str:
+    total = best.step_seconds
+    shares = {
+        "second forwards of long samples": best.recompute_seconds,
+        "the fixed cost of chunks": best.fixed_seconds,
+        "waiting between stages": best.bubble_seconds,
+        "the optimizer step": best.optimizer_seconds,
+    }
+    named = [f"{100 * seconds / total:.0f} % is {name}" for name, seconds in shares.items() if seconds > 0.005 * total]
+    text = f"A step is predicted to take {total:.3g} s" + (f", of which {_and(named)}" if named else "")
+    if best.data_parallel > 1 and best.bubble_ratio > 0.005:
+        text += f"; with the wait for the slowest rank, devices are idle {100 * best.bubble_ratio:.0f} % of the time"
+    return f"{text}."
+
+
+def _neighbours(
+    best: Candidate, candidates: Sequence[Candidate], best_of_layouts: Sequence[Candidate]
+) -> Iterator[str]:
+    """Yield a clause for the next smaller and larger chunk size, another layout, and the other way to cut."""
+    alike = [each for each in candidates if each.is_like(best)]
+    smaller = [each for each in alike if each.chunk_size < best.chunk_size and each.fits]
+    if smaller:
+        near = min(smaller, key=lambda each: (-each.chunk_size, each.step_seconds))
+        yield f"chunks of {near.chunk_size} take {_times(near, best)}"
+    larger = [each for each in alike if each.chunk_size > best.chunk_size]
+    if fitting := [each for each in larger if each.fits]:
+        near = min(fitting, key=lambda each: (each.chunk_size, each.step_seconds))
+        yield f"chunks of {near.chunk_size} take {_times(near, best)}"
+    elif larger:
+        near = min(larger, key=lambda each: (each.chunk_size, each.k))
+        yield f"chunks of {near.chunk_size} would need {_gib(near)}"
+    others = [each for each in best_of_layouts if each.layout != best.layout]
+    if fitting := [each for each in others if each.fits]:
+        near = min(fitting, key=lambda each: each.step_seconds)
+        yield f"{_layout(near)} would take {_times(near, best)}"
+    elif others:
+        near = min(others, key=lambda each: each.memory_bytes)
+        yield f"{_layout(near)} would need {_gib(near)}"
+    if twins := [each for each in candidates if each.fits and each.is_at(best) and each.cuts != best.cuts]:
+        yield f"cuts of equal {twins[0].cuts} would take {_times(twins[0], best)}"
+
+
+def _layout(candidate: Candidate) -> str:
+    grouped = f" in groups of {candidate.sequence}" if candidate.sequence > 1 else ""
+    if candidate.stages == 1:
+        return f"{candidate.data_parallel} ranks{grouped or ' without a pipeline'}"
+    several = candidate.data_parallel > 1
+    pipelines = f"{candidate.data_parallel} pipelines of " if several else "a pipeline of "
+    return f"{pipelines}{candidate.stages} stages{grouped}"
+
+
+def _times(other: Candidate, best: Candidate) -> str:
+    return f"{other.step_seconds / best.step_seconds:.2f} times as long ({_why(other, best)})"
+
+
+def _why(other: Candidate, best: Candidate) -> str:
+    """Name what makes most of the difference between two candidates."""
+    differences = {
+        "second forwards": other.recompute_seconds - best.recompute_seconds,
+        "the fixed cost of chunks": other.fixed_seconds - best.fixed_seconds,
+        "waiting": other.waiting_seconds - best.waiting_seconds,
+        "the optimizer step": other.optimizer_seconds - best.optimizer_seconds,
+    }
+    slower = other.step_seconds >= best.step_seconds
+    name = max(differences, key=lambda key: differences[key] if slower else -differences[key])
+    return f"{'more' if slower else 'less'} {'of ' if name.startswith('the ') else ''}{name}"
+
+
+def _gib(candidate: Candidate) -> str:
+    return f"{candidate.memory_bytes / 2**30:.1f} GiB"
+
+
+def _and(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else ""

@@ -1,0 +1,39 @@
+"""Which layouts a model can be divided into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from chunkflow_cli.config.schema import Config
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.topology import Topology, key_value_copies
+
+
+def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
+    """Refuse a layout that the model's heads or layers cannot be divided among.
+
+    Args:
+        config: names the model, and the keys that errors name.
+        hf_config: the model's configuration.
+        layouts: that of the run, or those that are tried.
+
+    Raises:
+        UsageError: names the key, the model's heads or layers, and the sizes that are possible.
+    """
+    text = hf_config.get_text_config()
+    heads, layers = int(text.num_attention_heads), int(text.num_hidden_layers)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    for layout in layouts:
+        try:
+            key_value_copies(heads, kv_heads, layout.sequence)
+        except ValueError as error:
+            key = "parallel.sequence" if layout.sequence == config.parallel.sequence else "cluster.sequences"
+            name = config.model.path or text.model_type
+            raise UsageError(f"{key}={layout.sequence} does not suit {name}:\n  its {error}") from error
+        if layout.pipeline > layers:
+            key = "parallel.pipeline" if layout.pipeline == config.parallel.pipeline else "cluster.pipelines"
+            raise UsageError(
+                f"{key}={layout.pipeline}: the model has {layers} layers, and each stage needs one\n"
+                f"  choose {layers} stages or fewer"
+            )

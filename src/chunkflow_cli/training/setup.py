@@ -1,0 +1,177 @@
+"""What planning needs besides the data: the configuration, and what is read once from the model and the device.
+
+`plan`, `tune-chunk-size`, `train` and the process that measures make their plans from a `RunSetup`, so that they cannot
+disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chunkflow_cli.config.schema import (
+    ActivationCheckpointing,
+    Config,
+    CostModelName,
+    Cuts,
+    Device,
+    OptimizerName,
+    Spread,
+)
+from chunkflow_cli.data.cache import cache_root
+from chunkflow_cli.data.dataset import TokenizedData
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
+from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, ModelShape
+from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemorySettings
+from chunkflow_cli.planning.pipeline import PipelineLayout
+from chunkflow_cli.planning.run_plan import RunPlan
+from chunkflow_cli.planning.schedule import Layout
+from chunkflow_cli.planning.topology import Topology
+from chunkflow_cli.processes.worker import threads_of_user
+from chunkflow_cli.training.layout import planned_topology
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """Everything but the data that decides what a run does in each step, and what that costs."""
+
+    config: Config
+    shape: ModelShape | None
+    """Sizes of the model; None if no model is named."""
+    device: DeviceProfile
+    """The device that is planned for, in the cluster that the configuration describes."""
+    costs: CostModel
+    topology: Topology
+    calibration: Calibration | None = None
+    """What was measured of this model on this device; None if costs and memory come from formulas."""
+    calibration_path: Path | None = None
+    """The file that keeps it."""
+
+    def plan(self, data: TokenizedData) -> RunPlan:
+        """Return the plan of all steps over these samples: what `plan` prints and `train` runs."""
+        config = self.config
+        batches = GlobalBatches(len(data), config.train.global_batch_size, config.train.seed, config.train.shuffle)
+        return RunPlan(
+            batches=batches,
+            steps=config.train.steps or config.train.epochs * batches.steps_per_epoch,
+            lengths=data.lengths,
+            target_counts=data.target_counts,
+            chunk_size=config.chunk.size,
+            k=config.chunk.k,
+            fill_tails=config.chunk.fill_tails,
+            equal_time=config.chunk.cuts is Cuts.time,
+            # ZeRO-3 traces one forward for one backward, so the chunks of a sequence that keep their activations must
+            # share an engine call; and it communicates within both, so all ranks must run the same operations.
+            layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
+            pipeline=self.pipeline if self.topology.pipeline > 1 else None,
+            ranks=self.topology.replicas,
+            sequence=self.topology.sequence,
+            spread_all=config.parallel.spread is Spread.all,
+            costs=self.costs,
+        )
+
+    @property
+    def pipeline(self) -> PipelineLayout:
+        """How the stages of the run take turns; of a single stage, how more of them would."""
+        parallel = self.config.parallel
+        return PipelineLayout(self.topology.pipeline, parallel.schedule.value, parallel.warmup_extra)
+
+    @property
+    def memory(self) -> MemorySettings:
+        """What decides the memory of a rank besides the model."""
+        config = self.config
+        states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
+        return MemorySettings(
+            element_bytes=ELEMENT_BYTES[config.model.dtype.value],
+            optimizer_states=states[config.optim.name],
+            zero_stage=config.engine.zero_stage,
+            data_parallel=self.topology.replicas,
+            offload=config.engine.offload.value,
+            checkpointing=config.model.activation_checkpointing.value,
+            chunk_size=config.chunk.size,
+            device_type="cpu" if "CPU" in self.device.name else "cuda",
+        )
+
+
+def read_setup(
+    config: Config, hf_config: Any | None, device: DeviceProfile, *, measure: Callable[[Path], None] | None = None
+) -> RunSetup:
+    """Read the model's sizes from its configuration, and choose the costs that `plan.cost_model` names.
+
+    Args:
+        hf_config: the model's configuration; None if no model is named. Time is then proportional to tokens.
+        device: as `planned_device` or `described_device` returns it.
+        measure: measures the model on this device and keeps the calibration in a file, if there is none yet. Costs and
+            memory then come from the calibration.
+
+    Raises:
+        UsageError: `plan.cost_model=measured`, and this model has not been measured on this device.
+    """
+    topology, cost_model = planned_topology(config), config.plan.cost_model
+    shape = None
+    if hf_config is not None:
+        from chunkflow_cli.model.shape import shape_without_weights  # imports torch
+
+        shape = shape_without_weights(config.model, hf_config)
+    if measure is None and cost_model is not CostModelName.measured:
+        costs = CostModel.proportional()
+        if shape is not None and cost_model is CostModelName.profile:
+            is_checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
+            costs = CostModel.profile(shape, device, checkpointed=is_checkpointed)
+        return RunSetup(config, shape, device, costs, topology)
+    if hf_config is None:
+        raise UsageError("plan.cost_model=measured needs a model: set model.path")
+    path = calibration_path(config, hf_config, device)
+    if measure is not None and not path.exists():
+        measure(path)
+    calibration = Calibration.load(path)
+    if calibration is None:
+        raise UsageError(
+            f"plan.cost_model=measured: this model, as configured, has not been measured on {device.name}\n"
+            "  run chunkflow tune-chunk-size with the same recipe and keys: it measures the model and keeps the result"
+        )
+    if measure is None:
+        return RunSetup(config, shape, device, calibration.costs, topology)
+    return RunSetup(config, calibration.shape, device, calibration.costs, topology, calibration, path)
+
+
+def planned_device(config: Config) -> DeviceProfile:
+    """Return the device that `tune.device` names; by default, the device of this machine."""
+    if config.tune.device is not Device.measured:
+        return described_device(config, DEVICES[config.tune.device.value])
+    from chunkflow_cli.model.device import present_device  # imports torch
+
+    return described_device(config, present_device())
+
+
+def described_device(config: Config, device: DeviceProfile) -> DeviceProfile:
+    """Return the device with the memory of `tune.memory_gib` and the links of `cluster.*`, where these are set."""
+    cluster, memory_gib = config.cluster, config.tune.memory_gib
+    changes: dict[str, Any] = {"devices_of_node": cluster.gpus_per_node}
+    if memory_gib is not None:
+        changes["memory_bytes"] = int(memory_gib * 2**30)
+    if cluster.node_gb_per_second is not None:
+        changes["node_bytes_per_second"] = cluster.node_gb_per_second * 1e9
+    if cluster.network_gb_per_second is not None:
+        changes["link_bytes_per_second"] = cluster.network_gb_per_second * 1e9
+    return replace(device, **changes)
+
+
+def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> Path:
+    """Return the file that keeps what was measured of this model, as configured, on this device."""
+    facts = {
+        "version": CALIBRATION_VERSION,
+        "model": hf_config.to_json_string(),
+        "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
+                          config.model.lora, config.engine, config.optim.name)),
+        "device": device.name,
+        "threads": threads_of_user(),
+    }  # fmt: skip
+    key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return cache_root(config.data.cache_dir).parent / "calibrations" / f"{key}.json"

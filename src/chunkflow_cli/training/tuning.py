@@ -1,0 +1,238 @@
+"""What `tune-chunk-size` tries, on which costs, and how the best pairs are measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.config.schema import Config, Cuts, Device
+from chunkflow_cli.console import stderr_console
+from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.layouts import check_layouts
+from chunkflow_cli.planning.choices import Choices, Search, lay_out
+from chunkflow_cli.planning.search import Candidate
+from chunkflow_cli.planning.topology import Topology
+from chunkflow_cli.training.inputs import load_run_data
+from chunkflow_cli.training.layout import planned_topology
+from chunkflow_cli.training.setup import RunSetup, planned_device, read_setup
+
+LARGEST_TIMED = 4096
+"""Tokens. Larger chunks are not timed: their costs are linear by then, and they take long."""
+
+DISTURBED = 0.4
+"""Relative error of a fit above which the timings are doubted."""
+
+ALLOCATOR_WASTE = 0.05
+"""Share of a device's memory that allocators cannot use, unless `tune.memory_gib` says what may be used."""
+
+Pair = tuple[int, int]
+"""chunk.size and chunk.k."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is searched, and what the answer is reported with."""
+
+    setup: RunSetup
+    search: Search
+    memory_limit_bytes: int
+    longest: int
+    """Tokens of the longest sample."""
+
+
+def prepare_tuning(loaded: LoadedConfig, config_dir: str | None) -> Tuning:
+    """Read the model's sizes and the data, measure or look up costs, and lay out everything that is compared.
+
+    Args:
+        config_dir: as given on the command line, for the process that measures.
+
+    Raises:
+        UsageError: an empty grid, or a layout that does not suit the model or the number of processes.
+        RunError: the process that measures failed.
+    """
+    config = loaded.config
+    layouts = tried_layouts(config)
+    hf_config = load_config(config.model)
+    check_layouts(config, hf_config, layouts)
+    data = load_run_data(config, hf_config).train
+    setup = _setup(loaded, config_dir, hf_config)
+    assert setup.shape is not None
+    longest = int(data.lengths.max())
+    tried = config.tune
+    try:
+        search = lay_out(
+            setup.plan(data),
+            Choices(
+                tuple(tried.chunk_sizes),
+                tuple(tried.ks),
+                tuple(layouts),
+                tuple(cuts is Cuts.time for cuts in tried.cuts or [config.chunk.cuts]),
+                setup.pipeline,
+            ),
+            samples=tried.samples,
+            shape=setup.shape,
+            settings=setup.memory,
+            device=setup.device,
+            measured=None if setup.calibration is None else setup.calibration.memory,
+        )
+    except ValueError as error:
+        raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
+    limit = setup.device.memory_bytes if tried.memory_gib else int((1 - ALLOCATOR_WASTE) * setup.device.memory_bytes)
+    return Tuning(setup, search, limit, longest)
+
+
+def _setup(loaded: LoadedConfig, config_dir: str | None, hf_config: Any) -> RunSetup:
+    """Return the setup with costs that were measured on this machine, or with those of a profile."""
+    config = loaded.config
+    device = planned_device(config)
+
+    def measure(path: Path) -> None:
+        _measure_chunks(loaded, config_dir, path)
+
+    is_measured = config.tune.device is Device.measured
+    setup = read_setup(config, hf_config, device, measure=measure if is_measured else None)
+    if setup.calibration is not None and setup.calibration.worst_error > DISTURBED:
+        stderr_console().print(
+            f"warning: timings of chunks differ by up to {100 * setup.calibration.worst_error:.0f} % from the fitted "
+            f"costs; other work may have disturbed them\n  to time them again, delete {setup.calibration_path}",
+            soft_wrap=True,
+        )
+    return setup
+
+
+def tried_layouts(config: Config) -> list[Topology]:
+    """Return every way to divide the devices that is tried: by default, that of the run.
+
+    Raises:
+        UsageError: a size does not divide `launch.processes`, or no combination of sizes does.
+    """
+    tried = config.cluster
+    if not tried.pipelines and not tried.sequences:
+        return [planned_topology(config)]
+    processes = config.launch.processes
+    for key, sizes, noun in (
+        ("cluster.pipelines", tried.pipelines, "pipelines of {} stages"),
+        ("cluster.sequences", tried.sequences, "groups of {} ranks"),
+    ):
+        for size in sizes:
+            if size < 1 or processes % size:
+                raise UsageError(
+                    f"{key}={sizes}: launch.processes={processes} cannot be divided among {noun.format(size)}"
+                )
+    found = [
+        Topology.of(processes, sequence=sequence, pipeline=stages)
+        for sequence in sorted(set(tried.sequences or [config.parallel.sequence]))
+        for stages in sorted(set(tried.pipelines or [config.parallel.pipeline]))
+        if processes % (sequence * stages) == 0
+    ]
+    if not found:
+        raise UsageError(
+            f"launch.processes={processes} cannot be divided into groups of cluster.sequences={tried.sequences} "
+            f"x cluster.pipelines={tried.pipelines}"
+        )
+    return found
+
+
+# Measuring, in a process of its own
+
+
+def check_measurable(config: Config) -> None:
+    """Refuse to measure a run of several processes.
+
+    Raises:
+        UsageError: names the key that asks for several.
+    """
+    for key, value in (
+        ("launch.processes", config.launch.processes),
+        ("parallel.pipeline", config.parallel.pipeline),
+        ("parallel.sequence", config.parallel.sequence),
+        ("cluster.sequences", config.cluster.sequences),
+        ("cluster.pipelines", config.cluster.pipelines),
+    ):
+        if (max(value, default=1) if isinstance(value, list) else value) > 1:
+            raise UsageError(
+                f"{key}={value}: only one process can be measured on this machine\n"
+                "  name the device to predict for, such as tune.device=h100"
+            )
+
+
+def _measure_chunks(loaded: LoadedConfig, config_dir: str | None, path: Path) -> None:
+    """Time chunks of the model, and keep the calibration in `path`."""
+    tried = sorted(set(loaded.config.tune.chunk_sizes))
+    timed = sorted({size for size in tried if size <= LARGEST_TIMED} | set(tried[:2]))
+    if len(timed) < 2:
+        timed = [max(16, timed[0] // 2), *timed]
+    stderr_console().print("Timing chunks of this model on this machine; the result is kept for the next time.")
+    _run_measurement(
+        ["--out", str(path), "--budget", str(loaded.config.tune.budget_seconds / 2), "--sizes", *map(str, timed)],
+        loaded,
+        config_dir,
+    )
+
+
+def measure_best(
+    loaded: LoadedConfig, config_dir: str | None, ranked: Sequence[Candidate], tuning: Tuning
+) -> dict[Pair, float]:
+    """Return the measured seconds of a step for the best few candidates.
+
+    Nothing is measured if costs come from a profile, if `tune.measure` is 0, or if `tune.budget_seconds` has no room
+    for two steps.
+
+    Args:
+        ranked: fastest first.
+    """
+    config = loaded.config
+    if tuning.setup.calibration is None or config.tune.measure == 0:
+        return {}
+    room = config.tune.budget_seconds / 2
+    chosen: list[Candidate] = []
+    for candidate in ranked[: config.tune.measure]:
+        room -= candidate.step_seconds
+        if room < 0:
+            break
+        chosen.append(candidate)
+    if len(chosen) < 2:
+        stderr_console().print(
+            f"Not measured: a step takes about {ranked[0].step_seconds:,.0f} s, and tune.budget_seconds="
+            f"{config.tune.budget_seconds:g} has no room for two"
+        )
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "seconds.json")
+        pairs = [f"{candidate.chunk_size}:{candidate.k}" for candidate in chosen]
+        _run_measurement(
+            ["--out", str(out), "--pairs", *pairs, "--step", str(tuning.search.steps[0])], loaded, config_dir
+        )
+        rows = json.loads(out.read_text(encoding="utf-8"))
+    return {(row["chunk_size"], row["k"]): row["seconds"] for row in rows}
+
+
+def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str | None) -> None:
+    """
+    Raises:
+        UsageError: the model cannot be trained here; the process has printed why.
+        RunError: the process failed or was killed.
+    """
+    folder = ["--config-dir", config_dir] if config_dir is not None else []
+    command = [
+        sys.executable, "-m", "chunkflow_cli.training.measure", *arguments, *folder, "--overrides", *loaded.overrides,
+    ]  # fmt: skip
+    code = subprocess.run(command, stdout=2, check=False).returncode  # stdout may carry JSON: prints go to stderr
+    if code in (130, -2):
+        raise KeyboardInterrupt
+    if code == 2:
+        raise UsageError("the model cannot be measured on this machine; the reason is printed above")
+    if code != 0:
+        raise RunError(
+            f"the process that measures ended with exit code {code}"
+            + (" (killed: out of memory?)" if code == -9 else "")
+            + "\n  without measuring: tune.device=NAME uses a profile instead"
+        )
