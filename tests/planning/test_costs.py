@@ -30,7 +30,9 @@ from chunkflow_cli.planning.costs import (
     chunk_tokens,
     training_flops,
 )
-from chunkflow_cli.planning.run_plan import RankPlan, operation_seconds, rank_seconds
+from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
+from chunkflow_cli.planning.prediction import rank_seconds
+from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.simulate import simulate
 
@@ -121,7 +123,7 @@ COSTS = st.builds(CostModel, st.just("drawn"), COST, COST, COST, COST, st.floats
 
 def seconds_by_operation(chunks: Chunks, targets: np.ndarray, k: int, costs: CostModel) -> float:
     """Walk through the schedule and look up every operation's seconds."""
-    seconds = operation_seconds(chunks, targets, costs)
+    seconds = chunk_operation_seconds(chunks, targets, costs)
     by_kind = {"F": seconds.forward, "B": seconds.backward, "R": seconds.recompute, "S": seconds.state_pass}
     return sum(float(by_kind[op.kind.value][0, chunk]) for op in plan(chunks, k).ops for chunk in op.chunks)
 
@@ -166,7 +168,7 @@ def test_seconds_of_a_rank_are_those_of_its_operations(
     rank = RankPlan(np.arange(len(lengths)), chunks, targets, (schedule,))
     expected = seconds_by_operation(chunks, targets, k, costs)
     assert rank_seconds(rank, costs) == pytest.approx(expected)
-    assert simulate([schedule], operation_seconds(chunks, targets, costs)).makespan == pytest.approx(expected)
+    assert simulate([schedule], chunk_operation_seconds(chunks, targets, costs)).makespan == pytest.approx(expected)
 
 
 def test_a_rank_without_samples_takes_no_time() -> None:

@@ -16,12 +16,12 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.pipeline import PipelineLayout
+from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, timeline
 from chunkflow_cli.planning.run_plan import (
     RankPlan,
     RunPlan,
     StepPlan,
     operation_seconds,
-    rank_seconds,
     validate_groups,
 )
 from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule, validate
@@ -113,13 +113,13 @@ def test_seconds_of_a_group_are_those_of_its_operations(lengths: list[int], grou
     ranks, sequence = groups
     run = run_of(lengths, ranks=ranks, sequence=sequence)
     step = run[0]
-    timeline = run.timeline(step)
+    predicted = timeline(run, step)
     for index, rank in enumerate(step.ranks):
-        assert rank_seconds(rank, COSTS) == pytest.approx(timeline.busy_seconds[index, 0] if len(rank.chunks) else 0)
+        assert rank_seconds(rank, COSTS) == pytest.approx(predicted.busy_seconds[index, 0] if len(rank.chunks) else 0)
         if not len(rank.chunks):
             continue
         whole = operation_seconds(rank.chunks, rank.target_counts, COSTS)
-        own = run.operation_seconds(rank)
+        own = operation_seconds(run, rank)
         count = len(rank.spread)
         fixed = COSTS.backward.fixed_seconds
         assert own.backward[0, count:] == pytest.approx(whole.backward[0, count:])

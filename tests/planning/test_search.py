@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost, chunk_targets
 from chunkflow_cli.planning.pipeline import PipelineLayout
+from chunkflow_cli.planning.prediction import operation_seconds
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import SimulatedStep, best_first, grid, search
 from chunkflow_cli.planning.simulate import simulate, simulate_ranks
@@ -70,7 +71,7 @@ def test_predicted_seconds_are_those_of_the_simulated_schedules(
     seconds = []
     for step in chosen:
         makespans = [
-            simulate(rank.schedules, run.operation_seconds(rank)).makespan for rank in step.ranks if len(rank.chunks)
+            simulate(rank.schedules, operation_seconds(run, rank)).makespan for rank in step.ranks if len(rank.chunks)
         ]
         seconds.append(max(makespans))
     assert found.step_seconds == pytest.approx(np.mean(seconds) + COSTS.step_seconds)
@@ -100,7 +101,7 @@ def test_predicted_seconds_of_pipelines_are_those_of_all_ranks_simulated(
         costs=costs,
     )
     (found,) = search([run], [0], no_memory, 1)
-    whole = simulate_ranks([(rank.schedules, run.operation_seconds(rank)) for rank in run[0].ranks])
+    whole = simulate_ranks([(rank.schedules, operation_seconds(run, rank)) for rank in run[0].ranks])
     assert found.step_seconds == pytest.approx(whole.makespan + COSTS.step_seconds)
     assert found.bubble_ratio == pytest.approx(whole.bubble_ratio)
     assert found.waiting_seconds == pytest.approx(whole.makespan - whole.busy_seconds.mean())
@@ -170,7 +171,7 @@ def test_the_last_stage_pays_for_the_head() -> None:
     assert run.cut is not None
     assert [stage.layers for stage in run.cut] == [2, 2, 3, 1]  # half of the tokens are targets: a head of 3.2 layers
     rank = run[0].ranks[0]
-    seconds = run.operation_seconds(rank)
+    seconds = operation_seconds(run, rank)
     head = costs.seconds_per_target * chunk_targets(rank.chunks, rank.target_counts)
     layers = seconds.forward - np.vstack([np.zeros((3, len(head))), head])
     assert np.allclose(layers / layers.sum(axis=0), np.array([[stage.layers / 8] for stage in run.cut]))

@@ -24,9 +24,11 @@ from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.costs import DeviceProfile
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes
+from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.peak_memory import memory_of_fullest, simulated_steps
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
-from chunkflow_cli.planning.run_plan import RunPlan, StepPlan, operation_seconds, rank_seconds
+from chunkflow_cli.planning.prediction import rank_seconds, seconds_of_whole_samples, timeline
+from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import Timeline, simulate
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
 from chunkflow_cli.training.inputs import load_run_data
@@ -166,7 +168,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         totals=add_up(plan),
         memory=memory,
         step=chosen,
-        timeline=plan.timeline(chosen),
+        timeline=timeline(plan, chosen),
     )
 
 
@@ -225,11 +227,11 @@ def add_up(plan: RunPlan) -> Totals:
                 count["lower_bound"] += rank.lower_bound
                 most_operations = max(most_operations, operations)
                 seconds[step.step, index] = rank_seconds(rank, plan.costs)
-            step_seconds[step.step] = plan.step_seconds(step) if plan.is_in_lockstep else seconds[step.step].max()
+            step_seconds[step.step] = timeline(plan, step).makespan if plan.is_in_lockstep else seconds[step.step].max()
             count["recomputed"] += step.recomputed_chunks
             if plan.sequence > 1:
                 count["spread_samples"] += step.spread_samples
-                whole_seconds[step.step] = plan.seconds_of_whole_samples(step.samples)
+                whole_seconds[step.step] = seconds_of_whole_samples(plan, step.samples)
             progress(step.step + 1)
     return Totals(
         **count,
@@ -351,7 +353,7 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
         share = lengths[rank :: plan.ranks]
         if len(share):
             chunks = sequences_as_chunks(share)
-            seconds = operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, cut)
+            seconds = chunk_operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, cut)
             timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)
 

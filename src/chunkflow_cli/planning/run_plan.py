@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.planning.balance import balance, rank_loads, share_out
+from chunkflow_cli.planning.balance import balance, share_out
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import Chunks, build_chunks, join_chunks
-from chunkflow_cli.planning.costs import CostModel, chunk_targets, chunk_tokens
+from chunkflow_cli.planning.costs import CostModel, chunk_tokens
+from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.pipeline import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
 from chunkflow_cli.planning.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
-from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
-from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers, layer_shares
+from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,6 @@ class RunPlan:
     def _built(self, lengths: NDArray[np.int64], chunk_size: int) -> Chunks:
         return build_chunks(lengths, chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
 
-    def seconds_of_whole_samples(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(ranks,) predicted of a step, if no sample were spread."""
-        lengths, targets = self.lengths[samples], self.target_counts[samples]
-        costs = self.costs.of_sequences(lengths, self.chunk_size, self.k, targets)
-        return rank_loads(costs, balance(costs, self.ranks))
-
     @property
     def spread_chunk_size(self) -> int:
         """Of a chunk of which each rank of a group holds `chunk_size` tokens."""
@@ -289,49 +283,8 @@ class RunPlan:
         assert self.pipeline is not None
         seconds = None
         if self.pipeline.schedule in CHOSEN_BY_SECONDS:
-            seconds = operation_seconds(chunks, targets, self.costs, self.pipeline, self.cut)
+            seconds = chunk_operation_seconds(chunks, targets, self.costs, self.pipeline, self.cut)
         return plan_pipeline(chunks, self.k, self.pipeline, seconds)
-
-    def operation_seconds(self, rank: RankPlan) -> OperationSeconds:
-        """Predicted, of every operation of a rank."""
-        alone = operation_seconds(rank.chunks, rank.target_counts, self.costs, self.pipeline, self.cut)
-        if not rank.spread:
-            return alone
-        spread = operation_seconds(
-            rank.chunks, rank.target_counts, self.costs.spread_over(rank.group_size), self.pipeline, self.cut
-        )
-        count = len(rank.spread)
-        return OperationSeconds(
-            **{
-                kind.name: np.hstack([getattr(spread, kind.name)[:, :count], getattr(alone, kind.name)[:, count:]])
-                for kind in fields(OperationSeconds)
-            }
-        )
-
-    def stage_seconds(self, rank: RankPlan) -> NDArray[np.float64]:
-        """(stages,) for how long each stage of a rank runs something, as predicted."""
-        head = 0.0
-        if len(rank.chunks):
-            targets, spread = chunk_targets(rank.chunks, rank.target_counts), len(rank.spread)
-            head = self.costs.seconds_per_target * float(targets[spread:].sum())
-            if spread:
-                head += self.costs.spread_over(rank.group_size).seconds_per_target * float(targets[:spread].sum())
-        of_stages = _shares(self.pipeline, self.costs, self.cut) * (rank_seconds(rank, self.costs) - head)
-        of_stages[-1] += head
-        return of_stages
-
-    def timeline(self, step: StepPlan) -> Timeline:
-        """When each operation of a step runs on each rank and stage, as predicted."""
-        if not self.is_in_lockstep:
-            return simulate_ranks([(rank.schedules, self.operation_seconds(rank)) for rank in step.ranks])
-        one_token = operation_seconds(build_chunks([1], 1), np.ones(1, dtype=np.int64), self.costs)
-        return simulate_lockstep([(rank.schedule, self.operation_seconds(rank)) for rank in step.ranks], one_token)
-
-    def step_seconds(self, step: StepPlan) -> float:
-        """Predicted, of a step without a pipeline: until its last rank is done; the optimizer step is left out."""
-        if self.is_in_lockstep:
-            return self.timeline(step).makespan
-        return max(rank_seconds(rank, self.costs) for rank in step.ranks)
 
     @property
     def is_in_lockstep(self) -> bool:
@@ -349,123 +302,3 @@ def _one_after_the_other(first: Schedule, second: Schedule, chunks: Chunks) -> S
     """
     shifted = (Op(op.kind, tuple(len(chunks) + chunk for chunk in op.chunks)) for op in second.ops)
     return Schedule((*first.ops, *shifted))
-
-
-def operation_seconds(
-    chunks: Chunks,
-    targets: NDArray[np.int64],
-    costs: CostModel,
-    pipeline: PipelineLayout | None = None,
-    cut: tuple[StageLayers, ...] | None = None,
-) -> OperationSeconds:
-    """Predicted seconds of every operation on these chunks.
-
-    Each stage of a pipeline takes its layers' share of the model's seconds, the last one also head and loss.
-
-    Args:
-        targets: (sequences,) tokens that the loss counts.
-        cut: the layers of each stage; equal shares if not given.
-    """
-    stages = 1 if pipeline is None else pipeline.stages
-    shares = _shares(pipeline, costs, cut)
-    tokens, pairs = chunk_tokens(chunks), costs.chunk_pairs(chunks)
-    head = np.zeros((stages, len(chunks)))
-    head[-1] = costs.seconds_per_target * chunk_targets(chunks, targets)
-
-    def shared(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-        return shares[:, None] * seconds
-
-    backward = shared(costs.backward(tokens, pairs))
-    return OperationSeconds(
-        forward=shared(costs.forward(tokens, pairs)) + head,
-        backward=backward,
-        recompute=shared(costs.recompute(tokens, pairs)) + head,
-        state_pass=shared(costs.state_pass(tokens, pairs)),
-        # The two products of a backward are of the same size.
-        input_gradient=backward / 2,
-        weight_gradient=backward / 2,
-        transfer=np.broadcast_to(
-            costs.transfer_latency_seconds + costs.transfer_seconds_per_token * tokens, (stages - 1, len(chunks))
-        ).copy(),
-    )
-
-
-def _shares(
-    pipeline: PipelineLayout | None, costs: CostModel, cut: tuple[StageLayers, ...] | None
-) -> NDArray[np.float64]:
-    """(stages,) what each takes of the model's seconds, head and loss apart; 1 where costs are those of a stage."""
-    stages = 1 if pipeline is None else pipeline.stages
-    if costs.is_of_one_stage:
-        return np.ones(stages)
-    return np.full(stages, 1.0 / stages) if cut is None else layer_shares(cut)
-
-
-def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
-    """Predicted seconds of all operations of a rank without a pipeline, one after the other."""
-    if not len(rank.chunks):
-        return 0.0
-    tokens, pairs = chunk_tokens(rank.chunks), costs.chunk_pairs(rank.chunks)
-    targets = chunk_targets(rank.chunks, rank.target_counts)
-    is_recomputed = np.zeros(len(rank.chunks), dtype=bool)
-    is_recomputed[rank.recomputed] = True
-
-    def seconds(costs: CostModel, chunks: slice) -> float:
-        again = is_recomputed[chunks]
-        once, twice = (tokens[chunks], pairs[chunks]), (tokens[chunks][again], pairs[chunks][again])
-        second = costs.state_pass(*twice) + costs.recompute(*twice) - costs.forward(*twice)
-        head = costs.seconds_per_target * targets[chunks].sum()
-        return float(costs.forward(*once).sum() + costs.backward(*once).sum() + second.sum() + head)
-
-    spread = len(rank.spread)
-    alone = seconds(costs, slice(spread, None))
-    return alone + seconds(costs.spread_over(rank.group_size), slice(spread)) if spread else alone
-
-
-def validate_groups(ranks: Sequence[RankPlan]) -> None:
-    """Prove of the ranks of a step that those of each sequence-parallel group can run together.
-
-    The operations on spread chunks communicate within the group: each of its ranks must run the same ones in one order,
-    on the same chunks of the same samples. What a rank runs alone does not, and no operation is both.
-
-    Args:
-        ranks: group by group.
-
-    Raises:
-        ValueError: names the rank that differs from the first of its group, and where.
-    """
-    for index, rank in enumerate(ranks):
-        first = ranks[index - rank.sequence_rank]
-        if rank.sequence_rank != index % rank.group_size or rank.group_size != first.group_size:
-            raise ValueError(f"rank {index} is not where its sequence-parallel group has place {rank.sequence_rank}")
-        count = len(rank.spread)
-        if rank.spread != range(count) or count > len(rank.chunks) or rank.spread != first.spread:
-            raise ValueError(f"rank {index}: spread chunks must be the first ones, and as many as on its group's first")
-        if _spread_tokens(rank) != _spread_tokens(first):
-            raise ValueError(f"rank {index}: its spread chunks are not those of its group's first rank")
-        for stage, (schedule, expected) in enumerate(zip(rank.schedules, first.schedules, strict=True)):
-            own, others = _spread_operations(rank, schedule), _spread_operations(first, expected)
-            if own != others:
-                differs = next((i for i, pair in enumerate(zip(own, others, strict=False)) if pair[0] != pair[1]),
-                               min(len(own), len(others)))  # fmt: skip
-                raise ValueError(
-                    f"rank {index}, stage {stage}: spread operation {differs} is not that of its group's first rank"
-                )
-
-
-def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
-    """Of each spread chunk the samples, starts and stops of its segments."""
-    return [
-        [(int(rank.samples[part.sequence]), part.start, part.stop) for part in rank.chunks[chunk].segments]
-        for chunk in rank.spread
-    ]
-
-
-def _spread_operations(rank: RankPlan, schedule: Schedule) -> list[Op]:
-    operations = []
-    for op in schedule.ops:
-        together = {chunk in rank.spread for chunk in op.real_chunks}
-        if len(together) > 1:
-            raise ValueError(f"operation {op} joins chunks that are spread and chunks that are not")
-        if True in together:
-            operations.append(op)
-    return operations

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.chunks import cut_points
 from chunkflow_cli.planning.costs import OperationCost
-from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan, rank_seconds
+from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, stage_seconds, step_seconds
+from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import Timeline, simulate
 
 
@@ -115,7 +116,7 @@ class SimulatedStep:
         rank -= self.plan.ranks[rank].sequence_rank
         if rank not in self._timelines:
             planned = self.plan.ranks[rank]
-            self._timelines[rank] = simulate(planned.schedules, self.run.operation_seconds(planned))
+            self._timelines[rank] = simulate(planned.schedules, operation_seconds(self.run, planned))
         return self._timelines[rank]
 
     @property
@@ -206,7 +207,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         of_stages = _stage_seconds(run, planned)
         of_ranks = of_stages.mean(axis=1)
         if run.pipeline is None:
-            seconds.append(run.step_seconds(planned) if run.is_in_lockstep else float(of_ranks.max()))
+            seconds.append(step_seconds(run, planned) if run.is_in_lockstep else float(of_ranks.max()))
         else:
             simulated.append(SimulatedStep(run, planned))
             seconds.append(simulated[-1].makespan(of_ranks))
@@ -241,7 +242,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
 def _stage_seconds(run: RunPlan, step: StepPlan) -> NDArray[np.float64]:
     """(ranks, stages) for how long each runs something."""
     group = 1 if run.pipeline is None else run.sequence  # of which all ranks do the same
-    return np.repeat([run.stage_seconds(rank) for rank in step.ranks[::group]], group, axis=0)
+    return np.repeat([stage_seconds(run, rank) for rank in step.ranks[::group]], group, axis=0)
 
 
 def _recompute_seconds(rank: RankPlan, run: RunPlan) -> float:
