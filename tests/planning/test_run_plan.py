@@ -21,7 +21,6 @@ from chunkflow_cli.planning.run_plan import (
     RankPlan,
     RunPlan,
     StepPlan,
-    operation_seconds,
     validate_groups,
 )
 from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule, validate
