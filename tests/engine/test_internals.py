@@ -1,4 +1,4 @@
-"""The names of DeepSpeed that are not promised by its documentation: each exists, and only one file uses them."""
+"""The undocumented names of DeepSpeed that the engine uses: each exists, and only one file uses them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ROOM = Path(engine.__file__).parent
 
 
 def attributes(tree: ast.AST) -> set[str]:
-    """Names that are read, written or called as an attribute of anything but `self`."""
+    """Return the names that are used as an attribute of anything but `self`."""
     return {
         node.attr
         for node in ast.walk(tree)
@@ -54,7 +54,7 @@ def attributes(tree: ast.AST) -> set[str]:
 
 
 def defines(owner: Any, name: str) -> bool:
-    """Whether a class or module has a name, or its code sets an attribute of that name."""
+    """Return whether a class or module has a name, or its code sets an attribute of that name."""
     if hasattr(owner, name):
         return True
     tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))

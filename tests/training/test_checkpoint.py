@@ -400,7 +400,9 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest
     assert max(file.stat().st_size for file in files) < 1200 + 400
     middle = files[1].read_bytes()
     files[1].unlink()
-    with pytest.raises(RunError, match="incomplete: it has 300 numbers in a row of the weight of weight, which has 1,000"):
+    with pytest.raises(
+        RunError, match="incomplete: it has 300 numbers in a row of the weight of weight, which has 1,000"
+    ):
         StateFiles(saved)
     files[1].write_bytes(middle[:-100])
     with pytest.raises(RunError, match=f"{files[1].name} is damaged"):
