@@ -15,13 +15,7 @@ from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import all_or_none, own_rank
 from chunkflow_cli.engine.distributed import import_deepspeed, quiet
 from chunkflow_cli.engine.interface import TrainingEngine
-from chunkflow_cli.engine.partitions import (
-    check_fits,
-    equal_share,
-    kept_partitions,
-    parts_to_write,
-    read_partitions,
-)
+from chunkflow_cli.engine.partitions import check_fits, equal_share, kept_partitions, parts_to_write, read_partitions
 from chunkflow_cli.engine.settings import EngineSettings
 from chunkflow_cli.engine.state_files import StateFiles, write_parts
 from chunkflow_cli.errors import RunError
@@ -85,9 +79,9 @@ class BaseEngine(TrainingEngine):
     def _update(self) -> None:
         """Step the optimizer and forget the gradients."""
 
-    @abstractmethod
     def _gradient_norm(self) -> float:
-        """Return the norm of the whole model's gradients; only called without ZeRO, where every rank holds all."""
+        """Return the norm of the whole model's gradients; only without ZeRO, where they are whole on every rank."""
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None]))
 
     def _measure_and_clip(self, *_: Any) -> None:
         """Run between DeepSpeed's sum of the gradients and its update.

@@ -55,9 +55,7 @@ class Engine(BaseEngine):
         if settings.engine.zero_stage == 3:
             _divide(module, settings, config)
         hf_names = {name: name.removeprefix(WRAPPER) for name, _ in module.named_parameters()}
-        super().__init__(
-            module, module, optimizer, settings, config, hf_names=hf_names, replicas=process_count()
-        )  # fmt: skip
+        super().__init__(module, module, optimizer, settings, config, hf_names=hf_names, replicas=process_count())
         self._coalescing: AbstractContextManager[Any] | None = None
 
     @property
@@ -112,6 +110,3 @@ class Engine(BaseEngine):
 
     def _update(self) -> None:
         self._engine.step()
-
-    def _gradient_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None]))
