@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against plain PyTorch: every ZeRO stage, any number of micro-steps."""
+"""The data-parallel engine: how it sums gradients, what settings it refuses, and the configuration it generates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from chunkflow_cli.engine import Engine, EngineSettings
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(64, 64))  # float32, as some models keep some of theirs
+        self.weight = torch.nn.Parameter(torch.zeros(64, 64))  # float32, in which some models keep some weights
         self.other = torch.nn.Parameter(torch.zeros(64, 64, dtype=getattr(torch, sys.argv[2])))
     def forward(self, factor):
         return (self.weight.float() * factor).sum() + 0 * self.other.float().sum()
@@ -47,7 +47,7 @@ print(json.dumps({"weights": weights, "norms": norms}))
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"),
                                               (1, "bfloat16"), (3, "bfloat16")])  # fmt: skip
 def test_gradients_of_many_backwards_add_up_in_float32(stage: int, dtype: str) -> None:
-    """1 + 256 x 2^-9 is 1.5; a sum kept in bfloat16 stays at 1, and ZeRO-2 without coalescing keeps the last one only."""
+    """1 + 256 x 2^-9 is 1.5. A sum in bfloat16 stays at 1, and ZeRO-2 without coalescing keeps only the last term."""
     run = subprocess.run(
         [sys.executable, "-c", ACCUMULATE, str(stage), dtype], capture_output=True, text=True, check=False
     )
@@ -69,12 +69,14 @@ def test_gradients_of_many_backwards_add_up_in_float32(stage: int, dtype: str) -
     ],
     ids=["bf16 on ZeRO-0", "bf16 on ZeRO-2", "float64", "offload without a GPU"],
 )
-def test_what_deepspeed_would_do_wrongly_is_refused(engine: EngineConfig, dtype: Dtype, expected: str) -> None:
+def test_settings_that_deepspeed_would_run_wrongly_are_refused(
+    engine: EngineConfig, dtype: Dtype, expected: str
+) -> None:
     with pytest.raises(UsageError, match=expected):
         check_settings(EngineSettings(engine, OptimConfig(), dtype, CPU))
 
 
-def test_offload_needs_its_stage() -> None:
+def test_parameter_offload_needs_zero_3() -> None:
     cuda = torch.device("cuda", 0)
     with pytest.raises(UsageError, match=r"engine\.zero_stage=3"):
         check_settings(
@@ -89,3 +91,4 @@ def test_user_settings_are_merged_over_ours() -> None:
     assert config["zero_optimization"]["stage"] == 1
     assert config["seed"] == 3
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"

@@ -187,7 +187,7 @@ def test_converted_layers_pass_through_lora(tiny_model: Callable[..., Any]) -> N
     """Adapters wrap the converted layers, and the head stays one that the fused loss takes."""
     from chunkflow_cli.config.schema import LoraConfig
     from chunkflow_cli.execution.loss import FUSED_HEADS
-    from chunkflow_cli.model.loading import add_lora
+    from chunkflow_cli.model.adapters import add_lora
 
     model = tiny_model("llama", dtype=torch.bfloat16)
     assert convert_linear_layers(model) == 2 * 7 + 1

@@ -42,8 +42,9 @@ from chunkflow_cli.execution.parity import (
 )
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
-from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Schedule, plan
 

@@ -52,7 +52,7 @@ def model_of(case: Case, stages: int, attention: str) -> Any:
     """The same random weights wherever it is called."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from chunkflow_cli.model.loading import add_lora
+    from chunkflow_cli.model.adapters import add_lora
 
     config = AutoConfig.for_model(
         case.model_type, pad_token_id=0, bos_token_id=1, eos_token_id=2, hidden_size=32, intermediate_size=48,

@@ -21,7 +21,8 @@ from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, compare, random_sequences
 from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch, StepResult, has_dropout
 from chunkflow_cli.execution.state import StateStore
-from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Layout, Schedule, plan
 

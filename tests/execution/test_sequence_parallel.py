@@ -29,8 +29,9 @@ from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.layouts import check_layouts
-from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.topology import Topology, key_value_copies

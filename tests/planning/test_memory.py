@@ -25,7 +25,7 @@ from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner, StepBatch, call_of
 from chunkflow_cli.execution.stages import StageModel
 from chunkflow_cli.execution.state import StateStore
-from chunkflow_cli.model.loading import enable_activation_checkpointing
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.shape import layer_activation_bytes, model_shape
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import build_chunks

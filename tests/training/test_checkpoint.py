@@ -400,7 +400,9 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest
     assert max(file.stat().st_size for file in files) < 1200 + 400
     middle = files[1].read_bytes()
     files[1].unlink()
-    with pytest.raises(RunError, match="incomplete: of the weight of weight it has 300 numbers in a row, of 1,000"):
+    with pytest.raises(
+        RunError, match="incomplete: it has 300 numbers in a row of the weight of weight, which has 1,000"
+    ):
         StateFiles(saved)
     files[1].write_bytes(middle[:-100])
     with pytest.raises(RunError, match=f"{files[1].name} is damaged"):
@@ -466,5 +468,5 @@ def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
     assert said["optimizer"].startswith("optim.name=sgd: ")
     assert "up.weight is [7, 5] there, here [8, 5]" in said["wider"]
     assert "it has no more.weight" in said["deeper"]
-    assert "which has more.bias too" in said["shallower"]
+    assert "which also has more.bias" in said["shallower"]
     assert all("checkpoint.resume=never" in text for text in said.values())

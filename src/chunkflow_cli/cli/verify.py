@@ -16,9 +16,11 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import compare, random_sequences, remove_dropout, use_float64_experts
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing, load_model
+from chunkflow_cli.model.loading import load_model
 
 LONGEST_DEFAULT = 2048
 

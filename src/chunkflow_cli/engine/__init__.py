@@ -11,8 +11,9 @@ from chunkflow_cli.engine.distributed import (
     init_process_group,
     join_processes,
 )
-from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
-from chunkflow_cli.engine.stage import PipelineEngine, check_pipeline_settings
+from chunkflow_cli.engine.interface import TrainingEngine
+from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_settings, check_settings, deepspeed_config
+from chunkflow_cli.engine.stage import PipelineEngine
 from chunkflow_cli.engine.state_files import StateFiles
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PipelineEngine",
     "Processes",
     "StateFiles",
+    "TrainingEngine",
     "all_or_none",
     "broadcast_from_first",
     "check_pipeline_settings",

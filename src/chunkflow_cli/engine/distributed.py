@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and how DeepSpeed is imported without its noise."""
+"""The processes of a run: how they find each other and exchange numbers, and how DeepSpeed is imported quietly."""
 
 from __future__ import annotations
 
@@ -13,46 +13,50 @@ from typing import Any
 
 import torch
 
+from chunkflow_cli.engine import internals
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.processes import worker
 from chunkflow_cli.processes.start import free_port
 
 PATIENCE = timedelta(days=1)
-"""How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait;
-what hangs is found by the launcher's watchdog (`launch.hang_seconds`), which says where each rank stands."""
+"""How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait.
+The launcher's watchdog (`launch.hang_seconds`) finds ranks that hang, and says which operation each is at."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, and what they tell each other beside gradients.
+    """The processes of a run, and the numbers that they exchange besides gradients.
 
-    That goes over gloo, from the host's memory: a few numbers a step, which no device needs to wait for.
+    These go over gloo, from the host's memory: a few numbers per step, for which no device needs to wait.
     """
 
     topology: Topology = field(default_factory=Topology)
     rank: int = 0
     _control: Any = None
-    """A gloo group of all processes; None if there is one."""
+    """The gloo group of all processes; None if there is only one process."""
 
     @property
     def place(self) -> Place:
+        """The coordinates of this process."""
         return self.topology.place_of(self.rank)
 
     @property
     def replica(self) -> int:
-        """This one's number among those that hold the same stage: its data-parallel and sequence-parallel rank."""
+        """This process's number among those with the same stage: data-parallel and sequence-parallel rank in one."""
         return self.rank % self.topology.replicas
 
     @property
     def is_first(self) -> bool:
-        """Whether this one speaks and writes for all."""
+        """Whether this process is the one that prints and writes for all."""
         return self.rank == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:
+        """Return the sum of each value over all processes."""
         return self._reduce(values, torch.distributed.ReduceOp.SUM)
 
     def maximum(self, *values: float) -> tuple[float, ...]:
+        """Return the maximum of each value over all processes."""
         return self._reduce(values, torch.distributed.ReduceOp.MAX)
 
     def _reduce(self, values: tuple[float, ...], operation: Any) -> tuple[float, ...]:
@@ -63,7 +67,7 @@ class Processes:
         return tuple(numbers.tolist())
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process says, by rank."""
+        """Return the value that each process gives, by rank."""
         if self._control is None:
             return [value]
         values = [None] * self.topology.processes
@@ -71,6 +75,7 @@ class Processes:
         return values
 
     def barrier(self) -> None:
+        """Wait until all processes have come here."""
         if self._control is not None:
             torch.distributed.barrier(group=self._control)
 
@@ -79,12 +84,13 @@ def join_processes(device: torch.device, topology: Topology) -> Processes:
     """Meet the other processes of the run.
 
     Raises:
-        UsageError: a launcher has started another number than the configuration asks for.
+        UsageError: a launcher has started another number of processes than the configuration asks for.
     """
     if worker.processes() != topology.processes:
         raise UsageError(
-            f"{worker.processes()} processes were launched, and the configuration makes {topology.processes} of "
-            f"launch.processes, parallel.sequence and parallel.pipeline ({topology})"
+            f"{worker.processes()} processes were launched, but launch.processes, parallel.sequence and "
+            f"parallel.pipeline ask for {topology.processes} ({topology})\n"
+            f"  launch {topology.processes} processes, or change these keys"
         )
     if topology.processes == 1:
         return Processes()
@@ -93,33 +99,12 @@ def join_processes(device: torch.device, topology: Topology) -> Processes:
     return Processes(topology, torch.distributed.get_rank(), control)
 
 
-def close_process_group() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with quiet():
-        import deepspeed
-        import deepspeed.ops
-
-        # Its shared-memory collectives would be compiled on every start, and a killed build leaves a lock that the
-        # next start waits for without end. gloo and NCCL do without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls collectives by names that torch has since changed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    return deepspeed
-
-
 def init_process_group(device: torch.device) -> None:
-    """Join the other processes of the run, as the environment that a launcher sets names them; alone without one."""
+    """Join the process group that the launcher's environment variables describe; without a launcher, one of its own."""
     if torch.distributed.is_initialized():
         return
     if worker.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        # Without all of these DeepSpeed looks for MPI. A world of one is never taken from the environment: it may be
+        # Without all of these, DeepSpeed looks for MPI. A world of one is never taken from the environment: it may be
         # that of the process that started this one, which still listens there.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
@@ -128,23 +113,42 @@ def init_process_group(device: torch.device) -> None:
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)
 
 
+def close_process_group() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def broadcast_from_first(value: Any) -> Any:
-    """What rank 0 has given, on every rank; any object that can be pickled."""
+    """Return on every rank the value that rank 0 gives; any object that can be pickled."""
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
 
 
+def import_deepspeed() -> Any:
+    """Return the module `deepspeed`, prepared for this machine. All other imports of it come after this one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with quiet():
+        import deepspeed
+
+        internals.turn_off_shared_memory_collectives()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls collectives by names that torch has since changed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    return deepspeed
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed prints and warns while it starts and saves; none of it tells a user anything. Errors still raise."""
+    """Silence what DeepSpeed prints and warns while it starts; none of it helps a user. Errors still raise."""
+    level = logging.root.manager.disable
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
-        warnings.catch_warnings(),
+        warnings.catch_warnings(action="ignore"),
     ):
-        warnings.simplefilter("ignore")
-        level = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
             yield

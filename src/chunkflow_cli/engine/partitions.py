@@ -1,32 +1,33 @@
-"""Which numbers of which parameters a process keeps, and where in DeepSpeed's memory they are.
+"""Which numbers of which parameters a process keeps, and how they move between DeepSpeed's memory and files.
 
-Every optimizer of DeepSpeed steps flat float32 tensors and keeps its states beside them, under `optimizer.state`:
+Every optimizer of DeepSpeed steps flat float32 tensors, and the torch optimizer within keeps its states for these:
 
-| engine | what is stepped | part of a parameter |
+| engine | what is stepped | part of a parameter on a rank |
 |---|---|---|
-| ZeRO-0 | the parameters themselves, on every rank | the whole |
-| ZeRO-1 and 2 | a flat partition for each group of parameters | `_hp_mapping`: where the two overlap |
-| ZeRO-3 | a flat tensor for each sub-group | `grad_position`: a rank's equal share, the last one padded |
+| ZeRO-0 | the parameters themselves, on every rank | all of it |
+| ZeRO-1 and 2 | a flat partition per group of parameters | where the partition and the parameter overlap |
+| ZeRO-3 | a flat tensor per sub-group of parameters | an equal share; the last one is padded |
 
-DeepSpeed's own `safe_get_full_*` and `safe_set_full_*` are not used: under ZeRO-3 setting fails for a parameter whose
-size the number of ranks does not divide, under ZeRO-1 and 2 there is nothing to set before the first step, none of them
-know ZeRO-0, and getting sums zeros with a value, which loses the sign of a zero.
+DeepSpeed's public `safe_get_full_*` and `safe_set_full_*` do not serve. Under ZeRO-3, setting fails for a parameter
+whose size the number of ranks does not divide. Under ZeRO-1 and 2 there is nothing to set before the first step. ZeRO-0
+is not supported. And getting adds zeros to a value, which loses the sign of a negative zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, nn
 
+from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.state_files import WEIGHT, Part, StateFiles
 from chunkflow_cli.errors import RunError, UsageError
 
 STEP = "step"
-"""The state that is one number: how often the optimizer has stepped."""
+"""The optimizer state that is one number per parameter: how often it has been stepped."""
 
 
 @dataclass(frozen=True)
@@ -34,70 +35,54 @@ class Partition:
     """The numbers of one parameter that this process keeps."""
 
     parameter: str
+    """Name in the whole Hugging Face model."""
     shape: tuple[int, ...]
+    """Shape of the whole parameter."""
     start: int
-    """Of the kept numbers within the flattened parameter."""
+    """Index of the first kept number in the flattened parameter."""
     count: int
     stepped: Tensor
     """What the optimizer steps: the parameter itself, or a flat tensor that holds parts of many."""
     offset: int
-    """Of the kept numbers within it."""
+    """Index of the first kept number in `stepped`, flattened."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """(count,) the view of `tensor`, which is shaped like `stepped`."""
+        """Return a view (count,) of the kept numbers in `tensor`, which is shaped like `stepped`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.count]
 
 
-def kept_partitions(engine: Any, names: Mapping[str, str]) -> list[Partition]:
-    """All that this process keeps of the trained parameters.
+def kept_partitions(engine: Any, parameters: Mapping[str, nn.Parameter]) -> list[Partition]:
+    """Return what this process keeps of the trained parameters.
 
     Args:
         engine: DeepSpeed's.
-        names: of each of its module's parameters in the whole Hugging Face model.
+        parameters: the trained ones, by their names in the whole Hugging Face model.
     """
     partitions = []
-    for own_name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        found = _partition(engine.optimizer, names[own_name], parameter)
-        if found is not None and found.count > 0:
-            partitions.append(found)
+    for name, parameter in parameters.items():
+        kept = internals.kept_numbers(engine, parameter)
+        if kept is not None and kept[1] > 0:
+            partitions.append(Partition(name, internals.whole_shape(parameter), *kept))
     return partitions
 
 
-def _partition(optimizer: Any, name: str, parameter: Any) -> Partition | None:
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
-        group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = share * optimizer._get_param_partition_rank(parameter)
-        count = min(share, parameter.ds_numel - start)
-        return Partition(
-            name, tuple(parameter.ds_shape), start, count, optimizer.fp32_partitioned_groups_flat[group], offset
-        )
-    shape = tuple(parameter.shape)
-    if not hasattr(parameter, "_hp_mapping"):  # ZeRO-0
-        return Partition(name, shape, 0, parameter.numel(), parameter, 0)
-    mapping = parameter._hp_mapping
-    if mapping is None:  # it is all on other ranks
-        return None
-    (stepped,) = optimizer.param_groups[mapping.param_group_index]["params"]
-    inside, outside = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Partition(name, shape, inside.start, inside.numel, stepped, outside.start)
+def equal_share(partitions: Sequence[Partition], rank: int, ranks: int) -> list[Partition]:
+    """Return an equal share, counted in numbers, of what each of `ranks` ranks holds whole."""
+    total = sum(partition.count for partition in partitions)
+    begin, end = total * rank // ranks, total * (rank + 1) // ranks
+    shares, before = [], 0
+    for whole in partitions:
+        start, stop = max(begin - before, 0), min(end - before, whole.count)
+        if start < stop:
+            shares.append(replace(whole, start=start, count=stop - start, offset=start))
+        before += whole.count
+    return shares
 
 
-def parts_to_write(engine: Any, names: Mapping[str, str], *, elsewhere: frozenset[str] = frozenset()) -> Iterator[Part]:
-    """What this process has to write, so that all processes together write every number once.
-
-    Args:
-        engine: DeepSpeed's.
-        names: of each of its module's parameters in the whole Hugging Face model.
-        elsewhere: names of parameters that another pipeline stage has too, and writes.
-    """
-    partitions = [partition for partition in kept_partitions(engine, names) if partition.parameter not in elsewhere]
-    if engine.zero_optimization_stage() == 0:
-        group = engine.seq_data_parallel_group
-        partitions = _share(partitions, distributed.get_rank(group), distributed.get_world_size(group))
+def parts_to_write(partitions: Sequence[Partition], optimizer: torch.optim.Optimizer) -> Iterator[Part]:
+    """Yield the partitions with their master weights and the states that `optimizer` keeps for them."""
     for partition in partitions:
-        states = engine.basic_optimizer.state.get(partition.stepped, {})
+        states = optimizer.state.get(partition.stepped, {})
         tensors = {
             kind: partition.of(state) for kind, state in states.items() if kind != STEP and torch.is_tensor(state)
         }
@@ -110,30 +95,14 @@ def parts_to_write(engine: Any, names: Mapping[str, str], *, elsewhere: frozense
         )
 
 
-def _share(partitions: list[Partition], rank: int, ranks: int) -> list[Partition]:
-    """An equal share, in numbers, of what every rank holds whole."""
-    total = sum(partition.count for partition in partitions)
-    begin, end = total * rank // ranks, total * (rank + 1) // ranks
-    shares, before = [], 0
-    for whole in partitions:
-        start, stop = max(begin - before, 0), min(end - before, whole.count)
-        if start < stop:
-            shares.append(Partition(whole.parameter, whole.shape, start, stop - start, whole.stepped, start))
-        before += whole.count
-    return shares
-
-
-def check_fits(
-    files: StateFiles, engine: Any, names: Mapping[str, str], *, optimizer: str, has_all: bool = True
-) -> None:
+def check_fits(files: StateFiles, parameters: Mapping[str, nn.Parameter], *, optimizer: str, has_all: bool) -> None:
     """Refuse the state of another model or optimizer.
 
     Args:
-        files: what is to be read.
-        engine: DeepSpeed's.
-        names: of each of its module's parameters in the whole Hugging Face model.
-        optimizer: the name of the engine's.
-        has_all: whether the engine's module is the whole model, and not a stage of it.
+        files: the state to read.
+        parameters: the trained ones, by their names in the whole Hugging Face model.
+        optimizer: the name of the optimizer that trains them.
+        has_all: whether these are all trained parameters of the model, and not those of a stage of it.
 
     Raises:
         UsageError: names what differs.
@@ -141,12 +110,8 @@ def check_fits(
     remedy = "\n  take the configuration that it was saved with, or checkpoint.resume=never to begin anew"
     if files.optimizer != optimizer:
         raise UsageError(f"optim.name={optimizer}: {files.folder} holds the states of {files.optimizer}{remedy}")
-    shapes = {
-        names[own_name]: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for own_name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    }
-    for name, shape in shapes.items():
+    for name, parameter in parameters.items():
+        shape = internals.whole_shape(parameter)
         if name not in files.shapes:
             raise UsageError(f"{files.folder} is of another model: it has no {name}{remedy}")
         if files.shapes[name] != shape:
@@ -154,38 +119,40 @@ def check_fits(
                 f"{files.folder} is of another model: {name} is {list(files.shapes[name])} there, here {list(shape)}"
                 + remedy
             )
-    more = sorted(files.shapes.keys() - shapes.keys())
+    more = sorted(files.shapes.keys() - parameters.keys())
     if has_all and more:
-        raise UsageError(f"{files.folder} is of another model, which has {more[0]} too{remedy}")
+        raise UsageError(f"{files.folder} is of another model, which also has {more[0]}{remedy}")
 
 
 @torch.no_grad()
-def read_partitions(engine: Any, names: Mapping[str, str], files: StateFiles) -> None:
-    """Set the master weights and optimizer states of this process from files; `publish_weights` must follow.
+def read_partitions(partitions: Sequence[Partition], optimizer: torch.optim.Optimizer, files: StateFiles) -> None:
+    """Set master weights and optimizer states from files. `internals.publish_weights` must follow.
 
     Args:
-        engine: DeepSpeed's; it need not have stepped yet.
-        names: of each of its module's parameters in the whole Hugging Face model.
+        partitions: what this process keeps.
+        optimizer: steps them; it need not have stepped yet.
         files: hold all of these parameters.
+
+    Raises:
+        RunError: parameters that are stepped together were stepped different numbers of times.
     """
-    optimizer = engine.basic_optimizer
     by_stepped: dict[int, list[Partition]] = {}
-    for partition in kept_partitions(engine, names):
+    for partition in partitions:
         by_stepped.setdefault(id(partition.stepped), []).append(partition)
-    for partitions in by_stepped.values():
-        stepped = partitions[0].stepped
+    for together in by_stepped.values():
+        stepped = together[0].stepped
         states: dict[str, Any] = {}
-        for partition in partitions:
+        for partition in together:
             files.read(partition.parameter, WEIGHT, partition.start, partition.of(stepped))
             for kind in files.states(partition.parameter):
                 if kind not in states:
                     states[kind] = torch.zeros_like(stepped)
                 files.read(partition.parameter, kind, partition.start, partition.of(states[kind]))
-        steps = {files.scalars[partition.parameter].get(STEP) for partition in partitions} - {None}
+        counts = (files.scalars[partition.parameter].get(STEP) for partition in together)
+        steps = {count for count in counts if count is not None}
         if len(steps) > 1:
-            raise RunError(f"{files.folder}: parameters were stepped {sorted(map(int, filter(None, steps)))} times")
+            raise RunError(f"{files.folder}: parameters were stepped {sorted(map(int, steps))} times")
         for step in steps:
-            assert step is not None
             states[STEP] = _step_state(optimizer, stepped, step)
         optimizer.state.pop(stepped, None)
         if states:
@@ -193,24 +160,8 @@ def read_partitions(engine: Any, names: Mapping[str, str], files: StateFiles) ->
 
 
 def _step_state(optimizer: torch.optim.Optimizer, stepped: Tensor, step: float) -> Tensor | int:
-    """The count as the optimizer itself would hold it."""
+    """Return the count of steps as the optimizer itself would hold it."""
     if "fused" not in optimizer.defaults:  # DeepSpeed's Adam on the host counts in Python
         return int(step)
     on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
     return torch.tensor(step, dtype=torch.float32, device=stepped.device if on_device else "cpu")
-
-
-@torch.no_grad()
-def publish_weights(engine: Any) -> None:
-    """Master weights into the model's weights, by the very calls that end a step. Every rank calls it."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0:
-        return
-    if stage < 3:
-        optimizer.update_lp_params()
-        optimizer._hp_optimizer_states_linked = False  # the states are other tensors now
-        return
-    optimizer.checkpoint_event_prologue()  # small weights, which stay gathered, are given back
-    for group in range(len(optimizer.fp16_groups)):
-        optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    optimizer.checkpoint_event_epilogue()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig, OptimizerName
@@ -15,10 +16,22 @@ from chunkflow_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class EngineSettings:
+    """The keys of the configuration that decide an engine, and its device."""
+
     engine: EngineConfig
     optim: OptimConfig
     dtype: Dtype
+    """Data type of weights and activations."""
     device: torch.device
+
+
+FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+"""DeepSpeed's keys that sum bfloat16 gradients in float32: over the chunks of a step, and over the ranks.
+
+Without the second one, DeepSpeed rounds the float32 sum to bfloat16 before the optimizer uses it. ZeRO-1 and 3 obey;
+ZeRO-0 and 2 would still sum in bfloat16, where 1 + 256 x 2^-9 comes out as 1.0 and not 1.5, and are refused.
+"""
+STAGES_WITH_FLOAT32_SUMS = (1, 3)
 
 
 def check_settings(settings: EngineSettings) -> None:
@@ -30,14 +43,15 @@ def check_settings(settings: EngineSettings) -> None:
     stage, offload = settings.engine.zero_stage, settings.engine.offload
     if settings.dtype is Dtype.float64:
         raise UsageError("model.dtype=float64 is for `chunkflow verify`: DeepSpeed trains in bfloat16 or float32")
-    if stage in (0, 2) and settings.dtype is Dtype.bfloat16:  # 257 gradients 1, 2^-9, 2^-9... sum to 1.0 there, not 1.5
+    if settings.dtype is Dtype.bfloat16 and stage not in STAGES_WITH_FLOAT32_SUMS:
         raise UsageError(
             f"engine.zero_stage={stage} would add up the gradients of all chunks in bfloat16 and lose the small ones\n"
             "  take engine.zero_stage=1 or 3, which add them up in float32"
         )
     if offload is not Offload.none and settings.device.type == "cpu":
         raise UsageError(
-            f"engine.offload={offload.value} moves data from a GPU to the host, and this machine has no GPU"
+            f"engine.offload={offload.value} moves data from a GPU to the host, and this machine has no GPU\n"
+            "  take engine.offload=none"
         )
     if offload is Offload.optimizer and stage not in (1, 2, 3):
         raise UsageError(f"engine.offload=optimizer needs engine.zero_stage=1, 2 or 3, not {stage}")
@@ -45,8 +59,28 @@ def check_settings(settings: EngineSettings) -> None:
         raise UsageError(f"engine.offload=parameters needs engine.zero_stage=3, not {stage}")
 
 
+def check_pipeline_settings(settings: EngineSettings, stages: int) -> None:
+    """Refuse combinations that DeepSpeed would run wrongly or not at all in a pipeline.
+
+    Raises:
+        UsageError: names the key and what to set instead.
+    """
+    check_settings(settings)
+    stage, offload = settings.engine.zero_stage, settings.engine.offload
+    if stage > 1:
+        raise UsageError(
+            f"engine.zero_stage={stage} with parallel.pipeline={stages}: it reduces gradients within every backward, "
+            "and the stages of a pipeline are never at the same one\n  take engine.zero_stage=1 (or 0)"
+        )
+    if offload is not Offload.none:
+        raise UsageError(
+            f"engine.offload={offload.value} with parallel.pipeline={stages} is not supported\n"
+            "  take engine.offload=none: each stage already keeps the optimizer states of its own layers only"
+        )
+
+
 def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: ours, with `engine.deepspeed` merged over it."""
+    """Return the DeepSpeed configuration of a run: ours, with `engine.deepspeed` merged over it."""
     stage, offload = settings.engine.zero_stage, settings.engine.offload
     host = {"device": "cpu", "pin_memory": True}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000_000}
@@ -57,31 +91,26 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.optim.grad_clip if stage > 0 else 0.0,  # the engine clips without ZeRO itself
+        "gradient_clipping": settings.optim.grad_clip if stage > 0 else 0.0,  # without ZeRO the engine clips
         "steps_per_print": sys.maxsize,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
     }
     if settings.dtype is Dtype.bfloat16:
-        config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["communication_data_type"] = "fp32"  # or the float32 sum is rounded to bfloat16 before it is used
+        config |= {"bf16": {"enabled": True}, **FLOAT32_SUMS}
     if stage in (0, 1):
         config["managed_gradient_accumulation"] = False
-    return _merge(config, settings.engine.deepspeed)
-
-
-def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(ours)
-    for key, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    merged = OmegaConf.to_container(OmegaConf.merge(config, settings.engine.deepspeed))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
 
 
 def make_optimizer(module: nn.Module, settings: EngineSettings) -> torch.optim.Optimizer:
-    """Weight decay is for matrices; norms and biases have none, as in the Hugging Face trainer."""
+    """Return the optimizer of the trained parameters of `module`.
+
+    Weight decay applies to matrices, and not to norms and biases, as in the Hugging Face trainer.
+    """
     optim = settings.optim
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [

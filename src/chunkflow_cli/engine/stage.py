@@ -1,214 +1,161 @@
 """The engine of one stage of a pipeline.
 
-It knows nothing of chunks and passes no messages: the runner gives it what came from the neighbours. Between two steps
-it takes any number of forwards and backwards, in any order; `step()` sums tied weights, reduces over the replicas of
-the stage and updates. ZeRO 0 and 1 only: the others would reduce within every backward.
+It does not know chunks and passes no messages: the runner gives it what came from the neighbours. Between two steps it
+takes any number of forwards and backwards, in any order. ZeRO 0 and 1 only: the others reduce within every backward.
+
+DeepSpeed's pipeline provides the process grid, the sums over tied weights and replicas, and the optimizer step. Its
+schedules, message passing and backward are not used: they assume one loss, a fixed number of equal micro-batches, and
+shapes that are exchanged once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from chunkflow_cli.config.schema import Offload
-from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
-from chunkflow_cli.engine.distributed import import_deepspeed, init_process_group, quiet
-from chunkflow_cli.engine.partitions import check_fits, parts_to_write, publish_weights, read_partitions
-from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
-from chunkflow_cli.engine.state_files import StateFiles, write_parts
+from chunkflow_cli.engine import internals
+from chunkflow_cli.engine.agreement import own_rank, process_count
+from chunkflow_cli.engine.base import BaseEngine
+from chunkflow_cli.engine.distributed import PATIENCE, import_deepspeed, init_process_group, quiet
+from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_settings, deepspeed_config, make_optimizer
 from chunkflow_cli.engine.whole_weights import collect_stages
-from chunkflow_cli.errors import RunError, UsageError
-
-
-def check_pipeline_settings(settings: EngineSettings, stages: int) -> None:
-    """
-    Raises:
-        UsageError: names the key that does not go with a pipeline, and what to set instead.
-    """
-    check_settings(settings)
-    stage, offload = settings.engine.zero_stage, settings.engine.offload
-    if stage > 1:
-        raise UsageError(
-            f"engine.zero_stage={stage} with parallel.pipeline={stages}: it reduces gradients within every backward, "
-            "and the stages of a pipeline are never at the same one\n  take engine.zero_stage=1 (or 0)"
-        )
-    if offload is not Offload.none:
-        raise UsageError(
-            f"engine.offload={offload.value} with parallel.pipeline={stages} is not supported\n"
-            "  take engine.offload=none: each stage already keeps the optimizer states of its own layers only"
-        )
 
 
 class Stage(Protocol):
-    """What an engine asks of the module that it drives."""
+    """What the engine asks of the module that it drives, besides being a `torch.nn.Module`."""
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
-        """The weight that it shares with another stage."""
+        """The weight that the first and the last stage share, on these two."""
 
     @property
     def hf_parameter_names(self) -> Mapping[str, str]:
-        """Of its parameters in the whole Hugging Face model."""
+        """Name of each parameter of the module -> its name in the whole Hugging Face model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class PipelineEngine:
-    """A DeepSpeed engine around one stage. Its gradients are those of the whole pipeline's loss.
+class PipelineEngine(BaseEngine):
+    """A training engine around one stage of a pipeline. The gradients are those of the whole pipeline's loss."""
 
-    The loss must already be normalised over the whole step: gradients of all backwards are summed.
-    """
+    is_stage = True
+    has_whole_weights = False
+    needs_joined_retained_chunks = False
+    needs_lockstep = False  # pipelines next to each other communicate at the step only
 
     def __init__(self, module: Stage, settings: EngineSettings, *, stages: int) -> None:
         """
         Args:
-            module: this process's stage.
-            settings: as for `Engine`.
-            stages: of the pipeline. The other processes are its replicas.
+            module: this process's stage, on its device.
+            settings: checked here.
+            stages: number of stages. Ranks count stages slowest; the ranks of a stage are its replicas.
 
         Raises:
-            UsageError: as `check_pipeline_settings`.
+            UsageError: see `check_pipeline_settings`.
         """
         check_pipeline_settings(settings, stages)
-        import_deepspeed()
         init_process_group(settings.device)
+        assert isinstance(module, nn.Module)
+        replicas = process_count() // stages
         with quiet():
-            # Late, for it imports deepspeed, which must have been prepared.
-            from deepspeed.runtime.config import DeepSpeedConfig
-
-            from chunkflow_cli.engine.deepspeed_stage import StageEngine, StageModule
-
-            self._zero_stage = settings.engine.zero_stage
-            self._clip = settings.optim.grad_clip
-            if self._zero_stage == 0:  # DeepSpeed would clip by a wrong norm: `step` does it
-                settings = replace(settings, optim=replace(settings.optim, grad_clip=0.0))
-            config = deepspeed_config(settings)
-            config.pop("managed_gradient_accumulation", None)  # not with a pipeline; the step is where we say anyway
-            assert isinstance(module, nn.Module)
-            pipeline = StageModule(module, stages, module.tied_weight)
-            self._engine = StageEngine(
-                args=None,
-                model=pipeline,
-                optimizer=make_optimizer(pipeline, settings),
-                config=config,
-                config_class=DeepSpeedConfig(config, pipeline.mpu()),
-                mpu=pipeline.mpu(),
-                dist_init_required=False,
+            # Its "layers" are whole stages, of which each process builds its own.
+            pipeline = import_deepspeed().PipelineModule(
+                [module] * stages, num_stages=stages, partition_method="uniform"
             )
-        self._optimizer: Any = self._engine.optimizer
-        self._stages = stages
-        self._optimizer_name = settings.optim.name.value
-        self.module: nn.Module = module
-        self._module: Stage = module
-        self.device: torch.device = self._engine.device
-        self._averaged_over = self._engine.dp_world_size
-
-    @property
-    def needs_joined_retained_chunks(self) -> bool:
-        """Forwards and backwards of a pipeline stay apart."""
-        return False
-
-    @property
-    def needs_lockstep(self) -> bool:
-        """Pipelines side by side communicate at the step only."""
-        return False
-
-    @property
-    def pipeline_group(self) -> torch.distributed.ProcessGroup:
-        """The processes of this pipeline, in the order of its stages."""
-        return self._engine.pipeline_group
+        self._pipeline_group = internals.pipeline_group(pipeline)
+        self._leaders = [stage * replicas for stage in range(stages)]
+        self._tied_weight = module.tied_weight
+        self._is_first = own_rank() < replicas
+        tied_group = _group_of_tied_stages(self._leaders[-1], replicas)
+        if self._tied_weight is not None:
+            internals.sum_tied_gradients(pipeline, self._tied_weight, tied_group, counts_in_norm=self._is_first)
+        config = deepspeed_config(settings)
+        config.pop("managed_gradient_accumulation", None)  # DeepSpeed refuses it for a pipeline, which does not need it
+        super().__init__(
+            module, pipeline, make_optimizer(pipeline, settings), settings, config,
+            hf_names=module.hf_parameter_names, replicas=replicas,
+        )  # fmt: skip
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Not through DeepSpeed's forward, which prepares one backward for each forward.
+        # Not through DeepSpeed's forward, which prepares one backward per forward.
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """On the last stage."""
-        self._engine.accumulate(loss * self._averaged_over, None)
+        """Add the gradients of a scalar loss to those of the step; for the last stage."""
+        self._accumulate(loss * self._replicas, None)
 
     def backward_from(self, outputs: Tensor, gradient: Tensor) -> None:
-        """On any other: `gradient` is what the next stage has found for the `outputs` that it was sent."""
-        self._engine.accumulate(outputs, gradient)
-
-    def add_gradients(self, gradients: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-        """What a backward has put off, for the parameters of the module."""
-        self._engine.add(gradients)
-
-    def step(self) -> float:
-        """Clip, update the weights and forget the gradients; returns the gradient norm of all stages before clipping.
-
-        Raises:
-            RunError: that norm is not finite.
-        """
-        self._engine.reduce()
-        norm = self._engine.clip(self._clip) if self._zero_stage == 0 else None
-        self._engine.update()
-        if norm is None:
-            norm = float(self._engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise RunError(f"the gradient norm is {norm}: the weights of this step are spoilt and are not saved")
-        return norm
-
-    def discard_gradients(self) -> None:
-        """Forget what an interrupted step has accumulated."""
-        self._engine.discard_gradients()
-
-    def set_learning_rate(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-
-    def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
-        """The whole model's weights: on the first rank, None on others. All call it.
+        """Add the gradients of `outputs` to those of the step; for all stages but the last.
 
         Args:
-            model: this stage's part of the Hugging Face (or peft) model; `causal_lm` of the module.
-            trained_only: leave out what is frozen: the base under adapters.
+            outputs: what this stage sent on.
+            gradient: what the next stage found for them, in their shape.
         """
-        names = {id(p): self._module.hf_parameter_names[own] for own, p in self._own_parameters()}
+        self._accumulate(outputs, gradient)
+
+    def add_gradients(self, gradients: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+        """Add gradients of the module's parameters that a backward has put off."""
+        for parameter, gradient in gradients:
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+        self._keep_gradients()
+
+    def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
+        hf_names = {id(parameter): self._hf_names[own] for own, parameter in self.module.named_parameters()}
         weights = {
-            names.get(id(tensor), name): tensor.detach()
+            hf_names.get(id(tensor), name): tensor.detach()
             for name, tensor in model.state_dict(keep_vars=True).items()
             if tensor.requires_grad or not trained_only
         }
-        replicas = process_count() // self._stages
-        return collect_stages(weights, [stage * replicas for stage in range(self._stages)], self.device)
+        return collect_stages(weights, self._leaders, self.device)
 
-    def save(self, folder: Path) -> None:
-        """Write what this rank keeps of weights and optimizer states into `folder`, which exists; every rank does."""
-        parts = parts_to_write(self._engine, self._names(), elsewhere=self._second_copies())
-        write_parts(folder, own_rank(), parts, optimizer=self._optimizer_name)
+    def _accumulate(self, outputs: Tensor, gradient: Tensor | None) -> None:
+        if self._zero_stage >= 1:
+            internals.begin_backward(self._engine.optimizer)
+        with internals.without_reduction(self._engine):
+            torch.autograd.backward(outputs, gradient)
+        self._keep_gradients()
 
-    def load(self, folder: Path) -> None:
-        """The inverse of `save`, exact to the bit, whatever layout has saved.
+    def _keep_gradients(self) -> None:
+        if internals.is_bf16_optimizer(self._engine.optimizer):
+            internals.move_gradients_to_float32(self._engine.optimizer)
 
-        Raises:
-            UsageError: it is the state of another model or optimizer.
-            RunError: a file of it is missing or damaged.
-        """
-        with all_or_none(f"reading {folder}"):
-            files, names = StateFiles(folder), self._names()
-            check_fits(files, self._engine, names, optimizer=self._optimizer_name, has_all=False)
-            read_partitions(self._engine, names, files)
-        publish_weights(self._engine)
+    def _reduce(self) -> None:
+        self._add_missing_gradients()
+        self._keep_gradients()
+        internals.reduce_gradients(self._engine)
 
-    def _own_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters()
+    def _update(self) -> None:
+        internals.update_weights(self._engine)
 
-    def _names(self) -> dict[str, str]:
-        """Of the parameters of DeepSpeed's module in the Hugging Face model."""
-        own = {id(parameter): self._module.hf_parameter_names[name] for name, parameter in self._own_parameters()}
-        return {name: own[id(parameter)] for name, parameter in self._engine.module.named_parameters()}
+    def _gradient_norm(self) -> float:
+        """Return the norm over all stages; of a tied weight, the first stage's copy counts."""
+        second_copy = None if self._is_first else self._tied_weight
+        own = [p.grad for p in self._trained.values() if p.grad is not None and p is not second_copy]
+        squares = torch.nn.utils.get_total_norm(own).to(device=self.device, dtype=torch.float64).square()
+        distributed.all_reduce(squares, group=self._pipeline_group)
+        return float(squares.sqrt())
 
-    def _second_copies(self) -> frozenset[str]:
-        """What another stage holds, too, and writes."""
-        if self._module.tied_weight is None or self._engine.is_first_stage():
+    def _saved_elsewhere(self) -> frozenset[str]:
+        if self._is_first:
             return frozenset()
-        return frozenset(
-            self._module.hf_parameter_names[name] for name, p in self._own_parameters() if p is self._module.tied_weight
-        )
+        return frozenset(name for name, parameter in self._trained.items() if parameter is self._tied_weight)
+
+
+def _group_of_tied_stages(last_leader: int, replicas: int) -> distributed.ProcessGroup | None:
+    """Return the group of the first and the last stage of this process's pipeline; None on the stages between them.
+
+    Every process takes part in making every group.
+    """
+    own = None
+    for replica in range(replicas):
+        ranks = [replica, last_leader + replica]
+        group = distributed.new_group(ranks, timeout=PATIENCE)
+        if own_rank() in ranks:
+            own = group
+    return own

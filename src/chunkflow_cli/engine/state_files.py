@@ -1,13 +1,13 @@
-"""The files of weights and optimizer states: the same whatever layout of processes wrote them, or reads them.
+"""The files of weights and optimizer states: the same whatever layout of processes writes or reads them.
 
 A parameter is a flat array of numbers here, named as in the whole Hugging Face model, and so is each state that the
-optimizer keeps for it. A process writes the parts of these arrays that it holds, as they lie in its memory: nothing is
-gathered, so saving takes no memory and no communication. A part may begin and end anywhere. Whoever reads asks for any
+optimizer keeps for it. A process writes the parts of these arrays that it holds, as they are in its memory. Nothing is
+gathered, so saving takes no extra memory and no communication. A part may begin and end anywhere. A reader asks for any
 range of any array, and gets it from the files that hold it.
 
 Each process writes `state-<rank>-<number>.safetensors`. A tensor in it is one part, and is called
-`<kind>:<start>:<parameter>`, where the kind is `weight` (the float32 master weight) or the optimizer's word for its
-state (`exp_avg`). The file's metadata name the shape and the numbers (`step`) of each parameter it has parts of.
+`<kind>:<start>:<parameter>`, where the kind is `weight` (the float32 master weight) or the optimizer's name for its
+state (`exp_avg`). The file's metadata hold the shape and the scalar states (`step`) of each parameter in the file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from torch import Tensor
 from chunkflow_cli.errors import RunError
 
 WEIGHT = "weight"
+"""The kind of a master weight."""
 MAX_FILE_BYTES = 1 << 30
-"""Of the tensors in a file, which are in host memory together while it is written."""
+"""Bytes of tensors in a file at most. They are in host memory together while it is written."""
 
 
 @dataclass(frozen=True)
@@ -37,72 +38,63 @@ class Part:
     """A contiguous part of one parameter, flattened, and of its optimizer states."""
 
     parameter: str
+    """Name in the whole Hugging Face model."""
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     start: int
-    """Of the part within the flattened parameter."""
+    """Index of the part's first number in the flattened parameter."""
     tensors: Mapping[str, Tensor]
-    """(numbers,) each: the weight, and the optimizer's states by its names."""
+    """Kind -> (numbers,): the weight, and the optimizer's states by its names."""
     scalars: Mapping[str, float]
     """The optimizer's states that are one number for the whole parameter."""
 
 
 def write_parts(folder: Path, rank: int, parts: Iterable[Part], *, optimizer: str) -> None:
-    """Write the parts that this process holds, and see them onto the disk.
+    """Write the parts that this process holds, and wait until they are on the disk.
 
     Args:
         folder: exists; all processes write into it.
-        rank: of this process, for the names of its files.
-        parts: of several processes together they make up every parameter, each number once.
-        optimizer: whose states they are.
+        rank: this process's, for the names of its files.
+        parts: those of all processes together hold every number of every parameter once.
+        optimizer: the name of the optimizer whose states they hold.
 
     Raises:
         RunError: the disk is full, or cannot be written to.
     """
-    file = _FileInMaking(folder, rank, optimizer)
-    for part in parts:
-        for kind, tensor in part.tensors.items():
-            file.add(part, kind, tensor)
-    file.write()
-
-
-@dataclass
-class _FileInMaking:
-    folder: Path
-    rank: int
-    optimizer: str
-    number: int = 0
-    size: int = 0
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    described: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, part: Part, kind: str, tensor: Tensor) -> None:
-        """Cut where a file would grow too large."""
-        at_most = max(1, MAX_FILE_BYTES // tensor.element_size())
-        for offset in range(0, tensor.numel(), at_most):
-            piece = tensor.detach()[offset : offset + at_most]
-            if self.tensors and self.size + piece.nbytes > MAX_FILE_BYTES:
-                self.write()
-            self.tensors[f"{kind}:{part.start + offset}:{part.parameter}"] = piece.cpu()
-            self.described[part.parameter] = {"shape": list(part.shape), "scalars": dict(part.scalars)}
-            self.size += piece.nbytes
-
-    def write(self) -> None:
-        if not self.tensors:
-            return
-        path = self.folder / f"state-{self.rank:05d}-{self.number:05d}.safetensors"
-        metadata = {"optimizer": self.optimizer, "parameters": json.dumps(self.described)}
+    for number, pieces in enumerate(_pieces_of_files(parts)):
+        path = folder / f"state-{rank:05d}-{number:05d}.safetensors"
+        tensors = {f"{kind}:{start}:{part.parameter}": numbers.cpu() for part, kind, start, numbers in pieces}
+        described = {part.parameter: {"shape": list(part.shape), "scalars": dict(part.scalars)} for part, *_ in pieces}
         try:
-            save_file(self.tensors, path, metadata)
+            save_file(tensors, path, {"optimizer": optimizer, "parameters": json.dumps(described)})
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         except (OSError, SafetensorError) as error:
             raise RunError(f"{path} could not be written: {error}") from error
-        self.tensors, self.described, self.size, self.number = {}, {}, 0, self.number + 1
+
+
+def _pieces_of_files(parts: Iterable[Part]) -> Iterator[list[tuple[Part, str, int, Tensor]]]:
+    """Yield what each file holds: part, kind, start and numbers. A tensor larger than a file is cut."""
+    pieces: list[tuple[Part, str, int, Tensor]] = []
+    size = 0
+    for part in parts:
+        for kind, tensor in part.tensors.items():
+            start = part.start
+            for numbers in tensor.detach().split(max(1, MAX_FILE_BYTES // tensor.element_size())):
+                if pieces and size + numbers.nbytes > MAX_FILE_BYTES:
+                    yield pieces
+                    pieces, size = [], 0
+                pieces.append((part, kind, start, numbers))
+                start += len(numbers)
+                size += numbers.nbytes
+    if pieces:
+        yield pieces
 
 
 @dataclass(frozen=True)
 class _Piece:
+    """A range of one array, and the tensor that holds it."""
+
     start: int
     stop: int
     file: Path
@@ -110,7 +102,7 @@ class _Piece:
 
 
 class StateFiles:
-    """The parameters and optimizer states in a folder, whoever wrote them.
+    """The parameters and optimizer states in a folder, whatever layout wrote them.
 
     Raises:
         RunError: a file is damaged, or the files together do not hold every number of every parameter once.
@@ -120,8 +112,9 @@ class StateFiles:
         self.folder = folder
         self.optimizer: str | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
-        """Of every parameter, by its name."""
+        """Parameter -> its shape."""
         self.scalars: dict[str, dict[str, float]] = {}
+        """Parameter -> the optimizer's states that are one number for all of it."""
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         self._files: dict[Path, Any] = {}
         for path in sorted(folder.glob("state-*.safetensors")):
@@ -139,11 +132,11 @@ class StateFiles:
             raise RunError(f"{folder} is incomplete: it has no weight of {without[0]}")
 
     def states(self, parameter: str) -> list[str]:
-        """What the optimizer keeps of a parameter for each of its numbers."""
+        """Return the kinds of states that the optimizer keeps for each number of a parameter."""
         return sorted(kind for kind in self._kinds[parameter] if kind != WEIGHT)
 
     def read(self, parameter: str, kind: str, start: int, into: Tensor) -> None:
-        """Fill `into` (numbers,) with those from `start` on."""
+        """Fill `into` (numbers,) with the numbers of a flattened parameter, or of a state of it, from `start` on."""
         stop = start + into.numel()
         for piece in self._pieces[parameter, kind]:
             begin, end = max(start, piece.start), min(stop, piece.stop)
@@ -153,7 +146,7 @@ class StateFiles:
 
     def _index(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="pt")  # mapped into memory: it costs no open file
+            file = safe_open(path, framework="pt")  # memory-mapped: keeps no file open
         except (OSError, SafetensorError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
         self._files[path] = file
@@ -162,7 +155,7 @@ class StateFiles:
         for parameter, described in json.loads(metadata["parameters"]).items():
             self.shapes[parameter] = tuple(described["shape"])
             self.scalars[parameter] = described["scalars"]
-        for key in file.keys():  # noqa: SIM118 - it is no mapping
+        for key in file.keys():  # noqa: SIM118 - not a mapping
             kind, start, parameter = key.split(":", 2)
             (count,) = file.get_slice(key).get_shape()
             self._pieces[parameter, kind].append(_Piece(int(start), int(start) + count, path, key))
@@ -177,6 +170,6 @@ class StateFiles:
             if reached == torch.Size(self.shapes[parameter]).numel():
                 return
         raise RunError(
-            f"{self.folder} is incomplete: of the {kind} of {parameter} it has {reached:,} numbers in a row, "
-            f"of {torch.Size(self.shapes[parameter]).numel():,}"
+            f"{self.folder} is incomplete: it has {reached:,} numbers in a row of the {kind} of {parameter}, "
+            f"which has {torch.Size(self.shapes[parameter]).numel():,}"
         )

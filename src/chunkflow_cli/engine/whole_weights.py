@@ -1,4 +1,4 @@
-"""The model's weights on the first rank, wherever they are: what a Hugging Face folder is written from."""
+"""The whole model's weights, collected on rank 0 from all ranks that hold parts of them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank
 
 
 def whole_weights(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
-    """The state dict of a model whose replicas are these processes: on the first rank, None on others.
+    """Return the state dict of a model of which every process holds all layers: on rank 0, None elsewhere.
 
-    What ZeRO-3 has spread over the ranks is gathered one parameter at a time and kept in host memory; the rest is not
-    copied. Every rank calls it.
+    What ZeRO-3 has divided is gathered one parameter at a time and kept in host memory. The rest is not copied. All
+    ranks call it.
 
     Args:
         model: may be a part of the engine's module.
-        trained_only: leave out what is frozen: the base under adapters.
+        trained_only: leave out frozen weights, such as the base under adapters.
     """
     import deepspeed
 
     is_first = own_rank() == 0
     weights: dict[str, Tensor] = {}
-    gathered: dict[int, Tensor] = {}  # tied weights are one parameter of several names
+    gathered: dict[int, Tensor] = {}  # tied weights are one parameter with several names
     for name, tensor in model.state_dict(keep_vars=True).items():
         if trained_only and not tensor.requires_grad:
             continue
-        if not hasattr(tensor, "ds_id"):
+        if not internals.is_divided(tensor):
             weights[name] = tensor.detach()
             continue
         if id(tensor) not in gathered:
@@ -42,12 +43,12 @@ def whole_weights(model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] 
 def collect_stages(
     weights: Mapping[str, Tensor], leaders: Sequence[int], device: torch.device
 ) -> dict[str, Tensor] | None:
-    """The state dict of a model whose stages are on different ranks: on the first rank, None on others.
+    """Return the state dict of a model whose stages are on different ranks: on rank 0, None elsewhere.
 
-    One tensor travels at a time. Every leader calls it; other ranks may.
+    One tensor travels at a time. All leaders call it; other ranks may.
 
     Args:
-        weights: of this rank's stage, by their names in the whole model; what is tied may be in several stages.
+        weights: of this rank's stage, by their names in the whole model. Several stages may hold a tied weight.
         leaders: one rank of each stage, in the order of the stages; the first is rank 0.
         device: where tensors can be sent from and received.
     """

@@ -27,7 +27,7 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.runner import Runner, StepBatch
 from chunkflow_cli.execution.stages import StageChain, StageModel
-from chunkflow_cli.model.loading import enable_activation_checkpointing
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers

@@ -1,1 +1,1 @@
-"""A Hugging Face model: its configuration, loading, shape and device."""
+"""A Hugging Face model: its configuration, loading, adapters, shape and device."""

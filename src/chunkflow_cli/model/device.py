@@ -1,4 +1,4 @@
-"""The device of this machine, as a profile: its rate and its memory."""
+"""The device that training runs on here, with its speed and its memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from chunkflow_cli.planning.costs import DEVICES, DeviceProfile
 
 MATMUL_FLOPS = {
-    # Dense bfloat16, from the makers' data sheets; the first name that is part of the driver's.
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -20,12 +19,13 @@ MATMUL_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }
+"""Part of a GPU's name -> its FLOP/s in dense bfloat16, from the makers' data sheets. The first match counts."""
 UNKNOWN_GPU_FLOPS = 100e12
-"""Of a GPU that the table does not know; the ratios between chunks hold all the same."""
+"""FLOP/s assumed of a GPU that is not in the table. The ratios between chunks do not depend on it."""
 
 
 def training_device() -> torch.device:
-    """Of this process: the GPU of its local rank, as a launcher numbers them, or the CPU."""
+    """Return the device of this process: the GPU whose number is its local rank, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" in os.environ:
@@ -34,7 +34,7 @@ def training_device() -> torch.device:
 
 
 def known_matmul_flops(device: torch.device) -> float | None:
-    """By the data sheet; None of a CPU, and of a GPU that is not in the table."""
+    """Return the FLOP/s of matrix products by the data sheet; None for a CPU and for a GPU that is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -42,7 +42,7 @@ def known_matmul_flops(device: torch.device) -> float | None:
 
 
 def present_device() -> DeviceProfile:
-    """Of the GPU that training would run on, or of the CPU where there is none."""
+    """Return the profile of the device that training runs on: FLOP/s, and memory in bytes."""
     device = training_device()
     if device.type == "cpu":
         pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
@@ -57,7 +57,7 @@ def present_device() -> DeviceProfile:
     flops = known_matmul_flops(device)
     name = torch.cuda.get_device_name(device)
     return DeviceProfile(
-        name if flops else f"{name} (rate unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)",
+        name if flops else f"{name} (speed unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)",
         flops or UNKNOWN_GPU_FLOPS,
         int(torch.cuda.get_device_properties(device).total_memory),
     )

@@ -1,4 +1,7 @@
-"""The Hugging Face configuration of a model: found, read, and refused where chunks could not be exact. No torch."""
+"""The Hugging Face configuration of a model: find it, read it, and refuse what chunks cannot train exactly.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def pretrained_arguments(path: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` wants for a model id, a folder or a GGUF file."""
+    """Return the name and the keyword arguments that `from_pretrained` takes for a model id, a folder or a GGUF file.
+
+    Raises:
+        UsageError: the GGUF file does not exist.
+    """
     if path.endswith(".gguf"):
         if not Path(path).is_file():
             raise UsageError(f"model.path={path}: there is no such file")
@@ -23,10 +30,10 @@ def pretrained_arguments(path: str) -> tuple[str, dict[str, str]]:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The Hugging Face configuration.
+    """Return the Hugging Face configuration of a model.
 
     Raises:
-        UsageError: the model is not to be found, or uses what chunked training cannot do exactly.
+        UsageError: the model cannot be found, or uses something that chunks cannot train exactly.
     """
     from transformers import AutoConfig
 
@@ -41,15 +48,15 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     text = hf_config.get_text_config()
     if getattr(text, "output_router_logits", False):
         raise UsageError(
-            "the model's configuration has output_router_logits=true: the auxiliary loss of a router is not supported\n"
-            "  set it to false in the model's config.json to train without that loss"
+            f"model.path={config.path}: its config.json has output_router_logits=true, and the auxiliary loss of a "
+            "router is not supported\n  set it to false there to train without that loss"
         )
     refuse_length_dependent_rope(text)
     return hf_config
 
 
 def _quiet_transformers() -> None:
-    """Silence advice about calls that the user did not make; errors still raise."""
+    """Silence advice about calls that the user did not make. Errors still raise."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -57,27 +64,29 @@ def _quiet_transformers() -> None:
 
 
 def refuse_length_dependent_rope(hf_config: Any) -> None:
-    """Rotary embeddings that change with the longest position of a forward would differ from chunk to chunk.
+    """Refuse rotary embeddings that depend on the longest position of a forward: they would differ between chunks.
 
     Raises:
-        UsageError: names the kind.
+        UsageError: names the kind of rotary embedding.
     """
     parameters = getattr(hf_config, "rope_parameters", None) or {}
     parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     for kind in sorted({str(part.get("rope_type")) for part in parts} & {"dynamic", "longrope"}):
         raise UsageError(
-            f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position seen\n"
-            "  chunks of one sequence would disagree: use a fixed kind (default, linear, yarn, llama3) in config.json"
+            f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position seen: it "
+            "would differ between the chunks of a sequence\n"
+            "  set rope_type in config.json to a fixed kind (default, linear, yarn, llama3)"
         )
 
 
 def position_limit(hf_config: Any) -> int | None:
-    """The longest sequence that the model was made for; None if its configuration does not say."""
+    """Return the tokens of the longest sequence that the model was made for; None if its configuration does not say."""
     limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
 def model_not_found(config: ModelConfig, error: Exception) -> UsageError:
+    """Return the error that explains why transformers could not find or read a model, and what to do."""
     looks_local = Path(config.path).exists() or config.path.startswith((".", "/", "~"))
     if looks_local:
         what = "weights (*.safetensors)" if Path(config.path, "config.json").is_file() else "config.json"
@@ -88,7 +97,7 @@ def model_not_found(config: ModelConfig, error: Exception) -> UsageError:
         return UsageError(f"model.path={config.path}: no usable {what} there\n  {reason}{remedy}")
     return UsageError(
         f"model.path={config.path}: neither a local folder nor in the local cache, and the Hugging Face hub "
-        f"{'cannot be reached' if go_offline_if_unreachable() else 'did not give it'}\n"
-        "  with network: check the name, and `hf auth login` for a gated model\n"
-        "  without: copy the model's folder here and give model.path=FOLDER"
+        f"{'cannot be reached' if go_offline_if_unreachable() else 'does not have it for you'}\n"
+        "  with network: check the name, and run `hf auth login` for a gated model\n"
+        "  without: copy the model's folder to this machine and set model.path=FOLDER"
     )

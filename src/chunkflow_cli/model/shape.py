@@ -1,4 +1,4 @@
-"""The sizes of a model that costs and memory follow, read off its modules without its weights."""
+"""The sizes of a model that time and memory follow from, read off its configuration and its modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from chunkflow_cli.config.schema import ModelConfig
-from chunkflow_cli.model.loading import add_lora, on_meta_device
+from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.loading import on_meta_device
 from chunkflow_cli.planning.costs import ModelShape
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def shape_without_weights(config: ModelConfig, hf_config: PretrainedConfig) -> ModelShape:
-    """Sizes of a model that is not loaded."""
+    """Return the sizes of a model that is not loaded, adapters included if they are configured."""
     model = on_meta_device(config, hf_config)
     with torch.device("meta"):
         shape = replace(model_shape(model), layer_activation_bytes=layer_activation_bytes(model))
@@ -27,20 +28,24 @@ def shape_without_weights(config: ModelConfig, hf_config: PretrainedConfig) -> M
 
 
 PROBE_TOKENS = 128
-"""Of the forward that counts activations; a count a token does not depend on it but for a few small tables."""
+"""Length of the forward that counts activations. Except for a few small tables, bytes per token do not depend on it."""
 PROBE_ATTENTION = "chunkflow_shape"
+"""Name under which transformers knows `_shape_attention`."""
 
 
 def layer_activation_bytes(model: Any) -> float | None:
-    """Bytes that a layer keeps for backward, for each token: counted in a forward of a model on the meta device.
+    """Return the bytes per token that a layer keeps for backward, counted in a forward of a model on the meta device.
 
-    Each storage that autograd saves counts once, weights do not. Attention is taken to keep what a fused kernel keeps:
-    queries, keys, values, output, and a float32 log-sum-exp for each head and token. None where a forward needs numbers
-    (experts are chosen by them): then only a formula is left.
+    Each storage that autograd saves counts once, and weights do not count. Attention keeps what a fused kernel keeps:
+    queries, keys, values, output, and a float32 log-sum-exp per head and token.
+
+    Returns:
+        The mean over the layers, in the model's dtype. None if a forward needs numbers, as experts that are chosen by
+        them do; `planning.memory_parts` then takes a formula.
     """
     from transformers import AttentionInterface
 
-    # No mask function goes with it, so transformers makes no mask, for which it would look at positions.
+    # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
     AttentionInterface.register(PROBE_ATTENTION, _shape_attention)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -61,12 +66,12 @@ def layer_activation_bytes(model: Any) -> float | None:
     except (NotImplementedError, RuntimeError, TypeError):
         return None
     total = sum(kept.values())
-    del hidden  # kept alive until here, so that no storage is counted for two
+    del hidden  # alive until here: storage of a freed tensor, used again, would count for only one of the two
     return total / PROBE_TOKENS / int(model.config.get_text_config().num_hidden_layers)
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The shapes that a fused attention kernel reads, writes and keeps; no numbers."""
+    """A fused attention kernel without numbers: it reads, writes and keeps tensors of the right shapes."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -77,7 +82,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        raise AssertionError("a model without numbers has no gradient")
+        raise AssertionError("a model on the meta device has no gradient")
 
 
 def _shape_attention(
@@ -88,11 +93,15 @@ def _shape_attention(
 
 
 def model_shape(model: Any) -> ModelShape:
-    """Sizes of a model without adapters, read from its configuration and its linear layers."""
+    """Return the sizes of a model without adapters. `layer_activation_bytes` is left out.
+
+    Args:
+        model: a Hugging Face causal LM on any device, the meta device included.
+    """
     config = model.config.get_text_config()
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = int(model.num_parameters())
     window, windowed = _windows(config)
     head = model.get_output_embeddings()
     return ModelShape(
@@ -113,7 +122,7 @@ def model_shape(model: Any) -> ModelShape:
 
 
 def _windows(config: Any) -> tuple[int | None, int]:
-    """Keys that a windowed layer sees, and how many layers have that window."""
+    """Return the keys that a query of a windowed layer attends to, or None, and the number of such layers."""
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return None, 0
@@ -123,18 +132,22 @@ def _windows(config: Any) -> tuple[int | None, int]:
     return int(window), sum(kind == "sliding_attention" for kind in kinds)
 
 
-def with_adapters(shape: ModelShape, peft_model: nn.Module) -> ModelShape:
-    """The same model with its adapters: only they are trained."""
-    parameters = [(parameter.numel(), parameter.requires_grad) for parameter in peft_model.parameters()]
-    return replace(
-        shape,
-        parameters=sum(count for count, _ in parameters),
-        trainable_parameters=sum(count for count, is_trained in parameters if is_trained),
-    )
+def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
+    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained.
+
+    Args:
+        shape: of the model without adapters.
+        peft_model: the model with them.
+    """
+    trainable, parameters = peft_model.get_nb_trainable_parameters()
+    return replace(shape, parameters=parameters, trainable_parameters=trainable)
 
 
 def _active_intermediate_size(config: Any) -> int:
-    """Of experts: the width of those that a token visits, together; transformers names it in two ways."""
+    """Return the width of the feed-forward layer; of experts, of all that one token visits, together.
+
+    Configurations name an expert's width `moe_intermediate_size` or `intermediate_size`.
+    """
     active = getattr(config, "num_experts_per_tok", None)
     expert = getattr(config, "moe_intermediate_size", None)
     dense = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
@@ -144,7 +157,7 @@ def _active_intermediate_size(config: Any) -> int:
 
 
 def _active_matmul_parameters(model: Any, config: Any) -> int:
-    """Weights that each token is multiplied with; of stacked experts (experts, out, in), the share that it visits."""
+    """Return the number of weights that a token is multiplied with; of stacked experts (experts, out, in), its part."""
     head = model.get_output_embeddings()
     looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}  # tokens, positions
     total = 0 if head is None else head.weight.numel()

@@ -21,7 +21,9 @@ from chunkflow_cli.execution.runner import Runner, has_dropout
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stage_runner import PipelineRunner
 from chunkflow_cli.execution.stages import StageModel
-from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing, load_model
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.shape import model_shape, with_adapters
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers

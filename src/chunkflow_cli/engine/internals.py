@@ -1,0 +1,169 @@
+"""Every name of DeepSpeed that its documentation does not promise, reached here and nowhere else.
+
+Such a name may change with any release. So `pyproject.toml` bounds DeepSpeed's version, and
+`tests/engine/test_internals.py` lists the names and checks that the installed DeepSpeed still has each of them.
+
+An `engine` here is DeepSpeed's own; an `optimizer` is the wrapper that it keeps as `engine.optimizer`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TRIED = "0.19.8"
+"""The version of DeepSpeed whose sources these names were read in, and that the tests ran with."""
+
+
+def turn_off_shared_memory_collectives() -> None:
+    """Make DeepSpeed use gloo between CPUs.
+
+    Its own collectives are compiled on every start, and a killed build leaves a lock for which the next start waits
+    without end. No setting turns them off.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+# Backward
+
+
+def begin_backward(optimizer: Any) -> None:
+    """Tell a ZeRO optimizer that another backward begins.
+
+    DeepSpeed does so in its own forward only, and two backwards without a forward between them would lose gradients.
+    """
+    optimizer.clear_backward_seen_flag()
+
+
+@contextlib.contextmanager
+def without_reduction(engine: Any) -> Iterator[None]:
+    """Run backwards of the block without DeepSpeed's hooks, which would reduce the gradients after each of them.
+
+    `engine.no_sync()` does not do this for `torch.autograd.backward`, and `engine.backward` takes only a loss.
+    """
+    engine._running_engine_backward = True
+    try:
+        yield
+    finally:
+        engine._running_engine_backward = False
+
+
+def is_bf16_optimizer(optimizer: Any) -> bool:
+    """Return whether `optimizer` is the one of bfloat16 with ZeRO-1, which sums gradients in float32 buffers."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    return isinstance(optimizer, BF16_Optimizer)
+
+
+def move_gradients_to_float32(bf16_optimizer: Any) -> None:
+    """Add the parameters' gradients to the float32 sums and zero them; DeepSpeed does so in its own backward only."""
+    bf16_optimizer.update_hp_grads(clear_lp_grads=True)
+
+
+def mark_all_gradients_present(bf16_optimizer: Any) -> None:
+    """Count the gradients of all parameters in the norm, those that this rank has not touched included.
+
+    The optimizer leaves these out, though other ranks may have touched them. Their float32 sums begin at zero.
+    """
+    for present in bf16_optimizer.fp32_groups_has_gradients:
+        present[:] = [True] * len(present)
+
+
+# Pipeline
+
+
+def pipeline_group(pipeline: Any) -> torch.distributed.ProcessGroup:
+    """Return the group of the ranks that hold the stages of this process's pipeline, made by a `PipelineModule`."""
+    group: torch.distributed.ProcessGroup = pipeline.mpu().get_pipe_parallel_group()
+    return group
+
+
+def sum_tied_gradients(pipeline: Any, weight: nn.Parameter, group: Any, *, counts_in_norm: bool) -> None:
+    """Make a `PipelineModule` sum the gradient of a weight that two stages hold.
+
+    The documented way, `TiedLayerSpec`, builds the tied layers itself; here each stage comes with them.
+
+    Args:
+        pipeline: the `PipelineModule`.
+        weight: this stage's copy.
+        group: the ranks that hold a copy.
+        counts_in_norm: whether this copy is the one that the gradient norm counts.
+    """
+    pipeline.get_tied_weights_and_groups = lambda: [(weight, group)]
+    weight.ds_pipe_replicated = not counts_in_norm  # type: ignore[attr-defined]
+
+
+def reduce_gradients(engine: Any) -> None:
+    """Sum gradients over tied copies and average them over the replicas of a stage, as `train_batch` ends.
+
+    `train_batch` itself runs DeepSpeed's schedule, and a pipeline engine refuses `step()`.
+    """
+    engine._exec_reduce_tied_grads()
+    engine._exec_reduce_grads()
+
+
+def update_weights(engine: Any) -> None:
+    """Step the optimizer of a pipeline engine and forget the gradients, as `train_batch` ends."""
+    engine._exec_optimizer_step()
+
+
+# Weights and optimizer states
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Return whether ZeRO-3 has divided a parameter among the ranks."""
+    return hasattr(tensor, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape of a whole parameter; one that ZeRO-3 has divided is empty between two forwards."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def kept_numbers(engine: Any, parameter: Any) -> tuple[int, int, Tensor, int] | None:
+    """Return which numbers of a trained parameter this process keeps, and where; None if it keeps none.
+
+    ZeRO-1 and 2 step a flat partition per group of parameters, and `_hp_mapping` says where it overlaps a parameter.
+    ZeRO-3 steps a flat tensor per sub-group, with an equal share of each parameter, the last one padded.
+    `safe_get_local_*` copies numbers but does not say which ones, and does not know ZeRO-0.
+
+    Returns:
+        The first number's index in the flattened parameter, the count of numbers, the tensor that the optimizer steps,
+        and the first number's index in that tensor, flattened.
+    """
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return 0, parameter.numel(), parameter, 0
+    if stage == 3:
+        group, offset, share = optimizer.grad_position[parameter.ds_id]
+        start = share * optimizer._get_param_partition_rank(parameter)
+        return start, min(share, parameter.ds_numel - start), optimizer.fp32_partitioned_groups_flat[group], offset
+    mapping = parameter._hp_mapping
+    if mapping is None:  # other ranks keep it
+        return None
+    (stepped,) = optimizer.param_groups[mapping.param_group_index]["params"]
+    inside, outside = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return inside.start, inside.numel, stepped, outside.start
+
+
+@torch.no_grad()
+def publish_weights(engine: Any) -> None:
+    """Copy float32 master weights into the model's weights, by the calls that end a step. Every rank calls it.
+
+    The only public way to these calls is a step, or loading a checkpoint in DeepSpeed's own format.
+    """
+    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()  # releases the small weights, which stay gathered
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    elif stage > 0:
+        optimizer.update_lp_params()
+        optimizer._hp_optimizer_states_linked = False  # the states are now other tensors
