@@ -15,8 +15,7 @@ import torch
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.topology import Place, Topology
-from chunkflow_cli.processes import worker
-from chunkflow_cli.processes.start import free_port
+from chunkflow_cli.processes import environment
 
 PATIENCE = timedelta(days=1)
 """How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait;
@@ -81,9 +80,9 @@ def join_processes(device: torch.device, topology: Topology) -> Processes:
     Raises:
         UsageError: a launcher has started another number than the configuration asks for.
     """
-    if worker.processes() != topology.processes:
+    if environment.processes() != topology.processes:
         raise UsageError(
-            f"{worker.processes()} processes were launched, and the configuration makes {topology.processes} of "
+            f"{environment.processes()} processes were launched, and the configuration makes {topology.processes} of "
             f"launch.processes, parallel.sequence and parallel.pipeline ({topology})"
         )
     if topology.processes == 1:
@@ -118,11 +117,11 @@ def init_process_group(device: torch.device) -> None:
     """Join the other processes of the run, as the environment that a launcher sets names them; alone without one."""
     if torch.distributed.is_initialized():
         return
-    if worker.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if environment.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # Without all of these DeepSpeed looks for MPI. A world of one is never taken from the environment: it may be
         # that of the process that started this one, which still listens there.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ["MASTER_PORT"] = str(environment.free_port())
     deepspeed = import_deepspeed()
     with quiet():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)

@@ -35,7 +35,7 @@ from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.schedule import Layout
 from chunkflow_cli.planning.topology import Topology, key_value_copies
-from chunkflow_cli.processes.worker import threads_of_user
+from chunkflow_cli.processes.environment import threads_of_user
 
 
 def check_heads(config: Config, hf_config: Any, sequence: int | None = None) -> None:
