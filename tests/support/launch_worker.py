@@ -201,6 +201,7 @@ def main(words: list[str]) -> None:
         folder, processes, scenario, *options = words
         settings: dict[str, Any] = {"grace": 20.0, "hang": 0.0, "debug": 0.0, "hostfile": ""}
         settings.update(option.split("=", 1) for option in options)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         hosts = read_hostfile(settings["hostfile"]) if settings["hostfile"] else None
 
         def command() -> None:

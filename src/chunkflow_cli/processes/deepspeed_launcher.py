@@ -31,21 +31,10 @@ class DeepSpeedWorkers:
         watch: WatchFolder,
         hosts: Sequence[Host],
         environment: Mapping[str, str],
-        *,
-        has_gpu: bool,
     ) -> None:
-        """
-        Args:
-            module: what each rank runs, as in `python -m`.
-            words: the arguments of each rank's command line.
-            watch: the run's watch folder, on a file system that all nodes share.
-            hosts: the nodes.
-            environment: the variables of this process.
-            has_gpu: whether this machine has a GPU.
-        """
+        """Start the launcher. `watch` must be on a file system that all nodes share."""
         self.watch = watch
         self.processes = sum(host.slots for host in hosts)
-        self._renewals = 0
         self._renewed = float("-inf")
         self._renew_lease()
         for rank in range(self.processes):
@@ -55,21 +44,16 @@ class DeepSpeedWorkers:
         exported.write_text(exported_environment(environment, watch), encoding="utf-8")
         self._launcher = subprocess.Popen(
             deepspeed_command(hosts, hostfile=hostfile, module=module, words=words),
-            env={
-                **({} if has_gpu else {"DS_ACCELERATOR": "cpu"}),  # else it searches for a GPU, and warns
-                **environment,
-                RUN_FOLDER: str(watch.run_folder),
-                "DS_ENV_FILE": str(exported),
-            },
+            env={**environment, RUN_FOLDER: str(watch.run_folder), "DS_ENV_FILE": str(exported)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
 
     def _renew_lease(self) -> None:
-        if time.monotonic() - self._renewed >= 1.0:
-            self._renewals += 1
-            self._renewed = time.monotonic()
-            write_atomically(self.watch.lease, str(self._renewals))
+        now = time.monotonic()
+        if now - self._renewed >= 1.0:
+            self._renewed = now
+            write_atomically(self.watch.lease, str(now))
 
     def exit_codes(self) -> Mapping[int, int]:
         self._renew_lease()
@@ -96,14 +80,7 @@ class DeepSpeedWorkers:
 
 
 def deepspeed_command(hosts: Sequence[Host], *, hostfile: Path, module: str, words: Sequence[str]) -> list[str]:
-    """Return the command line of DeepSpeed's launcher.
-
-    Args:
-        hosts: the nodes.
-        hostfile: the file that lists them for the launcher.
-        module: what each rank runs, as in `python -m`.
-        words: the arguments of each rank's command line.
-    """
+    """Return the command line of DeepSpeed's launcher, which runs `python -m MODULE WORDS` for each rank of `hosts`."""
     is_here = len(hosts) == 1 and hosts[0].is_here
     command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--quiet"]
     if is_here:

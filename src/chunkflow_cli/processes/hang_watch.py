@@ -21,11 +21,6 @@ STACKS_SECONDS = 1.0
 """Time for hanging ranks to write their stacks."""
 
 
-def is_hang(standing: Sequence[Standstill], ranks: Collection[int], limit_seconds: float) -> bool:
-    """Return whether none of these ranks has moved for `limit_seconds`; False if that is 0, which means no limit."""
-    return limit_seconds > 0 and all(standing[rank].seconds >= limit_seconds for rank in ranks)
-
-
 def places(standing: Sequence[Standstill], ranks: Collection[int]) -> str:
     """Return a line for each rank: its operation, and for how long it has been at it."""
     return "\n".join(
@@ -35,8 +30,10 @@ def places(standing: Sequence[Standstill], ranks: Collection[int]) -> str:
 
 def hang_message(
     standing: Sequence[Standstill], ranks: Collection[int], limit_seconds: float, watch: WatchFolder
-) -> str:
-    """Return the error message of a run that hangs."""
+) -> str | None:
+    """Return the error message if none of these ranks has moved for `limit_seconds`, else None. 0 means no limit."""
+    if limit_seconds == 0 or any(standing[rank].seconds < limit_seconds for rank in ranks):
+        return None
     return (
         f"no rank started a new operation for launch.hang_seconds={limit_seconds:g}: the run hangs and is killed\n"
         f"{places(standing, ranks)}\n"
@@ -88,9 +85,9 @@ def _watch(watch: WatchFolder, processes: int, limit_seconds: float, ended: thre
     ranks = range(processes)
     watchdog = Watchdog([watch.heartbeat(rank) for rank in ranks], time.monotonic)
     while not ended.wait(look_every(limit_seconds)):
-        standing = watchdog.look()
-        if is_hang(standing, ranks, limit_seconds):
-            print(f"error: {hang_message(standing, ranks, limit_seconds, watch)}", file=sys.stderr, flush=True)
+        message = hang_message(watchdog.look(), ranks, limit_seconds, watch)
+        if message is not None:
+            print(f"error: {message}", file=sys.stderr, flush=True)
             write_order(watch, Order.STACKS)
             time.sleep(STACKS_SECONDS)
             write_order(watch, Order.END)

@@ -25,7 +25,6 @@ def run_workers(
     hosts: Sequence[Host] | None,
     limits: Limits,
     *,
-    has_gpu: bool = False,
     show_traceback: bool = False,
     module: str = "chunkflow_cli",
 ) -> None:
@@ -37,7 +36,6 @@ def run_workers(
         processes: the number of ranks on all hosts together.
         hosts: the nodes, on which DeepSpeed's launcher starts the ranks; None starts them on this machine without it.
         limits: how long to wait for ranks that hang or are asked to stop.
-        has_gpu: whether this machine has a GPU; without one, DeepSpeed's launcher is told to use the CPU.
         show_traceback: show the traceback of a rank that failed.
         module: what each rank runs, as in `python -m`.
 
@@ -51,7 +49,7 @@ def run_workers(
         command = [sys.executable, "-m", module, *words]
         start = partial(LocalWorkers, command, watch, processes, local_environment(os.environ, processes))
     else:
-        start = partial(DeepSpeedWorkers, module, words, watch, hosts, os.environ, has_gpu=has_gpu)
+        start = partial(DeepSpeedWorkers, module, words, watch, hosts, os.environ)
     received: list[int] = []
     try:
         with stop_signals_handled(lambda number, frame: received.append(number)):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.processes.failures import FailureRecord, read_failure
 from chunkflow_cli.processes.first_cause import explained, first_cause, silent_failure
-from chunkflow_cli.processes.hang_watch import STACKS_SECONDS, hang_message, is_hang, look_every, places
+from chunkflow_cli.processes.hang_watch import STACKS_SECONDS, hang_message, look_every, places
 from chunkflow_cli.processes.heartbeat import Watchdog
 from chunkflow_cli.processes.watch_folder import Order
 from chunkflow_cli.processes.workers import GONE, Workers
@@ -42,13 +42,7 @@ class Supervision:
     """The watch over one run's workers, from their start to their end."""
 
     def __init__(self, workers: Workers, limits: Limits, received: Sequence[int], show_traceback: bool) -> None:
-        """
-        Args:
-            workers: the running ranks.
-            limits: how long to wait for them.
-            received: the stop signals that this process has received; it grows while the run goes on.
-            show_traceback: show the traceback of a rank that failed; if False, say where to find it.
-        """
+        """Watch `workers`. The caller adds each stop signal that it gets to `received` while `run` is running."""
         self._workers = workers
         self._watch = workers.watch
         self._ranks = range(workers.processes)
@@ -85,9 +79,10 @@ class Supervision:
                 if any(codes.values()):
                     raise KeyboardInterrupt
                 return
-            self._check_grace()
+            running = [rank for rank in self._ranks if rank not in codes]
+            self._check_grace(running)
             if time.monotonic() >= look_at:
-                self._check_hang(set(codes))
+                self._check_hang(running)
                 look_at = time.monotonic() + look_every(self._limits.hang_seconds)
             time.sleep(POLL_SECONDS)
 
@@ -123,23 +118,21 @@ class Supervision:
             self._asked_at = time.monotonic()
             self._workers.order(Order.STOP)
 
-    def _check_grace(self) -> None:
+    def _check_grace(self, running: Sequence[int]) -> None:
         limit = self._limits.grace_seconds
-        if self._asked_at is None or time.monotonic() - self._asked_at <= limit:
-            return
-        ended = self._workers.exit_codes()
-        raise RunError(
-            f"the ranks did not stop within launch.grace_seconds={limit:g} and were killed\n"
-            f"{places(self._watchdog.look(), [rank for rank in self._ranks if rank not in ended])}\n"
-            "  the last checkpoint is from before the signal; if saving takes longer, raise launch.grace_seconds"
-        )
+        if self._asked_at is not None and time.monotonic() - self._asked_at > limit:
+            raise RunError(
+                f"the ranks did not stop within launch.grace_seconds={limit:g} and were killed\n"
+                f"{places(self._watchdog.look(), running)}\n"
+                "  the last checkpoint is from before the signal; if saving takes longer, raise launch.grace_seconds"
+            )
 
-    def _check_hang(self, ended: set[int]) -> None:
-        standing, running = self._watchdog.look(), [rank for rank in self._ranks if rank not in ended]
-        if is_hang(standing, running, self._limits.hang_seconds):
+    def _check_hang(self, running: Sequence[int]) -> None:
+        message = hang_message(self._watchdog.look(), running, self._limits.hang_seconds, self._watch)
+        if message is not None:
             self._workers.order(Order.STACKS)
             time.sleep(STACKS_SECONDS)
-            raise RunError(hang_message(standing, running, self._limits.hang_seconds, self._watch))
+            raise RunError(message)
 
     def _failure(self) -> Exception:
         """Return the error of the rank that failed first. If others report before it does, give it a moment to."""

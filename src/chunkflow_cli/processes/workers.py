@@ -44,13 +44,7 @@ class LocalWorkers:
     def __init__(
         self, command: Sequence[str], watch: WatchFolder, processes: int, environment: Mapping[str, str]
     ) -> None:
-        """
-        Args:
-            command: the command line of every rank.
-            watch: the run's watch folder. Its logs take what the ranks print; rank 0 shares this process's stderr.
-            processes: the number of ranks.
-            environment: the variables that all ranks share.
-        """
+        """Start the ranks. Their output goes to their logs, except that rank 0 shares the stderr of this process."""
         self.watch = watch
         self.processes = processes
         self._workers: list[subprocess.Popen[bytes]] = []

@@ -9,6 +9,7 @@ launcher starts them on every node. Under torchrun or deepspeed nothing is start
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,8 @@ def run(
     hf_config = check_requirements(loaded)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     _check_devices(config.launch.processes, hosts, gpus)
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
     load_run_data(config, hf_config)  # tokenises once, into the cache in which every rank finds it
     folder = open_run_folder(loaded)
     try:
@@ -99,7 +102,6 @@ def run(
                 config.launch.processes,
                 hosts,
                 Limits(config.launch.grace_seconds, config.launch.hang_seconds),
-                has_gpu=gpus > 0,
                 show_traceback=debug,
             )
         if not folder.report.exists():
