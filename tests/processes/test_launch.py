@@ -516,7 +516,7 @@ def joined(arguments: Any) -> Any:
 
 
 def test_ranks_of_another_launcher_share_the_folder_that_rank_0_locks(tmp_path: Path) -> None:
-    """Else each would open a folder of its own or find it locked, and each would tokenise the data."""
+    """Otherwise each rank would open a folder of its own or find it locked, and would tokenise the data itself."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input_ids": [3, 4, 5, number]}) + "\n" for number in range(6, 12)))
     run = tmp_path / "run"

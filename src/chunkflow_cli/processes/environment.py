@@ -1,4 +1,4 @@
-"""What the environment tells a process of a run: who started it, its rank, the number of ranks, its threads.
+"""Facts that a process of a run finds in its environment: its launcher, its rank, the number of ranks, its threads.
 
 Three kinds of process run `chunkflow train`:
 

@@ -27,7 +27,7 @@ class FailureRecord:
     message: str | None
     """None if the worker left none."""
     is_follower: bool
-    """Whether the worker only lost its connection to another rank, as all ranks do when one has died."""
+    """True if the worker only lost its connection to another rank, as all ranks do when one has died."""
     at: float
     """When the error was raised, before the connections to other ranks were closed; seconds since the epoch."""
     log_bytes: int | None
@@ -51,7 +51,7 @@ def reads_like_broken_connection(text: str) -> bool:
 
 @contextmanager
 def failures_recorded() -> Iterator[None]:
-    """Record an error that leaves the block, for the launcher. Use it inside whatever closes the process group.
+    """Record an error that leaves the block, for the launcher. Use it inside the block that closes the process group.
 
     Once the process group is closed the other ranks fail too, and the launcher shows the record with the earliest time.
     """

@@ -1,4 +1,4 @@
-"""What every rank of a run is doing, so that a hang can be found and explained.
+"""Records of what every rank is doing, by which a hang can be found and explained.
 
 Before every operation a rank writes its step and operation into a file of its own, and the launcher reads the files.
 A record has a fixed size and is written with one `pwrite`, so it costs microseconds and can be read from another node

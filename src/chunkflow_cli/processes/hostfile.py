@@ -22,7 +22,7 @@ class Host:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process runs on the node."""
+        """True if this process runs on the node."""
         return self.name in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
 
 

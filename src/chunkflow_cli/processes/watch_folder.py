@@ -20,7 +20,7 @@ ORDERS_SECONDS = 0.5
 
 
 class Order(Enum):
-    """What a launcher can ask of its workers. Each value is the signal that carries the order out in a worker."""
+    """An order of a launcher to its workers. The value is the signal that makes a worker carry it out."""
 
     STOP = signal.SIGTERM
     """Save a checkpoint and exit."""

@@ -1,4 +1,4 @@
-"""What a rank does as a process: enter the run, say what it is doing, die with its launcher, and leave.
+"""A rank as a process: it enters the run, says what it is doing, dies with its launcher, and leaves.
 
 A worker uses the run folder that its launcher opened and locked, is killed when its launcher exits, and reports what it
 is doing (`heartbeat.py`) and why it failed (`failures.py`).
