@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.processes.heartbeat import read_place
-from chunkflow_cli.processes.worker import WatchFolder
+from chunkflow_cli.processes.watch_folder import WatchFolder
 from common import emit, hardware, say
 
 STEPS = 120

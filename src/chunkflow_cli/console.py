@@ -1,4 +1,4 @@
-"""Consoles and progress bars, and numbers as people read them. Results go to stdout, the rest to stderr."""
+"""Consoles, progress displays, and numbers in units that people read. Results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -6,32 +6,49 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+QUIET_SECONDS = 1.0
+"""Seconds before a progress bar appears: work that is done by then needs none."""
 
 
 def stderr_console() -> Console:
+    """Return a console on stderr, for messages and progress."""
     return Console(stderr=True, highlight=False)
 
 
 def stdout_console() -> Console:
-    """Lines are broken at the width of the terminal, or at COLUMNS; in a pipe without either they stay whole."""
+    """Return a console on stdout, for results.
+
+    It breaks lines at the width of the terminal, or at COLUMNS. In a pipe without COLUMNS lines stay whole.
+    """
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty() and "COLUMNS" not in os.environ)
 
 
 def counted(count: int, word: str) -> str:
-    """`1 sample`, `1,234 samples`."""
+    """Return `1 sample` or `1,234 samples`."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def shortened(path: str, width: int) -> str:
-    """The end of a path, which tells more than its beginning, if all of it is wider than that."""
+    """Return a path in at most `width` characters: its end, which says more than its beginning."""
     return path if len(path) <= width else "…" + path[len(path) - width + 1 :]
 
 
 def human_bytes(count: float) -> str:
+    """Return a number of bytes in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -40,6 +57,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
+    """Return a duration as `1.5 s`, `2 min 5 s` or `3 h 4 min`."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     if hours:
@@ -49,7 +67,7 @@ def human_seconds(seconds: float) -> str:
 
 @contextmanager
 def working(console: Console, text: str) -> Iterator[None]:
-    """Shows that something without steps of its own is going on."""
+    """Show a spinner within the block, for work without countable steps. Does nothing without a terminal."""
     if not console.is_terminal:
         yield
         return
@@ -58,35 +76,27 @@ def working(console: Console, text: str) -> Iterator[None]:
         yield
 
 
-QUIET_SECONDS = 1.0
-
-
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that takes how much of `total` is done.
+    """Yield a function to call with the amount done so far, out of `total`; it moves a progress bar on stderr.
 
-    Nothing is shown before `QUIET_SECONDS` have passed, nor where stderr is not a terminal.
+    The bar appears after `QUIET_SECONDS`, and only if stderr is a terminal.
     """
-    started = time.monotonic()
-    with ExitStack() as shown:
-        show: Callable[[int], None] | None = None
-
-        def update(done: int) -> None:
-            nonlocal show
-            if show is None and sys.stderr.isatty() and time.monotonic() - started > QUIET_SECONDS:
-                show = _start_bar(shown, what, total)
-            if show is not None:
-                show(done)
-
-        yield update
-
-
-def _start_bar(shown: ExitStack, what: str, total: int) -> Callable[[int], None]:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    progress = shown.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+    progress = Progress(*columns, console=stderr_console(), transient=True)
     task = progress.add_task(escape(what), total=total)
-    return lambda done: progress.update(task, completed=done)
+    started, is_shown = time.monotonic(), False
+
+    def update(done: int) -> None:
+        nonlocal is_shown
+        if not is_shown and sys.stderr.isatty() and time.monotonic() - started > QUIET_SECONDS:
+            progress.start()
+            is_shown = True
+        if is_shown:
+            progress.update(task, completed=done)
+
+    try:
+        yield update
+    finally:
+        if is_shown:
+            progress.stop()

@@ -1,36 +1,37 @@
-"""The two ways a command can end badly, each with its exit code.
+"""The two kinds of error that a command shows to its user, each with its exit code.
 
-`UsageError` is the user's to mend: a command, a configuration key, a row of the data. `RunError` is a run that
-failed although it was asked for rightly. Both are printed without a traceback: what is wrong, where, what to do.
+A `UsageError` is for the user to fix: a command, a configuration key, a row of the data. A `RunError` is a run that
+failed although it was requested correctly. Both are printed without a traceback: what is wrong, where, and what to do.
 """
 
 
 class ChunkflowError(Exception):
-    """Base of every error that is shown to the user as a few lines instead of a traceback."""
+    """Base of all errors that are shown as a few lines instead of a traceback."""
 
     exit_code = 1
 
 
 class UsageError(ChunkflowError, ValueError):
-    """The command, configuration or data is at fault (exit code 2)."""
+    """A mistake in the command, the configuration or the data (exit code 2)."""
 
     exit_code = 2
 
 
 class RunError(ChunkflowError, RuntimeError):
-    """A run failed: a loss that is not finite, an accounting that does not add up (exit code 1)."""
+    """A run that failed, such as one with a loss that is not finite or samples that are missing (exit code 1)."""
 
     exit_code = 1
 
 
 def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that an error ends; 130 for Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     return error.exit_code if isinstance(error, ChunkflowError) else 1
 
 
 def describe(error: BaseException) -> str:
-    """An error in a few lines, for whoever looks at the screen."""
+    """Return an error as the few lines that a user reads."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, ChunkflowError):
@@ -45,7 +46,7 @@ def describe(error: BaseException) -> str:
 
 
 def is_unexpected(error: BaseException) -> bool:
-    """Whether only its traceback tells what was done when it was raised."""
+    """Return whether you need the traceback to understand an error."""
     return not isinstance(error, (ChunkflowError, KeyboardInterrupt)) and not _is_out_of_memory(error)
 
 

@@ -1,7 +1,8 @@
-"""Write files and folders whole or not at all."""
+"""Write files and folders completely or not at all, and lock a file."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by `text`. Readers, and a machine that loses power, see the old content or the new one."""
+    """Replace the content of a file. Readers, and a machine that loses power, see the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -41,3 +42,12 @@ def written_aside(folder: Path) -> Iterator[Path]:
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+
+
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Hold the lock of a file within the block; other processes that want it wait, those of other runs too."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

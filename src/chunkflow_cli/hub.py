@@ -1,4 +1,4 @@
-"""The Hugging Face hub, where it can be reached; the local cache at once where it cannot."""
+"""The Hugging Face hub if it can be reached; otherwise the local cache, without long retries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ CONNECT_SECONDS = 5.0
 
 @cache
 def go_offline_if_unreachable() -> bool:
-    """Tell huggingface_hub to use its cache only if the hub cannot be reached; returns whether that is so.
+    """Make huggingface_hub use only its cache if the hub cannot be reached, and return whether that is the case.
 
-    Without this each missing file is asked for six times, with pauses: most of a minute until the error.
+    Otherwise it asks for each missing file six times, with pauses: most of a minute until the error.
     """
     from huggingface_hub import constants
 

@@ -1,6 +1,6 @@
-"""Launching: what becomes of a run when ranks fail, die, hang or are told to stop, with real processes.
+"""How a run ends when ranks fail, die, hang or are asked to stop, with real processes.
 
-The ranks are those of launch_worker.py: they need no torch and start in a fraction of a second.
+The ranks are those of tests/support/launch_worker.py: they need no torch and start in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import pytest
 
 from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.processes import start as ranks_start
+from chunkflow_cli.processes.deepspeed_launcher import deepspeed_command, exported_environment
+from chunkflow_cli.processes.environment import local_environment, threads_of_user
+from chunkflow_cli.processes.failures import FailureRecord
+from chunkflow_cli.processes.first_cause import first_cause
 from chunkflow_cli.processes.hang_watch import watched_together
 from chunkflow_cli.processes.heartbeat import STARTING, Heartbeat, Place, Watchdog, read_place
-from chunkflow_cli.processes.supervisor import Failure, first_cause
-from chunkflow_cli.processes.worker import WatchFolder, threads_of_user
+from chunkflow_cli.processes.hostfile import Host, read_hostfile
+from chunkflow_cli.processes.watch_folder import WatchFolder
 from chunkflow_cli.training import launch
 from support.ranks import run_ranks
 
@@ -34,7 +37,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Of a launcher; an engine test in this process may have left a launcher's variables behind."""
+    """The environment of a launcher, without variables that an engine test in this process may have left behind."""
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     paths = [str(WORKER.parent), os.environ.get("PYTHONPATH", "")]
@@ -46,7 +49,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Start]:
-    """`start(scenario, processes, key=value)`: a launcher of that scenario, in a session of its own."""
+    """A function: `start(scenario, processes, key=value)` starts a launcher of that scenario in a session of its own."""
     started = []
 
     def begin(scenario: str, processes: int = 3, **options: object) -> subprocess.Popen[str]:
@@ -61,14 +64,14 @@ def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Start]:
     yield begin
     for launcher in started:
         launcher.kill()
-        for path in tmp_path.glob("pid-*"):  # a test that has failed leaves orphans, which hold the pipes
+        for path in tmp_path.glob("pid-*"):  # after a test that failed: orphans hold the pipes open
             if is_alive(int(path.read_text())):
                 os.kill(int(path.read_text()), signal.SIGKILL)
         launcher.communicate()
 
 
 def ended(launcher: subprocess.Popen[str], code: int, *, within: float = 30.0) -> str:
-    """What it printed on stderr, once it has ended with that code."""
+    """Wait until a launcher exits with that code, and return what it printed on stderr."""
     out, err = launcher.communicate(timeout=within)
     assert launcher.returncode == code, out + err
     assert "Traceback" not in err
@@ -76,7 +79,7 @@ def ended(launcher: subprocess.Popen[str], code: int, *, within: float = 30.0) -
 
 
 def pids(folder: Path, processes: int, within: float = 20.0) -> list[int]:
-    """Of the ranks, once all have said so."""
+    """Return the process ids of the ranks, once all have written them."""
     deadline = time.monotonic() + within
     while True:
         texts = [path.read_text() for path in folder.glob("pid-*")]
@@ -104,11 +107,11 @@ def log(folder: Path, rank: int) -> str:
     return WatchFolder(folder).log(rank).read_text()
 
 
-# A run that ends well
+# A run without failures
 
 
-def test_each_rank_knows_itself_and_one_terminal_shows_rank_0(start: Start, tmp_path: Path) -> None:
-    """Sixteen progress bars in one terminal are none; what the others say must be somewhere."""
+def test_each_rank_knows_its_number_and_the_terminal_shows_rank_0(start: Start, tmp_path: Path) -> None:
+    """Nobody can read sixteen progress bars in one terminal; the output of the other ranks must still be kept."""
     launcher = start("fine", 2)
     out, err = launcher.communicate(timeout=30)
     assert (launcher.returncode, out, err) == (0, "", "stderr of rank 0\n")
@@ -124,13 +127,13 @@ def test_each_rank_knows_itself_and_one_terminal_shows_rank_0(start: Start, tmp_
     assert not WatchFolder(tmp_path).path.exists()
 
 
-def test_a_thread_count_of_the_user_is_kept(environment: dict[str, str]) -> None:
-    """Each rank with a thread for every core of the machine makes them wait for each other."""
+def test_the_thread_count_of_the_user_is_kept(environment: dict[str, str]) -> None:
+    """If each rank had a thread for every core of the machine, the ranks would wait for each other."""
     environment.pop("OMP_NUM_THREADS", None)
     cores = len(os.sched_getaffinity(0))
-    assert ranks_start.local_environment(environment, cores)["OMP_NUM_THREADS"] == "1"
-    assert ranks_start.local_environment(environment, 4 * cores)["OMP_NUM_THREADS"] == "1"
-    assert ranks_start.local_environment({**environment, "OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
+    assert local_environment(environment, cores)["OMP_NUM_THREADS"] == "1"
+    assert local_environment(environment, 4 * cores)["OMP_NUM_THREADS"] == "1"
+    assert local_environment({**environment, "OMP_NUM_THREADS": "7"}, 2)["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(("users", "others", "expected"), [
@@ -139,11 +142,11 @@ def test_a_thread_count_of_the_user_is_kept(environment: dict[str, str]) -> None
 def test_ranks_know_the_thread_count_of_the_user(
     users: str, others: dict[str, str], expected: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By it they find what was measured; torchrun sets it to 1 where the user has not."""
+    """Measurements are stored under this number; torchrun sets it to 1 if the user has not set it."""
     environment = {**environment, "OMP_NUM_THREADS": users}
     if not users:
         del environment["OMP_NUM_THREADS"]
-    made = {**environment, **others} if others else ranks_start.local_environment(environment, 2)
+    made = {**environment, **others} if others else local_environment(environment, 2)
     monkeypatch.delenv("CHUNKFLOW_OMP_NUM_THREADS", raising=False)
     for name in ("CHUNKFLOW_OMP_NUM_THREADS", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         if name in made:
@@ -154,8 +157,8 @@ def test_ranks_know_the_thread_count_of_the_user(
 # Ranks that fail
 
 
-def test_the_first_cause_is_named_and_not_those_that_follow(start: Start, tmp_path: Path) -> None:
-    """A rank that fails closes its connections: the others fail a moment later, and may well end before it."""
+def test_the_error_names_the_rank_that_failed_first(start: Start, tmp_path: Path) -> None:
+    """A rank that fails closes its connections: the others fail a moment later, and may exit before it."""
     err = ended(start("error_then_slow_end"), 1, within=10)
     assert err.startswith("error: rank 1: ValueError: spoilt\n")
     assert "    the last thing that rank 1 did\n" in err
@@ -163,8 +166,8 @@ def test_the_first_cause_is_named_and_not_those_that_follow(start: Start, tmp_pa
     assert "raise ValueError" in log(tmp_path, 1)
 
 
-def test_a_rank_that_hangs_on_its_way_out_is_not_waited_for(start: Start, tmp_path: Path) -> None:
-    """It has said what it dies of, and NCCL keeps it from dying: the others would wait for as long as it hangs."""
+def test_a_failed_rank_that_hangs_while_it_exits_does_not_hold_up_the_run(start: Start, tmp_path: Path) -> None:
+    """NCCL may keep a rank from exiting after it reported its error; the others would wait as long as it hangs."""
     err = ended(start("error_that_never_ends"), 1, within=20)
     assert err.startswith("error: rank 1: ValueError: spoilt\n")
 
@@ -175,7 +178,7 @@ def test_debug_shows_the_traceback_of_the_rank(start: Start) -> None:
 
 
 def test_kill_9_of_a_rank_is_named_with_its_signal_and_last_lines(start: Start) -> None:
-    """What the kernel does when memory is short leaves no traceback; the other ranks' errors say nothing of it."""
+    """A rank that the kernel kills when memory runs out leaves no traceback, and the other ranks do not know why."""
     err = ended(start("killed"), 1, within=10)
     assert err.startswith("error: rank 1 was killed by SIGKILL: out of memory?")
     assert "    before the end\n" in err
@@ -183,10 +186,10 @@ def test_kill_9_of_a_rank_is_named_with_its_signal_and_last_lines(start: Start) 
 
 
 def test_a_crash_in_native_code_shows_where_it_was(start: Start) -> None:
-    """The others wait for it for ever: the launcher ends them, at once and not after a collective's half hour."""
+    """The others would wait for half an hour in a collective: the launcher kills them at once."""
     err = ended(start("crash"), 1, within=10)
     assert err.startswith("error: rank 1 was killed by SIGSEGV")
-    assert "it stood at: step 3, B5" in err
+    assert "last seen at: step 3, B5" in err
     assert re.search(r"launch_worker.py\", line \d+ in crash", err)
 
 
@@ -197,25 +200,25 @@ def test_a_lost_connection_without_a_cause_says_so(start: Start) -> None:
 
 
 def test_an_exit_without_an_error_is_named(start: Start) -> None:
-    assert ended(start("early_death"), 1, within=10).startswith("error: rank 1 ended with exit code 3")
+    assert ended(start("early_death"), 1, within=10).startswith("error: rank 1 exited with code 3")
 
 
-def test_a_mistake_of_the_user_is_said_once(start: Start) -> None:
-    """Every rank finds the same wrong key; the exit code must still be that of a usage error."""
+def test_a_mistake_of_the_user_is_shown_once(start: Start) -> None:
+    """Every rank finds the same wrong key; the exit code is still that of a usage error."""
     assert ended(start("all_wrong"), 2, within=10) == "error: chunk.size=0 must be at least 1\n"
 
 
 def test_a_mistake_that_only_one_rank_sees_names_it(start: Start) -> None:
-    """A file that lies on one node only."""
+    """Such as a file that is missing on one node."""
     assert ended(start("one_wrong"), 2, within=10) == "error: rank 1: data.path=/data: there is no such file\n"
 
 
-def test_a_killed_rank_comes_before_what_follows_from_it() -> None:
-    """Times of deaths are seen late, so an unknown follower may look earlier; a connection's error never counts."""
-    spoke = Failure(0, 1, "Connection closed", True, 10.0, ())
-    killed = Failure(1, -9, None, False, 10.2, ())
-    later = Failure(2, 1, "assertion", False, 11.0, ())
-    assert first_cause([spoke, later, killed]) is killed
+def test_a_killed_rank_counts_before_ranks_that_lost_their_connection() -> None:
+    """The launcher sees a death late, so a lost connection may look earlier; it must not count as the cause."""
+    follower = FailureRecord(1, "Connection closed", True, 10.0, 0)
+    killed = FailureRecord(-9, None, False, 10.2, None)
+    later = FailureRecord(1, "assertion", False, 11.0, 0)
+    assert first_cause({0: follower, 1: killed, 2: later}) == 1
 
 
 # No orphans
@@ -223,7 +226,7 @@ def test_a_killed_rank_comes_before_what_follows_from_it() -> None:
 
 @pytest.mark.parametrize("scenario", ["sleeping", "stopping"])
 def test_kill_9_of_the_launcher_leaves_no_orphan(scenario: str, start: Start, tmp_path: Path) -> None:
-    """Workers are sessions of their own: nothing else ends them, and they hold the GPUs for ever."""
+    """Each worker has a session of its own: nothing else would end it, and it would hold its GPU."""
     launcher = start(scenario)
     ranks = pids(tmp_path, 3)
     assert all(map(is_alive, ranks))
@@ -231,8 +234,8 @@ def test_kill_9_of_the_launcher_leaves_no_orphan(scenario: str, start: Start, tm
     wait_until_gone(ranks, within=5)
 
 
-def test_a_worker_whose_launcher_died_while_it_started_ends(tmp_path: Path, environment: dict[str, str]) -> None:
-    """The kernel is told only once Python runs; a launcher that was killed before must be noticed."""
+def test_a_worker_exits_if_its_launcher_died_while_it_started(tmp_path: Path, environment: dict[str, str]) -> None:
+    """A worker can ask the kernel for its death only once Python runs; its launcher may have been killed before."""
     WatchFolder(tmp_path).path.mkdir()
     own = {"RANK": "0", "WORLD_SIZE": "2", "CHUNKFLOW_RUN_FOLDER": str(tmp_path), "CHUNKFLOW_LAUNCHER_PID": "1"}
     orphan = subprocess.run(
@@ -245,8 +248,8 @@ def test_a_worker_whose_launcher_died_while_it_started_ends(tmp_path: Path, envi
 # Signals
 
 
-def test_a_worker_leaves_without_the_end_of_the_interpreter(environment: dict[str, str]) -> None:
-    """Native threads that are left abort it there; what was to be done at the end is done, and the exit code is kept."""
+def test_a_rank_exits_without_the_interpreters_shutdown(environment: dict[str, str]) -> None:
+    """Leftover native threads may abort the shutdown. Exit handlers still run, and the exit code is kept."""
     code = (
         "import atexit, sys, threading, time; from chunkflow_cli.cli import app as cli\n"
         "atexit.register(print, 'the end'); threading.Thread(target=time.sleep, args=(120,)).start()\n"
@@ -260,8 +263,8 @@ def test_a_worker_leaves_without_the_end_of_the_interpreter(environment: dict[st
     assert "chunk.sise" in run.stderr
 
 
-def test_a_crash_on_the_way_out_changes_nothing(start: Start, tmp_path: Path) -> None:
-    """All ranks have saved and said so: what native code does after that is no failure of the run."""
+def test_a_crash_after_the_checkpoint_is_no_failure(start: Start, tmp_path: Path) -> None:
+    """All ranks have saved and reported it: a crash of native code after that does not matter."""
     launcher = start("stopping_and_aborting")
     pids(tmp_path, 3)
     launcher.terminate()
@@ -269,8 +272,8 @@ def test_a_crash_on_the_way_out_changes_nothing(start: Start, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", ["SIGTERM to the launcher", "Ctrl-C in its terminal", "SIGTERM to one rank"])
-def test_every_rank_is_told_to_stop_once_and_the_exit_code_is_130(how: str, start: Start, tmp_path: Path) -> None:
-    """A second signal stops at once, without a checkpoint: a terminal's Ctrl-C must not reach a rank on two ways."""
+def test_every_rank_is_asked_to_stop_once_and_the_exit_code_is_130(how: str, start: Start, tmp_path: Path) -> None:
+    """A second signal would stop a rank at once, without a checkpoint: Ctrl-C must not reach it twice."""
     launcher = start("stopping")
     ranks = pids(tmp_path, 3)
     if how == "SIGTERM to one rank":
@@ -295,7 +298,7 @@ def test_a_second_signal_kills_at_once(start: Start, tmp_path: Path) -> None:
 
 
 def test_ranks_that_do_not_stop_are_killed_after_the_grace_period(start: Start, tmp_path: Path) -> None:
-    """One that hangs while saving must not hold up a machine that is being shut down; nor is this a good end."""
+    """A rank that hangs while saving must not hold up a shutdown, and the run must count as failed."""
     launcher = start("sleeping", grace=0.5)
     ranks = pids(tmp_path, 3)
     launcher.terminate()
@@ -306,7 +309,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace_period(start: Start, 
 
 
 def test_a_signal_before_anything_can_be_saved_ends_the_run(start: Start, tmp_path: Path) -> None:
-    """A rank that dies of it while it imports is no failure, and the others need not wait for the grace period."""
+    """A rank that dies from it while importing is no failure, and nobody waits for the grace period."""
     launcher = start("unprepared")
     pids(tmp_path, 3)
     launcher.terminate()
@@ -316,10 +319,10 @@ def test_a_signal_before_anything_can_be_saved_ends_the_run(start: Start, tmp_pa
 # Hangs
 
 
-def test_a_hang_is_found_and_names_where_every_rank_stands(start: Start, tmp_path: Path) -> None:
-    """Collectives that do not match wait for half an hour and more, and then name nothing that helps."""
+def test_a_hang_is_found_and_the_operation_of_every_rank_named(start: Start, tmp_path: Path) -> None:
+    """Collectives that do not match wait for half an hour or more, and then name nothing that helps."""
     err = ended(start("hanging", 2, hang=1), 1, within=15)
-    assert "no rank has moved for launch.hang_seconds=1" in err
+    assert "no rank started a new operation for launch.hang_seconds=1" in err
     assert re.search(r"rank 0: step 3, F5, for \d", err)
     assert re.search(r"rank 1: step 3, B5, for \d", err)
     assert re.search(r"launch_worker.py\", line \d+ in hanging", log(tmp_path, 1))
@@ -342,8 +345,8 @@ def test_a_heartbeat_is_read_back(tmp_path: Path) -> None:
     Heartbeat(None).at(1, "B0")
 
 
-def test_repeating_an_operation_is_moving(tmp_path: Path) -> None:
-    """Two steps may have their last operations in common: it is the writing that counts, not the text."""
+def test_a_repeated_operation_counts_as_movement(tmp_path: Path) -> None:
+    """Two steps in a row may have the same last operation: the number of records counts, not their text."""
     path = tmp_path / "rank-0.heartbeat"
     beat, now = Heartbeat(path), [0.0]
     dog = Watchdog([path], lambda: now[0])
@@ -355,11 +358,11 @@ def test_repeating_an_operation_is_moving(tmp_path: Path) -> None:
     assert dog.look()[0].seconds == 0
 
 
-# How many ranks, and where
+# The number of ranks, and their nodes
 
 
 def test_the_number_of_ranks_is_the_launchers(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    """Under torchrun `launch.processes` is told twice; a plan for another number than there are would hang."""
+    """torchrun and `launch.processes` both say it; a plan for another number of ranks would hang."""
     alone = load(["recipe=tiny_random"])
     assert launch.with_processes(alone) is alone
     assert not launch.is_needed(alone)
@@ -392,18 +395,18 @@ def test_a_hostfile_gives_the_number_of_ranks(tmp_path: Path, environment: dict[
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("node-1\n", "line 1: 'node-1' is not of the kind"),
+        ("node-1\n", "line 1: 'node-1' does not have the form"),
         ("node-1 slots=0\n", "line 1"),
-        ("a slots=1\na slots=2\n", "line 2: a is there twice"),
+        ("a slots=1\na slots=2\n", "line 2: a is listed twice"),
         ("# nothing\n", "names no host"),
     ],
 )
 def test_a_wrong_hostfile_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(UsageError, match=re.escape(message)):
-        ranks_start.read_hostfile(str(tmp_path / "hosts"))
+        read_hostfile(str(tmp_path / "hosts"))
     with pytest.raises(UsageError, match="no such file"):
-        ranks_start.read_hostfile(str(tmp_path / "none"))
+        read_hostfile(str(tmp_path / "none"))
 
 
 # DeepSpeed's launcher
@@ -414,16 +417,16 @@ AWKWARD_WORDS = [
 ]  # fmt: skip
 
 
-def test_words_arrive_on_other_nodes_as_they_were_typed(tmp_path: Path, environment: dict[str, str]) -> None:
-    """The launcher passes them through a shell there, which would expand brackets, stars and dollars.
+def test_words_reach_other_nodes_unchanged(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The launcher passes them through a shell there, which would expand brackets, stars and dollar signs.
 
-    Its own code makes the command that the other node's shell runs; a shell here shows what that makes of the words.
+    DeepSpeed's own code makes the command for the other node; a local shell shows how that command reads the words.
     """
     from deepspeed.launcher import runner
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
-    hosts = [ranks_start.Host("node-1", 8), ranks_start.Host("node-2", 8)]
-    command = ranks_start.deepspeed_command(hosts, hostfile=tmp_path / "hostfile", module="echo", words=AWKWARD_WORDS)
+    hosts = [Host("node-1", 8), Host("node-2", 8)]
+    command = deepspeed_command(hosts, hostfile=tmp_path / "hostfile", module="echo", words=AWKWARD_WORDS)
     assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
     arguments = runner.parse_args(command[3:])
     assert (arguments.hostfile, arguments.module, arguments.no_local_rank) == (str(tmp_path / "hostfile"), True, True)
@@ -437,19 +440,19 @@ def test_words_arrive_on_other_nodes_as_they_were_typed(tmp_path: Path, environm
     assert json.loads(subprocess.run(["bash", "-c", line], capture_output=True, text=True).stdout) == AWKWARD_WORDS
 
 
-def test_other_nodes_get_the_users_environment_file_and_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed reads one such file: naming ours must not lose the user's."""
+def test_other_nodes_get_the_variables_of_the_user_and_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed reads only one environment file: ours must include the user's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
-    text = ranks_start.exported_environment({"OMP_NUM_THREADS": "3"}, WatchFolder(Path("/shared/run")))
+    text = exported_environment({"OMP_NUM_THREADS": "3"}, WatchFolder(Path("/shared/run")))
     assert text == (
         "NCCL_SOCKET_IFNAME=eth0\nCHUNKFLOW_RUN_FOLDER=/shared/run\nCHUNKFLOW_OMP_NUM_THREADS=3\nOMP_NUM_THREADS=3\n"
     )
 
 
 def hang_under_a_foreign_launcher(folder: str) -> None:
-    """On each of two ranks."""
+    """Hang at different operations on two ranks. Runs on each of them."""
     watch, rank = WatchFolder(Path(folder)), int(os.environ["RANK"])
     with watched_together(watch, rank, 2, limit_seconds=2.0):
         Heartbeat(watch.heartbeat(rank)).at(3, ("F5", "B5")[rank])
@@ -457,13 +460,15 @@ def hang_under_a_foreign_launcher(folder: str) -> None:
 
 
 def test_ranks_of_a_foreign_launcher_find_a_hang_themselves(tmp_path: Path) -> None:
-    """Collectives wait for a day, and torchrun knows nothing of operations."""
-    WatchFolder(tmp_path).empty()
+    """Collectives wait for a day, and torchrun does not know our operations."""
+    WatchFolder(tmp_path).prepare()
     with pytest.raises(
         AssertionError, match=r"exit codes \[-9, -9\]|exit codes \[-9, None\]|exit codes \[None, -9\]"
     ) as end:
         run_ranks(2, "test_launch:hang_under_a_foreign_launcher", str(tmp_path), timeout=60)
-    assert "error: no rank has moved for launch.hang_seconds=2: the run hangs and is ended" in str(end.value)
+    assert "error: no rank started a new operation for launch.hang_seconds=2: the run hangs and is killed" in str(
+        end.value
+    )
     assert "  rank 1: step 3, B5, for 2." in str(end.value)
     for rank in range(2):
         assert "in hang_under_a_foreign_launcher" in log(tmp_path, rank)
@@ -472,8 +477,8 @@ def test_ranks_of_a_foreign_launcher_find_a_hang_themselves(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["stopping", "error_then_slow_end"])
 def test_deepspeeds_launcher_starts_the_ranks_of_a_hostfile(scenario: str, start: Start, tmp_path: Path) -> None:
-    """For real, as far as one machine goes. Its launcher answers a signal or a dead rank by signals that kill: the
-    ranks must be told to save past it, and a rank's error must come through it."""
+    """The real launcher, on one machine. It answers a signal or a dead rank by killing the ranks: the request to save
+    must bypass it, and a rank's error must get through."""
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
     launcher = start(scenario, 2, hostfile=hosts)
@@ -489,11 +494,11 @@ def test_deepspeeds_launcher_starts_the_ranks_of_a_hostfile(scenario: str, start
         assert "    the last thing that rank 1 did\n" in err
 
 
-# Joining other launchers' ranks
+# Ranks of another launcher
 
 
 def joined(arguments: Any) -> Any:
-    """On a rank: open the run's folder as `train` does, then once more while it is open; what came of it."""
+    """Open the run's folder as `train` does, and once more while it is open; return the results. Runs on each rank."""
     from chunkflow_cli.engine import close_process_group
     from chunkflow_cli.training.joining import open_folder
 
@@ -510,8 +515,8 @@ def joined(arguments: Any) -> Any:
     return str(folder.path), folder.checkpoint, loaded.config.launch.processes, folder._lock is not None, error
 
 
-def test_ranks_of_another_launcher_share_a_folder_that_rank_0_locks(tmp_path: Path) -> None:
-    """Each would else open one of its own, or find the first one's locked; and data would be tokenised by each."""
+def test_ranks_of_another_launcher_share_the_folder_that_rank_0_locks(tmp_path: Path) -> None:
+    """Otherwise each rank would open a folder of its own or find it locked, and would tokenise the data itself."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input_ids": [3, 4, 5, number]}) + "\n" for number in range(6, 12)))
     run = tmp_path / "run"

@@ -1,7 +1,7 @@
-"""Ranks for test_launch.py that need no torch, and the process that launches them.
+"""Ranks for the tests in tests/processes, which need no torch, and the process that launches them.
 
-`python launch_worker.py FOLDER PROCESSES SCENARIO [key=value]` launches; `python -m launch_worker SCENARIO FOLDER` is a
-rank, and does what the function of that name below says.
+`python launch_worker.py FOLDER PROCESSES SCENARIO [key=value]` launches the ranks. `python -m launch_worker SCENARIO
+FOLDER` is a rank, and runs the function of that name below.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import typer
 
 from chunkflow_cli.cli import app as cli
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.processes import start, worker
 from chunkflow_cli.processes.failures import failures_recorded
+from chunkflow_cli.processes.hostfile import read_hostfile
+from chunkflow_cli.processes.start import run_workers
 from chunkflow_cli.processes.supervisor import Limits
+from chunkflow_cli.processes.watch_folder import WatchFolder
+from chunkflow_cli.processes.worker import enter, heartbeat
 
 CONNECTION_LOST = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"
 RANK = int(os.environ.get("RANK", "-1"))
@@ -35,7 +38,7 @@ def wait_for(path: Path, seconds: float = 20.0) -> None:
 
 
 def wait_for_death(pid: int) -> None:
-    """Until the kernel has ended a process, reaped or not: that is when its connections close."""
+    """Wait until the kernel has ended a process, reaped or not: its connections close then."""
     while "(zombie)" not in (text := _status(pid)) and text:
         time.sleep(0.002)
 
@@ -55,7 +58,7 @@ def fine(folder: Path) -> None:
 
 
 def error_then_slow_end(folder: Path) -> None:
-    """Rank 1 fails; the others lose their connection at once and end before it does."""
+    """Rank 1 fails; the others lose their connection at once and end before rank 1 does."""
     if RANK == 1:
         print("the last thing that rank 1 did")
         try:
@@ -63,13 +66,13 @@ def error_then_slow_end(folder: Path) -> None:
                 raise ValueError("spoilt")
         finally:
             time.sleep(1.0)
-    wait_for(worker.WatchFolder(folder).failure(1))
+    wait_for(WatchFolder(folder).failure(1))
     raise RuntimeError(CONNECTION_LOST)
 
 
 def error_that_never_ends(folder: Path) -> None:
-    """Rank 1 fails and then hangs in tearing down its connections; the others wait for it."""
-    worker.heartbeat(folder).at(3, "B5")
+    """Rank 1 fails and then hangs while it closes its connections; the others wait for it."""
+    heartbeat(folder).at(3, "B5")
     if RANK == 1:
         try:
             with failures_recorded():
@@ -80,7 +83,7 @@ def error_that_never_ends(folder: Path) -> None:
 
 
 def killed(folder: Path) -> None:
-    """Rank 1 is killed as the kernel does it when memory is short; the others lose their connection."""
+    """Rank 1 is killed as the kernel does when memory runs out; the others lose their connection."""
     if RANK == 1:
         (folder / "pid.tmp").write_text(str(os.getpid()))
         (folder / "pid.tmp").rename(folder / "pid")
@@ -93,15 +96,15 @@ def killed(folder: Path) -> None:
 
 
 def crash(folder: Path) -> None:
-    """Rank 1 reads where nothing is; the others hang, as NCCL does."""
-    worker.heartbeat(folder).at(3, "B5")
+    """Rank 1 reads an invalid address and crashes; the others hang, as with NCCL."""
+    heartbeat(folder).at(3, "B5")
     if RANK == 1:
         ctypes.string_at(0)
     time.sleep(60)
 
 
 def connection_only(folder: Path) -> None:
-    """Rank 0 loses its connection and nobody says why."""
+    """Rank 0 loses its connection, and no rank reports why."""
     if RANK == 0:
         raise ConnectionResetError("Connection reset by peer")
     time.sleep(60)
@@ -124,21 +127,21 @@ def early_death(folder: Path) -> None:
 
 
 def sleeping(folder: Path) -> None:
-    """Whatever happens."""
+    """Every rank ignores SIGTERM and sleeps."""
     (folder / f"pid-{RANK}").write_text(str(os.getpid()))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    worker.heartbeat(folder).at(2, "saving a checkpoint")
+    heartbeat(folder).at(2, "saving a checkpoint")
     time.sleep(60)
 
 
 def unprepared(folder: Path) -> None:
-    """Still importing: no handler yet."""
+    """Every rank is still importing and handles no signals yet."""
     (folder / f"pid-{RANK}").write_text(str(os.getpid()))
     time.sleep(60)
 
 
 def stopping(folder: Path) -> None:
-    """As `train`: counts signals, and saves after the present operation."""
+    """Every rank does what `train` does: it counts signals, and saves after the current operation."""
     signals = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -147,19 +150,19 @@ def stopping(folder: Path) -> None:
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     (folder / f"pid-{RANK}").write_text(str(os.getpid()))
-    beat = worker.heartbeat(folder)
+    beat = heartbeat(folder)
     operation = 0
     while not signals and operation < 6000:
         operation += 1
         beat.at(1, f"F{operation}")
         time.sleep(0.01)
-    time.sleep(0.5)  # saving; a second signal would be seen here
+    time.sleep(0.5)  # saving; a second signal would show up here
     (folder / f"saved-{RANK}").write_text(" ".join(map(str, signals)))
     raise KeyboardInterrupt
 
 
 def stopping_and_aborting(folder: Path) -> None:
-    """The same; then native code aborts the orderly end, as threads of a connection may."""
+    """Every rank does the same; then native code aborts its exit, as threads of a connection may."""
     try:
         with failures_recorded():
             stopping(folder)
@@ -168,7 +171,7 @@ def stopping_and_aborting(folder: Path) -> None:
 
 
 def hanging(folder: Path) -> None:
-    beat = worker.heartbeat(folder)
+    beat = heartbeat(folder)
     beat.at(3, "F5")
     if RANK == 1:
         beat.at(3, "B5")
@@ -176,8 +179,8 @@ def hanging(folder: Path) -> None:
 
 
 def one_moves(folder: Path) -> None:
-    """Rank 0 waits for rank 1, which works: no hang."""
-    beat = worker.heartbeat(folder)
+    """Rank 0 waits for rank 1, which works: this is no hang."""
+    beat = heartbeat(folder)
     beat.at(1, "optimizer step")
     for operation in range(60 if RANK == 1 else 1):
         beat.at(1, f"B{operation}")
@@ -192,16 +195,17 @@ def main(words: list[str]) -> None:
         scenario, folder = words
 
         def command() -> None:
-            worker.enter()
+            enter()
             globals()[scenario](Path(folder))
     else:
         folder, processes, scenario, *options = words
         settings: dict[str, Any] = {"grace": 20.0, "hang": 0.0, "debug": 0.0, "hostfile": ""}
         settings.update(option.split("=", 1) for option in options)
-        hosts = start.read_hostfile(settings["hostfile"]) if settings["hostfile"] else None
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        hosts = read_hostfile(settings["hostfile"]) if settings["hostfile"] else None
 
         def command() -> None:
-            start.run_workers(
+            run_workers(
                 [scenario, folder], Path(folder), int(processes), hosts,
                 Limits(float(settings["grace"]), float(settings["hang"])),
                 show_traceback=bool(float(settings["debug"])), module="launch_worker",

@@ -1,7 +1,7 @@
 """Real processes for tests: `run_ranks(4, "test_module:function", {...})` runs a function on four gloo ranks.
 
-Each rank is a process of its own with the environment that torchrun gives, and calls `function(arguments)`, which
-starts the process group as the code under test does. What it returns comes back, a list by rank.
+Each rank is a process with the environment that torchrun sets. It calls `function(arguments)`, which starts the process
+group as the code under test does. `run_ranks` returns the results, a list by rank.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ TIMEOUT_SECONDS = 420
 
 
 def run_ranks(processes: int, function: str, arguments: Any = None, *, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
-    """What the function returned on each rank.
+    """Return what the function returns on each rank.
 
     Args:
-        processes: how many.
-        function: "module:name", a module of this folder.
-        arguments: pickled to every rank.
-        timeout: a hang is a failure, and shows what every rank has printed.
+        processes: the number of ranks.
+        function: "module:name"; the module is found through the current `sys.path`.
+        arguments: passed to every rank, pickled.
+        timeout: seconds until the ranks count as hung.
+
+    Raises:
+        AssertionError: a rank failed or hung; the message shows what every rank printed.
     """
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
@@ -60,7 +63,10 @@ def run_ranks(processes: int, function: str, arguments: Any = None, *, timeout: 
 
 
 def _free_port() -> int:
-    """Below those that the kernel gives to connections, one of which could take it before the first rank listens."""
+    """Return a free port below the range from which the kernel takes ports for connections.
+
+    A connection could take a port of that range before the first rank listens on it.
+    """
     while True:
         port = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as probe:
@@ -72,7 +78,7 @@ def _free_port() -> int:
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], deadline: float) -> list[int | None]:
-    """Exit codes once all have ended; one that fails, or the deadline, ends the wait (None: still running)."""
+    """Return the exit codes when all ranks have ended, one has failed, or time is up (None: still running)."""
     while True:
         codes = [worker.poll() for worker in workers]
         if all(code is not None for code in codes) or any(codes) or time.monotonic() > deadline:
@@ -90,7 +96,7 @@ def _work(function: str, folder: str) -> None:
     Path(folder, f"{os.environ['RANK']}.result").write_bytes(pickle.dumps(result))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # the threads of a process group that is still open may abort an orderly exit; the result is there
+    os._exit(0)  # threads of an open process group may abort a normal exit; the result is already written
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from chunkflow_cli.processes.heartbeat import read_place
-from chunkflow_cli.processes.worker import WatchFolder
+from chunkflow_cli.processes.watch_folder import WatchFolder
 
 STEPS = 16
 WORDS = (

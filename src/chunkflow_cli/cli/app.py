@@ -451,21 +451,21 @@ def _load(
 
 def _finish(command: Callable[[], dict[str, Any] | None], json_output: bool, debug: bool) -> dict[str, Any] | None:
     """Run a command; turn what it raises into an exit code and a few lines, which a worker leaves to its launcher."""
-    from chunkflow_cli.processes import worker
+    from chunkflow_cli.processes import environment
 
     try:
         result = command()
     except _PrintedConfiguration:
         return None
     except (KeyboardInterrupt, Exception) as error:
-        if worker.worker_folder() is not None:
+        if environment.worker_folder() is not None:
             from chunkflow_cli.processes.failures import record_failure
 
             record_failure(error)
         elif debug and not isinstance(error, KeyboardInterrupt):
             raise
         else:
-            rank = f"rank {worker.rank()}: " if worker.is_started_by_launcher() else ""
+            rank = f"rank {environment.rank()}: " if environment.is_started_by_launcher() else ""
             _say(_in_a_few_lines(error, rank))
         raise typer.Exit(exit_code_of(error)) from None
     if json_output and result is not None:
@@ -485,11 +485,11 @@ def _say(text: str) -> None:
 
 
 def main() -> None:
-    from chunkflow_cli.processes import worker
+    from chunkflow_cli.processes import environment, worker
 
     try:
         app()
     except SystemExit as end:
-        if worker.is_started_by_launcher() and not isinstance(end.code, str):
+        if environment.is_started_by_launcher() and not isinstance(end.code, str):
             worker.leave(end.code or 0)
         raise

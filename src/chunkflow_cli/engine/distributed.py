@@ -16,8 +16,7 @@ import torch
 from chunkflow_cli.engine import internals
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.topology import Place, Topology
-from chunkflow_cli.processes import worker
-from chunkflow_cli.processes.start import free_port
+from chunkflow_cli.processes import environment
 
 PATIENCE = timedelta(days=1)
 """How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait.
@@ -86,9 +85,9 @@ def join_processes(device: torch.device, topology: Topology) -> Processes:
     Raises:
         UsageError: a launcher has started another number of processes than the configuration asks for.
     """
-    if worker.processes() != topology.processes:
+    if environment.processes() != topology.processes:
         raise UsageError(
-            f"{worker.processes()} processes were launched, but launch.processes, parallel.sequence and "
+            f"{environment.processes()} processes were launched, but launch.processes, parallel.sequence and "
             f"parallel.pipeline ask for {topology.processes} ({topology})\n"
             f"  launch {topology.processes} processes, or change these keys"
         )
@@ -103,11 +102,11 @@ def init_process_group(device: torch.device) -> None:
     """Join the process group that the launcher's environment variables describe; without a launcher, one of its own."""
     if torch.distributed.is_initialized():
         return
-    if worker.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if environment.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # Without all of these, DeepSpeed looks for MPI. A world of one is never taken from the environment: it may be
         # that of the process that started this one, which still listens there.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
+        os.environ["MASTER_PORT"] = str(environment.free_port())
     deepspeed = import_deepspeed()
     with quiet():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)

@@ -1,4 +1,4 @@
-"""What a worker died of: it writes it down, and its launcher shows that of the rank that was first."""
+"""Why a worker failed. It writes a record, and its launcher shows the record of the rank that failed first."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from pathlib import Path
 
 from chunkflow_cli.errors import ChunkflowError, describe, exit_code_of
 from chunkflow_cli.files import write_json
-from chunkflow_cli.processes.worker import WatchFolder, rank, worker_folder
+from chunkflow_cli.processes.environment import rank, worker_folder
+from chunkflow_cli.processes.watch_folder import WatchFolder
 
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """What a worker died of, in its own words."""
+    """Why a worker failed: in its own words or, if it left none, as its launcher sees it."""
 
     exit_code: int
-    """1 the run failed, 2 the user is at fault, 130 it was asked to stop."""
-    message: str
+    """1: the run failed; 2: a mistake of the user; 130: the worker was asked to stop; -N: signal N killed it."""
+    message: str | None
+    """None if the worker left none."""
     is_follower: bool
-    """Whether it only lost its connection to another rank, as all do when one has died."""
+    """True if the worker only lost its connection to another rank, as all ranks do when one has died."""
     at: float
-    """Seconds since the epoch, when the error was seen: before the connections to the others were closed."""
-    log_bytes: int
-    """How long the rank's log was then; the traceback follows."""
+    """When the error was raised, before the connections to other ranks were closed; seconds since the epoch."""
+    log_bytes: int | None
+    """Length of the rank's log at that time, after which the traceback follows; None if there is no traceback."""
 
 
 _BROKEN_CONNECTION = re.compile(
@@ -38,19 +40,20 @@ _BROKEN_CONNECTION = re.compile(
     r"timed out waiting .* for (recv|send) operation|remote process has exited",
     re.IGNORECASE,
 )
-"""What torch.distributed says where a peer has gone: gloo and NCCL raise plain RuntimeErrors as well."""
-_CONNECTION_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "BrokenPipeError")
+"""The messages of torch.distributed when another rank is gone; gloo and NCCL also raise plain RuntimeErrors."""
+_CONNECTION_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError", "ConnectionError", "BrokenPipeError"}
 
 
 def reads_like_broken_connection(text: str) -> bool:
+    """Return whether a message says that the connection to another rank broke."""
     return _BROKEN_CONNECTION.search(text) is not None
 
 
 @contextmanager
 def failures_recorded() -> Iterator[None]:
-    """Records what passes through it, for the launcher; in place before a process group is closed by the error.
+    """Record an error that leaves the block, for the launcher. Use it inside the block that closes the process group.
 
-    The other ranks notice at once that this one has gone: of what all of them say then, the launcher shows the first.
+    Once the process group is closed the other ranks fail too, and the launcher shows the record with the earliest time.
     """
     try:
         yield
@@ -60,7 +63,7 @@ def failures_recorded() -> Iterator[None]:
 
 
 def record_failure(error: BaseException) -> None:
-    """Write down what this worker dies of, once; in a process without a launcher of ours nothing is done."""
+    """Write down why this worker fails. Later calls, and calls in a process that is not a worker, do nothing."""
     folder = worker_folder()
     if folder is None or WatchFolder(folder).failure(rank()).exists():
         return
@@ -81,7 +84,7 @@ def record_failure(error: BaseException) -> None:
 
 
 def read_failure(path: Path) -> FailureRecord | None:
-    """None if the rank has written none."""
+    """Return the record of a rank; None if it has written none."""
     try:
         return FailureRecord(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -92,10 +95,8 @@ def _is_follower(error: BaseException) -> bool:
     cause: BaseException | None = error
     while cause is not None:
         kinds = {kind.__name__ for kind in type(cause).__mro__}
-        if kinds & set(_CONNECTION_ERRORS) or (
-            isinstance(cause, RuntimeError) and not isinstance(cause, ChunkflowError)
-            and reads_like_broken_connection(str(cause))
-        ):  # fmt: skip
+        is_plain = isinstance(cause, RuntimeError) and not isinstance(cause, ChunkflowError)
+        if kinds & _CONNECTION_ERRORS or (is_plain and reads_like_broken_connection(str(cause))):
             return True
         cause = cause.__cause__
     return False

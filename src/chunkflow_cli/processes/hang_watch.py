@@ -1,7 +1,7 @@
-"""When a run hangs, and what is said of it: no rank has begun another operation for too long.
+"""Detect that a run hangs, which means that no rank starts a new operation for too long, and say where each rank is.
 
-Our launcher looks at the ranks that it has started (`supervisor.py`). Those that torchrun or deepspeed has started look
-after each other: a thread of the first rank watches, and a thread in each obeys it (`watched_together`).
+Our launcher watches the ranks that it started (`supervisor.py`). The ranks that torchrun or deepspeed started watch
+each other: a thread of rank 0 looks for a hang, and a thread of each rank obeys its orders (`watched_together`).
 """
 
 from __future__ import annotations
@@ -13,59 +13,61 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
+from chunkflow_cli.console import human_seconds
 from chunkflow_cli.processes.heartbeat import Standstill, Watchdog
-from chunkflow_cli.processes.worker import END, STACKS, STACKS_SIGNAL, WatchFolder, follow_orders, write_order
+from chunkflow_cli.processes.watch_folder import Order, WatchFolder, follow_orders, write_order
 
 STACKS_SECONDS = 1.0
-"""For ranks that hang to write their stacks."""
-
-
-def is_hang(standing: Sequence[Standstill], ranks: Collection[int], limit_seconds: float) -> bool:
-    """Whether none of these ranks has moved for so long; a limit of 0 is never reached."""
-    return limit_seconds > 0 and all(standing[rank].seconds >= limit_seconds for rank in ranks)
+"""Time for hanging ranks to write their stacks."""
 
 
 def places(standing: Sequence[Standstill], ranks: Collection[int]) -> str:
-    """A line for each rank: where it stands, and for how long."""
-    return "\n".join(f"  rank {rank}: {standing[rank].place}, for {_seconds(standing[rank].seconds)}" for rank in ranks)
+    """Return a line for each rank: its operation, and for how long it has been at it."""
+    return "\n".join(
+        f"  rank {rank}: {standing[rank].place}, for {human_seconds(standing[rank].seconds)}" for rank in ranks
+    )
 
 
 def hang_message(
     standing: Sequence[Standstill], ranks: Collection[int], limit_seconds: float, watch: WatchFolder
-) -> str:
+) -> str | None:
+    """Return the error message if none of these ranks has moved for `limit_seconds`, else None. 0 means no limit."""
+    if limit_seconds == 0 or any(standing[rank].seconds < limit_seconds for rank in ranks):
+        return None
     return (
-        f"no rank has moved for launch.hang_seconds={limit_seconds:g}: the run hangs and is ended\n"
+        f"no rank started a new operation for launch.hang_seconds={limit_seconds:g}: the run hangs and is killed\n"
         f"{places(standing, ranks)}\n"
-        f"  where in the code each one stands is at the end of its log: {watch.log(0).parent}\n"
-        "  one that stands elsewhere than the others is the one they wait for; "
-        "0 turns this off, if a single operation may take so long"
+        "  a rank that is at a different operation is the one the others are waiting for\n"
+        f"  each rank's log ends with its Python stacks: {watch.log(0).parent}\n"
+        "  if a single operation can take this long, raise launch.hang_seconds; 0 disables the check"
     )
 
 
 def look_every(limit_seconds: float) -> float:
-    """Seconds between two looks."""
+    """Return the seconds between two looks at the ranks."""
     return min(1.0, limit_seconds / 10 or 1.0)
 
 
 @contextmanager
 def watched_together(watch: WatchFolder, rank: int, processes: int, limit_seconds: float) -> Iterator[None]:
-    """Within it a run whose ranks nobody watches is ended when it hangs, by SIGKILL to all; its launcher reports that.
+    """Within the block, kill a run that hangs and that no launcher of ours watches.
+
+    Every rank kills itself with SIGKILL, which its launcher reports; rank 0 prints why.
 
     Args:
-        watch: emptied before any rank is here; on a disk that all nodes share.
-        rank: of this process.
-        processes: of the run.
-        limit_seconds: as `launch.hang_seconds`.
+        watch: prepared before any rank gets here, on a disk that all nodes share.
+        rank: the rank of this process.
+        processes: the number of ranks.
+        limit_seconds: `launch.hang_seconds`.
     """
     ended = threading.Event()
-    watch.log(rank).parent.mkdir(parents=True, exist_ok=True)
     with watch.log(rank).open("a") as stacks:
-        faulthandler.register(STACKS_SIGNAL, stacks)
+        faulthandler.register(Order.STACKS.value, stacks)
         threads = [threading.Thread(target=follow_orders, args=(watch, ended), name="orders of rank 0", daemon=True)]
         if rank == 0:
             threads.append(
                 threading.Thread(
-                    target=_watch, args=(watch, processes, limit_seconds, ended), name="watch over hangs", daemon=True
+                    target=_watch, args=(watch, processes, limit_seconds, ended), name="hang watch", daemon=True
                 )
             )
         for thread in threads:
@@ -76,22 +78,17 @@ def watched_together(watch: WatchFolder, rank: int, processes: int, limit_second
             ended.set()
             for thread in threads:
                 thread.join()
-            faulthandler.unregister(STACKS_SIGNAL)
+            faulthandler.unregister(Order.STACKS.value)
 
 
 def _watch(watch: WatchFolder, processes: int, limit_seconds: float, ended: threading.Event) -> None:
     ranks = range(processes)
     watchdog = Watchdog([watch.heartbeat(rank) for rank in ranks], time.monotonic)
     while not ended.wait(look_every(limit_seconds)):
-        standing = watchdog.look()
-        if is_hang(standing, ranks, limit_seconds):
-            print(f"error: {hang_message(standing, ranks, limit_seconds, watch)}", file=sys.stderr, flush=True)
-            write_order(watch, STACKS)
+        message = hang_message(watchdog.look(), ranks, limit_seconds, watch)
+        if message is not None:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            write_order(watch, Order.STACKS)
             time.sleep(STACKS_SECONDS)
-            write_order(watch, END)
+            write_order(watch, Order.END)
             return
-
-
-def _seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

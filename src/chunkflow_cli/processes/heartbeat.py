@@ -1,8 +1,8 @@
-"""Where every rank of a run stands, so that a hang is found and can be named.
+"""Records of what every rank is doing, by which a hang can be found and explained.
 
-A rank writes its place (step and operation) into a file of its own before every operation, and the launcher reads the
-files. A record has one fixed size and is one `pwrite`: it costs microseconds, and another node can read it where the
-run's folder is shared. Clocks are not part of it: the launcher notes on its own clock when a record has changed.
+Before every operation a rank writes its step and operation into a file of its own, and the launcher reads the files.
+A record has a fixed size and is written with one `pwrite`, so it costs microseconds and can be read from another node
+that shares the run's folder. Records hold no times: the launcher notes on its own clock when a record changed.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECORD = struct.Struct("<qq112s")
-"""Beats so far, step (0 before the first), what is being done as UTF-8, padded with zeros: 128 bytes."""
+"""128 bytes: number of beats, step (0 before the first), and operation as UTF-8 padded with zeros."""
 
 
 class Heartbeat:
-    """Tells the launcher where this rank stands."""
+    """Tells the launcher what this rank is doing."""
 
     def __init__(self, path: Path | None) -> None:
         """
         Args:
-            path: the file of this rank; None where nobody looks: then `at` does nothing.
+            path: the file of this rank; None if nobody reads it, and then `at` does nothing.
         """
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._beats = 0
 
     def at(self, step: int, doing: str) -> None:
-        """Called before each operation, and before whatever else may take long or wait for other ranks.
+        """Record what this rank does next. Call it before anything that may take long or wait for other ranks.
 
         Args:
-            step: from 1; 0 before the first.
+            step: counted from 1; 0 before the first.
             doing: an operation (`B5`) or a few words (`saving a checkpoint`); cut after 112 bytes.
         """
         if self._file is not None:
@@ -42,7 +42,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stood when its file was read."""
+    """The step and operation of a rank when its file was read."""
 
     beats: int
     step: int
@@ -56,7 +56,7 @@ STARTING = Place(0, 0, "starting")
 
 
 def read_place(path: Path) -> Place:
-    """`STARTING` where the rank has written nothing yet."""
+    """Return the last record of a rank; `STARTING` if it has written none."""
     try:
         record = path.read_bytes()
     except FileNotFoundError:
@@ -69,27 +69,27 @@ def read_place(path: Path) -> Place:
 
 @dataclass(frozen=True)
 class Standstill:
-    """A rank's place, and for how long it has been there."""
+    """The place of a rank, and the seconds since it got there."""
 
     place: Place
     seconds: float
 
 
 class Watchdog:
-    """Notes when each rank moved last."""
+    """Remembers when each rank last moved."""
 
     def __init__(self, paths: Sequence[Path], clock: Callable[[], float]) -> None:
         """
         Args:
-            paths: the file of each rank, in their order.
-            clock: seconds, monotonic.
+            paths: the file of each rank, by rank.
+            clock: returns monotonic seconds.
         """
         self._paths = paths
         self._clock = clock
         self._moved = [(STARTING, clock()) for _ in paths]
 
     def look(self) -> list[Standstill]:
-        """Read all files: where each rank stands."""
+        """Read all files and return the place of each rank."""
         now = self._clock()
         for rank, path in enumerate(self._paths):
             place = read_place(path)

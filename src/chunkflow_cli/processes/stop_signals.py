@@ -1,33 +1,41 @@
-"""Ctrl-C and SIGTERM as a request that the run answers when it can."""
+"""Ctrl-C and SIGTERM as a request that a run answers when it can."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from chunkflow_cli.processes.worker import is_started_by_launcher
+from chunkflow_cli.processes.environment import is_started_by_launcher
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stop_signals_handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call `handle` on Ctrl-C and SIGTERM within the block; restore the earlier handlers at its end."""
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to stop; the second stops it at once.
+    """Ask the run to stop at the first Ctrl-C or SIGTERM; stop at once at the second.
 
-    A rank among others leaves the second to its launcher: the first may reach it twice, from a scheduler as well.
+    A rank that a launcher started ignores the second and leaves it to the launcher: the first signal may reach a rank
+    twice, once from the launcher and once from a scheduler.
     """
-    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        for each in signals:
+        for each in STOP_SIGNALS:
             signal.signal(each, signal.SIG_IGN if is_started_by_launcher() else before[each])
         request_stop()
 
-    for number in signals:
-        signal.signal(number, handle)
-    try:
+    with stop_signals_handled(handle):
         yield
-    finally:
-        for number in signals:
-            signal.signal(number, before[number])

@@ -1,41 +1,44 @@
-"""`chunkflow train` with several ranks: one process prepares the run, starts its workers and watches over them.
+"""`chunkflow train` with several ranks: one process prepares the run, starts its workers and watches them.
 
-What must be right before anything is started (configuration, requirements, data in the cache, the run's folder) is
-settled here, once. A worker is the same command again, `python -m chunkflow_cli train <the same words>`, which finds
-itself to be one by its environment (`worker.py`). On one machine this process starts the workers; with
-`launch.hostfile`, DeepSpeed's launcher does, on every node. Under torchrun or deepspeed nothing is started: the process
-joins the others (`joining.py`).
+It checks the configuration, the requirements, the data and the run's folder once, before any worker starts. A worker
+runs the same command again, `python -m chunkflow_cli train <the same words>`, and recognizes itself by its environment
+(`processes/environment.py`). On one machine this process starts the workers; with `launch.hostfile`, DeepSpeed's
+launcher starts them on every node. Under torchrun or deepspeed nothing is started: the process joins the other ranks
+(`joining.py`).
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from chunkflow_cli.config.load import LoadedConfig, convert
 from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.processes import worker
-from chunkflow_cli.processes.start import Host, read_hostfile, run_workers
+from chunkflow_cli.processes import environment
+from chunkflow_cli.processes.hostfile import Host, read_hostfile
+from chunkflow_cli.processes.start import run_workers
 from chunkflow_cli.processes.supervisor import Limits
 
 
 def is_needed(loaded: LoadedConfig) -> bool:
-    """Whether workers are to be started: several ranks are asked for, and this process is none of them yet."""
+    """Return whether this process must start workers: several ranks are wanted, and it is not one of them."""
     launch = loaded.config.launch
-    return not worker.is_started_by_launcher() and (launch.processes > 1 or launch.hostfile is not None)
+    return not environment.is_started_by_launcher() and (launch.processes > 1 or launch.hostfile is not None)
 
 
 def with_processes(loaded: LoadedConfig) -> LoadedConfig:
-    """The configuration with the number of ranks that there are: where `launch.processes` is left at 1, a hostfile or
-    the launcher that has started this process says it.
+    """Return the configuration with the actual number of ranks.
+
+    The launcher that started this process, or else a hostfile, sets `launch.processes` if it is left at 1.
 
     Raises:
-        UsageError: they contradict each other, or the hostfile cannot be read.
+        UsageError: the two numbers contradict each other, or the hostfile cannot be read.
     """
     launch = loaded.config.launch
-    if worker.is_started_by_launcher():
-        count, source = worker.processes(), "the launcher has started"
+    if environment.is_started_by_launcher():
+        count, source = environment.processes(), "the launcher has started"
     elif launch.hostfile is not None:
         count, source = sum(host.slots for host in read_hostfile(launch.hostfile)), f"{launch.hostfile} has slots for"
     else:
@@ -43,7 +46,7 @@ def with_processes(loaded: LoadedConfig) -> LoadedConfig:
     if launch.processes not in (1, count):
         raise UsageError(
             f"launch.processes={launch.processes}, but {source} {count}\n"
-            "  leave launch.processes out, or give the same number to both"
+            "  leave launch.processes out, or give both the same number"
         )
     if launch.processes == count:
         return loaded
@@ -55,21 +58,20 @@ def with_processes(loaded: LoadedConfig) -> LoadedConfig:
 def run(
     loaded: LoadedConfig, *, config_dir: str | None = None, debug: bool = False, json_output: bool = False
 ) -> dict[str, Any]:
-    """Fine-tune with several ranks; returns what stands in report.json.
+    """Fine-tune with several ranks; return the content of report.json.
 
     Args:
-        loaded: with `launch.processes` as `with_processes` gives it.
+        loaded: the configuration that `with_processes` returns.
         config_dir: passed on to the workers.
         debug: show the traceback of a rank that failed.
         json_output: print no summary.
 
     Raises:
         UsageError: configuration, data or hostfile is at fault.
-        RunError: a rank failed, died or hangs; the message names it and what it stood at.
+        RunError: a rank failed, died or hangs; the message names it and its last operation.
         KeyboardInterrupt: the user stopped the run, and the ranks have saved a checkpoint.
     """
-    import json
-
+    # These import torch, which takes seconds: a mistake in the configuration is found and shown before.
     import torch
 
     from chunkflow_cli.console import stderr_console, stdout_console
@@ -81,8 +83,11 @@ def run(
     config = loaded.config
     hosts = None if config.launch.hostfile is None else read_hostfile(config.launch.hostfile)
     hf_config = check_requirements(loaded)
-    _check_devices(config.launch.processes, hosts)
-    load_run_data(config, hf_config)  # into the cache, where every rank finds it: a collective would not wait so long
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    _check_devices(config.launch.processes, hosts, gpus)
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
+    load_run_data(config, hf_config)  # tokenises once, into the cache in which every rank finds it
     folder = open_run_folder(loaded)
     try:
         if folder.report.exists():
@@ -91,20 +96,19 @@ def run(
             )
         else:
             options = ["--config-dir", config_dir] if config_dir is not None else []
-            limits = Limits(config.launch.grace_seconds, config.launch.hang_seconds)
-            words = ["train", "--json", *options, *loaded.overrides]
             run_workers(
-                words,
+                ["train", "--json", *options, *loaded.overrides],
                 folder.path,
                 config.launch.processes,
                 hosts,
-                limits,
-                has_gpu=torch.cuda.is_available(),
+                Limits(config.launch.grace_seconds, config.launch.hang_seconds),
                 show_traceback=debug,
             )
         if not folder.report.exists():
-            raise RunError(f"all ranks have ended, but without a report\n  what they printed: {folder.path / 'logs'}")
-        report: dict[str, Any] = json.loads(folder.report.read_text(encoding="utf-8"))
+            raise RunError(
+                f"all ranks have ended, but did not write a report\n  see what they printed: {folder.path / 'logs'}"
+            )
+        report = folder.read_report()
     finally:
         folder.close()
     if not json_output:
@@ -112,15 +116,14 @@ def run(
     return report
 
 
-def _check_devices(processes: int, hosts: Sequence[Host] | None) -> None:
-    import torch
-
+def _check_devices(processes: int, hosts: Sequence[Host] | None, gpus: int) -> None:
     if hosts is not None and len(hosts) > 1 and shutil.which("pdsh") is None:
         raise UsageError(
-            f"launch.hostfile names {len(hosts)} nodes, which DeepSpeed reaches by pdsh: it is not installed\n"
+            f"launch.hostfile names {len(hosts)} nodes, and DeepSpeed needs pdsh to reach them: it is not installed\n"
             "  install it (apt-get install pdsh), or start chunkflow train with torchrun on every node"
         )
-    if hosts is None and torch.cuda.is_available() and processes > torch.cuda.device_count():
+    if hosts is None and 0 < gpus < processes:
         raise UsageError(
-            f"launch.processes={processes}: each needs a GPU of its own, and here are {torch.cuda.device_count()}"
+            f"launch.processes={processes}: each process needs a GPU of its own, and this machine has {gpus}\n"
+            f"  set launch.processes={gpus}, or name more nodes in launch.hostfile"
         )

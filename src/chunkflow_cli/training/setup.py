@@ -33,7 +33,7 @@ from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.schedule import Layout
 from chunkflow_cli.planning.topology import Topology
-from chunkflow_cli.processes.worker import threads_of_user
+from chunkflow_cli.processes.environment import threads_of_user
 from chunkflow_cli.training.layout import planned_topology
 
 

@@ -37,7 +37,7 @@ from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 from chunkflow_cli.planning.trace import Recorder, merge
-from chunkflow_cli.processes import worker
+from chunkflow_cli.processes import environment
 from chunkflow_cli.processes.failures import failures_recorded
 from chunkflow_cli.processes.stop_signals import stop_on_signals
 from chunkflow_cli.processes.worker import heartbeat
@@ -88,7 +88,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     finally:
         folder.close()
         close_process_group()  # a process that ends with an open one may abort in native code
-    if not json_output and worker.rank() == 0:
+    if not json_output and environment.rank() == 0:
         print_training_summary(stdout_console(), report, folder.path)
     return report
 
@@ -445,7 +445,7 @@ class _Training:
     def _request_stop(self) -> None:
         self.stop_requested = True
         what = "step" if self.topology.sequence * self.topology.pipeline > 1 or self.plan.is_in_lockstep else "chunk"
-        again = "" if worker.is_started_by_launcher() else " Once more to stop at once."
+        again = "" if environment.is_started_by_launcher() else " Once more to stop at once."
         self.console.print(f"Stopping after the present {what}, then saving.{again}", soft_wrap=True)
 
     # Report

@@ -1,0 +1,122 @@
+"""Start ranks on the nodes of a hostfile with DeepSpeed's launcher, and reach them through files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from chunkflow_cli.files import write_atomically
+from chunkflow_cli.processes.environment import RUN_FOLDER, THREADS_OF_USER, free_port
+from chunkflow_cli.processes.failures import read_failure
+from chunkflow_cli.processes.hostfile import Host
+from chunkflow_cli.processes.watch_folder import Order, WatchFolder, write_order
+from chunkflow_cli.processes.workers import GONE, REAP_SECONDS
+
+
+class DeepSpeedWorkers:
+    """Ranks that DeepSpeed's launcher starts on any nodes; they and this process communicate through files."""
+
+    def __init__(
+        self,
+        module: str,
+        words: Sequence[str],
+        watch: WatchFolder,
+        hosts: Sequence[Host],
+        environment: Mapping[str, str],
+    ) -> None:
+        """Start the launcher. `watch` must be on a file system that all nodes share."""
+        self.watch = watch
+        self.processes = sum(host.slots for host in hosts)
+        self._renewed = float("-inf")
+        self._renew_lease()
+        for rank in range(self.processes):
+            watch.log(rank).write_text("")
+        hostfile, exported = watch.path / "hostfile", watch.path / "environment"
+        hostfile.write_text("".join(f"{host}\n" for host in hosts))
+        exported.write_text(exported_environment(environment, watch), encoding="utf-8")
+        self._launcher = subprocess.Popen(
+            deepspeed_command(hosts, hostfile=hostfile, module=module, words=words),
+            env={**environment, RUN_FOLDER: str(watch.run_folder), "DS_ENV_FILE": str(exported)},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _renew_lease(self) -> None:
+        now = time.monotonic()
+        if now - self._renewed >= 1.0:
+            self._renewed = now
+            write_atomically(self.watch.lease, str(now))
+
+    def exit_codes(self) -> Mapping[int, int]:
+        self._renew_lease()
+        launcher = self._launcher.poll()  # before the records: a rank whose death it saw has written one by then
+        records = {rank: read_failure(self.watch.failure(rank)) for rank in range(self.processes)}
+        codes = {rank: record.exit_code for rank, record in records.items() if record is not None}
+        if launcher is not None:
+            rest = 0 if launcher == 0 else GONE
+            codes = {rank: codes.get(rank, rest) for rank in range(self.processes)}
+        return codes
+
+    def order(self, order: Order) -> None:
+        write_order(self.watch, order)
+
+    def end(self) -> None:
+        self.order(Order.END)
+        if self._launcher.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._launcher.wait(2.0)  # meanwhile workers on other nodes read the order
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._launcher.pid, signal.SIGKILL)  # together with its workers on this machine
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._launcher.wait(REAP_SECONDS)
+
+
+def deepspeed_command(hosts: Sequence[Host], *, hostfile: Path, module: str, words: Sequence[str]) -> list[str]:
+    """Return the command line of DeepSpeed's launcher, which runs `python -m MODULE WORDS` for each rank of `hosts`."""
+    is_here = len(hosts) == 1 and hosts[0].is_here
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--quiet"]
+    if is_here:
+        command += ["--no_ssh_check", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    elif len(hosts) == 1:
+        command += ["--force_multi"]  # else the launcher takes a single host for this machine
+    command += ["--module", "--no_local_rank", module]
+    return [*command, *(words if is_here else map(_quoted_for_remote_shell, words))]
+
+
+def _quoted_for_remote_shell(word: str) -> str:
+    """Quote a word so that the shell of the other node yields it unchanged.
+
+    The launcher itself puts words that contain a space in double quotes and escapes the double quotes in them, and
+    nothing else.
+    """
+    if " " in word:
+        return re.sub(r"([\\$`])", r"\\\1", word)
+    return shlex.quote(word)
+
+
+def exported_environment(environment: Mapping[str, str], watch: WatchFolder) -> str:
+    """Return the text of the file that lists the variables for other nodes.
+
+    DeepSpeed reads only one such file, so this one includes the lines of the user's own.
+    """
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    lines: dict[str, str] = {}
+    for folder in (Path.home(), Path()):
+        if (folder / name).is_file():
+            for line in (folder / name).read_text(encoding="utf-8").splitlines():
+                key, separator, value = line.partition("=")
+                if separator:
+                    lines[key.strip()] = value
+    lines[RUN_FOLDER] = str(watch.run_folder)
+    lines[THREADS_OF_USER] = environment.get("OMP_NUM_THREADS", "")
+    if "OMP_NUM_THREADS" in environment:
+        lines["OMP_NUM_THREADS"] = environment["OMP_NUM_THREADS"]
+    return "".join(f"{key}={value}\n" for key, value in lines.items())
