@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
-from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Output, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.function import ChunkAttention, ChunkAttentionContext, attend
@@ -351,9 +351,9 @@ def check_own(
     tokens = boundaries[-1]
     queries, grad_out = (draw(1, 2 * group, tokens, HEAD_DIM, seed=seed, dtype=dtype) for seed in (1, 4))
     keys, values = (draw(1, 2, tokens, HEAD_DIM, seed=seed, dtype=dtype) for seed in (2, 3))
-    packing = Packing(tuple(boundaries), CPU)
-    out, lse = backend.own_forward(queries, keys, values, packing, rule)
-    grads = backend.own_backward(grad_out, queries, keys, values, out, lse, packing, rule)
+    sight = Sight(rule, Packing(tuple(boundaries), CPU))
+    out, lse = backend.forward(queries, keys, values, sight)
+    grads = backend.backward(grad_out, Saved(queries, keys, values, out, lse), sight)
     true = truth_of((queries, keys, values), grad_out, packed_mask(boundaries, rule.window), rule)
     assert lse.dtype is torch.promote_types(dtype, torch.float32)
     for mine, truth in zip((out, lse, *grads), (*true[:2], *true[2]), strict=True):
@@ -370,8 +370,8 @@ def check_past(
     keys, values = (draw(1, 2, columns, HEAD_DIM, seed=seed, dtype=dtype) for seed in (2, 3))
     mask = may_see(torch.arange(rows) + columns, torch.arange(columns), rule.window)
     assert mask.any(1).all(), "a backend never sees an empty row"
-    out, lse = backend.past_forward(queries, keys, values, rule)
-    grads = backend.past_backward(grad_out, queries, keys, values, out, lse, rule)
+    out, lse = backend.forward(queries, keys, values, Sight(rule))
+    grads = backend.backward(grad_out, Saved(queries, keys, values, out, lse), Sight(rule))
     true = truth_of((queries, keys, values), grad_out, mask, rule)
     for mine, truth in zip((out, lse, *grads), (*true[:2], *true[2]), strict=True):
         assert_close(mine, truth, dtype)
@@ -596,11 +596,10 @@ def test_window_hides_the_past_of_late_rows_only() -> None:
     seen = []
 
     class Spy(ReferenceBackend):
-        def past_forward(
-            self, queries: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
-        ) -> tuple[Tensor, Tensor]:
-            seen.append((queries.shape[2], keys.shape[2]))
-            return super().past_forward(queries, keys, values, rule)
+        def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
+            if sight.packing is None:
+                seen.append((queries.shape[2], keys.shape[2]))
+            return super().forward(queries, keys, values, sight)
 
     Case(AttentionRule(0.3, 5), torch.float64).chunked(Spy(), k=4)
     assert seen == [(4, 4), (4, 4), (4, 4)]
@@ -610,7 +609,7 @@ def test_state_pass_ends_at_the_last_layer() -> None:
     """After the last layer's keys and values nothing of a state pass is wanted: its attention is not computed."""
 
     class Unused(ReferenceBackend):
-        def own_forward(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def forward(self, *_: Any, **__: Any) -> Output:
             raise AssertionError("attention was computed")
 
     state = SequenceState(CHUNK)
@@ -676,10 +675,10 @@ def test_refusals_by_name(options: dict[str, Any], message: str) -> None:
 def test_values_of_another_head_dim(backend: Backend, flash_attn: FlashAttnBackend) -> None:
     """Latent attention has values of another width, which fused kernels misread: refused. The reference takes it."""
     queries, keys, values = draw(1, 2, 5, 8), draw(1, 2, 5, 8, seed=1), draw(1, 2, 5, 4, seed=2)
-    packing = Packing((0, 5), CPU)
+    sight = Sight(AttentionRule(1.0), Packing((0, 5), CPU))
     with pytest.raises(UsageError, match=f"model.attention={backend.name} does not support values of another head_dim"):
-        backend.own_forward(queries, keys, values, packing, AttentionRule(1.0))
-    out, _ = ReferenceBackend().own_forward(queries, keys, values, packing, AttentionRule(1.0))
+        backend.forward(queries, keys, values, sight)
+    out, _ = ReferenceBackend().forward(queries, keys, values, sight)
     truth, _ = naive_attention(queries, keys, values, packed_mask((0, 5), None), AttentionRule(1.0))
     assert_close(out, truth, torch.float64)
 
@@ -687,8 +686,9 @@ def test_values_of_another_head_dim(backend: Backend, flash_attn: FlashAttnBacke
 def test_window_in_float32_on_cuda_is_refused() -> None:
     """The efficient kernel would ignore the window."""
     queries = draw(1, 2, 5, 8, dtype=torch.float32)
+    sight = Sight(AttentionRule(1.0, window=3), Packing((0, 5), CPU))
     with pytest.raises(UsageError, match="torch_flash does not support sliding windows in float32"):
-        TorchFlashBackend().own_forward(queries, queries, queries, Packing((0, 5), CPU), AttentionRule(1.0, window=3))
+        TorchFlashBackend().forward(queries, queries, queries, sight)
 
 
 def test_registered_without_a_mask() -> None:

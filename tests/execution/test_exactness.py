@@ -21,27 +21,22 @@ from torch import Tensor, nn
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, LoraConfig
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution import guard as guard_module
 from chunkflow_cli.execution import parity, stages
-from chunkflow_cli.execution import runner as runner_module
+from chunkflow_cli.execution import step as step_module
 from chunkflow_cli.execution.attention import function as attention
-from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Gradients, Output, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.parity import (
-    DirectEngine,
-    Parity,
-    compare,
-    guard,
-    random_sequences,
-    small_config,
-    use_float64_experts,
-)
-from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.guard import guard, small_config
+from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences, use_float64_experts
+from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
 from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import build_chunks
@@ -384,7 +379,7 @@ def _ignore_the_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def _batches(patch: pytest.MonkeyPatch, change: Callable[[ChunkBatch], ChunkBatch]) -> None:
-    patch.setattr(runner_module, "build_batch", lambda *args: change(build_batch(*args)))
+    patch.setattr(step_module, "build_batch", lambda *args: change(build_batch(*args)))
 
 
 @breakage
@@ -426,12 +421,14 @@ def _let_segments_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """packed sequences see each other."""
 
     class Joined(ReferenceBackend):
-        def own_forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, rule: AttentionRule) -> Any:
-            return super().own_forward(q, k, v, Packing((0, packing.boundaries[-1]), CPU), rule)
+        def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
+            return super().forward(queries, keys, values, joined(sight))
 
-        def own_backward(self, *args: Any) -> Any:
-            *tensors, packing, rule = args
-            return super().own_backward(*tensors, Packing((0, packing.boundaries[-1]), CPU), rule)
+        def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
+            return super().backward(grad_out, saved, joined(sight))
+
+    def joined(sight: Sight) -> Sight:
+        return replace(sight, packing=sight.packing and Packing((0, sight.packing.boundaries[-1]), CPU))
 
     patch.setattr("chunkflow_cli.execution.chunk_model.ChunkAttentionContext", _with_backend(Joined()))
 
@@ -533,9 +530,9 @@ def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., An
     model.set_attn_implementation(attention.NAME)
     chunks = build_chunks([len(s.input_ids) for s in sequences], 25)
     weights = np.full(len(sequences), 1 / total)
-    runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), CPU, weight_dtype=torch.float64)
+    runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), RunnerSettings(CPU, torch.float64))
     with broken(_drop_state_gradient):
-        loss_chunked = runner.run(Schedule.parse(str(plan(chunks, 2))), StepBatch(chunks, sequences, weights)).loss
+        loss_chunked = runner.run((plan(chunks, 2),), StepBatch(chunks, sequences, weights)).loss
     squares = {
         name: (float(((parameter.grad - whole[name]) ** 2).sum()), float((whole[name] ** 2).sum()))
         for name, parameter in model.named_parameters()
@@ -679,7 +676,7 @@ def test_guard_with_the_run_s_memory_saver(
     """Selective checkpointing once reused merged attention as if it were the kernel's: only a test that has it on sees."""
     assert guarded(tiny_config("llama"), activation_checkpointing=checkpointing).passed
     used = []
-    monkeypatch.setattr(parity, "enable_activation_checkpointing", lambda model, mode: used.append(mode))
+    monkeypatch.setattr(guard_module, "enable_activation_checkpointing", lambda model, mode: used.append(mode))
     guarded(tiny_config("llama"), activation_checkpointing=checkpointing)
     assert used == [checkpointing]
 
@@ -689,15 +686,16 @@ def test_guard_checks_the_kernel_in_the_dtype_of_the_run(
 ) -> None:
     """The small model runs in float32; a kernel that is wrong in bfloat16 only must be found all the same."""
     guarded(tiny_config("llama"), dtype=torch.bfloat16)
-    backward = CpuBackend.past_backward
+    backward = CpuBackend.backward
 
-    def wrong_in_bfloat16(self: CpuBackend, grad_out: Tensor, *rest: Any) -> Any:
-        grads = backward(self, grad_out, *rest)
-        return (grads[0], grads[1] * 1.1, grads[2]) if grad_out.dtype is torch.bfloat16 else grads
+    def wrong_in_bfloat16(self: CpuBackend, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
+        grads = backward(self, grad_out, saved, sight)
+        is_wrong = sight.packing is None and grad_out.dtype is torch.bfloat16
+        return (grads[0], grads[1] * 1.1, grads[2]) if is_wrong else grads
 
-    monkeypatch.setattr(CpuBackend, "past_backward", wrong_in_bfloat16)
+    monkeypatch.setattr(CpuBackend, "backward", wrong_in_bfloat16)
     guarded(tiny_config("llama"), dtype=torch.float32)
-    with pytest.raises(UsageError, match=r"model\.attention=cpu computes wrongly on this device"):
+    with pytest.raises(UsageError, match=r"model\.attention=cpu computes wrong results on this device"):
         guarded(tiny_config("llama"), dtype=torch.bfloat16)
 
 

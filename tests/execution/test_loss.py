@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkflow_cli.execution import loss as loss_module
 from chunkflow_cli.execution.cpu_quirks import LinearThroughFloat32
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, tile_rows, weighted_cross_entropy
+from chunkflow_cli.planning.memory_parts import HEAD_TILE_BYTES
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 51
 TRANSFORMS = {
@@ -55,7 +55,7 @@ PATHS: dict[str, tuple[Callable[[nn.Linear], nn.Module], bool]] = {
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5 rows: 37 rows make seven and a rest of 2."""
-    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 5 * 4 * VOCABULARY)
+    monkeypatch.setitem(HEAD_TILE_BYTES, "cpu", 5 * 4 * VOCABULARY)
 
 
 def inputs(dtype: torch.dtype, *, bias: bool = True, rows: int = ROWS) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
@@ -233,7 +233,7 @@ def test_bfloat16_is_not_worse_than_plain_bfloat16(
 
     One thing may cost a little: a native product rounds the head's gradient of each tile before the sum in float32.
     """
-    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 40 * 4 * VOCABULARY)
+    monkeypatch.setitem(HEAD_TILE_BYTES, "cpu", 40 * 4 * VOCABULARY)
     allowed = {"hidden": 1.001, "weight": 1.2, "bias": 1.001}
     monkeypatch.setattr("chunkflow_cli.execution.cpu_quirks.cpu_has_bfloat16", lambda: native)
     hidden, head, targets, weights = inputs(torch.bfloat16, rows=400)
@@ -358,5 +358,5 @@ def test_tile_rows() -> None:
     """At least one row, however large the vocabulary; else as many as fit the bytes of the device."""
     assert tile_rows(VOCABULARY, torch.device("cpu")) == 5
     assert tile_rows(10**9, torch.device("cpu")) == 1
-    assert tile_rows(2**17, torch.device("cuda")) == loss_module.TILE_BYTES["cuda"] // (4 * 2**17)
+    assert tile_rows(2**17, torch.device("cuda")) == HEAD_TILE_BYTES["cuda"] // (4 * 2**17)
     assert tile_rows(2**17, torch.device("meta")) == tile_rows(2**17, torch.device("cuda"))

@@ -169,7 +169,7 @@ class Stage:
 
     def share(self, step: int) -> tuple[Any, Any]:
         """This pipeline's part of a step, and its batch."""
-        from chunkflow_cli.execution.runner import StepBatch
+        from chunkflow_cli.execution.step import StepBatch
 
         planned = plan_of(self.case, step, self.stages, self.data)
         share = planned.ranks[self.place.data_rank]
@@ -186,11 +186,12 @@ def stage_of(case: Case, stages: int, data: int, sequence: int = 1) -> Stage:
     from chunkflow_cli.engine import EngineSettings, PipelineEngine, init_process_group
     from chunkflow_cli.execution.attention import function as attention
     from chunkflow_cli.execution.attention.cpu import CpuBackend
+    from chunkflow_cli.execution.dropout import has_dropout
     from chunkflow_cli.execution.messages import Links
-    from chunkflow_cli.execution.runner import has_dropout
     from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-    from chunkflow_cli.execution.stage_runner import PipelineRunner
+    from chunkflow_cli.execution.stage_runner import StageRunner
     from chunkflow_cli.execution.stages import StageModel
+    from chunkflow_cli.execution.step import RunnerSettings
     from chunkflow_cli.planning.stage_cut import cut_layers
     from chunkflow_cli.planning.topology import Topology
 
@@ -206,14 +207,9 @@ def stage_of(case: Case, stages: int, data: int, sequence: int = 1) -> Stage:
     settings = EngineSettings(EngineConfig(zero_stage=case.zero_stage), optim_of(case), Dtype(case.dtype), device)
     engine = PipelineEngine(stage, settings, stages=stages)
     links = Links([topology.pipeline_group(first) for first in range(topology.replicas)], device)
-    runner = PipelineRunner(
-        engine,
-        links,
-        device,
-        replay_random=has_dropout(model),
-        splits_backwards=case.schedule == "zero_bubble",
-        sequence_group=SequenceGroup.join(topology),
-    )
+    group = SequenceGroup.join(topology)
+    running = RunnerSettings(device, replay_random=has_dropout(model), sequence_group=group)
+    runner = StageRunner(engine, links, running, splits_backwards=case.schedule == "zero_bubble")
     return Stage(case, place, model, engine, runner, stages, data)
 
 
@@ -227,7 +223,7 @@ def _train_stage(case: Case, stages: int, data: int, sequence: int) -> dict[str,
     for step in range(len(case.steps)):
         share, batch = stage.share(step)
         ops: list[str] = []
-        result = stage.runner.run(share.schedules, batch, on_operation=lambda op, _, ops=ops: ops.append(str(op)))
+        result = stage.runner.run(share.schedules, batch, record=lambda op, _, ops=ops: ops.append(str(op)))
         assert result.not_finite == ()
         ran.append((" ".join(ops), str(share.schedules[stage.place.stage])))
         norms.append(stage.engine.step())
@@ -253,16 +249,16 @@ def run_besides(folder: str) -> dict[str, Any]:
 
 def _outputs_of_both_forwards(case: Case) -> dict[int, list[Tensor]]:
     """Chunk -> what this stage sent on in its state pass, and what its recompute gave."""
-    from chunkflow_cli.execution.stage_runner import _StageStep
+    from chunkflow_cli.execution.step import StepContext
 
     stage = stage_of(case, 2, 1)
     outputs: dict[int, list[Tensor]] = {}
-    forward, call = stage.engine.forward, _StageStep._call
+    forward, call = stage.engine.forward, StepContext.call
     current: list[int] = []
 
-    def spy_call(step: Any, index: int) -> Any:
+    def spy_call(context: StepContext, index: int, *others: Any) -> Any:
         current[:] = [index]
-        return call(step, index)
+        return call(context, index, *others)
 
     def spy_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -270,13 +266,13 @@ def _outputs_of_both_forwards(case: Case) -> dict[int, list[Tensor]]:
             outputs.setdefault(current[0], []).append(output.detach().clone())
         return output
 
-    _StageStep._call = spy_call  # type: ignore[method-assign]
+    StepContext.call = spy_call  # type: ignore[method-assign]
     stage.engine.forward = spy_forward
     try:
         share, batch = stage.share(0)
         stage.runner.run(share.schedules, batch)
     finally:
-        _StageStep._call = call  # type: ignore[method-assign]
+        StepContext.call = call  # type: ignore[method-assign]
     stage.engine.discard_gradients()
     return outputs
 

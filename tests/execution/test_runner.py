@@ -18,9 +18,11 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.dropout import has_dropout
 from chunkflow_cli.execution.parity import DirectEngine, compare, random_sequences
-from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch, StepResult, has_dropout
+from chunkflow_cli.execution.runner import Interrupted, Runner
 from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepResult
 from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Layout, Schedule, plan
@@ -57,11 +59,9 @@ def chunked(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def runner_of(model: Any, backend: Backend | None = None, **options: Any) -> Runner:
-    dtype = next(model.parameters()).dtype
-    weight_dtype = torch.promote_types(dtype, torch.float32)
-    return Runner(
-        DirectEngine(ChunkModel(model, backend or ReferenceBackend())), CPU, weight_dtype=weight_dtype, **options
-    )
+    weight_dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    engine = DirectEngine(ChunkModel(model, backend or ReferenceBackend()))
+    return Runner(engine, RunnerSettings(CPU, weight_dtype, **options))
 
 
 def gradients(model: nn.Module) -> Tensor:
@@ -70,7 +70,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 def ran(model: Any, batch: StepBatch, k: int, **options: Any) -> tuple[StepResult, Tensor]:
     model.zero_grad(set_to_none=True)
-    result = runner_of(model, **options).run(plan(batch.chunks, k), batch)
+    result = runner_of(model, **options).run((plan(batch.chunks, k),), batch)
     return result, gradients(model)
 
 
@@ -124,7 +124,7 @@ def test_joined_engine_calls_give_the_same_step(chunked: Callable[..., Any], bat
     model = chunked()
     schedule = plan(batch.chunks, 2, Layout(join_retained=True))
     assert "+" in str(schedule)
-    result = runner_of(model).run(schedule, batch)
+    result = runner_of(model).run((schedule,), batch)
     gradient = gradients(model)
     expected, truth = ran(model, batch, 2)
     assert result.loss == pytest.approx(expected.loss, rel=1e-14)
@@ -136,7 +136,7 @@ def test_gradients_of_steps_add_up_until_they_are_taken(chunked: Callable[..., A
     """The runner leaves gradients in the engine: it must neither clear them nor scale them."""
     model = chunked()
     _, once = ran(model, batch, 1)
-    runner_of(model).run(plan(batch.chunks, 1), batch)
+    runner_of(model).run((plan(batch.chunks, 1),), batch)
     assert torch.allclose(gradients(model), 2 * once, rtol=1e-12)
 
 
@@ -177,7 +177,9 @@ def test_float64_all_the_way(chunked: Callable[..., Any], batch: StepBatch) -> N
     """Weights of targets in float32 would leave 1e-8 in a float64 proof."""
     model = chunked()
     exact, _ = ran(model, batch, 1)
-    rounded = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), CPU).run(plan(batch.chunks, 1), batch)
+    rounded = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), RunnerSettings(CPU)).run(
+        (plan(batch.chunks, 1),), batch
+    )
     assert exact.loss != rounded.loss
     by_hand = 0.0
     model.set_attn_implementation("sdpa")
@@ -204,14 +206,11 @@ def test_bfloat16_step_is_close_to_float32(chunked: Callable[..., Any], batch: S
 def test_progress_counts_every_token_once(chunked: Callable[..., Any], batch: StepBatch) -> None:
     """The progress bar counts tokens that went backward: recomputed ones not twice."""
     told: list[int] = []
-    runner_of(chunked()).run(plan(batch.chunks, 1), batch, on_backward=told.append)
+    runner_of(chunked()).run((plan(batch.chunks, 1),), batch, on_backward=told.append)
     assert len(told) == len(batch.chunks)
     assert sum(told) == sum(LENGTHS)
     told.clear()
-    runner_of(chunked()).run(plan(batch.chunks, 2, Layout(join_retained=True)), batch, on_backward=told.append)
-    assert sum(told) == sum(LENGTHS)
-    told.clear()
-    runner_of(chunked()).evaluate(batch, on_chunk=told.append)
+    runner_of(chunked()).run((plan(batch.chunks, 2, Layout(join_retained=True)),), batch, on_backward=told.append)
     assert sum(told) == sum(LENGTHS)
 
 
@@ -248,7 +247,7 @@ def test_what_a_schedule_leaves_behind_is_noticed(chunked: Callable[..., Any], t
     """Memory that is never given back shows as a slow leak, far from its cause."""
     batch = step_batch(random_sequences((30,), VOCABULARY))
     with pytest.raises(AssertionError, match=f"left {left}"):
-        runner_of(chunked()).run(Schedule.parse(text), batch)
+        runner_of(chunked()).run((Schedule.parse(text),), batch)
 
 
 # --- Trouble ---------------------------------------------------------------------------------------------------------
@@ -274,11 +273,10 @@ def test_interrupt_between_operations(chunked: Callable[..., Any], batch: StepBa
             forwarded.append(True)
             super().backward(loss)
 
-    runner = Runner(
-        Counting(ChunkModel(chunked(), ReferenceBackend())), CPU, weight_dtype=torch.float64, stop_requested=stop
-    )
+    engine = Counting(ChunkModel(chunked(), ReferenceBackend()))
+    runner = Runner(engine, RunnerSettings(CPU, torch.float64, stop_requested=stop))
     with pytest.raises(Interrupted):
-        runner.run(plan(batch.chunks, 1), batch)
+        runner.run((plan(batch.chunks, 1),), batch)
     assert len(forwarded) == after
     asked.clear()
     forwarded.clear()
@@ -299,9 +297,9 @@ def test_after_an_interrupt_the_next_step_is_right(chunked: Callable[..., Any], 
 
     runner = runner_of(model, stop_requested=stop)
     with pytest.raises(Interrupted):
-        runner.run(plan(batch.chunks, 1), batch)
+        runner.run((plan(batch.chunks, 1),), batch)
     model.zero_grad(set_to_none=True)
-    runner.run(plan(batch.chunks, 1), batch)
+    runner.run((plan(batch.chunks, 1),), batch)
     assert torch.allclose(gradients(model), truth, rtol=0, atol=1e-15)
 
 
@@ -333,7 +331,7 @@ def test_loss_that_is_not_finite_in_a_joined_call(chunked: Callable[..., Any]) -
     with torch.no_grad():
         model.get_input_embeddings().weight[VOCABULARY - 1] = float("nan")
     sequences[0].input_ids[-3] = VOCABULARY - 1
-    result = runner_of(model).run(plan(batch.chunks, 2, Layout(join_retained=True)), batch)
+    result = runner_of(model).run((plan(batch.chunks, 2, Layout(join_retained=True)),), batch)
     assert result.not_finite == (2, 3)
 
 

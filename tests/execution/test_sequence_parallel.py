@@ -27,8 +27,9 @@ from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
-from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.loading import add_lora, enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
@@ -208,11 +209,10 @@ def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
     enable_activation_checkpointing(model, case.checkpointing)
     sequences, chunks = make_sequences(case), chunks_of(case)
     batch = StepBatch(chunks, sequences, make_weights(sequences))
-    runner = Runner(
-        DirectEngine(ChunkModel(model, backend_of(case))), CPU,
-        weight_dtype=torch.promote_types(getattr(torch, case.dtype), torch.float32), sequence_group=group,
-    )  # fmt: skip
-    result = runner.run(plan(chunks, case.k, Layout(join_retained=case.join_retained)), batch)
+    weight_dtype = torch.promote_types(getattr(torch, case.dtype), torch.float32)
+    settings = RunnerSettings(CPU, weight_dtype, sequence_group=group)
+    runner = Runner(DirectEngine(ChunkModel(model, backend_of(case))), settings)
+    result = runner.run((plan(chunks, case.k, Layout(join_retained=case.join_retained)),), batch)
     gradient, losses = gradients(model), torch.tensor([result.loss, runner.evaluate(batch)], dtype=torch.float64)
     assert result.not_finite == ()
     if group is not None:

@@ -18,8 +18,9 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
-from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.loading import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
@@ -76,7 +77,7 @@ def gradients(module: nn.Module, k: int) -> float:
     sequences = random_sequences(LENGTHS, 96, seed=3)
     chunks = build_chunks(LENGTHS, 24)
     batch = StepBatch(chunks, sequences, np.full(len(LENGTHS), 0.01))
-    return Runner(DirectEngine(module), CPU).run(plan(chunks, k), batch).loss
+    return Runner(DirectEngine(module), RunnerSettings(CPU)).run((plan(chunks, k),), batch).loss
 
 
 def staged(model: Any, bounds: list[int]) -> list[StageModel]:

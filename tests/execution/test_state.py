@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chunkflow_cli.execution.state import SHRINK_BELOW, SequenceState, StateStore, gradient_dtype
+from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.execution.state import SHRINK_BELOW, SequenceState, StateStore
 
 HEADS, HEAD_DIM = 2, 4
 TOKEN_BYTES = HEADS * HEAD_DIM * 4  # of one piece, in float32
@@ -93,7 +94,7 @@ def test_gradients_of_several_chunks_add_up() -> None:
 )
 def test_gradients_are_summed_in_float32_or_better(dtype: torch.dtype, expected: torch.dtype) -> None:
     """Hundreds of chunks add to the first one: in bfloat16 the small ones would vanish beside the sum."""
-    assert gradient_dtype(dtype) is expected
+    assert accumulation_dtype(dtype) is expected
     state = SequenceState(1)
     state.write(0, 0, {"keys": piece(1, dtype=dtype)})
     one, small = torch.ones(1, HEADS, HEAD_DIM, dtype=dtype), torch.full((1, HEADS, HEAD_DIM), 2**-10, dtype=dtype)
