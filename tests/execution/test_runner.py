@@ -1,4 +1,4 @@
-"""The runner: operations in, loss and gradients out, and nothing left behind."""
+"""The runner turns operations into loss and gradients, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_evaluate_is_the_loss_without_gradient(chunked: Callable[..., Any], batc
 def test_evaluate_frees_each_sequence_when_it_ends(
     chunked: Callable[..., Any], batch: StepBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept over all samples of an evaluation, state would fill the memory."""
+    """State that is kept for all samples of an evaluation would fill the memory."""
     held = []
     close = StateStore.close
 
@@ -120,7 +120,7 @@ def test_every_k_gives_the_same_step(chunked: Callable[..., Any], batch: StepBat
 
 
 def test_joined_engine_calls_give_the_same_step(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The layout that ZeRO-3 needs is an arrangement, not another computation."""
+    """The arrangement that ZeRO-3 needs does not change the computation."""
     model = chunked()
     schedule = plan(batch.chunks, 2, Layout(join_retained=True))
     assert "+" in str(schedule)
@@ -133,16 +133,16 @@ def test_joined_engine_calls_give_the_same_step(chunked: Callable[..., Any], bat
 
 
 def test_gradients_of_steps_add_up_until_they_are_taken(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The runner leaves gradients in the engine: it must neither clear them nor scale them."""
+    """The runner leaves gradients in the engine and must not clear or scale them."""
     model = chunked()
     _, once = ran(model, batch, 1)
     runner_of(model).run((plan(batch.chunks, 1),), batch)
     assert torch.allclose(gradients(model), 2 * once, rtol=1e-12)
 
 
-def test_weights_of_sequences(chunked: Callable[..., Any]) -> None:
-    """`train.loss_weighting=sequence` weighs each sample by itself: a weight must stay with its sequence through packing
-    and splitting."""
+def test_weights_stay_with_their_sequences(chunked: Callable[..., Any]) -> None:
+    """`train.loss_weighting=sequence` gives each sample its own weight, which must follow it through packing and
+    splitting."""
     model = chunked()
     sequences = random_sequences(LENGTHS, VOCABULARY, seed=1)
     chunks = build_chunks([len(s.input_ids) for s in sequences], SIZE)
@@ -156,8 +156,8 @@ def test_weights_of_sequences(chunked: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("counted", [slice(0, 10), slice(34, 44), slice(20, 24)], ids=["first", "third", "second"])
 def test_chunks_without_targets(tiny_model: Callable[..., Any], counted: slice) -> None:
-    """A prompt longer than a chunk: chunks without any target must go backward all the same, for later ones read their
-    keys and values; and a chunk after the last target adds nothing."""
+    """With a prompt longer than a chunk, chunks without any target must still go backward, because later ones read their
+    keys and values. A chunk after the last target adds nothing."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 50, dtype=np.int32)
     targets = np.full(50, IGNORED, dtype=np.int32)
     targets[counted] = np.append(ids[1:], IGNORED)[counted]
@@ -195,7 +195,7 @@ def test_float64_all_the_way(chunked: Callable[..., Any], batch: StepBatch) -> N
 
 
 def test_bfloat16_step_is_close_to_float32(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The dtype that trains: through the CPU kernels, with float32 state gradients, within its own rounding."""
+    """In the dtype of training, with the CPU kernels and float32 state gradients, the step differs by rounding only."""
     plain, half = chunked(dtype=torch.float32), chunked(dtype=torch.float32).bfloat16()
     expected, truth = ran(plain, batch, 1, backend=CpuBackend())
     result, gradient = ran(half, batch, 1, backend=CpuBackend())
@@ -204,7 +204,7 @@ def test_bfloat16_step_is_close_to_float32(chunked: Callable[..., Any], batch: S
 
 
 def test_progress_counts_every_token_once(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The progress bar counts tokens that went backward: recomputed ones not twice."""
+    """The progress bar counts tokens that went backward, and recomputed ones only once."""
     told: list[int] = []
     runner_of(chunked()).run((plan(batch.chunks, 1),), batch, on_backward=told.append)
     assert len(told) == len(batch.chunks)
@@ -222,7 +222,7 @@ def test_progress_counts_every_token_once(chunked: Callable[..., Any], batch: St
 )
 @pytest.mark.parametrize("k", [1, 99])
 def test_peak_state_bytes(chunked: Callable[..., Any], k: int, dtype: torch.dtype, bytes_: int) -> None:
-    """Keys and values of all tokens before the last chunk and their gradients: the formula that the memory plan takes."""
+    """It is the memory plan's formula: keys and values of all tokens before the last chunk, and their gradients."""
     model = chunked(dtype=dtype)
     batch = step_batch(random_sequences((50, 37), VOCABULARY))
     result, _ = ran(model, batch, k)
@@ -244,7 +244,7 @@ def test_standalone_chunks_keep_no_state(chunked: Callable[..., Any]) -> None:
     ("text", "left"), [("F0", "activations"), ("S0 F1 B1 R0", "activations"), ("S0 F1 B1", "state")], ids=str
 )
 def test_what_a_schedule_leaves_behind_is_noticed(chunked: Callable[..., Any], text: str, left: str) -> None:
-    """Memory that is never given back shows as a slow leak, far from its cause."""
+    """Memory that is never freed would show as a slow leak, far from its cause."""
     batch = step_batch(random_sequences((30,), VOCABULARY))
     with pytest.raises(AssertionError, match=f"left {left}"):
         runner_of(chunked()).run((Schedule.parse(text),), batch)
@@ -304,7 +304,7 @@ def test_after_an_interrupt_the_next_step_is_right(chunked: Callable[..., Any], 
 
 
 def test_loss_that_is_not_finite_names_its_chunks(chunked: Callable[..., Any]) -> None:
-    """One bad sample in a global batch of thousands: the chunk is named, and only chunks that saw it."""
+    """With one bad sample in a global batch of thousands, its chunks are named, and only chunks that saw it."""
     sequences = random_sequences((50, 9, 14), VOCABULARY - 1, seed=1)
     batch = step_batch(sequences)
     model = chunked(dtype=torch.float32)
@@ -370,8 +370,8 @@ def ran_from_seed(model: Any, batch: StepBatch, k: int, *, replay: bool) -> tupl
 def test_recompute_replays_dropout(
     chunked: Callable[..., Any], batch: StepBatch, name: str, checkpointing: ActivationCheckpointing
 ) -> None:
-    """Under dropout, the recompute of a chunk must drop what its state pass dropped, or its keys and values are not the
-    ones that later chunks read.
+    """With dropout, the recompute of a chunk must drop what its state pass dropped. Otherwise its keys and values are not
+    those that later chunks have read.
 
     With K = N nothing is recomputed: each chunk draws its numbers once, in order. A state pass draws the same numbers at
     the same place, so with replay a run with K = 1 from the same seed must have the same loss and gradient, and leave the
@@ -391,7 +391,7 @@ def test_recompute_replays_dropout(
 
 
 def test_has_dropout(chunked: Callable[..., Any]) -> None:
-    """What it misses is trained wrongly: modules, adapters, and rates that a layer keeps for the function."""
+    """Dropout that it misses trains wrongly: modules, adapters, and rates that a layer keeps for the function."""
     assert not has_dropout(chunked("llama"))
     assert not has_dropout(chunked("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     assert has_dropout(chunked("gpt2", resid_pdrop=0.1, embd_pdrop=0.0, attn_pdrop=0.0))

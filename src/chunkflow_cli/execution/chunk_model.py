@@ -13,7 +13,7 @@ from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.state import StatePiece
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,8 @@ class ChunkCall:
     """One chunk of a forward."""
 
     batch: ChunkBatch
-    state: SequenceState | None
-    """State of the long sequence that the chunk holds a piece of; None in a standalone chunk."""
-    past: int
-    """Tokens of that sequence in earlier chunks."""
-    continues: bool
-    """True if later chunks read the keys and values of that piece."""
+    piece: StatePiece | None
+    """The chunk's piece of a long sequence; None in a standalone chunk."""
     head_gradient: SharedHeadGradient | None = None
     """Sum of the head's gradient, shared by chunks that hold activations at the same time; None for a chunk alone."""
     sequence_group: SequenceGroup | None = None
@@ -61,9 +57,7 @@ class ChunkModel(nn.Module):
         """Return the hidden states after the last layer and the final norm, (tokens, hidden_size)."""
         packing = Packing(call.batch.boundaries, call.batch.input_ids.device)
         last_layer = self._last_layer_of_state_pass() if state_pass else None
-        context = ChunkAttentionContext(
-            packing, self.backend, call.state, call.past, call.continues, last_layer, call.sequence_group
-        )
+        context = ChunkAttentionContext(packing, self.backend, call.piece, last_layer, call.sequence_group)
         decoder = decoder_of(base_model(self.causal_lm))
         out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
         hidden: Tensor = out.last_hidden_state[0]

@@ -87,6 +87,17 @@ class SequenceState:
         )
 
 
+@dataclass(frozen=True)
+class StatePiece:
+    """A chunk's piece of a long sequence, and the state of that sequence."""
+
+    state: SequenceState
+    past: int
+    """Tokens of the sequence in earlier chunks."""
+    continues: bool
+    """True if later chunks read the keys and values of this piece."""
+
+
 class StateStore:
     """The state of the long sequences in flight: several on a pipeline stage, otherwise one at a time."""
 

@@ -15,7 +15,7 @@ from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.execution.state import StatePiece, StateStore
 from chunkflow_cli.planning.chunks import Chunks
 from chunkflow_cli.planning.schedule import DUMMY
 
@@ -99,16 +99,16 @@ class StepContext:
         """
         device, dtype = self.settings.device, self.settings.weight_dtype
         if index == DUMMY:
-            return ChunkCall(self._in_lockstep(dummy_batch(device, dtype)), None, 0, False, head_gradient)
+            return ChunkCall(self._in_lockstep(dummy_batch(device, dtype)), None, head_gradient)
         chunk, group = self.batch.chunks[index], self.sequence_group(index)
         tensors = build_batch(chunk, self.batch.sequences, self.batch.weights, device, dtype, group)
         self.target_tokens[index] = tensors.target_tokens
-        tensors = self._in_lockstep(tensors)
-        if not chunk.is_dependent:
-            return ChunkCall(tensors, None, 0, False, head_gradient, group)
-        first = chunk.segments[0]
-        state = self.store.open(first.sequence, self.batch.chunks.stored_tokens(first.sequence))
-        return ChunkCall(tensors, state, first.start, first.continues, head_gradient, group)
+        piece = None
+        if chunk.is_dependent:
+            first = chunk.segments[0]
+            state = self.store.open(first.sequence, self.batch.chunks.stored_tokens(first.sequence))
+            piece = StatePiece(state, first.start, first.continues)
+        return ChunkCall(self._in_lockstep(tensors), piece, head_gradient, group)
 
     def _in_lockstep(self, tensors: ChunkBatch) -> ChunkBatch:
         return with_idle_target(tensors) if self.settings.lockstep else tensors

@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing, Saved, Sight
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.state import SequenceState, StatePiece
 
 NAME = "chunkflow"
 """The attention implementation that models are loaded with."""
@@ -37,16 +37,12 @@ class ChunkAttentionContext:
 
     packing: Packing
     backend: Backend
-    state: SequenceState | None = None
-    """State of the long sequence whose piece is the first segment; None in a standalone chunk."""
-    past: int = 0
-    """Tokens of that sequence in earlier chunks."""
-    continues: bool = False
-    """True if later chunks read the keys and values of that piece."""
+    piece: StatePiece | None = None
+    """The piece of a long sequence that is the first segment; None in a standalone chunk."""
     last_layer_of_state_pass: int | None = None
     """In a state pass, the last layer whose keys and values are stored: its attention is not computed."""
     sequence_group: SequenceGroup | None = None
-    """The group whose ranks share the chunk's tokens. `packing`, `past` and the state still describe all tokens."""
+    """The group whose ranks share the chunk's tokens. `packing` and `piece` still describe all tokens."""
 
     @property
     def dependent_tokens(self) -> int:
@@ -131,11 +127,10 @@ class ChunkAttention(torch.autograd.Function):
         layer: int,
         rule: AttentionRule,
     ) -> Tensor:
-        if chunk.state is not None and chunk.continues:
-            piece = slice(0, chunk.dependent_tokens)
-            chunk.state.write(
-                layer, chunk.past, {"keys": _flat(keys[:, :, piece]), "values": _flat(values[:, :, piece])}
-            )
+        piece = chunk.piece
+        if piece is not None and piece.continues:
+            own = slice(0, chunk.dependent_tokens)
+            piece.state.write(layer, piece.past, {"keys": _flat(keys[:, :, own]), "values": _flat(values[:, :, own])})
         if chunk.last_layer_of_state_pass == layer:
             return queries.new_zeros(*queries.shape[:3], values.shape[3])
         out, log_sum_exp = chunk.backend.forward(queries, keys, values, Sight(rule, chunk.packing))
@@ -170,17 +165,18 @@ class ChunkAttention(torch.autograd.Function):
             )
             from_past = chunk.backend.backward(grad_out[:, :, rows], of_past, Sight(rule))
             grad_queries[:, :, rows] += from_past[0]
-            chunk.state.add_gradient(layer, "keys", seen.start, _flat(from_past[1]))
-            chunk.state.add_gradient(layer, "values", seen.start, _flat(from_past[2]))
-        if chunk.state is not None:
-            if chunk.continues:
-                piece = slice(0, chunk.dependent_tokens)
-                stop = chunk.past + chunk.dependent_tokens
+            seen.state.add_gradient(layer, "keys", seen.start, _flat(from_past[1]))
+            seen.state.add_gradient(layer, "values", seen.start, _flat(from_past[2]))
+        piece = chunk.piece
+        if piece is not None:
+            if piece.continues:
+                own = slice(0, chunk.dependent_tokens)
+                stop = piece.past + chunk.dependent_tokens
                 for name, gradient in (("keys", grad_keys), ("values", grad_values)):
-                    from_later = chunk.state.gradient(layer, name, chunk.past, stop)
+                    from_later = piece.state.gradient(layer, name, piece.past, stop)
                     if from_later is not None:
-                        gradient[:, :, piece] += from_later.transpose(0, 1).unsqueeze(0)
-            chunk.state.release(layer, chunk.past)
+                        gradient[:, :, own] += from_later.transpose(0, 1).unsqueeze(0)
+            piece.state.release(layer, piece.past)
         grad_sinks = None
         if sinks is not None:
             dtype = saved.log_sum_exp.dtype
@@ -205,10 +201,11 @@ class _PastInSight:
     @classmethod
     def of(cls, chunk: ChunkAttentionContext, rule: AttentionRule) -> _PastInSight | None:
         """Return None if no query sees any of the past."""
-        if chunk.state is None or chunk.past == 0 or rule.window == 1:
+        piece, tokens = chunk.piece, chunk.dependent_tokens
+        if piece is None or piece.past == 0 or rule.window == 1:
             return None
-        reach = chunk.past + chunk.dependent_tokens if rule.window is None else rule.window - 1
-        return cls(chunk.state, min(chunk.dependent_tokens, reach), max(0, chunk.past - reach), chunk.past)
+        reach = piece.past + tokens if rule.window is None else rule.window - 1
+        return cls(piece.state, min(tokens, reach), max(0, piece.past - reach), piece.past)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return keys and values, each (1, kv_heads, tokens, head_dim)."""
