@@ -209,17 +209,17 @@ def train_stretched() -> None:
     """`chunkflow train` whose ranks sleep at the end of each operation until it has taken its given time."""
     from chunkflow_cli.cli.app import main as chunkflow
     from chunkflow_cli.execution.messages import Messages
-    from chunkflow_cli.execution.runner import _Step
+    from chunkflow_cli.execution.runner import _WholeModelStep
     from chunkflow_cli.execution.stage_runner import _StageStep
 
-    execute, send, execute_alone = _StageStep.execute, Messages.send, _Step.execute
+    execute, send, execute_alone = _StageStep.execute, Messages.send, _WholeModelStep.execute
     ends = [0.0]
 
     def sleep_to_the_end() -> None:
         time.sleep(max(0.0, ends[0] - time.perf_counter()))
 
     def stretched(step: Any, op: Any) -> None:
-        tokens = step._batch.chunks[op.chunks[0]].tokens
+        tokens = step.context.batch.chunks[op.chunks[0]].tokens
         ends[0] = time.perf_counter() + SECONDS_PER_TOKEN * tokens * (2 if op.kind.value == "B" else 1)
         execute(step, op)
         sleep_to_the_end()
@@ -229,17 +229,16 @@ def train_stretched() -> None:
         send(messages, tensor, onward=onward)
 
     def stretched_alone(step: Any, op: Any) -> None:
-        batch, runner = step._batch, step._runner
         tokens = 0.0
         for index in op.real_chunks:
-            group = runner._group_of(index, batch)
-            tokens += batch.chunks[index].tokens / (1 if group is None else group.size)
+            group = step.context.sequence_group(index)
+            tokens += step.context.batch.chunks[index].tokens / (1 if group is None else group.size)
         end = time.perf_counter() + SECONDS_PER_TOKEN * tokens * (2 if op.kind.value == "B" else 1)
         execute_alone(step, op)
         time.sleep(max(0.0, end - time.perf_counter()))
 
     _StageStep.execute, Messages.send = stretched, send_at_the_end  # type: ignore[method-assign]
-    _Step.execute = stretched_alone  # type: ignore[method-assign]
+    _WholeModelStep.execute = stretched_alone  # type: ignore[method-assign]
     chunkflow()
 
 

@@ -227,7 +227,8 @@ def work_chunkflow(connection: Connection, loads: dict[str, Load], dtype: torch.
     from chunkflow_cli.execution.attention.choice import choose_backend
     from chunkflow_cli.execution.chunk_model import ChunkModel
     from chunkflow_cli.execution.cpu_quirks import convert_linear_layers, settle_vector_math
-    from chunkflow_cli.execution.runner import Runner, StepBatch
+    from chunkflow_cli.execution.runner import Runner
+    from chunkflow_cli.execution.step import RunnerSettings, StepBatch
     from chunkflow_cli.model.device import training_device
     from chunkflow_cli.model.hf_config import load_config
     from chunkflow_cli.model.loading import load_model
@@ -244,13 +245,13 @@ def work_chunkflow(connection: Connection, loads: dict[str, Load], dtype: torch.
     convert_linear_layers(model)
     name = Dtype(str(dtype).removeprefix("torch."))
     engine = Engine(ChunkModel(model, backend), EngineSettings(EngineConfig(), OptimConfig(lr=LR), name, device))
-    runner = Runner(engine, device)
+    runner = Runner(engine, RunnerSettings(device))
 
     def step(load: Load) -> float:
         chunks = build_chunks(load.lengths, load.chunk_size)
         targets = sum(int((sample.targets != -100).sum()) for sample in load.samples)
         weights = np.full(len(load.samples), 1.0 / targets)
-        result = runner.run(plan(chunks, load.k), StepBatch(chunks, load.samples, weights))
+        result = runner.run((plan(chunks, load.k),), StepBatch(chunks, load.samples, weights))
         engine.set_learning_rate(LR)
         engine.step()
         return result.loss

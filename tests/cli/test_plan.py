@@ -20,7 +20,8 @@ from chunkflow_cli.cli import plan
 from chunkflow_cli.config.load import load
 from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution.runner import Runner, StepBatch, StepResult
+from chunkflow_cli.execution.runner import Runner
+from chunkflow_cli.execution.step import StepBatch, StepResult
 from chunkflow_cli.planning.schedule import OpKind, Schedule, validate
 from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.planning.trace import TRACE_FILE, TracedOperation, chrome_trace
@@ -57,9 +58,11 @@ class Ran:
         self.steps: list[tuple[Schedule, StepBatch]] = []
         run = Runner.run
 
-        def spy(runner: Runner, schedule: Schedule, batch: StepBatch, *others: Any, **options: Any) -> StepResult:
-            self.steps.append((schedule, batch))
-            return run(runner, schedule, batch, *others, **options)
+        def spy(
+            runner: Runner, schedules: tuple[Schedule, ...], batch: StepBatch, *others: Any, **options: Any
+        ) -> StepResult:
+            self.steps.append((schedules[0], batch))
+            return run(runner, schedules, batch, *others, **options)
 
         monkeypatch.setattr(Runner, "run", spy)
 

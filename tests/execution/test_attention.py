@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
-from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Output, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.function import ChunkAttention, ChunkAttentionContext, attend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.state import SequenceState, StatePiece
 
 CPU = torch.device("cpu")
 HEAD_DIM = 8
@@ -65,7 +65,7 @@ def packed_mask(boundaries: Sequence[int], window: int | None) -> Tensor:
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random numbers that the dtype holds exactly, so that the truth sees the same input."""
+    """Return random numbers that the dtype holds exactly, so that the float64 comparison has the same input."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -90,8 +90,8 @@ def assert_close(mine: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
 def flash2_mask(
     queries: int, keys: int, longest_keys: int, causal: bool, window_left: int, window_right: int
 ) -> Tensor:
-    """What a query sees, as csrc/flash_attn has it: the last query is aligned with the last key; a limit below zero is
-    none, but beside a limit on the other side it becomes the length of the longest keys."""
+    """Return the mask of csrc/flash_attn: the last query is aligned with the last key. A limit below zero means none, but
+    if the other side has a limit, it becomes the length of the longest keys."""
     if window_left >= longest_keys:
         window_left = -1
     if window_right >= longest_keys:
@@ -138,7 +138,7 @@ class Flash2:
 
     @staticmethod
     def _scores(q: Tensor, k: Tensor, mask: Tensor, softmax: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Masked scores (heads, queries, keys), and their derivative by the bare product."""
+        """Return masked scores (heads, queries, keys), and their derivative with respect to the bare product."""
         scores = torch.einsum("qhd,khd->hqk", q, k) * softmax["scale"]
         slope = torch.full_like(scores, softmax["scale"])
         if softmax["softcap"]:
@@ -186,7 +186,7 @@ class Flash2:
 
 
 def bound(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by the names that torch's own schema gives them."""
+    """Return the arguments of a call by the names in torch's own schema."""
     schema = getattr(torch.ops.aten, operator).default._schema
     positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
     assert len(args) <= len(positional)
@@ -274,7 +274,7 @@ def torch_efficient(monkeypatch: pytest.MonkeyPatch) -> TorchFlashBackend:
     def backward(named: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, None]:
         count = named["query"].shape[1]
         assert named["logsumexp"].shape[2] % ALIGNMENT == 0
-        assert named["logsumexp"][:, :, count:].isposinf().all(), "a row that is not there gives no weight"
+        assert named["logsumexp"][:, :, count:].isposinf().all(), "a padded row gives no weight"
         assert (named["max_seqlen_q"], named["max_seqlen_k"]) == (count, named["key"].shape[1])
         q, k, v, dout, out = (named[n].transpose(1, 2) for n in ("query", "key", "value", "grad_out_", "out"))
         scores = (q @ k.transpose(2, 3) * named["scale"]).masked_fill(~mask_of(named), -math.inf)
@@ -351,9 +351,9 @@ def check_own(
     tokens = boundaries[-1]
     queries, grad_out = (draw(1, 2 * group, tokens, HEAD_DIM, seed=seed, dtype=dtype) for seed in (1, 4))
     keys, values = (draw(1, 2, tokens, HEAD_DIM, seed=seed, dtype=dtype) for seed in (2, 3))
-    packing = Packing(tuple(boundaries), CPU)
-    out, lse = backend.own_forward(queries, keys, values, packing, rule)
-    grads = backend.own_backward(grad_out, queries, keys, values, out, lse, packing, rule)
+    sight = Sight(rule, Packing(tuple(boundaries), CPU))
+    out, lse = backend.forward(queries, keys, values, sight)
+    grads = backend.backward(grad_out, Saved(queries, keys, values, out, lse), sight)
     true = truth_of((queries, keys, values), grad_out, packed_mask(boundaries, rule.window), rule)
     assert lse.dtype is torch.promote_types(dtype, torch.float32)
     for mine, truth in zip((out, lse, *grads), (*true[:2], *true[2]), strict=True):
@@ -363,15 +363,15 @@ def check_own(
 def check_past(
     backend: Backend, dtype: torch.dtype, group: int, rule: AttentionRule, queries_: int, keys_: int
 ) -> None:
-    """As the attention calls it: rows that see nothing are cut off, and keys that nobody sees."""
+    """Call the backend as the attention does: without the rows that see nothing and the keys that no row sees."""
     reach = queries_ + keys_ if rule.window is None else rule.window - 1
     rows, columns = min(queries_, reach), min(keys_, reach)
     queries, grad_out = (draw(1, 2 * group, rows, HEAD_DIM, seed=seed, dtype=dtype) for seed in (1, 4))
     keys, values = (draw(1, 2, columns, HEAD_DIM, seed=seed, dtype=dtype) for seed in (2, 3))
     mask = may_see(torch.arange(rows) + columns, torch.arange(columns), rule.window)
     assert mask.any(1).all(), "a backend never sees an empty row"
-    out, lse = backend.past_forward(queries, keys, values, rule)
-    grads = backend.past_backward(grad_out, queries, keys, values, out, lse, rule)
+    out, lse = backend.forward(queries, keys, values, Sight(rule))
+    grads = backend.backward(grad_out, Saved(queries, keys, values, out, lse), Sight(rule))
     true = truth_of((queries, keys, values), grad_out, mask, rule)
     for mine, truth in zip((out, lse, *grads), (*true[:2], *true[2]), strict=True):
         assert_close(mine, truth, dtype)
@@ -397,7 +397,7 @@ def test_attention_to_the_past(exact_backend: Backend, group: int, queries: int,
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("backend", [ReferenceBackend(), CpuBackend()], ids=lambda backend: backend.name)
 def test_training_dtypes(backend: Backend, group: int, window: int | None, dtype: torch.dtype) -> None:
-    """The CPU kernels take other paths in bfloat16: forward in it, backward through float32; masks included."""
+    """The CPU kernels take another path in bfloat16: forward in bfloat16, backward through float32, with masks."""
     rule = AttentionRule(0.3, window)
     check_own(backend, dtype, group, rule)
     check_past(backend, dtype, group, rule, 11, 40)
@@ -405,7 +405,7 @@ def test_training_dtypes(backend: Backend, group: int, window: int | None, dtype
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_float32_on_cuda_goes_through_the_efficient_kernel(torch_efficient: TorchFlashBackend, group: int) -> None:
-    """Its rows of log-sum-exp are padded, its causal mask starts at the first key, and it takes one segment a call."""
+    """Its rows of log-sum-exp are padded, its causal mask starts at the first key, and it takes one segment per call."""
     check_own(torch_efficient, torch.float32, group, AttentionRule(0.3))
     check_past(torch_efficient, torch.float32, group, AttentionRule(0.3), 11, 40)
 
@@ -420,15 +420,15 @@ def test_few_and_small_segments(exact_backend: Backend, boundaries: tuple[int, .
 @pytest.mark.parametrize("backend_name", ["reference", "flash_attn"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_soft_capped_scores(request: pytest.FixtureRequest, backend_name: str, window: int | None) -> None:
-    """gemma2 squashes its scores; a backward without the slope of tanh is off by little and goes unnoticed."""
+    """gemma2 squashes its scores. A backward without the slope of tanh is only slightly off, which is easy to miss."""
     backend = ReferenceBackend() if backend_name == "reference" else request.getfixturevalue(backend_name)
     rule = AttentionRule(1.5, window, softcap=2.0)
     check_own(backend, torch.float64, 3, rule)
     check_past(backend, torch.float64, 3, rule, 11, 40)
 
 
-def test_emulation_tells_alignments_apart() -> None:
-    """The emulation is only worth something if a wrong window would fail: aligned to the end, unlimited where asked."""
+def test_emulation_distinguishes_alignments() -> None:
+    """The emulation is only useful if a wrong window fails: it is aligned to the end, and unlimited where requested."""
     assert flash2_mask(2, 4, 4, True, -1, -1).tolist() == [[True, True, True, False], [True] * 4]
     assert flash2_mask(2, 4, 4, False, 1, -1).tolist() == [[False, True, True, True], [False, False, True, True]]
     assert flash2_mask(2, 4, 4, False, -1, -1).all()
@@ -478,7 +478,7 @@ def test_operators_have_the_arguments_we_pass(operator: str) -> None:
     ("operator", "returns"), [("_flash_attention_forward", 2), ("_efficient_attention_forward", 2)]
 )
 def test_operators_return_log_sum_exp_second(operator: str, returns: int) -> None:
-    """Output and log-sum-exp are taken by position."""
+    """The backends take output and log-sum-exp by position."""
     names = [value.name for value in getattr(torch.ops.aten, operator).default._schema.returns][:returns]
     assert names in (["output", "softmax_logsumexp"], ["output", "logsumexp"])
 
@@ -502,7 +502,7 @@ LENGTH, CHUNK, EXTRA = 29, 8, 3
 
 
 class Case:
-    """Queries, keys, values of a long sequence and a short one, and what their attention should be."""
+    """Queries, keys and values of a long sequence and a short one, and their expected attention."""
 
     def __init__(self, rule: AttentionRule, dtype: torch.dtype, group: int = 3, sinks: bool = False) -> None:
         self.rule = rule
@@ -519,7 +519,7 @@ class Case:
         return [out.detach(), *(leaf.grad for leaf in [*leaves, sinks] if leaf is not None and leaf.grad is not None)]
 
     def chunked(self, backend: Backend, k: int) -> tuple[list[Tensor], SequenceState]:
-        """The same through ChunkAttention: state passes, the last K forwards, backwards descending with recompute."""
+        """Run ChunkAttention over the chunks: state passes, the last K forwards, descending backwards with recompute."""
         starts = list(range(0, LENGTH, CHUNK))
         state = SequenceState(starts[-1])
         leaves: dict[int, list[Tensor]] = {}
@@ -532,7 +532,7 @@ class Case:
             last = index == len(starts) - 1
             stop = LENGTH + EXTRA if last else start + CHUNK
             boundaries = (0, LENGTH - start, LENGTH - start + EXTRA) if last else (0, CHUNK)
-            context = ChunkAttentionContext(Packing(boundaries, CPU), backend, state, start, not last)
+            context = ChunkAttentionContext(Packing(boundaries, CPU), backend, StatePiece(state, start, not last))
             inputs = [t[:, :, start:stop].clone() for t in (self.queries, self.keys, self.values)]
             sinks = None if self.sinks is None else self.sinks.clone()
             if torch.is_grad_enabled():
@@ -561,7 +561,7 @@ class Case:
 
 @pytest.mark.parametrize("window", [None, 1, 2, 6, 8, 9, 12, 17, 100])
 def test_chunks_equal_the_whole_sequence(exact_backend: Backend, window: int | None) -> None:
-    """Output and all gradients, the ones that cross chunks included, for windows within a chunk and over several."""
+    """Output and all gradients, including those that cross chunks, for windows within a chunk and over several."""
     case = Case(AttentionRule(0.3, window), torch.float64)
     truth = case.truth()
     for k in (1, 2, 4):
@@ -573,7 +573,7 @@ def test_chunks_equal_the_whole_sequence(exact_backend: Backend, window: int | N
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_chunks_with_sinks_and_soft_caps(window: int | None) -> None:
-    """A sink takes weight of the merged softmax, so it must be applied once, after the merge, and get its gradient."""
+    """A sink takes weight from the merged softmax: it must be applied once, after the merge, and get its gradient."""
     case = Case(AttentionRule(0.9, window, softcap=1.5), torch.float64, sinks=True)
     truth = case.truth()
     for k in (1, 4):
@@ -584,37 +584,37 @@ def test_chunks_with_sinks_and_soft_caps(window: int | None) -> None:
 
 
 def test_chunks_in_bfloat16() -> None:
-    """Merging in bfloat16 would round each part: the merged output must stay within bfloat16 of the truth."""
+    """Merging in bfloat16 would round each part: the merged output must stay within bfloat16 of the exact one."""
     case = Case(AttentionRule(0.3), torch.bfloat16)
     for part, truth in zip(case.chunked(CpuBackend(), 2)[0], case.truth(), strict=True):
         assert part.dtype is torch.bfloat16
         assert_close(part, truth, torch.bfloat16)
 
 
-def test_window_hides_the_past_of_late_rows_only() -> None:
+def test_window_hides_the_past_from_late_rows_only() -> None:
     """With a window of 5, row 4 of a chunk sees no earlier chunk and row 3 sees exactly one key of it."""
     seen = []
 
     class Spy(ReferenceBackend):
-        def past_forward(
-            self, queries: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule
-        ) -> tuple[Tensor, Tensor]:
-            seen.append((queries.shape[2], keys.shape[2]))
-            return super().past_forward(queries, keys, values, rule)
+        def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
+            if sight.packing is None:
+                seen.append((queries.shape[2], keys.shape[2]))
+            return super().forward(queries, keys, values, sight)
 
     Case(AttentionRule(0.3, 5), torch.float64).chunked(Spy(), k=4)
     assert seen == [(4, 4), (4, 4), (4, 4)]
 
 
 def test_state_pass_ends_at_the_last_layer() -> None:
-    """After the last layer's keys and values nothing of a state pass is wanted: its attention is not computed."""
+    """A state pass needs nothing after the last layer's keys and values: the last attention is not computed."""
 
     class Unused(ReferenceBackend):
-        def own_forward(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        def forward(self, *_: Any, **__: Any) -> Output:
             raise AssertionError("attention was computed")
 
     state = SequenceState(CHUNK)
-    context = ChunkAttentionContext(Packing((0, CHUNK), CPU), Unused(), state, 0, True, last_layer_of_state_pass=1)
+    piece = StatePiece(state, 0, True)
+    context = ChunkAttentionContext(Packing((0, CHUNK), CPU), Unused(), piece, last_layer_of_state_pass=1)
     queries, keys, values = (draw(1, heads, CHUNK, HEAD_DIM, seed=heads) for heads in (6, 2, 2))
     out = ChunkAttention.apply(queries, keys, values, None, context, 1, AttentionRule(0.3))
     assert out.shape == (1, 6, CHUNK, HEAD_DIM)
@@ -645,7 +645,7 @@ def test_attend_returns_tokens_before_heads() -> None:
 
 
 def test_scaling_defaults_to_the_head_dim_and_is_used() -> None:
-    """A model that scales its scores otherwise (granite, gemma) says so; ignored, it trains another model."""
+    """Some models (granite, gemma) set another scale. If it were ignored, another model would be trained."""
     assert torch.equal(called(), called(scaling=HEAD_DIM**-0.5))
     assert not torch.allclose(called(), called(scaling=1.0))
 
@@ -666,20 +666,20 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals_by_name(options: dict[str, Any], message: str) -> None:
-    """What cannot be exact is refused with its name and a way out, never computed some other way."""
+def test_what_cannot_be_exact_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    """The error names the cause and a remedy; attention is never computed in some other way instead."""
     with pytest.raises(UsageError, match=message):
         called(options.get("module"), **{name: value for name, value in options.items() if name != "module"})
 
 
 @pytest.mark.parametrize("backend", [CpuBackend(), TorchFlashBackend(), FlashAttnBackend()], ids=lambda b: b.name)
 def test_values_of_another_head_dim(backend: Backend, flash_attn: FlashAttnBackend) -> None:
-    """Latent attention has values of another width, which fused kernels misread: refused. The reference takes it."""
+    """Latent attention has values of another width. Fused kernels misread them and must refuse; the reference works."""
     queries, keys, values = draw(1, 2, 5, 8), draw(1, 2, 5, 8, seed=1), draw(1, 2, 5, 4, seed=2)
-    packing = Packing((0, 5), CPU)
+    sight = Sight(AttentionRule(1.0), Packing((0, 5), CPU))
     with pytest.raises(UsageError, match=f"model.attention={backend.name} does not support values of another head_dim"):
-        backend.own_forward(queries, keys, values, packing, AttentionRule(1.0))
-    out, _ = ReferenceBackend().own_forward(queries, keys, values, packing, AttentionRule(1.0))
+        backend.forward(queries, keys, values, sight)
+    out, _ = ReferenceBackend().forward(queries, keys, values, sight)
     truth, _ = naive_attention(queries, keys, values, packed_mask((0, 5), None), AttentionRule(1.0))
     assert_close(out, truth, torch.float64)
 
@@ -687,8 +687,9 @@ def test_values_of_another_head_dim(backend: Backend, flash_attn: FlashAttnBacke
 def test_window_in_float32_on_cuda_is_refused() -> None:
     """The efficient kernel would ignore the window."""
     queries = draw(1, 2, 5, 8, dtype=torch.float32)
+    sight = Sight(AttentionRule(1.0, window=3), Packing((0, 5), CPU))
     with pytest.raises(UsageError, match="torch_flash does not support sliding windows in float32"):
-        TorchFlashBackend().own_forward(queries, queries, queries, Packing((0, 5), CPU), AttentionRule(1.0, window=3))
+        TorchFlashBackend().forward(queries, queries, queries, sight)
 
 
 def test_registered_without_a_mask() -> None:

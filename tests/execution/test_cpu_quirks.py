@@ -1,4 +1,4 @@
-"""bfloat16 products through float32: at least as close to the truth, and invisible to everything else."""
+"""bfloat16 products through float32: at least as accurate, and invisible to the rest of the code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chunkflow_cli.execution.cpu_quirks import (
 )
 
 ROUNDING = 2.0**-8
-"""Half the distance of neighbouring bfloat16 numbers, relative: no rounded result is further off."""
+"""Half the relative distance of neighbouring bfloat16 numbers: the largest error of a single rounding."""
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])
@@ -67,7 +67,7 @@ def test_through_float32_is_the_float32_product_rounded_once(
 
 
 def test_at_least_as_close_as_the_ordinary_layer(layers: tuple[nn.Linear, LinearThroughFloat32]) -> None:
-    """What is done for speed must not cost accuracy: never further from the truth than torch's own bfloat16."""
+    """The speed must not cost accuracy: the error is at most that of torch's own bfloat16 product."""
     plain, ours = layers
     input, grad_out = draw(200, 96, seed=1), draw(200, 40, seed=2)
     true = results(copy.deepcopy(plain).double(), input.double(), grad_out.double())
@@ -80,7 +80,7 @@ def test_at_least_as_close_as_the_ordinary_layer(layers: tuple[nn.Linear, Linear
 def test_the_product_is_taken_in_float32(
     layers: tuple[nn.Linear, LinearThroughFloat32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bfloat16 product gives the same numbers, five times slower: only the dtype of the operands tells."""
+    """A bfloat16 product gives the same numbers, five times slower: only the operands' dtype shows the difference."""
     seen: list[torch.dtype] = []
     linear = nn.functional.linear
 
@@ -94,14 +94,14 @@ def test_the_product_is_taken_in_float32(
 
 
 def test_mixed_dtypes_fail_as_they_do_in_the_ordinary_layer(layers: tuple[nn.Linear, LinearThroughFloat32]) -> None:
-    """A float32 input of a bfloat16 layer is a mistake in the model: it must not be rounded in silence."""
+    """A float32 input of a bfloat16 layer is a mistake in the model: it must not be rounded silently."""
     for layer in layers:
         with pytest.raises(RuntimeError, match="same dtype"):
             layer(torch.ones(2, 96))
 
 
 def test_frozen_weights_get_no_gradient() -> None:
-    """Under LoRA the base weights are frozen: their gradient must not be computed, and the input's must."""
+    """With LoRA the base weights are frozen: only the gradient of the input must be computed."""
     layer = LinearThroughFloat32(8, 4).bfloat16().requires_grad_(False)
     input = draw(3, 8, seed=1).requires_grad_()
     layer(input).float().sum().backward()
@@ -129,7 +129,7 @@ def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor without instructions for bfloat16."""
+    """Pretend to run on a processor without instructions for bfloat16."""
     monkeypatch.setattr(cpu_quirks, "cpu_has_bfloat16", lambda: False)
 
 
@@ -176,7 +176,7 @@ def test_float32_models_are_not_converted() -> None:
 
 
 def test_nothing_is_converted_where_the_processor_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the ordinary layer is the fast one."""
+    """On such a processor the ordinary layer is the fast one."""
     monkeypatch.setattr(cpu_quirks, "cpu_has_bfloat16", lambda: True)
     assert convert_linear_layers(make_model().bfloat16()) == 0
     assert matrix_dtype(torch.ones(1, dtype=torch.bfloat16)) is torch.bfloat16
@@ -184,7 +184,7 @@ def test_nothing_is_converted_where_the_processor_has_bfloat16(monkeypatch: pyte
 
 @pytest.mark.usefixtures("without_bfloat16")
 def test_converted_layers_pass_through_lora(tiny_model: Callable[..., Any]) -> None:
-    """Adapters wrap the converted layers, and the head stays one that the fused loss takes."""
+    """Adapters wrap the converted layers, and the head remains one that the fused loss accepts."""
     from chunkflow_cli.config.schema import LoraConfig
     from chunkflow_cli.execution.loss import FUSED_HEADS
     from chunkflow_cli.model.adapters import add_lora
@@ -210,7 +210,7 @@ def test_converted_layers_pass_through_lora(tiny_model: Callable[..., Any]) -> N
 def test_what_the_processor_reports(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
 ) -> None:
-    """Either instruction set will do; a processor that reports neither name (ARM) is left alone."""
+    """Either instruction set suffices; on a processor that reports neither name (ARM) nothing is converted."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     cpu_quirks.cpu_has_bfloat16.cache_clear()
     try:

@@ -1,7 +1,7 @@
-"""Chunked training is whole-sequence training: the matrix of architectures, settings, chunk sizes, K and memory savers.
+"""Chunked training equals whole-sequence training: a matrix of architectures, settings, chunk sizes, K and memory savers.
 
-The truth is transformers' own forward over whole sequences, with its own attention, masks and head. In float32 the
-gradients may differ by rounding, in float64 by nothing that matters.
+The comparison is transformers' own forward over whole sequences, with its own attention, masks and head. In float32 the
+gradients may differ by rounding, in float64 by next to nothing.
 """
 
 from __future__ import annotations
@@ -21,27 +21,22 @@ from torch import Tensor, nn
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, LoraConfig
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution import guard as guard_module
 from chunkflow_cli.execution import parity, stages
-from chunkflow_cli.execution import runner as runner_module
+from chunkflow_cli.execution import step as step_module
 from chunkflow_cli.execution.attention import function as attention
-from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Gradients, Output, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.parity import (
-    DirectEngine,
-    Parity,
-    compare,
-    guard,
-    random_sequences,
-    small_config,
-    use_float64_experts,
-)
-from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.guard import guard, small_config
+from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences, use_float64_experts
+from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
@@ -140,7 +135,7 @@ class Case:
     chunk_size: int
     """25 divides the longest sequence, 32 and 17 do not; 25 makes two sequences long."""
     k: int
-    """99 stands for N: nothing is recomputed."""
+    """99 means all chunks: nothing is recomputed."""
     checkpointing: ActivationCheckpointing
     fill_tails: bool
     lora: bool
@@ -158,7 +153,7 @@ LORA_AND_TAILS = ((False, True), (True, True), (True, False))
 
 
 def covering(models: list[str]) -> list[Case]:
-    """Three rows a model, in which every level of every factor occurs once; the pairing turns from model to model."""
+    """Return three rows per model, with every level of every factor once; the pairing rotates from model to model."""
     cases = []
     for index, model in enumerate(models):
         for row in range(3):
@@ -200,8 +195,11 @@ def compared(model: Any, backend: Backend, case: Case) -> Parity:
 
 @pytest.fixture
 def _everything_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and routers compute in float32 whatever the dtype (`x.float()`, `x.to(torch.float32)`), which leaves 1e-8
-    between two orders of the same sums. For both sides, let them stay in float64: what then differs is a mistake."""
+    """Keep norms and routers in float64, on both sides.
+
+    They compute in float32 for every dtype (`x.float()`, `x.to(torch.float32)`), so two orders of the same sums differ
+    by 1e-8. Without that, any difference is a mistake.
+    """
     to = torch.Tensor.to
 
     def to_float64(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -217,7 +215,7 @@ def _everything_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_float32(tiny_model: Callable[..., Any], case: Case) -> None:
-    """The gradient that training follows, with the backend that training takes: equal up to rounding."""
+    """The gradient of a training run, with the backend that training chooses, is equal up to rounding."""
     model = build(tiny_model, case, torch.float32)
     backend = choose_backend(Attention.auto, model.config, CPU, torch.float32).backend
     assert isinstance(backend, CpuBackend)
@@ -229,18 +227,18 @@ def test_float32(tiny_model: Callable[..., Any], case: Case) -> None:
 @pytest.mark.usefixtures("_everything_in_float64")
 @pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_float64(tiny_model: Callable[..., Any], case: Case) -> None:
-    """In float64 rounding hides nothing: what differs by 1e-9 is another computation."""
+    """In float64 rounding hides nothing: a difference of 1e-9 means another computation."""
     result = compared(build(tiny_model, case, torch.float64), ReferenceBackend(), case)
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
     assert result.loss_rel_error <= FLOAT64_TOLERANCE
-    # Of a parameter whose gradient is zero but for rounding (the router of one expert, say), this is rounding too.
+    # For a parameter whose gradient is zero up to rounding (the router of one expert, say), this is rounding, too.
     assert result.grad_max_rel_error <= 1e-9, result.grad_max_rel_error_parameter
 
 
 @pytest.mark.usefixtures("_everything_in_float64")
 @pytest.mark.parametrize("case", [c for c in MATRIX if c.model in ("llama", "mistral, short window")], ids=str)
 def test_float64_with_the_cpu_kernels(tiny_model: Callable[..., Any], case: Case) -> None:
-    """The kernels that float32 takes on the CPU have no float32 error of their own that hides a mistake."""
+    """The CPU kernels that float32 uses do not hide a mistake behind a float32 error of their own."""
     result = compared(build(tiny_model, case, torch.float64), CpuBackend(), case)
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
@@ -254,8 +252,8 @@ def test_beyond_plain_attention(tiny_model: Callable[..., Any], case: Case) -> N
 
 
 def test_the_matrix_covers_every_pair() -> None:
-    """A refactoring that drops a setting from the matrix would leave everything green: every pair of levels occurs, and
-    every architecture meets every chunk size, K and memory saver."""
+    """Dropping a setting from the matrix would leave all tests green. So every pair of levels must occur, and every
+    architecture must occur with every chunk size, K and memory saver."""
     factors = {
         "chunk_size": SIZES, "k": KS, "checkpointing": CHECKPOINTING, "fill_tails": (True, False), "lora": (True, False),
     }  # fmt: skip
@@ -277,7 +275,7 @@ def test_the_matrix_covers_every_pair() -> None:
 def test_retained_chunks_in_one_engine_call(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing
 ) -> None:
-    """ZeRO-3 runs the retained chunks in one forward and one backward: inside it too, later chunks must go first."""
+    """ZeRO-3 runs the retained chunks in one forward and one backward, within which later chunks must go first."""
     from chunkflow_cli.planning.schedule import Layout
 
     case = Case("llama", 17, 3, checkpointing, fill_tails=True, lora=False)
@@ -295,8 +293,8 @@ def test_retained_chunks_in_one_engine_call(
 
 @pytest.mark.parametrize("targets", [["o_proj"], ["down_proj"], ["q_proj"], ["v_proj"]], ids=str)
 def test_lora_on_some_layers_only(tiny_model: Callable[..., Any], targets: list[str]) -> None:
-    """Where keys or values of the first layer need no gradient, its attention has no backward, or half of one: what it
-    would have put into the store, or freed, must not be missed."""
+    """If keys or values of the first layer need no gradient, its attention has no backward, or half of one. Nothing may
+    depend on what it would have stored or freed."""
     model = add_lora(tiny_model("llama", dtype=torch.float64), LoraConfig(enabled=True, r=4, target_modules=targets))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -325,14 +323,14 @@ def test_chunks_of_one_token(tiny_model: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("k", [1, 2, 99])
 @pytest.mark.parametrize("pair_weight", [1e-3, 0.1, 3.0])
 def test_pieces_of_equal_time(tiny_model: Callable[..., Any], pair_weight: float, k: int) -> None:
-    """Where a sequence is cut must not matter: the last of these pieces are a few tokens long."""
+    """The places where a sequence is cut must not matter. The last of these pieces are a few tokens long."""
     model = tiny_model("mistral", dtype=torch.float64, sliding_window=20)
     sequences = random_sequences((90, 7, 40), VOCABULARY, seed=3)
     result = compare(model, ReferenceBackend(), sequences, chunk_size=16, k=k, pair_weight=pair_weight)
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
 
-# --- The oracle itself -----------------------------------------------------------------------------------------------
+# --- The comparison itself -------------------------------------------------------------------------------------------
 
 PLAIN = Case("llama", 17, 2, ActivationCheckpointing.none, fill_tails=True, lora=False)
 BREAKAGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {}
@@ -385,7 +383,7 @@ def _ignore_the_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def _batches(patch: pytest.MonkeyPatch, change: Callable[[ChunkBatch], ChunkBatch]) -> None:
-    patch.setattr(runner_module, "build_batch", lambda *args: change(build_batch(*args)))
+    patch.setattr(step_module, "build_batch", lambda *args: change(build_batch(*args)))
 
 
 @breakage
@@ -427,12 +425,14 @@ def _let_segments_see_each_other(patch: pytest.MonkeyPatch) -> None:
     """packed sequences see each other."""
 
     class Joined(ReferenceBackend):
-        def own_forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, rule: AttentionRule) -> Any:
-            return super().own_forward(q, k, v, Packing((0, packing.boundaries[-1]), CPU), rule)
+        def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
+            return super().forward(queries, keys, values, joined(sight))
 
-        def own_backward(self, *args: Any) -> Any:
-            *tensors, packing, rule = args
-            return super().own_backward(*tensors, Packing((0, packing.boundaries[-1]), CPU), rule)
+        def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
+            return super().backward(grad_out, saved, joined(sight))
+
+    def joined(sight: Sight) -> Sight:
+        return replace(sight, packing=sight.packing and Packing((0, sight.packing.boundaries[-1]), CPU))
 
     patch.setattr("chunkflow_cli.execution.chunk_model.ChunkAttentionContext", _with_backend(Joined()))
 
@@ -479,7 +479,7 @@ def broken(function: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
 def test_comparison_fails_when_chunks_are_wrong(
     tiny_model: Callable[..., Any], function: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype
 ) -> None:
-    """A proof that passes whatever happens is worth nothing: each mistake that chunking invites must fail it."""
+    """A proof that always passes is worthless: each mistake that is easy to make with chunks must fail it."""
     model = tiny_model("mistral", dtype=dtype, sliding_window=MIDDLE_WINDOW, initializer_range=0.1)
     sequences = random_sequences((125, 13, 9), VOCABULARY, seed=3)
     sequences.append(
@@ -498,7 +498,7 @@ def test_comparison_fails_when_chunks_are_wrong(
 
 
 def test_the_paper_as_printed_does_not_run(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeping the first chunks and going backward ascending frees state that is still needed: a crash, no silence."""
+    """Keeping the first chunks and going backward in ascending order frees state too early: it must crash."""
     monkeypatch.setattr(parity, "plan", lambda chunks, k: Schedule.parse("F0 F1 F2 B0 B1 B2"))
     with pytest.raises(KeyError):
         compare(
@@ -507,8 +507,8 @@ def test_the_paper_as_printed_does_not_run(tiny_model: Callable[..., Any], monke
 
 
 def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., Any]) -> None:
-    """The oracle is checked by another: labels and loss of transformers itself, and a sum over all parameters. Chunks
-    are broken on purpose, so that both must find the same large error, not the same zero."""
+    """`compare` is checked against another comparison: labels and loss of transformers itself, and a sum over all
+    parameters. Chunks are broken on purpose, so that both must find the same large error, not the same zero."""
     model = tiny_model("qwen2", dtype=torch.float64)
     sequences = random_sequences(LENGTHS, VOCABULARY, seed=3)
     with broken(_drop_state_gradient):
@@ -534,9 +534,9 @@ def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., An
     model.set_attn_implementation(attention.NAME)
     chunks = build_chunks([len(s.input_ids) for s in sequences], 25)
     weights = np.full(len(sequences), 1 / total)
-    runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), CPU, weight_dtype=torch.float64)
+    runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), RunnerSettings(CPU, torch.float64))
     with broken(_drop_state_gradient):
-        loss_chunked = runner.run(Schedule.parse(str(plan(chunks, 2))), StepBatch(chunks, sequences, weights)).loss
+        loss_chunked = runner.run((plan(chunks, 2),), StepBatch(chunks, sequences, weights)).loss
     squares = {
         name: (float(((parameter.grad - whole[name]) ** 2).sum()), float((whole[name] ** 2).sum()))
         for name, parameter in model.named_parameters()
@@ -553,7 +553,7 @@ def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., An
 
 
 def test_comparison_leaves_the_model_as_it_was(tiny_model: Callable[..., Any]) -> None:
-    """`verify` runs on the user's model: its weights, attention and gradients must be what they were."""
+    """`verify` runs on the user's model: weights, attention and gradients must not change."""
     model = tiny_model("llama")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     implementation = model.config._attn_implementation
@@ -581,14 +581,14 @@ def guarded(config: Any, **options: Any) -> Parity:
 
 @pytest.mark.parametrize("model", [*MODELS, *BEYOND])
 def test_guard_passes_what_is_exact(tiny_config: Callable[..., Any], model: str) -> None:
-    """A guard that refuses a good model is turned off by its users."""
+    """Users turn off a guard that refuses a good model."""
     model_type, settings = {**MODELS, **BEYOND}[model]
     assert guarded(tiny_config(model_type, **settings)).grad_rel_error <= 1e-5
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "phi", "exaone4", "qwen3_moe"])
 def test_guard_passes_more_architectures(tiny_config: Callable[..., Any], model_type: str) -> None:
-    """Nothing about chunking is written for an architecture: others pass too, learned positions included."""
+    """No code for chunks is written for an architecture: others pass too, including learned positions."""
     assert guarded(tiny_config(model_type)).grad_rel_error <= 1e-5
 
 
@@ -611,7 +611,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_guard_refuses_what_is_not(
     tiny_config: Callable[..., Any], model_type: str, settings: dict[str, Any], message: str
 ) -> None:
-    """Silently wrong training is the worst that can happen: more than attention across tokens is refused by name."""
+    """Silently wrong training is the worst outcome: models that mix tokens by more than attention are refused by name."""
     with pytest.raises(UsageError, match=message):
         guarded(tiny_config(model_type, **settings))
 
@@ -634,7 +634,7 @@ def test_guard_looks_at_windows_longer_than_its_test(
 
 
 def test_guard_sees_a_missing_soft_cap(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With default weights a missing soft cap is 4e-5, small enough to miss: the guard's weights lift it."""
+    """With default weights a missing soft cap makes a difference of 4e-5, which is easy to miss. The guard raises it."""
     config = tiny_config("gemma2", head_dim=16)
     guarded(config)
     monkeypatch.setattr(attention, "AttentionRule", lambda scale, window, softcap: AttentionRule(scale, window, None))
@@ -659,7 +659,7 @@ def test_guard_keeps_one_layer_of_each_kind(tiny_config: Callable[..., Any]) -> 
 
 
 def test_guard_leaves_the_configuration_alone(tiny_config: Callable[..., Any]) -> None:
-    """The run goes on with the configuration that the guard looked at."""
+    """The run continues with the configuration that the guard was given."""
     config = tiny_config("gemma2", head_dim=16, sliding_window=400)
     before = config.to_dict()
     guarded(config)
@@ -677,10 +677,10 @@ def test_guard_leaves_random_numbers_alone(tiny_config: Callable[..., Any]) -> N
 def test_guard_with_the_run_s_memory_saver(
     tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing
 ) -> None:
-    """Selective checkpointing once reused merged attention as if it were the kernel's: only a test that has it on sees."""
+    """Selective checkpointing once reused merged attention as the kernel's output: only a test with it turned on fails."""
     assert guarded(tiny_config("llama"), activation_checkpointing=checkpointing).passed
     used = []
-    monkeypatch.setattr(parity, "enable_activation_checkpointing", lambda model, mode: used.append(mode))
+    monkeypatch.setattr(guard_module, "enable_activation_checkpointing", lambda model, mode: used.append(mode))
     guarded(tiny_config("llama"), activation_checkpointing=checkpointing)
     assert used == [checkpointing]
 
@@ -688,17 +688,18 @@ def test_guard_with_the_run_s_memory_saver(
 def test_guard_checks_the_kernel_in_the_dtype_of_the_run(
     tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The small model runs in float32; a kernel that is wrong in bfloat16 only must be found all the same."""
+    """The small model runs in float32; a kernel that is wrong only in bfloat16 must still be found."""
     guarded(tiny_config("llama"), dtype=torch.bfloat16)
-    backward = CpuBackend.past_backward
+    backward = CpuBackend.backward
 
-    def wrong_in_bfloat16(self: CpuBackend, grad_out: Tensor, *rest: Any) -> Any:
-        grads = backward(self, grad_out, *rest)
-        return (grads[0], grads[1] * 1.1, grads[2]) if grad_out.dtype is torch.bfloat16 else grads
+    def wrong_in_bfloat16(self: CpuBackend, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
+        grads = backward(self, grad_out, saved, sight)
+        is_wrong = sight.packing is None and grad_out.dtype is torch.bfloat16
+        return (grads[0], grads[1] * 1.1, grads[2]) if is_wrong else grads
 
-    monkeypatch.setattr(CpuBackend, "past_backward", wrong_in_bfloat16)
+    monkeypatch.setattr(CpuBackend, "backward", wrong_in_bfloat16)
     guarded(tiny_config("llama"), dtype=torch.float32)
-    with pytest.raises(UsageError, match=r"model\.attention=cpu computes wrongly on this device"):
+    with pytest.raises(UsageError, match=r"model\.attention=cpu computes wrong results on this device"):
         guarded(tiny_config("llama"), dtype=torch.bfloat16)
 
 
@@ -710,7 +711,7 @@ def test_guard_goes_through_the_stages_of_a_pipeline(
     model_type: str,
     checkpointing: ActivationCheckpointing,
 ) -> None:
-    """A model that is exact as a whole may do something between its layers that a cut loses; tied weights add up."""
+    """A cut may lose something that the model does between its layers; gradients of tied weights must add up."""
     config = tiny_config(model_type, tie_word_embeddings=True)
     assert guarded(config, is_pipeline=True, activation_checkpointing=checkpointing).passed
     monkeypatch.setattr(stages._Entry, "forward", lambda self, *_, **__: 1.01 * self.received)
@@ -755,5 +756,5 @@ def test_length_dependent_rope_of_one_layer_kind_is_refused(tiny_config: Callabl
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "default", "rope_theta": 1e4}, LLAMA3_ROPE, YARN_ROPE], ids=str)
 def test_fixed_rope_is_not_refused(tiny_config: Callable[..., Any], rope: dict[str, Any] | None) -> None:
-    """Kinds that are a function of the position alone are exact (the matrix has llama3 and yarn)."""
+    """Rotary embeddings that depend on the position alone are exact (the matrix has llama3 and yarn)."""
     refuse_length_dependent_rope(tiny_config("llama", **({} if rope is None else {"rope_parameters": rope})))

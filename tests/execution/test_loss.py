@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkflow_cli.execution import loss as loss_module
 from chunkflow_cli.execution.cpu_quirks import LinearThroughFloat32
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, tile_rows, weighted_cross_entropy
+from chunkflow_cli.planning.memory_parts import HEAD_TILE_BYTES
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 51
 TRANSFORMS = {
@@ -55,7 +55,7 @@ PATHS: dict[str, tuple[Callable[[nn.Linear], nn.Module], bool]] = {
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5 rows: 37 rows make seven and a rest of 2."""
-    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 5 * 4 * VOCABULARY)
+    monkeypatch.setitem(HEAD_TILE_BYTES, "cpu", 5 * 4 * VOCABULARY)
 
 
 def inputs(dtype: torch.dtype, *, bias: bool = True, rows: int = ROWS) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
@@ -157,7 +157,7 @@ def test_gradient_of_the_loss_is_passed_on(path: str) -> None:
 )
 @pytest.mark.parametrize("path", PATHS)
 def test_only_what_is_trained_gets_gradient(path: str, trained: set[str]) -> None:
-    """A frozen head (LoRA) costs no gradient of its size, and what alone is trained gets all of its own."""
+    """A frozen head (LoRA) costs no gradient of its size, and a parameter that is trained alone gets its gradient."""
     wrap, keep = PATHS[path]
     hidden, linear, targets, weights = inputs(torch.float64)
     hidden = hidden.detach().requires_grad_("hidden" in trained)
@@ -207,7 +207,7 @@ def test_large_logits_do_not_overflow(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_infinite_hidden_states_give_a_loss_that_is_not_finite(path: str) -> None:
-    """A run that diverges must be seen: a NaN may not turn into a number on the way."""
+    """A run that diverges must be noticed: a NaN must not turn into a number on the way."""
     wrap, keep = PATHS[path]
     hidden, linear, targets, weights = inputs(torch.float32)
     broken = hidden.detach().clone()
@@ -229,11 +229,11 @@ def test_infinite_hidden_states_give_a_loss_that_is_not_finite(path: str) -> Non
 def test_bfloat16_is_not_worse_than_plain_bfloat16(
     monkeypatch: pytest.MonkeyPatch, keep: bool, head_class: type[nn.Linear], native: bool
 ) -> None:
-    """Ten tiles must not cost accuracy: loss and gradients as close to the truth as those of plain bfloat16.
+    """Ten tiles must not cost accuracy: loss and gradients are as accurate as those of plain bfloat16.
 
     One thing may cost a little: a native product rounds the head's gradient of each tile before the sum in float32.
     """
-    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 40 * 4 * VOCABULARY)
+    monkeypatch.setitem(HEAD_TILE_BYTES, "cpu", 40 * 4 * VOCABULARY)
     allowed = {"hidden": 1.001, "weight": 1.2, "bias": 1.001}
     monkeypatch.setattr("chunkflow_cli.execution.cpu_quirks.cpu_has_bfloat16", lambda: native)
     hidden, head, targets, weights = inputs(torch.bfloat16, rows=400)
@@ -258,7 +258,7 @@ def test_bfloat16_is_not_worse_than_plain_bfloat16(
 
 
 def test_sum_over_many_tiles_is_in_float32() -> None:
-    """The head's gradient is a sum over all tiles: in bfloat16 the small ones would be lost beside the sum."""
+    """The head's gradient is a sum over all tiles: in bfloat16 the small ones would be lost next to the sum."""
     rows = 2000
     hidden, head, targets, weights = inputs(torch.bfloat16, rows=rows)
     exact_hidden, exact_head = hidden.detach().double().requires_grad_(), inputs(torch.bfloat16, rows=rows)[1].double()
@@ -314,7 +314,7 @@ def test_logits_of_all_rows_never_exist(path: str) -> None:
 
 @pytest.mark.parametrize("retained", [False, True], ids=["alone", "retained"])
 def test_fused_path_computes_the_logits_once(monkeypatch: pytest.MonkeyPatch, retained: bool) -> None:
-    """The head is a fifth of a small model: computing its product again in backward is seen in the step time."""
+    """The head is a fifth of a small model: computing its product again in backward would slow down the step."""
     calls = []
     linear_ = nn.functional.linear
 
@@ -330,7 +330,7 @@ def test_fused_path_computes_the_logits_once(monkeypatch: pytest.MonkeyPatch, re
 
 
 def test_retained_chunks_share_one_gradient_of_the_head() -> None:
-    """Each would keep a tensor of the head's size; and the sum must reach autograd once, at the last backward."""
+    """Otherwise each would keep a tensor of the head's size. The sum must reach autograd once, at the last backward."""
     hidden, head, targets, weights = inputs(torch.float64)
     plain = gradients(plain_loss(hidden, head, targets, weights, LogitTransform()), hidden, head)
     hidden.grad = None
@@ -355,8 +355,8 @@ def test_retained_chunks_share_one_gradient_of_the_head() -> None:
 
 
 def test_tile_rows() -> None:
-    """At least one row, however large the vocabulary; else as many as fit the bytes of the device."""
+    """As many rows as fit the bytes of the device, and at least one for any vocabulary."""
     assert tile_rows(VOCABULARY, torch.device("cpu")) == 5
     assert tile_rows(10**9, torch.device("cpu")) == 1
-    assert tile_rows(2**17, torch.device("cuda")) == loss_module.TILE_BYTES["cuda"] // (4 * 2**17)
+    assert tile_rows(2**17, torch.device("cuda")) == HEAD_TILE_BYTES["cuda"] // (4 * 2**17)
     assert tile_rows(2**17, torch.device("meta")) == tile_rows(2**17, torch.device("cuda"))

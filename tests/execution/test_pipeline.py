@@ -1,6 +1,6 @@
 """Pipelines of real processes against plain whole-sequence Hugging Face training.
 
-One launch a layout runs all of its cases: starting processes costs more than a case does.
+One launch per layout runs all of its cases, because starting processes takes longer than a case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from support.ranks import run_ranks
 
 VOCABULARY = 96
 LONG_TAILED = ((90, 11, 7, 30, 5), (12, 8, 61, 3, 3), (4, 9, 2, 100, 6))
-"""Sample lengths of three steps; chunks are of 24 tokens."""
+"""Sample lengths of three steps; chunks have 24 tokens."""
 SHORT_ONLY = ((9, 4, 12, 6), (3, 20, 5, 5))
 TWO_LONG = ((80, 75, 10, 3), (50, 6, 90, 4))
 CHUNK_SIZE = 24
@@ -49,7 +49,7 @@ class Case:
 
 
 def model_of(case: Case, stages: int, attention: str) -> Any:
-    """The same random weights wherever it is called."""
+    """Return a model with the same random weights in every process."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from chunkflow_cli.model.adapters import add_lora
@@ -128,7 +128,7 @@ def train_whole(case: Case, stages: int) -> Run:
 
 
 def plan_of(case: Case, step: int, stages: int, data: int) -> Any:
-    """The step's plan, by the code that `plan` and `train` use; costs make the cut and the searched schedules."""
+    """Return the step's plan, by the code that `plan` and `train` use."""
     from chunkflow_cli.data.sample import IGNORED
     from chunkflow_cli.planning.batches import GlobalBatches
     from chunkflow_cli.planning.pipeline import PipelineLayout
@@ -150,14 +150,14 @@ def plan_of(case: Case, step: int, stages: int, data: int) -> Any:
 
 
 def run_cases(arguments: tuple[int, int, int, Sequence[Case]]) -> list[dict[str, Any]]:
-    """On each rank: all cases, one after the other."""
+    """Run all cases on a rank, one after the other."""
     stages, data, sequence, cases = arguments
     return [_train_stage(case, stages, data, sequence) for case in cases]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one rank trains a case with."""
+    """One rank's model, engine and runner of a case."""
 
     case: Case
     place: Any
@@ -168,8 +168,8 @@ class Stage:
     data: int
 
     def share(self, step: int) -> tuple[Any, Any]:
-        """This pipeline's part of a step, and its batch."""
-        from chunkflow_cli.execution.runner import StepBatch
+        """Return this pipeline's part of a step, and its batch."""
+        from chunkflow_cli.execution.step import StepBatch
 
         planned = plan_of(self.case, step, self.stages, self.data)
         share = planned.ranks[self.place.data_rank]
@@ -186,11 +186,12 @@ def stage_of(case: Case, stages: int, data: int, sequence: int = 1) -> Stage:
     from chunkflow_cli.engine import EngineSettings, PipelineEngine, init_process_group
     from chunkflow_cli.execution.attention import function as attention
     from chunkflow_cli.execution.attention.cpu import CpuBackend
+    from chunkflow_cli.execution.dropout import has_dropout
     from chunkflow_cli.execution.messages import Links
-    from chunkflow_cli.execution.runner import has_dropout
     from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-    from chunkflow_cli.execution.stage_runner import PipelineRunner
+    from chunkflow_cli.execution.stage_runner import StageRunner
     from chunkflow_cli.execution.stages import StageModel
+    from chunkflow_cli.execution.step import RunnerSettings
     from chunkflow_cli.planning.stage_cut import cut_layers
     from chunkflow_cli.planning.topology import Topology
 
@@ -206,14 +207,9 @@ def stage_of(case: Case, stages: int, data: int, sequence: int = 1) -> Stage:
     settings = EngineSettings(EngineConfig(zero_stage=case.zero_stage), optim_of(case), Dtype(case.dtype), device)
     engine = PipelineEngine(stage, settings, stages=stages)
     links = Links([topology.pipeline_group(first) for first in range(topology.replicas)], device)
-    runner = PipelineRunner(
-        engine,
-        links,
-        device,
-        replay_random=has_dropout(model),
-        splits_backwards=case.schedule == "zero_bubble",
-        sequence_group=SequenceGroup.join(topology),
-    )
+    group = SequenceGroup.join(topology)
+    running = RunnerSettings(device, replay_random=has_dropout(model), sequence_group=group)
+    runner = StageRunner(engine, links, running, splits_backwards=case.schedule == "zero_bubble")
     return Stage(case, place, model, engine, runner, stages, data)
 
 
@@ -227,7 +223,7 @@ def _train_stage(case: Case, stages: int, data: int, sequence: int) -> dict[str,
     for step in range(len(case.steps)):
         share, batch = stage.share(step)
         ops: list[str] = []
-        result = stage.runner.run(share.schedules, batch, on_operation=lambda op, _, ops=ops: ops.append(str(op)))
+        result = stage.runner.run(share.schedules, batch, record=lambda op, _, ops=ops: ops.append(str(op)))
         assert result.not_finite == ()
         ran.append((" ".join(ops), str(share.schedules[stage.place.stage])))
         norms.append(stage.engine.step())
@@ -239,9 +235,9 @@ def _train_stage(case: Case, stages: int, data: int, sequence: int) -> dict[str,
     }  # fmt: skip
 
 
-def run_besides(folder: str) -> dict[str, Any]:
-    """On each of two ranks: what is not a comparison with whole-sequence training."""
-    dropout, *saved = BESIDES
+def run_other_cases(folder: str) -> dict[str, Any]:
+    """Run on each of two ranks the cases that are not compared with whole-sequence training."""
+    dropout, *saved = OTHER_CASES
     return {
         "replayed": _outputs_of_both_forwards(dropout),
         "resumed": [_resumed(case, f"{folder}/{case.name}") for case in saved],
@@ -252,17 +248,17 @@ def run_besides(folder: str) -> dict[str, Any]:
 
 
 def _outputs_of_both_forwards(case: Case) -> dict[int, list[Tensor]]:
-    """Chunk -> what this stage sent on in its state pass, and what its recompute gave."""
-    from chunkflow_cli.execution.stage_runner import _StageStep
+    """Return for each chunk the output of this stage in its state pass, and in its recompute."""
+    from chunkflow_cli.execution.step import StepContext
 
     stage = stage_of(case, 2, 1)
     outputs: dict[int, list[Tensor]] = {}
-    forward, call = stage.engine.forward, _StageStep._call
+    forward, call = stage.engine.forward, StepContext.call
     current: list[int] = []
 
-    def spy_call(step: Any, index: int) -> Any:
+    def spy_call(context: StepContext, index: int, *others: Any) -> Any:
         current[:] = [index]
-        return call(step, index)
+        return call(context, index, *others)
 
     def spy_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -270,19 +266,19 @@ def _outputs_of_both_forwards(case: Case) -> dict[int, list[Tensor]]:
             outputs.setdefault(current[0], []).append(output.detach().clone())
         return output
 
-    _StageStep._call = spy_call  # type: ignore[method-assign]
+    StepContext.call = spy_call  # type: ignore[method-assign]
     stage.engine.forward = spy_forward
     try:
         share, batch = stage.share(0)
         stage.runner.run(share.schedules, batch)
     finally:
-        _StageStep._call = call  # type: ignore[method-assign]
+        StepContext.call = call  # type: ignore[method-assign]
     stage.engine.discard_gradients()
     return outputs
 
 
 def _resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights after a step that follows a save, and after the same step once more from what was saved."""
+    """Return the weights after a step that follows a save, and after the same step repeated from the saved state."""
     stage = stage_of(case, 2, 1)
     weights = []
     for step, action in ((0, stage.engine.save), (1, stage.engine.load), (1, None)):
@@ -298,7 +294,7 @@ def _resumed(case: Case, folder: str) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def _after_a_discarded_step() -> tuple[list[float], list[float]]:
-    """Norms of a step, and of the same step after gradients that were thrown away."""
+    """Return the norms of a step, and of the same step after gradients that were discarded."""
     norms = []
     for discards in (False, True):
         both = []
@@ -315,7 +311,7 @@ def _after_a_discarded_step() -> tuple[list[float], list[float]]:
 
 
 class Sum(torch.nn.Module):
-    """Its gradient is the factor, everywhere."""
+    """A module whose gradient is the factor, everywhere."""
 
     def __init__(self, dtype: torch.dtype, tied: bool) -> None:
         super().__init__()
@@ -410,7 +406,7 @@ TWO_BY_TWO = (
     Case("more pipelines than samples, zero 0", ((80,), (5,), (60, 7)), zero_stage=0, grad_clip=0.5),
     Case("lora, 1F1B", lora=True, schedule="1f1b", optimizer="adamw"),
 )
-BESIDES = (
+OTHER_CASES = (
     Case("dropout", TWO_LONG[:1], k=2, model_type="starcoder2", dropout=0.3),
     Case("saved", optimizer="adamw", tied=True),
     Case("saved, zero 0", optimizer="adamw", zero_stage=0, lora=True),
@@ -429,18 +425,22 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pipelines_train_as_one_process_does(layout: str) -> None:
-    """Losses, norms and weights; wrong are: a message about another chunk, state of a sequence in flight beside this
-    one, a tied weight counted twice, a pipeline without samples that adds nothing, gradients averaged over stages."""
+    """Compare losses, norms and weights.
+
+    Mistakes that this finds: a message about another chunk, state of another sequence in flight, a tied weight counted
+    twice, a pipeline without samples that adds nothing, gradients averaged over stages.
+    """
     stages, data, sequence, cases = LAYOUTS[layout]
     ranks = run_ranks(stages * data * sequence, "test_pipeline:run_cases", LAYOUTS[layout])
     for index, case in enumerate(cases):
         check(case, [rank[index] for rank in ranks], stages, data * sequence)
 
 
-def test_besides(tmp_path: Path) -> None:
-    """Masks of a recompute that are not those of its state pass; gradients of 257 chunks added in bfloat16, where
-    1 + 256 x 2^-9 stays 1; a tied weight's gradient that is not the sum of both; checkpoints; thrown-away gradients."""
-    first, last = run_ranks(2, "test_pipeline:run_besides", str(tmp_path))
+def test_dropout_checkpoints_and_sums(tmp_path: Path) -> None:
+    """A recompute draws the dropout masks of its state pass. Gradients of 257 chunks are not added in bfloat16, where
+    1 + 256 x 2^-9 stays 1. A tied weight's gradient is the sum of both. Checkpoints continue a run, and discarded
+    gradients leave nothing."""
+    first, last = run_ranks(2, "test_pipeline:run_other_cases", str(tmp_path))
     twice = {chunk: outputs for chunk, outputs in first["replayed"].items() if len(outputs) == 2}
     assert len(twice) >= 2
     assert all(torch.equal(*outputs) for outputs in twice.values())
@@ -470,7 +470,7 @@ def test_besides(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_pipeline_cannot_run_is_refused(engine: EngineConfig, expected: str) -> None:
-    """DeepSpeed's own answer is an assertion after the model was loaded."""
+    """DeepSpeed itself would fail with an assertion, after the model was loaded."""
     settings = EngineSettings(engine, OptimConfig(), Dtype.float32, torch.device("cuda", 0))
     with pytest.raises(UsageError, match=expected):
         check_pipeline_settings(settings, 2)

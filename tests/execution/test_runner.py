@@ -1,4 +1,4 @@
-"""The runner: operations in, loss and gradients out, and nothing left behind."""
+"""The runner turns operations into loss and gradients, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.dropout import has_dropout
 from chunkflow_cli.execution.parity import DirectEngine, compare, random_sequences
-from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch, StepResult, has_dropout
+from chunkflow_cli.execution.runner import Interrupted, Runner
 from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepResult
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
@@ -58,11 +60,9 @@ def chunked(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def runner_of(model: Any, backend: Backend | None = None, **options: Any) -> Runner:
-    dtype = next(model.parameters()).dtype
-    weight_dtype = torch.promote_types(dtype, torch.float32)
-    return Runner(
-        DirectEngine(ChunkModel(model, backend or ReferenceBackend())), CPU, weight_dtype=weight_dtype, **options
-    )
+    weight_dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    engine = DirectEngine(ChunkModel(model, backend or ReferenceBackend()))
+    return Runner(engine, RunnerSettings(CPU, weight_dtype, **options))
 
 
 def gradients(model: nn.Module) -> Tensor:
@@ -71,7 +71,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 def ran(model: Any, batch: StepBatch, k: int, **options: Any) -> tuple[StepResult, Tensor]:
     model.zero_grad(set_to_none=True)
-    result = runner_of(model, **options).run(plan(batch.chunks, k), batch)
+    result = runner_of(model, **options).run((plan(batch.chunks, k),), batch)
     return result, gradients(model)
 
 
@@ -91,7 +91,7 @@ def test_evaluate_is_the_loss_without_gradient(chunked: Callable[..., Any], batc
 def test_evaluate_frees_each_sequence_when_it_ends(
     chunked: Callable[..., Any], batch: StepBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept over all samples of an evaluation, state would fill the memory."""
+    """State that is kept for all samples of an evaluation would fill the memory."""
     held = []
     close = StateStore.close
 
@@ -121,11 +121,11 @@ def test_every_k_gives_the_same_step(chunked: Callable[..., Any], batch: StepBat
 
 
 def test_joined_engine_calls_give_the_same_step(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The layout that ZeRO-3 needs is an arrangement, not another computation."""
+    """The arrangement that ZeRO-3 needs does not change the computation."""
     model = chunked()
     schedule = plan(batch.chunks, 2, Layout(join_retained=True))
     assert "+" in str(schedule)
-    result = runner_of(model).run(schedule, batch)
+    result = runner_of(model).run((schedule,), batch)
     gradient = gradients(model)
     expected, truth = ran(model, batch, 2)
     assert result.loss == pytest.approx(expected.loss, rel=1e-14)
@@ -134,16 +134,16 @@ def test_joined_engine_calls_give_the_same_step(chunked: Callable[..., Any], bat
 
 
 def test_gradients_of_steps_add_up_until_they_are_taken(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The runner leaves gradients in the engine: it must neither clear them nor scale them."""
+    """The runner leaves gradients in the engine and must not clear or scale them."""
     model = chunked()
     _, once = ran(model, batch, 1)
-    runner_of(model).run(plan(batch.chunks, 1), batch)
+    runner_of(model).run((plan(batch.chunks, 1),), batch)
     assert torch.allclose(gradients(model), 2 * once, rtol=1e-12)
 
 
-def test_weights_of_sequences(chunked: Callable[..., Any]) -> None:
-    """`train.loss_weighting=sequence` weighs each sample by itself: a weight must stay with its sequence through packing
-    and splitting."""
+def test_weights_stay_with_their_sequences(chunked: Callable[..., Any]) -> None:
+    """`train.loss_weighting=sequence` gives each sample its own weight, which must follow it through packing and
+    splitting."""
     model = chunked()
     sequences = random_sequences(LENGTHS, VOCABULARY, seed=1)
     chunks = build_chunks([len(s.input_ids) for s in sequences], SIZE)
@@ -157,8 +157,8 @@ def test_weights_of_sequences(chunked: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("counted", [slice(0, 10), slice(34, 44), slice(20, 24)], ids=["first", "third", "second"])
 def test_chunks_without_targets(tiny_model: Callable[..., Any], counted: slice) -> None:
-    """A prompt longer than a chunk: chunks without any target must go backward all the same, for later ones read their
-    keys and values; and a chunk after the last target adds nothing."""
+    """With a prompt longer than a chunk, chunks without any target must still go backward, because later ones read their
+    keys and values. A chunk after the last target adds nothing."""
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 50, dtype=np.int32)
     targets = np.full(50, IGNORED, dtype=np.int32)
     targets[counted] = np.append(ids[1:], IGNORED)[counted]
@@ -178,7 +178,9 @@ def test_float64_all_the_way(chunked: Callable[..., Any], batch: StepBatch) -> N
     """Weights of targets in float32 would leave 1e-8 in a float64 proof."""
     model = chunked()
     exact, _ = ran(model, batch, 1)
-    rounded = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), CPU).run(plan(batch.chunks, 1), batch)
+    rounded = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), RunnerSettings(CPU)).run(
+        (plan(batch.chunks, 1),), batch
+    )
     assert exact.loss != rounded.loss
     by_hand = 0.0
     model.set_attn_implementation("sdpa")
@@ -194,7 +196,7 @@ def test_float64_all_the_way(chunked: Callable[..., Any], batch: StepBatch) -> N
 
 
 def test_bfloat16_step_is_close_to_float32(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The dtype that trains: through the CPU kernels, with float32 state gradients, within its own rounding."""
+    """In the dtype of training, with the CPU kernels and float32 state gradients, the step differs by rounding only."""
     plain, half = chunked(dtype=torch.float32), chunked(dtype=torch.float32).bfloat16()
     expected, truth = ran(plain, batch, 1, backend=CpuBackend())
     result, gradient = ran(half, batch, 1, backend=CpuBackend())
@@ -203,16 +205,13 @@ def test_bfloat16_step_is_close_to_float32(chunked: Callable[..., Any], batch: S
 
 
 def test_progress_counts_every_token_once(chunked: Callable[..., Any], batch: StepBatch) -> None:
-    """The progress bar counts tokens that went backward: recomputed ones not twice."""
+    """The progress bar counts tokens that went backward, and recomputed ones only once."""
     told: list[int] = []
-    runner_of(chunked()).run(plan(batch.chunks, 1), batch, on_backward=told.append)
+    runner_of(chunked()).run((plan(batch.chunks, 1),), batch, on_backward=told.append)
     assert len(told) == len(batch.chunks)
     assert sum(told) == sum(LENGTHS)
     told.clear()
-    runner_of(chunked()).run(plan(batch.chunks, 2, Layout(join_retained=True)), batch, on_backward=told.append)
-    assert sum(told) == sum(LENGTHS)
-    told.clear()
-    runner_of(chunked()).evaluate(batch, on_chunk=told.append)
+    runner_of(chunked()).run((plan(batch.chunks, 2, Layout(join_retained=True)),), batch, on_backward=told.append)
     assert sum(told) == sum(LENGTHS)
 
 
@@ -224,7 +223,7 @@ def test_progress_counts_every_token_once(chunked: Callable[..., Any], batch: St
 )
 @pytest.mark.parametrize("k", [1, 99])
 def test_peak_state_bytes(chunked: Callable[..., Any], k: int, dtype: torch.dtype, bytes_: int) -> None:
-    """Keys and values of all tokens before the last chunk and their gradients: the formula that the memory plan takes."""
+    """It is the memory plan's formula: keys and values of all tokens before the last chunk, and their gradients."""
     model = chunked(dtype=dtype)
     batch = step_batch(random_sequences((50, 37), VOCABULARY))
     result, _ = ran(model, batch, k)
@@ -246,10 +245,10 @@ def test_standalone_chunks_keep_no_state(chunked: Callable[..., Any]) -> None:
     ("text", "left"), [("F0", "activations"), ("S0 F1 B1 R0", "activations"), ("S0 F1 B1", "state")], ids=str
 )
 def test_what_a_schedule_leaves_behind_is_noticed(chunked: Callable[..., Any], text: str, left: str) -> None:
-    """Memory that is never given back shows as a slow leak, far from its cause."""
+    """Memory that is never freed would show as a slow leak, far from its cause."""
     batch = step_batch(random_sequences((30,), VOCABULARY))
     with pytest.raises(AssertionError, match=f"left {left}"):
-        runner_of(chunked()).run(Schedule.parse(text), batch)
+        runner_of(chunked()).run((Schedule.parse(text),), batch)
 
 
 # --- Trouble ---------------------------------------------------------------------------------------------------------
@@ -275,11 +274,10 @@ def test_interrupt_between_operations(chunked: Callable[..., Any], batch: StepBa
             forwarded.append(True)
             super().backward(loss)
 
-    runner = Runner(
-        Counting(ChunkModel(chunked(), ReferenceBackend())), CPU, weight_dtype=torch.float64, stop_requested=stop
-    )
+    engine = Counting(ChunkModel(chunked(), ReferenceBackend()))
+    runner = Runner(engine, RunnerSettings(CPU, torch.float64, stop_requested=stop))
     with pytest.raises(Interrupted):
-        runner.run(plan(batch.chunks, 1), batch)
+        runner.run((plan(batch.chunks, 1),), batch)
     assert len(forwarded) == after
     asked.clear()
     forwarded.clear()
@@ -300,14 +298,14 @@ def test_after_an_interrupt_the_next_step_is_right(chunked: Callable[..., Any], 
 
     runner = runner_of(model, stop_requested=stop)
     with pytest.raises(Interrupted):
-        runner.run(plan(batch.chunks, 1), batch)
+        runner.run((plan(batch.chunks, 1),), batch)
     model.zero_grad(set_to_none=True)
-    runner.run(plan(batch.chunks, 1), batch)
+    runner.run((plan(batch.chunks, 1),), batch)
     assert torch.allclose(gradients(model), truth, rtol=0, atol=1e-15)
 
 
 def test_loss_that_is_not_finite_names_its_chunks(chunked: Callable[..., Any]) -> None:
-    """One bad sample in a global batch of thousands: the chunk is named, and only chunks that saw it."""
+    """With one bad sample in a global batch of thousands, its chunks are named, and only chunks that saw it."""
     sequences = random_sequences((50, 9, 14), VOCABULARY - 1, seed=1)
     batch = step_batch(sequences)
     model = chunked(dtype=torch.float32)
@@ -334,7 +332,7 @@ def test_loss_that_is_not_finite_in_a_joined_call(chunked: Callable[..., Any]) -
     with torch.no_grad():
         model.get_input_embeddings().weight[VOCABULARY - 1] = float("nan")
     sequences[0].input_ids[-3] = VOCABULARY - 1
-    result = runner_of(model).run(plan(batch.chunks, 2, Layout(join_retained=True)), batch)
+    result = runner_of(model).run((plan(batch.chunks, 2, Layout(join_retained=True)),), batch)
     assert result.not_finite == (2, 3)
 
 
@@ -373,8 +371,8 @@ def ran_from_seed(model: Any, batch: StepBatch, k: int, *, replay: bool) -> tupl
 def test_recompute_replays_dropout(
     chunked: Callable[..., Any], batch: StepBatch, name: str, checkpointing: ActivationCheckpointing
 ) -> None:
-    """Under dropout, the recompute of a chunk must drop what its state pass dropped, or its keys and values are not the
-    ones that later chunks read.
+    """With dropout, the recompute of a chunk must drop what its state pass dropped. Otherwise its keys and values are not
+    those that later chunks have read.
 
     With K = N nothing is recomputed: each chunk draws its numbers once, in order. A state pass draws the same numbers at
     the same place, so with replay a run with K = 1 from the same seed must have the same loss and gradient, and leave the
@@ -394,7 +392,7 @@ def test_recompute_replays_dropout(
 
 
 def test_has_dropout(chunked: Callable[..., Any]) -> None:
-    """What it misses is trained wrongly: modules, adapters, and rates that a layer keeps for the function."""
+    """Dropout that it misses trains wrongly: modules, adapters, and rates that a layer keeps for the function."""
     assert not has_dropout(chunked("llama"))
     assert not has_dropout(chunked("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     assert has_dropout(chunked("gpt2", resid_pdrop=0.1, embd_pdrop=0.0, attn_pdrop=0.0))

@@ -1,7 +1,7 @@
-"""Chunks spread over the ranks of a group are whole-sequence training: real gloo ranks against transformers alone.
+"""Chunks spread over the ranks of a group equal whole-sequence training: real gloo ranks against transformers alone.
 
-The truth is transformers' own forward over whole sequences in this process, with no chunk, no group and none of
-our code but the random sequences. Each group size is one launch that runs all of its cases.
+The comparison is transformers' own forward over whole sequences in this process, without chunks, without a group and
+without any of our code but the random sequences. One launch per group size runs all cases.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
-from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.layouts import check_layouts
@@ -42,7 +43,7 @@ from support.ranks import run_ranks
 CPU = torch.device("cpu")
 VOCABULARY = TINY["vocab_size"]
 LENGTHS = (101, 13, 9, 31, 1, 50)
-"""Odd numbers, so that chunks need padding; of chunks of 17, two long sequences of six and three, and a third of two."""
+"""Odd numbers, so that chunks need padding. In chunks of 17, three long sequences have six, three and two pieces."""
 SIZES = (2, 4)
 
 
@@ -55,12 +56,12 @@ class Case:
     lengths: tuple[int, ...] = LENGTHS
     chunk_size: int = 17
     k: int = 2
-    """99 stands for N: nothing is recomputed."""
+    """99 means all chunks: nothing is recomputed."""
     fill_tails: bool = True
     join_retained: bool = False
     checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     lora: tuple[str, ...] = ()
-    """Target modules of the adapters; none without."""
+    """Target modules of the adapters; empty without adapters."""
     only_last_target: bool = False
     """The last token of each sequence is the only target: most slices of most chunks have none."""
     dtype: str = "float64"
@@ -98,12 +99,15 @@ CASES = {
     "cpu kernel, window": Case("mistral", {"sliding_window": 20}, dtype="float32"),
 }  # fmt: skip
 TOLERANCES = {"float64": 1e-12, "float32": 3e-6}
-"""Of the norm of the gradients' difference; transformers' experts, sinks and Gemma norms know only float32."""
+"""Relative to the gradient's norm. transformers' experts, sinks and Gemma norms support only float32."""
 
 
 def exact_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers computes norms and rotary angles in float32 whatever the dtype, and so rounds to 1e-8 between two
-    orders of the same sums. In a case of float64 let all of it stay so: what then differs is a mistake."""
+    """Keep float64 cases in float64.
+
+    transformers computes norms and rotary angles in float32 for every dtype, so two orders of the same sums differ by
+    1e-8. Without that, any difference is a mistake.
+    """
     to = torch.Tensor.to
 
     def to_float64(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -149,7 +153,7 @@ def make_sequences(case: Case) -> list[TokenizedSample]:
 
 
 def make_weights(sequences: Sequence[TokenizedSample]) -> np.ndarray:
-    """Of each sequence its own: a weight must stay with its sequence through slices."""
+    """Return a different weight for each sequence, which must stay with it through slices."""
     return np.arange(1, len(sequences) + 1) / 100
 
 
@@ -159,7 +163,7 @@ def chunks_of(case: Case) -> Chunks:
 
 @exact_dtype
 def whole_sequence_training(case: Case) -> tuple[float, Tensor]:
-    """Loss and gradients of transformers alone, one sequence a forward."""
+    """Return loss and gradients of transformers alone, one sequence per forward."""
     model = make_model(case)
     # Its eager attention takes the softmax in float32, but knows sinks and soft caps.
     model.set_attn_implementation("sdpa" if case.dtype == "float64" else "eager")
@@ -176,7 +180,7 @@ def whole_sequence_training(case: Case) -> tuple[float, Tensor]:
 
 
 def gradients(model: Any) -> Tensor:
-    """Of all trained parameters; none where a rank never used one."""
+    """Return the gradients of all trained parameters, zeros for those that a rank never used."""
     parts = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parts])
 
@@ -187,7 +191,7 @@ def backend_of(case: Case) -> Backend:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank found, and what it is of the whole group."""
+    """The results of one rank, and their sums over the group."""
 
     loss: float
     """Summed over the group."""
@@ -196,25 +200,24 @@ class Outcome:
     evaluated: float
     """The loss without gradient, summed over the group."""
     target_tokens: int
-    """Of this rank."""
+    """Targets of this rank."""
     peak_state_bytes: int
-    """Of this rank."""
+    """Bytes on this rank."""
 
 
 @exact_dtype
 def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
-    """The case by our runner, spread over the group or alone."""
+    """Run the case with our runner, spread over the group or alone."""
     attention.register()
     model = make_model(case)
     model.set_attn_implementation(attention.NAME)
     enable_activation_checkpointing(model, case.checkpointing)
     sequences, chunks = make_sequences(case), chunks_of(case)
     batch = StepBatch(chunks, sequences, make_weights(sequences))
-    runner = Runner(
-        DirectEngine(ChunkModel(model, backend_of(case))), CPU,
-        weight_dtype=torch.promote_types(getattr(torch, case.dtype), torch.float32), sequence_group=group,
-    )  # fmt: skip
-    result = runner.run(plan(chunks, case.k, Layout(join_retained=case.join_retained)), batch)
+    weight_dtype = torch.promote_types(getattr(torch, case.dtype), torch.float32)
+    settings = RunnerSettings(CPU, weight_dtype, sequence_group=group)
+    runner = Runner(DirectEngine(ChunkModel(model, backend_of(case))), settings)
+    result = runner.run((plan(chunks, case.k, Layout(join_retained=case.join_retained)),), batch)
     gradient, losses = gradients(model), torch.tensor([result.loss, runner.evaluate(batch)], dtype=torch.float64)
     assert result.not_finite == ()
     if group is not None:
@@ -224,7 +227,7 @@ def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
 
 
 def run_all_cases(size: int) -> dict[str, Outcome]:
-    """On each rank of one group."""
+    """Run all cases on a rank of a group."""
     group = join(Topology(sequence=size))
     return {name: run_case(case, group) for name, case in CASES.items()}
 
@@ -239,13 +242,13 @@ def join(topology: Topology) -> SequenceGroup:
 
 @pytest.fixture(scope="module", params=SIZES)
 def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Outcome]]:
-    """The outcomes of all cases, by rank, of each group size; one launch a size."""
+    """Return the outcomes of all cases, by rank, for each group size; one launch per size."""
     return run_ranks(request.param, "test_sequence_parallel:run_all_cases", request.param)
 
 
 @pytest.fixture(scope="module")
 def truth() -> Callable[[str], tuple[float, Tensor]]:
-    """Whole-sequence training of a case, computed once."""
+    """Return a function that gives whole-sequence training of a case, computed once."""
     known: dict[str, tuple[float, Tensor]] = {}
 
     def of(name: str) -> tuple[float, Tensor]:
@@ -260,8 +263,8 @@ def truth() -> Callable[[str], tuple[float, Tensor]]:
 def test_a_group_s_step_is_whole_sequence_training(
     outcomes: list[dict[str, Outcome]], truth: Callable[[str], tuple[float, Tensor]], name: str
 ) -> None:
-    """A head sent to the wrong rank, a slice off by one, padding that is attended to, state of another head: all of
-    them show in the gradient, and none of them crashes."""
+    """A head sent to the wrong rank, a slice off by one, attention to padding, state of another head: all of these show
+    in the gradient, and none of them crashes."""
     loss, gradient = truth(name)
     tolerance = TOLERANCES[CASES[name].dtype]
     ranks = [outcome[name] for outcome in outcomes]
@@ -275,8 +278,8 @@ def test_a_group_s_step_is_whole_sequence_training(
 
 @pytest.mark.parametrize(("name", "kv_heads"), [("own heads, head_dim", 4), ("grouped queries, biases", 2),
                                                 ("one key head, tied", 1)])  # fmt: skip
-def test_state_falls_with_the_group(outcomes: list[dict[str, Outcome]], name: str, kv_heads: int) -> None:
-    """What a group is for: a rank stores its own heads only, and of fewer heads than ranks still just one."""
+def test_state_shrinks_with_the_group(outcomes: list[dict[str, Outcome]], name: str, kv_heads: int) -> None:
+    """The purpose of a group: a rank stores only its own heads, and one head if there are fewer heads than ranks."""
     alone = run_case(CASES[name], None).peak_state_bytes
     assert alone > 0
     for rank in outcomes:
@@ -284,7 +287,7 @@ def test_state_falls_with_the_group(outcomes: list[dict[str, Outcome]], name: st
 
 
 def run_two_groups(_: None) -> dict[str, Any]:
-    """On each of four ranks: two groups beside each other, on chunks of their own; and the exchange of bfloat16."""
+    """Run two groups side by side on four ranks, each on its own chunks, and an exchange of bfloat16."""
     group = join(Topology(data=2, sequence=2))
     first = torch.distributed.get_rank() < 2
     outcome = run_case(CASES["k 2" if first else "short window"], group)
@@ -306,9 +309,9 @@ def run_two_groups(_: None) -> dict[str, Any]:
     }
 
 
-def test_groups_beside_each_other(truth: Callable[[str], tuple[float, Tensor]]) -> None:
-    """Data-parallel groups run other chunks, and other numbers of them: an exchange over all ranks would mix them or
-    hang. In bfloat16 an exchange is a copy, to the bit, and one of fewer key heads than ranks gives both the same."""
+def test_groups_side_by_side(truth: Callable[[str], tuple[float, Tensor]]) -> None:
+    """Data-parallel groups run different chunks, and different numbers of them: an exchange over all ranks would mix
+    them or hang. In bfloat16 an exchange copies every bit, and with fewer key heads than ranks both get the same."""
     ranks = run_ranks(4, "test_sequence_parallel:run_two_groups")
     assert [rank["ranks"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [rank["place"] for rank in ranks] == [(2, 0), (2, 1), (2, 0), (2, 1)]
@@ -323,15 +326,15 @@ def test_groups_beside_each_other(truth: Callable[[str], tuple[float, Tensor]]) 
 
 
 def group_of(size: int, rank: int) -> SequenceGroup:
-    """Without the others: it cannot exchange."""
+    """Return a group without other processes; it cannot exchange."""
     return SequenceGroup(cast("Any", None), size, rank)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 5, 8, 24])
 def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
-    """Laid side by side the slices are the chunk's tokens in order, then padding, which is a segment of its own and has
-    no targets: attached to the last segment it would be attended to by nothing, but counted as its tokens."""
+    """Concatenated, the slices are the chunk's tokens in order, then padding. The padding is a segment of its own without
+    targets: as part of the last segment, nothing would attend to it, but it would be counted as its tokens."""
     sequences = random_sequences((tokens - tokens // 3, tokens // 3) if tokens > 2 else (tokens,), VOCABULARY)
     (chunk,) = build_chunks([len(each.input_ids) for each in sequences], tokens)
     weights = make_weights(sequences)
@@ -356,15 +359,15 @@ def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
     [(28, 4, 1, 1), (28, 4, 2, 1), (28, 4, 4, 1), (8, 2, 4, 2), (8, 1, 8, 8), (32, 32, 16, 1), (9, 3, 3, 1)],
 )
 def test_copies_of_key_heads(heads: int, kv_heads: int, size: int, copies: int) -> None:
-    """By hand: with a head for each rank no copies, with fewer as many as ranks share one."""
+    """By hand: no copies if each rank has a key head, otherwise as many as the ranks that share one."""
     assert key_value_copies(heads, kv_heads, size) == copies
 
 
 @pytest.mark.parametrize("heads", [1, 4, 6, 9, 12, 28])
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 6])
 def test_each_rank_gets_the_key_heads_of_its_queries(heads: int, kv_heads: int) -> None:
-    """Brute force over the heads of each rank: a size is possible where contiguous slices of repeated key heads serve
-    exactly the queries beside them, and refused where they do not."""
+    """Brute force over the heads of each rank: a size is possible if contiguous slices of repeated key heads serve
+    exactly the queries of the same rank, and refused if they do not."""
     if heads % kv_heads:
         return
     possible = []
@@ -387,7 +390,7 @@ def test_each_rank_gets_the_key_heads_of_its_queries(heads: int, kv_heads: int) 
 
 
 def test_heads_that_do_not_divide_are_refused_by_name(tiny_config: Callable[..., Any]) -> None:
-    """Before anything is loaded: the model, its heads, the size, and the sizes that would do."""
+    """Before anything is loaded, the error names the model, its heads, the size, and the sizes that are possible."""
     config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(sequence=3))
     with pytest.raises(UsageError) as refused:
         check_layouts(config, tiny_config("qwen2"), [planned_topology(config)])

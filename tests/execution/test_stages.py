@@ -1,4 +1,4 @@
-"""Stages chained in one process are the whole model: loss and every gradient, for each architecture."""
+"""Stages chained in one process equal the whole model: loss and every gradient, for each architecture."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
-from chunkflow_cli.execution.runner import Runner, StepBatch
+from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
@@ -72,11 +73,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def gradients(module: nn.Module, k: int) -> float:
-    """Runs one step on LENGTHS in chunks; gradients stay in the parameters."""
+    """Run one step on LENGTHS in chunks and return its loss; gradients stay in the parameters."""
     sequences = random_sequences(LENGTHS, 96, seed=3)
     chunks = build_chunks(LENGTHS, 24)
     batch = StepBatch(chunks, sequences, np.full(len(LENGTHS), 0.01))
-    return Runner(DirectEngine(module), CPU).run(plan(chunks, k), batch).loss
+    return Runner(DirectEngine(module), RunnerSettings(CPU)).run((plan(chunks, k),), batch).loss
 
 
 def staged(model: Any, bounds: list[int]) -> list[StageModel]:
@@ -105,7 +106,7 @@ def prepared(tiny_model: Callable[..., Any], name: str, *, lora: bool = False) -
 def test_chained_stages_are_the_whole_model(
     tiny_model: Callable[..., Any], name: str, bounds: list[int], k: int, lora: bool
 ) -> None:
-    """Windows on the wrong layers (up to 0.35 off), multipliers used on every stage, a tied weight counted once."""
+    """Finds windows on the wrong layers (up to 0.35 off), multipliers on every stage, a tied weight counted once."""
     model = prepared(tiny_model, name, lora=lora)
     stages = staged(model, bounds)
     loss = gradients(ChunkModel(model, CpuBackend()), k)
@@ -138,7 +139,7 @@ def test_a_stage_holds_its_own_weights_and_no_others(tiny_model: Callable[..., A
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
 def test_models_of_another_structure_are_refused_by_name(tiny_model: Callable[..., Any], model_type: str) -> None:
-    """Learned positions are neither embedding, layer nor norm: dropped silently, a stage would train something else."""
+    """Learned positions are not an embedding, a layer or a norm: without them, a stage would train something else."""
     with pytest.raises(UsageError, match=r"parallel\.pipeline=2: \w+ cannot be cut"):
         StageModel(tiny_model(model_type), CpuBackend(), StageLayers(0, 2, 0, 1))
 
@@ -154,7 +155,7 @@ def test_a_stage_without_anything_to_train_is_refused(tiny_model: Callable[..., 
 
 
 def test_the_cut_is_the_best_of_all() -> None:
-    """Against every possible cut of small models: none has a faster slowest stage."""
+    """No other cut of a small model has a faster slowest stage."""
 
     def cuts(layers: int, stages: int) -> list[list[int]]:
         if stages == 1:
@@ -180,7 +181,7 @@ def test_the_cut_is_the_best_of_all() -> None:
 
 
 def test_qwen_7b_gives_its_head_room() -> None:
-    """28 layers, and a head that costs as much as 2.3 of them: 7, 7, 7, 7 would let three stages wait for the last."""
+    """28 layers, and a head that costs as much as 2.3 of them: 7, 7, 7, 7 would make three stages wait for the last."""
     assert [stage.layers for stage in cut_layers(28, 4, head_in_layers=2.3)] == [7, 8, 8, 5]
 
 

@@ -1,11 +1,12 @@
-"""The state store: what is written is read, gradients add up, and memory goes back as backward proceeds."""
+"""The state store returns what was written, adds gradients, and frees memory as backward proceeds."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from chunkflow_cli.execution.state import SHRINK_BELOW, SequenceState, StateStore, gradient_dtype
+from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.execution.state import SHRINK_BELOW, SequenceState, StateStore
 
 HEADS, HEAD_DIM = 2, 4
 TOKEN_BYTES = HEADS * HEAD_DIM * 4  # of one piece, in float32
@@ -42,7 +43,7 @@ def test_layers_and_names_are_kept_apart() -> None:
 
 
 def test_state_is_a_copy_without_graph() -> None:
-    """A view of the model's tensors would keep their whole chunk, graph included, alive until the end."""
+    """A view of the model's tensors would keep their whole chunk and its graph alive until the end."""
     state = SequenceState(4)
     source = piece(8).requires_grad_()
     state.write(0, 0, {"keys": (source * 2).detach()[:4]})
@@ -51,7 +52,7 @@ def test_state_is_a_copy_without_graph() -> None:
 
 
 def test_recompute_writes_the_same_positions_again() -> None:
-    """The recompute of a chunk writes what its state pass wrote: that must neither grow the store nor move anything."""
+    """A recompute writes what the state pass of its chunk wrote: the store must not grow, and nothing must move."""
     state = SequenceState(8)
     for seed in (0, 1):
         state.write(0, 4 * seed, {"keys": piece(4, seed)})
@@ -66,7 +67,7 @@ def test_recompute_writes_the_same_positions_again() -> None:
 
 
 def test_gradients_of_several_chunks_add_up() -> None:
-    """Each later chunk gives gradient to all earlier positions, under a window to the last ones: a sum."""
+    """Each later chunk adds gradient to all earlier positions, or to the last ones under a window."""
     state = SequenceState(8)
     state.write(0, 0, {"keys": piece(8)})
     state.add_gradient(0, "keys", 0, piece(8, 1))
@@ -92,8 +93,8 @@ def test_gradients_of_several_chunks_add_up() -> None:
     ids=str,
 )
 def test_gradients_are_summed_in_float32_or_better(dtype: torch.dtype, expected: torch.dtype) -> None:
-    """Hundreds of chunks add to the first one: in bfloat16 the small ones would vanish beside the sum."""
-    assert gradient_dtype(dtype) is expected
+    """Hundreds of chunks add to the first one: in bfloat16 the small ones would vanish next to the sum."""
+    assert accumulation_dtype(dtype) is expected
     state = SequenceState(1)
     state.write(0, 0, {"keys": piece(1, dtype=dtype)})
     one, small = torch.ones(1, HEADS, HEAD_DIM, dtype=dtype), torch.full((1, HEADS, HEAD_DIM), 2**-10, dtype=dtype)
@@ -107,7 +108,7 @@ def test_gradients_are_summed_in_float32_or_better(dtype: torch.dtype, expected:
 
 
 def test_release_keeps_what_earlier_chunks_need() -> None:
-    """The buffer shrinks while gradient and values of earlier positions must survive, at their positions."""
+    """The buffer shrinks, but gradients and values of earlier positions must keep their positions."""
     state = SequenceState(16)
     state.write(0, 0, {"keys": piece(16)})
     state.add_gradient(0, "keys", 0, piece(16, 1))
@@ -124,7 +125,7 @@ def test_release_keeps_what_earlier_chunks_need() -> None:
 
 
 def test_release_before_the_last_chunk_keeps_everything() -> None:
-    """The last chunk stores nothing: when it has gone backward, all that is stored is still needed."""
+    """The last chunk stores nothing: after its backward, everything in the store is still needed."""
     state = SequenceState(8)
     state.write(0, 0, {"keys": piece(8)})
     state.release(0, 8)
@@ -132,7 +133,7 @@ def test_release_before_the_last_chunk_keeps_everything() -> None:
 
 
 def test_release_of_a_layer_without_state() -> None:
-    """The backward of a first chunk whose sequence has no other releases what was never written."""
+    """The backward of a sequence's only chunk releases state that was never written."""
     state = SequenceState(8)
     state.release(3, 0)
     assert state.nbytes == 0
@@ -162,7 +163,7 @@ def test_bytes_fall_to_zero_as_backward_goes(chunks: int) -> None:
 
 
 def test_copies_of_shrinking_stay_few() -> None:
-    """A copy at every release would move the square of the sequence: at 256K tokens, minutes."""
+    """A copy at every release would move bytes with the square of the length: minutes at 256K tokens."""
     state = SequenceState(1000)
     state.write(0, 0, {"keys": piece(1000)})
     moved, address = 0, state.read(0, "keys", 0, 1).data_ptr()
@@ -174,7 +175,7 @@ def test_copies_of_shrinking_stay_few() -> None:
 
 
 def test_store_keeps_sequences_apart() -> None:
-    """`open` gives back the state begun by the first chunk, and never that of another sequence."""
+    """`open` returns the state that the first chunk created, and never that of another sequence."""
     store = StateStore()
     first, second = store.open(7, 8), store.open(9, 4)
     assert store.open(7, 8) is first

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config.schema import Attention
 from chunkflow_cli.execution.attention.choice import choose_backend
-from chunkflow_cli.execution.parity import check_backend, compare, guard, random_sequences
+from chunkflow_cli.execution.attention.kernel_check import check_backend
+from chunkflow_cli.execution.guard import guard
+from chunkflow_cli.execution.parity import compare, random_sequences
 
 pytestmark = [
     pytest.mark.gpu,

@@ -120,8 +120,8 @@ def backend(name: str, dtype: str) -> Answer:
 
     from chunkflow_cli.errors import UsageError
     from chunkflow_cli.execution.attention.choice import BACKENDS
+    from chunkflow_cli.execution.attention.kernel_check import check_backend
     from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-    from chunkflow_cli.execution.parity import check_backend
     from chunkflow_cli.model.device import training_device
 
     settle_vector_math()

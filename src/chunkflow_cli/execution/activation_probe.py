@@ -1,21 +1,27 @@
-"""How many bytes of activations a token costs this model: measured, not estimated."""
+"""Bytes of activations per token: measured on the model, not estimated."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel
+from chunkflow_cli.data.sample import TokenizedSample
+from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
+from chunkflow_cli.planning.chunks import build_chunks
 
 
-def activation_bytes_per_token(model: ChunkModel, call: ChunkCall) -> float:
-    """Bytes that the layers keep for backward per token, from one forward of a chunk.
+def activation_bytes_per_token(model: ChunkModel, sample: TokenizedSample) -> float:
+    """Return the bytes per token that the layers keep for backward, from one forward of the sample as one chunk.
 
-    Counts each storage that autograd saves once; weights are not counted. The head and the loss are left out.
+    Counts each storage that autograd saves once, without weights. Head and loss are left out.
     """
+    tokens, device = len(sample.input_ids), next(model.parameters()).device
+    batch = StepBatch(build_chunks([tokens], tokens), [sample], np.ones(1))
+    call = StepContext(RunnerSettings(device), batch).call(0)
     ours = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
-    device = call.batch.input_ids.device
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -24,25 +30,25 @@ def activation_bytes_per_token(model: ChunkModel, call: ChunkCall) -> float:
         return tensor
 
     with (
-        # Of this device only: torch warns where all of a machine's are saved, and it is in vain.
+        # Only the state of this device: torch warns if the states of all devices are saved, and none is needed.
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        hidden = model.hidden(call)  # kept alive, so that no address is counted for two tensors
+        hidden = model.hidden(call)  # kept alive, so that no two tensors share an address
     total = sum(saved.values())
     del hidden
-    return total / call.batch.input_ids.shape[1]
+    return total / tokens
 
 
 def whole_sequence_bytes(
     peak_bytes: int, activation_bytes: float, chunk_tokens: int, longest: int, vocab_size: int, element_bytes: int
 ) -> int:
-    """Predicted peak of the same training with the longest sample as one forward, logits and all.
+    """Predict the peak memory of the same training with the longest sample as one forward, logits included.
 
-    Takes the measured peak, exchanges the chunk's activations for the sample's, and adds the logits that a plain loss
-    makes for every token: in the model's dtype, in float32, their log-softmax and its gradient. Against measurement:
-    benchmarks/LOG.md.
+    Takes the measured peak, replaces the chunk's activations by the sample's, and adds the logits that a plain loss
+    computes for every token: in the model's dtype, in float32, their log-softmax and its gradient. benchmarks/LOG.md
+    compares the prediction with measurements.
     """
     logits = longest * vocab_size * (element_bytes + 3 * 4)
     more_tokens = max(0, longest - chunk_tokens)

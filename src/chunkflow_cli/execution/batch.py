@@ -1,4 +1,4 @@
-"""Chunk -> tensors."""
+"""The tensors of a chunk."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from chunkflow_cli.planning.chunks import Chunk
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """The tokens of one chunk on the device, or a rank's slice of them: then `tokens` and `targets` are those of the
-    slice. Only positions that have a target go through the head."""
+    """The tokens of one chunk on the device. If the chunk is spread over a group: this rank's slice of them.
+
+    Only positions that have a target go through the head.
+    """
 
     input_ids: Tensor  # (1, tokens)
     position_ids: Tensor  # (1, tokens), each from the start of its own sequence
-    boundaries: tuple[int, ...]  # (segments + 1,) of the whole chunk, padding included: attention sees all of it
+    boundaries: tuple[int, ...]  # (segments + 1,) of the whole chunk with its padding: attention sees all of it
     target_positions: Tensor  # (targets,) index into `input_ids`
     targets: Tensor  # (targets,)
-    target_weights: Tensor  # (targets,) float32 (float64 in float64): what each counts in the loss
+    target_weights: Tensor  # (targets,) float32 (float64 in float64): weight of each in the loss
 
     @property
     def target_tokens(self) -> int:
@@ -40,18 +42,18 @@ def build_batch(
     weight_dtype: torch.dtype = torch.float32,
     sequence_group: SequenceGroup | None = None,
 ) -> ChunkBatch:
-    """The tensors of a chunk.
+    """Return the tensors of a chunk.
 
-    Spread over a group, the chunk is first padded so that it divides evenly: with tokens of a segment of their own,
-    which nothing else attends to and which have no targets, so they change nothing and are counted nowhere.
+    A chunk that is spread over a group is first padded so that it divides evenly. The padding is a segment of its own,
+    which nothing else attends to and which has no targets, so it changes nothing and is counted nowhere.
 
     Args:
         chunk: its segments index into `sequences`.
         sequences: the sequences of the step.
-        sequence_weights: (sequences,) what each target of a sequence counts in the loss.
-        device: where the tensors go.
-        weight_dtype: of the target weights.
-        sequence_group: whose ranks share the tokens; this rank then gets its slice of them.
+        sequence_weights: (sequences,) weight of each target of a sequence in the loss.
+        device: device of the tensors.
+        weight_dtype: data type of the target weights.
+        sequence_group: the group whose ranks share the tokens; this rank then gets its slice of them.
     """
     ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
     targets = np.concatenate([sequences[s.sequence].targets[s.start : s.stop] for s in chunk.segments])
@@ -84,16 +86,16 @@ def build_batch(
 
 
 def dummy_batch(device: torch.device, weight_dtype: torch.dtype = torch.float32) -> ChunkBatch:
-    """One token without a target."""
+    """Return a chunk of one token without a target."""
     zero, none = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return ChunkBatch(zero, zero, (0, 1), none, none, torch.zeros(0, dtype=weight_dtype, device=device))
 
 
 def with_idle_target(batch: ChunkBatch) -> ChunkBatch:
-    """The same chunk with a target that counts nothing, if it has none.
+    """Give a chunk that has no target one of weight zero, so that it runs the head like every other chunk.
 
-    So it runs the head like every other chunk. ZeRO-3 fetches the weights of whatever a forward touches, from all
-    ranks: one that left the head out would let the others wait for ever.
+    ZeRO-3 fetches from all ranks the weights that a forward touches: a rank that left the head out would make the
+    others wait forever.
     """
     if batch.target_tokens:
         return batch

@@ -1,4 +1,4 @@
-"""A causal language model that forwards chunks: the module that the engine drives."""
+"""A causal language model that forwards chunks. The engine drives it as its module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.state import StatePiece
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,17 @@ class ChunkCall:
     """One chunk of a forward."""
 
     batch: ChunkBatch
-    state: SequenceState | None
-    past: int
-    continues: bool
+    piece: StatePiece | None
+    """The chunk's piece of a long sequence; None in a standalone chunk."""
     head_gradient: SharedHeadGradient | None = None
-    """Where chunks that hold activations at the same time sum the gradient of the head; None for a chunk alone."""
+    """Sum of the head's gradient, shared by chunks that hold activations at the same time; None for a chunk alone."""
     sequence_group: SequenceGroup | None = None
-    """Whose ranks share the chunk's tokens, each with its slice in `batch`; None where this rank has all of them. All
-    chunks of a sequence are one or the other: its state is that of a rank's heads, or of all."""
+    """The group whose ranks share the chunk's tokens, each with its slice in `batch`; None if this rank has all of
+    them. It is the same for all chunks of a sequence, whose state has either the heads of one rank or all heads."""
 
 
 class ChunkModel(nn.Module):
-    """Wraps a Hugging Face causal LM. `forward` gives the summed, weighted loss of its chunks."""
+    """Wraps a Hugging Face causal LM. `forward` returns the summed, weighted loss of its chunks."""
 
     def __init__(self, causal_lm: nn.Module, backend: Backend) -> None:
         super().__init__()
@@ -43,9 +42,9 @@ class ChunkModel(nn.Module):
         self.transform = logit_transform(base.config.get_text_config())
 
     def forward(self, *calls: ChunkCall, state_pass: bool = False) -> Tensor | None:
-        """Loss of the chunks, in their order; None for a state pass, which only fills the state store.
+        """Return the loss of the chunks, run in this order; None for a state pass, which only fills the state store.
 
-        Of a chunk that is spread over a group, the loss is this rank's share: the sum over the targets of its slice.
+        For a chunk that is spread over a group, the loss is this rank's share: the sum over the targets of its slice.
         """
         if state_pass:
             for call in calls:
@@ -55,29 +54,27 @@ class ChunkModel(nn.Module):
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def hidden(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor:
-        """(tokens, hidden_size) after the last layer and the final norm."""
+        """Return the hidden states after the last layer and the final norm, (tokens, hidden_size)."""
         packing = Packing(call.batch.boundaries, call.batch.input_ids.device)
         last_layer = self._last_layer_of_state_pass() if state_pass else None
-        context = ChunkAttentionContext(
-            packing, self.backend, call.state, call.past, call.continues, last_layer, call.sequence_group
-        )
+        context = ChunkAttentionContext(packing, self.backend, call.piece, last_layer, call.sequence_group)
         decoder = decoder_of(base_model(self.causal_lm))
         out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
     def _inputs(self, call: ChunkCall) -> dict[str, Tensor]:
-        """What the decoder starts from."""
+        """Return the decoder's input."""
         return {"input_ids": call.batch.input_ids}
 
     def _last_layer_of_state_pass(self) -> int | None:
-        """The layer after whose keys and values a state pass may stop."""
+        """Return the layer after whose keys and values a state pass may stop."""
         return self._layers - 1
 
     def _loss(self, call: ChunkCall) -> Tensor:
         hidden = self.hidden(call)
         if call.batch.target_tokens == 0:
-            # Its keys and values carry gradient of later chunks all the same: the chunk must go backward.
+            # Later chunks give gradient to its keys and values: the chunk must still go backward.
             return hidden.sum() * 0
         return weighted_cross_entropy(
             hidden[call.batch.target_positions],
@@ -90,19 +87,19 @@ class ChunkModel(nn.Module):
 
 
 def base_model(causal_lm: nn.Module) -> Any:
-    """The Hugging Face model itself, taken out of a peft model."""
+    """Return the Hugging Face model itself, unwrapped from a peft model."""
     unwrap = getattr(causal_lm, "get_base_model", None)
     return causal_lm if unwrap is None else unwrap()
 
 
 def decoder_of(base: Any) -> Any:
-    """The layers without the head."""
+    """Return the model without its head."""
     decoder = base.get_decoder()
-    return base.model if decoder is base else decoder  # llama4 answers with itself
+    return base.model if decoder is base else decoder  # llama4 returns itself
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """What a Hugging Face model does between its head and the loss, as its configuration says.
+    """Return the change that a Hugging Face model makes to its logits, read from its configuration.
 
     Models that do something else differ from their own whole-sequence training, and the parity guard refuses them.
     """

@@ -1,12 +1,14 @@
-"""Two things that torch does on CPUs and training must know of: slow bfloat16 products, and a first call that is wrong.
+"""Two quirks of torch on CPUs: slow bfloat16 products, and a first call that is wrong.
 
-**bfloat16.** On processors without instructions for it, the bfloat16 product of oneDNN runs at a fifth of the float32
-one (62 against 300 GFLOP/s on a Xeon without AVX512-BF16, conversions counted; benchmarks/LOG.md). Multiplying in
-float32 and rounding the result to bfloat16 gives what hardware with bfloat16 gives: that too accumulates in float32.
+**bfloat16.** On processors without instructions for it, oneDNN computes bfloat16 products at a fifth of the speed of
+float32 ones (62 against 300 GFLOP/s on a Xeon without AVX512-BF16, conversions included; benchmarks/LOG.md).
+Multiplying in float32 and rounding the result to bfloat16 gives the same result as hardware with bfloat16, which also
+accumulates in float32.
 
-**The first call.** The first exp, log, sin, cos or tanh of a process that runs on several threads goes wrong now and
-then: all threads but one compute with reduced accuracy, 1e-4 relative in float32 (seen with torch 2.13.0 and its MKL in
-a quarter of fresh processes; every later call is right). One such call at the start, its result thrown away, cures it.
+**The first call.** The first exp, log, sin, cos or tanh of a process that runs on several threads sometimes goes wrong:
+all threads but one compute with reduced accuracy, 1e-4 relative in float32 (seen with torch 2.13.0 and its MKL in a
+quarter of fresh processes; every later call is right). One such call at the start, with its result thrown away, avoids
+that.
 """
 
 from __future__ import annotations
@@ -19,27 +21,27 @@ from torch import Tensor, nn
 
 
 def settle_vector_math() -> None:
-    """Make the first threaded call of the vector math library here, where nobody uses its result."""
+    """Make the first threaded call of the vector math library, whose result may be wrong, and throw it away."""
     torch.ones(2**17).exp_()
 
 
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 natively; assumed where torch does not report it (not x86)."""
+    """Return true if the processor multiplies bfloat16 natively, or if torch does not report it (not x86)."""
     capabilities = torch.cpu.get_capabilities()
     known = [capabilities[name] for name in ("avx512_bf16", "amx_bf16") if name in capabilities]
     return any(known) if known else True
 
 
 def matrix_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product with this tensor is fastest."""
+    """Return the dtype in which a matrix product with this tensor is fastest."""
     if tensor.device.type == "cpu" and tensor.dtype is torch.bfloat16 and not cpu_has_bfloat16():
         return torch.float32
     return tensor.dtype
 
 
 class LinearThroughFloat32(nn.Linear):
-    """A bfloat16 linear layer that multiplies in float32. Keeps the same tensors for backward as `nn.Linear`."""
+    """A bfloat16 linear layer that multiplies in float32. It keeps the same tensors for backward as `nn.Linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype is not torch.bfloat16 or self.weight.dtype is not torch.bfloat16:
@@ -49,7 +51,7 @@ class LinearThroughFloat32(nn.Linear):
 
 
 def convert_linear_layers(model: nn.Module) -> int:
-    """Let the plain linear layers of a bfloat16 model multiply in float32, where that is faster; returns how many."""
+    """Make the plain linear layers of a bfloat16 model multiply in float32 if that is faster; return their number."""
     layers = [
         layer
         for layer in model.modules()

@@ -1,8 +1,8 @@
 """Head and cross entropy in tiles, so that the logits of a whole chunk never exist.
 
-Only rows that have a target are multiplied with the head at all. Each tile's gradient is formed in forward, while its
-logits are there, so the product with the head is computed once, not again in backward (as in Liger Kernel's fused
-linear cross entropy, arXiv 2410.10989, section 3.3).
+Only rows that have a target are multiplied with the head. Each tile's gradient is computed in forward, while its logits
+exist, so the product with the head is computed once and not again in backward (as in Liger Kernel's fused linear cross
+entropy, arXiv 2410.10989, section 3.3).
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chunkflow_cli.execution.cpu_quirks import LinearThroughFloat32, matrix_dtype
+from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.planning.memory_parts import HEAD_TILE_BYTES
 
-TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Most bytes of float32 logits that exist at once. Several tensors of this size live within a tile."""
+FUSED_HEADS: set[type[nn.Module]] = {nn.Linear, LinearThroughFloat32}
+"""Heads that only multiply with their weight and add their bias. Others (LoRA, quantised) run their own forward."""
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What some models do to their logits: multiply them, then squash them with softcap * tanh(logits / softcap)."""
+    """A change that some models make to their logits: scale them, then squash with softcap * tanh(logits / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -36,23 +38,24 @@ class LogitTransform:
 
 
 def tile_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of logits that go through the head at once."""
-    return max(1, TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // (4 * vocab_size))
+    """Return the number of rows of logits that go through the head at once."""
+    return max(1, HEAD_TILE_BYTES.get(device.type, HEAD_TILE_BYTES["cuda"]) // (4 * vocab_size))
 
 
 @dataclass
 class SharedHeadGradient:
     """The gradient of the head's weight and bias, summed over chunks that hold activations at the same time.
 
-    Each adds its share in forward; the last of them to go backward hands the sum to autograd. So K retained chunks
-    keep one tensor of the head's size between them, not K. All of them must be given the same gradient of their loss.
+    Each chunk adds its share in forward; the last one to go backward hands the sum to autograd. So K retained chunks
+    keep one tensor of the head's size, not K. All of them must get the same gradient of their loss.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     pending: int = 0
-    """Chunks that have added and not gone backward yet."""
+    """Chunks that have added their share and not gone backward yet."""
 
     def buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sum called `name`, zeros at first."""
         if name not in self.sums:
             self.sums[name] = torch.zeros_like(like, dtype=dtype)
         return self.sums[name]
@@ -67,15 +70,15 @@ def weighted_cross_entropy(
     *,
     shared: SharedHeadGradient | None = None,
 ) -> Tensor:
-    """Sum over rows of weight x cross entropy, a scalar in float32 (float64 in float64).
+    """Return the sum over rows of weight x cross entropy, a scalar in float32 (float64 in float64).
 
     Args:
         hidden: (targets, hidden_size) rows that have a target.
-        head: the module that makes logits of them; a plain linear layer takes the fused path.
+        head: the module that turns them into logits; a plain linear layer takes the fused path.
         targets: (targets,) token ids.
-        weights: (targets,) what each target counts.
-        transform: what the model does to its logits.
-        shared: where this chunk's share of the head's gradient goes; None for a chunk that is alone.
+        weights: (targets,) weight of each target in the loss.
+        transform: the model's change of its logits.
+        shared: receives this chunk's share of the head's gradient; None for a chunk that is alone.
     """
     rows = tile_rows(_head_rows(head), hidden.device)
     if type(head) in FUSED_HEADS:
@@ -84,7 +87,7 @@ def weighted_cross_entropy(
             hidden, head.weight, head.bias, targets, weights, transform, rows, gradient
         )
         return fused
-    total = hidden.new_zeros((), dtype=_accumulation_dtype(hidden)) + hidden.sum() * 0
+    total = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype)) + hidden.sum() * 0
     for start in range(0, len(targets), rows):
         tile = slice(start, start + rows)
         total = total + checkpoint(
@@ -93,17 +96,13 @@ def weighted_cross_entropy(
     return total
 
 
-FUSED_HEADS: set[type[nn.Module]] = {nn.Linear, LinearThroughFloat32}
-"""Heads whose product is just weight and bias; a LoRA or quantised head goes through its own forward."""
-
-
 def _head_rows(head: nn.Module) -> int:
     rows = getattr(head, "out_features", None)
     return int(rows if isinstance(rows, int) else head.get_parameter("weight").shape[0])
 
 
 def _tile_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, transform: LogitTransform) -> Tensor:
-    logits = transform(head(hidden)).to(_accumulation_dtype(hidden))
+    logits = transform(head(hidden)).to(accumulation_dtype(hidden.dtype))
     return torch.dot(nn.functional.cross_entropy(logits, targets, reduction="none"), weights.to(logits.dtype))
 
 
@@ -120,8 +119,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
         rows: int,
         shared: SharedHeadGradient | None,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = (shared is not None and it for it in ctx.needs_input_grad[:3])
-        accumulate = _accumulation_dtype(hidden)
+        needs_hidden, needs_weight, needs_bias = (shared is not None and needed for needed in ctx.needs_input_grad[:3])
+        accumulate = accumulation_dtype(hidden.dtype)
         through_float32 = matrix_dtype(hidden)
         head = weight.to(through_float32)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -135,7 +134,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             tile = slice(start, start + rows)
             tile_hidden = hidden[tile].to(through_float32)
             logits = nn.functional.linear(tile_hidden, head, None if bias is None else bias.to(through_float32))
-            # The model's own head would round its logits to the model's dtype: so do these.
+            # The model's own head would round its logits to the model's dtype, so these are rounded, too.
             logits = transform(logits.to(hidden.dtype)).to(accumulate)
             log_sum_exp = logits.logsumexp(dim=-1)
             picked = logits.gather(1, targets[tile, None]).squeeze(1)
@@ -176,7 +175,3 @@ class _FusedCrossEntropy(torch.autograd.Function):
             grad_weight, grad_bias = sums.get("weight"), sums.get("bias")
             shared.sums.clear()
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

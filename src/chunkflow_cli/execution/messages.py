@@ -1,14 +1,14 @@
 """Hidden states and gradients between the stages of a pipeline.
 
 Every process knows the plan of all stages, so it knows which messages come, in which order and in which shape: nothing
-is exchanged about them. Sends return at once and receives are posted ahead, so messages travel beside the computation.
+is exchanged about them. Sends return at once and receives are posted ahead, so messages overlap with computation.
 
 Why there is no deadlock: a send never waits for its receiver, so a stage only ever waits for a message, and a message
-is sent right after the operation that makes it. That is how `simulate` runs a schedule, and a schedule on which
-`simulate` comes to an end therefore ends here, too. Messages of one direction between two stages are received in the
-order in which the *sender's* schedule makes them, whatever order the receiver wants them in; those that come early
-wait in `_Inbox`. The two directions have a communicator each: NCCL runs what shares one strictly in turn, and a receive
-posted ahead in one direction would hold up a send in the other until both stages waited for each other.
+is sent right after the operation that produces it. `simulate` runs a schedule by the same rules, so a schedule that
+ends there ends here, too. Messages of one direction between two stages are received in the order in which the
+*sender's* schedule produces them, even if the receiver wants them in another order; early ones wait in `_Inbox`. Each
+direction has its own communicator: NCCL runs operations of one communicator strictly in turn, and a receive posted
+ahead in one direction would hold up a send in the other until both stages waited for each other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chunkflow_cli.engine import PATIENCE
 from chunkflow_cli.planning.schedule import OpKind, Schedule
 
 POSTED_AHEAD = 2
-"""Receives that are posted before they are wanted; each takes the memory of one chunk's hidden states."""
+"""Receives that are posted before they are needed; each takes the memory of one chunk's hidden states."""
 
 SENDS_ON = (OpKind.state_pass, OpKind.forward)
 """Operations whose result the next stage waits for."""
@@ -32,17 +32,17 @@ SENDS_BACK = (OpKind.backward, OpKind.input_gradient)
 """Operations whose result the stage before waits for."""
 
 Shape = Callable[[int], tuple[int, ...]]
-"""Of a chunk's hidden states."""
+"""A function from a chunk to the shape of its hidden states."""
 
 
 class Links:
-    """A stage's connections to its neighbours; made once, by all processes in the same order."""
+    """A stage's connections to its neighbours. All processes must create theirs, once and in the same order."""
 
     def __init__(self, pipelines: Sequence[Sequence[int]], device: torch.device) -> None:
         """
         Args:
-            pipelines: ranks of every pipeline, in the order of its stages.
-            device: where tensors are.
+            pipelines: the ranks of every pipeline, in the order of its stages.
+            device: device of the tensors that are sent and received.
         """
         own = dist.get_rank()
         for ranks in pipelines:
@@ -63,25 +63,27 @@ class Links:
         return self.stage == len(self.ranks) - 1
 
     def send(self, tensor: Tensor, *, onward: bool) -> dist.Work:
-        """To the next stage (`onward`) or to the one before; the tensor must live until the work is done."""
+        """Send to the next stage (`onward`) or to the one before; the tensor must live until the work is done."""
         work = dist.isend(tensor, self.ranks[self.stage + (1 if onward else -1)], group=self._groups[onward])
         assert work is not None
         return work
 
     def receive(self, tensor: Tensor, *, onward: bool) -> dist.Work:
-        """What goes `onward` comes from the stage before, what goes back from the next."""
+        """Receive from the stage before (`onward`) or from the next one."""
         work = dist.irecv(tensor, self.ranks[self.stage - (1 if onward else -1)], group=self._groups[onward])
         assert work is not None
         return work
 
     def share(self, tensor: Tensor) -> Tensor:
-        """The last stage's tensor, on all stages."""
+        """Broadcast the last stage's tensor to all stages; return it."""
         dist.broadcast(tensor, self.ranks[-1], group=self._groups[True])
         return tensor
 
     def _connect(self) -> None:
-        """One message over each edge in each direction, edge by edge: NCCL makes a connection at its first message,
-        and both sides wait for that."""
+        """Send one message over each edge in each direction, edge by edge.
+
+        NCCL opens a connection at its first message, and both sides wait for that.
+        """
         for edge in range(len(self.ranks) - 1):
             for onward in (True, False):
                 if self.stage == edge + (0 if onward else 1):
@@ -91,15 +93,15 @@ class Links:
 
 
 class Messages:
-    """What one stage sends and receives within a step."""
+    """The messages that one stage sends and receives within a step."""
 
     def __init__(self, links: Links, schedules: Sequence[Schedule], shape: Shape, dtype: torch.dtype) -> None:
         """
         Args:
-            links: to the neighbours.
-            schedules: of all stages.
-            shape: of a chunk's hidden states on this stage's neighbours.
-            dtype: of hidden states.
+            links: connections to the neighbours.
+            schedules: the schedules of all stages.
+            shape: shape of the hidden states of a chunk.
+            dtype: data type of hidden states.
         """
         self._links = links
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
@@ -112,26 +114,27 @@ class Messages:
             self._inboxes[False] = _Inbox(links, chunks, shape, dtype, onward=False)
 
     def send(self, tensor: Tensor, *, onward: bool) -> None:
+        """Send hidden states to the next stage (`onward`), or their gradient to the one before; return at once."""
         tensor = tensor.contiguous()
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
         self._sent.append((self._links.send(tensor, onward=onward), tensor))
 
     def receive(self, chunk: int, *, onward: bool) -> Tensor:
-        """The hidden states of a chunk from the stage before (`onward`), or their gradient from the next."""
+        """Wait for the hidden states of a chunk from the stage before (`onward`), or their gradient from the next."""
         return self._inboxes[onward].take(chunk)
 
     def close(self) -> None:
-        """All that was sent has arrived, and nothing is left unread."""
+        """Wait until everything that was sent has arrived, and check that nothing is left unread."""
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()
         for inbox in self._inboxes.values():
-            assert inbox.is_empty, "a neighbour's schedule sends what this stage's does not want"
+            assert inbox.is_empty, "a neighbour's schedule sends what this stage's does not receive"
 
 
 class _Inbox:
-    """Messages of one neighbour."""
+    """The messages from one neighbour."""
 
     def __init__(self, links: Links, chunks: Iterable[int], shape: Shape, dtype: torch.dtype, *, onward: bool) -> None:
         self._links = links
@@ -145,7 +148,7 @@ class _Inbox:
 
     def take(self, chunk: int) -> Tensor:
         while chunk not in self._early:
-            assert self._posted, f"no message about chunk {chunk} is on its way"
+            assert self._posted, f"no message about chunk {chunk} is coming"
             arrived, work, tensor = self._posted.popleft()
             work.wait()
             self._early[arrived] = tensor
@@ -164,5 +167,5 @@ class _Inbox:
 
 
 def _made(schedule: Schedule, kinds: tuple[OpKind, ...]) -> list[int]:
-    """The chunks about which a schedule sends messages, in its order."""
+    """Return the chunks that a schedule sends messages about, in its order."""
     return [chunk for op in schedule.ops if op.kind in kinds for chunk in op.chunks]

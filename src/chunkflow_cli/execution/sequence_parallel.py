@@ -1,13 +1,13 @@
-"""Sequence parallelism: the ranks of a group share the tokens of each chunk, and for attention its heads.
+"""Sequence parallelism: the ranks of a group share the tokens of each chunk, and in attention its heads.
 
-Source: DeepSpeed-Ulysses (arXiv 2309.14509). Everything but attention looks at each token alone, so a rank computes its
+Source: DeepSpeed-Ulysses (arXiv 2309.14509). Everything but attention treats each token alone, so a rank computes its
 contiguous slice of a chunk's tokens. Before attention an all-to-all turns "all heads of my tokens" into "my heads of
-all tokens", after it another one turns the output back. Attention itself, its state store included, then works on
-whole chunks of fewer heads and knows nothing of the group: that is why state falls with the group's size.
+all tokens", and after it another one turns the output back. Attention and its state store therefore work on whole
+chunks of fewer heads and need not know about the group. That is why state shrinks with the group's size.
 
-Losses and gradients of the ranks are shares: their sums over the group are those of the chunk.
+The losses and gradients of the ranks are shares: their sums over the group are those of the chunk.
 
-Shapes: `tokens` is a rank's share, tokens of the padded chunk / size.
+Shapes: `tokens` is a rank's share, which is the tokens of the padded chunk / size.
 """
 
 from __future__ import annotations
@@ -31,19 +31,21 @@ class SequenceGroup:
     process_group: torch.distributed.ProcessGroup
     size: int
     rank: int
-    """This rank's place in the group, which is that of its slice among the chunk's tokens."""
+    """This rank's place in the group, and the place of its slice among the chunk's tokens."""
 
     @classmethod
     def join(cls, topology: Topology) -> SequenceGroup | None:
-        """This process's group; None where no tokens are shared.
+        """Return this process's group, or None if ranks share no tokens.
 
-        Collective: every process of the run must call it, for torch wants each group to be made by all of them, in the
-        same order. The process group of the run must have started.
+        Collective: every process of the run must call it, because torch requires that all of them create each group, in
+        the same order. The process group of the run must have started.
         """
         if topology.sequence == 1:
             return None
         rank = torch.distributed.get_rank()
-        assert torch.distributed.get_world_size() == topology.processes, f"this run is no {topology}"
+        assert torch.distributed.get_world_size() == topology.processes, (
+            f"the processes of this run do not form {topology}"
+        )
         firsts = range(0, topology.processes, topology.sequence)
         groups = {
             first: torch.distributed.new_group(topology.sequence_group(first), timeout=PATIENCE) for first in firsts
@@ -52,28 +54,28 @@ class SequenceGroup:
         return cls(groups[rank - place.sequence_rank], topology.sequence, place.sequence_rank)
 
     def padding(self, tokens: int) -> int:
-        """Tokens that a chunk lacks to be divided evenly."""
+        """Return the number of tokens that a chunk of `tokens` lacks to divide evenly."""
         return -tokens % self.size
 
     def slice_of(self, count: int) -> slice:
-        """This rank's share of `count` things: of a padded chunk's tokens, or of heads."""
+        """Return this rank's share of `count` tokens of a padded chunk, or of `count` heads."""
         share = count // self.size
-        assert share * self.size == count, f"{count} is not divided evenly among {self.size} ranks"
+        assert share * self.size == count, f"{count} does not divide evenly among {self.size} ranks"
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def tokens_to_heads(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From all heads of this rank's tokens to this rank's heads of all tokens, in one exchange.
+        """Exchange all heads of this rank's tokens for this rank's heads of all tokens, in one message per rank.
 
-        Fewer key heads than ranks are repeated, so that each rank gets the one that its queries share; autograd sums
-        their gradients.
+        If there are fewer key heads than ranks, they are repeated, so that each rank gets the one that its queries
+        share; autograd sums their gradients.
 
         Args:
             queries: (1, heads, tokens, head_dim).
             keys: (1, kv_heads, tokens, head_dim).
-            values: as keys, but for their head_dim.
+            values: as keys, except for their head_dim.
 
         Returns:
-            (1, heads / size, tokens x size, head_dim), and keys and values in the same way.
+            Queries, (1, heads / size, tokens x size, head_dim), and keys and values in the same way.
         """
         copies = key_value_copies(queries.shape[1], keys.shape[1], self.size)
         if copies > 1:
@@ -82,14 +84,14 @@ class SequenceGroup:
         return queries, keys, values
 
     def heads_to_tokens(self, out: Tensor) -> Tensor:
-        """From this rank's heads of all tokens, (1, heads / size, tokens x size, head_dim), back to (1, heads, tokens,
-        head_dim)."""
+        """Exchange this rank's heads of all tokens, (1, heads / size, tokens x size, head_dim), for all heads of its
+        tokens, (1, heads, tokens, head_dim)."""
         (exchanged,) = _Exchange.apply(self, False, out)
         return exchanged  # type: ignore[no-any-return]
 
 
 class _Exchange(torch.autograd.Function):
-    """An all-to-all of tensors; backward, their gradients take the way back."""
+    """An all-to-all of tensors; in backward, their gradients are exchanged the other way."""
 
     @staticmethod
     def forward(ctx: Any, group: SequenceGroup, to_heads: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -102,9 +104,9 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchange(group: SequenceGroup, to_heads: bool, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One message to each rank: of each tensor a block (tokens, heads / size, head_dim), one after the other.
+    """Send one message to each rank: a block (tokens, heads / size, head_dim) of each tensor, one after the other.
 
-    Results lie tokens first in memory, as models make them and as kernels and the state store like them.
+    In memory, results have tokens first, as models produce them and as kernels and the state store prefer them.
     """
     blocks = [
         _blocks_of_heads(each, group.size) if to_heads else _blocks_of_tokens(each, group.size) for each in tensors
@@ -120,22 +122,22 @@ def _exchange(group: SequenceGroup, to_heads: bool, tensors: Sequence[Tensor]) -
 
 
 def _blocks_of_heads(tensor: Tensor, size: int) -> Tensor:
-    """(1, heads, tokens, head_dim) -> (size, tokens, heads / size, head_dim): to each rank its heads."""
+    """Cut (1, heads, tokens, head_dim): (size, tokens, heads / size, head_dim), by rank its heads."""
     blocks: Tensor = tensor[0].unflatten(0, (size, -1)).transpose(1, 2)
     return blocks
 
 
 def _blocks_of_tokens(tensor: Tensor, size: int) -> Tensor:
-    """(1, heads / size, tokens x size, head_dim) -> (size, tokens, heads / size, head_dim): to each rank its tokens."""
+    """Cut (1, heads / size, tokens x size, head_dim): (size, tokens, heads / size, head_dim), by rank its tokens."""
     blocks: Tensor = tensor[0].unflatten(1, (size, -1)).permute(1, 2, 0, 3)
     return blocks
 
 
 def _all_tokens(blocks: Tensor) -> Tensor:
-    """(size, tokens, heads / size, head_dim), of each rank its tokens -> (1, heads / size, tokens x size, head_dim)"""
+    """Join (size, tokens, heads / size, head_dim), by rank its tokens: (1, heads / size, tokens x size, head_dim)."""
     return blocks.flatten(0, 1).transpose(0, 1).unsqueeze(0)
 
 
 def _all_heads(blocks: Tensor) -> Tensor:
-    """(size, tokens, heads / size, head_dim), of each rank its heads -> (1, heads, tokens, head_dim)"""
+    """Join (size, tokens, heads / size, head_dim), by rank its heads: (1, heads, tokens, head_dim)."""
     return blocks.transpose(0, 1).flatten(1, 2).transpose(0, 1).unsqueeze(0)

@@ -1,11 +1,12 @@
-"""Backwards in two halves, for schedules that put the second one where a pipeline would wait.
+"""Backwards in two halves, for schedules that run the second one where a pipeline would wait.
 
-    I    gradient of the stage's input, which the stage before waits for; on its way everything but the products
-    W    the products that give linear layers the gradients of their weights: input^T @ gradient of the output
+    I    the gradient of the stage's input, which the stage before waits for, and all other gradients but those of W
+    W    the products that compute the gradients of linear layers' weights: input^T @ gradient of the output
 
-Source: zero-bubble pipelines (Qi et al. 2024, arXiv 2401.10241). A linear layer that is put off keeps its input and the
-gradient of its output until W. What is no plain linear layer (norms, biases, embeddings, stacked experts, the fused
-head, products through float32 on a CPU) has its gradient in I already, so W is then shorter, never wrong.
+Source: zero-bubble pipelines (Qi et al. 2024, arXiv 2401.10241). A linear layer whose product is put off keeps its
+input and the gradient of its output until W. Everything that is not a plain linear layer (norms, biases, embeddings,
+stacked experts, the fused head, products through float32 on a CPU) gets its gradient in I. W is then shorter, but never
+wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 
 class PutOff:
-    """The products that backwards have put off, by chunk."""
+    """The products that backwards have put off until W, by chunk."""
 
     def __init__(self) -> None:
         self._products: dict[int, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
@@ -27,12 +28,12 @@ class PutOff:
 
     @property
     def is_on(self) -> bool:
-        """Whether the backward that is running is the first half of one."""
+        """True while a first half runs."""
         return self._chunk is not None
 
     @contextmanager
     def of_chunk(self, chunk: int) -> Iterator[None]:
-        """Backwards within it leave the products to `gradients`."""
+        """Put off the products of the backward that runs within this context."""
         self._products[chunk] = []
         self._chunk = chunk
         try:
@@ -41,9 +42,10 @@ class PutOff:
             self._chunk = None
 
     def add(self, weight: nn.Parameter, input: Tensor, gradient: Tensor) -> None:
-        """
+        """Put off one product.
+
         Args:
-            weight: (out, in)
+            weight: (out, in).
             input: (..., in) of the layer.
             gradient: (..., out) of its output.
         """
@@ -52,19 +54,19 @@ class PutOff:
 
     @torch.no_grad()
     def gradients(self, chunk: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each weight of the chunk and its gradient, made now; what it was made from is let go."""
+        """Yield each weight of the chunk with its gradient, computed now; free the tensors that it comes from."""
         products = self._products.pop(chunk)
         while products:
             weight, input, gradient = products.pop()
             yield weight, gradient.reshape(-1, gradient.shape[-1]).T @ input.reshape(-1, input.shape[-1])
 
     def __len__(self) -> int:
-        """Chunks whose second half has not run."""
+        """Return the number of chunks whose second half has not run."""
         return len(self._products)
 
 
 class SplitLinear(nn.Linear):
-    """A linear layer whose weight may get its gradient later."""
+    """A linear layer whose weight may get its gradient in W."""
 
     put_off: PutOff
 
@@ -74,12 +76,12 @@ class SplitLinear(nn.Linear):
 
 
 def split_linear_layers(model: nn.Module, put_off: PutOff, *, apart: nn.Module | None = None) -> int:
-    """Let the plain linear layers that are trained put their products off; returns how many.
+    """Make the plain linear layers that are trained put their products off; return their number.
 
     Args:
-        model: whose layers.
-        put_off: where the products wait.
-        apart: a layer that is left as it is: the head, which the loss multiplies with.
+        model: the model that is changed.
+        put_off: holds the products until W.
+        apart: a layer that stays as it is: the head, which the loss multiplies with.
     """
     layers = [
         layer

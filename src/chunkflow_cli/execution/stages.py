@@ -1,12 +1,12 @@
 """One stage of a pipeline, cut out of a Hugging Face causal LM.
 
-The model keeps its shape: a layer that another stage holds is replaced by one that hands its input on and has no
-weights. So every layer keeps its index, which names its weights, chooses its window and keeps its state apart, and the
-configuration's lists of layers stay right. The layer before the stage's first one hands on the hidden states that came
-from the stage before, whatever it is given: what the model does to its embeddings (multipliers, norms, dropout) happens
-on the first stage only.
+The model keeps its structure: a layer that another stage holds is replaced by one that returns its input and has no
+weights. So every layer keeps its index, which names its weights, selects its window and keeps its state apart, and the
+configuration's lists of layers stay right. The layer before the stage's first one returns the hidden states that came
+from the stage before, and ignores its own input: what the model does to its embeddings (multipliers, norms, dropout)
+then happens on the first stage only.
 
-Adapters are added to the whole model before it is cut: their random numbers are then those of a single process.
+Adapters are added to the whole model before it is cut, so their random numbers are those of a single process.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from chunkflow_cli.planning.stage_cut import StageLayers
 
 
 class StageModel(ChunkModel):
-    """A stage as a module: hidden states in, hidden states out; the first takes token ids, the last gives the loss."""
+    """One stage as a module: it maps hidden states to hidden states. The first takes ids, the last returns the loss."""
 
     def __init__(self, causal_lm: nn.Module, backend: Backend, stage: StageLayers) -> None:
         """
         Args:
-            causal_lm: the whole model, with adapters if any. It is cut in place: what other stages hold is let go.
-            backend: of attention.
-            stage: which layers it keeps.
+            causal_lm: the whole model, with its adapters. It is cut in place: layers of other stages are freed.
+            backend: computes attention.
+            stage: the layers that this stage holds.
 
         Raises:
-            UsageError: the model is not built as a pipeline needs it.
+            UsageError: the model cannot be cut, or the stage has nothing to train.
         """
         super().__init__(causal_lm, backend)
         self.stage = stage
         name = type(base_model(causal_lm)).__name__
         whole = {id(parameter): name for name, parameter in causal_lm.named_parameters()}
         self.tied_weight: nn.Parameter | None = _tied_weight(causal_lm) if stage.stages > 1 else None
-        """The weight that embedding and head share, on the stages that hold it: their gradients belong together."""
+        """The weight that embedding and head share, on the two stages that hold it: their gradients must be added."""
         self._entry = _cut(causal_lm, stage, name)
         if not (stage.is_first or stage.is_last):
             self.tied_weight = None
         self.hf_parameter_names: dict[str, str] = {
             own: whole[id(parameter)] for own, parameter in self.named_parameters()
         }
-        """Name of each parameter of this module -> its name in the whole Hugging Face (or peft) model."""
+        """Parameter name in this module -> its name in the whole Hugging Face (or peft) model."""
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UsageError(
                 f"parallel.pipeline={stage.stages}: stage {stage.stage} (layers {stage.first} to {stage.stop - 1}) has "
-                "nothing to train\n  model.lora.target_modules must name modules in every layer"
+                "nothing to train\n  let model.lora.target_modules name modules in every layer"
             )
 
     def put_off_products(self) -> PutOff:
-        """From now on backwards may be split in two: where the products of their second halves wait."""
+        """Allow backwards to be split in two from now on; return the store of the products of their second halves."""
         put_off = PutOff()
         split_linear_layers(self, put_off, apart=base_model(self.causal_lm).get_output_embeddings())
         return put_off
@@ -68,17 +68,18 @@ class StageModel(ChunkModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states that stages exchange."""
+        """Data type of the hidden states that stages exchange."""
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
     def forward(  # type: ignore[override]
         self, call: ChunkCall, received: Tensor | None = None, *, state_pass: bool = False
     ) -> Tensor | None:
-        """
+        """Forward one chunk through the layers of this stage.
+
         Args:
-            call: one chunk.
+            call: the chunk.
             received: (1, tokens, hidden_size) from the stage before; None on the first.
-            state_pass: fill the state store only.
+            state_pass: only fill the state store.
 
         Returns:
             (1, tokens, hidden_size) for the next stage; on the last one the loss, or None for a state pass.
@@ -101,16 +102,16 @@ class StageModel(ChunkModel):
         if self._entry is None:
             return super()._inputs(call)
         assert self._entry.received is not None
-        # Only its shape and dtype are looked at: the entry hands on the hidden states themselves.
+        # The decoder uses only shape and dtype of this: the entry returns the hidden states themselves.
         return {"inputs_embeds": self._entry.received.detach()}
 
     def _last_layer_of_state_pass(self) -> int | None:
-        """Other stages still need what comes after this one's last keys and values."""
+        """Return None on all stages but the last: the next stage needs the output of all layers."""
         return super()._last_layer_of_state_pass() if self.stage.is_last else None
 
 
 class StageChain(nn.Module):
-    """All stages of a model in one process, one after the other: autograd goes through them as messages would."""
+    """All stages of a model in one process, one after the other. Autograd connects them as messages do otherwise."""
 
     def __init__(self, stages: Sequence[StageModel]) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class StageChain(nn.Module):
         return hidden
 
     def gradients(self) -> dict[str, Tensor]:
-        """Under the names of the whole model; those of a weight that two stages hold are added."""
+        """Return gradients by their names in the whole model; those of a weight that two stages hold are added."""
         sums: dict[str, Tensor] = {}
         for stage in self._stages:
             for own, parameter in stage.named_parameters():
@@ -135,12 +136,12 @@ class StageChain(nn.Module):
 
 
 class _Elsewhere(nn.Module):
-    """Stands for a layer that another stage holds."""
+    """Replaces a layer that another stage holds, and returns its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         for name, value in vars(layer).items():
-            # What kind of attention a layer has is read off it by some models.
+            # Some models read the kind of attention from the layer.
             if name in ("attention_type", "layer_idx", "layer_type"):
                 setattr(self, name, value)
 
@@ -149,7 +150,7 @@ class _Elsewhere(nn.Module):
 
 
 class _Entry(_Elsewhere):
-    """The last layer before the stage: hands on what came from the stage before."""
+    """Replaces the last layer before the stage, and returns the hidden states that came from the stage before."""
 
     received: Tensor | None = None
 
@@ -159,7 +160,7 @@ class _Entry(_Elsewhere):
 
 
 def _cut(causal_lm: nn.Module, stage: StageLayers, name: str) -> _Entry | None:
-    """Take out of the model what other stages hold; returns where hidden states enter, if not through ids."""
+    """Remove the layers of other stages; return the entry of hidden states, or None on the first stage."""
     base = base_model(causal_lm)
     decoder = decoder_of(base)
     layers, norm = _layers_and_norm(base, decoder, name, stage.stages)
@@ -173,7 +174,7 @@ def _cut(causal_lm: nn.Module, stage: StageLayers, name: str) -> _Entry | None:
         else:
             layers[index] = _Elsewhere(layer)
     if not stage.is_first:
-        # Tied weights stay alive through the head, where the last stage needs them.
+        # On the last stage the head keeps a tied weight alive.
         _replace(decoder, decoder.get_input_embeddings())
     if not stage.is_last:
         setattr(decoder, norm, nn.Identity())
@@ -182,11 +183,11 @@ def _cut(causal_lm: nn.Module, stage: StageLayers, name: str) -> _Entry | None:
 
 
 def _layers_and_norm(base: Any, decoder: Any, name: str, stages: int) -> tuple[nn.ModuleList, str]:
-    """The layers, and the name of the final norm.
+    """Return the layers, and the name of the final norm.
 
     Raises:
-        UsageError: the decoder holds weights besides embedding, layers and final norm, and a stage would not know when
-            to use them.
+        UsageError: the decoder holds weights besides embedding, layers and final norm. A stage would not know when to
+            use them.
     """
     layers = getattr(decoder, "layers", None)
     embedding = base.get_input_embeddings()
@@ -201,21 +202,21 @@ def _layers_and_norm(base: Any, decoder: Any, name: str, stages: int) -> tuple[n
     reason = ", ".join(sorted(others)) or "layers"
     raise UsageError(
         f"parallel.pipeline={stages}: {name} cannot be cut into stages: it is not an embedding, a list of layers, a "
-        f"norm and a head ({reason})\n  take parallel.pipeline=1"
+        f"norm and a head ({reason})\n  use parallel.pipeline=1"
     )
 
 
 def _replace(parent: nn.Module, module: nn.Module) -> None:
-    """Take a direct child out of its parent."""
+    """Replace a direct child of a module by one that returns its input."""
     for name, child in parent.named_children():
         if child is module:
             setattr(parent, name, nn.Identity())
             return
-    raise AssertionError(f"{type(module).__name__} is no direct part of {type(parent).__name__}")
+    raise AssertionError(f"{type(module).__name__} is not a direct child of {type(parent).__name__}")
 
 
 def _tied_weight(causal_lm: nn.Module) -> nn.Parameter | None:
-    """The weight that embedding and head share, if it is trained."""
+    """Return the weight that embedding and head share, or None if they share none or it is frozen."""
     base = base_model(causal_lm)
     weight: nn.Parameter | None = getattr(base.get_output_embeddings(), "weight", None)
     shared: nn.Parameter | None = getattr(base.get_input_embeddings(), "weight", None)

@@ -1,7 +1,7 @@
-"""The state store: what one layer must remember of the earlier chunks of a long sequence, and its gradients.
+"""The state store: keys and values of the earlier chunks of long sequences, layer by layer, and their gradients.
 
-Keys and values are written by the forward of a chunk and read by the chunks after it. Going backward, later chunks add
-the gradients that their attention gives them, and the backward of the chunk that wrote them takes them from here.
+The forward of a chunk writes its keys and values, and later chunks read them. Going backward, later chunks add the
+gradients that their attention computes, and the backward of the chunk that wrote them takes them from the store.
 """
 
 from __future__ import annotations
@@ -11,22 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from chunkflow_cli.execution.precision import accumulation_dtype
+
 SHRINK_BELOW = 0.75
-"""A buffer is copied into a smaller one when less than this share of it is still needed: so all copies of a backward
-together move about three times the buffer, and at most a third of what is kept is unused."""
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Gradients of state are sums over up to hundreds of chunks: float32, and float64 where the model is."""
-    return torch.promote_types(dtype, torch.float32)
+"""A buffer is copied into a smaller one when less than this share of it is still needed. So all copies of a backward
+together move about three times the buffer, and at most a quarter of what is kept is unused."""
 
 
 @dataclass
 class _Piece:
-    """One named piece of state of one layer, e.g. its keys."""
+    """One named piece of state of one layer, for example its keys."""
 
     values: Tensor  # (stored_tokens, heads, head_dim)
-    gradient: Tensor | None = None  # the same shape, in gradient_dtype
+    gradient: Tensor | None = None  # the same shape; float32 (float64 in float64): a sum over up to hundreds of chunks
 
 
 @dataclass
@@ -34,11 +31,11 @@ class SequenceState:
     """The state of one long sequence. A position is a token's index in its sequence."""
 
     stored_tokens: int
-    """Tokens whose state anyone reads: all before the last chunk."""
+    """Tokens whose state later chunks read: all before the last chunk."""
     _layers: dict[int, dict[str, _Piece]] = field(default_factory=dict)
 
     def write(self, layer: int, start: int, pieces: dict[str, Tensor]) -> None:
-        """Keep the pieces, each (tokens, heads, head_dim), for positions from `start`.
+        """Store the pieces, each (tokens, heads, head_dim), for positions from `start`.
 
         Writing the same positions again, as a recompute does, stores the same values.
         """
@@ -49,18 +46,18 @@ class SequenceState:
             stored[name].values[start : start + len(values)].copy_(values)
 
     def read(self, layer: int, name: str, start: int, stop: int) -> Tensor:
-        """A view, (stop - start, heads, head_dim)."""
+        """Return a view, (stop - start, heads, head_dim)."""
         return self._layers[layer][name].values[start:stop]
 
     def add_gradient(self, layer: int, name: str, start: int, gradient: Tensor) -> None:
         """Add a later chunk's gradient, (tokens, heads, head_dim), of the positions from `start`."""
         piece = self._layers[layer][name]
         if piece.gradient is None:
-            piece.gradient = torch.zeros_like(piece.values, dtype=gradient_dtype(piece.values.dtype))
+            piece.gradient = torch.zeros_like(piece.values, dtype=accumulation_dtype(piece.values.dtype))
         piece.gradient[start : start + len(gradient)].add_(gradient)
 
     def gradient(self, layer: int, name: str, start: int, stop: int) -> Tensor | None:
-        """What later chunks have added: a view, (stop - start, heads, head_dim), in gradient_dtype.
+        """Return the sum that later chunks have added, as a view, (stop - start, heads, head_dim).
 
         None if they added nothing, because a window of one token hides the past from them.
         """
@@ -68,7 +65,7 @@ class SequenceState:
         return None if gradient is None else gradient[start:stop]
 
     def release(self, layer: int, start: int) -> None:
-        """Nothing reads positions at or past `start` any more: give their memory back."""
+        """Free the memory of positions at or past `start`, which nothing reads any more."""
         pieces = self._layers.get(layer)
         if pieces is None:
             return
@@ -90,20 +87,31 @@ class SequenceState:
         )
 
 
+@dataclass(frozen=True)
+class StatePiece:
+    """A chunk's piece of a long sequence, and the state of that sequence."""
+
+    state: SequenceState
+    past: int
+    """Tokens of the sequence in earlier chunks."""
+    continues: bool
+    """True if later chunks read the keys and values of this piece."""
+
+
 class StateStore:
-    """The state of the long sequences in flight, by sequence; one a time on a single stage."""
+    """The state of the long sequences in flight: several on a pipeline stage, otherwise one at a time."""
 
     def __init__(self) -> None:
         self._sequences: dict[int, SequenceState] = {}
 
     def open(self, sequence: int, stored_tokens: int) -> SequenceState:
-        """The state of a sequence, begun if this is its first chunk."""
+        """Return the state of a sequence; its first chunk creates it."""
         if sequence not in self._sequences:
             self._sequences[sequence] = SequenceState(stored_tokens)
         return self._sequences[sequence]
 
     def close(self, sequence: int) -> None:
-        """Forget a sequence whose first chunk has gone backward."""
+        """Drop the state of a sequence whose first chunk has gone backward."""
         del self._sequences[sequence]
 
     def __len__(self) -> int:

@@ -15,12 +15,14 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
+from chunkflow_cli.execution.dropout import has_dropout
 from chunkflow_cli.execution.loss import FUSED_HEADS
 from chunkflow_cli.execution.messages import Links
-from chunkflow_cli.execution.runner import Runner, has_dropout
+from chunkflow_cli.execution.runner import Runner, ScheduleRunner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.stage_runner import PipelineRunner
+from chunkflow_cli.execution.stage_runner import StageRunner
 from chunkflow_cli.execution.stages import StageModel
+from chunkflow_cli.execution.step import RunnerSettings
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.loading import load_model
@@ -36,7 +38,7 @@ class Assembly:
     model: Any
     """With adapters, if any; of a pipeline, the part that this stage holds. Its parameters are the engine's."""
     engine: Engine | PipelineEngine
-    runner: Runner | PipelineRunner
+    runner: ScheduleRunner
     shape: ModelShape
     """Of the whole model."""
 
@@ -78,18 +80,26 @@ def assemble(
     processes = processes or Processes()
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     sequence_group = SequenceGroup.join(processes.topology)
+
+    def runner_settings(engine: Engine | PipelineEngine) -> RunnerSettings:
+        return RunnerSettings(
+            device,
+            replay_random=has_dropout(model),
+            lockstep=engine.needs_lockstep,
+            sequence_group=sequence_group,
+            stop_requested=stop_requested,
+            announce=announce,
+        )
+
     if len(stages) > 1:
         stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
         pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
         pipelines = [processes.topology.pipeline_group(first) for first in range(processes.topology.replicas)]
-        pipeline_runner = PipelineRunner(
+        pipeline_runner = StageRunner(
             pipeline_engine,
             Links(pipelines, device),
-            device,
-            replay_random=has_dropout(model),
+            runner_settings(pipeline_engine),
             splits_backwards=config.parallel.schedule is PipelineSchedule("zero_bubble"),
-            sequence_group=sequence_group,
-            announce=announce,
         )
         return Assembly(model, pipeline_engine, pipeline_runner, shape)
     if settings.engine.zero_stage == 3 and processes.topology.processes > 1:
@@ -100,16 +110,7 @@ def assemble(
     elif device.type == "cpu":
         convert_linear_layers(chunk_model)
     engine = Engine(chunk_model, settings)
-    runner = Runner(
-        engine,
-        device,
-        replay_random=has_dropout(model),
-        lockstep=engine.needs_lockstep,
-        sequence_group=sequence_group,
-        stop_requested=stop_requested,
-        announce=announce,
-    )
-    return Assembly(model, engine, runner, shape)
+    return Assembly(model, engine, Runner(engine, runner_settings(engine)), shape)
 
 
 def _check_head_in_lockstep(model: Any) -> None:

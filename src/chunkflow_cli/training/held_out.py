@@ -10,8 +10,8 @@ import numpy as np
 
 from chunkflow_cli.data.dataset import TokenizedData
 from chunkflow_cli.engine import Processes
-from chunkflow_cli.execution.runner import Interrupted, Runner, StepBatch
-from chunkflow_cli.execution.stage_runner import PipelineRunner
+from chunkflow_cli.execution.runner import Interrupted, ScheduleRunner
+from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import build_chunks
 
@@ -26,7 +26,7 @@ class HeldOut:
     data: TokenizedData
     model: Any
     """What is put into evaluation mode meanwhile."""
-    runner: Runner | PipelineRunner
+    runner: ScheduleRunner
     processes: Processes
     chunk_size: int
     """Tokens on each rank: chunks are spread over the sequence-parallel group, if there is one."""

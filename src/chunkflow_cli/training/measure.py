@@ -36,8 +36,7 @@ from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-from chunkflow_cli.execution.runner import Runner, StepBatch, call_of
-from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.shape import shape_without_weights
@@ -73,7 +72,6 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     backend = choose_backend(config.model.attention, hf_config, device, dtype).backend
     parts = assemble(config, hf_config, backend, device)
-    assert isinstance(parts.runner, Runner)
     parts.engine.set_learning_rate(0.0)  # weights stay what they are; the work is the same
 
     _run(parts, device, min(sizes), 1.0)  # kernels are chosen and buffers made: not timed
@@ -119,11 +117,8 @@ def _activation_bytes(parts: Assembly, size: int) -> float:
     if parts.engine.needs_joined_retained_chunks:
         return math.inf
     assert isinstance(module, ChunkModel)
-    assert isinstance(parts.runner, Runner)
     sequence = _random_sequence(np.random.default_rng(0), size, size, 1.0, parts.shape.vocab_size)
-    chunks = build_chunks([size], size)
-    tensors = parts.runner.build(0, StepBatch(chunks, [sequence], np.ones(1)))
-    return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore()))
+    return activation_bytes_per_token(module, sequence)
 
 
 def _run(parts: Assembly, device: torch.device, size: int, target_share: float) -> list[OperationSample]:
@@ -144,8 +139,7 @@ def _run(parts: Assembly, device: torch.device, size: int, target_share: float) 
         )
 
     weights = np.full(len(lengths), 1.0 / max(1, int(targets.sum())))
-    assert isinstance(parts.runner, Runner)
-    parts.runner.run(plan(chunks, 1), StepBatch(chunks, sequences, weights), on_operation=timed)
+    parts.runner.run((plan(chunks, 1),), StepBatch(chunks, sequences, weights), record=timed)
     return samples
 
 
@@ -218,7 +212,6 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     backend = choose_backend(config.model.attention, hf_config, device, dtype).backend
     parts = assemble(config, hf_config, backend, device)
-    assert isinstance(parts.runner, Runner)
     parts.engine.set_learning_rate(0.0)
     _run(parts, device, min(size for size, _ in pairs), 1.0)
     parts.engine.step()
@@ -239,7 +232,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
                 progress(done)
 
             began = time.perf_counter()
-            parts.runner.run(share.schedule, StepBatch(share.chunks, sequences, weights), advance)
+            parts.runner.run(share.schedules, StepBatch(share.chunks, sequences, weights), advance)
             parts.engine.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

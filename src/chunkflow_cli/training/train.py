@@ -26,14 +26,12 @@ from chunkflow_cli.execution.activation_probe import activation_bytes_per_token,
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-from chunkflow_cli.execution.parity import guard
-from chunkflow_cli.execution.runner import Interrupted, StepBatch, StepResult, call_of
-from chunkflow_cli.execution.stage_runner import PipelineRunner
-from chunkflow_cli.execution.state import StateStore
+from chunkflow_cli.execution.guard import guard
+from chunkflow_cli.execution.runner import Interrupted
+from chunkflow_cli.execution.step import StepBatch, StepResult
 from chunkflow_cli.files import write_json
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.loading import skeleton
-from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 from chunkflow_cli.planning.trace import Recorder, merge
@@ -353,10 +351,7 @@ class _Training:
 
     def _run_schedule(self, step: StepPlan, rank: RankPlan, on_backward: Callable[[int], None]) -> StepResult:
         record = None if self.recorder is None else self.recorder.record
-        batch = self._batch(step, rank)
-        if isinstance(self.runner, PipelineRunner):
-            return self.runner.run(rank.schedules, batch, on_backward, record)
-        return self.runner.run(rank.schedule, batch, on_backward, record)
+        return self.runner.run(rank.schedules, self._batch(step, rank), on_backward, record)
 
     def _evaluates_after(self, step: int) -> bool:
         every = self.config.eval.every
@@ -431,16 +426,14 @@ class _Training:
     def _measure_activations(self) -> float | None:
         """Bytes of activations a token; not under ZeRO-3, where weights are whole only within the engine's forward,
         nor on a stage, which holds only some of the layers."""
-        if self.config.engine.zero_stage == 3 or isinstance(self.runner, PipelineRunner):
+        if self.config.engine.zero_stage == 3 or not self.runner.holds_whole_model:
             return None
         sample = int(np.argmax(self.train_data.lengths))
         whole = self.train_data[sample]
-        probe = [TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])]
-        chunks = build_chunks([len(probe[0].input_ids)], PROBE_TOKENS)
-        tensors = self.runner.build(0, StepBatch(chunks, probe, np.ones(1), spread=range(0)))
+        probe = TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])
         module = self.engine.module
         assert isinstance(module, ChunkModel)
-        return activation_bytes_per_token(module, call_of(chunks[0], tensors, chunks, StateStore()))
+        return activation_bytes_per_token(module, probe)
 
     def _request_stop(self) -> None:
         self.stop_requested = True
@@ -467,7 +460,7 @@ class _Training:
         tokenizer = None
         if has_tokenizer(self.config.model.path):
             tokenizer = load_tokenizer(self.config.model.path, trust_remote_code=self.config.model.trust_remote_code)
-        is_stage = isinstance(self.runner, PipelineRunner)
+        is_stage = not self.runner.holds_whole_model
         whole = skeleton(self.config.model, self.hf_config) if is_stage and self.processes.is_first else None
         try:
             with working(self.console, "saving the model"):

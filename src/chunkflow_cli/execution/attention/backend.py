@@ -1,13 +1,13 @@
-"""Attention backends behind one signature, with their backward passes and log-sum-exp.
+"""The interface of attention backends.
 
-Shapes, as Hugging Face models hand them over:
+Shapes, as Hugging Face models pass them:
     queries, out       (1, heads, queries, head_dim)
     keys, values       (1, kv_heads, keys, head_dim)
     log_sum_exp        (1, heads, queries), float32 (float64 in float64)
 
 A backend computes two kinds of attention. *Own*: causal attention within each segment of a packed chunk. *Past*:
-attention of a segment to earlier positions of its sequence, all of which it may see unless a window hides them. Each
-backward takes `out` and `log_sum_exp` from outside: given those of own and past merged, it yields exactly that part's
+attention of a segment to earlier positions of its sequence. It may see all of them unless a window hides them. A
+backward may be given the merged `out` and `log_sum_exp` of own and past attention: it then yields exactly that part's
 share of the gradients (FlashAttention-2, arXiv 2307.08691, section 3.1.2: only dO * O and log-sum-exp are needed).
 """
 
@@ -16,27 +16,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from chunkflow_cli.errors import UsageError
 
+Output: TypeAlias = tuple[Tensor, Tensor]
+"""Output and log-sum-exp."""
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Gradients of queries, keys and values."""
+
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """What a layer's attention is, beyond causal."""
+    """The attention of a layer, beyond being causal."""
 
     scale: float
     window: int | None = None
-    """A query sees itself and the `window - 1` positions before it; None is all."""
+    """A query sees itself and the `window - 1` positions before it. None: all of them."""
     softcap: float | None = None
     """Scores are squashed: softcap * tanh(score / softcap)."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the segments of a chunk lie."""
+    """The segments of a chunk."""
 
     boundaries: tuple[int, ...]
     """(segments + 1,): segment i is tokens `boundaries[i]` up to `boundaries[i + 1]` of the chunk."""
@@ -44,11 +51,12 @@ class Packing:
 
     @property
     def spans(self) -> list[slice]:
-        return [slice(start, stop) for start, stop in zip(self.boundaries, self.boundaries[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(self.boundaries)]
 
     @property
     def longest(self) -> int:
-        return max(stop - start for start, stop in zip(self.boundaries, self.boundaries[1:], strict=False))
+        """Tokens of the longest segment."""
+        return max(stop - start for start, stop in pairwise(self.boundaries))
 
     @cached_property
     def cumulative(self) -> Tensor:
@@ -56,47 +64,46 @@ class Packing:
         return torch.tensor(self.boundaries, dtype=torch.int32, device=self.device)
 
 
+@dataclass(frozen=True)
+class Sight:
+    """The keys that a chunk's queries may see."""
+
+    rule: AttentionRule
+    packing: Packing | None = None
+    """For own attention, the segments. None for attention to the past: the keys end right before the first query, and
+    every query sees at least one of them, because the caller drops the others."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The tensors of a forward that its backward needs."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    out: Tensor
+    log_sum_exp: Tensor
+
+
 class Backend(ABC):
-    """One way to compute attention. `past` calls see at least one key in every row; the caller cuts the others off."""
+    """A way to compute attention."""
 
     name: str
 
     @abstractmethod
-    def own_forward(
-        self, queries: Tensor, keys: Tensor, values: Tensor, packing: Packing, rule: AttentionRule
-    ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of causal attention within each segment."""
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
+        """Compute attention."""
 
     @abstractmethod
-    def own_backward(
-        self,
-        grad_out: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        log_sum_exp: Tensor,
-        packing: Packing,
-        rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of queries, keys and values."""
+    def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
+        """Compute the gradients of `forward`."""
 
-    @abstractmethod
-    def past_forward(self, queries: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor]:
-        """The same for keys that lie right before the first query."""
-
-    @abstractmethod
-    def past_backward(
-        self,
-        grad_out: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        log_sum_exp: Tensor,
-        rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of queries, keys and values."""
+    def unsupported(self, what: str) -> UsageError:
+        """Return the error for a model that uses what this backend does not support."""
+        return UsageError(
+            f"model.attention={self.name} does not support {what}, which this model uses\n"
+            "  use model.attention=auto or model.attention=reference"
+        )
 
 
 def repeat_heads(tensor: Tensor, group: int) -> Tensor:
@@ -105,23 +112,5 @@ def repeat_heads(tensor: Tensor, group: int) -> Tensor:
 
 
 def sum_heads(gradient: Tensor, group: int) -> Tensor:
-    """The gradient of a shared head: the sum over the query heads that share it."""
+    """Return the gradient of each shared head: the sum over the query heads that share it."""
     return gradient if group == 1 else gradient.unflatten(1, (-1, group)).sum(2)
-
-
-def visible(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) mask: query i stands at key position `i + offset` and sees what is not after it or too far."""
-    distance = torch.arange(queries, device=device)[:, None] + offset - torch.arange(keys, device=device)[None, :]
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _unsupported(backend: str, what: str) -> UsageError:
-    return UsageError(
-        f"model.attention={backend} does not support {what}, which this model uses\n"
-        "  take model.attention=auto or model.attention=reference"
-    )

@@ -1,4 +1,4 @@
-"""Which attention backend a run takes, and why."""
+"""The choice of an attention backend for a run, with its reason."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 
+BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend for backend in (FlashAttnBackend, TorchFlashBackend, CpuBackend, ReferenceBackend)
+}
+"""All backends by name, the fastest first."""
+
 LARGEST_FLASH_HEAD_DIM = 256
-"""Of FlashAttention-2's kernels, those inside torch included."""
+"""Limit of FlashAttention-2's kernels, including those inside torch."""
 
 
 @dataclass(frozen=True)
 class BackendChoice:
+    """A backend that can run the model."""
+
     backend: Backend
     reason: str
     """One sentence for the user."""
 
 
 def choose_backend(requested: Attention, hf_config: Any, device: torch.device, dtype: torch.dtype) -> BackendChoice:
-    """The fastest backend that supports the model on the device, or the one that was asked for.
+    """Return the fastest backend that supports the model on the device, or the requested one.
 
     Raises:
-        UsageError: the one asked for cannot run here, or not this model.
+        UsageError: the requested one cannot run here, or cannot run this model.
     """
     objections = {name: _objection(name, hf_config.get_text_config(), device, dtype) for name in BACKENDS}
     if requested is not Attention.auto:
@@ -45,34 +52,29 @@ def choose_backend(requested: Attention, hf_config: Any, device: torch.device, d
 
 
 def _objection(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run this model here; None if it can."""
+    """Return why this backend cannot run this model here, or None if it can."""
     if name == "reference":
         return None
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
     value_dim = getattr(config, "v_head_dim", None)
     if value_dim is not None and value_dim != getattr(config, "qk_head_dim", value_dim):
-        return "it has no values of another head_dim than keys"
+        return "it needs values of the same head_dim as keys"
     if name == "cpu":
         if device.type != "cpu":
             return "it runs on the CPU only"
-        return "it has no soft-capped scores" if softcap else None
+        return "it does not support soft-capped scores" if softcap else None
     if device.type != "cuda":
         return "it needs a CUDA GPU"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim > LARGEST_FLASH_HEAD_DIM or head_dim % 8:
-        return f"it has head_dim up to {LARGEST_FLASH_HEAD_DIM} in steps of 8, and the model's is {head_dim}"
+        return f"it supports head_dim up to {LARGEST_FLASH_HEAD_DIM} in steps of 8, and the model's is {head_dim}"
     if name == "torch_flash":
         if softcap:
-            return "it has no soft-capped scores"
+            return "it does not support soft-capped scores"
         if dtype is torch.float32:
             windowed = getattr(config, "sliding_window", None) is not None
-            return "it has no sliding window in float32" if windowed else None
-        return None if dtype in (torch.bfloat16, torch.float16) else f"it has no {dtype}"
+            return "it does not support sliding windows in float32" if windowed else None
+        return None if dtype in (torch.bfloat16, torch.float16) else f"it does not support {dtype}"
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed (pip install 'chunkflow-cli[flash]')"
-    return None if dtype in (torch.bfloat16, torch.float16) else f"it has no {dtype}"
-
-
-BACKENDS: dict[str, type[Backend]] = {
-    backend.name: backend for backend in (FlashAttnBackend, TorchFlashBackend, CpuBackend, ReferenceBackend)
-}
+    return None if dtype in (torch.bfloat16, torch.float16) else f"it does not support {dtype}"

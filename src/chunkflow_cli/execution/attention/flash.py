@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,76 +12,71 @@ from torch import Tensor
 from chunkflow_cli.execution.attention.backend import (
     AttentionRule,
     Backend,
+    Gradients,
+    Output,
     Packing,
-    _unsupported,
+    Saved,
+    Sight,
     repeat_heads,
     sum_heads,
 )
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The arguments of a variable-length kernel that say which keys each query sees."""
+
+    queries: Packing
+    keys: Packing
+    is_causal: bool
+    window_left: int
+    """How far to the left a query sees; -1 is without limit."""
+    rule: AttentionRule
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, sight: Sight) -> _Kernel:
+        """Translate `sight` for queries and keys (1, heads, tokens, head_dim).
+
+        The kernels align the last query with the last key. In attention to the past, the last key is right before the
+        *first* query, so the last query is `queries` positions further right than the kernel believes.
+        """
+        rule, count = sight.rule, queries.shape[2]
+        if sight.packing is not None:
+            return cls(sight.packing, sight.packing, True, -1 if rule.window is None else rule.window - 1, rule)
+        window_left = -1 if rule.window is None else rule.window - 1 - count
+        assert rule.window is None or window_left >= 0, "the caller drops queries from which the window hides the past"
+        of_queries, of_keys = Packing((0, count), queries.device), Packing((0, keys.shape[2]), keys.device)
+        return cls(of_queries, of_keys, False, window_left, rule)
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """Segment boundaries and longest segments, in the order in which all kernels take them."""
+        return self.queries.cumulative, self.keys.cumulative, self.queries.longest, self.keys.longest
+
+    @property
+    def window(self) -> dict[str, int]:
+        return {"window_size_left": self.window_left, "window_size_right": 0 if self.is_causal else -1}
 
 
 class _VariableLengthBackend(Backend):
     """Flash kernels that take a whole packed chunk in one call, as (tokens, heads, head_dim) and segment boundaries."""
 
     @abstractmethod
-    def _forward(
-        self, queries: Tensor, keys: Tensor, values: Tensor, query_packing: Packing, key_packing: Packing,
-        causal: bool, window_left: int, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output: ...
 
     @abstractmethod
-    def _backward(
-        self, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum_exp: Tensor,
-        query_packing: Packing, key_packing: Packing, causal: bool, window_left: int, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+    def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients: ...
 
-    def own_forward(
-        self, queries: Tensor, keys: Tensor, values: Tensor, packing: Packing, rule: AttentionRule
-    ) -> tuple[Tensor, Tensor]:
-        out, log_sum_exp = self._forward(
-            _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
-            packing, packing, True, _window_left(rule, None), rule,
-        )  # fmt: skip
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
+        kernel = _Kernel.of(queries, keys, sight)
+        out, log_sum_exp = self._forward(_tokens_first(queries), _tokens_first(keys), _tokens_first(values), kernel)
         return _heads_first(out), log_sum_exp.unsqueeze(0)
 
-    def own_backward(
-        self,
-        grad_out: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        log_sum_exp: Tensor,
-        packing: Packing,
-        rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = self._backward(
-            _tokens_first(grad_out), _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
-            _tokens_first(out), log_sum_exp[0].contiguous(), packing, packing, True, _window_left(rule, None), rule,
-        )  # fmt: skip
-        return _heads_first(grads[0]), _heads_first(grads[1]), _heads_first(grads[2])
-
-    def past_forward(self, queries: Tensor, keys: Tensor, values: Tensor, rule: AttentionRule) -> tuple[Tensor, Tensor]:
-        out, log_sum_exp = self._forward(
-            _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
-            _one_segment(queries), _one_segment(keys), False, _window_left(rule, queries), rule,
-        )  # fmt: skip
-        return _heads_first(out), log_sum_exp.unsqueeze(0)
-
-    def past_backward(
-        self,
-        grad_out: Tensor,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        out: Tensor,
-        log_sum_exp: Tensor,
-        rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = self._backward(
-            _tokens_first(grad_out), _tokens_first(queries), _tokens_first(keys), _tokens_first(values),
-            _tokens_first(out), log_sum_exp[0].contiguous(), _one_segment(queries), _one_segment(keys),
-            False, _window_left(rule, queries), rule,
-        )  # fmt: skip
+    def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
+        kernel = _Kernel.of(saved.queries, saved.keys, sight)
+        queries, keys, values, out = map(_tokens_first, (saved.queries, saved.keys, saved.values, saved.out))
+        flat = Saved(queries, keys, values, out, saved.log_sum_exp[0].contiguous())
+        grads = self._backward(_tokens_first(grad_out), flat, kernel)
         return _heads_first(grads[0]), _heads_first(grads[1]), _heads_first(grads[2])
 
 
@@ -89,88 +85,38 @@ class TorchFlashBackend(_VariableLengthBackend):
 
     name = "torch_flash"
 
-    def _forward(
-        self, queries: Tensor, keys: Tensor, values: Tensor, query_packing: Packing, key_packing: Packing,
-        causal: bool, window_left: int, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        self._refuse(values, queries, rule)
+    def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
+        if kernel.rule.softcap is not None:
+            raise self.unsupported("soft-capped attention scores")
+        if values.shape[-1] != queries.shape[-1]:
+            raise self.unsupported("values of another head_dim than keys")
         if queries.dtype is torch.float32:
-            return _EfficientKernel.forward(queries, keys, values, query_packing, key_packing, causal, rule)
+            if kernel.rule.window is not None:
+                raise self.unsupported("sliding windows in float32")
+            return _efficient_forward(queries, keys, values, kernel)
         out, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
-            queries, keys, values, query_packing.cumulative, key_packing.cumulative,
-            query_packing.longest, key_packing.longest, 0.0, causal, False,
-            scale=rule.scale, window_size_left=window_left, window_size_right=0 if causal else -1,
-        )  # fmt: skip
+            queries,
+            keys,
+            values,
+            *kernel.bounds,
+            0.0,
+            kernel.is_causal,
+            False,
+            scale=kernel.rule.scale,
+            **kernel.window,
+        )
         return out, log_sum_exp
 
-    def _backward(
-        self, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum_exp: Tensor,
-        query_packing: Packing, key_packing: Packing, causal: bool, window_left: int, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if queries.dtype is torch.float32:
-            return _EfficientKernel.backward(
-                grad_out, queries, keys, values, out, log_sum_exp, query_packing, key_packing, causal, rule
-            )
-        no_random_state = torch.zeros(2, dtype=torch.uint64, device=queries.device)  # read only under dropout
-        unused = torch.empty(0, dtype=torch.uint64, device=queries.device)
+    def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
+        if saved.queries.dtype is torch.float32:
+            return _efficient_backward(grad_out, saved, kernel)
+        no_random_state = torch.zeros(2, dtype=torch.uint64, device=grad_out.device)  # read only under dropout
+        unused = torch.empty(0, dtype=torch.uint64, device=grad_out.device)
         grad_queries, grad_keys, grad_values = torch.ops.aten._flash_attention_backward(
-            grad_out, queries, keys, values, out, log_sum_exp, query_packing.cumulative, key_packing.cumulative,
-            query_packing.longest, key_packing.longest, 0.0, causal, no_random_state, unused,
-            scale=rule.scale, window_size_left=window_left, window_size_right=0 if causal else -1,
+            grad_out, saved.queries, saved.keys, saved.values, saved.out, saved.log_sum_exp, *kernel.bounds,
+            0.0, kernel.is_causal, no_random_state, unused, scale=kernel.rule.scale, **kernel.window,
         )  # fmt: skip
         return grad_queries, grad_keys, grad_values
-
-    def _refuse(self, values: Tensor, queries: Tensor, rule: AttentionRule) -> None:
-        if rule.softcap is not None:
-            raise _unsupported(self.name, "soft-capped attention scores")
-        if values.shape[-1] != queries.shape[-1]:
-            raise _unsupported(self.name, "values of another head_dim than keys")
-        if queries.dtype is torch.float32 and rule.window is not None:
-            raise _unsupported(self.name, "sliding windows in float32")
-
-
-class _EfficientKernel:
-    """torch's memory-efficient attention, one call a segment: the only fused kernel for float32 on CUDA."""
-
-    ALIGNMENT = 32  # the kernel pads the rows of its log-sum-exp to a multiple of this
-
-    @classmethod
-    def forward(
-        cls, queries: Tensor, keys: Tensor, values: Tensor, query_packing: Packing, key_packing: Packing,
-        causal: bool, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        group = queries.shape[1] // keys.shape[1]
-        outs, log_sum_exps = [], []
-        for rows, columns in zip(query_packing.spans, key_packing.spans, strict=True):
-            out, log_sum_exp, *_ = torch.ops.aten._efficient_attention_forward(
-                queries[None, rows],
-                repeat_heads(keys[columns], group)[None],
-                repeat_heads(values[columns], group)[None],
-                None, None, None, None, None, 0.0, int(causal), True, scale=rule.scale,
-            )  # fmt: skip
-            outs.append(out[0])
-            log_sum_exps.append(log_sum_exp[0, :, : rows.stop - rows.start])
-        return torch.cat(outs), torch.cat(log_sum_exps, dim=1)
-
-    @classmethod
-    def backward(
-        cls, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum_exp: Tensor,
-        query_packing: Packing, key_packing: Packing, causal: bool, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        group = queries.shape[1] // keys.shape[1]
-        no_random_state = torch.zeros((), dtype=torch.int64, device=queries.device)  # read only under dropout
-        parts = []
-        for rows, columns in zip(query_packing.spans, key_packing.spans, strict=True):
-            count = rows.stop - rows.start
-            padded = torch.nn.functional.pad(log_sum_exp[None, :, rows], (0, -count % cls.ALIGNMENT), value=math.inf)
-            grad_queries, grad_keys, grad_values, _ = torch.ops.aten._efficient_attention_backward(
-                grad_out[None, rows], queries[None, rows],
-                repeat_heads(keys[columns], group)[None], repeat_heads(values[columns], group)[None], None,
-                out[None, rows], None, None, count, columns.stop - columns.start, padded, 0.0,
-                no_random_state, no_random_state, int(causal), False, scale=rule.scale,
-            )  # fmt: skip
-            parts.append((grad_queries[0], sum_heads(grad_keys[0], group), sum_heads(grad_values[0], group)))
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 class FlashAttnBackend(_VariableLengthBackend):
@@ -178,62 +124,74 @@ class FlashAttnBackend(_VariableLengthBackend):
 
     name = "flash_attn"
 
-    def _forward(
-        self, queries: Tensor, keys: Tensor, values: Tensor, query_packing: Packing, key_packing: Packing,
-        causal: bool, window_left: int, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
         if values.shape[-1] != queries.shape[-1]:
-            raise _unsupported(self.name, "values of another head_dim than keys")
+            raise self.unsupported("values of another head_dim than keys")
         out, log_sum_exp, *_ = _flash_attn_varlen_forward(
-            queries, keys, values, query_packing.cumulative, key_packing.cumulative,
-            query_packing.longest, key_packing.longest, dropout_p=0.0, softmax_scale=rule.scale, causal=causal,
-            window_size_left=window_left, window_size_right=0 if causal else -1, softcap=rule.softcap or 0.0,
+            queries, keys, values, *kernel.bounds, dropout_p=0.0, softmax_scale=kernel.rule.scale,
+            causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0, **kernel.window,
         )  # fmt: skip
         return out, log_sum_exp
 
-    def _backward(
-        self, grad_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, log_sum_exp: Tensor,
-        query_packing: Packing, key_packing: Packing, causal: bool, window_left: int, rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        grads = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
+        grads = torch.empty_like(saved.queries), torch.empty_like(saved.keys), torch.empty_like(saved.values)
         _flash_attn_varlen_backward(
-            grad_out, queries, keys, values, out, log_sum_exp, *grads, query_packing.cumulative, key_packing.cumulative,
-            query_packing.longest, key_packing.longest, dropout_p=0.0, softmax_scale=rule.scale, causal=causal,
-            window_size_left=window_left, window_size_right=0 if causal else -1, softcap=rule.softcap or 0.0,
-            alibi_slopes=None, deterministic=False,
+            grad_out, saved.queries, saved.keys, saved.values, saved.out, saved.log_sum_exp, *grads, *kernel.bounds,
+            dropout_p=0.0, softmax_scale=kernel.rule.scale, causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0,
+            alibi_slopes=None, deterministic=False, **kernel.window,
         )  # fmt: skip
         return grads
 
 
-def _window_left(rule: AttentionRule, past_queries: Tensor | None) -> int:
-    """How far to the left the flash kernels let a query see; -1 is without limit.
+# torch's memory-efficient attention, one call per segment: the only fused kernel for float32 on CUDA.
 
-    They align the last query with the last key. In a past call the last key lies right before the *first* query, so
-    the last query stands `queries` positions further right than the kernel believes.
-    """
-    if rule.window is None:
-        return -1
-    if past_queries is None:
-        return rule.window - 1
-    left = rule.window - 1 - past_queries.shape[2]
-    assert left >= 0, "queries that the window cuts off from all of the past were not left out"
-    return left
+LOG_SUM_EXP_ALIGNMENT = 32
+"""The kernel pads the rows of its log-sum-exp to a multiple of this."""
 
 
-def _one_segment(tensor: Tensor) -> Packing:
-    return Packing((0, tensor.shape[2]), tensor.device)
+def _efficient_forward(queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
+    group = queries.shape[1] // keys.shape[1]
+    outs, log_sum_exps = [], []
+    for rows, columns in zip(kernel.queries.spans, kernel.keys.spans, strict=True):
+        out, log_sum_exp, *_ = torch.ops.aten._efficient_attention_forward(
+            queries[None, rows],
+            repeat_heads(keys[columns], group)[None],
+            repeat_heads(values[columns], group)[None],
+            None, None, None, None, None, 0.0, int(kernel.is_causal), True, scale=kernel.rule.scale,
+        )  # fmt: skip
+        outs.append(out[0])
+        log_sum_exps.append(log_sum_exp[0, :, : rows.stop - rows.start])
+    return torch.cat(outs), torch.cat(log_sum_exps, dim=1)
+
+
+def _efficient_backward(grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
+    group = saved.queries.shape[1] // saved.keys.shape[1]
+    no_random_state = torch.zeros((), dtype=torch.int64, device=grad_out.device)  # read only under dropout
+    parts = []
+    for rows, columns in zip(kernel.queries.spans, kernel.keys.spans, strict=True):
+        count = rows.stop - rows.start
+        padding = (0, -count % LOG_SUM_EXP_ALIGNMENT)
+        padded = torch.nn.functional.pad(saved.log_sum_exp[None, :, rows], padding, value=math.inf)
+        grad_queries, grad_keys, grad_values, _ = torch.ops.aten._efficient_attention_backward(
+            grad_out[None, rows], saved.queries[None, rows],
+            repeat_heads(saved.keys[columns], group)[None], repeat_heads(saved.values[columns], group)[None], None,
+            saved.out[None, rows], None, None, count, columns.stop - columns.start, padded, 0.0,
+            no_random_state, no_random_state, int(kernel.is_causal), False, scale=kernel.rule.scale,
+        )  # fmt: skip
+        parts.append((grad_queries[0], sum_heads(grad_keys[0], group), sum_heads(grad_values[0], group)))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:
-    """(1, heads, tokens, head_dim) -> (tokens, heads, head_dim); the kernels want head_dim contiguous."""
+    """Turn (1, heads, tokens, head_dim) into (tokens, heads, head_dim); the kernels want head_dim contiguous."""
     flat = tensor[0].transpose(0, 1)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def _heads_first(tensor: Tensor) -> Tensor:
-    """(tokens, heads, head_dim) -> (1, heads, tokens, head_dim)"""
+    """Turn (tokens, heads, head_dim) into (1, heads, tokens, head_dim)."""
     return tensor.transpose(0, 1).unsqueeze(0)

@@ -1,10 +1,10 @@
-"""Exact attention of a chunk: the one thing that chunking changes inside a model.
+"""Exact attention of a chunk: the only part of a model that chunking changes.
 
-`ChunkAttention` is registered with transformers under the name "chunkflow", so any model that takes its attention from
-`AttentionInterface` runs in chunks unchanged. What a chunk is travels as the keyword argument `chunk` of the model's
-forward, which Hugging Face passes down to every attention call.
+`attend` is registered with transformers under the name "chunkflow", so any model that takes its attention from
+`AttentionInterface` runs in chunks unchanged. The description of the chunk is passed as the keyword argument `chunk` of
+the model's forward, which Hugging Face hands down to every attention call.
 
-With `lse` the log-sum-exp of a row's scores, attention to own tokens and to the past merge exactly:
+Let `lse` be the log-sum-exp of a row's scores. Attention to own tokens and to the past then merge exactly:
 
     lse = logaddexp(lse_own, lse_past)
     out = out_own * exp(lse_own - lse) + out_past * exp(lse_past - lse)
@@ -23,9 +23,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing
+from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing, Saved, Sight
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.state import SequenceState, StatePiece
 
 NAME = "chunkflow"
 """The attention implementation that models are loaded with."""
@@ -33,24 +33,20 @@ NAME = "chunkflow"
 
 @dataclass(frozen=True)
 class ChunkAttentionContext:
-    """What the attention of one chunk needs to know."""
+    """The description of one chunk that its attention needs."""
 
     packing: Packing
     backend: Backend
-    state: SequenceState | None = None
-    """Of the long sequence whose piece is the first segment; None in a standalone chunk."""
-    past: int = 0
-    """Tokens of that sequence in earlier chunks."""
-    continues: bool = False
-    """Whether later chunks will read the keys and values of that piece."""
+    piece: StatePiece | None = None
+    """The piece of a long sequence that is the first segment; None in a standalone chunk."""
     last_layer_of_state_pass: int | None = None
-    """In a state pass, the layer after whose keys and values nothing is wanted any more."""
+    """In a state pass, the last layer whose keys and values are stored: its attention is not computed."""
     sequence_group: SequenceGroup | None = None
-    """Whose ranks share the chunk's tokens; `packing`, `past` and the state are those of all tokens all the same."""
+    """The group whose ranks share the chunk's tokens. `packing` and `piece` still describe all tokens."""
 
     @property
     def dependent_tokens(self) -> int:
-        """Tokens of the piece of the long sequence."""
+        """Number of tokens in the piece of the long sequence."""
         return self.packing.boundaries[1]
 
 
@@ -68,7 +64,11 @@ def attend(
     chunk: ChunkAttentionContext | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; returns (1, tokens, heads, head_dim)."""
+    """Compute attention as transformers asks for it; return (1, tokens, heads, head_dim).
+
+    Raises:
+        UsageError: the model does something that chunks cannot reproduce.
+    """
     if chunk is None:
         raise UsageError(
             f"{type(module).__name__} does not pass keyword arguments to its attention: it cannot be trained in chunks"
@@ -87,7 +87,9 @@ def attend(
     rule = AttentionRule(scale, sliding_window, softcap)
     layer = getattr(module, "layer_idx", None)
     if layer is None:
-        raise UsageError(f"{type(module).__name__} does not know its layer, so its state cannot be kept apart")
+        raise UsageError(
+            f"{type(module).__name__} does not know its layer, so the state of its layers cannot be kept apart"
+        )
     if group is None:
         out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer, rule)
         return out.transpose(1, 2), None
@@ -98,18 +100,21 @@ def attend(
 
 
 def register() -> None:
-    """Make "chunkflow" an attention implementation that transformers knows."""
+    """Register "chunkflow" with transformers as an attention implementation."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The attention function knows the segments; a mask tensor would be quadratic and is never made."""
+    """Return no mask: the attention function knows the segments, and a mask tensor would be quadratic."""
     return
 
 
 class ChunkAttention(torch.autograd.Function):
-    """Attention of one chunk in one layer: own tokens, merged with the past; backward, gradient goes by the store."""
+    """Attention of one chunk in one layer: to own tokens, merged with the past.
+
+    In backward, gradient reaches keys and values of earlier chunks through the state store.
+    """
 
     @staticmethod
     def forward(
@@ -122,19 +127,17 @@ class ChunkAttention(torch.autograd.Function):
         layer: int,
         rule: AttentionRule,
     ) -> Tensor:
-        if chunk.state is not None and chunk.continues:
-            piece = slice(0, chunk.dependent_tokens)
-            chunk.state.write(
-                layer, chunk.past, {"keys": _flat(keys[:, :, piece]), "values": _flat(values[:, :, piece])}
-            )
+        piece = chunk.piece
+        if piece is not None and piece.continues:
+            own = slice(0, chunk.dependent_tokens)
+            piece.state.write(layer, piece.past, {"keys": _flat(keys[:, :, own]), "values": _flat(values[:, :, own])})
         if chunk.last_layer_of_state_pass == layer:
             return queries.new_zeros(*queries.shape[:3], values.shape[3])
-        out, log_sum_exp = chunk.backend.own_forward(queries, keys, values, chunk.packing, rule)
+        out, log_sum_exp = chunk.backend.forward(queries, keys, values, Sight(rule, chunk.packing))
         seen = _PastInSight.of(chunk, rule)
         if seen is not None:
             rows = slice(0, seen.queries)
-            past_keys, past_values = seen.read(layer)
-            past_out, past_lse = chunk.backend.past_forward(queries[:, :, rows], past_keys, past_values, rule)
+            past_out, past_lse = chunk.backend.forward(queries[:, :, rows], *seen.read(layer), Sight(rule))
             merged_out, merged_lse = _merge(out[:, :, rows], log_sum_exp[:, :, rows], past_out, past_lse)
             # New tensors: under selective checkpointing the kernel's own outputs are kept and must not change.
             out = _with_first_rows(out, merged_out)
@@ -150,45 +153,45 @@ class ChunkAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        queries, keys, values, out, log_sum_exp, sinks = ctx.saved_tensors
+        *tensors, sinks = ctx.saved_tensors
+        saved = Saved(*tensors)
         chunk, layer, rule = ctx.chunk, ctx.layer, ctx.rule
-        grad_queries, grad_keys, grad_values = chunk.backend.own_backward(
-            grad_out, queries, keys, values, out, log_sum_exp, chunk.packing, rule
-        )
+        grad_queries, grad_keys, grad_values = chunk.backend.backward(grad_out, saved, Sight(rule, chunk.packing))
         seen = _PastInSight.of(chunk, rule)
         if seen is not None:
             rows = slice(0, seen.queries)
-            past_keys, past_values = seen.read(layer)
-            from_past = chunk.backend.past_backward(
-                grad_out[:, :, rows], queries[:, :, rows], past_keys, past_values,
-                out[:, :, rows], log_sum_exp[:, :, rows], rule,
-            )  # fmt: skip
+            of_past = Saved(
+                saved.queries[:, :, rows], *seen.read(layer), saved.out[:, :, rows], saved.log_sum_exp[:, :, rows]
+            )
+            from_past = chunk.backend.backward(grad_out[:, :, rows], of_past, Sight(rule))
             grad_queries[:, :, rows] += from_past[0]
-            chunk.state.add_gradient(layer, "keys", seen.start, _flat(from_past[1]))
-            chunk.state.add_gradient(layer, "values", seen.start, _flat(from_past[2]))
-        if chunk.state is not None:
-            if chunk.continues:
-                piece = slice(0, chunk.dependent_tokens)
-                stop = chunk.past + chunk.dependent_tokens
+            seen.state.add_gradient(layer, "keys", seen.start, _flat(from_past[1]))
+            seen.state.add_gradient(layer, "values", seen.start, _flat(from_past[2]))
+        piece = chunk.piece
+        if piece is not None:
+            if piece.continues:
+                own = slice(0, chunk.dependent_tokens)
+                stop = piece.past + chunk.dependent_tokens
                 for name, gradient in (("keys", grad_keys), ("values", grad_values)):
-                    from_later = chunk.state.gradient(layer, name, chunk.past, stop)
+                    from_later = piece.state.gradient(layer, name, piece.past, stop)
                     if from_later is not None:
-                        gradient[:, :, piece] += from_later.transpose(0, 1).unsqueeze(0)
-            chunk.state.release(layer, chunk.past)
+                        gradient[:, :, own] += from_later.transpose(0, 1).unsqueeze(0)
+            piece.state.release(layer, piece.past)
         grad_sinks = None
         if sinks is not None:
-            lost = torch.exp(sinks.to(log_sum_exp.dtype).view(1, -1, 1) - log_sum_exp)  # weight that went to the sink
-            delta = (grad_out.to(log_sum_exp.dtype) * out.to(log_sum_exp.dtype)).sum(-1)
+            dtype = saved.log_sum_exp.dtype
+            lost = torch.exp(sinks.to(dtype).view(1, -1, 1) - saved.log_sum_exp)  # weight that went to the sink
+            delta = (grad_out.to(dtype) * saved.out.to(dtype)).sum(-1)
             grad_sinks = -(lost * delta).sum((0, 2)).to(sinks.dtype)
         return (
-            grad_queries.to(queries.dtype), grad_keys.to(keys.dtype), grad_values.to(values.dtype), grad_sinks,
-            None, None, None,
+            grad_queries.to(saved.queries.dtype), grad_keys.to(saved.keys.dtype), grad_values.to(saved.values.dtype),
+            grad_sinks, None, None, None,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _PastInSight:
-    """The part of the past that some query sees, and the queries that see any of it."""
+    """The part of the past that at least one query sees, and the number of queries that see any of it."""
 
     state: SequenceState
     queries: int
@@ -197,20 +200,22 @@ class _PastInSight:
 
     @classmethod
     def of(cls, chunk: ChunkAttentionContext, rule: AttentionRule) -> _PastInSight | None:
-        if chunk.state is None or chunk.past == 0 or rule.window == 1:
+        """Return None if no query sees any of the past."""
+        piece, tokens = chunk.piece, chunk.dependent_tokens
+        if piece is None or piece.past == 0 or rule.window == 1:
             return None
-        reach = chunk.past + chunk.dependent_tokens if rule.window is None else rule.window - 1
-        return cls(chunk.state, min(chunk.dependent_tokens, reach), max(0, chunk.past - reach), chunk.past)
+        reach = piece.past + tokens if rule.window is None else rule.window - 1
+        return cls(piece.state, min(tokens, reach), max(0, piece.past - reach), piece.past)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, each (1, kv_heads, tokens, head_dim)."""
+        """Return keys and values, each (1, kv_heads, tokens, head_dim)."""
         keys = self.state.read(layer, "keys", self.start, self.stop)
         values = self.state.read(layer, "values", self.start, self.stop)
         return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
 
 
 def _merge(own_out: Tensor, own_lse: Tensor, past_out: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to both sets of keys, from attention to each; rounded once."""
+    """Return attention to both sets of keys, from attention to each; rounded once."""
     merged = torch.logaddexp(own_lse, past_lse)
     own_part = own_out * torch.exp(own_lse - merged).unsqueeze(-1)
     past_part = past_out * torch.exp(past_lse - merged).unsqueeze(-1)
@@ -218,11 +223,11 @@ def _merge(own_out: Tensor, own_lse: Tensor, past_out: Tensor, past_lse: Tensor)
 
 
 def _with_first_rows(rows: Tensor, first: Tensor) -> Tensor:
-    """`rows` (1, heads, tokens, ...) with its first ones exchanged, as a new tensor."""
+    """Return a new tensor of `rows`, (1, heads, tokens, ...), with its first ones replaced."""
     count = first.shape[2]
     return first if count == rows.shape[2] else torch.cat([first, rows[:, :, count:]], dim=2)
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """(1, heads, tokens, head_dim) -> (tokens, heads, head_dim), the layout of the store."""
+    """Turn (1, heads, tokens, head_dim) into (tokens, heads, head_dim), the layout of the store."""
     return tensor[0].transpose(0, 1)

@@ -1,0 +1,151 @@
+"""One optimizer step of a rank: its sequences, its state, the model calls of its chunks, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from chunkflow_cli.data.sample import TokenizedSample
+from chunkflow_cli.execution.batch import ChunkBatch, build_batch, dummy_batch, with_idle_target
+from chunkflow_cli.execution.chunk_model import ChunkCall
+from chunkflow_cli.execution.dropout import RandomReplay
+from chunkflow_cli.execution.loss import SharedHeadGradient
+from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.execution.state import StatePiece, StateStore
+from chunkflow_cli.planning.chunks import Chunks
+from chunkflow_cli.planning.schedule import DUMMY
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The sequences of one optimizer step and how they are cut."""
+
+    chunks: Chunks
+    sequences: Sequence[TokenizedSample]
+    weights: NDArray[np.float64]
+    """(sequences,): what each target of a sequence counts in the loss."""
+    spread: range | None = None
+    """Chunks that the ranks of the sequence-parallel group share. None: all of them, if there is a group."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the operations of one step computed."""
+
+    loss: float
+    """Weighted sum over all targets of the step. If chunks are spread over a group: over this rank's share of them."""
+    target_tokens: int
+    """Targets that went through the loss and backward, counted from the tensors that did."""
+    peak_state_bytes: int
+    """Most bytes that this rank's state store held."""
+    not_finite: tuple[int, ...]
+    """Chunks whose loss is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class RunnerSettings:
+    """How a runner works, the same in every step."""
+
+    device: torch.device
+    """Device of the model and its batches."""
+    weight_dtype: torch.dtype = torch.float32
+    """Data type of target weights: float32, or float64 for a float64 model."""
+    replay_random: bool = False
+    """Give each recompute the random numbers of its state pass; a model with dropout needs that."""
+    lockstep: bool = False
+    """Let every forward touch the same weights, whichever chunk it runs, because other ranks run theirs at the same
+    time."""
+    sequence_group: SequenceGroup | None = None
+    """The group over which chunks may be spread. All of its ranks run the same operations on such chunks; the losses
+    and target counts of each rank are its shares."""
+    stop_requested: Callable[[], bool] = lambda: False
+    """Asked before every operation."""
+    announce: Callable[[str], None] = lambda doing: None
+    """Called with every operation before it begins, and before it waits for a message."""
+
+
+class StepContext:
+    """What the operations of one step share, whichever runner runs them."""
+
+    def __init__(self, settings: RunnerSettings, batch: StepBatch) -> None:
+        self.settings = settings
+        self.batch = batch
+        self.store = StateStore()
+        self.random = RandomReplay(settings.device)
+        self.target_tokens: dict[int, int] = {}
+        """Chunk -> its targets on this rank, once it was called."""
+        self._peak_state_bytes = 0
+        self._first_of = {index: group.start for group in batch.chunks.dependent_groups() for index in group}
+
+    def sequence_group(self, index: int) -> SequenceGroup | None:
+        """Return the group over which a chunk is spread, or None if this rank has all of its tokens."""
+        spread = self.batch.spread
+        return self.settings.sequence_group if spread is None or index in spread else None
+
+    def first_of_sequence(self, index: int) -> int | None:
+        """Return the first chunk of the long sequence that a chunk is a piece of; None for a standalone chunk."""
+        return self._first_of.get(index)
+
+    def call(self, index: int, head_gradient: SharedHeadGradient | None = None) -> ChunkCall:
+        """Return the model call of a chunk, with the state of the long sequence that it holds a piece of.
+
+        Args:
+            index: a chunk of the batch, or DUMMY for one token of zero loss.
+            head_gradient: shared with the other chunks that hold activations at the same time.
+        """
+        device, dtype = self.settings.device, self.settings.weight_dtype
+        if index == DUMMY:
+            return ChunkCall(self._in_lockstep(dummy_batch(device, dtype)), None, head_gradient)
+        chunk, group = self.batch.chunks[index], self.sequence_group(index)
+        tensors = build_batch(chunk, self.batch.sequences, self.batch.weights, device, dtype, group)
+        self.target_tokens[index] = tensors.target_tokens
+        piece = None
+        if chunk.is_dependent:
+            first = chunk.segments[0]
+            state = self.store.open(first.sequence, self.batch.chunks.stored_tokens(first.sequence))
+            piece = StatePiece(state, first.start, first.continues)
+        return ChunkCall(self._in_lockstep(tensors), piece, head_gradient, group)
+
+    def _in_lockstep(self, tensors: ChunkBatch) -> ChunkBatch:
+        return with_idle_target(tensors) if self.settings.lockstep else tensors
+
+    def measure_state(self) -> None:
+        """Count the present size of the state store towards the peak of the step."""
+        self._peak_state_bytes = max(self._peak_state_bytes, self.store.nbytes)
+
+    def gone_backward(self, indices: Iterable[int]) -> None:
+        """Close the state of each sequence whose first chunk is among those that have just gone backward."""
+        self.measure_state()
+        for index in indices:
+            if index == self._first_of.get(index):
+                self._close(index)
+
+    def evaluated(self, index: int) -> None:
+        """Close the state of a sequence whose last chunk was evaluated: no later chunk reads it."""
+        if index in self._first_of and not self.batch.chunks[index].segments[0].continues:
+            self._close(index)
+
+    def _close(self, index: int) -> None:
+        sequence = self.batch.chunks[index].long_sequence
+        assert sequence is not None
+        self.store.close(sequence)
+
+    def result(self, losses: Sequence[tuple[Sequence[int], float]], target_tokens: int) -> StepResult:
+        """Return the result of a step that is complete.
+
+        Args:
+            losses: the loss of each engine call, with the chunks that share it.
+            target_tokens: the targets of the step.
+        """
+        assert not len(self.store), "the schedule left state behind"
+        bad = {index for indices, loss in losses if not np.isfinite(loss) for index in indices if index != DUMMY}
+        return StepResult(
+            loss=float(sum(loss for _, loss in losses)),
+            target_tokens=target_tokens,
+            peak_state_bytes=self._peak_state_bytes,
+            not_finite=tuple(sorted(bad)),
+        )
