@@ -28,6 +28,8 @@ def validate_step(step: StepPlan, plan: RunPlan) -> None:
     Raises:
         ValueError: a rule is broken; names the rank, the operation where there is one, and the rule.
     """
+    if plan.sequence > 1:
+        validate_groups(step.ranks)
     _validate_samples(step)
     for index, rank in enumerate(step.ranks):
         try:
@@ -35,8 +37,6 @@ def validate_step(step: StepPlan, plan: RunPlan) -> None:
             _validate_schedules(rank, plan)
         except ValueError as error:
             raise ValueError(f"rank {index}: {error}") from error
-    if plan.sequence > 1:
-        validate_groups(step.ranks)
     if plan.is_in_lockstep:
         validate_lockstep([rank.schedule for rank in step.ranks])
 
@@ -66,7 +66,7 @@ def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
     tokens = chunk_tokens(chunks)
     if (tokens > rank.room).any():
         full = int(np.argmax(tokens > rank.room))
-        raise ValueError(f"chunk {full} holds {tokens[full]} tokens and has room for {rank.room[full]}")
+        raise ValueError(f"chunk {full} holds {tokens[full]:.0f} tokens and has room for {rank.room[full]}")
 
 
 def _validate_schedules(rank: RankPlan, plan: RunPlan) -> None:
