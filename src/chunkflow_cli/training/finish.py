@@ -64,7 +64,7 @@ def _save_model(run: Prepared, state: RunState) -> None:
     whole = skeleton(model, run.hf_config) if is_stage and run.processes.is_first else None
     try:
         with working(run.console, "saving the model"):
-            save_final(run.folder.final, run.model, tokenizer, run.engine, skeleton=whole)
+            save_final(run.folder.final, run.parts.model, tokenizer, run.parts.engine, skeleton=whole)
     except Exception:
         path = save_progress(run, state)
         run.console.print(f"The model could not be saved; its weights are in {path}", soft_wrap=True)

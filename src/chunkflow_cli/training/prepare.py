@@ -14,14 +14,13 @@ from rich.console import Console
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import working
 from chunkflow_cli.data.sample import TokenizedSample
-from chunkflow_cli.engine import Engine, PipelineEngine, Processes, join_processes
+from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import BackendChoice, choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import guard
 from chunkflow_cli.execution.runner import Runner, StepBatch, call_of
-from chunkflow_cli.execution.stage_runner import PipelineRunner
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.shape import shape_without_weights
@@ -58,10 +57,8 @@ class Prepared:
     data: RunData
     plan: RunPlan
     shape: ModelShape
-    model: Any
-    """The model with its adapters; with a pipeline, the part that this stage holds."""
-    engine: Engine | PipelineEngine
-    runner: Runner | PipelineRunner
+    parts: Assembly
+    """The model with its engine and its runner."""
     held_out: HeldOut
     learning_rate: Callable[[int], float]
     """The learning rate of each step, counted from 0."""
@@ -137,9 +134,7 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
         data=data,
         plan=plan,
         shape=shape,
-        model=parts.model,
-        engine=parts.engine,
-        runner=parts.runner,
+        parts=parts,
         peak_flops=agreed_peak_flops(processes, device, dtype),
         held_out=HeldOut(
             data.evaluation, parts.model, parts.runner, processes, config.chunk.size, plan.is_in_lockstep,
@@ -212,8 +207,9 @@ def _measure_activations(config: Config, data: RunData, parts: Assembly) -> floa
 
     Under ZeRO-3, weights are whole within the engine's forward only; a pipeline stage holds only some of the layers.
     """
-    if config.engine.zero_stage == 3 or isinstance(parts.runner, PipelineRunner):
+    if config.engine.zero_stage == 3 or config.parallel.pipeline > 1:
         return None
+    assert isinstance(parts.runner, Runner)
     whole = data.train[int(np.argmax(data.train.lengths))]
     probe = [TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])]
     chunks = build_chunks([len(probe[0].input_ids)], PROBE_TOKENS)
@@ -226,7 +222,7 @@ def _resume(run: Prepared, state: RunState) -> None:
     """Load the checkpoint that the run continues from, if there is one."""
     if run.folder.checkpoint is None:
         return
-    resumed = load_checkpoint(run.folder.checkpoint, run.engine, seed=run.config.train.seed)
+    resumed = load_checkpoint(run.folder.checkpoint, run.parts.engine, seed=run.config.train.seed)
     state.progress = resumed.progress
     step = resumed.progress.step
     run.console.print(f"Continuing after step {step} from {run.folder.checkpoint}", soft_wrap=True)

@@ -60,7 +60,7 @@ def run_steps(run: Prepared, state: RunState) -> None:
             if len(run.held_out) and progress.eval_step != steps:  # the run was stopped while it was measured
                 progress.eval_loss_end = run.held_out.loss()
         except Interrupted:
-            run.engine.discard_gradients()
+            run.parts.engine.discard_gradients()
             display.phase("saving a checkpoint")
             path = save_progress(run, state)
             run.console.print(
@@ -93,9 +93,9 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
     step = _planned_step(run, progress.step)
     result = _run_operations(run, step, on_backward)
     lr = run.learning_rate(progress.step)
-    run.engine.set_learning_rate(lr)
+    run.parts.engine.set_learning_rate(lr)
     state.at("optimizer step")
-    norm = run.engine.step()
+    norm = run.parts.engine.step()
     state.random_states = random_states()
     seconds = time.perf_counter() - start
     progress.add(step, result, seconds)
@@ -165,9 +165,9 @@ def _run_schedule(run: Prepared, step: StepPlan, rank: RankPlan, on_backward: Ca
     weights = target_weights(rank, step, run.config.train.loss_weighting)
     sequences = [run.data.train[int(sample)] for sample in rank.samples]
     batch = StepBatch(rank.chunks, sequences, weights, None if run.plan.pipeline is not None else rank.spread)
-    if isinstance(run.runner, PipelineRunner):
-        return run.runner.run(rank.schedules, batch, on_backward, record)
-    return run.runner.run(rank.schedule, batch, on_backward, record)
+    if isinstance(run.parts.runner, PipelineRunner):
+        return run.parts.runner.run(rank.schedules, batch, on_backward, record)
+    return run.parts.runner.run(rank.schedule, batch, on_backward, record)
 
 
 def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResult) -> None:
@@ -210,7 +210,7 @@ def save_progress(run: Prepared, state: RunState) -> Path:
     """
     state.at("saving a checkpoint")
     return save_checkpoint(
-        run.folder.checkpoints, run.engine, state.progress, state.random_states,
+        run.folder.checkpoints, run.parts.engine, state.progress, state.random_states,
         layout=run.layout, keep=run.config.checkpoint.keep,
     )  # fmt: skip
 
