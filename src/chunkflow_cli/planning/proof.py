@@ -72,16 +72,10 @@ def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
 def _validate_schedules(rank: RankPlan, plan: RunPlan) -> None:
     """Prove that the schedules compute the whole gradient of the rank's chunks with at most K of them kept."""
     if plan.pipeline is None:
-        validate(rank.schedule, rank.chunks, _most_kept(rank, plan))
+        validate(rank.schedule, rank.chunks, plan.k)
         return
-    bound = activation_bound(rank.chunks, plan.k, plan.pipeline)
-    validate_pipeline(rank.schedules, rank.chunks, plan.k, parts=plan.pipeline.parts, most_live=bound)
-
-
-def _most_kept(rank: RankPlan, plan: RunPlan) -> NDArray[np.int64]:
-    """(sequences,) how many chunks of each may keep their activations."""
-    lengths = rank.chunks.lengths
-    return np.where(_is_spread(rank), plan.k_of(lengths, spread=True), plan.k_of(lengths))
+    bound = activation_bound(plan.k, plan.pipeline)
+    validate_pipeline(rank.schedules, rank.chunks, plan.k, most_live=bound)
 
 
 def _is_spread(rank: RankPlan) -> NDArray[np.bool_]:
