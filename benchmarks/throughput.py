@@ -403,7 +403,7 @@ def load_flops(load: Load) -> float:
 
 def matrix_rate() -> float:
     """Of a large float32 product, as `chunkflow train` measures what MFU is relative to."""
-    from chunkflow_cli.training.metrics import peak_flops
+    from chunkflow_cli.training.hardware import peak_flops
 
     return peak_flops(torch.device("cpu"), torch.float32)
 

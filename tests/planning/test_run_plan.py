@@ -17,11 +17,11 @@ from chunkflow_cli.planning.chunks import build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, timeline
+from chunkflow_cli.planning.proof import validate_groups
 from chunkflow_cli.planning.run_plan import (
     RankPlan,
     RunPlan,
     StepPlan,
-    validate_groups,
 )
 from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule, validate
 

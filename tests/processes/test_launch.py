@@ -521,7 +521,8 @@ def test_ranks_of_another_launcher_share_the_folder_that_rank_0_locks(tmp_path: 
     data.write_text("".join(json.dumps({"input_ids": [3, 4, 5, number]}) + "\n" for number in range(6, 12)))
     run = tmp_path / "run"
     words = ["data.format=tokens", f"data.path={data}", f"data.cache_dir={tmp_path}", f"train.output_dir={run}"]
-    taken = f"train.output_dir={run}: another process is training there"
+    taken = f"train.output_dir={run}: another process is training in this folder\n"
+    taken += "  wait for it to end, or choose another folder"
     first, second = run_ranks(2, "test_launch:joined", {"words": words})
     assert first == (str(run), None, 2, True, taken)
     assert second == (str(run), None, 2, False, taken)

@@ -1,4 +1,4 @@
-"""Checkpoints: exact on the layout that saved them and on every other, whole or absent whoever dies."""
+"""Checkpoints are exact on every layout, and complete or absent no matter which process dies."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ OPTIMIZERS = {
 }
 LAYOUTS = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
 ROWS = 4
-"""Of a global batch, shared among the ranks."""
+"""Number of rows in a global batch, shared among the ranks."""
 
 
 class Tiny(nn.Module):
-    """A tied head, a frozen parameter, and sizes that two ranks do not divide."""
+    """A model with a tied head, a frozen parameter, and sizes that two ranks cannot divide evenly."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -53,17 +53,17 @@ class Tiny(nn.Module):
 
 
 def engine_of(stage: int, dtype: str, optim: OptimConfig, *, seed: int) -> Engine:
-    """Large matrices are partitioned under ZeRO-3, vectors stay gathered, as in a real model."""
+    """Return an engine that partitions large matrices under ZeRO-3 and keeps vectors whole, as for a real model."""
     engine = EngineConfig(zero_stage=stage)
     if stage == 3:
         engine.deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 8}}
     model = Tiny(seed).to(getattr(torch, dtype))
-    model.scale.data.fill_(0.5)  # frozen: it comes with the model, not with the checkpoint
+    model.scale.data.fill_(0.5)  # it is frozen, so it is part of the model and not of the checkpoint
     return Engine(model, EngineSettings(engine, optim, Dtype(dtype), torch.device("cpu")))
 
 
 def train(engine: Engine, steps: range) -> list[float]:
-    """Loss and gradient norm of each step, for a batch that only the step decides."""
+    """Return loss and gradient norm of each step; the batch depends on the step only."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     seen = []
     for step in steps:
@@ -92,14 +92,14 @@ def written(engine: Engine, folder: Path) -> Path:
 
 
 def whole(files: StateFiles, parameter: str, kind: str = "weight") -> Tensor:
-    """One array in the parameter's shape, in float32."""
+    """Return one array in the parameter's shape, in float32."""
     array = torch.empty(files.shapes[parameter])
     files.read(parameter, kind, 0, array.view(-1))
     return array
 
 
 def numbers(folder: Path) -> dict[str, Tensor]:
-    """Every master weight and optimizer state as a whole array, and every count of steps."""
+    """Return every master weight and optimizer state as a whole array, and every step count."""
     files = StateFiles(folder)
     arrays = {
         f"{kind} {name}": whole(files, name, kind) for name in files.shapes for kind in ("weight", *files.states(name))
@@ -111,7 +111,7 @@ def numbers(folder: Path) -> dict[str, Tensor]:
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that are not the same to the bit, the sign of a zero included."""
+    """Return the names of tensors that differ in any bit, including the sign of a zero."""
     if one.keys() != other.keys():
         return sorted(one.keys() ^ other.keys())
     as_bytes = {True: torch.int16, False: torch.int32}
@@ -130,7 +130,7 @@ def saved_name(ranks: int, stage: int, dtype: str) -> str:
 
 
 def resume_on_the_same_layout(root: str) -> list[str]:
-    """What a continued run does differently from an uninterrupted one, over all cases."""
+    """Return what a continued run does differently from an uninterrupted one, over all cases."""
     wrong = []
     for stage, dtype in LAYOUTS:
         for name, optim in OPTIMIZERS.items():
@@ -151,7 +151,7 @@ def resume_on_the_same_layout(root: str) -> list[str]:
 
 
 def test_a_run_continues_to_the_bit(tmp_path: Path) -> None:
-    """Weights, momenta and counts of steps, in a model that was made from another seed."""
+    """Weights, momenta and step counts are restored in a model made from another seed."""
     assert run_ranks(2, "test_checkpoint:resume_on_the_same_layout", str(tmp_path)) == [[], []]
 
 
@@ -159,7 +159,7 @@ def test_a_run_continues_to_the_bit(tmp_path: Path) -> None:
 
 
 def save_on_all_layouts(root: str) -> dict[str, dict[str, Tensor]]:
-    """Model weights one step after each checkpoint."""
+    """Return the model's weights one step after each checkpoint."""
     after = {}
     for stage, dtype in LAYOUTS:
         engine = engine_of(stage, dtype, OPTIMIZERS["adamw"], seed=0)
@@ -168,7 +168,7 @@ def save_on_all_layouts(root: str) -> dict[str, dict[str, Tensor]]:
         written(engine, Path(root, name))
         train(engine, range(2, 3))
         after[name] = model_weights(engine)
-        if (stage, dtype) == (0, "float32"):  # what the comparison below must be able to see
+        if (stage, dtype) == (0, "float32"):  # a difference that the comparison below must find
             engine.load(Path(root, name))
             for state in engine._optimizer.state.values():
                 state["exp_avg"].zero_()
@@ -178,7 +178,7 @@ def save_on_all_layouts(root: str) -> dict[str, dict[str, Tensor]]:
 
 
 def load_all_layouts(root: str) -> dict[tuple[str, str], tuple[list[str], dict[str, Tensor]]]:
-    """By who saved and who loads: what of the loaded state differs, and the model's weights one step later."""
+    """Return for each pair of saver and loader which loaded states differ, and the model's weights one step later."""
     found = {}
     for stage, dtype in LAYOUTS:
         engine = engine_of(stage, dtype, OPTIMIZERS["adamw"], seed=1)
@@ -193,7 +193,7 @@ def load_all_layouts(root: str) -> dict[tuple[str, str], tuple[list[str], dict[s
 
 
 def test_every_layout_reads_every_other(tmp_path: Path) -> None:
-    """One and two processes, all ZeRO stages, both precisions: the same state to the bit, and then the same step."""
+    """Over one and two processes, all ZeRO stages and both precisions, states are equal to the bit, and so is a step."""
     after = {}
     for ranks in (1, 2):
         after |= run_ranks(ranks, "test_checkpoint:save_on_all_layouts", str(tmp_path))[0]
@@ -213,7 +213,7 @@ def test_every_layout_reads_every_other(tmp_path: Path) -> None:
 
 
 class Engineless:
-    """Stands for an engine where only files matter: one parameter of 1,000 numbers, shared by the ranks."""
+    """A stand-in for an engine where only files matter: one parameter of 1,000 numbers, shared by the ranks."""
 
     def __init__(self, value: float, rank: int = 0, ranks: int = 1) -> None:
         self.weight = torch.full((1000 // ranks,), value)
@@ -238,7 +238,7 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def die_while_saving(arguments: tuple[str, int, str]) -> None:
-    """Saves step 1, then is killed on one rank while it saves `step`, where `moment` says."""
+    """Save step 1, then kill one rank while it saves the next checkpoint, at the given moment."""
     from torch import distributed
 
     root, victim, moment = arguments
@@ -279,7 +279,7 @@ def die_while_saving(arguments: tuple[str, int, str]) -> None:
     ],
 )
 def test_a_rank_killed_while_it_saves_leaves_the_previous_checkpoint(victim: int, moment: str, tmp_path: Path) -> None:
-    """Neither what it has written so far nor what the others have may be taken for a checkpoint."""
+    """Neither its files nor those of the other ranks are taken for a checkpoint."""
     with pytest.raises(AssertionError, match="-9"):
         run_ranks(2, "test_checkpoint:die_while_saving", (str(tmp_path), victim, moment))
     found = newest_checkpoint(tmp_path)
@@ -287,7 +287,7 @@ def test_a_rank_killed_while_it_saves_leaves_the_previous_checkpoint(victim: int
     assert json.loads((found / "state.json").read_text())["progress"]["step"] == 1
     assert torch.equal(whole(StateFiles(found), "weight"), torch.full((10, 100), 1.0))
     assert len(list(found.glob("random-*.pt"))) == 2
-    save(tmp_path / "checkpoints", 2)  # the run goes on, and nothing is left over
+    save(tmp_path / "checkpoints", 2)  # the run continues, and no leftovers remain
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000002"
@@ -295,7 +295,7 @@ def test_a_rank_killed_while_it_saves_leaves_the_previous_checkpoint(victim: int
 
 
 def other_things_of_two_ranks(root: str) -> dict[str, Any]:
-    """In one launch: a rank that cannot write, and the stages of a model gathered."""
+    """Let one rank fail to write, and gather the stages of a model, in one launch."""
     from torch import distributed
 
     from chunkflow_cli.engine.whole_weights import collect_stages
@@ -324,8 +324,8 @@ def other_things_of_two_ranks(root: str) -> dict[str, Any]:
     return {"error": error, "whole": collect_stages(stages[rank], [0, 1], torch.device("cpu"))}
 
 
-def test_a_disk_that_is_full_on_one_rank_is_told_by_all(tmp_path: Path) -> None:
-    """The others must not wait for ever, nor rename a checkpoint that lacks a rank's files."""
+def test_a_full_disk_on_one_rank_fails_all_ranks(tmp_path: Path) -> None:
+    """The others neither wait forever nor rename a checkpoint that lacks a rank's files."""
     first, second = run_ranks(2, "test_checkpoint:other_things_of_two_ranks", str(tmp_path))
     assert "failed on rank 1" in first["error"]
     assert "No space left on device" in first["error"]
@@ -349,8 +349,8 @@ def test_the_same_step_again_and_the_oldest_deleted(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["step-100000000"]
 
 
-def test_random_numbers_are_taken_over_or_begun_anew(tmp_path: Path) -> None:
-    """One rank reads its own state; where the number of ranks has changed, the seed, the step and the rank decide."""
+def test_random_states_are_restored_or_reseeded(tmp_path: Path) -> None:
+    """A rank restores its own state; if the number of ranks has changed, seed, step and rank give a new one."""
     engine: Any = Engineless(0.0)
     saved = save(tmp_path, 7)
     expected = torch.rand(3)
@@ -411,8 +411,8 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest
         StateFiles(tmp_path / "nowhere")
 
 
-def test_any_range_is_read_from_whatever_parts_there_are(tmp_path: Path) -> None:
-    """Against slices of the array itself, for parts that begin and end anywhere."""
+def test_any_range_is_read_from_any_parts(tmp_path: Path) -> None:
+    """Ranges equal slices of the array itself, for parts that start and end anywhere."""
     generator = np.random.default_rng(3)
     array = torch.arange(200.0)
     cuts = [0, *sorted(generator.choice(199, 6, replace=False) + 1), 200]
@@ -432,7 +432,7 @@ def test_any_range_is_read_from_whatever_parts_there_are(tmp_path: Path) -> None
 
 
 def refusals(root: str) -> dict[str, str]:
-    """What loading a checkpoint of `Tiny` with AdamW says to engines that it does not fit."""
+    """Return the errors of engines that do not fit the checkpoint of a `Tiny` with AdamW which they load."""
 
     class Wider(Tiny):
         def __init__(self, seed: int) -> None:
@@ -463,7 +463,7 @@ def refusals(root: str) -> dict[str, str]:
 
 
 def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
-    """Each in its own words; a part of a larger model would otherwise be taken silently."""
+    """Each error says what differs; a part of a larger model would otherwise be loaded silently."""
     (said,) = run_ranks(1, "test_checkpoint:refusals", str(tmp_path))
     assert said["optimizer"].startswith("optim.name=sgd: ")
     assert "up.weight is [7, 5] there, here [8, 5]" in said["wider"]

@@ -1,7 +1,7 @@
-"""The same training on every layout: loss and weights do not depend on how many processes share the work.
+"""Loss and weights do not depend on the layout of the processes that share the work.
 
-A launch a layout runs all of its cases, in real processes over gloo; one process is the truth, which test_train.py
-holds against a plain Hugging Face loop.
+One launch per layout runs all of its cases, in real processes over gloo. They are compared with a run of one process,
+which test_train.py compares with a plain Hugging Face loop.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "lora": (*SGD, "optim.lr=5", "train.steps=2", "train.global_batch_size=9", "model.lora.enabled=true", "chunk.k=2"),
 }
 WITHIN = {name: 5e-4 if name.startswith("adamw") else 5e-5 for name in RECIPES}
-"""Of the update: Frobenius norm of the difference over that of what training changed."""
+"""Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Case:
 
 
 def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    """In every process: each case, one after the other; what `train` reports."""
+    """Run each case in this process, one after the other, and return the reports."""
     from chunkflow_cli.config.load import load
     from chunkflow_cli.engine import data_parallel
     from chunkflow_cli.training import requirements, train
 
     train.close_process_group = lambda: None  # the next case needs it
-    # Offload is refused where there is no GPU to move data from. Its code runs there all the same, from host to host.
+    # Offload is refused on a machine without a GPU. Its code works there all the same, from host to host.
     data_parallel.check_settings = requirements.check_settings = lambda settings: None  # type: ignore[attr-defined]
     reports = []
     for case in arguments["cases"]:
@@ -79,7 +79,7 @@ def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """What all cases share: a two-layer qwen2 with grouped heads, biases and a tied head, and long-tailed rows."""
+    """The words of all cases: a four-layer qwen2 with grouped heads, biases and a tied head, and long-tailed rows."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -101,7 +101,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 class Runs:
-    """Launches, and the weights that their cases end with."""
+    """Launches runs, and compares the weights that they end with."""
 
     def __init__(self, base: tuple[str, ...], folder: Path) -> None:
         self._base, self._folder, self._count = base, folder, 0
@@ -110,7 +110,7 @@ class Runs:
         self._before = load_file(Path(model, "model.safetensors"))
 
     def launch(self, processes: int, cases: list[Case]) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-        """Report and final weights of each case."""
+        """Return report and final weights of each case."""
         placed = [
             Case(case.recipe, case.words, str(self._folder / str(self._count + i))) for i, case in enumerate(cases)
         ]
@@ -134,9 +134,9 @@ class Runs:
         return results
 
     def update_error(self, truth: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> float:
-        """How far apart two results are, as a share of what training has changed."""
+        """Return the difference of two results, as a share of what training has changed."""
         assert truth.keys() == weights.keys()
-        zero = torch.zeros(())  # adapters: B begins at zero, and A is drawn by the seed and moves far less
+        zero = torch.zeros(())  # of adapters, B starts at zero; A is drawn by the seed and moves far less
         difference = sum(float((truth[name] - weights[name]).square().sum()) for name in truth)
         update = sum(
             float((truth[name] - self._before.get(name, zero)).square().sum()) for name in truth if "lora_A" not in name
@@ -151,7 +151,7 @@ def runs(base: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run
 
 @pytest.fixture(scope="module")
 def truth(runs: Runs) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
-    """One process, ZeRO-1."""
+    """The results of one process with ZeRO-1."""
     return dict(zip(RECIPES, runs.launch(1, [Case(name) for name in RECIPES]), strict=True))
 
 
@@ -169,8 +169,10 @@ def compare(runs: Runs, truth: dict[str, Any], processes: int, cases: list[Case]
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_data_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> None:
-    """ZeRO 0 to 3: ranks without long samples, without any sample, or with more chunks than the others; offload (with
-    SGD, for DeepSpeed's AdamW on the host would have to be compiled)."""
+    """ZeRO 0 to 3, with ranks that have no long samples, no samples at all, or more chunks than the others.
+
+    Offload runs with SGD, because DeepSpeed's AdamW on the host would have to be compiled.
+    """
     cases = [Case(name, (f"engine.zero_stage={stage}",)) for stage in (0, 1, 2, 3) for name in RECIPES]
     if processes == 2:
         offloads = (("optimizer", 1), ("optimizer", 2), ("optimizer", 3), ("parameters", 3))
@@ -182,7 +184,7 @@ def test_data_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> Non
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_sequence_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> None:
-    """Groups of two, alone and two of them: all chunks spread, or the long samples only."""
+    """One and two groups of two ranks, with all chunks spread or those of long samples only."""
     group = "parallel.sequence=2"
     cases = [
         Case(name, (group, f"engine.zero_stage={stage}"))
@@ -208,7 +210,7 @@ STEPS = {
     ("processes", "words"), [(2, "parallel.pipeline=2"), (4, "parallel.pipeline=4"), (4, "parallel.pipeline=2")]
 )
 def test_pipeline(runs: Runs, truth: dict[str, Any], processes: int, words: str) -> None:
-    """Two and four stages, and two pipelines of two stages beside each other."""
+    """Two and four stages, and two pipelines of two stages side by side."""
     cases = [Case(name, (words,)) for name in RECIPES]
     cases += [Case("sgd, K=2, tails alone", (words, schedule)) for schedule in STEPS.values()]
     cases += [Case("sgd", (words, "engine.zero_stage=0")), Case("lora", (words, "engine.zero_stage=0"))]

@@ -1,4 +1,4 @@
-"""A run of two ranks that is killed, stopped and moved to another layout, by the commands that users type."""
+"""A run of two ranks survives kills, stops and a move to another layout, with the commands that users type."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def wait_for_step(run: subprocess.Popen[str], folder: Path, step: int) -> None:
 
 
 def wait_until(run: subprocess.Popen[str], folder: Path, rank: int, doing: str) -> None:
-    """Until the rank itself says that it does that."""
+    """Wait until the rank itself reports that it does this."""
     deadline = time.monotonic() + 240
     while not read_place(WatchFolder(folder).heartbeat(rank)).doing.startswith(doing):
         assert run.poll() is None, run.communicate()
@@ -59,7 +59,7 @@ def wait_until(run: subprocess.Popen[str], folder: Path, rank: int, doing: str) 
 
 
 def stop(folder: Path, *words: str, after: int, says: str = "") -> int:
-    """Start, and SIGTERM to the launcher once that step is done; the step after which a checkpoint was saved."""
+    """Start the run, send SIGTERM to the launcher after a step, and return the step of the checkpoint it saved."""
     done = rows(folder)[-1]["step"]  # by a run that was killed, which may have gone further
     run = start(folder, *words)
     wait_for_step(run, folder, max(after, done + 1))
@@ -74,7 +74,7 @@ def stop(folder: Path, *words: str, after: int, says: str = "") -> int:
 
 
 def process_of_rank(launcher: int, rank: int) -> int:
-    """The kernel's word: the launcher's child whose environment says so."""
+    """Return the process id of a rank: the kernel knows the launcher's child with this RANK in its environment."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
@@ -83,7 +83,7 @@ def process_of_rank(launcher: int, rank: int) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Any]]:
-    """The losses of the same run, left alone, and its report."""
+    """The losses and the report of the same run without a disturbance."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     run = start(folder, *TWO_RANKS)
     out, err = run.communicate(timeout=400)
@@ -95,10 +95,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], 
 def test_a_run_survives_its_ranks_and_its_layout(
     undisturbed: tuple[list[float], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A rank is killed within a step, in a save, in an evaluation and while it starts; the launcher is told to stop, as
-    two ranks and as two stages; one process ends it. (benchmarks/kills.py kills at random moments, many times over.)
+    """Ranks are killed and the launcher is stopped, and still the run ends with the losses of an undisturbed one.
 
-    On one layout the losses are the same to the bit; on another they differ by the order of sums.
+    A rank is killed within a step, while it saves, evaluates and starts. The launcher is stopped with two ranks and with
+    two stages, and one process finishes the run. (benchmarks/kills.py kills at random moments, many times over.) On one
+    layout the losses are equal to the bit; on another one they differ by the order of sums.
     """
     folder = tmp_path / "run"
     for victim, step, doing in (

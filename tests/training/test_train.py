@@ -1,12 +1,14 @@
-"""`train` against a plain Hugging Face loop, and what must survive: every target, an interruption, a kill."""
+"""`train` learns what a plain Hugging Face loop learns, accounts for every target, and survives interruptions and kills."""
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import LossWeighting
+from chunkflow_cli.errors import RunError
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.run_plan import RunPlan
+from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
+from chunkflow_cli.planning.schedule import Schedule
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from support.ranks import run_ranks
@@ -91,7 +95,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, 
 
 @pytest.fixture(scope="module")
 def plain_weights(model_folder: Path, samples: list[dict[str, list[int]]]) -> dict[str, dict[str, torch.Tensor]]:
-    """One SGD step of a plain Hugging Face loop over whole samples, for either weighting."""
+    """The weights after one SGD step of a plain Hugging Face loop over whole samples, for each weighting."""
     return {weighting: plain_step(model_folder, samples, weighting) for weighting in ("token", "sequence")}
 
 
@@ -134,7 +138,7 @@ HEAD_APART = [("chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}") for s
 
 
 def run_all(runs: list[tuple[str, ...]]) -> None:
-    """In a process of its own: one training after the other. To start a process for each takes longer than to train."""
+    """Train one run after the other, in one process: starting a process for each takes longer than the training."""
     from chunkflow_cli.training import train as training
 
     training.close_process_group = lambda: None  # the next run needs it
@@ -144,7 +148,7 @@ def run_all(runs: list[tuple[str, ...]]) -> None:
 
 @pytest.fixture(scope="module")
 def one_step(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
-    """Run folders: of ONE_STEP by their words, of HEAD_APART with "untied" before them."""
+    """Run folders by their words: those of ONE_STEP, and those of HEAD_APART with "untied" as the first word."""
     folder = tmp_path_factory.mktemp("one_step")
     untied = make_model(folder / "untied", is_tied=False)
     runs, folders = [], {}
@@ -163,7 +167,7 @@ def one_step(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempP
 def test_one_step_equals_a_plain_hugging_face_loop(
     words: tuple[str, ...], one_step: dict[Any, Path], plain_weights: dict[str, Any]
 ) -> None:
-    """Packing, chunk size, K, layout and checkpointing must not change what is learnt."""
+    """Packing, chunk size, K, layout and activation checkpointing do not change what is learned."""
     weighting = "sequence" if "train.loss_weighting=sequence" in words else "token"
     assert relative_difference(one_step[words], plain_weights[weighting]) <= 1e-6
     report = json.loads((one_step[words] / "report.json").read_text())
@@ -172,17 +176,17 @@ def test_one_step_equals_a_plain_hugging_face_loop(
 
 
 @pytest.mark.parametrize("words", HEAD_APART, ids=" ".join)
-def test_a_head_of_its_own_is_trained_just_as_exactly(
+def test_an_untied_head_is_trained_exactly(
     words: tuple[str, ...], one_step: dict[Any, Path], samples: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:
-    """A tied head's gradient has a second way, through the embedding; an untied one has only the loss's."""
+    """The weight of a tied head also gets gradient through the embedding; that of an untied head only from the loss."""
     expected = plain_step(make_model(tmp_path / "model", is_tied=False), samples, "token")
     run = one_step["untied", *words]
     assert "lm_head.weight" in load_file(run / "final" / "model.safetensors")
     assert relative_difference(run, expected) <= 1e-6
 
 
-def test_the_oracle_would_notice_a_lost_target(plain_weights: dict[str, Any]) -> None:
+def test_the_comparison_notices_a_lost_target(plain_weights: dict[str, Any]) -> None:
     """The two weightings differ by far more than the tolerance, so the comparison above can fail."""
     token, sequence = plain_weights["token"], plain_weights["sequence"]
     assert max(float((token[name] - sequence[name]).norm() / token[name].norm()) for name in token) > 1e-3
@@ -211,7 +215,7 @@ def wait_for_rows(process: subprocess.Popen[str], run_folder: Path, count: int) 
 
 
 def test_kill_and_same_command_give_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
-    """A killed run must go on to the bit: weights, optimizer, random numbers and data position."""
+    """A killed run continues to the bit: weights, optimizer states, random numbers and position in the data."""
     words = [*RECIPE, "checkpoint.every=2"]
     rng = np.random.default_rng()
     for _ in range(2):
@@ -233,7 +237,7 @@ def test_kill_and_same_command_give_the_same_losses(uninterrupted: Path, tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_saves_and_exits_130(number: signal.Signals, uninterrupted: Path, tmp_path: Path) -> None:
-    """Without checkpoint.every too: what a user stops by hand is what they least expect to lose."""
+    """A checkpoint is saved even if checkpoint.every is not set: users expect to keep what they stop by hand."""
     with subprocess.Popen(command(*RECIPE), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         wait_for_rows(process, tmp_path / "run", 3)
         process.send_signal(number)
@@ -247,7 +251,7 @@ def test_a_signal_saves_and_exits_130(number: signal.Signals, uninterrupted: Pat
 
 
 def test_resume_finds_the_unfinished_run_without_an_output_dir(tmp_path: Path) -> None:
-    """The same command again, default folder and all, must continue and not begin a second run."""
+    """The same command with the default folder continues the run and does not start a second one."""
     words = [word for word in RECIPE if not word.startswith("train.output_dir")] + ["checkpoint.every=1"]
     with subprocess.Popen(
         command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
@@ -285,7 +289,7 @@ def test_resume_from_a_named_checkpoint(uninterrupted: Path, tmp_path: Path) -> 
 
 
 def test_a_run_goes_on_in_another_layout_with_other_chunks(uninterrupted: Path, tmp_path: Path) -> None:
-    """Fewer devices than yesterday, or too little memory: the same command with other keys continues, and says so."""
+    """With fewer devices or too little memory, the same command with other keys continues the run, and says so."""
     words = [*RECIPE, "checkpoint.every=10", "engine.zero_stage=0", "chunk.k=2"]
     with subprocess.Popen(
         command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
@@ -303,7 +307,7 @@ def test_a_run_goes_on_in_another_layout_with_other_chunks(uninterrupted: Path, 
 
 
 def test_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
-    """Dropout draws random numbers: a resumed run must draw the same, after an interrupted step as well."""
+    """Dropout draws random numbers: a resumed run draws the same ones, even after an interrupted step."""
     words = [*RECIPE, "model.lora.enabled=true", "model.lora.dropout=0.3", "optim.lr=0.01", "train.epochs=1"]
     train(*words, cwd=tmp_path)
     other = tmp_path / "other"
@@ -318,7 +322,7 @@ def test_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
 
 
 def test_lora_run_exports_merged(tmp_path: Path) -> None:
-    """final/ is a peft folder; merged, it is a whole model with the same outputs."""
+    """final/ is a peft folder; merged, it becomes a whole model with the same outputs."""
     from peft import AutoPeftModelForCausalLM, PeftModel
 
     train("recipe=tiny_random", "train.guard=false", "model.lora.enabled=true", "model.lora.r=4", "optim.lr=0.05",
@@ -353,7 +357,7 @@ def test_final_loads_in_the_model_dtype(uninterrupted: Path, tmp_path: Path) -> 
 def test_a_loss_that_is_not_finite_names_step_and_samples(
     model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:
-    """NaN that trains on for a night is the costliest of silent failures."""
+    """A run that keeps training on NaN wastes the rest of its time."""
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     run = train(*TINY, f"model.path={model_folder}", "data.path=samples.jsonl", "optim=sgd", "optim.lr=1e30", "optim.grad_clip=0",
                 "train.global_batch_size=4", "train.shuffle=false", "train.output_dir=run", cwd=tmp_path, code=1)  # fmt: skip
@@ -365,7 +369,7 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
 
 
 def test_accounting_of_every_policy(model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path) -> None:
-    """read = rejected + dropped + held out + trained on; and every target of those is trained on."""
+    """read = rejected + dropped + held out + trained on, and every target of the last is trained on."""
     lines = [json.dumps(sample) for sample in samples]
     lines.insert(2, '{"input_ids": [5, 6')  # cut off
     lines.insert(5, '{"input_ids": []}')
@@ -398,7 +402,7 @@ def test_accounting_of_every_policy(model_folder: Path, samples: list[dict[str, 
 def test_rows_of_the_held_out_file_are_accounted_for_too(
     model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path
 ) -> None:
-    """A held-out file that lost its rows silently would still give a loss."""
+    """A held-out file that silently lost rows would still give a loss."""
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     held_out = [json.dumps(samples[0]), '{"input_ids": []}', json.dumps(samples[2]), json.dumps(samples[3])]
     (tmp_path / "held_out.jsonl").write_text("\n".join(held_out) + "\n")
@@ -455,7 +459,7 @@ def test_metric_rows_hold_what_is_promised(uninterrupted: Path) -> None:
 
 
 def test_model_init_random_trains_a_large_recipe_cut_small(tmp_path: Path) -> None:
-    """`recipe=qwen7b` without weights, with a local configuration of a few layers."""
+    """`recipe=qwen7b` trains without weights, on a local configuration of a few layers."""
     AutoConfig.for_model(
         "qwen2", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=97, max_position_embeddings=512, architectures=["Qwen2ForCausalLM"],
@@ -470,7 +474,7 @@ def test_model_init_random_trains_a_large_recipe_cut_small(tmp_path: Path) -> No
 
 
 def test_weights_of_a_global_batch_sum_to_one() -> None:
-    """Over all ranks: a rank that divides by its own targets weighs its samples by how few neighbours they have."""
+    """They sum to one over all ranks: dividing by a rank's own targets would favor samples on ranks with few targets."""
     lengths, targets = np.array([5, 20, 7]), np.array([3, 10, 1])
     step = RunPlan(GlobalBatches(3, 3, 0, False), 1, lengths, targets, chunk_size=8, k=1, ranks=2)[0]
     for weighting in LossWeighting:
@@ -486,9 +490,40 @@ def test_weights_of_a_global_batch_sum_to_one() -> None:
     assert by_sample == pytest.approx({0: 1 / 9, 1: 1 / 30, 2: 1 / 3})
 
 
+def run_with_a_damaged_plan(words: list[str]) -> str:
+    """Train with a plan that loses the last operation of the second step, and return the error."""
+    from chunkflow_cli.training import train as training
+
+    planned = RunPlan.__getitem__
+
+    def damaged(plan: RunPlan, step: int) -> StepPlan:
+        made = planned(plan, step)
+        (rank,) = made.ranks
+        return (
+            made if step == 0 else replace(made, ranks=(replace(rank, schedules=(Schedule(rank.schedule.ops[:-1]),)),))
+        )
+
+    RunPlan.__getitem__ = damaged  # type: ignore[method-assign]
+    with pytest.raises(RunError) as error:
+        training.run(load(words), json_output=True)
+    return str(error.value)
+
+
+def test_a_plan_that_fails_its_proof_is_not_trained_on(tmp_path: Path) -> None:
+    """The proof runs before the step: a lost backward would otherwise give a wrong gradient silently."""
+    words = [word for word in RECIPE if not word.startswith("train.output_dir")] + [
+        f"train.output_dir={tmp_path / 'run'}"
+    ]
+    (error,) = run_ranks(1, "test_train:run_with_a_damaged_plan", words)
+    assert re.search(r"the plan of step 2 breaks a rule.*: rank 0: chunk \d+ never goes backward", error)
+    assert "bug in chunkflow" in error
+    assert "nothing was trained on in this step" in error
+    assert len(rows(tmp_path / "run")) == 1
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_no_step_idles_at_a_learning_rate_of_zero(schedule: str) -> None:
-    """transformers' warm-up begins at zero: in a run of ten steps that is a tenth of the training."""
+    """The warm-up of transformers starts at zero, which would waste a tenth of a run of ten steps."""
     optim = load([f"optim.schedule={schedule}", "optim.lr=1.0", "optim.warmup_ratio=0.2"]).config.optim
     rate = learning_rate_schedule(optim, 10)
     rates = [rate(step) for step in range(10)]

@@ -83,12 +83,10 @@ class _StageProof:
             return
         if chunk in self._freed:
             raise refuse(f"chunk {chunk} already went backward, its state is freed")
-        if any(earlier in self._freed for earlier in range(group.start, chunk)):
-            raise refuse(f"the state of an earlier chunk of the sequence of chunk {chunk} is freed")
         if is_gradient:
             if chunk not in self._kept:
                 raise refuse(f"chunk {chunk} holds no activations")
-            if any(later not in self._freed for later in range(chunk + 1, group.stop)):
+            if chunk + 1 < group.stop and chunk + 1 not in self._freed:  # which had to wait for those after it
                 raise refuse(f"a later chunk of the sequence of chunk {chunk} has yet to give it gradient")
             self._kept.remove(chunk)
             self._kept_of_group[group.start] -= 1
@@ -98,7 +96,7 @@ class _StageProof:
             return
         if chunk in self._kept:
             raise refuse(f"chunk {chunk} already holds activations")
-        if any(earlier not in self._written for earlier in range(group.start, chunk)):
+        if chunk > group.start and chunk - 1 not in self._written:  # which had to wait for those before it
             raise refuse(f"an earlier chunk of the sequence of chunk {chunk} has not written its state")
         if op.kind is OpKind.state_pass:
             if chunk not in self._group_of or chunk in self._passed:

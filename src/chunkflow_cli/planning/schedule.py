@@ -250,7 +250,7 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
             if op.kind is OpKind.backward:
                 if chunk not in live:
                     raise refuse(f"chunk {chunk} holds no activations")
-                if any(later not in done for later in range(chunk + 1, group.stop)):
+                if chunk + 1 < group.stop and chunk + 1 not in done:  # which had to wait for those after it
                     raise refuse(f"a later chunk of the sequence of chunk {chunk} has yet to give it gradient")
                 if live[chunk] not in (op.chunks, op.chunks[::-1]):
                     raise refuse("the chunks were not forwarded by one engine call of their own")
@@ -259,7 +259,7 @@ def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
                 continue
             if chunk in live:
                 raise refuse(f"chunk {chunk} already holds activations")
-            if any(earlier not in written for earlier in range(group.start, chunk)):
+            if chunk > group.start and chunk - 1 not in written:  # which had to wait for those before it
                 raise refuse(f"an earlier chunk of the sequence of chunk {chunk} has not written its state")
             if op.kind is OpKind.state_pass:
                 if chunk not in group_of or chunk in passed:

@@ -1,4 +1,4 @@
-"""What runs the steps of a training run, put together: model, engine and runner; of a pipeline, those of a stage."""
+"""Assemble what runs the steps of a run: model, engine and runner, or in a pipeline those of one stage."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 @dataclass(frozen=True)
 class Assembly:
+    """A model with the engine and the runner that train it."""
+
     model: Any
-    """With adapters, if any; of a pipeline, the part that this stage holds. Its parameters are the engine's."""
+    """The model with its adapters; in a pipeline, the part that this stage holds. The engine owns its parameters."""
     engine: Engine | PipelineEngine
     runner: ScheduleRunner
     shape: ModelShape
-    """Of the whole model."""
+    """The shape of the whole model."""
 
 
 def assemble(
@@ -54,19 +56,20 @@ def assemble(
     stop_requested: Callable[[], bool] = lambda: False,
     announce: Callable[[str], None] = lambda doing: None,
 ) -> Assembly:
-    """Load the model and make the engine around it.
+    """Load the model, and make its engine and its runner. Every process of a run calls it.
 
     Args:
-        hf_config: the model's configuration.
-        backend: the attention that it runs with.
-        device: where it runs.
-        processes: of the run; every one of them assembles its own, at the same time. None: this one is alone.
-        stages: of the pipeline, what each holds of the model; empty without one.
-        stop_requested: asked before every operation.
-        announce: told every operation before it begins.
+        config: the configuration of the run.
+        hf_config: the Hugging Face configuration of the model.
+        backend: the attention that the model runs with.
+        device: the device that it runs on.
+        processes: the processes of the run; None if this process is alone.
+        stages: the layers that each stage of a pipeline holds; at most one without a pipeline.
+        stop_requested: called before every operation, which is not run if it returns True.
+        announce: called with the name of every operation before it begins.
 
     Raises:
-        UsageError: the model's weights are not to be had, or its settings do not fit it.
+        UsageError: the model's weights cannot be loaded, or its settings do not fit it.
     """
     attention.register()
     torch.manual_seed(config.train.seed)
@@ -114,7 +117,9 @@ def assemble(
 
 
 def _check_head_in_lockstep(model: Any) -> None:
-    """ZeRO-3 fetches the weights of an adapted head for each tile of targets, of which ranks have different numbers.
+    """Check that ranks under ZeRO-3 can run the head of the model together.
+
+    ZeRO-3 fetches the weights of an adapted head for each tile of targets, and ranks have different numbers of tiles.
 
     Raises:
         UsageError: the head has an adapter.
@@ -122,7 +127,7 @@ def _check_head_in_lockstep(model: Any) -> None:
     if type(base_model(model).get_output_embeddings()) not in FUSED_HEADS:
         raise UsageError(
             "model.lora.target_modules adapts the head, which engine.zero_stage=3 cannot run on several ranks\n"
-            "  take engine.zero_stage=1, or leave the head out"
+            "  set engine.zero_stage=1, or leave the head out of model.lora.target_modules"
         )
 
 

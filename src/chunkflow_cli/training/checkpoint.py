@@ -1,4 +1,4 @@
-"""Save, resume, and export as a Hugging Face folder; by one process or many.
+"""Save and load checkpoints, and save the final model as a Hugging Face folder, on one process or many.
 
 A checkpoint is a folder step-<step> with
 
@@ -6,8 +6,8 @@ A checkpoint is a folder step-<step> with
     random-<rank>.pt                    the random states of each rank
     state.json                          format, layout, and how far the run has come
 
-It is written under another name, by all ranks, and renamed by the first when every file of every rank is on the disk.
-So a folder of that name is whole, whenever whichever process dies.
+All ranks write it under another name, and the first rank renames it when every file of every rank is on the disk. So a
+folder of that name is complete, no matter when a process dies.
 """
 
 from __future__ import annotations
@@ -27,48 +27,29 @@ from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import write_json, written_aside
 from chunkflow_cli.planning.topology import Topology
+from chunkflow_cli.training.progress import Progress
 from chunkflow_cli.training.run_folder import REPLACED
 
 AnyEngine = Engine | PipelineEngine
 
 FORMAT = 2
-"""Of the folder. Format 1, which named none, held DeepSpeed's own files and could be read by its own layout only."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come: all that a continuation needs beside weights, optimizer and random numbers."""
-
-    step: int = 0
-    """Optimizer steps done. The data position follows from it."""
-    samples_trained: int = 0
-    target_tokens_planned: int = 0
-    target_tokens_trained: int = 0
-    tokens_trained: int = 0
-    chunks: int = 0
-    recomputed_chunks: int = 0
-    train_seconds: float = 0.0
-    loss_first: float | None = None
-    loss_last: float | None = None
-    eval_loss_start: float | None = None
-    eval_loss_end: float | None = None
-    eval_step: int | None = None
-    """The step after which `eval_loss_end` was taken."""
+"""The format of the folder. Format 1, which had no number, held DeepSpeed's own files, and only the layout that wrote
+them could read them."""
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a run continues from."""
+    """A checkpoint that has been loaded."""
 
     progress: Progress
     saved_on: str
-    """The layout, in words."""
+    """The layout that saved it, in words."""
     is_reseeded: bool
-    """Random states could not be taken over: they are of so many ranks and one kind of device, and those are others."""
+    """True if the saved random states could not be used: the number of ranks or the kind of device is another one."""
 
 
 def describe_layout(topology: Topology, engine: EngineConfig) -> str:
-    """`data 2 x pipeline 4, ZeRO-1`."""
+    """Return the layout in words: `data 2 x pipeline 4, ZeRO-1`."""
     offload = "" if engine.offload is Offload.none else f", {engine.offload.value} offloaded"
     return f"{topology}, ZeRO-{engine.zero_stage}{offload}"
 
@@ -79,15 +60,18 @@ def save_checkpoint(
     """Write `folder`/step-<step>, complete or not at all, then delete all but the newest `keep`. Every rank calls it.
 
     Args:
-        folder: where checkpoints are; on a disk that all ranks share.
-        engine: whose weights and optimizer states are saved.
-        progress: how far the run is.
-        generators: the random states after `progress.step` steps; an interrupted step has drawn more since.
-        layout: the present one in words.
-        keep: at least 1.
+        folder: the folder of checkpoints, on a disk that all ranks share.
+        engine: holds the weights and optimizer states to save.
+        progress: how far the run has come.
+        generators: the random states after `progress.step` steps; an interrupted step has drawn more numbers since.
+        layout: the current layout in words.
+        keep: number of checkpoints to keep, at least 1.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        RunError: a rank could not write; the checkpoints from before are untouched.
+        RunError: a rank could not write; earlier checkpoints are untouched.
     """
     target = folder / f"step-{progress.step:08d}"
     temporary = folder / f".{target.name}.writing"
@@ -102,7 +86,7 @@ def save_checkpoint(
         _save_random_states(temporary / _random_name(own_rank()), generators)
     with all_or_none(what):
         if own_rank() == 0:
-            StateFiles(temporary)  # raises if not every number is there
+            StateFiles(temporary)  # raises an error if a number is missing
             state = {"format": FORMAT, "layout": layout, "processes": process_count(), "progress": asdict(progress)}
             write_json(temporary / "state.json", state)
             _put_in_place(temporary, target)
@@ -111,16 +95,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resumed:
-    """The inverse of `save_checkpoint`, on any number of ranks and any layout. Every rank calls it.
+    """Load what `save_checkpoint` saved, on any number of ranks and any layout. Every rank calls it.
 
     Args:
-        checkpoint: the folder.
-        engine: is given its weights and optimizer states.
-        seed: of the run; random states are drawn from it, the step and the rank if there is not one for each rank.
+        checkpoint: the folder of the checkpoint.
+        engine: receives its weights and optimizer states.
+        seed: the seed of the run. If the number of ranks has changed, random states are drawn from this seed, the step
+            and the rank.
 
     Raises:
         RunError: a file of it is missing or damaged.
-        UsageError: it is of an earlier format, another model or another optimizer.
+        UsageError: it has an earlier format, or belongs to another model or optimizer.
     """
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
@@ -129,7 +114,7 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
     if state.get("format", 1) != FORMAT:
         raise UsageError(
             f"{checkpoint} has format {state.get('format', 1)}, and this version reads format {FORMAT}\n"
-            "  finish that run with the version that began it, or take checkpoint.resume=never to begin anew"
+            "  finish that run with the version that started it, or start a new one with checkpoint.resume=never"
         )
     engine.load(checkpoint)
     progress = Progress(**state["progress"])
@@ -142,10 +127,14 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
 
 
 def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, skeleton: Any = None) -> None:
-    """The model (or its adapters) and tokenizer as a Hugging Face folder in safetensors. Every rank calls it.
+    """Save the model (or its adapters) and tokenizer as a Hugging Face folder in safetensors. Every rank calls it.
 
     Args:
-        skeleton: of the whole model, if `model` is a stage of it: peft writes down only what it finds in the model.
+        folder: the folder to write, complete or not at all.
+        model: the model, or the part of it that this pipeline stage holds.
+        tokenizer: saved with the model; None if there is none.
+        engine: holds the weights.
+        skeleton: the whole model without weights, if `model` is a stage: peft saves only modules that it finds.
     """
     weights = engine.whole_weights(model, trained_only=hasattr(model, "peft_config"))
     with all_or_none(f"saving {folder}"):
@@ -158,7 +147,7 @@ def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, s
 
 
 def random_states() -> dict[str, Any]:
-    """Of every generator of this process that a forward can draw from."""
+    """Return the state of each random number generator of this process that a forward can draw from."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
@@ -175,7 +164,10 @@ def _save_random_states(path: Path, generators: dict[str, Any]) -> None:
 
 
 def _load_random_states(path: Path) -> bool:
-    """Whether the states are those of the devices that are here: a GPU cannot go on from what a CPU has drawn."""
+    """Restore random states, and return True; return False if they belong to another kind of device.
+
+    A GPU cannot continue the numbers that a CPU has drawn.
+    """
     try:
         generators = torch.load(path, weights_only=True)
     except OSError as error:
@@ -189,16 +181,17 @@ def _load_random_states(path: Path) -> bool:
 
 
 def _check_shared(temporary: Path) -> None:
-    """
+    """Check that this rank sees the folder that the first rank has made.
+
     Raises:
-        RunError: the folder that the first rank has made is not to be seen here.
+        RunError: it does not.
     """
     if not temporary.is_dir():
-        raise RunError(f"{temporary} is not there: train.output_dir must be on a disk that all nodes share")
+        raise RunError(f"{temporary} does not exist here: train.output_dir must be on a disk that all nodes share")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename; one of the same step goes aside first, under a name by which it is found until the new one is there."""
+    """Give a checkpoint its name. An earlier one of the same step keeps a findable name until then."""
     _sync_folder(temporary)
     aside = target.with_name(f".{target.name}{REPLACED}")
     if target.exists():
@@ -209,7 +202,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def _delete_old(folder: Path, keep: int) -> None:
-    """Each loses its name first, so that no half-deleted one is ever taken for whole."""
+    """Delete old checkpoints. Each is renamed first, so that one half deleted is never taken for a complete one."""
     for old in sorted(folder.glob("step-[0-9]*[0-9]"))[:-keep]:
         old.rename(old.with_name(f".{old.name}.deleting"))
     for leftover in folder.glob(".step-*"):
@@ -217,7 +210,7 @@ def _delete_old(folder: Path, keep: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """See the names in a folder onto the disk."""
+    """Make sure that the names in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

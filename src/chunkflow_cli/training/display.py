@@ -1,11 +1,11 @@
-"""What a person sees of a training run: its progress, and the closing summary."""
+"""Show a training run on the console: its progress, and the closing summary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -15,18 +15,8 @@ from chunkflow_cli.console import human_bytes, human_seconds
 from chunkflow_cli.training.metrics import StepMetrics
 
 
-class TrainingDisplay(Protocol):
-    """Where a training run shows how it goes."""
-
-    def advance(self, tokens: float) -> None: ...
-
-    def step(self, row: StepMetrics) -> None: ...
-
-    def phase(self, text: str) -> None: ...
-
-
 class _Bar:
-    """A bar over the tokens of all steps, for a terminal."""
+    """A progress bar over the tokens of all steps, for a terminal."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self._progress = progress
@@ -54,7 +44,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line a step, for logs and pipes."""
+    """One line per step, for logs and pipes."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
@@ -68,10 +58,10 @@ class _Lines:
         self._tokens_left -= tokens
 
     def phase(self, text: str) -> None:
-        """A pipe shows steps only."""
+        """Show nothing: a log has steps only."""
 
     def step(self, row: StepMetrics) -> None:
-        left = max(0.0, self._tokens_left) / max(row.tokens_per_second, 1e-9)  # rounded sums may end below zero
+        left = max(0.0, self._tokens_left) / max(row.tokens_per_second, 1e-9)  # a rounded sum may end below zero
         held_out = "" if row.eval_loss is None else f"  held-out {row.eval_loss:.4f}"
         self._console.print(
             f"step {row.step}/{self._steps}  loss {row.loss:.4f}{held_out}  grad norm {row.grad_norm:.3g}  "
@@ -83,7 +73,7 @@ class _Lines:
 
 @contextmanager
 def training_display(console: Console, steps: int) -> Iterator[_Bar | _Lines]:
-    """A live bar on a terminal, lines elsewhere."""
+    """Yield a display of the run: a live bar on a terminal, lines elsewhere."""
     if not console.is_terminal:
         yield _Lines(console, steps)
         return
@@ -99,7 +89,7 @@ def training_display(console: Console, steps: int) -> Iterator[_Bar | _Lines]:
 
 
 def print_training_summary(console: Console, report: dict[str, Any], run_folder: Path) -> None:
-    """The closing table of a run, from its report.json alone."""
+    """Print the closing table of a run, from the content of its report.json."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title=None)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""The loss over held-out samples, on whatever layout trains."""
+"""The loss of held-out samples, on the layout that trains."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import build_chunks
 
 GROUP = 256
-"""Samples that are planned together."""
+"""Number of samples that are planned together."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out samples, and what runs them."""
+    """Held-out samples, and everything that computes their loss."""
 
     data: TokenizedData
     model: Any
-    """What is put into evaluation mode meanwhile."""
+    """The model that is in evaluation mode meanwhile."""
     runner: ScheduleRunner
     processes: Processes
     chunk_size: int
-    """Tokens on each rank: chunks are spread over the sequence-parallel group, if there is one."""
+    """Tokens of a chunk on each rank; a sequence-parallel group shares chunks of this size times its ranks."""
     is_in_lockstep: bool
-    """Whether all ranks must run equally many forwards."""
+    """True if all ranks must run the same number of forwards."""
     stop_requested: Callable[[], bool]
-    """Asked after every group of samples; if one process is told to stop, all do."""
+    """Called after every group of samples; if it returns True on one process, all processes stop."""
 
     def __len__(self) -> int:
         return len(self.data)
 
     def loss(self) -> float:
-        """Token-mean loss over all samples, whatever the training loss weighs; the same on all processes.
+        """Return the mean loss per target token, the same on all processes. Every process calls it.
+
+        `train.loss_weighting` has no influence on it.
 
         Raises:
             Interrupted: the user asked to stop.
@@ -54,10 +56,11 @@ class HeldOut:
         return total
 
     def _group_loss(self, samples: Any, weight: float) -> float:
-        """
+        """Return the weighted loss of some samples, summed over all processes.
+
         Args:
             samples: (samples,) indices.
-            weight: of a target.
+            weight: weight of each target.
         """
         topology, place = self.processes.topology, self.processes.place
         lengths = self.data.lengths[samples]
@@ -70,7 +73,7 @@ class HeldOut:
             loss = self.runner.evaluate(batch, forwards=max(map(len, chunks)) if self.is_in_lockstep else 0)
         except Interrupted:
             is_whole = False
-        # All stages of a pipeline know its loss: one of them says it.
+        # All stages of a pipeline know its loss: only the first stage counts it.
         loss, whole = self.processes.sum(loss if place.stage == 0 else 0.0, is_whole and not self.stop_requested())
         if whole < topology.processes:
             raise Interrupted

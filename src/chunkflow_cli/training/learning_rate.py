@@ -1,4 +1,4 @@
-"""The learning rate of each step, by transformers' schedules."""
+"""The learning rate of each step, by the schedules of transformers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from chunkflow_cli.config.schema import LearningRateSchedule, OptimConfig
 
 
 def learning_rate_schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate of each step, counted from 0.
+    """Return a function from the step, counted from 0, to its learning rate.
 
-    The schedules are asked for step + 1 of steps + 1: so neither the first step nor the last idles at a rate of zero.
+    It takes step + 1 of a schedule of steps + 1 steps, so that neither the first step nor the last has a rate of zero.
     """
     idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
     warmup = math.ceil(optim.warmup_ratio * steps)
     if optim.schedule is LearningRateSchedule.wsd:
-        decay = math.ceil(0.1 * steps) + 1  # it begins at the full rate: one more, for the last tenth to be below it
+        decay = (
+            math.ceil(0.1 * steps) + 1
+        )  # the decay begins at the full rate: one step more puts the whole last tenth below it
         scheduler = get_scheduler(
             "warmup_stable_decay", idle, num_warmup_steps=warmup, num_training_steps=steps + 1,
             scheduler_specific_kwargs={"num_decay_steps": decay},

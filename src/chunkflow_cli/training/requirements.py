@@ -1,4 +1,4 @@
-"""What must be at hand and fit together before a run begins."""
+"""Check before a run begins that everything it needs is there and fits together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.config.schema import Config
 from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_settings
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
@@ -16,10 +17,21 @@ from chunkflow_cli.training.layout import planned_topology
 
 
 def check_requirements(loaded: LoadedConfig) -> Any:
-    """The Hugging Face configuration, after a look for everything that must be at hand: all that is missing at once.
+    """Check that the run can start, and return the Hugging Face configuration of its model.
 
     Raises:
-        UsageError: one error that names each missing thing.
+        UsageError: something is missing (one error names everything that is), or settings do not fit together.
+    """
+    hf_config = _check_inputs(loaded)
+    _check_layout(loaded.config, hf_config)
+    return hf_config
+
+
+def _check_inputs(loaded: LoadedConfig) -> Any:
+    """Check that model, data and hardware are there, and return the Hugging Face configuration.
+
+    Raises:
+        UsageError: names everything that is missing.
     """
     config = loaded.config
     missing: list[str] = []
@@ -40,18 +52,26 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         raise UsageError(
             f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}" if len(missing) > 1 else missing[0]
         )
+    return hf_config
+
+
+def _check_layout(config: Config, hf_config: Any) -> None:
+    """Check that the model can be divided among the processes, and that the engine's settings suit the layout.
+
+    Raises:
+        UsageError: names the key that does not fit, and the remedy.
+    """
     check_layouts(config, hf_config, [planned_topology(config)])
     group = config.parallel.sequence * config.parallel.pipeline
     if config.launch.processes < group:
         raise UsageError(
             f"launch.processes={config.launch.processes}: parallel.sequence={config.parallel.sequence} x "
-            f"parallel.pipeline={config.parallel.pipeline} takes {group} processes, or a multiple of it\n"
-            f"  take launch.processes={group}, or start it with torchrun or deepspeed"
+            f"parallel.pipeline={config.parallel.pipeline} needs {group} processes, or a multiple of {group}\n"
+            f"  set launch.processes={group}, or start the run with torchrun or deepspeed"
         )
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, training_device())
     stages = config.parallel.pipeline
     if stages == 1:
         check_settings(settings)
-        return hf_config
+        return
     check_pipeline_settings(settings, stages)
-    return hf_config

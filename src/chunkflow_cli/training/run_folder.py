@@ -1,4 +1,4 @@
-"""The folder of a run: what was run, its checkpoints, and whether a run is to be begun or continued."""
+"""The folder of a run: its configuration, its checkpoints, its lock, and which checkpoint a run continues from."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from chunkflow_cli.files import write_atomically
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 REPLACED = ".replaced"
-"""Ends the name of a checkpoint that another of the same step is about to stand in for."""
-# Keys that may differ between a run and its continuation, for the loss and the weights of every step are the same.
+"""Suffix of a checkpoint that another one of the same step is about to replace."""
+# Keys that may differ between a run and its continuation: they change neither the loss nor the weights of any step.
 FREE_KEYS = (
     "train.output_dir", "train.guard", "train.trace", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune",
     "plan", "cluster",
-    # The layout: checkpoints are independent of it. Not engine.deepspeed, which can change precisions.
+    # The layout: checkpoints do not depend on it. engine.deepspeed is not free, because it can change precisions.
     "launch", "parallel", "engine.zero_stage", "engine.offload",
-    # What a run out of memory is continued with. Chunks are exact: their size, K and cuts round differently and change
-    # nothing else. (Dropout draws other numbers for other chunks, as it does for another layout.)
+    # Keys that a run which ran out of memory is continued with. Chunks are exact: their size, K and cuts change the
+    # rounding and nothing else. (Dropout draws other numbers for other chunks, as it does for another layout.)
     "chunk", "model.activation_checkpointing",
 )  # fmt: skip
 
 
 @dataclass
 class RunFolder:
-    """A run's folder, locked for this process or for one that it belongs to."""
+    """The folder of a run, which this process or the run's first process has locked."""
 
     path: Path
     checkpoint: Path | None
-    """The checkpoint to continue from; None begins anew."""
+    """The checkpoint to continue from; None to start from the beginning."""
     _lock: IO[str] | None
-    """None in the other processes of a run."""
+    """None in the processes of a run that did not open the folder."""
 
     @property
     def final(self) -> Path:
@@ -46,7 +46,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """Written last: a run that has it is finished."""
+        """The file that is written last: a run that has it is finished."""
         return self.path / "report.json"
 
     @property
@@ -63,37 +63,20 @@ class RunFolder:
 
 
 def open_run_folder(loaded: LoadedConfig) -> RunFolder:
-    """Find or make the folder of this run, write down what is run, and find the checkpoint to continue from.
+    """Find or create the folder of this run, write its configuration, and find the checkpoint to continue from.
 
-    Under `checkpoint.resume=auto` a run continues the unfinished run of the same configuration: the one in
-    `train.output_dir`, or without that the newest in outputs/<recipe>/.
+    With `checkpoint.resume=auto` a run continues the unfinished run of the same configuration: the one in
+    `train.output_dir`, or if that is not set, the newest in outputs/<recipe>/.
 
     Raises:
         UsageError: the folder holds a run of another configuration, or one that is still running.
     """
     config = loaded.config
     resume = config.checkpoint.resume
-    mine = _comparable(OmegaConf.to_container(loaded.tree, resolve=True))
+    mine = _comparable(loaded.tree)
     if config.train.output_dir is not None:
         path = Path(config.train.output_dir)
-        lock = _lock(path)
-        if lock is None:
-            raise UsageError(f"train.output_dir={path}: another process is training there")
-        if resume == "never" and (path / CONFIG).exists():
-            aside = path.with_name(f"{path.name}.before-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-            path.rename(aside)
-            lock.close()
-            lock = _lock(path)
-            assert lock is not None
-        elif (path / CONFIG).exists():
-            different = _differences(
-                mine, _comparable(OmegaConf.to_container(OmegaConf.load(path / CONFIG), resolve=True))
-            )
-            if different:
-                raise UsageError(
-                    f"train.output_dir={path} holds a run of another configuration; different: {', '.join(different)}\n"
-                    "  choose another folder, or checkpoint.resume=never to move that run aside"
-                )
+        lock = _lock_configured(path, mine, resume)
     else:
         found = _unfinished_run(Path("outputs") / loaded.recipe, mine) if resume == "auto" else None
         path, lock = found if found is not None else _new_folder(Path("outputs") / loaded.recipe)
@@ -103,20 +86,45 @@ def open_run_folder(loaded: LoadedConfig) -> RunFolder:
     return RunFolder(path, _checkpoint_to_resume(path, resume), lock)
 
 
+def _lock_configured(path: Path, mine: dict[str, Any], resume: str) -> IO[str]:
+    """Return the lock of `train.output_dir`, which holds no run, or one of the same configuration to continue."""
+    lock = _lock(path)
+    if lock is None:
+        raise UsageError(
+            f"train.output_dir={path}: another process is training in this folder\n"
+            "  wait for it to end, or choose another folder"
+        )
+    if not (path / CONFIG).exists():
+        return lock
+    if resume == "never":
+        path.rename(path.with_name(f"{path.name}.before-{time.strftime('%Y-%m-%d_%H-%M-%S')}"))
+        lock.close()
+        lock = _lock(path)
+        assert lock is not None
+        return lock
+    different = _differences(mine, _comparable(OmegaConf.load(path / CONFIG)))
+    if different:
+        raise UsageError(
+            f"train.output_dir={path} holds a run of another configuration; different: {', '.join(different)}\n"
+            "  choose another folder, or set checkpoint.resume=never to move that run aside"
+        )
+    return lock
+
+
 def shared_run_folder(path: Path, resume: str) -> RunFolder:
-    """The folder of a run that another of its processes has opened and holds the lock of.
+    """Return the folder of a run that another of its processes has opened and locked.
 
     Args:
-        path: of the folder.
-        resume: `checkpoint.resume` of the run.
+        path: the folder.
+        resume: the run's `checkpoint.resume`.
     """
     return RunFolder(path, _checkpoint_to_resume(path, resume), None)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step; unfinished ones have another name.
+    """Return the complete checkpoint of the highest step, or None. Incomplete ones have another name.
 
-    If the process died between taking one out of the way and putting its successor there, that one is still found.
+    If a process died after it moved a checkpoint aside and before its replacement was in place, the old one is found.
     """
     folder = run_folder / "checkpoints"
     found = {path.name: path for path in folder.glob("step-[0-9]*[0-9]")}
@@ -133,7 +141,10 @@ def _checkpoint_to_resume(path: Path, resume: str) -> Path | None:
     named = Path(resume)
     checkpoint = named if (named / "state.json").is_file() else newest_checkpoint(named)
     if checkpoint is None:
-        raise UsageError(f"checkpoint.resume={resume} is neither a checkpoint nor a run with one (nor auto, nor never)")
+        raise UsageError(
+            f"checkpoint.resume={resume}: there is no checkpoint, and no run with one, at this path\n"
+            "  set it to the folder of a checkpoint or of a run, or to auto or never"
+        )
     return checkpoint
 
 
@@ -141,7 +152,7 @@ def _unfinished_run(recipe_folder: Path, mine: dict[str, Any]) -> tuple[Path, IO
     for path in sorted(recipe_folder.glob("*"), reverse=True):
         if not (path / CONFIG).is_file() or (path / "report.json").exists():
             continue
-        if _differences(mine, _comparable(OmegaConf.to_container(OmegaConf.load(path / CONFIG), resolve=True))):
+        if _differences(mine, _comparable(OmegaConf.load(path / CONFIG))):
             continue
         lock = _lock(path)
         if lock is not None:  # else it is running right now
@@ -155,11 +166,11 @@ def _new_folder(recipe_folder: Path) -> tuple[Path, IO[str]]:
         path = recipe_folder / (name if attempt == 0 else f"{name}_{attempt}")
         if not path.exists() and (lock := _lock(path)) is not None:
             return path, lock
-    raise AssertionError("a hundred runs began within one second")
+    raise AssertionError("a hundred runs started within one second")
 
 
 def _lock(path: Path) -> IO[str] | None:
-    """A lock that the kernel takes back when the process ends, however it ends; None if another process has it."""
+    """Return a lock that the kernel releases when the process ends, however it ends; None if another process has it."""
     path.mkdir(parents=True, exist_ok=True)
     handle = (path / ".lock").open("w")
     try:
@@ -170,8 +181,8 @@ def _lock(path: Path) -> IO[str] | None:
     return handle
 
 
-def _comparable(container: Any) -> dict[str, Any]:
-    """Dotted keys and values that decide what is computed."""
+def _comparable(tree: Any) -> dict[str, Any]:
+    """Return the values that decide what a run computes, by dotted key."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -184,7 +195,7 @@ def _comparable(container: Any) -> dict[str, Any]:
             else:
                 flat[name] = getattr(value, "value", value)
 
-    walk(container, "")
+    walk(OmegaConf.to_container(tree, resolve=True), "")
     return flat
 
 

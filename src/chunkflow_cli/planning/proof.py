@@ -1,0 +1,136 @@
+"""Prove that the plan of a step keeps what training promises, before anything of the step runs.
+
+Every process plans the whole step, so every process proves all of it and comes to the same verdict: a broken plan stops
+all ranks at once, and none waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkflow_cli.planning.costs import chunk_tokens
+from chunkflow_cli.planning.pipeline import activation_bound
+from chunkflow_cli.planning.pipeline_proof import validate_pipeline
+from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
+from chunkflow_cli.planning.schedule import Op, Schedule, validate, validate_lockstep
+
+
+def validate_step(step: StepPlan, plan: RunPlan) -> None:
+    """Prove that a step trains on each of its tokens once, within the memory bound, and that no rank waits forever.
+
+    Takes time linear in the chunks of the step.
+
+    Args:
+        step: a step of `plan`.
+        plan: the plan of the run, which says what K is and how ranks work together.
+
+    Raises:
+        ValueError: a rule is broken; names the rank, the operation where there is one, and the rule.
+    """
+    if plan.sequence > 1:
+        validate_groups(step.ranks)
+    _validate_samples(step)
+    for index, rank in enumerate(step.ranks):
+        try:
+            _validate_chunks(rank, plan)
+            _validate_schedules(rank, plan)
+        except ValueError as error:
+            raise ValueError(f"rank {index}: {error}") from error
+    if plan.is_in_lockstep:
+        validate_lockstep([rank.schedule for rank in step.ranks])
+
+
+def _validate_samples(step: StepPlan) -> None:
+    """Prove that the ranks together take each sample of the step once; a sequence-parallel group counts as one."""
+    taken = [rank.samples if rank.sequence_rank == 0 else rank.samples[~_is_spread(rank)] for rank in step.ranks]
+    if not np.array_equal(np.sort(np.concatenate(taken)), np.sort(step.samples)):
+        raise ValueError(f"the ranks do not take each of the {len(step.samples)} samples of the step once")
+
+
+def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
+    """Prove that the chunks hold each token of the rank's samples once, in order, and none holds more than it may."""
+    chunks = rank.chunks
+    if not np.array_equal(chunks.lengths, plan.lengths[rank.samples]):
+        raise ValueError("its chunks are not made of the lengths of its samples")
+    chunk = np.repeat(np.arange(len(chunks)), np.diff(chunks.first_segment))
+    order = np.lexsort((chunk, chunks.sequence))
+    sequence, start, stop = chunks.sequence[order], chunks.start[order], chunks.stop[order]
+    is_first = np.diff(sequence, prepend=-1) != 0
+    follows = start == np.where(is_first, 0, np.roll(stop, 1))
+    if not (follows & (stop > start)).all():
+        broken = int(sequence[np.flatnonzero(~(follows & (stop > start)))[0]])
+        raise ValueError(f"the pieces of sample {rank.samples[broken]} do not follow each other")
+    if not np.array_equal(np.bincount(sequence, stop - start, minlength=len(chunks.lengths)), chunks.lengths):
+        raise ValueError("its chunks do not hold every token of its samples")
+    tokens = chunk_tokens(chunks)
+    if (tokens > rank.room).any():
+        full = int(np.argmax(tokens > rank.room))
+        raise ValueError(f"chunk {full} holds {tokens[full]:.0f} tokens and has room for {rank.room[full]}")
+
+
+def _validate_schedules(rank: RankPlan, plan: RunPlan) -> None:
+    """Prove that the schedules compute the whole gradient of the rank's chunks with at most K of them kept."""
+    if plan.pipeline is None:
+        validate(rank.schedule, rank.chunks, plan.k)
+        return
+    bound = activation_bound(plan.k, plan.pipeline)
+    validate_pipeline(rank.schedules, rank.chunks, plan.k, most_live=bound)
+
+
+def _is_spread(rank: RankPlan) -> NDArray[np.bool_]:
+    """(sequences,) True for each that the rank's whole sequence-parallel group runs together."""
+    spread = rank.chunks.sequence[: rank.chunks.first_segment[len(rank.spread)]]
+    return np.isin(np.arange(len(rank.chunks.lengths)), spread)
+
+
+def validate_groups(ranks: Sequence[RankPlan]) -> None:
+    """Prove of the ranks of a step that those of each sequence-parallel group can run together.
+
+    The operations on spread chunks communicate within the group: each of its ranks must run the same ones in one order,
+    on the same chunks of the same samples. What a rank runs alone does not, and no operation is both.
+
+    Args:
+        ranks: group by group.
+
+    Raises:
+        ValueError: names the rank that differs from the first of its group, and where.
+    """
+    for index, rank in enumerate(ranks):
+        first = ranks[index - rank.sequence_rank]
+        if rank.sequence_rank != index % rank.group_size or rank.group_size != first.group_size:
+            raise ValueError(f"rank {index} is not where its sequence-parallel group has place {rank.sequence_rank}")
+        count = len(rank.spread)
+        if rank.spread != range(count) or count > len(rank.chunks) or rank.spread != first.spread:
+            raise ValueError(f"rank {index}: spread chunks must be the first ones, and as many as on its group's first")
+        if _spread_tokens(rank) != _spread_tokens(first):
+            raise ValueError(f"rank {index}: its spread chunks are not those of its group's first rank")
+        for stage, (schedule, expected) in enumerate(zip(rank.schedules, first.schedules, strict=True)):
+            own, others = _spread_operations(rank, schedule), _spread_operations(first, expected)
+            if own != others:
+                differs = next((i for i, pair in enumerate(zip(own, others, strict=False)) if pair[0] != pair[1]),
+                               min(len(own), len(others)))  # fmt: skip
+                raise ValueError(
+                    f"rank {index}, stage {stage}: spread operation {differs} is not that of its group's first rank"
+                )
+
+
+def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
+    """Of each spread chunk the samples, starts and stops of its segments."""
+    return [
+        [(int(rank.samples[part.sequence]), part.start, part.stop) for part in rank.chunks[chunk].segments]
+        for chunk in rank.spread
+    ]
+
+
+def _spread_operations(rank: RankPlan, schedule: Schedule) -> list[Op]:
+    operations = []
+    for op in schedule.ops:
+        together = {chunk in rank.spread for chunk in op.real_chunks}
+        if len(together) > 1:
+            raise ValueError(f"operation {op} joins chunks that are spread and chunks that are not")
+        if True in together:
+            operations.append(op)
+    return operations

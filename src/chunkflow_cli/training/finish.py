@@ -1,0 +1,137 @@
+"""Finish a run whose steps are done: write its trace, its final model and its report.
+
+Nothing is lost silently: the report accounts for every sample and every target, or the run fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from chunkflow_cli.config.schema import DataConfig
+from chunkflow_cli.console import working
+from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
+from chunkflow_cli.errors import RunError
+from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
+from chunkflow_cli.files import write_json
+from chunkflow_cli.model.loading import skeleton
+from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.costs import training_flops
+from chunkflow_cli.planning.trace import merge
+from chunkflow_cli.training.checkpoint import save_final
+from chunkflow_cli.training.hardware import agreed_peak_flops, peak_memory_bytes
+from chunkflow_cli.training.inputs import RunData
+from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.progress import Progress, RunState
+from chunkflow_cli.training.steps import save_progress
+
+
+def finish(run: Prepared, state: RunState) -> dict[str, Any]:
+    """Write what a finished run leaves in its folder, and return the content of report.json. Every process calls it.
+
+    Raises:
+        RunError: the model could not be saved, or the accounting does not add up.
+    """
+    _write_trace(run)
+    _save_model(run, state)
+    report = _make_report(run, state.progress)
+    _check_accounting(report, run.plan.batches)
+    if run.processes.is_first:
+        write_json(run.folder.report, report)
+    return report
+
+
+def _write_trace(run: Prepared) -> None:
+    if run.recorder is None:
+        return
+    run.recorder.write(run.folder.path)
+    run.processes.barrier()
+    if run.processes.is_first:
+        path = merge(run.folder.path, run.topology)
+        run.console.print(f"trace: {path}, for https://ui.perfetto.dev and plan --trace", soft_wrap=True)
+
+
+def _save_model(run: Prepared, state: RunState) -> None:
+    """Save the model into `final/`. If that fails (a full disk), save a checkpoint, so that no training is lost."""
+    model = run.config.model
+    state.at("saving the model")
+    tokenizer = None
+    if has_tokenizer(model.path):
+        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    is_whole = run.parts.runner.holds_whole_model
+    whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
+    try:
+        with working(run.console, "saving the model"):
+            save_final(run.folder.final, run.parts.model, tokenizer, run.parts.engine, skeleton=whole)
+    except Exception:
+        path = save_progress(run, state)
+        run.console.print(f"The model could not be saved; its weights are in {path}", soft_wrap=True)
+        raise
+
+
+def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
+    config, lengths, batches, device = run.config, run.data.train.lengths, run.plan.batches, run.device
+    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+    longest, kept = int(lengths.max()), config.chunk.size * config.chunk.k
+    peak = int(run.processes.maximum(peak_memory_bytes(device))[0])
+    flops = sum(training_flops(lengths[batches[step]], run.shape) for step in range(progress.step))
+    # Measured again, because other work on the machine may have slowed the first measurement: the better one counts.
+    device_flops = max(run.peak_flops, agreed_peak_flops(run.processes, device, dtype))
+    seconds = max(progress.train_seconds, 1e-9)
+    whole = None
+    if run.activation_bytes is not None and longest > kept:
+        whole = whole_sequence_bytes(peak, run.activation_bytes, kept, longest, run.shape.vocab_size, dtype.itemsize)
+    return {
+        **_samples(run.data, config.data),
+        **{key: value for key, value in asdict(progress).items() if key != "step"},
+        "steps": progress.step,
+        "epochs": progress.step / batches.steps_per_epoch,
+        "longest_sample": longest,
+        "chunk_size": config.chunk.size,
+        "k": config.chunk.k,
+        "lora": config.model.lora.enabled,
+        "tokens_per_second": progress.tokens_trained / seconds,
+        "mfu": flops / seconds / (device_flops * run.topology.processes),
+        "processes": run.topology.processes,
+        "peak_memory_bytes": peak,
+        "activation_bytes_per_token": run.activation_bytes,
+        "whole_sequence_peak_bytes_predicted": whole,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def _samples(data: RunData, config: DataConfig) -> dict[str, int]:
+    """Return what became of the rows that were read; rows of `data.eval_path` are counted on their own."""
+    has_file = config.eval_path is not None
+    words = ("read", "rejected", "dropped", "truncated")
+    return {
+        **{f"samples_{word}": getattr(data.read, f"samples_{word}") for word in words},
+        "samples_held_out": 0 if has_file else len(data.evaluation),
+        "samples_to_train": len(data.train),
+        **({f"eval_samples_{word}": getattr(data.evaluation, f"samples_{word}") for word in words} if has_file else {}),
+    }
+
+
+def _check_accounting(report: dict[str, Any], batches: GlobalBatches) -> None:
+    """Check that every sample read and every target planned is accounted for.
+
+    Raises:
+        RunError: names each sum that does not add up.
+    """
+    accounted = sum(
+        report[key] for key in ("samples_rejected", "samples_dropped", "samples_held_out", "samples_to_train")
+    )
+    planned = sum(len(batches[step]) for step in range(report["steps"]))
+    problems = []
+    if accounted != report["samples_read"]:
+        problems.append(f"{report['samples_read']} samples were read, {accounted} are accounted for")
+    if planned != report["samples_trained"]:
+        problems.append(f"{planned} samples were planned, {report['samples_trained']} trained on")
+    if report["target_tokens_planned"] != report["target_tokens_trained"]:
+        problems.append(
+            f"{report['target_tokens_planned']} targets were planned, {report['target_tokens_trained']} trained on"
+        )
+    if problems:
+        raise RunError("the accounting does not add up: " + "; ".join(problems))

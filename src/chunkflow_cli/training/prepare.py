@@ -1,0 +1,230 @@
+"""Prepare a run: meet the other processes, prove parity, read the data, plan the steps, load model and checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from chunkflow_cli.config.schema import Config
+from chunkflow_cli.console import working
+from chunkflow_cli.data.sample import TokenizedSample
+from chunkflow_cli.engine import Processes, join_processes
+from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
+from chunkflow_cli.execution.attention.choice import BackendChoice, choose_backend
+from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.guard import guard
+from chunkflow_cli.model.device import present_device, training_device
+from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.run_plan import RunPlan
+from chunkflow_cli.planning.topology import Topology
+from chunkflow_cli.planning.trace import Recorder
+from chunkflow_cli.training.assembly import Assembly, assemble
+from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
+from chunkflow_cli.training.hardware import agreed_peak_flops
+from chunkflow_cli.training.held_out import HeldOut
+from chunkflow_cli.training.inputs import RunData
+from chunkflow_cli.training.joining import load_data
+from chunkflow_cli.training.layout import planned_topology
+from chunkflow_cli.training.learning_rate import learning_rate_schedule
+from chunkflow_cli.training.progress import RunState
+from chunkflow_cli.training.run_folder import RunFolder
+from chunkflow_cli.training.setup import RunSetup, described_device, read_setup
+
+PROBE_TOKENS = 256
+"""Tokens of the forward that measures the bytes of activations per token."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to train, on one process. What changes while it trains is in `RunState`."""
+
+    config: Config
+    hf_config: Any
+    folder: RunFolder
+    console: Console
+    processes: Processes
+    device: torch.device
+    data: RunData
+    plan: RunPlan
+    shape: ModelShape
+    parts: Assembly
+    """The model with its engine and its runner."""
+    held_out: HeldOut
+    learning_rate: Callable[[int], float]
+    """The learning rate of each step, counted from 0."""
+    peak_flops: float
+    """Operations per second that one device can do."""
+    activation_bytes: float | None
+    """Bytes of activations per token; None if they cannot be measured."""
+    recorder: Recorder | None
+    """Records every operation under `train.trace`."""
+
+    @property
+    def topology(self) -> Topology:
+        return self.processes.topology
+
+    @property
+    def layout(self) -> str:
+        """The layout in words, as checkpoints name it."""
+        return describe_layout(self.topology, self.config.engine)
+
+    @property
+    def stops_between_steps_only(self) -> bool:
+        """True if operations wait for other ranks, so that a rank that stops within a step would leave them waiting."""
+        return _operations_wait(self.plan, self.topology)
+
+
+def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console, state: RunState) -> Prepared:
+    """Load everything that the steps of a run need, its last checkpoint included. Every process calls it.
+
+    Args:
+        config: the configuration of the run.
+        hf_config: the Hugging Face configuration of the model.
+        folder: the folder of the run.
+        console: where messages go.
+        state: receives the progress of the checkpoint. Later operations ask it whether to stop, and report to it.
+
+    Raises:
+        UsageError: the configuration, the data, the model or the checkpoint is at fault.
+        RunError: chunked and whole-sequence gradients of this architecture differ, or the checkpoint is damaged.
+    """
+    device, topology = training_device(), planned_topology(config)
+    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+    processes = join_processes(device, topology)
+    attention = choose_backend(config.model.attention, hf_config, device, dtype)
+    if processes.is_first:
+        _print_what_runs(config, topology, device, attention, folder, console)
+        _prove_parity(config, hf_config, device, dtype, console, state)
+
+    state.at("reading the data")
+    data = load_data(config, hf_config)
+    if processes.is_first:
+        _write_rejected(config, data, folder, console)
+
+    state.at("loading the model")
+    settle_vector_math()
+    with working(console, "loading the model"):
+        setup = _agreed_setup(config, hf_config, processes)
+        shape, plan = setup.shape, setup.plan(data.train)
+        assert shape is not None
+        parts = assemble(
+            config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
+            stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,
+        )  # fmt: skip
+    assert plan.layout.join_retained == parts.engine.needs_joined_retained_chunks
+    if processes.rank:  # all weights are drawn: from here on, dropout differs between ranks
+        torch.manual_seed(int(np.random.SeedSequence((config.train.seed, processes.rank)).generate_state(1)[0]))
+
+    prepared = Prepared(
+        config=config,
+        hf_config=hf_config,
+        folder=folder,
+        console=console,
+        processes=processes,
+        device=device,
+        data=data,
+        plan=plan,
+        shape=shape,
+        parts=parts,
+        peak_flops=agreed_peak_flops(processes, device, dtype),
+        held_out=HeldOut(
+            data.evaluation, parts.model, parts.runner, processes, config.chunk.size, plan.is_in_lockstep,
+            lambda: state.stop_requested,
+        ),
+        learning_rate=learning_rate_schedule(config.optim, plan.steps),
+        activation_bytes=_measure_activations(config, data, parts),
+        recorder=Recorder(processes.rank) if config.train.trace else None,
+    )  # fmt: skip
+    _resume(prepared, state)
+    return prepared
+
+
+def _operations_wait(plan: RunPlan, topology: Topology) -> bool:
+    return plan.is_in_lockstep or topology.sequence > 1 or topology.pipeline > 1
+
+
+def _print_what_runs(
+    config: Config, topology: Topology, device: torch.device, attention: BackendChoice, folder: RunFolder,
+    console: Console,
+) -> None:  # fmt: skip
+    processes = "" if topology.processes == 1 else f", {topology.processes} processes ({topology})"
+    console.print(
+        f"[bold]{folder.path}[/]  {device.type}{processes}, {config.model.dtype.value}, "
+        f"attention {attention.backend.name} ({attention.reason})", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _prove_parity(
+    config: Config, hf_config: Any, device: torch.device, dtype: torch.dtype, console: Console, state: RunState
+) -> None:
+    if not config.train.guard:
+        console.print("train.guard=false: skipped the check that this model trains exactly in chunks")
+        return
+    doing = "proving that this architecture trains exactly in chunks"
+    state.at(doing)
+    with working(console, doing):
+        parity = guard(
+            hf_config, requested=config.model.attention, device=device, dtype=dtype,
+            activation_checkpointing=config.model.activation_checkpointing,
+            is_pipeline=config.parallel.pipeline > 1,
+        )  # fmt: skip
+    console.print(
+        f"Parity guard: chunked and whole-sequence gradients of a small {hf_config.model_type} agree to "
+        f"{parity.grad_rel_error:.0e}", soft_wrap=True,
+    )  # fmt: skip
+
+
+def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: Console) -> None:
+    """List the rows that are skipped, each with its reason, in rejected.jsonl."""
+    rejected = [*data.read.rejected, *(data.evaluation.rejected if config.data.eval_path is not None else ())]
+    if not rejected:
+        return
+    rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in rejected]
+    path = folder.path / "rejected.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    console.print(
+        f"{len(rows):,} rows cannot be trained on and are skipped; each with its reason: {path}", soft_wrap=True
+    )
+
+
+def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSetup:
+    """Return the setup of the first rank on all ranks: they may run on different machines, and must plan alike."""
+    own = read_setup(config, hf_config, described_device(config, present_device())) if processes.is_first else None
+    setup: RunSetup = processes.gather(own)[0]
+    return setup
+
+
+def _measure_activations(config: Config, data: RunData, parts: Assembly) -> float | None:
+    """Return the bytes of activations per token, or None if this process cannot measure them.
+
+    Under ZeRO-3, weights are whole within the engine's forward only; a pipeline stage holds only some of the layers.
+    """
+    if config.engine.zero_stage == 3 or not parts.runner.holds_whole_model:
+        return None
+    whole = data.train[int(np.argmax(data.train.lengths))]
+    probe = TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])
+    assert isinstance(parts.engine.module, ChunkModel)
+    return activation_bytes_per_token(parts.engine.module, probe)
+
+
+def _resume(run: Prepared, state: RunState) -> None:
+    """Load the checkpoint that the run continues from, if there is one."""
+    if run.folder.checkpoint is None:
+        return
+    resumed = load_checkpoint(run.folder.checkpoint, run.parts.engine, seed=run.config.train.seed)
+    state.progress = resumed.progress
+    step = resumed.progress.step
+    run.console.print(f"Continuing after step {step} from {run.folder.checkpoint}", soft_wrap=True)
+    if resumed.saved_on != run.layout:
+        run.console.print(f"  saved on {resumed.saved_on}, continued on {run.layout}", soft_wrap=True)
+    if resumed.is_reseeded:
+        run.console.print(
+            f"  random numbers (dropout) are drawn anew, seeded by train.seed and step {step}", soft_wrap=True
+        )

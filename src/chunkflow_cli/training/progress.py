@@ -1,0 +1,62 @@
+"""The part of a run that changes while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from chunkflow_cli.execution.step import StepResult
+from chunkflow_cli.planning.run_plan import StepPlan
+from chunkflow_cli.processes.heartbeat import Heartbeat
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a continuation needs besides weights, optimizer states and random states."""
+
+    step: int = 0
+    """Optimizer steps done. The position in the data follows from it."""
+    samples_trained: int = 0
+    target_tokens_planned: int = 0
+    target_tokens_trained: int = 0
+    tokens_trained: int = 0
+    chunks: int = 0
+    recomputed_chunks: int = 0
+    train_seconds: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    eval_loss_start: float | None = None
+    eval_loss_end: float | None = None
+    eval_step: int | None = None
+    """The step after which `eval_loss_end` was measured."""
+
+    def add(self, step: StepPlan, result: StepResult, seconds: float) -> None:
+        """Count a step that is done; `result` holds the loss and the targets of all ranks."""
+        self.step += 1
+        self.samples_trained += len(step.samples)
+        self.target_tokens_planned += step.target_tokens
+        self.target_tokens_trained += result.target_tokens
+        self.tokens_trained += step.tokens
+        self.chunks += step.chunks
+        self.recomputed_chunks += step.recomputed_chunks
+        self.train_seconds += seconds
+        self.loss_first = result.loss if self.loss_first is None else self.loss_first
+        self.loss_last = result.loss
+
+
+@dataclass
+class RunState:
+    """Everything that changes while a run is prepared, trained and finished, on one process."""
+
+    heartbeat: Heartbeat
+    progress: Progress = field(default_factory=Progress)
+    step: int = 0
+    """The step that runs now, counted from 1; 0 before the first."""
+    stop_requested: bool = False
+    """True once this process has received Ctrl-C or SIGTERM."""
+    random_states: dict[str, Any] = field(default_factory=dict)
+    """The random states after the last whole step. An interrupted step has drawn more numbers since."""
+
+    def at(self, doing: str) -> None:
+        """Report to the launcher what this rank does next."""
+        self.heartbeat.at(self.step, doing)
