@@ -1,4 +1,4 @@
-"""Length statistics: against plain Python over lists, and by hand."""
+"""Length statistics, compared with plain Python over lists and with examples computed by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from chunkflow_cli.data.lengths import (
     truncation,
 )
 
-# Both sides of every threshold, and the tail that 32-bit sums would not hold.
+# Both sides of every threshold, and lengths whose sum overflows 32 bits.
 LENGTH = st.one_of(
     st.integers(1, 40),
     st.sampled_from([k * 1024 + shift for k in (1, 4, 8, 32, 128) for shift in (-1, 0, 1)]),
@@ -40,7 +40,7 @@ def array(values: list[int]) -> np.ndarray:
 
 
 def test_statistics_by_hand() -> None:
-    """Ten lengths whose every number can be read off."""
+    """Ten lengths whose statistics can be read off."""
     found = describe(array([1024, 10, 1023, 4096, 20, 30, 9000, 40, 50, 131072]))
     assert (found.samples, found.tokens, found.max) == (10, 146365, 131072)
     assert found.mean == 14636.5
@@ -53,7 +53,7 @@ def test_statistics_by_hand() -> None:
 @example([1023, 1024])
 @example([131072])
 def test_statistics_against_plain_python(lengths: list[int]) -> None:
-    """Counts of a cumulative table off by one sample, or sums that overflow, go unnoticed on a screen."""
+    """A cumulative table that is off by one sample, or a sum that overflows, would go unnoticed on a screen."""
     found = describe(array(lengths))
     assert found.samples == len(lengths)
     assert found.tokens == sum(lengths)
@@ -69,7 +69,7 @@ def test_statistics_against_plain_python(lengths: list[int]) -> None:
 
 @given(LENGTHS)
 def test_a_quantile_is_the_smallest_length_that_covers_its_share(lengths: list[int]) -> None:
-    """By definition, in exact fractions: `ceil(0.9 * n)` of floating-point numbers can be one too many."""
+    """Computed with exact fractions: in floating point, `ceil(0.9 * n)` can be one too large."""
     found = describe(array(lengths)).quantiles
     assert list(found) == list(SHARES)
     for name, share in SHARES.items():
@@ -79,12 +79,12 @@ def test_a_quantile_is_the_smallest_length_that_covers_its_share(lengths: list[i
 
 @pytest.mark.parametrize("samples", [10, 100, 1000, 3000, 9990, 10_000, 100_000])
 def test_quantiles_of_round_numbers_of_samples(samples: int) -> None:
-    """Lengths 1 to n: the quantile is ceil(share x n) itself, also where share x n is a whole number."""
+    """For lengths 1 to n the quantile is ceil(share x n), even if share x n is a whole number."""
     found = describe(np.arange(samples, 0, -1)).quantiles
     assert found == {name: math.ceil(share * samples) for name, share in SHARES.items()}
 
 
-def test_no_samples_have_no_statistics() -> None:
+def test_statistics_of_no_samples_are_an_error() -> None:
     """An average over nothing would be printed as nan."""
     with pytest.raises(ValueError, match="no samples"):
         describe(array([]))
@@ -105,7 +105,7 @@ def test_lengths_are_named_in_powers_of_two(tokens: int, name: str) -> None:
 
 @given(LENGTHS)
 def test_histogram_against_plain_python(lengths: list[int]) -> None:
-    """Every sample and every token in exactly one bin, whose edges are powers of two; no bin before or after."""
+    """Every sample and token is in exactly one bin. Edges are powers of two, and no bin is before or after the data."""
     found = histogram(array(lengths))
     edges = found.edges.tolist()
     assert edges == [2**power for power in range(min(lengths).bit_length() - 1, max(lengths).bit_length() + 1)]
@@ -115,7 +115,7 @@ def test_histogram_against_plain_python(lengths: list[int]) -> None:
 
 
 def test_histogram_by_hand() -> None:
-    """A power of two begins a bin; an empty bin between two others is kept."""
+    """A power of two begins a bin. An empty bin between two others is kept."""
     found = histogram(array([4, 7, 8, 33]))
     assert found.edges.tolist() == [4, 8, 16, 32, 64]
     assert found.samples.tolist() == [2, 1, 0, 1]
@@ -127,7 +127,7 @@ def test_histogram_by_hand() -> None:
 
 @given(LENGTHS, st.integers(1, 5000))
 def test_truncation_against_plain_python(lengths: list[int], limit: int) -> None:
-    """A sample of exactly the limit is whole; what is lost is what stands beyond."""
+    """A sample of exactly the limit is not cut. Only tokens beyond the limit are lost."""
     found = truncation(array(lengths), limit)
     assert found.limit == limit
     assert found.samples_cut == sum(n > limit for n in lengths)
@@ -136,32 +136,32 @@ def test_truncation_against_plain_python(lengths: list[int], limit: int) -> None
 
 @given(LENGTHS, st.integers(1, 9))
 def test_padding_against_batches_that_are_padded(lengths: list[int], batch_size: int) -> None:
-    """By making each batch a rectangle, the last and smaller one too."""
+    """Builds each batch as a rectangle, including the last, smaller one."""
     batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     positions = sum(max(batch) * len(batch) for batch in batches)
     assert padding_share(array(lengths), batch_size) == pytest.approx(1 - sum(lengths) / positions)
 
 
 def test_padding_by_hand() -> None:
-    """(4, 2), (3): of 8 + 3 positions 2 are padding; alone, nothing is."""
+    """Batches (4, 2) and (3): 2 of 8 + 3 positions are padding. In batches of one, none is."""
     assert padding_share(array([4, 2, 3]), 2) == pytest.approx(2 / 11)
     assert padding_share(array([4, 2, 3]), 1) == 0
 
 
 def test_idle_share_by_hand() -> None:
-    """Two steps of two ranks: 4 and 2, then 1 and 5: 9 long, and 6 busy."""
+    """Two steps of two ranks, with loads 4 and 2, then 1 and 5: 9 long, and 6 busy on average."""
     assert idle_share([np.array([4.0, 2.0]), np.array([1.0, 5.0])]) == pytest.approx(1 - 6 / 9)
     assert idle_share([np.array([3.0, 3.0, 3.0])]) == 0
 
 
-def test_no_work_is_no_waiting() -> None:
-    """Nothing divided by nothing."""
+def test_no_work_means_no_waiting() -> None:
+    """Zero divided by zero."""
     assert idle_share([]) == idle_share([np.zeros(4)]) == 0
 
 
 @given(st.lists(st.lists(st.integers(0, 100), min_size=3, max_size=3), min_size=1, max_size=6))
 def test_idle_share_is_what_the_ranks_wait(loads: list[list[int]]) -> None:
-    """Counted rank by rank: each waits from its own end to that of the slowest."""
+    """Counts rank by rank: each waits from its own end to the end of the slowest."""
     waited = sum(max(step) - load for step in loads for load in step)
     room = sum(3 * max(step) for step in loads)
     assert idle_share([np.array(step, float) for step in loads]) == pytest.approx(waited / room if room else 0)

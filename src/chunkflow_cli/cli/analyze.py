@@ -111,7 +111,7 @@ def measure(path: str, config: Config) -> MeasuredData:
             vocab_size=vocab_size,
             trust_remote_code=config.model.trust_remote_code,
         )
-        lengths, rejected, locate = data.entry.lengths, data.rejected, data.location
+        lengths, rejected, locate = data.entry.lengths, data.locate(data.entry.rejected), data.location
         target_counts, digests = data.entry.target_counts, data.entry.digests.view(np.int64)
     else:
         with progress_bar(f"reading {path}", source.size) as progress:

@@ -1,23 +1,24 @@
-"""Tokenised data on disk, found again by what it was made from.
+"""Tokenised data on disk, found again by a hash of its ingredients.
 
 An entry is a folder `tokens/<key>/` of memory-mapped arrays:
 
     input_ids.npy      (tokens,) int32       all samples, one after the other
-    targets.npy        (tokens,) int32       what each position has to predict, or -100; already shifted
+    targets.npy        (tokens,) int32       the id that each position has to predict, or -100; already shifted
     offsets.npy        (samples + 1,) int64  sample i is [offsets[i], offsets[i + 1])
     target_counts.npy  (samples,) int64
-    digests.npy        (samples,) uint64     equal where tokens and targets are
-    files.npy          (samples,) int32      which file of the source
-    lines.npy          (samples,) int64      which line or row of it, from 1
-    rejected.jsonl     {"file", "line", "reason"} a bad row; files are numbers here too
-    meta.json          what it was made from, for people
+    digests.npy        (samples,) uint64     equal if tokens and targets are equal
+    files.npy          (samples,) int32      index of the file in the source
+    lines.npy          (samples,) int64      line or row in that file, from 1
+    rejected.jsonl     {"file", "line", "reason"} per bad row; files are indices here too
+    meta.json          the ingredients, for people
 
-The key is a hash of the data's content and of all that decides what it becomes (`Ingredients`); names of files are no
-part of it and are looked up when a location is asked for. Policies (`data.bad_rows`, `data.max_length`,
-`data.overlong`) are none either: they are applied when an entry is read, so changing one tokenises nothing again.
+The key is a hash of the data's content and of everything that decides which tokens it becomes (`Ingredients`). File
+names are not part of it: they are looked up when a location is needed. Policies (`data.bad_rows`, `data.max_length`,
+`data.overlong`) are not part of it either: they are applied when an entry is read, so changing one does not tokenise
+again.
 
-An entry is written aside and renamed, so it is complete or absent. Of two processes that build the same one, the first
-to rename wins and the other takes the winner's. What a killed process leaves (`.<key>.<pid>-*`) is never looked at.
+An entry is written to a temporary folder and renamed, so it is complete or absent. If two processes build the same one,
+the first to rename wins and the other uses the winner's. What a killed process leaves (`.<key>.<pid>-*`) is never read.
 """
 
 from __future__ import annotations
@@ -25,20 +26,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -46,15 +40,14 @@ import orjson
 from numpy.typing import DTypeLike, NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
-from chunkflow_cli.data.encoding import EncodedBatch, Encoder
-from chunkflow_cli.data.source import RowBatch, Source
-from chunkflow_cli.data.tokenizer import keep_torch_out
-from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.data.encoding import Encoder
+from chunkflow_cli.data.parallel import encode_source
+from chunkflow_cli.data.sample import RejectedRow
+from chunkflow_cli.data.source import Source
+from chunkflow_cli.errors import UsageError
 
-CACHE_VERSION = 2
-"""Goes up whenever the same ingredients would give other tokens or other files."""
-BYTES_PER_WORKER = 4_000_000
-"""Less data than this is not worth starting a process for: importing and loading a tokenizer takes seconds."""
+CACHE_VERSION = 3
+"""Increases whenever the same ingredients would give other tokens or other files."""
 ARRAYS: dict[str, DTypeLike] = {
     "input_ids": np.int32,
     "targets": np.int32,
@@ -68,28 +61,21 @@ ARRAYS: dict[str, DTypeLike] = {
 
 @dataclass(frozen=True)
 class Ingredients:
-    """All that decides what an entry holds."""
+    """Everything that decides the content of an entry."""
 
     source: str
     """Fingerprint of the data."""
     tokenizer: str | None
-    """Fingerprint of the tokenizer; None where ids are taken as they are."""
+    """Fingerprint of the tokenizer; None if the data already holds ids."""
     format: DataFormat
     train_on: TrainOn
     vocab_size: int | None
-    """Of the model, where ids are checked against it (`data.format=tokens`)."""
+    """Ids of the model, if the data's ids are checked against it (`data.format=tokens`)."""
     version: int = CACHE_VERSION
 
     def key(self) -> str:
-        """Name of the entry."""
+        """Return the name of the entry."""
         return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class RejectedRow:
-    file: int
-    line: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -117,7 +103,7 @@ class CacheEntry:
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder that holds all entries: below `data.cache_dir`, or below the user's cache folder."""
+    """Return the folder of all entries: below `data.cache_dir`, or below the user's cache folder."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser() / "tokens"
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -125,17 +111,17 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def open_entry(folder: Path) -> CacheEntry | None:
-    """The entry in a folder, or None if there is none.
+    """Return the entry in a folder, or None if the folder does not exist.
 
     Raises:
-        UsageError: the folder is there, and damaged.
+        UsageError: the entry is damaged.
     """
     if not folder.is_dir():
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         rows = [orjson.loads(line) for line in (folder / "rejected.jsonl").read_bytes().splitlines()]
-        # As plain arrays: slices of np.memmap are slower to make, by a lot.
+        # As plain arrays: slicing an np.memmap is much slower.
         arrays: dict[str, Any] = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in ARRAYS
         }
@@ -148,7 +134,7 @@ def open_entry(folder: Path) -> CacheEntry | None:
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, str(error)) from error
     if not (len(entry.offsets) - 1 == len(entry.lines) == len(entry.files) == len(entry.target_counts)):
-        raise _damaged(folder, "its arrays are of different lengths")
+        raise _damaged(folder, "its arrays have different lengths")
     if not (len(entry.input_ids) == len(entry.targets) == entry.offsets[-1]):
         raise _damaged(folder, "tokens are missing")
     return entry
@@ -163,28 +149,31 @@ def build_entry(
     num_workers: int | None,
     progress: Callable[[int], None],
 ) -> CacheEntry:
-    """Tokenise a source into a folder; or take what another process has put there in the meantime.
+    """Tokenise a source into a folder, and return the entry. It may be one that another process put there meanwhile.
 
     Args:
-        num_workers: processes; None is one a core. The result is the same for any number.
+        num_workers: number of processes; None is one per core. The result does not depend on it.
         progress: called with how much of `source.size` is done.
 
     Raises:
-        UsageError: the source cannot be read, or the cache not written.
-        RunError: a process that tokenises was killed.
+        UsageError: the source cannot be read, or the cache cannot be written.
+        RunError: a worker process was killed.
     """
     building = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         building.mkdir(parents=True)
         try:
             _write_entry(building, source, encoder, ingredients, num_workers=num_workers, progress=progress)
+            for file in building.iterdir():  # the rename must not survive a power cut that the content does not
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
             _rename_unless_taken(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise UsageError(
             f"tokenised data cannot be written to {folder.parent}: {error}\n"
-            "  set data.cache_dir to a folder that has room"
+            "  set data.cache_dir to a writable folder with enough space"
         ) from error
     entry = open_entry(folder)
     assert entry is not None
@@ -202,21 +191,14 @@ def _write_entry(
 ) -> None:
     samples = rejected = tokens = targets = 0
     largest_id = -1
-    with (
-        _ArrayFiles(folder) as arrays,
-        (folder / "rejected.jsonl").open("wb") as rejected_file,
-    ):
+    with _ArrayFiles(folder) as arrays, (folder / "rejected.jsonl").open("wb") as rejected_file:
         arrays.append("offsets", np.zeros(1, np.int64))
         for batch in encode_source(source, encoder, num_workers=num_workers):
-            arrays.append("input_ids", batch.input_ids)
-            arrays.append("targets", batch.targets)
+            for name in ("input_ids", "targets", "target_counts", "digests", "lines"):
+                arrays.append(name, getattr(batch, name))
             arrays.append("offsets", tokens + np.cumsum(batch.lengths))
-            arrays.append("target_counts", batch.target_counts)
-            arrays.append("digests", batch.digests)
             arrays.append("files", np.full(len(batch.lengths), batch.file, np.int32))
-            arrays.append("lines", batch.lines)
-            for line, reason in batch.rejected:
-                row = {"file": batch.file, "line": line, "reason": reason}
+            for row in batch.rejected:
                 rejected_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             samples += len(batch.lengths)
             rejected += len(batch.rejected)
@@ -224,7 +206,6 @@ def _write_entry(
             targets += int(batch.target_counts.sum())
             largest_id = max(largest_id, int(batch.input_ids.max(initial=-1)))
             progress(batch.position)
-        _to_disk(rejected_file.fileno(), rejected_file.flush)
     meta = {
         **asdict(ingredients),
         "files": list(source.names),
@@ -234,81 +215,13 @@ def _write_entry(
         "targets": targets,
         "largest_id": largest_id,
     }
-    with (folder / "meta.json").open("w", encoding="utf-8") as meta_file:
-        json.dump(meta, meta_file, indent=2, ensure_ascii=False)
-        _to_disk(meta_file.fileno(), meta_file.flush)
-
-
-def encode_source(source: Source, encoder: Encoder, *, num_workers: int | None) -> Iterator[EncodedBatch]:
-    """All batches of a source, encoded, in order; by other processes where the data is worth it.
-
-    Raises:
-        RunError: a process that tokenises was killed.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(num_workers or cores, 1 + source.nbytes // BYTES_PER_WORKER)
-    if workers == 1:
-        yield from map(encoder.encode, source.batches())
-        return
-    # Spawned, not forked: the threads of torch and of the tokenizer do not survive a fork.
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(encoder,),
-    )
-    pending: deque[Future[EncodedBatch]] = deque()
-    try:
-        for batch in source.batches():
-            with _without_main_module():  # a process is started when there is work for it
-                pending.append(pool.submit(_encode_in_worker, batch))
-            if len(pending) > 2 * workers:  # enough to keep all busy; more would only fill memory
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise RunError(
-            "a process that tokenises was killed (out of memory?)\n  run with fewer of them: data.num_workers=1"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Processes that start within this do not run the program's main file again.
-
-    Nothing of it is needed there. A program without `if __name__ == "__main__"` would otherwise start itself anew in
-    every one of them, and one that came from standard input could not be read a second time.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-_worker_encoder: Encoder
-"""Of a worker process: what it encodes with."""
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt, and ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core already
-    keep_torch_out()  # rendering a chat template imports transformers
-    _worker_encoder = encoder
-
-
-def _encode_in_worker(batch: RowBatch) -> EncodedBatch:
-    return _worker_encoder.encode(batch)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 class _ArrayFiles:
     """The `.npy` files of an entry, which grow batch by batch.
 
-    A header of the final length is written over the first one at the end; NumPy leaves room in it for just that.
+    At the end, a header with the final length overwrites the first one. NumPy leaves room for that.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -331,7 +244,6 @@ class _ArrayFiles:
                 if error is None:
                     stream.seek(0)
                     assert self._write_header(name) == self._header_sizes[name]
-                    _to_disk(stream.fileno(), stream.flush)
 
     def _write_header(self, name: str) -> int:
         stream = self._streams[name]
@@ -339,12 +251,6 @@ class _ArrayFiles:
         header = {"descr": description, "fortran_order": False, "shape": (self._counts[name],)}
         np.lib.format.write_array_header_1_0(stream, header)
         return stream.tell()
-
-
-def _to_disk(file: int, flush: Callable[[], None]) -> None:
-    """Before the rename: it must not survive a power cut that the content does not."""
-    flush()
-    os.fsync(file)
 
 
 def _rename_unless_taken(building: Path, folder: Path) -> None:
@@ -356,4 +262,4 @@ def _rename_unless_taken(building: Path, folder: Path) -> None:
 
 
 def _damaged(folder: Path, reason: str) -> UsageError:
-    return UsageError(f"the tokenised data in {folder} is damaged: {reason}\n  delete that folder; it is made again")
+    return UsageError(f"the tokenised data in {folder} is damaged: {reason}\n  delete that folder to rebuild it")

@@ -1,15 +1,15 @@
-"""From rows to tokens and targets, a batch at a time.
+"""Encoding of rows into tokens and targets, a batch at a time.
 
-**Which token is a target.** A token is one if and only if the character at which it begins lies in a target span; so a
-token that straddles the edge between prompt and answer belongs to the side on which it begins. The whole text is
+**Which token is a target.** A token is a target if and only if the character at which it begins is in a target span. A
+token that straddles the edge between prompt and answer thus belongs to the side on which it begins. The whole text is
 tokenised once: no token differs from what the model sees at inference.
 
 **The shift** is made here and nowhere else: `targets[i]` is the id that position i has to predict, so it is the label
-of i + 1, and -100 where that is no target. The last position predicts nothing.
+of i + 1, or -100 if that is not a target. The last position predicts nothing.
 
-**Special tokens.** A templated conversation gets none but those that its template writes. Other texts get what the
-tokenizer adds by itself (BOS, for many), and end with EOS if the tokenizer has one and they do not end with it already;
-EOS belongs to the completion. Ids (`data.format=tokens`) are taken as they are.
+**Special tokens.** A templated conversation has only those that its template writes. Other texts get what the tokenizer
+adds by itself (BOS, for many), and end with EOS if the tokenizer has one and they do not end with it already; EOS
+belongs to the completion. Ids (`data.format=tokens`) are used unchanged.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
-from chunkflow_cli.data.formats import (
+from chunkflow_cli.data.formats import decode_row, parse_sample
+from chunkflow_cli.data.sample import (
+    IGNORED,
+    MAX_ID,
+    NO_TARGETS,
+    BadRowError,
     Conversation,
     Instruction,
     PlainText,
     PromptCompletion,
+    RejectedRow,
     Sample,
     TokenRow,
-    decode_row,
-    parse_sample,
 )
-from chunkflow_cli.data.sample import IGNORED
-from chunkflow_cli.data.source import BadRowError, RowBatch
+from chunkflow_cli.data.source import RowBatch
 from chunkflow_cli.data.template import ChatTemplate, MarkedText
 from chunkflow_cli.errors import UsageError
 
@@ -46,58 +49,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
-    """The samples of a batch of rows, one after the other, and the rows that are none."""
+    """The samples of a batch of rows, one after the other, and its bad rows."""
 
     input_ids: NDArray[np.int32]  # (tokens,)
     targets: NDArray[np.int32]  # (tokens,), shifted
     lengths: NDArray[np.int64]  # (samples,)
     target_counts: NDArray[np.int64]  # (samples,)
-    digests: NDArray[np.uint64]  # (samples,), equal where tokens and targets are
+    digests: NDArray[np.uint64]  # (samples,), equal if tokens and targets are equal
     lines: NDArray[np.int64]  # (samples,)
     file: int
-    rejected: list[tuple[int, str]]
-    """Line and reason."""
+    rejected: list[RejectedRow]
     position: int
-    """How much of the source is read, as in `RowBatch`."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    input_ids: NDArray[np.int64]  # (length,)
-    labels: NDArray[np.int64]  # (length,), not shifted
-
-
-@dataclass(frozen=True, slots=True)
-class TokenisedText:
-    ids: NDArray[np.int64]  # (length,)
-    encoding: Encoding | None
-    """What the Rust tokenizer gave; None of a slow one, which cannot trace tokens to characters."""
-
-    def first_token_from(self, character: int) -> int:
-        """Index of the first token that begins at this character of the text or after it."""
-        assert self.encoding is not None
-        token = self.encoding.char_to_token(character)
-        if token is not None:
-            characters = self.encoding.token_to_chars(token)
-            assert characters is not None
-            return token if characters[0] >= character else token + 1
-        # No token holds the character: the text's end, or white space that a normaliser takes away.
-        last = self.encoding.token_to_chars(len(self.ids) - 1) if len(self.ids) else None
-        if last is None or last[0] < character:
-            return len(self.ids)
-        return next((i for i, (start, _) in enumerate(self.encoding.offsets) if start >= character), len(self.ids))
+    """How much of the source has been read, as in `RowBatch`."""
 
 
 class Encoder:
-    """Turns batches of rows of one format into tokens and targets. It can be sent to another process.
+    """Encodes batches of rows of one format. It can be pickled and sent to another process.
 
     Args:
         tokenizer: None for `data.format=tokens`.
-        train_on: `assistant` keeps the labels that a `tokens` row has; `all` counts every token of it.
-        vocab_size: ids of `data.format=tokens` must be below it; None allows all that fit in 32 bits.
+        train_on: `assistant` keeps the labels of a `tokens` row; `all` makes every token a target.
+        vocab_size: ids of `data.format=tokens` must be below it; None allows every id up to `MAX_ID`.
 
     Raises:
-        UsageError: the format needs what the tokenizer does not have: a chat template, or character offsets.
+        UsageError: the tokenizer lacks what the format needs: a chat template, or character offsets.
     """
 
     def __init__(
@@ -111,7 +86,7 @@ class Encoder:
         self._format = format
         self._mark_targets = train_on is TrainOn.assistant and format not in (DataFormat.text, DataFormat.tokens)
         self._train_on = train_on
-        self._id_limit = vocab_size if vocab_size is not None else 1 << 31  # ids are kept in 32 bits
+        self._max_id = MAX_ID if vocab_size is None else vocab_size - 1
         self._template: ChatTemplate | None = None
         if tokenizer is None:
             assert format is DataFormat.tokens
@@ -122,53 +97,47 @@ class Encoder:
             raise UsageError(
                 f"data.format={format.value} needs a chat template, "
                 f"and the tokenizer of {tokenizer.name_or_path} has none\n"
-                "  take the model's instruct variant, put a chat_template.jinja beside its tokenizer,\n"
-                "  or write the data as prompt_completion"
+                "  use the model's instruct variant, put a chat_template.jinja next to its tokenizer,\n"
+                "  or convert the data to prompt_completion"
             )
         if self._mark_targets and not tokenizer.is_fast:
             raise UsageError(
-                f"the tokenizer of {tokenizer.name_or_path} has no fast version, so its tokens cannot be traced to the "
-                "characters that the assistant said\n  data.train_on=all trains without that"
+                f"the tokenizer of {tokenizer.name_or_path} has no fast version, so the assistant's tokens "
+                "cannot be found\n  set data.train_on=all, which needs no fast version"
             )
-        # A fast tokenizer is taken without what transformers wraps around it, which costs a third of the time and, in
-        # every process that tokenises, the import of transformers.
+        # A fast tokenizer is used without its transformers wrapper, which costs a third of the time and, in every
+        # process that tokenises, the import of transformers.
         self._backend = plain_backend(tokenizer) if tokenizer.is_fast else None
         self._slow_tokenizer = None if tokenizer.is_fast else tokenizer
         self._prefix, self._suffix = _special_tokens_around(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
 
     def encode(self, batch: RowBatch) -> EncodedBatch:
-        """Tokens and targets of the rows; a row that is no sample is in `rejected`, with the reason."""
+        """Return tokens and targets of the rows. Rows that cannot be trained on are in `rejected`, with the reason."""
         samples: list[tuple[int, MarkedText | TokenRow, bool]] = []
         rejected: list[tuple[int, str]] = []
         for line, row in zip(batch.lines, batch.rows, strict=True):
             try:
-                sample = parse_sample(decode_row(row), self._format)
-                samples.append((line, *self._prepare(sample)))
+                samples.append((line, *self._prepare(parse_sample(decode_row(row), self._format))))
             except BadRowError as error:
                 rejected.append((line, str(error)))
-        texts = [text for _, text, _ in samples if isinstance(text, MarkedText)]
-        encoded = iter(self._tokenise(texts))
-        kept: list[_Tokens] = []
-        lines: list[int] = []
-        for line, prepared, is_templated in samples:
+        encoded = iter(self._tokenise([sample.text for _, sample, _ in samples if isinstance(sample, MarkedText)]))
+        kept: dict[int, TokenRow] = {}
+        for line, sample, is_templated in samples:
             try:
-                if isinstance(prepared, TokenRow):
-                    tokens = self._check_ids(prepared)
+                if isinstance(sample, TokenRow):
+                    tokens = self._check_ids(sample)
                 else:
-                    tokens = self._label(prepared, next(encoded), is_templated=is_templated)
+                    tokens = self._label(sample, *next(encoded), is_templated=is_templated)
                 if not np.any(tokens.labels[1:] != IGNORED):
-                    raise BadRowError("no targets: no token of it would be trained on")
+                    raise BadRowError(NO_TARGETS)
+                kept[line] = tokens
             except BadRowError as error:
                 rejected.append((line, str(error)))
-                continue
-            kept.append(tokens)
-            lines.append(line)
-        rejected.sort()
-        return _concatenate(kept, lines, rejected, batch)
+        return _concatenate(kept, sorted(rejected), batch)
 
     def _prepare(self, sample: Sample) -> tuple[MarkedText | TokenRow, bool]:
-        """What is tokenised, and whether a chat template wrote it."""
+        """Return what to tokenise, and True if a chat template wrote it."""
         if isinstance(sample, Instruction):
             sample = sample.prompt_completion() if self._template is None else sample.conversation()
         if isinstance(sample, Conversation):
@@ -183,28 +152,30 @@ class Encoder:
             return MarkedText(sample.text, None), False
         return sample, False
 
-    def _tokenise(self, texts: Sequence[MarkedText]) -> list[TokenisedText]:
+    def _tokenise(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], Encoding | None]]:
+        """Return the ids of each text, and the Rust tokenizer's encoding, which traces tokens to characters."""
         if not texts:
             return []
-        plain = [text.text for text in texts]
         if self._backend is not None:
-            encodings = self._backend.encode_batch(plain, add_special_tokens=False)
-            return [TokenisedText(np.array(encoding.ids, np.int64), encoding) for encoding in encodings]
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+            return [(np.array(encoding.ids, np.int64), encoding) for encoding in encodings]
         assert self._slow_tokenizer is not None
-        rows = self._slow_tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
-        return [TokenisedText(np.array(row, np.int64), None) for row in rows]
+        rows = self._slow_tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [(np.array(row, np.int64), None) for row in rows]
 
-    def _label(self, text: MarkedText, tokenised: TokenisedText, *, is_templated: bool) -> _Tokens:
-        ids = tokenised.ids
+    def _label(
+        self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None, *, is_templated: bool
+    ) -> TokenRow:
         if text.target_spans is None:
             labels = ids
         else:
+            assert encoding is not None
             labels = np.full_like(ids, IGNORED)
             for start, stop in text.target_spans:
-                targets = slice(tokenised.first_token_from(start), tokenised.first_token_from(stop))
+                targets = slice(first_token_from(encoding, start), first_token_from(encoding, stop))
                 labels[targets] = ids[targets]
         if is_templated:
-            return _Tokens(ids, labels)
+            return TokenRow(ids, labels)
         ids = np.concatenate([self._prefix, ids, self._suffix])
         labels = np.concatenate([self._prefix, labels, self._suffix])
         if self._eos is not None and (len(ids) == 0 or ids[-1] != self._eos):
@@ -213,32 +184,42 @@ class Encoder:
             labels[-1] = self._eos
         if text.target_spans is not None:
             labels[: len(self._prefix)] = IGNORED
-        return _Tokens(ids, labels)
+        return TokenRow(ids, labels)
 
-    def _check_ids(self, row: TokenRow) -> _Tokens:
+    def _check_ids(self, row: TokenRow) -> TokenRow:
         for name, ids in (("input_ids", row.input_ids), ("labels", row.labels)):
-            if ids is None:
-                continue
-            wrong = (ids < 0) | (ids >= self._id_limit)
+            wrong = (ids < 0) | (ids > self._max_id)
             if name == "labels":
                 wrong &= ids != IGNORED
             if wrong.any():
                 place = int(wrong.argmax())
-                allowed = f"0 to {self._id_limit - 1}" + (f", or {IGNORED}" if name == "labels" else "")
+                allowed = f"0 to {self._max_id}" + (f", or {IGNORED}" if name == "labels" else "")
                 raise BadRowError(f"{name}[{place}] is {ids[place]}, and must be {allowed}")
-        if row.labels is None or self._train_on is TrainOn.all:
-            return _Tokens(row.input_ids, row.input_ids)
-        return _Tokens(row.input_ids, row.labels)
+        return row if self._train_on is TrainOn.assistant else TokenRow(row.input_ids, row.input_ids)
 
 
-def _concatenate(
-    kept: Sequence[_Tokens], lines: Sequence[int], rejected: list[tuple[int, str]], batch: RowBatch
-) -> EncodedBatch:
-    """One flat array of ids and one of targets: the only place where labels are shifted."""
-    lengths = np.array([len(tokens.input_ids) for tokens in kept], np.int64)
+def first_token_from(encoding: Encoding, character: int) -> int:
+    """Return the index of the first token that begins at this character of the text or after it."""
+    token = encoding.char_to_token(character)
+    if token is not None:
+        characters = encoding.token_to_chars(token)
+        assert characters is not None
+        return token if characters[0] >= character else token + 1
+    # No token holds the character: it is the end of the text, or white space that a normaliser removes.
+    count = len(encoding)
+    last = encoding.token_to_chars(count - 1) if count else None
+    if last is None or last[0] < character:
+        return count
+    return next((index for index, (start, _) in enumerate(encoding.offsets) if start >= character), count)
+
+
+def _concatenate(kept: dict[int, TokenRow], rejected: list[tuple[int, str]], batch: RowBatch) -> EncodedBatch:
+    """Join the samples of a batch, by line, in flat arrays of ids and targets: the only place that shifts labels."""
+    rows = list(kept.values())
+    lengths = np.array([len(row.input_ids) for row in rows], np.int64)
     ends = np.cumsum(lengths)
-    input_ids = np.concatenate([tokens.input_ids for tokens in kept] or [np.empty(0, np.int64)]).astype(np.int32)
-    labels = np.concatenate([tokens.labels for tokens in kept] or [np.empty(0, np.int64)]).astype(np.int32)
+    input_ids = _flat([row.input_ids for row in rows])
+    labels = _flat([row.labels for row in rows])
     targets = np.full_like(labels, IGNORED)
     targets[:-1] = labels[1:]
     targets[ends - 1] = IGNORED
@@ -251,26 +232,30 @@ def _concatenate(
         lengths=lengths,
         digests=np.array(digests, np.uint64),
         target_counts=counted[ends] - counted[starts],
-        lines=np.array(lines, np.int64),
+        lines=np.array(list(kept), np.int64),
         file=batch.file,
-        rejected=rejected,
+        rejected=[RejectedRow(batch.file, line, reason) for line, reason in rejected],
         position=batch.position,
     )
 
 
+def _flat(arrays: list[NDArray[np.int64]]) -> NDArray[np.int32]:
+    return np.concatenate(arrays).astype(np.int32) if arrays else np.empty(0, np.int32)
+
+
 def _digest(input_ids: NDArray[np.int32], targets: NDArray[np.int32]) -> int:
-    """64 bits: of a million samples, two different ones share a digest once in 37 million data sets."""
+    """Return a hash of 64 bits: in a million samples, two different ones collide once in 37 million data sets."""
     digest = hashlib.blake2b(input_ids.data, digest_size=8)
     digest.update(targets.data)
     return int.from_bytes(digest.digest(), "little")
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The Rust tokenizer, set to report where a token truly begins and to give all of a text's tokens.
+    """Return the Rust tokenizer, set to report where each token really begins, and never to pad or truncate.
 
-    A byte-level post-processor moves a token's beginning past its spaces (`trim_offsets`), so that a token of spaces
-    alone seems to begin where the next one does: at the edge of an answer it would become a target. And a
-    tokenizer.json may hold settings of padding and truncation, which transformers overrides on each call.
+    A byte-level post-processor moves the start of a token past its spaces (`trim_offsets`), so that a token that holds
+    only spaces seems to begin where the next one does, and would become a target at the edge of an answer. A
+    tokenizer.json may also hold settings for padding and truncation, which transformers overrides on each call.
     """
     plain: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
     plain.post_processor = None
@@ -280,7 +265,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The ids that the tokenizer by itself puts before and after a text."""
+    """Return the ids that the tokenizer by default puts before and after a text."""
     text = "a"
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text, add_special_tokens=True)["input_ids"])

@@ -1,13 +1,12 @@
-"""How long samples are, without a tokenizer: estimated from bytes, at about the speed at which JSON is parsed.
+"""Sample lengths without a tokenizer: estimated from bytes, at about the speed of parsing JSON.
 
-A token is taken for `BYTES_PER_TOKEN` bytes of UTF-8, and what a chat template writes around a turn for
-`TOKENS_PER_TURN` tokens. English prose has 4 to 4.5 bytes a token with today's vocabularies, code 3 to 3.5, other
-scripts 2.5 to 4: expect to be off by a quarter, more for unusual text. `data.format=tokens` rows are counted, not
-estimated.
+A token counts as `BYTES_PER_TOKEN` bytes of UTF-8, and what a chat template writes around a turn as `TOKENS_PER_TURN`
+tokens. English prose has 4 to 4.5 bytes per token with current vocabularies, code 3 to 3.5, other scripts 2.5 to 4:
+expect errors of up to a quarter, and more for unusual text. `data.format=tokens` rows are counted, not estimated.
 
-Rows are sized by short functions that look at what they need and no further; a row that does not have it goes through
-`parse_sample`, which either knows the less usual forms or says what is wrong with it. So bad rows are the ones that
-training would reject, except for what only a tokenizer or template can tell.
+Short functions size the usual rows and look only at the keys they need. A row that lacks these keys goes through
+`parse_sample`, which either handles the less usual forms or says what is wrong. So bad rows are the rows that training
+would reject, except for problems that only a tokenizer or template can find.
 """
 
 from __future__ import annotations
@@ -22,36 +21,38 @@ import orjson
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat
-from chunkflow_cli.data.formats import (
-    SHAREGPT_ROLES,
+from chunkflow_cli.data.formats import SHAREGPT_ROLES, decode_row, parse_sample
+from chunkflow_cli.data.sample import (
+    IGNORED,
+    MAX_ID,
+    NO_TARGETS,
+    BadRowError,
     Conversation,
     Instruction,
     PlainText,
     PromptCompletion,
     Sample,
     TokenRow,
-    decode_row,
-    parse_sample,
 )
-from chunkflow_cli.data.source import BadRowError, Location, Source
+from chunkflow_cli.data.source import Location, Source
 
 BYTES_PER_TOKEN = 4.0
 TOKENS_PER_TURN = 5
 """`<|im_start|>`, the role, a newline, `<|im_end|>`, a newline."""
-LARGEST_ID = (1 << 31) - 1
-"""Of `data.format=tokens`: ids are kept in 32 bits. A model's vocabulary, where there is one, allows fewer."""
-NO_TARGETS = "no targets: no token of it would be trained on"
+
+Size = tuple[int, int]
+"""Tokens of a row, and how many of them are targets."""
 
 
 @dataclass(frozen=True)
 class EstimatedSizes:
-    """Lengths of all samples of a source, none of which is kept in memory."""
+    """Lengths of all samples of a source. The samples themselves are not kept in memory."""
 
     lengths: NDArray[np.int64]  # (samples,) tokens
     target_counts: NDArray[np.int64]  # (samples,) tokens that the loss would count
-    files: NDArray[np.int32]  # (samples,)
+    files: NDArray[np.int64]  # (samples,)
     lines: NDArray[np.int64]  # (samples,)
-    digests: NDArray[np.int64]  # (samples,), equal where the rows are, within this process
+    digests: NDArray[np.int64]  # (samples,), equal if the rows are equal, within this process
     rejected: list[tuple[Location, str]]
     """Bad rows and why, in the order of the data."""
 
@@ -59,7 +60,7 @@ class EstimatedSizes:
 def estimate_sizes(
     source: Source, format: DataFormat, *, count_all: bool, progress: Callable[[int], None]
 ) -> EstimatedSizes:
-    """Size every row of a source.
+    """Estimate the size of every row of a source.
 
     Args:
         count_all: every token is a target (`data.train_on=all`).
@@ -68,22 +69,13 @@ def estimate_sizes(
     Raises:
         UsageError: the source cannot be read.
     """
-    size_of, is_exact = _SIZERS[format], format is DataFormat.tokens
-    lengths, targets, files, lines, digests = array("q"), array("q"), array("i"), array("q"), array("q")
+    quick, is_exact = _QUICK_SIZERS.get(format), format is DataFormat.tokens
+    columns = array("q")  # one row per sample: length, targets, file, line, digest
     rejected: list[tuple[Location, str]] = []
     for batch in source.batches():
         for line, raw in zip(batch.lines, batch.rows, strict=True):
             try:
-                if isinstance(raw, bytes):
-                    try:
-                        row = orjson.loads(raw)
-                        size, target = size_of(row)
-                    except (ValueError, LookupError, TypeError, AttributeError):  # unusual, or bad: looked at closely
-                        size, target = _size_of_sample(parse_sample(decode_row(raw), format))
-                    digest = hash(raw)
-                else:
-                    size, target = _size_of_sample(parse_sample(decode_row(raw), format))
-                    digest = hash(orjson.dumps(raw, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
+                size, target = _size_of_row(raw, format, quick)
                 if count_all:
                     target = size - is_exact  # nothing predicts the first token of a row of ids
                 if target == 0:
@@ -91,24 +83,24 @@ def estimate_sizes(
             except BadRowError as error:
                 rejected.append((source.location(batch.file, line), str(error)))
                 continue
-            lengths.append(size)
-            targets.append(target)
-            files.append(batch.file)
-            lines.append(line)
-            digests.append(digest)
+            columns.extend((size, target, batch.file, line, _digest(raw)))
         progress(batch.position)
-    return EstimatedSizes(
-        np.frombuffer(lengths, np.int64),
-        np.frombuffer(targets, np.int64),
-        np.frombuffer(files, np.int32),
-        np.frombuffer(lines, np.int64),
-        np.frombuffer(digests, np.int64),
-        rejected,
-    )
+    return EstimatedSizes(*np.frombuffer(columns, np.int64).reshape(-1, 5).T, rejected)
 
 
-Size = tuple[int, int]
-"""Tokens, and how many of them are targets."""
+def _size_of_row(raw: object, format: DataFormat, quick: Callable[[dict[str, Any]], Size] | None) -> Size:
+    if quick is not None and isinstance(raw, bytes):
+        try:
+            return quick(orjson.loads(raw))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            pass  # an unusual row or a bad one: the parser below accepts it or says what is wrong
+    return _size_of_sample(parse_sample(decode_row(raw), format))
+
+
+def _digest(raw: object) -> int:
+    if isinstance(raw, bytes):
+        return hash(raw)
+    return hash(orjson.dumps(raw, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
 
 
 def _size_of_messages(row: dict[str, Any]) -> Size:
@@ -144,7 +136,7 @@ def _size_of_turns(turns: list[dict[str, Any]], role_key: str, text_key: str, is
         raise LookupError
     return (
         int(size / BYTES_PER_TOKEN) + TOKENS_PER_TURN * len(turns),
-        int(target / BYTES_PER_TOKEN) + answers,  # an answer ends with a token of its own
+        int(target / BYTES_PER_TOKEN) + answers,  # the end-of-turn token of each answer is a target too
     )
 
 
@@ -154,26 +146,19 @@ def _size_of_text(row: dict[str, Any]) -> Size:
     return size, size - (not text)
 
 
-def _by_sample(format: DataFormat) -> Callable[[dict[str, Any]], Size]:
-    return lambda row: _size_of_sample(parse_sample(row, format))
-
-
-_SIZERS: dict[DataFormat, Callable[[dict[str, Any]], Size]] = {
+_QUICK_SIZERS: dict[DataFormat, Callable[[dict[str, Any]], Size]] = {
     DataFormat.messages: _size_of_messages,
     DataFormat.sharegpt: _size_of_sharegpt,
     DataFormat.text: _size_of_text,
-    DataFormat.alpaca: _by_sample(DataFormat.alpaca),
-    DataFormat.prompt_completion: _by_sample(DataFormat.prompt_completion),
-    DataFormat.tokens: _by_sample(DataFormat.tokens),
 }
 
 
 def _size_of_sample(sample: Sample) -> Size:
     match sample:
         case TokenRow(input_ids, labels):
-            if input_ids.min() < 0 or input_ids.max() > LARGEST_ID:
-                raise BadRowError(f"input_ids holds ids that are not from 0 to {LARGEST_ID}")
-            return len(input_ids), len(input_ids) - 1 if labels is None else int(np.count_nonzero(labels[1:] != -100))
+            if input_ids.min() < 0 or input_ids.max() > MAX_ID:
+                raise BadRowError(f"input_ids has ids outside 0 to {MAX_ID}")
+            return len(input_ids), int(np.count_nonzero(labels[1:] != IGNORED))
         case PlainText(text):
             return 1 + _tokens(text), 1 + _tokens(text)
         case PromptCompletion(prompt, completion):

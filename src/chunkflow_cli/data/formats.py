@@ -1,30 +1,29 @@
-"""What a row means: its format, and the `Sample` that it becomes.
+"""Row formats: which one a data set has, and the `Sample` that each of its rows becomes.
 
 | format | keys of a row | sample |
 |---|---|---|
 | messages | messages: [{role, content}], tools | Conversation; targets: assistant turns |
 | sharegpt | conversations: [{from, value}], system, tools | the same |
 | alpaca | instruction, input, output, system, history | Instruction |
-| prompt_completion | prompt, completion: texts | PromptCompletion |
+| prompt_completion | prompt, completion: strings | PromptCompletion |
 | prompt_completion | prompt, completion: lists of messages | Conversation; targets: assistant turns of the completion |
 | text | text | PlainText |
 | tokens | input_ids, labels | TokenRow |
 
-Other keys of a row are left alone; other keys of a message (name, reasoning_content, ...) reach the chat template. A
-reason for refusing a row (`BadRowError`) names the key, as in `messages[2].content is null`.
+Other keys of a row are ignored. Other keys of a message (name, reasoning_content, ...) are passed to the chat template.
+The reason for rejecting a row (`BadRowError`) names the key, as in `messages[2].content is null`.
 
-Tools. A sharegpt `function_call` is what the assistant said. Where its text is a call, `{"name", "arguments"}` or a
-list of them, it becomes `tool_calls` of the assistant, so that a template that knows calls writes them in its own
-syntax. `observation` is the answer of a tool. `tools` may be a list or, as LLaMA-Factory has it, JSON text of one, and
-a bare `{"name", ...}` is wrapped as `{"type": "function", "function": ...}`, which is what templates expect. What
-becomes of all this under a template that knows no tools is told in `tokens.template`.
+Tools. A sharegpt `function_call` is a turn of the assistant. If its value is a call, `{"name", "arguments"}` or a list
+of them, it becomes `tool_calls`, so that a template that supports calls writes them in its own syntax. `observation` is
+the answer of a tool. `tools` may be a list or, as in LLaMA-Factory, a JSON string of one, and a bare `{"name", ...}` is
+wrapped as `{"type": "function", "function": ...}`, which is what templates expect. `data.template` says what happens
+under a template that does not support tools.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -33,7 +32,17 @@ import orjson
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat
-from chunkflow_cli.data.source import BadRowError, Location, RowBatch, Source
+from chunkflow_cli.data.sample import (
+    BadRowError,
+    Conversation,
+    Instruction,
+    Message,
+    PlainText,
+    PromptCompletion,
+    Sample,
+    TokenRow,
+)
+from chunkflow_cli.data.source import Location, RowBatch, Source
 from chunkflow_cli.errors import UsageError
 
 DETECTION_ROWS = 100
@@ -48,104 +57,13 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "system": "system",
 }
-ALPACA_PROMPT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-"""The two prompts of Stanford Alpaca, word for word."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    """One of `ROLES`."""
-    content: str
-    is_target: bool
-    """Whether the loss counts it (under `data.train_on=assistant`)."""
-    tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """`{"type": "function", "function": {"name", "arguments"}}` each, arguments as an object."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """What else the row says of this turn, for the chat template."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Turns that a chat template turns into text."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PromptCompletion:
-    """Two texts that follow each other as they are; the completion is the target."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """An alpaca row: a conversation where there is a chat template, the well-known prompt text where there is none."""
-
-    instruction: str
-    input: str
-    output: str
-    system: str
-    history: tuple[tuple[str, str], ...]
-
-    def conversation(self) -> Conversation:
-        """The turns: system, earlier exchanges, then instruction and input, joined by a newline, and the output."""
-        question = "\n".join(part for part in (self.instruction, self.input) if part)
-        turns = [Message("system", self.system, is_target=False)] if self.system else []
-        for asked, answered in (*self.history, (question, self.output)):
-            turns += [Message("user", asked, is_target=False), Message("assistant", answered, is_target=True)]
-        return Conversation(tuple(turns))
-
-    def prompt_completion(self) -> PromptCompletion:
-        """Stanford Alpaca's text; a system prompt goes before it.
-
-        Raises:
-            BadRowError: there is a history, for which that text has no place.
-        """
-        if self.history:
-            raise BadRowError("history needs a chat template, and the tokenizer has none")
-        prompt = ALPACA_PROMPT_WITH_INPUT if self.input else ALPACA_PROMPT
-        preamble = f"{self.system}\n\n" if self.system else ""
-        return PromptCompletion(preamble + prompt.format(instruction=self.instruction, input=self.input), self.output)
-
-
-@dataclass(frozen=True, slots=True)
-class PlainText:
-    """A document; every token is a target."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """Tokens that somebody else made."""
-
-    input_ids: NDArray[np.int64]  # (length,)
-    labels: NDArray[np.int64] | None  # (length,), not shifted, -100 = not a target; None: every token is one
-
-
-Sample = Conversation | PromptCompletion | Instruction | PlainText | TokenRow
 
 
 def decode_row(raw: object) -> dict[str, Any]:
-    """The object that a row is.
+    """Return the JSON object of a row.
 
     Raises:
-        BadRowError: it is not valid UTF-8, not valid JSON, or not an object.
+        BadRowError: the row is not valid UTF-8, not valid JSON, or not an object.
     """
     row = raw
     if isinstance(raw, bytes):
@@ -154,7 +72,7 @@ def decode_row(raw: object) -> dict[str, Any]:
         except orjson.JSONDecodeError as error:
             raise BadRowError(_why_not_json(raw, error)) from error
     if not isinstance(row, dict):
-        hint = " (a file that is one JSON array must be named .json)" if isinstance(row, list) else ""
+        hint = " (a file that holds one JSON array must be named .json)" if isinstance(row, list) else ""
         raise BadRowError(f"the row is {_kind(row)}, not an object{hint}")
     return row
 
@@ -168,22 +86,22 @@ def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:
-    """The sample that a row of this format is.
+    """Return the sample that a row of this format describes.
 
     Raises:
-        BadRowError: a key is missing, or holds what the format does not allow.
+        BadRowError: a key is missing, or holds a value that the format does not allow.
     """
     return _PARSERS[format](row)
 
 
 def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
-    """The format that the first rows agree on, by their keys.
+    """Return the format that the first rows agree on, by their keys.
 
-    Rows that cannot be parsed do not count, nor do rows of no known format beside others of one: they are bad rows,
-    which are named with file and line when they are read.
+    Rows that cannot be parsed do not count. If some rows have a known format, rows without one do not count either.
+    Both are bad rows, which are reported with file and line when they are read.
 
     Raises:
-        UsageError: no format, or more than one, fits them; the keys seen and the formats are named.
+        UsageError: no format fits, or more than one does. The message lists the keys found and the known formats.
     """
     seen: dict[str, tuple[DataFormat | None, Location]] = {}
     reasons: list[str] = []
@@ -208,7 +126,7 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
         for keys, (format, location) in seen.items()
     )
     what = "rows of more than one format" if formats else "rows of no known format"
-    raise UsageError(f"{key} holds {what}\n{rows}\nname the format with data.format, or rename the keys:\n{known}")
+    raise UsageError(f"{key} holds {what}\n{rows}\nset data.format to the right one, or rename the keys:\n{known}")
 
 
 REQUIRED_KEYS = {
@@ -230,10 +148,10 @@ def _each_row(source: Source) -> Iterator[tuple[RowBatch, int]]:
 def _format_by_keys(row: Mapping[str, Any], keys: str, key: str) -> DataFormat | None:
     fitting = [name for name, required in REQUIRED_KEYS.items() if all(word in row for word in required)]
     if fitting == [DataFormat.alpaca, DataFormat.text]:
-        return DataFormat.alpaca  # the hub's alpaca sets carry the finished prompt in `text` too
+        return DataFormat.alpaca  # alpaca data sets on the hub also carry the finished prompt in `text`
     if len(fitting) > 1:
         names = " or ".join(f"data.format={name.value}" for name in fitting)
-        raise UsageError(f"{key}: rows with the keys {keys} fit several formats\n  say which: {names}")
+        raise UsageError(f"{key}: rows with the keys {keys} fit several formats\n  choose one: {names}")
     return fitting[0] if fitting else None
 
 
@@ -260,7 +178,7 @@ def _parse_alpaca(row: Mapping[str, Any]) -> Instruction:
     history = []
     for index, exchange in enumerate(row.get("history") or ()):
         if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
-            raise BadRowError(f"history[{index}] is not a pair of texts")
+            raise BadRowError(f"history[{index}] is not a pair of strings")
         history.append((exchange[0], exchange[1]))
     optional = {key: _text(row, key) if row.get(key) is not None else "" for key in ("input", "system")}
     return Instruction(
@@ -279,7 +197,7 @@ def _parse_prompt_completion(row: Mapping[str, Any]) -> Conversation | PromptCom
     if isinstance(prompt, str) and isinstance(completion, str):
         return PromptCompletion(prompt, completion)
     raise BadRowError(
-        f"prompt is {_kind(prompt)} and completion is {_kind(completion)}: both must be texts, or lists of messages"
+        f"prompt is {_kind(prompt)} and completion is {_kind(completion)}: both must be strings, or lists of messages"
     )
 
 
@@ -295,7 +213,7 @@ def _parse_tokens(row: Mapping[str, Any]) -> TokenRow:
     if len(input_ids) == 0:
         raise BadRowError("input_ids is empty")
     if row.get("labels") is None:
-        return TokenRow(input_ids, None)
+        return TokenRow(input_ids, input_ids)
     labels = _integers(row["labels"], "labels")
     if len(labels) != len(input_ids):
         raise BadRowError(f"labels has {len(labels)} entries and input_ids {len(input_ids)}")
@@ -318,7 +236,7 @@ def _messages(value: object, key: str, *, are_targets: bool) -> tuple[Message, .
         place = f"{key}[{index}]"
         role = _role(turn, "role", ROLES, place)
         calls = _tool_calls(turn.get("tool_calls"), place)
-        # A turn of calls alone has null as content where the data came from an OpenAI-like interface.
+        # Data from OpenAI-like APIs has null as the content of a turn that holds only calls.
         content = "" if calls and turn.get("content") is None else _text(turn, "content", place)
         extra = {name: value for name, value in turn.items() if name not in _MESSAGE_KEYS and value is not None}
         messages.append(Message(role, content, are_targets and role == "assistant", calls, extra))
@@ -339,11 +257,11 @@ def _tool_calls(value: object, place: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _function_calls(text: str) -> tuple[Mapping[str, Any], ...]:
-    """The calls that a sharegpt `function_call` writes as JSON; none where it is some other text."""
+    """Return the calls that a sharegpt `function_call` writes as JSON, or none if it is other text."""
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
-        return ()  # not JSON: what the assistant said stays text
+        return ()  # not JSON: the turn stays text
     calls = value if isinstance(value, list) else [value]
     if not all(isinstance(call, dict) and set(call) == {"name", "arguments"} for call in calls):
         return ()
@@ -351,13 +269,13 @@ def _function_calls(text: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _as_tool_call(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Templates write `arguments | tojson`, so arguments that are JSON text (as OpenAI has them) become the object."""
+    """Return a call whose arguments are an object. OpenAI has a JSON string, which `arguments | tojson` would quote."""
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             parsed = orjson.loads(arguments)
         except orjson.JSONDecodeError:
-            parsed = None  # some text that is not JSON: handed on as it is
+            parsed = None  # not JSON: passed on unchanged
         arguments = parsed if isinstance(parsed, dict) else arguments
     return {"type": "function", "function": {**function, "arguments": arguments}}
 
@@ -367,7 +285,7 @@ def _tools(value: object) -> tuple[Mapping[str, Any], ...]:
         try:
             value = orjson.loads(value) if value.strip() else None
         except orjson.JSONDecodeError as error:
-            raise BadRowError(f"tools is a text that is not JSON: {error.msg}") from error
+            raise BadRowError(f"tools is a string that is not JSON: {error.msg}") from error
     if not value:
         return ()
     tools = _list_of_objects(value, "tools")
@@ -384,14 +302,14 @@ def _required(row: Mapping[str, Any], key: str, place: str = "") -> Any:
 def _text(row: Mapping[str, Any], key: str, place: str = "") -> str:
     value = _required(row, key, place)
     if not isinstance(value, str):
-        raise BadRowError(f"{place + '.' if place else ''}{key} is {_kind(value)}, not a text")
+        raise BadRowError(f"{place + '.' if place else ''}{key} is {_kind(value)}, not a string")
     return value
 
 
 def _role(turn: Mapping[str, Any], key: str, known: tuple[str, ...], place: str) -> str:
     role = _text(turn, key, place)
     if role not in known:
-        raise BadRowError(f"{place}.{key} is {role!r}, which is none of {', '.join(known)}")
+        raise BadRowError(f"{place}.{key} is {role!r}, which is not one of {', '.join(known)}")
     return role
 
 
@@ -414,14 +332,14 @@ def _integers(value: object, name: str) -> NDArray[np.int64]:
     try:
         return np.frombuffer(array("q", value), dtype=np.int64)  # refuses 1.5 and "1", which np.array would take
     except (TypeError, OverflowError) as error:
-        raise BadRowError(f"{name} holds something other than integers of 64 bits") from error
+        raise BadRowError(f"{name} holds something other than 64-bit integers") from error
 
 
 def _kind(value: object) -> str:
-    """A JSON value's kind, with its article."""
+    """Return the name of a JSON value's type, with its article."""
     if value is None:
         return "null"
     if isinstance(value, bool):
-        return "a truth value"
-    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number"}
+        return "a boolean"
+    names: dict[type, str] = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What a set of sample lengths looks like, and what ordinary batching would make of it."""
+"""Statistics of sample lengths, and the costs of ordinary batching."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 
 K = 1024
 THRESHOLDS = (1 * K, 4 * K, 8 * K, 32 * K, 128 * K)
-"""Of the cumulative table; the paper's (arXiv 2503.02356, table 1)."""
+"""Lengths in the cumulative table, as in the paper (arXiv 2503.02356, table 1)."""
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 
 Lengths = NDArray[np.int64]  # (samples,) tokens of each sample
 
 
 def threshold_name(tokens: int) -> str:
-    """`<4K` for 4096."""
+    """Return the name of a threshold: `<4K` for 4096."""
     return f"<{short_count(tokens)}"
 
 
 def short_count(tokens: int) -> str:
-    """Tokens as people write lengths: 512, 4K, 256K, 1M; in powers of two."""
+    """Format a length in powers of two: 512, 4K, 256K, 1M."""
     for size, unit in ((K * K, "M"), (K, "K")):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{unit}"
@@ -31,13 +31,13 @@ def short_count(tokens: int) -> str:
 
 @dataclass(frozen=True)
 class LengthStatistics:
-    """Of one data set. Shares are between 0 and 1."""
+    """Length statistics of one data set. Shares are between 0 and 1."""
 
     samples: int
     tokens: int
     mean: float
     quantiles: dict[str, int]
-    """The smallest length that at least this share of the samples does not exceed."""
+    """For each quantile, the smallest length that at least this share of the samples does not exceed."""
     max: int
     shorter: dict[str, float]
     """Share of the samples that are strictly shorter than each of `THRESHOLDS`."""
@@ -46,7 +46,8 @@ class LengthStatistics:
 
 
 def describe(lengths: Lengths) -> LengthStatistics:
-    """
+    """Return the statistics of a data set's lengths.
+
     Raises:
         ValueError: there are no samples.
     """
@@ -72,15 +73,15 @@ def describe(lengths: Lengths) -> LengthStatistics:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Samples and tokens by length, in bins that double."""
+    """Samples and tokens by length, in bins whose width doubles."""
 
-    edges: NDArray[np.int64]  # (bins + 1,): bin i holds the lengths of [edges[i], edges[i + 1])
+    edges: NDArray[np.int64]  # (bins + 1,): bin i holds lengths in [edges[i], edges[i + 1])
     samples: NDArray[np.int64]  # (bins,)
     tokens: NDArray[np.int64]  # (bins,)
 
 
 def histogram(lengths: Lengths) -> Histogram:
-    """From the bin of the shortest sample to that of the longest; bins begin at powers of two."""
+    """Return the bins from the shortest sample to the longest. Bins begin at powers of two."""
     first = int(lengths.min()).bit_length() - 1
     last = int(lengths.max()).bit_length()
     edges = 1 << np.arange(first, last + 1, dtype=np.int64)
@@ -95,7 +96,7 @@ def histogram(lengths: Lengths) -> Histogram:
 
 @dataclass(frozen=True)
 class Truncation:
-    """What a limit would take from the data."""
+    """Samples and tokens that a length limit would remove."""
 
     limit: int
     samples_cut: int
@@ -103,12 +104,13 @@ class Truncation:
 
 
 def truncation(lengths: Lengths, limit: int) -> Truncation:
+    """Count what truncation to `limit` tokens would remove."""
     beyond = np.maximum(lengths - limit, 0)
     return Truncation(limit, int(np.count_nonzero(beyond)), int(beyond.sum()))
 
 
 def padding_share(lengths: Lengths, batch_size: int) -> float:
-    """Share of the positions that is padding, if batches of consecutive samples are padded to their longest one."""
+    """Return the share of padding if batches of consecutive samples are padded to their longest one."""
     starts = np.arange(0, len(lengths), batch_size)
     longest = np.maximum.reduceat(lengths, starts)
     in_batch = np.diff(np.append(starts, len(lengths)))
@@ -116,10 +118,10 @@ def padding_share(lengths: Lengths, batch_size: int) -> float:
 
 
 def idle_share(loads: Sequence[NDArray[np.float64]]) -> float:
-    """Share of the ranks' time that is waiting for the slowest one.
+    """Return the share of the ranks' time that they wait for the slowest one.
 
     Args:
-        loads: of each step, (ranks,) the cost of each rank.
+        loads: for each step, (ranks,) the cost of each rank.
     """
     longest = sum(float(load.max()) for load in loads)
     busy = sum(float(load.mean()) for load in loads)

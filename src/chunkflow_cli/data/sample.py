@@ -1,19 +1,129 @@
-"""A tokenised sample, as the cache stores it and as chunks are built from it."""
+"""The samples that rows become, before and after they are tokenised."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 IGNORED = -100
 """Target of a position that the loss does not count, as in Hugging Face labels."""
+MAX_ID = (1 << 31) - 1
+"""Largest id that the cache can store. A model's vocabulary usually allows fewer."""
+NO_TARGETS = "no targets: the loss would not count any of its tokens"
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""The two prompts of Stanford Alpaca, word for word."""
+
+
+class BadRowError(ValueError):
+    """A row that cannot be trained on. The message is the reason, without the location."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A row that cannot be trained on, and why."""
+
+    file: int
+    """Index into `Source.names`."""
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """One of `formats.ROLES`."""
+    content: str
+    is_target: bool
+    """True if the loss counts this turn under `data.train_on=assistant`."""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """Calls as `{"type": "function", "function": {"name", "arguments"}}`, with arguments as an object."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Other keys of the turn, which are passed on to the chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns that a chat template turns into text."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCompletion:
+    """Two strings that are concatenated unchanged. The completion is the target."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """An alpaca row: a conversation if there is a chat template, otherwise Stanford Alpaca's prompt."""
+
+    instruction: str
+    input: str
+    output: str
+    system: str
+    history: tuple[tuple[str, str], ...]
+
+    def conversation(self) -> Conversation:
+        """Return the turns: system, earlier exchanges, instruction and input joined by a newline, output."""
+        question = "\n".join(part for part in (self.instruction, self.input) if part)
+        turns = [Message("system", self.system, is_target=False)] if self.system else []
+        for asked, answered in (*self.history, (question, self.output)):
+            turns += [Message("user", asked, is_target=False), Message("assistant", answered, is_target=True)]
+        return Conversation(tuple(turns))
+
+    def prompt_completion(self) -> PromptCompletion:
+        """Return Stanford Alpaca's prompt and the output. A system prompt goes before it.
+
+        Raises:
+            BadRowError: the row has a history, for which that prompt has no place.
+        """
+        if self.history:
+            raise BadRowError("history needs a chat template, and the tokenizer has none")
+        prompt = ALPACA_PROMPT_WITH_INPUT if self.input else ALPACA_PROMPT
+        preamble = f"{self.system}\n\n" if self.system else ""
+        return PromptCompletion(preamble + prompt.format(instruction=self.instruction, input=self.input), self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """A document. Every token is a target."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """Ids and labels: a row that is already tokenised, or any other sample once it is."""
+
+    input_ids: NDArray[np.int64]  # (length,)
+    labels: NDArray[np.int64]  # (length,) the id itself (not shifted) where the loss counts it, or IGNORED
+
+
+Sample = Conversation | PromptCompletion | Instruction | PlainText | TokenRow
 
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """One sequence. The arrays may be read-only views of the cache."""
+    """A sample as the cache stores it and as chunks are built from it. The arrays may be read-only views."""
 
     input_ids: NDArray[np.int32]  # (length,)
     targets: NDArray[np.int32]  # (length,) the id that each position has to predict (labels shifted once), or IGNORED

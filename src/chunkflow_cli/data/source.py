@@ -1,37 +1,31 @@
-"""Where rows come from: a file, a folder, a glob or a Hugging Face data set, read in batches of bounded size.
+"""Rows from a file, a folder, a glob or a Hugging Face data set, read in batches of bounded size.
 
-`open_source` finds the files and looks at the head of each, so that a file that cannot be data (binary, empty, another
-compression than its name says) is refused before anything else starts. JSON lines, compressed or not, and parquet are
-streamed; a `.json` file that holds one array is read whole, for JSON has no way to skip: where it is large, use
-`.jsonl`.
+`open_source` finds the files and checks the head of each, so that a file that cannot be data (binary, empty, another
+compression than its name says) is rejected before anything else starts. JSON lines, compressed or not, and parquet are
+streamed. A `.json` file that holds one array is read whole, because JSON cannot be parsed in parts: use `.jsonl` for
+large data.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from glob import glob, has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+from typing import Any, Literal
 
 import orjson
 
+from chunkflow_cli.data.streams import explain_read_errors, open_stream
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
 BATCH_ROWS = 256
-"""Most rows of a batch; a batch of JSON lines also ends at `BATCH_BYTES`."""
+"""Maximum rows of a batch. A batch of JSON lines also ends at `BATCH_BYTES`."""
 BATCH_BYTES = 1 << 20
 SNIFF_BYTES = 1 << 16
 
@@ -41,16 +35,12 @@ MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 SUFFIXES = ".jsonl, .ndjson, .json (each also with .gz or .zst), .parquet"
 
 
-class BadRowError(ValueError):
-    """One row cannot be trained on; the message is the reason, without the location."""
-
-
 Unit = Literal["line", "row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a row stands. `line` counts from 1; `unit` says whether it is a line of the file or a row in it."""
+    """A row's place in the user's data: a line of a file, or a row in it. Both count from 1."""
 
     file: str
     line: int
@@ -62,21 +52,21 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Consecutive rows of one file, not yet looked at."""
+    """Consecutive rows of one file, not yet parsed."""
 
     file: int
     """Index into `Source.names`."""
     lines: list[int]
-    """Of each row, counted from 1."""
+    """Line or row number of each row, counted from 1."""
     rows: list[object]
-    """`bytes` are a line of JSON that is not parsed yet; anything else is a value that the file's format gave."""
+    """`bytes` are a line of JSON that is not parsed yet. Other values were parsed with the file."""
     position: int
-    """How much of `Source.size` is read when this batch is."""
+    """How much of `Source.size` has been read after this batch."""
 
 
 class FileKind(str, Enum):
     lines = "lines"
-    """An object a line."""
+    """One JSON object per line."""
     array = "array"
     """One JSON array of objects."""
     parquet = "parquet"
@@ -84,6 +74,8 @@ class FileKind(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
+    """A data file and how to read it."""
+
     path: Path
     kind: FileKind
     size: int
@@ -102,7 +94,7 @@ class LocalFiles:
 
     @property
     def size(self) -> int:
-        """Bytes of all files, as they lie on disk."""
+        """Bytes of all files on disk."""
         return sum(file.size for file in self.files)
 
     @property
@@ -114,25 +106,25 @@ class LocalFiles:
         return Location(str(found.path), line, "line" if found.kind is FileKind.lines else "row")
 
     def fingerprint(self) -> str:
-        """Hash of the contents in order, and of nothing else: a renamed or copied file is the same data."""
+        """Return a hash of the contents in order, and of nothing else: a renamed or copied file is the same data."""
         digest = hashlib.blake2b(digest_size=20)
         for file in self.files:
             digest.update(f"{file.kind.value} {file.size}\n".encode())
-            with _readable(file.path), file.path.open("rb") as stream:
+            with explain_read_errors(file.path), file.path.open("rb") as stream:
                 while block := stream.read(1 << 22):
                     digest.update(block)
         return digest.hexdigest()
 
     def batches(self) -> Iterator[RowBatch]:
-        """All rows, in order.
+        """Yield all rows in order.
 
         Raises:
-            UsageError: a file cannot be decompressed or parsed as a whole, or holds no rows.
+            UsageError: a file cannot be decompressed or parsed as a whole, or has no rows.
         """
         start = 0
         for index, file in enumerate(self.files):
             rows = 0
-            with _readable(file.path):
+            with explain_read_errors(file.path):
                 for batch in _READERS[file.kind](index, file, start):
                     rows += len(batch.rows)
                     yield batch
@@ -143,7 +135,7 @@ class LocalFiles:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One split of a data set that the `datasets` library loaded."""
+    """One split of a data set, loaded by the `datasets` library."""
 
     name: str
     dataset: Any
@@ -166,11 +158,11 @@ class HubDataset:
         return Location(self.names[file], line, "row")
 
     def fingerprint(self) -> str:
-        """The one that `datasets` keeps: it changes with the data and with what was done to it."""
+        """Return the fingerprint that `datasets` keeps. It changes with the data and with every transformation."""
         return f"datasets {self.dataset._fingerprint}"
 
     def batches(self) -> Iterator[RowBatch]:
-        """All rows, in order."""
+        """Yield all rows in order."""
         line = 1
         for columns in self.dataset.iter(batch_size=BATCH_ROWS):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -182,16 +174,16 @@ Source = LocalFiles | HubDataset
 
 
 def open_source(path: str, *, key: str = "data.path") -> Source:
-    """The data behind a path. What exists on this machine comes first, then the Hugging Face hub is asked.
+    """Return the data at a path. Local files come before the Hugging Face hub.
 
-    A folder is searched with its subfolders, in sorted order; names that start with a dot are left out.
+    A folder is searched with its subfolders, in sorted order. Names that start with a dot are skipped.
 
     Args:
         path: a file, a folder, a glob or a data set id.
-        key: the configuration key that it comes from, for messages.
+        key: the configuration key that the path comes from, for messages.
 
     Raises:
-        UsageError: nothing is there, or it is no data.
+        UsageError: nothing exists at the path, or it is not data.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -200,13 +192,13 @@ def open_source(path: str, *, key: str = "data.path") -> Source:
             raise UsageError(f"{key}={path} is a folder without data files\n  data files are {SUFFIXES}")
     elif local.exists():
         if _kind_of_name(local) is None:
-            raise UsageError(f"{key}={path}: this kind of file is not known\n  data files are {SUFFIXES}")
+            raise UsageError(f"{key}={path}: unknown file type\n  data files are {SUFFIXES}")
         found = [local]
     elif has_magic(path):
         matches = [Path(match) for match in sorted(glob(str(local), recursive=True))]
         found = [match for match in matches if match.is_file() and _kind_of_name(match) is not None]
         if not found:
-            what = f"{len(matches)} files match, and none is data" if matches else "no file matches"
+            what = f"{len(matches)} files match, but none is a data file" if matches else "no file matches"
             raise UsageError(f"{key}={path}: {what}\n  data files are {SUFFIXES}")
     elif path.startswith((".", "/", "~")) or _kind_of_name(local) is not None or not _is_hub_id(path):
         raise UsageError(f"{key}={path}: there is no such file or folder (looked from {Path.cwd()})")
@@ -224,7 +216,7 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _kind_of_name(path: Path) -> str | None:
-    """`jsonl`, `json` or `parquet`; None for a name that no reader is for."""
+    """Return `jsonl`, `json` or `parquet`, or None if no reader handles this name."""
     match = re.search(r"\.(jsonl|ndjson|json)(\.gz|\.zst)?$|\.(parquet)$", path.name.lower())
     if match is None:
         return None
@@ -232,32 +224,34 @@ def _kind_of_name(path: Path) -> str | None:
 
 
 def _look_at(path: Path) -> SourceFile:
-    """Check a file by its head, and say how it is read.
+    """Check the head of a file and return how to read it.
 
     Raises:
-        UsageError: the file is not what its name says, and what to do about it.
+        UsageError: the content is not what the name says.
     """
     name_kind = _kind_of_name(path)
-    with _readable(path):
+    with explain_read_errors(path):
         size = path.stat().st_size
         with path.open("rb") as stream:
             raw_head = stream.read(SNIFF_BYTES)
         if size == 0:
-            raise UsageError(f"{path} is empty\n  remove it, or fetch it again if it should hold data")
+            raise UsageError(f"{path} is empty\n  delete it, or download it again if it should hold data")
         suffix = next((suffix for magic, suffix in MAGIC.items() if raw_head.startswith(magic)), None)
         if suffix is not None and path.suffix.lower() != suffix:
-            raise UsageError(f"{path} holds {suffix} data under another name\n  rename it so that it ends in {suffix}")
+            raise UsageError(
+                f"{path} holds {suffix} data, but its name says otherwise\n  rename it so that it ends in {suffix}"
+            )
         if name_kind == "parquet":
             if suffix is None:
-                raise UsageError(f"{path} is not a parquet file\n  fetch it again, or rename it to what it is")
+                raise UsageError(f"{path} is not a parquet file\n  download it again, or give it the right suffix")
             return SourceFile(path, FileKind.parquet, size)
-        with _open_stream(path) as (text, _):
+        with open_stream(path) as (text, _):
             head = text.read(SNIFF_BYTES)
     is_whole = len(head) < SNIFF_BYTES
     for bom, encoding in OTHER_BOMS.items():
         if head.startswith(bom):
             raise UsageError(
-                f"{path} is {encoding}, and must be UTF-8\n  convert it: iconv -f {encoding} -t UTF-8 {path}"
+                f"{path} is {encoding}, but must be UTF-8\n  convert it: iconv -f {encoding} -t UTF-8 {path}"
             )
     if b"\0" in head:
         raise UsageError(f"{path} is a binary file\n  data files are {SUFFIXES}")
@@ -272,14 +266,16 @@ def _look_at(path: Path) -> SourceFile:
 
 
 def _refuse_single_object(path: Path) -> None:
-    """A `.json` file may in truth be JSON lines. One object over many lines is neither those nor an array of rows."""
-    with _readable(path), _open_stream(path) as (stream, _):
+    """Raise if a `.json` file is one object over many lines. JSON lines under that name are accepted."""
+    with explain_read_errors(path), open_stream(path) as (stream, _):
         line = stream.readline().removeprefix(UTF8_BOM)
         while not line.strip():
             line = stream.readline()
         if _is_json(line) or not _is_json(line + stream.read()):
             return
-    raise UsageError(f"{path} is one JSON object, not rows\n  write an array of objects, or an object a line (.jsonl)")
+    raise UsageError(
+        f"{path} is one JSON object, not rows\n  write an array of objects, or one object per line (.jsonl)"
+    )
 
 
 def _is_json(text: bytes) -> bool:
@@ -291,79 +287,14 @@ def _is_json(text: bytes) -> bool:
 
 
 def _no_rows(path: Path) -> str:
-    return f"{path} holds no rows\n  remove it, or fetch it again if it should hold data"
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What goes wrong while reading `path` is told in the user's words."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read: {error}\n  is it complete? fetch or write it again") from error
-
-
-@contextmanager
-def _open_stream(path: Path) -> Iterator[tuple[BinaryIO, io.FileIO]]:
-    """The decompressed bytes, and the file below them, whose position tells how far reading got."""
-    with path.open("rb", buffering=0) as raw:
-        suffix = path.suffix.lower()
-        if suffix == ".gz":
-            with gzip.GzipFile(fileobj=io.BufferedReader(raw, 1 << 20)) as stream:
-                yield cast("BinaryIO", stream), raw
-        elif suffix == ".zst":
-            with io.BufferedReader(_ZstdReader(raw), 1 << 20) as stream:
-                yield cast("BinaryIO", stream), raw
-        else:
-            with io.BufferedReader(raw, 1 << 20) as stream:
-                yield cast("BinaryIO", stream), raw
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses zstd frames and raises at a file that was cut off: `zstandard.open` ends there without a word."""
-
-    def __init__(self, raw: io.FileIO) -> None:
-        import zstandard
-
-        self._raw = raw
-        self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._frame = self._decompressor.decompressobj()
-        self._inside_frame = False
-        self._compressed = b""
-        self._text = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        target = memoryview(buffer).cast("B")
-        while not self._text:
-            if not self._compressed:
-                self._compressed = self._raw.read(1 << 17)
-                if not self._compressed:
-                    if self._inside_frame:
-                        raise EOFError("the file ends inside a zstd frame")
-                    return 0
-            if self._frame.eof:
-                self._frame = self._decompressor.decompressobj()
-            try:
-                self._text = memoryview(self._frame.decompress(self._compressed))
-            except self._error as error:
-                raise OSError(str(error)) from error
-            self._inside_frame = not self._frame.eof
-            self._compressed = self._frame.unused_data
-        count = min(len(target), len(self._text))
-        target[:count] = self._text[:count]
-        self._text = self._text[count:]
-        return count
+    return f"{path} has no rows\n  delete it, or download it again if it should hold data"
 
 
 def _read_lines(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
     lines: list[int] = []
     rows: list[object] = []
     size = 0
-    with _open_stream(file.path) as (stream, raw):
+    with open_stream(file.path) as (stream, raw):
         for number, line in enumerate(stream, start=1):
             if number == 1:
                 line = line.removeprefix(UTF8_BOM)
@@ -381,14 +312,14 @@ def _read_lines(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
 
 
 def _read_array(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
-    with _open_stream(file.path) as (stream, _):
+    with open_stream(file.path) as (stream, _):
         text = stream.read().removeprefix(UTF8_BOM)
     try:
         rows: list[object] = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise UsageError(
-            f"{file.path}:{error.lineno}: the JSON array is broken here: {error.msg}\n"
-            "  mend it, or write an object a line (.jsonl), where data.bad_rows=skip can leave out bad ones"
+            f"{file.path}:{error.lineno}: invalid JSON in the array: {error.msg}\n"
+            "  fix it, or write one object per line (.jsonl), where data.bad_rows=skip can skip bad rows"
         ) from error
     del text
     yield from _slices(index, rows, 1, start, file.size, len(rows))
@@ -409,7 +340,7 @@ def _read_parquet(index: int, file: SourceFile, start: int) -> Iterator[RowBatch
 
 
 def _slices(index: int, rows: Sequence[object], first: int, start: int, size: int, total: int) -> Iterator[RowBatch]:
-    """Batches of parsed rows, numbered from `first` of the `total` that a file of `size` bytes holds."""
+    """Yield batches of parsed rows, numbered from `first`. The file has `total` rows and `size` bytes."""
     for begin in range(0, len(rows), BATCH_ROWS):
         part = list(rows[begin : begin + BATCH_ROWS])
         line = first + begin
@@ -425,17 +356,17 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _load_from_hub(path: str, key: str) -> HubDataset:
-    go_offline_if_unreachable()  # before datasets is imported: it asks then, once and for all
+    go_offline_if_unreachable()  # before the import of datasets, which reads this setting only once
     import datasets
 
     try:
         splits = datasets.load_dataset(path)
-    except (OSError, ValueError) as error:  # unreachable, unknown, gated, or needs the name of one of its parts
+    except (OSError, ValueError) as error:  # unreachable, unknown, gated, or a subset has to be named
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(
-            f"{key}={path} is no file or folder here, and the Hugging Face hub did not give such a data set\n"
+            f"{key}={path} is not a local file or folder, and could not be loaded from the Hugging Face hub\n"
             f"  {reason}\n"
-            "  check the spelling and the network, or download its files and give their folder"
+            f"  check the spelling and the network, or download the files and set {key} to their folder"
         ) from error
     if "train" in splits:
         split = "train"
@@ -443,9 +374,9 @@ def _load_from_hub(path: str, key: str) -> HubDataset:
         split = next(iter(splits))
     else:
         raise UsageError(
-            f"{key}={path} has no split named train, but {', '.join(sorted(map(str, splits)))}\n"
-            "  download the files of one of them and give their folder"
+            f"{key}={path} has no split named train; its splits are {', '.join(sorted(map(str, splits)))}\n"
+            f"  download the files of one of them and set {key} to their folder"
         )
     if len(splits[split]) == 0:
-        raise UsageError(f"{key}={path}: its split {split} holds no rows")
+        raise UsageError(f"{key}={path}: its split {split} has no rows")
     return HubDataset(f"{path} ({split})", splits[split])

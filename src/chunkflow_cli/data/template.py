@@ -1,22 +1,22 @@
-"""From a conversation to text, and which of its characters the assistant said.
+"""The text of a conversation under a chat template, and which of its characters are targets.
 
-**What is a target.** Of an assistant's turn: what the model itself has to emit, which is the answer and the
-end-of-turn token (`<|im_end|>`, `<|eot_id|>`, ...). Not the header that the template writes before it
-(`<|im_start|>assistant\\n`), and not white space that the template writes after the end-of-turn token. (Where a
-template ends turns with plain text instead of a token of its own, all of that text is a target.)
+**What is a target.** In an assistant's turn: everything the model itself has to generate, which is the answer and the
+end-of-turn token (`<|im_end|>`, `<|eot_id|>`, ...). The header that the template writes before the answer
+(`<|im_start|>assistant\\n`) and white space after the end-of-turn token are not targets. If a template ends turns with
+plain text instead of a special token, all of that text is a target.
 
-**Two ways to find it.** A template with `{% generation %}` marks says it itself. Of any other, *prefixes* are rendered:
-for the assistant's turn i, what stands before it is `messages[:i]` with the generation prompt, and what stands up to
-its end is `messages[:i+1]`. Both must be prefixes of the whole conversation's text, to the character; otherwise the row
-is refused, for a guess would train on the wrong tokens. One exception is exact as well: some templates (Qwen3) write
-more into the last turn (an empty `<think>` block) than into earlier ones. There the turn must stand in the whole text
-as its content followed by what the template writes after that content. Where only some of the assistant's turns are
-targets (`prompt_completion` with messages), prefixes are used even if there are marks.
+**Two ways to find it.** A template with `{% generation %}` marks says where the targets are. For any other, *prefixes*
+are rendered: the text before the assistant's turn i is `messages[:i]` with the generation prompt, and the text up to
+its end is `messages[:i+1]`. Both must be prefixes of the whole conversation's text, to the character. Otherwise the row
+is rejected, because a guess would train on the wrong tokens. There is one exception, which is exact as well: some
+templates (Qwen3) write more into the last turn (an empty `<think>` block) than into earlier ones. The whole text must
+then contain the turn as its content followed by what the template writes after that content. If only some of the
+assistant's turns are targets (`prompt_completion` with messages), prefixes are used even if there are marks.
 
-**Templates that know no tools.** A template that nowhere names `tools`, `tool_calls` or the role `tool` would drop the
-first two without a word and may refuse the third. Then the definitions are written into the system message (which, as
-any system message, replaces a default one), calls become the text of the assistant's turn (as JSON, one a line), and a
-tool's answer becomes a user turn. Each is decided by itself, from the template's text alone.
+**Templates without tools.** A template that never mentions `tools`, `tool_calls` or the role `tool` would silently drop
+the first two and may reject the third. Then the definitions are written into the system message (which, like any system
+message, replaces a default one), calls become the text of the assistant's turn (as JSON, one per line), and a tool's
+answer becomes a user turn. Each of the three is decided independently, from the template's text alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from chunkflow_cli.data.formats import Conversation
-from chunkflow_cli.data.skeleton import Skeletons
-from chunkflow_cli.data.source import BadRowError
+from chunkflow_cli.data.sample import BadRowError, Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,33 +36,33 @@ TOOLS_HEADER = (
     "You have access to the following functions. "
     "To call one, answer with a JSON object that has its name and arguments."
 )
-REMEDY = "data.train_on=all counts every token instead"
+REMEDY = "data.train_on=all makes every token a target instead"
 
 
 @dataclass(frozen=True, slots=True)
 class MarkedText:
-    """A text, and the pieces of it that are targets."""
+    """A text, and the parts of it that are targets."""
 
     text: str
     target_spans: tuple[tuple[int, int], ...] | None
-    """Character ranges `[start, stop)`, in order and disjoint; None: all of it."""
+    """Character ranges `[start, stop)`, in order and disjoint; None: the whole text."""
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateTraits:
-    """What a chat template's text says about itself."""
+    """Facts about a chat template, read from its text."""
 
     marks_answers: bool
-    """It has `{% generation %}` marks."""
+    """True if it has `{% generation %}` marks."""
     names_tools: bool
     names_tool_calls: bool
     role_names: frozenset[str]
-    """Roles that it quotes; one that it does not quote may still be rendered, or refused."""
+    """Roles that it quotes. It may render or reject other roles."""
 
 
 @lru_cache(maxsize=16)
 def template_traits(template: str) -> TemplateTraits:
-    """Read a Jinja template's text."""
+    """Return the traits of a Jinja template, found by searching its text."""
     return TemplateTraits(
         marks_answers=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
         names_tools=re.search(r"\btools\b", template) is not None,
@@ -75,11 +73,10 @@ def template_traits(template: str) -> TemplateTraits:
 
 @dataclass(frozen=True, slots=True)
 class TemplateInput:
-    """A conversation as `apply_chat_template` takes it."""
+    """A conversation in the form that `apply_chat_template` expects."""
 
     messages: list[dict[str, Any]]
-    are_targets: list[bool]
-    """Of each message."""
+    are_targets: list[bool]  # (messages,)
     tools: list[Any] | None
 
 
@@ -87,19 +84,18 @@ class ChatTemplate:
     """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        # Texts and names alone, not the tokenizer: processes that tokenise then start without importing transformers.
+        # Strings only, not the tokenizer: unpickling that in a worker process would import transformers.
         self._templates: str | dict[str, str] = tokenizer.chat_template
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._skeletons = Skeletons(self._special_tokens)
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-        # Some vocabularies have runs of spaces as added tokens; those end no turn.
+        # Some vocabularies have runs of spaces as added tokens, which end no turn.
         self._end_tokens = tuple(token for token in sorted(added) if token.strip())
 
     def render(self, conversation: Conversation, *, mark_targets: bool) -> MarkedText:
-        """The conversation's text, with the target spans or, unless `mark_targets`, all of it as the target.
+        """Return the conversation's text with its target spans, or with the whole text as target unless `mark_targets`.
 
         Raises:
-            BadRowError: the template refuses the conversation, or does not let its targets be told apart.
+            BadRowError: the template rejects the conversation, or its targets cannot be found.
         """
         from jinja2.exceptions import TemplateError
 
@@ -108,7 +104,7 @@ class ChatTemplate:
             traits = template_traits(template)
             given = as_template_input(conversation, traits)
             if not mark_targets:
-                return MarkedText(self._text(template, given.messages, given.tools), None)
+                return MarkedText(self._texts(template, [given.messages], given.tools)[0], None)
             answers = [turn["role"] == "assistant" for turn in given.messages]
             if traits.marks_answers and given.are_targets == answers:
                 return self._render_with_marks(template, given)
@@ -116,10 +112,10 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             if isinstance(error, BadRowError):
                 raise
-            raise BadRowError(f"the chat template refuses the conversation: {error}") from error
+            raise BadRowError(f"the chat template rejects the conversation: {error}") from error
 
     def _template_for(self, conversation: Conversation) -> str:
-        """A tokenizer may have several templates by name; the choice is the one that transformers makes."""
+        """Return the template to use. A tokenizer may have several by name; the choice follows transformers."""
         if isinstance(self._templates, str):
             return self._templates
         if conversation.tools and "tool_use" in self._templates:
@@ -128,61 +124,60 @@ class ChatTemplate:
             raise BadRowError(f"the tokenizer has chat templates {sorted(self._templates)}, and none named default")
         return self._templates["default"]
 
-    def _text(
-        self, template: str, messages: list[dict[str, Any]], tools: list[Any] | None, *, ask: bool = False
-    ) -> str:
-        known = None if tools else self._skeletons.text(template, messages, ask=ask)
-        if known is not None:
-            return known
+    def _texts(
+        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, *, ask: bool = False
+    ) -> list[str]:
+        """Render conversations, with the generation prompt if `ask`. One call for several saves fixed costs."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, _ = render_jinja_template(
-            conversations=[messages], tools=tools, chat_template=template, add_generation_prompt=ask,
+            conversations=conversations, tools=tools, chat_template=template, add_generation_prompt=ask,
             **self._special_tokens,
         )  # fmt: skip
-        return str(texts[0])
+        return list(texts)
 
     def _render_with_marks(self, template: str, given: TemplateInput) -> MarkedText:
         # apply_chat_template(return_assistant_tokens_mask=True) calls this too, but maps characters to tokens by
-        # trimmed offsets: an answer that begins with a space loses its mask, and so do all turns after it.
+        # trimmed offsets: an answer that begins with a space loses its mask, and so do all later turns.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered: Any = render_jinja_template(  # annotated as a text; it is texts and, of each, its marked ranges
-            conversations=[given.messages],
-            tools=given.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self._special_tokens,
+        rendered: Any = (
+            render_jinja_template(  # annotated as a string, but returns strings and the marked ranges of each
+                conversations=[given.messages],
+                tools=given.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._special_tokens,
+            )
         )
         texts, spans = rendered
         return MarkedText(texts[0], tuple((start, stop) for start, stop in spans[0]))
 
     def _render_with_prefixes(self, template: str, given: TemplateInput) -> MarkedText:
         messages, tools = given.messages, given.tools
-        whole = self._text(template, messages, tools)
+        targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
+        ends = [index + 1 for index in targets if index + 1 < len(messages)]
+        whole, *throughs = self._texts(template, [messages, *(messages[:end] for end in ends)], tools)
+        if 0 in targets:
+            raise BadRowError(f"the conversation begins with an assistant turn; {REMEDY}")
+        befores = self._texts(template, [messages[:index] for index in targets], tools, ask=True)
         spans = []
-        for index, turn in enumerate(messages):
-            if not given.are_targets[index]:
-                continue
-            if index == 0:
-                raise BadRowError(f"the conversation begins with the assistant's turn; {REMEDY}")
-            before = self._text(template, messages[:index], tools, ask=True)
-            through = self._text(template, messages[: index + 1], tools) if index + 1 < len(messages) else whole
+        for index, before, through in zip(targets, befores, [*throughs, whole], strict=False):
             if not (whole.startswith(before) and through.startswith(before)):
                 raise BadRowError(_not_stable(index))
             if not whole.startswith(through):
-                through = _turn_within(whole, before, through, turn["content"], index)
+                through = _turn_within(whole, before, through, messages[index]["content"], index)
             spans.append((len(before), self._end_of_turn(through, len(before))))
         return MarkedText(whole, tuple(spans))
 
     def _end_of_turn(self, through: str, start: int) -> int:
-        """Where the targets of the turn stop that begins at `start` and ends with the text."""
+        """Return the end of the targets of a turn that begins at `start` and ends with the text."""
         stripped = through.rstrip()
         return len(stripped) if len(stripped) > start and stripped.endswith(self._end_tokens) else len(through)
 
 
 def _turn_within(whole: str, before: str, through: str, content: str, index: int) -> str:
-    """The text up to the end of a turn that the template writes otherwise when it is the last one."""
+    """Return the text up to the end of a turn that the template writes differently when it is the last one."""
     content = content.strip()
     place = through.rfind(content, len(before))
     turn = before + content + through[place + len(content) :]
@@ -194,12 +189,12 @@ def _turn_within(whole: str, before: str, through: str, content: str, index: int
 def _not_stable(index: int) -> str:
     return (
         f"the chat template writes turn {index + 1} differently within the whole conversation, "
-        f"so what the assistant said cannot be told apart; {REMEDY}"
+        f"so its targets cannot be found; {REMEDY}"
     )
 
 
 def as_template_input(conversation: Conversation, traits: TemplateTraits) -> TemplateInput:
-    """Messages and tools for a template; as text where it knows no tools."""
+    """Return messages and tools for a template. Tools become text if the template does not support them."""
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
         role = message.role if message.role in traits.role_names else UNNAMED_ROLES.get(message.role, message.role)
@@ -222,4 +217,4 @@ def as_template_input(conversation: Conversation, traits: TemplateTraits) -> Tem
 
 
 UNNAMED_ROLES = {"tool": "user", "developer": "system"}
-"""What a role becomes under a template that does not name it."""
+"""Replacements of roles that a template does not mention."""
