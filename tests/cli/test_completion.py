@@ -49,8 +49,7 @@ def test_an_unfinished_word_never_stands_alone() -> None:
         for end in range(1, len(key) + 1):
             found = texts(key[:end])
             assert found, key[:end]
-            alone = found[0] if len(found) == 1 else "done"
-            assert not alone.endswith((".", "=")) or alone == "hardware=", found
+            assert len(found) > 1 or not found[0].endswith((".", "=")), found
 
 
 @pytest.mark.parametrize(
@@ -59,40 +58,29 @@ def test_an_unfinished_word_never_stands_alone() -> None:
         ("chu", ["chunk.size=", "chunk.k=", "chunk.fill_tails=", "chunk.cuts="]),
         ("chunk.s", ["chunk.size=", "chunk.size=8192"]),
         ("chunk.size=", ["chunk.size=8192"]),
-        ("opt", ["optim=", "optim."]),
-        ("optim=", ["optim=adamw", "optim=sgd"]),
+        ("optim.l", ["optim.lr=", "optim.lr=1e-05"]),
+        ("model.pa", ["model.path=", "model.path=VALUE"]),
+        ("model.path=", []),
         ("model.dtype=b", ["model.dtype=bfloat16"]),
         ("model.dt", ["model.dtype=", "model.dtype=bfloat16", "model.dtype=float32", "model.dtype=float64"]),
         ("train.shuffle=", ["train.shuffle=true", "train.shuffle=false"]),
         ("model.lora.en", ["model.lora.enabled=", "model.lora.enabled=true", "model.lora.enabled=false"]),
         ("log.backends=", ["log.backends=[jsonl]"]),
-        ("log.backends=[jsonl,t", ["log.backends=[jsonl,tensorboard"]),
-        ("model.dtype=bfloat16,f", ["model.dtype=bfloat16,float32", "model.dtype=bfloat16,float64"]),
-        ("++engine.deep", ["++engine.deepspeed=", "++engine.deepspeed={}"]),
         ("nothing", []),
         ("no.such=", []),
         ("recipe=tiny", ["recipe=tiny_random"]),
     ],
 )
-def test_candidates(word: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_candidates(word: str, expected: list[str]) -> None:
     assert texts(word) == expected
 
 
-def test_recipes_of_files_and_of_the_config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine" / "recipes").mkdir(parents=True)
-    (tmp_path / "mine" / "optim").mkdir()
-    (tmp_path / "mine" / "recipes" / "careful.yaml").write_text("# Slowly. But surely.\noptim: {lr: 1.0e-7}\n")
-    (tmp_path / "mine" / "optim" / "slow.yaml").write_text("lr: 1.0e-7\n")
-    (tmp_path / "copied.yaml").write_text("chunk: {size: 4}\n")
-    (tmp_path / "chats.jsonl").write_text("")
-    assert candidates("recipe=car", "mine") == [("recipe=careful", "Slowly")]
-    assert texts("optim=", "mine") == ["optim=adamw", "optim=sgd", "optim=slow"]
-    assert texts("recipe=c") == ["recipe=copied.yaml"]
-    assert texts("recipe=mi") == ["recipe=mine/optim/", "recipe=mine/recipes/"]
-    assert texts("recipe=mine/r") == ["recipe=mine/recipes/careful.yaml"]
-    assert texts("data.path=ch") == ["data.path=chats.jsonl"]
+def test_recipes_of_the_config_dir(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "careful.yaml").write_text("optim: {lr: 1.0e-7}\n")
+    assert texts("recipe=car", str(tmp_path)) == ["recipe=careful"]
+    assert texts("recipe=car") == []
+    assert texts("recipe=car", "no/such/folder") == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -116,7 +104,7 @@ def test_meanings_stay_on_the_line_of_their_candidate(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         (["train", "recipe", "=", "tiny"], ["tiny_random"]),
-        (["train", "optim", "="], ["adamw", "sgd"]),
+        (["train", "train.shuffle", "="], ["true", "false"]),
         (["train", "model.dtype", "=", "b"], ["bfloat16"]),
         (["train", "data.path", "=", "x"], []),
         (["train", "--config-dir", "=", "mine", "recipe", "=", "car"], ["careful"]),
@@ -135,7 +123,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         [sys.executable, "-X", "importtime", COMMAND],
         env={
             **os.environ,
-            "COMP_WORDS": "chunkflow train chu",
+            "COMP_WORDS": "chunkflow\ntrain\nchu",
             "COMP_CWORD": "2",
             "_CHUNKFLOW_COMPLETE": "complete_bash",
         },
