@@ -65,15 +65,16 @@ class Package:
 
 PACKAGES = (
     Package("torch", "everything"),
-    Package("transformers", "models"),
-    Package("deepspeed", "the training engine"),
+    Package("numpy", "planning"),
+    Package("flash-attn", "the fastest attention on NVIDIA GPUs", required=False, extra="flash"),
     Package("tokenizers", "tokenising"),
     Package("safetensors", "reading and writing weights"),
-    Package("numpy", "planning"),
+    Package("transformers", "models"),
+    Package("deepspeed", "the training engine"),
     Package("orjson", "reading data"),
     Package("pyarrow", "Parquet data"),
-    Package("hydra-core", "configuration"),
     Package("omegaconf", "configuration"),
+    Package("hydra-core", "configuration"),
     Package("rich", "terminal output"),
     Package("typer", "the command line"),
     Package("packaging", "comparing versions"),
@@ -81,10 +82,10 @@ PACKAGES = (
     Package("datasets", "data sets of the Hugging Face hub", required=False),
     Package("zstandard", ".zst data", required=False),
     Package("matplotlib", "plots", required=False),
-    Package("flash-attn", "the fastest attention on NVIDIA GPUs", required=False, extra="flash"),
     Package("gguf", "GGUF models", required=False, extra="quant"),
     Package("tensorboard", "log.backends=[tensorboard]", required=False, extra="loggers"),
 )
+"""What a package imports comes before it: where several fail with the same error, the first is shown as its cause."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`chunkflow train --multirun`: every combination of the values that the overrides give, one process each."""
+"""`chunkflow train --multirun`: run every combination of values in the overrides, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from chunkflow_cli.errors import RunError, UsageError
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """The runs of a sweep in Hydra's syntax: `a=1,2 b=x` gives `[a=1, b=x]` and `[a=2, b=x]`.
+    """Return the runs of a sweep in Hydra's syntax: `a=1,2 b=x` gives `[a=1, b=x]` and `[a=2, b=x]`.
 
     Raises:
-        UsageError: an override that cannot be read.
+        UsageError: an override cannot be parsed.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -40,11 +40,11 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def run(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
-    """Run all combinations one after the other; each in its own process, so that nothing of one is left in the next.
+    """Run all combinations one after the other, each in a process of its own, so that none affects the next.
 
     Raises:
-        UsageError: one of the configurations is wrong; then none has been started.
-        RunError: a run failed; the others were run all the same.
+        UsageError: one of the configurations is wrong. No run has started.
+        RunError: a run failed. The other runs were still made.
     """
     console = stderr_console()
     jobs = combinations(overrides)
@@ -72,7 +72,7 @@ def run(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) 
 
 
 def _wait_for(job: subprocess.Popen[bytes]) -> int:
-    """Its exit code. Ctrl-C reaches the run as well: it saves a checkpoint and ends by itself."""
+    """Wait for the exit code. Ctrl-C also reaches the run, which saves a checkpoint and exits by itself."""
     while True:
         try:
             return job.wait()

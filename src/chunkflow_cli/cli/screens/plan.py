@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.analysis import bar_of, percent
+from chunkflow_cli.cli.screens.tables import bar_of, facts, percent
 from chunkflow_cli.console import counted, human_bytes, human_seconds
 from chunkflow_cli.planning.simulate import Timeline
 
@@ -74,7 +74,7 @@ def _headline(result: dict[str, Any]) -> Text:
 
 
 def _chunks(result: dict[str, Any]) -> Table:
-    table = _facts()
+    table = facts()
     table.add_row(
         "chunks", f"{result['chunks']:,}, {percent(result['fill'])} full; no plan has fewer than "
         f"{result['lower_bound_chunks']:,}"
@@ -218,10 +218,3 @@ def _legend(timeline: Timeline, margin: int, width: int) -> list[Text]:
     for line in lines:
         line.rstrip()
     return lines
-
-
-def _facts() -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

@@ -10,9 +10,9 @@ SHORTEST_BAR = 1
 """Eighths of a character for anything above zero: a long tail of a few samples must be seen."""
 
 
-def columns(*names: str) -> Table:
-    """Return a table without lines. A column whose name begins with ">" is aligned to the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+def columns(*names: str, gap: int = 2) -> Table:
+    """Return a table without lines, with `gap` spaces between columns. Those named ">..." are aligned to the right."""
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
     return table

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.analysis import percent
+from chunkflow_cli.cli.screens.tables import percent
 from chunkflow_cli.console import human_bytes
 from chunkflow_cli.data.lengths import short_count
 
