@@ -1,4 +1,4 @@
-"""Completion of overrides through the mechanism of each shell, and in a bash that runs."""
+"""Completion of overrides through the mechanism of each shell, and in a real bash."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMAND = Path(sys.executable).parent / "chunkflow"
 
 
 def complete(shell: str, *words: str, cwd: Path, position: int | None = None) -> list[str]:
-    """What the shell is given for the last of the words."""
+    """Return what the shell receives for the last of the words."""
     if shell == "bash":
         position = len(words) - 1 if position is None else position
         variables = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(position)}
@@ -43,8 +43,8 @@ def texts(word: str, config_dir: str | None = None) -> list[str]:
     return [text for text, _ in candidates(word, config_dir)]
 
 
-def test_an_unfinished_word_never_stands_alone() -> None:
-    """The shell puts a space behind a candidate that stands alone, and `chunk.size= 4096` is two words."""
+def test_an_unfinished_word_is_never_the_only_candidate() -> None:
+    """The shell puts a space after the only candidate, and `chunk.size= 4096` would be two words."""
     for key in known_keys():
         for end in range(1, len(key) + 1):
             found = texts(key[:end])
@@ -93,8 +93,8 @@ def test_each_shell_is_answered(shell: str, tmp_path: Path) -> None:
         assert "Most tokens in a chunk" in found
 
 
-def test_meanings_stay_on_the_line_of_their_candidate(tmp_path: Path) -> None:
-    """fish takes each line for a candidate, and Typer breaks long ones."""
+def test_a_candidate_and_its_meaning_are_on_one_line(tmp_path: Path) -> None:
+    """fish takes each line for a candidate, and Typer wraps long ones."""
     for section in sorted({key.rpartition(".")[0] for key in known_keys()} - {""}):
         for line in complete("fish", "chunkflow", "train", f"{section}.", cwd=tmp_path):
             assert line.startswith(f"{section}."), line
@@ -111,14 +111,14 @@ def test_meanings_stay_on_the_line_of_their_candidate(tmp_path: Path) -> None:
     ],
 )
 def test_bash_cuts_words_at_equal_signs(words: list[str], expected: list[str], tmp_path: Path) -> None:
-    """It replaces only what is behind the sign, so `recipe=` must not be said again."""
+    """bash replaces only what follows the sign, so the candidates must not repeat `recipe=`."""
     (tmp_path / "mine" / "recipes").mkdir(parents=True)
     (tmp_path / "mine" / "recipes" / "careful.yaml").write_text("chunk: {size: 4}\n")
     assert complete("bash", "chunkflow", *words, cwd=tmp_path) == expected
 
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
-    """Half a second after a key press is already a pause; torch alone takes two."""
+    """Completion must be fast; importing torch alone takes two seconds."""
     run = subprocess.run(
         [sys.executable, "-X", "importtime", COMMAND],
         env={
@@ -140,7 +140,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_a_real_bash(tmp_path: Path) -> None:
-    """Keys pressed, line read back: what a user sees after TAB."""
+    """Press keys and read the line that bash shows after TAB."""
     (tmp_path / "chats.jsonl").write_text("")
     shell = _Bash(tmp_path)
     try:
@@ -158,7 +158,7 @@ def test_a_real_bash(tmp_path: Path) -> None:
 
 
 class _Bash:
-    """An interactive bash on a pseudo-terminal, with chunkflow's completion loaded."""
+    """An interactive bash on a pseudo-terminal with the completion of chunkflow."""
 
     def __init__(self, folder: Path) -> None:
         environment = {**os.environ, "PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "TERM": "dumb", "PS1": "$ "}
@@ -172,10 +172,10 @@ class _Bash:
         self._read_until("ready")
 
     def press_tab(self, line: str) -> str:
-        """The line as bash runs it after TAB; its last space is shown by the mark that is typed behind it."""
+        """Return the line as bash would run it after TAB. A mark typed at its end shows whether it ends with a space."""
         self._say(line + "\t")
         time.sleep(0.1)
-        # Ctrl-A and a quoting echo in front: bash prints what the line has become, and runs no command of ours.
+        # Ctrl-A puts a quoting echo in front: bash prints the completed line instead of running it.
         self._say("@end'\x01echo 'line:\n")
         printed = self._read_until(r"\r\nline:(.*)@end\r\n")
         return printed.group(1)

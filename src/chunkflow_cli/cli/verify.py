@@ -96,7 +96,7 @@ def _test_size(config: Config, console: Console) -> tuple[int, int]:
 
 
 def _give_adapters_gradient(model: Any) -> None:
-    """Draw the second matrix of each adapter at random: it starts at zero, which makes the first one's gradient zero."""
+    """Draw the second matrix of each adapter at random: from its zeros the first one gets a gradient of zero."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
