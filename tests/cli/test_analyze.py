@@ -551,9 +551,7 @@ def test_plot_shows_histogram_and_cumulative_curve(chats: str, tmp_path: Path) -
         assert f"<!-- {words}" in svg
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("a.txt", "must end in .png, .svg, .pdf"), ("none/a.png", "no folder")]
-)
+@pytest.mark.parametrize(("name", "message"), [("a.txt", "must end in .png, .svg, .pdf"), ("none/a.png", "no folder")])
 def test_plots_that_cannot_be_written_are_refused_before_the_work(
     name: str, message: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

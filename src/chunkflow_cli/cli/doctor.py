@@ -163,11 +163,7 @@ def examine(config: Config, seconds: float) -> dict[str, Any]:
     problems = one_for_each_error(
         [
             *(problem for package in PACKAGES for problem in _package_problems(package, packages, answers)),
-            *(
-                _unanswered(problem, answers[check])
-                for check, problem in UNANSWERED.items()
-                if "raised" in answers[check]
-            ),
+            *(problem for check in UNANSWERED for problem in _unanswered(check, answers[check])),
             *_device_problems(answers["devices"], config),
             *_attention_problems(answers, reasons),
             *cache_problems(answers["cache"]),
@@ -260,14 +256,8 @@ def describe_package(package: Package, answer: Answer) -> dict[str, Any]:
         failed = [bound for bound in bounds if not bound.contains(version, prereleases=True)]
         if failed:
             state = "too new" if all(bound.operator.startswith("<") for bound in failed) else "too old"
-    error = answer.get("raised")
-    return {
-        "version": version,
-        "state": state,
-        "error": error,
-        "purpose": package.purpose,
-        "required": package.required,
-    }
+    stated = {"purpose": package.purpose, "required": package.required}
+    return {"version": version, "state": state, "error": answer.get("raised"), **stated}
 
 
 def one_for_each_error(problems: Sequence[Problem]) -> list[Problem]:
@@ -283,8 +273,11 @@ def _failure(answer: Answer) -> str | None:
     return answer.get("raised") or answer.get("error")
 
 
-def _unanswered(problem: Problem, answer: Answer) -> Problem:
-    return replace(problem, what=f"{problem.what}: {answer['raised']}", error=answer["root"])
+def _unanswered(check: str, answer: Answer) -> list[Problem]:
+    problem = UNANSWERED[check]
+    if "raised" not in answer:
+        return []
+    return [replace(problem, what=f"{problem.what}: {answer['raised']}", error=answer["root"])]
 
 
 def _package_problems(

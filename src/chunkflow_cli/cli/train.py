@@ -1,8 +1,19 @@
-"""`chunkflow train`: read the overrides, then train in this process, or start the ranks or the sweep."""
+"""`chunkflow train`: train in this process, start the ranks, or with `--multirun` start one process per run."""
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from chunkflow_cli.cli.command import Request, Result
+from chunkflow_cli.config.load import load, read_overrides
+from chunkflow_cli.console import stderr_console
+from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.processes import worker
 
 
@@ -20,13 +31,9 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     worker.enter()  # before anything imports torch: it divides the machine's cores among the ranks
     overrides = request.overrides or []
     if overrides_file is not None:
-        from chunkflow_cli.config.load import read_overrides
-
         overrides = [*read_overrides(overrides_file), *overrides]
     if multirun:
-        from chunkflow_cli.cli import multirun as sweep
-
-        return sweep.run(overrides, config_dir=request.config_dir, json_output=request.json_output)
+        return run_sweep(overrides, config_dir=request.config_dir, json_output=request.json_output)
     from chunkflow_cli.training import launch
 
     loaded = launch.with_processes(request.load(overrides))
@@ -35,3 +42,66 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     from chunkflow_cli.training import train
 
     return train.run(loaded, json_output=request.json_output)
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the runs of a sweep in Hydra's syntax: `a=1,2 b=x` gives `[a=1, b=x]` and `[a=2, b=x]`.
+
+    Raises:
+        UsageError: an override cannot be parsed.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    except HydraException as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    choices = []
+    for override in parsed:
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            assert override.input_line is not None
+            choices.append([override.input_line])
+    return [list(words) for words in itertools.product(*choices)]
+
+
+def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
+    """Run all combinations one after the other, each in a process of its own, so that none affects the next.
+
+    Raises:
+        UsageError: one of the configurations is wrong. No run has started.
+        RunError: a run failed. The other runs were still made.
+    """
+    console = stderr_console()
+    jobs = combinations(overrides)
+    loaded = [load(words, config_dir) for words in jobs]
+    default = f"outputs/{loaded[0].recipe}/multirun-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    root = Path(loaded[0].config.train.output_dir or default)
+    runs, failed = [], []
+    for number, words in enumerate(jobs):
+        folder = root / str(number)
+        console.print(f"[bold]run {number + 1} of {len(jobs)}[/] {' '.join(words)}", soft_wrap=True)
+        options = ["--config-dir", config_dir] if config_dir is not None else []
+        kept = [word for word in words if not word.startswith("train.output_dir=")]
+        command = [sys.executable, "-m", "chunkflow_cli", "train", *options, *kept, f"train.output_dir={folder}"]
+        code = _wait_for(subprocess.Popen(command, stdout=sys.stderr if json_output else None))
+        if code == 130:
+            raise KeyboardInterrupt
+        runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code})
+        if code != 0:
+            failed.append(folder)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(map(str, failed))}")
+    return {"runs": runs}
+
+
+def _wait_for(job: subprocess.Popen[bytes]) -> int:
+    """Wait for the exit code. Ctrl-C also reaches the run, which saves a checkpoint and exits by itself."""
+    while True:
+        try:
+            return job.wait()
+        except KeyboardInterrupt:
+            continue
