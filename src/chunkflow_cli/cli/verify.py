@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -62,14 +62,9 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         )  # fmt: skip
     result = {
         "passed": parity.passed,
-        "loss_whole": parity.loss_whole,
-        "loss_chunked": parity.loss_chunked,
         "loss_rel_error": parity.loss_rel_error,
-        "grad_rel_error": parity.grad_rel_error,
-        "grad_max_rel_error_parameter": parity.grad_max_rel_error_parameter,
-        "grad_max_rel_error": parity.grad_max_rel_error,
+        **asdict(parity),
         "dtype": dtype_name.value,
-        "tolerance": parity.tolerance,
         "chunk_size": chunk_size,
         "k": config.chunk.k,
         "length": length,

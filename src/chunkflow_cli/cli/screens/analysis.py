@@ -54,7 +54,7 @@ def _screen(console: Console, lengths: NDArray[np.int64], found: dict[str, Any])
         _longest(found, console.width),
         Text(),
         _costs(found),
-        Text("* tokens computed twice, with chunk.k=1", style="dim"),
+        Text("* tokens whose forward pass runs twice with chunk.k=1", style="dim"),
         Text(),
         _ranks(found),
     ]
@@ -73,8 +73,8 @@ def _headline(found: dict[str, Any], width: int) -> Text:
         f"them targets ({percent(found['target_share'])})\n"
     )
     text.append(
-        f"mean {found['mean']:,.0f}, half up to {quantiles['p50']:,}, 90 % {quantiles['p90']:,}, "
-        f"99 % {quantiles['p99']:,}, 99.9 % {quantiles['p999']:,}, all {found['max']:,}"
+        f"mean {found['mean']:,.0f}, median {quantiles['p50']:,}, p90 {quantiles['p90']:,}, "
+        f"p99 {quantiles['p99']:,}, p99.9 {quantiles['p999']:,}, longest {found['max']:,}"
     )
     if found["duplicates"]:
         repeat = "repeats" if found["duplicates"] == 1 else "repeat"
@@ -126,7 +126,7 @@ def _cumulative(found: dict[str, Any]) -> Table:
 
 
 def _longest(found: dict[str, Any], width: int) -> Table:
-    table = columns(">tokens", "the longest samples")
+    table = columns(">tokens", "longest samples")
     room = width - max(len("tokens"), len(f"{found['max']:,}")) - 2
     for sample in found["longest"]:
         table.add_row(f"{sample['tokens']:,}", Text(shortened(sample["location"], room)))
@@ -136,7 +136,7 @@ def _longest(found: dict[str, Any], width: int) -> Table:
 def _costs(found: dict[str, Any]) -> Table:
     """Show what each way of making batches wastes."""
     padding, packing = found["padding"], found["packing"]
-    table = columns("batches made by", ">empty", ">twice*", "")
+    table = columns("batches made by", ">empty", ">recomputed*", "")
     batch = f"micro-batches of {padding['batch_size']}"
     table.add_row("padding, as they come", percent(padding["as_they_come"]), "", batch)
     table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, not shuffled")
