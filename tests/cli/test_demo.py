@@ -1,4 +1,4 @@
-"""The demo's data: real pairs, a seeded subset with the tail in it."""
+"""The data of the demo: real pairs, and a seeded subset that keeps the long tail."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_every_documented_definition_becomes_a_pair(tmp_path: Path) -> None:
     assert [message["role"] for message in messages] == ["user", "assistant"]
 
 
-def test_the_standard_library_here_is_long_tailed_and_the_subset_keeps_the_tail() -> None:
-    """A demo without a long sample would show packing only."""
+def test_the_standard_library_is_long_tailed_and_the_subset_keeps_the_tail() -> None:
+    """Without a long sample the demo would show only packing."""
     pairs = list(stdlib_pairs())
     chosen = subset(pairs)
     assert len(pairs) > 3000

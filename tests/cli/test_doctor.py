@@ -1,21 +1,26 @@
-"""`chunkflow doctor`: packages that are broken in every way are lines in its table, and never its end."""
+"""`chunkflow doctor`: however a package is broken, it is a line in the table and does not stop the command."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
 from chunkflow_cli.cli import doctor
-from chunkflow_cli.cli.doctor import PIECES, ask, examine
+from chunkflow_cli.cli.doctor import PACKAGES, ask, cache_problems, describe_package, examine
+from chunkflow_cli.cli.screens.doctor import print_findings
+from chunkflow_cli.config.load import load
+from chunkflow_cli.config.schema import Config
 
 SEGFAULT = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
 BROKEN_LINK = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa')\n"
@@ -28,14 +33,12 @@ def install(folder: Path, module: str, source: str) -> None:
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose packages are found before the installed ones."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    """Return a folder whose packages are found before the installed ones."""
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
-
-
-def quietly(overrides: list[str]) -> dict[str, Any]:
-    return examine(overrides, config_dir=None, seconds=120, console=Console(quiet=True))
 
 
 def what(findings: dict[str, Any], *, required: bool) -> str:
@@ -44,7 +47,7 @@ def what(findings: dict[str, Any], *, required: bool) -> str:
 
 @pytest.mark.slow
 def test_this_machine_can_train(tmp_path: Path) -> None:
-    """The tests train on it, so doctor must say so; and say it in one JSON object."""
+    """The tests train on this machine, so doctor must report that it is ready, in one JSON object."""
     command = [
         sys.executable,
         "-m",
@@ -77,10 +80,10 @@ def test_this_machine_can_train(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_broken_flash_attn_and_a_package_that_crashes_are_lines(broken: Path) -> None:
-    """transformers imports flash_attn if it is there at all: a broken one stops training even without a GPU."""
+    """transformers imports an installed flash_attn, so a broken one stops training even without a GPU."""
     install(broken, "flash_attn", BROKEN_LINK)
     install(broken, "tensorboard", SEGFAULT)
-    findings = quietly([])
+    findings = examine(Config(), 120)
     packages = findings["packages"]
     assert packages["flash_attn"]["state"] == "broken"
     assert "undefined symbol" in packages["flash_attn"]["error"]
@@ -95,29 +98,32 @@ def test_a_broken_flash_attn_and_a_package_that_crashes_are_lines(broken: Path) 
     assert "tensorboard does not import: it crashed" in what(findings, required=False)
 
 
-def test_what_follows_from_a_missing_package_is_no_second_problem(
+def test_the_consequences_of_a_broken_package_are_not_listed_as_problems(
     broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without torch nothing works: one problem, not ten."""
+    """Nothing works without torch: that is one problem, not ten."""
     install(broken, "torch", "raise ModuleNotFoundError(\"No module named 'torch._C'\", name='torch._C')\n")
     few = ("torch", "transformers", "deepspeed")
-    monkeypatch.setattr(doctor, "PIECES", tuple(piece for piece in PIECES if piece.module in few))
-    findings = quietly([])
+    monkeypatch.setattr(doctor, "PACKAGES", tuple(package for package in PACKAGES if package.module in few))
+    findings = examine(Config(), 120)
     assert not findings["ready"]
     assert len(what(findings, required=True).splitlines()) == 1
     assert "torch does not import" in what(findings, required=True)
-    doctor._print(Console(width=80), findings)
+    print_findings(Console(width=80), findings)
     printed = capsys.readouterr().out
-    assert "Training cannot work here before this is solved" in printed
-    assert "takes none" in printed
+    assert "Training cannot work until you fix this" in printed
+    assert "uses none" in printed
     assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_a_package_that_hangs(broken: Path) -> None:
     install(broken, "hanging", "import time\ntime.sleep(600)\n")
-    answer = ask("package", ("hanging",), 2)
-    assert answer["raised"] == "no answer in 2 seconds"
-    assert answer["packages"][0] == "hanging"
+    assert ask("package", ("hanging",), 2)["raised"] == "no answer in 2 seconds"
+
+
+def test_a_crash_is_reported_with_its_place(broken: Path) -> None:
+    install(broken, "crashing", SEGFAULT)
+    assert ask("package", ("crashing",), 60)["raised"] == "it crashed in crashing/__init__.py: Segmentation fault"
 
 
 @pytest.mark.parametrize(
@@ -128,18 +134,24 @@ def test_a_package_that_hangs(broken: Path) -> None:
         ("print('{}')\n", None),
     ],
 )
-def test_packages_that_end_the_process_or_print(source: str, expected: str | None, broken: Path) -> None:
+def test_packages_that_exit_or_print(source: str, expected: str | None, broken: Path) -> None:
     install(broken, "strange", source)
     answer = ask("package", ("strange",), 60)
-    assert answer == {"missing": False, "version": None} if expected is None else expected in answer["raised"]
+    assert answer == {"missing": False} if expected is None else expected in answer["raised"]
 
 
-def test_a_missing_package_and_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    piece = next(piece for piece in PIECES if piece.module == "peft")
-    assert doctor._package(piece, {"missing": True})["state"] == "missing"
-    monkeypatch.setattr(doctor, "_minimums", lambda: {"peft": "99.1"})
-    assert doctor._package(piece, {"missing": False, "version": "0.1"})["state"] == "too old"
-    assert piece.install == "pip install 'peft>=99.1'"
+@pytest.mark.parametrize(
+    ("versions", "state"),
+    [(">=0.1", "ok"), (">=99.1", "too old"), (">=0.1,<0.2", "too new"), (">=99.1,<100", "too old"), ("", "ok")],
+)
+def test_versions_are_compared_with_the_requirements(
+    versions: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = next(package for package in PACKAGES if package.module == "peft")
+    monkeypatch.setattr(doctor, "required_versions", lambda distribution: SpecifierSet(versions))
+    assert describe_package(peft, {"missing": False})["state"] == state
+    assert describe_package(peft, {"missing": True})["state"] == "missing"
+    assert SpecifierSet(peft.pip_name.strip("'").removeprefix("peft")) == SpecifierSet(versions)
 
 
 GPU_MACHINE: dict[str, dict[str, Any]] = {
@@ -156,95 +168,89 @@ GPU_MACHINE: dict[str, dict[str, Any]] = {
         "objections": {"flash_attn": None, "torch_flash": None, "cpu": "it runs on the CPU only", "reference": None},
     },
     "cache": {"path": "/cache/tokens", "free_bytes": 2**20, "error": None},
-    "hub": {"endpoint": "https://huggingface.co", "token": True, "reachable": True},
 }  # fmt: skip
 
 
 def test_a_gpu_whose_fastest_kernel_crashes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`auto` would take it, so training fails until another one is named."""
+    """`auto` would choose it, so training fails until you name another one."""
 
     def answer(question: str, arguments: Any, seconds: float) -> dict[str, Any]:
         if question == "backend flash_attn":
-            return {"raised": "it crashed: Segmentation fault", "packages": ["flash_attn"]}
-        return GPU_MACHINE.get(question, {"missing": False, "version": "1"} if question.startswith("package") else {})
+            return {"raised": "it crashed: Segmentation fault", "root": "it crashed: Segmentation fault"}
+        return GPU_MACHINE.get(question, {"missing": False} if question.startswith("package") else {})
 
     monkeypatch.setattr(doctor, "ask", answer)
     monkeypatch.setattr(
         "chunkflow_cli.cli.doctor.shutil.which", lambda name: None if name == "ninja" else f"/usr/bin/{name}"
     )
-    findings = quietly([])
+    findings = examine(Config(), 120)
     assert [device["kind"] for device in findings["devices"]] == ["cuda", "cpu"]
     assert [problem for problem in findings["problems"] if problem["required"]] == [
         {
             "what": "attention flash_attn does not work here: it crashed: Segmentation fault",
-            "remedy": "model.attention=torch_flash",
+            "remedy": "set model.attention=torch_flash",
             "required": True,
         }
     ]
     optional = what(findings, required=False)
     assert "there is no ninja" in optional
     assert "only 1.0 MiB are free" in optional
-    doctor._print(Console(width=80), findings)
+    print_findings(Console(width=80), findings)
     printed = capsys.readouterr().out
     assert "NVIDIA H100 80GB HBM3, 79.16 GiB (78.23 GiB free), sm 9.0" in printed
-    assert "logged in" in printed
 
 
 def test_offloading_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe for a GPU node cannot run on a CPU whatever is installed, and the model may be another obstacle."""
+    """A recipe that offloads needs a GPU, and a missing model is a problem of its own."""
     model_error = "model.path=x: not found\n  with network: check the name\n  without: copy it"
     answers = GPU_MACHINE | {
-        "settings": {"path": "x", "trust_remote_code": False, "dtype": "bfloat16", "attention": "auto", "cache_dir": None,
-                     "offload": "optimizer", "hardware": "one GPU of 80 GB"},
         "devices": {"gpus": [], "cuda": None, "cpu_bfloat16": True},
         "attention": {**GPU_MACHINE["attention"], "model_error": model_error},
     }  # fmt: skip
     monkeypatch.setattr(doctor, "ask", lambda question, arguments, seconds: answers.get(question, {"missing": False}))
-    problems = [problem for problem in quietly(["recipe=qwen7b"])["problems"] if problem["required"]]
+    problems = [problem for problem in examine(load(["recipe=qwen7b"]).config, 120)["problems"] if problem["required"]]
     assert "engine.offload=optimizer" in problems[0]["what"]
     assert "one GPU of 80 GB" in problems[0]["what"]
     assert problems[1]["what"] == "model.path=x: not found"
     assert problems[1]["remedy"] == "with network: check the name; without: copy it"
 
 
-def test_flash_attn_is_missed_only_where_it_could_run() -> None:
-    piece = next(piece for piece in PIECES if piece.module == "flash_attn")
-    answers = {f"package {piece.module}": {"missing": False} for piece in PIECES}
-    answers["package flash_attn"] = {"missing": True}
-    packages = {name.module: doctor._package(name, answers[f"package {name.module}"]) for name in PIECES}
-    assert doctor._package_findings(packages, answers, has_gpu=False) == []
-    (finding,) = doctor._package_findings(packages, answers, has_gpu=True)
-    assert finding.problem.remedy == piece.install == "pip install 'chunkflow-cli[flash]'"
-    assert not finding.problem.required
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_missing_flash_attn_is_a_problem_only_with_a_gpu(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {**GPU_MACHINE, "package flash_attn": {"missing": True}}
+    if not has_gpu:
+        answers["devices"] = {"gpus": [], "cuda": None, "cpu_bfloat16": True}
+    monkeypatch.setattr(doctor, "ask", lambda check, arguments, seconds: answers.get(check, {"missing": False}))
+    found = [problem for problem in examine(Config(), 120)["problems"] if "flash_attn is not" in problem["what"]]
+    assert [(problem["remedy"], problem["required"]) for problem in found] == (
+        [("pip install 'chunkflow-cli[flash]'", False)] if has_gpu else []
+    )
 
 
-def test_every_dependency_is_looked_at() -> None:
-    """A dependency that doctor does not know is one that it will not miss."""
-    requirements = importlib.metadata.requires("chunkflow-cli") or []
-    used = {
-        match.group(0).lower()
-        for requirement in requirements
-        if "dev" not in requirement.partition("extra ==")[2] and (match := re.match(r"[\w.-]+", requirement))
-    }
-    assert used == {piece.distribution for piece in PIECES}
+def test_every_dependency_is_checked() -> None:
+    """doctor cannot miss a dependency that it does not know. It imports packaging itself."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "dev"]
+    names = {Requirement(line).name.lower() for lines in (project["dependencies"], *extras) for line in lines}
+    assert names | {"packaging"} == {package.distribution for package in PACKAGES}
 
 
-def test_the_users_mistakes_exit_2_and_an_unusable_cache_is_required(tmp_path: Path) -> None:
+def test_a_wrong_override_exits_with_2_and_an_unusable_cache_is_a_problem(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "chunkflow_cli", "doctor"]
     run = subprocess.run([*command, "chunk.sise=4"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "did you mean chunk.size?" in run.stderr
     (tmp_path / "file").write_text("")
     answer = ask("cache", (f"{tmp_path}/file/cache",), 60)
-    findings = doctor._cache_findings(answer, {})
-    assert [finding.problem.required for finding in findings] == [True]
-    assert "data.cache_dir=" in findings[0].problem.remedy
+    (problem,) = cache_problems(answer)
+    assert problem.required
+    assert "data.cache_dir=" in problem.remedy
 
 
 def test_doctor_itself_imports_no_torch() -> None:
-    """It must start where torch crashes."""
+    """It must start where importing torch crashes."""
     code = (
         "import sys; from chunkflow_cli.cli import doctor\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'hydra', 'omegaconf', 'numpy'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""`--help`: its examples work as they stand, it fits 80 columns, and it shows keys as config.py describes them."""
+"""`--help`: examples run when pasted, the text fits 80 columns, and keys are shown as the schema describes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from chunkflow_cli.config.keys import known_keys
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Every command and group of the application: its words, and what Typer made of it."""
+    """Yield every command and group of the application: its words, and the command that Typer made of it."""
 
     def walk(words: str, command: Any) -> Iterator[tuple[str, Any]]:
         yield words, command
@@ -30,7 +30,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 
 
 def examples(command: Any) -> list[str]:
-    """The command lines of a help text, continued lines joined."""
+    """Return the command lines of a help text, with continued lines joined."""
     text = re.sub(r"\\\n\s*", "", command.help or "")
     return [line.strip() for line in text.splitlines() if line.strip().startswith("chunkflow ")]
 
@@ -39,7 +39,7 @@ COMMANDS = dict(commands())
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_help_begins_with_three_examples_and_fits_80_columns(words: str) -> None:
+def test_help_has_three_examples_and_fits_80_columns(words: str) -> None:
     lines = examples(COMMANDS[words])
     assert len(lines) >= 3
     if words != "chunkflow":
@@ -54,7 +54,7 @@ def test_help_begins_with_three_examples_and_fits_80_columns(words: str) -> None
     assert max(map(len, run.stdout.splitlines())) <= 80
     assert "\x1b" not in run.stdout
     shown = [line.strip() for line in re.sub(r"\\\s*\n\s*", "", run.stdout).splitlines()]
-    for line in lines:  # each on a line of its own, to be copied
+    for line in lines:  # each on a line of its own, so that it can be copied
         assert line in shown
     assert run.stdout.index(lines[0][:40]) < run.stdout.index("Options")
 
@@ -66,8 +66,8 @@ def test_keys_in_help_exist() -> None:
 
 
 @pytest.mark.slow
-def test_every_example_works_as_it_stands(tmp_path: Path) -> None:
-    """All of them, in the order of the help, in one empty folder, as a shell runs them."""
+def test_every_example_runs(tmp_path: Path) -> None:
+    """Run all examples in the order of the help, with a shell, in one empty directory."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     lines = list(dict.fromkeys(line for command in COMMANDS.values() for line in examples(command)))
     for line in lines:

@@ -1,4 +1,4 @@
-"""`chunkflow recipes` as a user meets it."""
+"""`chunkflow recipes`, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ def recipes(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def on_a_terminal(*words: str, columns: int) -> str:
-    """What the command prints to a terminal of so many columns."""
+    """Return what the command prints to a terminal of this width."""
     reader, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}  # rich takes a dumb one for 80 wide
+    environment = {
+        **os.environ,
+        "COLUMNS": str(columns),
+        "TERM": "xterm",
+    }  # rich assumes that a dumb terminal has 80 columns
     subprocess.run([sys.executable, "-m", "chunkflow_cli", *words], stdout=terminal, env=environment, check=True)
     os.close(terminal)
     printed = b""
@@ -42,7 +46,7 @@ def on_a_terminal(*words: str, columns: int) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", printed.decode().replace("\r\n", "\n"))
 
 
-def test_the_list_names_what_decides(tmp_path: Path) -> None:
+def test_the_list_shows_model_size_length_and_hardware(tmp_path: Path) -> None:
     run = recipes("list", cwd=tmp_path)
     assert run.returncode == 0
     line = next(line for line in run.stdout.splitlines() if line.startswith("qwen7b_256k "))
@@ -53,14 +57,14 @@ def test_the_list_names_what_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_the_list_does_not_wrap(columns: int) -> None:
-    """A wrapped table is unreadable; so each line of it must be narrower than the terminal."""
+    """A wrapped table is unreadable, so each line must fit the terminal."""
     lines = on_a_terminal("recipes", "list", columns=columns).splitlines()
     assert max(map(len, lines)) <= columns
     per_recipe = 1 if columns >= 170 else 3
     assert len(lines) == 1 + per_recipe * len(recipe_files())
 
 
-def test_the_list_as_json_with_recipes_of_ones_own(tmp_path: Path) -> None:
+def test_the_list_as_json_with_recipes_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text(
         "# Mine. All mine.\nhardware: a toaster\ndata: {max_length: 1000}\n"
@@ -74,7 +78,7 @@ def test_the_list_as_json_with_recipes_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_descriptions_agree_with_what_composes() -> None:
-    """The list reads files without Hydra; it must not tell another story than the run."""
+    """The list reads files without Hydra, and must agree with what Hydra composes."""
     for name, path in recipe_files().items():
         described, config = describe(name, path), load([f"recipe={name}"]).config
         assert (described.chunk_size, described.k) == (config.chunk.size, config.chunk.k)
@@ -103,7 +107,9 @@ def test_a_copy_runs_and_is_never_overwritten(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
-def test_a_copy_into_a_folder_names_what_is_left_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_into_a_directory_names_the_keys_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my runs").mkdir()
     result = copy("qwen7b", "my runs", None, json_output=True)
@@ -113,9 +119,9 @@ def test_a_copy_into_a_folder_names_what_is_left_to_set(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("destination", "expected"), [("run.txt", "run.txt.yaml"), ("no/such/run.yaml", "a folder that exists")]
+    ("destination", "expected"), [("run.txt", "run.txt.yaml"), ("no/such/run.yaml", "a directory that exists")]
 )
-def test_a_copy_that_could_not_be_used_is_refused(
+def test_an_unusable_destination_is_refused(
     destination: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -132,7 +138,7 @@ def test_unknown_names(tmp_path: Path) -> None:
     assert recipes("list", "--config-dir", "nowhere", cwd=tmp_path).returncode == 2
 
 
-def test_a_recipe_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+def test_an_invalid_recipe_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "torn.yaml").write_text("chunk: {size: 4")
     run = recipes("list", "--config-dir", ".", cwd=tmp_path)

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from chunkflow_cli.cli import app as cli
+from chunkflow_cli.cli.command import run_command
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.processes.failures import failures_recorded
 from chunkflow_cli.processes.hostfile import read_hostfile
@@ -212,7 +212,7 @@ def main(words: list[str]) -> None:
             )  # fmt: skip
 
     try:
-        cli._finish(command, json_output=False, debug=False)  # type: ignore[arg-type]
+        run_command(command, json_output=False, debug=False)  # type: ignore[arg-type]
     except typer.Exit as end:
         sys.exit(end.exit_code)
 

@@ -1,7 +1,7 @@
-"""`chunkflow analyze`: how long the samples of a data set are, and what batching, packing or cutting them would cost.
+"""`chunkflow analyze`: measure the samples of a data set, and what padding, packing or truncating them would cost.
 
-With a tokenizer (`recipe=` or `model.path=`) lengths are exact, and the token cache that `train` reads is built on the
-way. Without one they are estimated from bytes. `data.format=tokens` rows are counted either way.
+With a tokenizer (`recipe=` or `model.path=`) lengths are exact, and this builds the token cache that `train` reads.
+Without one they are estimated from bytes. Rows of `data.format=tokens` are always counted exactly.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.cli.screens.analysis import print_analyses
+from chunkflow_cli.cli.screens.plots import check_plot_path, plot_lengths
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, DataFormat, ModelConfig, TrainOn
 from chunkflow_cli.console import progress_bar, stdout_console
@@ -33,17 +35,17 @@ from chunkflow_cli.planning.chunks import count_chunks
 CHUNK_SIZES = (2048, 4096, 8192, 16384, 32768)
 TRUNCATIONS = (2048, 4096, 8192, 32768)
 PADDED_BATCH = 8
-"""Samples of a padded micro-batch."""
+"""Samples in a padded micro-batch."""
 RANKS = 8
-"""Data-parallel ranks of the balance that is shown: a node of eight GPUs."""
+"""Data-parallel ranks to balance: a node of eight GPUs."""
 LONGEST_SHOWN = 5
 REJECTED_LISTED = 100
-"""Rejected rows that the JSON names one by one; the counts by reason are complete."""
+"""Rejected rows that the JSON lists. The counts by reason include all of them."""
 
 
 @dataclass(frozen=True)
 class MeasuredData:
-    """The lengths of a data set, and where its samples stand."""
+    """The lengths of the samples in a data set, and where the longest and the rejected ones are."""
 
     path: str
     format: DataFormat
@@ -52,54 +54,49 @@ class MeasuredData:
     target_counts: NDArray[np.int64]  # (samples,)
     digests: NDArray[np.int64]  # (samples,), equal where samples are
     longest: list[tuple[Location, int]]
-    """The longest samples, longest first, and their tokens."""
+    """The longest samples and their lengths in tokens, longest first."""
     rejected: list[tuple[Location, str]]
     model_limit: int | None
-    """The longest sequence that the model is made for, where a model is given."""
+    """The longest sequence that the model supports; `data.max_length` without a model."""
 
 
 def run(
     paths: Sequence[str], loaded: LoadedConfig, *, plot: str | None = None, json_output: bool = False
 ) -> dict[str, Any]:
-    """Measure one data set or several; print what was found, unless it is wanted as JSON.
+    """Measure data sets and print the result, unless `json_output` is set.
 
     Args:
-        paths: of the data sets; none means `data.path`.
-        plot: write histogram and cumulative curve to this PNG or SVG file.
+        paths: the data sets; `data.path` if empty.
+        plot: file for a histogram and cumulative curves (.png, .svg or .pdf).
 
     Raises:
-        UsageError: data, tokenizer or the plot's file name is at fault.
+        UsageError: the data, the tokenizer or the name of the plot is wrong.
     """
     config = loaded.config
     paths = list(paths) or ([config.data.path] if config.data.path else [])
     if not paths:
-        raise UsageError("no data to analyze\n  name it: chunkflow analyze data.jsonl (or data.path=, or a recipe)")
+        raise UsageError(
+            "no data to analyze\n  name it, as in chunkflow analyze data.jsonl, or set data.path or a recipe"
+        )
     if plot is not None:
-        from chunkflow_cli.cli.screens.plots import check_plot_path
-
         check_plot_path(plot)
     measured = [measure(path, config) for path in paths]
     analyses = [analysis(data, config) for data in measured]
     if plot is not None:
-        from chunkflow_cli.cli.screens.plots import plot_lengths
-
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
     if not json_output:
-        from chunkflow_cli.cli.screens.analysis import print_analyses
-
-        print_analyses(
-            stdout_console(), [(data.lengths, found) for data, found in zip(measured, analyses, strict=True)]
-        )
+        lengths = [data.lengths for data in measured]
+        print_analyses(stdout_console(), list(zip(lengths, analyses, strict=True)))
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
 
 
 def measure(path: str, config: Config) -> MeasuredData:
-    """Lengths of a data set: exact where a model is configured, estimated where not.
+    """Return the lengths of a data set: exact if a model is configured, otherwise estimated.
 
     Raises:
-        UsageError: the data cannot be read, holds no sample at all, or the model has no tokenizer.
+        UsageError: the data cannot be read or has no usable sample, or the model has no tokenizer.
     """
     source = open_source(path)
     format = detect_format(source) if config.data.format is DataFormat.auto else config.data.format
@@ -141,7 +138,7 @@ def measure(path: str, config: Config) -> MeasuredData:
 
 
 def _vocabulary_and_limit(model: ModelConfig) -> tuple[int | None, int | None]:
-    """Of the model; nothing is known of a folder that holds a tokenizer and no model, and lengths need no more."""
+    """Return vocabulary size and longest sequence of a model; None for a directory with only a tokenizer."""
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not (folder / "config.json").exists() and has_tokenizer(model.path):
         return None, None
@@ -150,7 +147,7 @@ def _vocabulary_and_limit(model: ModelConfig) -> tuple[int | None, int | None]:
 
 
 def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
-    """All that is told of a data set, as plain values for JSON. Shares are between 0 and 1."""
+    """Return the findings about a data set as plain values for JSON. Shares are between 0 and 1."""
     statistics: LengthStatistics = describe(data.lengths)
     targets = int(data.target_counts.sum())
     over_limit = 0 if data.model_limit is None else int(np.count_nonzero(data.lengths > data.model_limit))
@@ -194,7 +191,7 @@ def _rejected(rejected: Sequence[tuple[Location, str]]) -> dict[str, Any]:
 
 
 def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> dict[str, Any]:
-    """Packing, chunks and balance within the global batches of an epoch: those that training would take."""
+    """Return packing, chunks and balance, within the global batches that training would use in an epoch."""
     batches = GlobalBatches(len(lengths), config.train.global_batch_size, config.train.seed, config.train.shuffle)
     sizes = sorted({*CHUNK_SIZES, config.chunk.size})
     longest = int(lengths.max())

@@ -1,10 +1,10 @@
 """The demo: fine-tune a small real model on the Python standard library of this machine.
 
-    python -m chunkflow_cli.cli.demo              make the data, train, ask the model a question
-    python -m chunkflow_cli.cli.demo --data-only  make the data and stop
+    python -m chunkflow_cli.cli.demo              write the data, train, ask the model a question
+    python -m chunkflow_cli.cli.demo --data-only  write the data and exit
 
-Each sample is a docstring as the request and the source of that function, class or module as the answer: most are
-short, a few are very long, which is much the shape of real chat data. Nothing is downloaded.
+Each sample asks for the source of a function, class or module, given its docstring. As in real chat data, most samples
+are short and a few are very long. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ RECIPE = "smollm2_stdlib"
 ALL_PAIRS = Path("data/stdlib_pairs.jsonl")
 SUBSET = Path("data/stdlib_demo.jsonl")
 SEED = 0
-# Characters of request and answer together; about 3.4 make a token.
+# Characters of request and answer together, about 3.4 per token.
 SUBSET_SHARES = ((0, 2_500, 110), (3_000, 6_000, 4), (16_500, 18_000, 1))
-"""(at least, below, how many): mostly short, some longer, and one of eight or more chunks of 512 tokens."""
+"""(at least, below, number of samples): mostly short, some longer, and one of eight or more chunks of 512 tokens."""
 QUESTION = "What is the capital of France?"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"}
 
 
 @dataclass(frozen=True)
 class Pair:
+    """A request and the answer to learn."""
+
     request: str
     answer: str
 
@@ -46,7 +48,7 @@ class Pair:
 
 
 def stdlib_pairs(folder: Path | None = None) -> Iterator[Pair]:
-    """Request and answer of every documented module, class and function of the library; nothing is imported."""
+    """Yield request and answer of every documented module, class and function of the library, without importing any."""
     root = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
@@ -80,7 +82,7 @@ def _pairs_of(tree: ast.Module, source: str, module: str) -> Iterator[Pair]:
 
 
 def subset(pairs: Sequence[Pair]) -> list[Pair]:
-    """A seeded subset with the tail in it."""
+    """Return a seeded subset that keeps the long tail."""
     generator = random.Random(SEED)
     chosen = []
     for at_least, below, count in SUBSET_SHARES:
@@ -91,7 +93,7 @@ def subset(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def write_data() -> None:
-    """Both files, under the present folder."""
+    """Write all pairs and the subset below the current directory."""
     pairs = list(stdlib_pairs())
     SUBSET.parent.mkdir(parents=True, exist_ok=True)
     for path, rows in ((ALL_PAIRS, pairs), (SUBSET, subset(pairs))):
@@ -100,7 +102,7 @@ def write_data() -> None:
 
 
 def ask(model_folder: str, question: str) -> str:
-    """The trained model's answer, greedily."""
+    """Return the trained model's answer, decoded greedily."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -115,7 +117,7 @@ def ask(model_folder: str, question: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M on the Python standard library.")
-    parser.add_argument("--data-only", action="store_true", help="make the data and stop")
+    parser.add_argument("--data-only", action="store_true", help="write the data and exit")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe, e.g. train.steps=2")
     arguments = parser.parse_args()
     write_data()
@@ -129,7 +131,7 @@ def main() -> None:
     if exit_code:
         sys.exit(exit_code)
     final = max(Path("outputs", RECIPE).glob("*/final"), key=lambda path: path.stat().st_mtime)
-    print(f"\nIt has not forgotten what it knew:\n  > {QUESTION}\n  {ask(str(final), QUESTION)}")
+    print(f"\nIt still answers general questions:\n  > {QUESTION}\n  {ask(str(final), QUESTION)}")
 
 
 if __name__ == "__main__":

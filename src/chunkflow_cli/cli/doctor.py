@@ -1,7 +1,7 @@
-"""`chunkflow doctor`: what this machine has, what is broken or missing, and how to get it.
+"""`chunkflow doctor`: check this machine, and say what is missing or broken and how to fix it.
 
-Each question is asked in a process of its own (probes.py), so that a package that crashes or hangs on import is a line
-in the table. Nothing heavy is imported here.
+Each check runs in a process of its own (probes.py), so that a package that crashes or hangs on import is a line in the
+table. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -12,150 +12,161 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from chunkflow_cli import __version__
+from chunkflow_cli.cli.screens.doctor import print_findings
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.console import human_bytes, stderr_console, stdout_console
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.console import human_bytes, progress_bar, stdout_console
 
 GRACE_SECONDS = 5.0
-"""Past its time a question says where it hangs; this long it may take to."""
-SIDE_BY_SIDE = 4
+"""A check that takes too long gets this much more time to say where it hangs."""
+CHECKS_AT_ONCE = 4
+"""Each may import all of torch."""
+Answer = dict[str, Any]
+"""What a check found: plain values."""
 LITTLE_SPACE = 2**30
-"""Bytes free for tokenised data that are worth a warning."""
+"""Free bytes in the token cache below which doctor warns."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A package that is used, and by what."""
+class Package:
+    """A package that chunkflow uses."""
 
-    module: str
-    """What is imported."""
     distribution: str
-    """What is installed."""
     purpose: str
     required: bool = True
-    """Whether no run can do without it."""
+    """True if no run works without it."""
     extra: str | None = None
-    """The extra of chunkflow-cli that brings it."""
+    """The extra of chunkflow-cli that installs it."""
 
     @property
-    def install(self) -> str:
-        return f"pip install {quoted(f'chunkflow-cli[{self.extra}]' if self.extra else self.requirement)}"
+    def module(self) -> str:
+        return {"hydra-core": "hydra", "flash-attn": "flash_attn"}.get(self.distribution, self.distribution)
 
     @property
-    def requirement(self) -> str:
-        minimum = _minimums().get(self.distribution)
-        return f"{self.distribution}>={minimum}" if minimum else self.distribution
+    def pip_name(self) -> str:
+        """Name and versions that chunkflow-cli requires, quoted for a shell."""
+        return shlex.quote(f"{self.distribution}{required_versions(self.distribution)}")
 
 
-PIECES = (
-    Piece("torch", "torch", "everything"),
-    Piece("transformers", "transformers", "models"),
-    Piece("deepspeed", "deepspeed", "the training engine"),
-    Piece("tokenizers", "tokenizers", "tokenising"),
-    Piece("safetensors", "safetensors", "reading and writing weights"),
-    Piece("numpy", "numpy", "planning"),
-    Piece("orjson", "orjson", "reading data"),
-    Piece("pyarrow", "pyarrow", "Parquet data"),
-    Piece("hydra", "hydra-core", "configuration"),
-    Piece("omegaconf", "omegaconf", "configuration"),
-    Piece("rich", "rich", "what you see"),
-    Piece("typer", "typer", "the command line"),
-    Piece("peft", "peft", "LoRA", required=False),
-    Piece("datasets", "datasets", "data sets of the Hugging Face hub", required=False),
-    Piece("zstandard", "zstandard", ".zst data", required=False),
-    Piece("matplotlib", "matplotlib", "charts", required=False),
-    Piece("flash_attn", "flash-attn", "the fastest attention on NVIDIA GPUs", required=False, extra="flash"),
-    Piece("gguf", "gguf", "GGUF models", required=False, extra="quant"),
-    Piece("tensorboard", "tensorboard", "log.backends=[tensorboard]", required=False, extra="loggers"),
+PACKAGES = (
+    Package("torch", "everything"),
+    Package("numpy", "planning"),
+    Package("flash-attn", "the fastest attention on NVIDIA GPUs", required=False, extra="flash"),
+    Package("tokenizers", "tokenising"),
+    Package("safetensors", "reading and writing weights"),
+    Package("transformers", "models"),
+    Package("deepspeed", "the training engine"),
+    Package("orjson", "reading data"),
+    Package("pyarrow", "Parquet data"),
+    Package("omegaconf", "configuration"),
+    Package("hydra-core", "configuration"),
+    Package("rich", "terminal output"),
+    Package("typer", "the command line"),
+    Package("packaging", "comparing versions"),
+    Package("peft", "LoRA", required=False),
+    Package("datasets", "data sets of the Hugging Face hub", required=False),
+    Package("zstandard", ".zst data", required=False),
+    Package("matplotlib", "plots", required=False),
+    Package("gguf", "GGUF models", required=False, extra="quant"),
+    Package("tensorboard", "log.backends=[tensorboard]", required=False, extra="loggers"),
 )
+"""What a package imports comes before it: where several fail with the same error, the first is shown as its cause."""
 
 
 @dataclass(frozen=True)
 class Problem:
+    """Something that is wrong on this machine, and how to fix it."""
+
     what: str
     remedy: str
-    required: bool
-    """Whether training cannot work here before it is solved."""
+    required: bool = True
+    """True if training cannot work before this is fixed."""
+    error: str | None = None
+    """The exception or crash that it comes from. Problems of one error are shown as one."""
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """A problem before it is known which of them are one and the same."""
-
-    problem: Problem
-    module: str | None = None
-    """The package that has it."""
-    cause: str | None = None
-    """Another package, broken or missing, that it comes from."""
+UNANSWERED = {
+    "devices": Problem("torch cannot list the devices", "check the driver with nvidia-smi, then reinstall torch"),
+    "attention": Problem("no attention backend can be chosen", "reinstall torch and transformers"),
+    "cache": Problem("the token cache cannot be checked", "set data.cache_dir=DIR"),
+    "training": Problem(
+        "the modules that every run needs cannot be imported together",
+        "reinstall chunkflow-cli in a fresh virtual environment",
+    ),
+}
+"""What it means if a check raises, crashes or hangs."""
 
 
 def run(
     overrides: Sequence[str], *, config_dir: str | None = None, seconds: float, json_output: bool = False
 ) -> dict[str, Any]:
-    """Ask everything, show it, and list every problem with its remedy; `ready` says whether training can work here.
+    """Run all checks, show them, and list every problem with its remedy; `ready` is true if training can work.
 
     Args:
-        overrides: the run that is asked about; its model, dtype, attention and cache folder count.
-        config_dir: a folder whose YAML files are found before the shipped ones.
-        seconds: how long one question may take.
-        json_output: print nothing on stdout.
+        overrides: the run to check; its model, dtype, attention, offloading and cache directory count.
+        config_dir: directory whose YAML files are found before the shipped ones.
+        seconds: how long one check may take.
+        json_output: print nothing to stdout.
 
     Raises:
         UsageError: an override is wrong.
     """
-    findings = examine(overrides, config_dir=config_dir, seconds=seconds, console=stderr_console())
+    findings = examine(_configuration(overrides, config_dir), seconds)
     if not json_output:
-        _print(stdout_console(), findings)
+        print_findings(stdout_console(), findings)
     return findings
 
 
-def examine(overrides: Sequence[str], *, config_dir: str | None, seconds: float, console: Console) -> dict[str, Any]:
-    """What `run` shows, as one JSON object."""
-    chosen = _settings(overrides, config_dir, seconds)
-    questions: dict[str, tuple[Any, ...]] = {f"package {piece.module}": (piece.module,) for piece in PIECES}
-    questions["devices"] = ()
-    questions["attention"] = (chosen["attention"], chosen["path"], chosen["trust_remote_code"], chosen["dtype"])
-    questions["cache"] = (chosen["cache_dir"],)
-    questions["hub"] = ()
-    questions["training"] = ()
-    answers = _ask(questions, seconds, console)
-    objections = answers["attention"].get("objections", {})
-    kernels = [name for name, objection in objections.items() if objection is None and name != "reference"]
-    answers |= _ask({f"backend {name}": (name, chosen["dtype"]) for name in kernels}, seconds, console)
+def _configuration(overrides: Sequence[str], config_dir: str | None) -> Config:
+    if overrides or config_dir is not None:
+        with contextlib.suppress(ImportError):  # then hydra is broken, which the table shows
+            from chunkflow_cli.config.load import load
 
-    packages = {piece.module: _package(piece, answers[f"package {piece.module}"]) for piece in PIECES}
-    backends = {
-        name: {
-            "works": objection is None and not _failure(answers.get(f"backend {name}", {})),
-            "reason": objection or _failure(answers.get(f"backend {name}", {})),
-        }
-        for name, objection in objections.items()
-    }
-    problems = _unite(
+            return load(overrides, config_dir).config
+    return Config()
+
+
+def examine(config: Config, seconds: float) -> dict[str, Any]:
+    """Return what `run` shows of a configuration, as one JSON object."""
+    model, dtype = config.model, config.model.dtype.value
+    answers = _ask_all(
+        {
+            **{f"package {package.module}": (package.module,) for package in PACKAGES},
+            "devices": (),
+            "attention": (model.attention.value, model.path, model.trust_remote_code, dtype),
+            "cache": (config.data.cache_dir,),
+            "training": (),
+        },
+        seconds,
+    )
+    attention = answers["attention"]
+    reasons: dict[str, str | None] = attention.get("objections", {})
+    kernels = [f"backend {name}" for name, reason in reasons.items() if reason is None and name != "reference"]
+    answers |= _ask_all({kernel: (kernel.partition(" ")[2], dtype) for kernel in kernels}, seconds)
+    reasons = {name: reason or _failure(answers.get(f"backend {name}", {})) for name, reason in reasons.items()}
+    packages = {package.module: describe_package(package, answers[f"package {package.module}"]) for package in PACKAGES}
+    problems = one_for_each_error(
         [
-            *_package_findings(packages, answers, has_gpu=bool(answers["devices"].get("gpus"))),
-            *_device_findings(answers["devices"], packages, chosen),
-            *_attention_findings(answers["attention"], backends, answers, packages),
-            *_training_findings(answers["training"], packages),
-            *_cache_findings(answers["cache"], packages),
-            *_hub_findings(answers["hub"], packages),
+            *(problem for package in PACKAGES for problem in _package_problems(package, packages, answers)),
+            *(problem for check in UNANSWERED for problem in _unanswered(check, answers[check])),
+            *_device_problems(answers["devices"], config),
+            *_attention_problems(answers, reasons),
+            *cache_problems(answers["cache"]),
         ]
     )
     return {
@@ -168,376 +179,192 @@ def examine(overrides: Sequence[str], *, config_dir: str | None, seconds: float,
         "packages": packages,
         "devices": [*answers["devices"].get("gpus", []), _processor(answers["devices"])],
         "attention": {
-            "requested": chosen["attention"],
-            "dtype": chosen["dtype"],
-            "takes": answers["attention"].get("takes"),
-            "reason": answers["attention"].get("reason") or _failure(answers["attention"]),
+            "requested": model.attention.value,
+            "dtype": dtype,
+            "takes": attention.get("takes"),
+            "reason": attention.get("reason") or _failure(attention),
         },
-        "backends": backends,
+        "backends": {name: {"works": reason is None, "reason": reason} for name, reason in reasons.items()},
         "cache": answers["cache"],
-        "hub": answers["hub"],
-        "problems": [asdict(problem) for problem in problems],
+        "problems": [{"what": p.what, "remedy": p.remedy, "required": p.required} for p in problems],
     }
 
 
-def ask(question: str, arguments: Sequence[Any], seconds: float) -> dict[str, Any]:
-    """The answer of a process of its own.
+def ask(check: str, arguments: Sequence[Any], seconds: float) -> Answer:
+    """Return the answer of a check that runs in a process of its own.
 
-    Where it raised, crashed or did not answer in time: {"raised": what happened, "packages": where, innermost first}.
+    If it raised, crashed or did not answer in time: {"raised": what happened, "root": what it comes from}.
     """
-    # -P: what lies in the current folder is not what a run would import. Files, not pipes: a process that was started
-    # by the one that hangs would hold a pipe open.
-    command = [sys.executable, "-P", "-m", "chunkflow_cli.cli.probes", str(seconds), question.partition(" ")[0]]
+    # -P: a run would not import from the current directory either. Files instead of pipes: a process that the hanging
+    # one has started would hold a pipe open.
+    command = [sys.executable, "-P", "-m", "chunkflow_cli.cli.probes", str(seconds), check.partition(" ")[0]]
+    command += map(json.dumps, arguments)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(
-            [*command, *map(json.dumps, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=err
-        )
+        limit = seconds + GRACE_SECONDS
         try:
-            code = process.wait(timeout=seconds + GRACE_SECONDS)
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=limit).returncode
         except subprocess.TimeoutExpired:
             code = None
-        finally:
-            process.kill()
-            process.wait()
         out.seek(0)
         err.seek(0)
         said, complaint = out.read(), err.read().decode(errors="replace")
     if code == 0:
-        answer: dict[str, Any] = json.loads(said)
+        answer: Answer = json.loads(said)
         return answer
     if code is None or "Timeout (" in complaint:
         raised = f"no answer in {seconds:g} seconds"
     elif code < 0:
-        raised = f"it crashed: {signal.strsignal(-code)}"
+        place = re.search(r'File ".*?([^/"]+/[^/"]+)", line', complaint)  # of faulthandler: the innermost frame
+        raised = f"it crashed{f' in {place.group(1)}' if place is not None else ''}: {signal.strsignal(-code)}"
     else:
         raised = f"it ended with exit code {code}: {complaint.strip().rpartition(chr(10))[2]}"
-    return {"raised": raised, "packages": _packages_of_trace(complaint)}
+    return {"raised": raised, "root": raised}
 
 
-def _packages_of_trace(complaint: str) -> list[str]:
-    """Top-level packages of the files in a faulthandler's trace, innermost first."""
-    found = []
-    for file in re.findall(r'^\s*File "([^"]+)", line', complaint, re.MULTILINE):
-        folder = next(
-            (entry for entry in sorted(sys.path, key=len, reverse=True) if file.startswith(f"{entry}/")), None
-        )
-        if folder:
-            found.append(Path(file).relative_to(folder).parts[0].removesuffix(".py"))
-    return list(dict.fromkeys(found))
-
-
-def quoted(requirement: str) -> str:
-    """For a shell, which would take `>` for a file and `[` for a pattern."""
-    return f"'{requirement}'" if re.search(r"[\[<>]", requirement) else requirement
-
-
-def _ask(questions: dict[str, tuple[Any, ...]], seconds: float, console: Console) -> dict[str, dict[str, Any]]:
-    """All answers; a few questions at a time, since each process may import all of torch."""
-    workers = max(2, min(SIDE_BY_SIDE, os.cpu_count() or 1))
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    answers: dict[str, dict[str, Any]] = {}
-    with progress, ThreadPoolExecutor(workers) as pool:
-        task = progress.add_task("looking", total=len(questions))
-
-        def answer(name: str) -> dict[str, Any]:
-            progress.update(task, description=f"looking at {name.rpartition(' ')[2]:<13}")
-            return ask(name, questions[name], seconds)
-
-        futures: dict[Future[dict[str, Any]], str] = {pool.submit(answer, name): name for name in questions}
+def _ask_all(checks: dict[str, tuple[Any, ...]], seconds: float) -> dict[str, Answer]:
+    answers: dict[str, Answer] = {}
+    workers = max(2, min(CHECKS_AT_ONCE, os.cpu_count() or 1))
+    with progress_bar("checking this machine", len(checks)) as progress, ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(ask, name, arguments, seconds): name for name, arguments in checks.items()}
         try:
             for future in as_completed(futures):
                 answers[futures[future]] = future.result()
-                progress.advance(task)
+                progress(len(answers))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return answers
 
 
-def _settings(overrides: Sequence[str], config_dir: str | None, seconds: float) -> dict[str, Any]:
-    defaults = Config()
-    model, data = defaults.model, defaults.data
-    chosen = {
-        "path": model.path,
-        "trust_remote_code": model.trust_remote_code,
-        "dtype": model.dtype.value,
-        "attention": model.attention.value,
-        "cache_dir": data.cache_dir,
-        "offload": defaults.engine.offload.value,
-        "hardware": "",
-    }
-    if not overrides and config_dir is None:
-        return chosen
-    answer = ask("settings", (list(overrides), config_dir), seconds)
-    if "usage" in answer:
-        raise UsageError(answer["usage"])
-    return chosen if "raised" in answer else answer  # then hydra is a line in the table
+def required_versions(distribution: str) -> SpecifierSet:
+    """Return the versions that chunkflow-cli requires; any, if it runs from a source tree and cannot say."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for requirement in map(Requirement, importlib.metadata.requires("chunkflow-cli") or []):
+            if requirement.name.lower() == distribution:
+                return requirement.specifier
+    return SpecifierSet()
 
 
-def _package(piece: Piece, answer: dict[str, Any]) -> dict[str, Any]:
-    version = answer.get("version")
-    if not answer.get("missing"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # then what the package says itself
-            version = importlib.metadata.version(piece.distribution)
-    minimum = _minimums().get(piece.distribution)
-    too_old = bool(version and minimum and _numbers(version) < _numbers(minimum))
-    error = answer.get("raised")
-    state = "broken" if error else "missing" if answer.get("missing") else "too old" if too_old else "ok"
-    return {"version": version, "state": state, "error": error, "purpose": piece.purpose, "required": piece.required}
+def describe_package(package: Package, answer: Answer) -> dict[str, Any]:
+    """Return version and state of a package: ok, missing, broken, too old or too new."""
+    version, state = None, "missing" if answer.get("missing") else "broken" if "raised" in answer else "ok"
+    if state != "missing":
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # it was found by its path only
+            version = importlib.metadata.version(package.distribution)
+    if state == "ok" and version is not None:
+        bounds = required_versions(package.distribution)
+        failed = [bound for bound in bounds if not bound.contains(version, prereleases=True)]
+        if failed:
+            state = "too new" if all(bound.operator.startswith("<") for bound in failed) else "too old"
+    stated = {"purpose": package.purpose, "required": package.required}
+    return {"version": version, "state": state, "error": answer.get("raised"), **stated}
 
 
-def _minimums() -> dict[str, str]:
-    """The least version of each distribution that chunkflow-cli asks for."""
-    try:
-        requirements = importlib.metadata.requires("chunkflow-cli") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return {}
-    found = (re.match(r"([\w.-]+)\s*>=\s*([\d.]+)", requirement) for requirement in requirements)
-    return {match.group(1).lower(): match.group(2) for match in found if match is not None}
+def one_for_each_error(problems: Sequence[Problem]) -> list[Problem]:
+    """Keep the first problem of each error. It is required if any of them is: flash_attn, if it stops transformers."""
+    kept: dict[str, Problem] = {}
+    for problem in problems:
+        first = kept.setdefault(problem.error or problem.what, problem)
+        kept[problem.error or problem.what] = replace(first, required=first.required or problem.required)
+    return list(kept.values())
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
-
-
-def _failure(answer: dict[str, Any]) -> str | None:
-    """Why a question was not answered well; None if it was."""
+def _failure(answer: Answer) -> str | None:
     return answer.get("raised") or answer.get("error")
 
 
-def _cause(answer: dict[str, Any], packages: dict[str, dict[str, Any]], module: str | None = None) -> str | None:
-    """The broken or missing package, other than `module`, that an exception or crash began in."""
-    for name in answer.get("packages", []):
-        if name == module:
-            return None
-        if name in packages and packages[name]["state"] in ("broken", "missing"):
-            return str(name)
-    return None
+def _unanswered(check: str, answer: Answer) -> list[Problem]:
+    problem = UNANSWERED[check]
+    if "raised" not in answer:
+        return []
+    return [replace(problem, what=f"{problem.what}: {answer['raised']}", error=answer["root"])]
 
 
-def _unite(findings: Sequence[_Finding]) -> list[Problem]:
-    """One problem for each cause: what comes from a package is not listed beside it, but makes it required."""
-    roots = {finding.cause for finding in findings if finding.cause is not None and finding.problem.required}
-    return [
-        replace(finding.problem, required=finding.problem.required or finding.module in roots)
-        for finding in findings
-        if finding.cause is None
-    ]
+def _package_problems(
+    package: Package, packages: dict[str, dict[str, Any]], answers: dict[str, Answer]
+) -> list[Problem]:
+    described, is_flash = packages[package.module], package.module == "flash_attn"
+    state = described["state"]
+    if state == "ok" or (state == "missing" and is_flash and not answers["devices"].get("gpus")):
+        return []
+    what = {
+        "missing": "is not installed",
+        "too old": f"{described['version']} is too old",
+        "too new": f"{described['version']} is newer than the versions that chunkflow is tested with",
+        "broken": f"does not import: {described['error']}",
+    }[state]
+    remedy = f"pip install {package.pip_name}"
+    if state == "missing" and package.extra is not None:
+        remedy = f"pip install 'chunkflow-cli[{package.extra}]'"
+    elif state == "broken":
+        remedy = f"pip install --force-reinstall --no-deps {package.pip_name}"
+        if is_flash:
+            remedy = f"pip uninstall flash-attn to use another backend, or rebuild it: {remedy} --no-build-isolation"
+    what = f"{package.module} {what} (needed for {package.purpose})"
+    missing = f"ModuleNotFoundError: No module named '{package.module}'" if state == "missing" else None
+    root = answers[f"package {package.module}"].get("root", missing)
+    return [Problem(what, remedy, package.required and state != "too new", root)]
 
 
-def _package_findings(
-    packages: dict[str, dict[str, Any]], answers: dict[str, dict[str, Any]], *, has_gpu: bool
-) -> list[_Finding]:
-    findings = []
-    for piece in PIECES:
-        package, answer = packages[piece.module], answers[f"package {piece.module}"]
-        needed_for = f"needed for {piece.purpose}"
-        what, remedy = "", ""
-        if package["state"] == "missing" and (piece.module != "flash_attn" or has_gpu):
-            what, remedy = f"{piece.module} is not installed ({needed_for})", piece.install
-        elif package["state"] == "too old":
-            what = f"{piece.module} {package['version']} is too old ({needed_for})"
-            remedy = f"pip install --upgrade {quoted(piece.requirement)}"
-        elif package["state"] == "broken":
-            what = f"{piece.module} does not import: {package['error']} ({needed_for})"
-            remedy = f"pip install --force-reinstall --no-deps {quoted(piece.requirement)}"
-            if piece.module == "flash_attn":
-                remedy = (
-                    "pip uninstall flash-attn, to take another backend; or compile it anew for the torch that is "
-                    "installed: pip install --force-reinstall --no-deps --no-build-isolation flash-attn"
-                )
-        if what:
-            cause = _cause(answer, packages, piece.module)
-            findings.append(_Finding(Problem(what, remedy, piece.required), piece.module, cause))
-    return findings
-
-
-def _device_findings(
-    answer: dict[str, Any], packages: dict[str, dict[str, Any]], chosen: dict[str, Any]
-) -> list[_Finding]:
-    if failure := _failure(answer):
-        what = f"torch cannot list the devices: {failure}"
-        problem = Problem(what, "check the driver with nvidia-smi; reinstall torch", True)
-        return [_Finding(problem, cause=_cause(answer, packages))]
-    findings = []
-    if not answer["gpus"] and chosen["offload"] != "none":
-        made_for = f"; the recipe is made for {chosen['hardware']}" if chosen["hardware"] else ""
-        what = f"engine.offload={chosen['offload']} moves data from a GPU to the host, and there is no GPU{made_for}"
-        findings.append(_Finding(Problem(what, "engine.offload=none, or a machine with a GPU", True)))
+def _device_problems(answer: Answer, config: Config) -> list[Problem]:
+    problems, offload = [], config.engine.offload.value
+    if "raised" in answer:
+        return []
+    if not answer["gpus"] and offload != "none":
+        made_for = f"; the recipe is made for {config.hardware}" if config.hardware else ""
+        what = f"engine.offload={offload} moves data from a GPU to the host, and there is no GPU{made_for}"
+        problems.append(Problem(what, "set engine.offload=none, or use a machine with a GPU"))
     if not answer["gpus"] and Path("/proc/driver/nvidia/version").exists():
         build = f"built for CUDA {answer['cuda']}" if answer["cuda"] else "built without CUDA"
         what = f"this machine has an NVIDIA driver, but torch ({build}) sees no GPU"
         remedy = "install the torch that fits the driver (https://pytorch.org/get-started); check CUDA_VISIBLE_DEVICES"
-        findings.append(_Finding(Problem(what, remedy, False)))
+        problems.append(Problem(what, remedy, required=False))
     missing = [name for name in ("c++", "ninja") if shutil.which(name) is None]
     if answer["gpus"] and missing:
-        what = f"there is no {' and no '.join(missing)}: DeepSpeed compiles its optimizer for engine.offload with it"
-        remedy = "install a C++ compiler, and pip install ninja; or leave engine.offload=none"
-        findings.append(_Finding(Problem(what, remedy, chosen["offload"] != "none")))
-    return findings
+        what = f"there is no {' and no '.join(missing)}: DeepSpeed needs it to compile its optimizer for engine.offload"
+        remedy = "install a C++ compiler and pip install ninja, or keep engine.offload=none"
+        problems.append(Problem(what, remedy, required=offload != "none"))
+    return problems
 
 
-def _attention_findings(
-    answer: dict[str, Any],
-    backends: dict[str, dict[str, Any]],
-    answers: dict[str, dict[str, Any]],
-    packages: dict[str, dict[str, Any]],
-) -> list[_Finding]:
+def _attention_problems(answers: dict[str, Answer], reasons: dict[str, str | None]) -> list[Problem]:
+    problems, answer = [], answers["attention"]
     if "raised" in answer:
-        what = f"attention backends cannot be chosen: {answer['raised']}"
-        return [_Finding(Problem(what, "reinstall torch and transformers", True), cause=_cause(answer, packages))]
-    findings = []
+        return []
     if answer["model_error"]:
         what, _, remedy = answer["model_error"].partition("\n")
-        findings.append(
-            _Finding(Problem(what, "; ".join(map(str.strip, remedy.splitlines())) or "another model.path", True))
-        )
-    working = [name for name, backend in backends.items() if backend["works"]]
-    taken = answer["takes"]
-    if taken is None:
+        problems.append(Problem(what, "; ".join(map(str.strip, remedy.splitlines())) or "set another model.path"))
+    working = [name for name, reason in reasons.items() if reason is None]
+    if answer["takes"] is None:
         what = f"the configured attention cannot run here: {answer['reason']}"
-        remedy = f"model.attention=auto, or one of {', '.join(working)}"
-        findings.append(_Finding(Problem(what, remedy, True)))
-    for name, backend in backends.items():
-        if not backend["works"] and answer["objections"][name] is None:
-            what = f"attention {name} does not work here: {backend['reason']}"
-            problem = Problem(what, f"model.attention={working[0]}", name == taken)
-            findings.append(_Finding(problem, cause=_cause(answers[f"backend {name}"], packages)))
-    return findings
+        problems.append(Problem(what, f"set model.attention=auto, or one of {', '.join(working)}"))
+    for name, reason in reasons.items():
+        if reason is not None and answer["objections"][name] is None:
+            what, remedy = f"attention {name} does not work here: {reason}", f"set model.attention={working[0]}"
+            root = answers[f"backend {name}"].get("root")
+            problems.append(Problem(what, remedy, required=name == answer["takes"], error=root))
+    return problems
 
 
-def _training_findings(answer: dict[str, Any], packages: dict[str, dict[str, Any]]) -> list[_Finding]:
-    if "raised" not in answer:
-        return []
-    problem = Problem(
-        f"what every run imports does not import together: {answer['raised']}",
-        "reinstall chunkflow-cli in a fresh virtual environment",
-        True,
-    )
-    return [_Finding(problem, cause=_cause(answer, packages))]
-
-
-def _cache_findings(answer: dict[str, Any], packages: dict[str, dict[str, Any]]) -> list[_Finding]:
+def cache_problems(answer: Answer) -> list[Problem]:
+    """Return what is wrong with the directory for tokenised data."""
     if "raised" in answer:
-        what = f"the folder of tokenised data cannot be looked at: {answer['raised']}"
-        return [_Finding(Problem(what, "data.cache_dir=FOLDER", True), cause=_cause(answer, packages))]
+        return []
     if answer["error"]:
         what = f"tokenised data cannot be written to {answer['path']}: {answer['error']}"
-        return [_Finding(Problem(what, "data.cache_dir=FOLDER, one that can be written", True))]
+        return [Problem(what, "set data.cache_dir=DIR to a directory that you can write to")]
     if answer["free_bytes"] < LITTLE_SPACE:
         what = f"only {human_bytes(answer['free_bytes'])} are free for tokenised data in {answer['path']}"
-        remedy = "data.cache_dir=FOLDER, one with more room"
-        return [_Finding(Problem(what, remedy, False))]
+        return [Problem(what, "set data.cache_dir=DIR to a directory with more space", required=False)]
     return []
 
 
-def _hub_findings(answer: dict[str, Any], packages: dict[str, dict[str, Any]]) -> list[_Finding]:
-    if "raised" in answer:
-        problem = Problem(
-            f"the Hugging Face hub was not asked: {answer['raised']}", "none needed for models in folders", False
-        )
-        return [_Finding(problem, cause=_cause(answer, packages))]
-    if answer["reachable"]:
-        return []
-    what = f"the Hugging Face hub cannot be reached ({answer['reason']})"
-    remedy = "none needed for models and data from folders (model.path=FOLDER); behind a proxy set HTTPS_PROXY"
-    return [_Finding(Problem(what, remedy, False))]
-
-
-def _processor(answer: dict[str, Any]) -> dict[str, Any]:
-    """The CPU as a device; its memory is what this process may use, where a container sets a limit."""
+def _processor(answer: Answer) -> dict[str, Any]:
+    """Return the CPU as a device. Its memory is what this process may use, where a container sets a limit."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        text = limit.read_text().strip() if limit.is_file() else ""
-        if text.isdigit():
-            memory = min(memory, int(text))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (limited := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(limited))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    name = re.search(r"^model name\s*:\s*(.*)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return {
-        "kind": "cpu",
-        "name": name.group(1) if name is not None else platform.processor() or platform.machine(),
-        "cores": cores,
-        "memory_bytes": memory,
-        "bfloat16": answer.get("cpu_bfloat16"),
-    }
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-STYLES = {"ok": "green", "missing": "yellow", "too old": "yellow", "broken": "red"}
-
-
-def _print(console: Console, findings: dict[str, Any]) -> None:
-    console.print(f"[bold]chunkflow {findings['chunkflow']}[/], Python {findings['python']}, {findings['platform']}\n")
-    _print_packages(console, findings["packages"])
-    console.print()
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for device in findings["devices"]:
-        table.add_row(*_device_row(device))
-    for label, text in _other_rows(findings):
-        table.add_row(label, Text(text))
-    console.print(table)
-    console.print()
-    for required, heading in ((True, "Training cannot work here before this is solved:"), (False, "Good to know:")):
-        problems = [problem for problem in findings["problems"] if problem["required"] is required]
-        if problems:
-            console.print(Text(heading, style="bold red" if required else "bold"))
-        bullets = Table(box=None, show_header=False, padding=(0, 1, 0, 0), pad_edge=False)
-        for problem in problems:
-            bullets.add_row("-", Text(problem["what"]))
-            bullets.add_row("", Text(f"remedy: {problem['remedy']}"))
-        if problems:
-            console.print(bullets)
-            console.print()
-    if findings["ready"]:
-        console.print(Text("Training can work here. To see it: chunkflow train recipe=tiny_random", style="green"))
-
-
-def _print_packages(console: Console, packages: dict[str, dict[str, Any]]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("package", no_wrap=True)
-    table.add_column("version", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for name, package in packages.items():
-        state = package["state"]
-        remark = "" if state == "ok" else package["error"] or f"for {package['purpose']}"
-        table.add_row(name, package["version"] or "", Text(state, style=STYLES[state]), Text(remark))
-    console.print(table)
-
-
-def _device_row(device: dict[str, Any]) -> tuple[str, Text]:
-    memory = human_bytes(device["memory_bytes"])
-    if device["kind"] == "cuda":
-        free = f" ({human_bytes(device['free_bytes'])} free)"
-        bfloat16 = "" if device["bfloat16"] else ", no bfloat16: model.dtype=float32"
-        return "GPU", Text(f"{device['name']}, {memory}{free}, sm {device['compute_capability']}{bfloat16}")
-    cores = f"{device['cores']} core{'s' if device['cores'] > 1 else ''}"
-    bfloat16 = {True: ", bfloat16 in hardware", False: ", bfloat16 by way of float32", None: ""}[device["bfloat16"]]
-    return "CPU", Text(f"{device['name']}, {cores}, {memory}{bfloat16}")
-
-
-def _other_rows(findings: dict[str, Any]) -> list[tuple[str, str]]:
-    attention, cache, hub = findings["attention"], findings["cache"], findings["hub"]
-    asked = f"model.attention={attention['requested']}, {attention['dtype']}"
-    rows = [("attention", f"{asked}: takes {attention['takes'] or 'none'} ({attention['reason'] or 'as configured'})")]
-    works: Callable[[bool], str] = lambda wanted: ", ".join(  # noqa: E731
-        name for name, backend in findings["backends"].items() if backend["works"] is wanted
-    )
-    if findings["backends"]:
-        rows.append(("", f"work here: {works(True) or 'none'}; do not: {works(False) or 'none'}"))
-    if "raised" not in cache:
-        state = cache["error"] or f"{human_bytes(cache['free_bytes'])} free"
-        rows.append(("token cache", f"{cache['path']}, {state}"))
-    if "raised" not in hub:
-        reach = "reachable" if hub["reachable"] else "not reachable"
-        rows.append(("hub", f"{hub['endpoint']} {reach}, {'logged in' if hub['token'] else 'not logged in'}"))
-    return rows
+    bfloat16 = answer.get("cpu_bfloat16")
+    return {"kind": "cpu", "name": platform.machine(), "cores": cores, "memory_bytes": memory, "bfloat16": bfloat16}

@@ -1,4 +1,4 @@
-"""`chunkflow export`: a run's model as a Hugging Face folder, adapters merged on request."""
+"""`chunkflow export`: write the model of a run as a Hugging Face directory, with its adapters merged on request."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from chunkflow_cli.training.run_folder import CONFIG
 
 
 def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool = False) -> dict[str, Any]:
-    """Copy `final/` to `output` (default RUN_DIR/export), or with `merge` write the model with its adapters added in.
+    """Copy `final/` to `output` (default RUN_DIR/export), or with `merge` write the model with its adapters merged.
 
     Raises:
-        UsageError: there is no finished run, the target exists, or there is nothing to merge.
+        UsageError: the run is not finished, the target is not empty, or there is nothing to merge.
     """
     source = Path(run_folder)
     final = source / "final"
     if not final.is_dir():
-        raise UsageError(f"{source} holds no finished run: there is no {final}")
+        raise UsageError(f"{source} is not the directory of a finished run: it has no {final}")
     target = Path(output) if output is not None else source / "export"
     if target.exists() and any(target.iterdir()):
-        raise UsageError(f"--output={target} exists and is not empty: choose another folder")
+        raise UsageError(f"--output={target} is not empty: choose another directory")
     has_adapters = (final / "adapter_config.json").is_file()
     if merge and not has_adapters:
-        raise UsageError(f"--merge: {final} holds no adapters, the model is whole as it is")
+        raise UsageError(f"--merge: {final} has no LoRA adapters: export it without --merge")
     with working(stderr_console(), "writing the model"), written_aside(target) as temporary:
         if merge:
             _merge(source, final, temporary)
@@ -53,7 +53,7 @@ def _merge(source: Path, final: Path, target: Path) -> None:
     config = OmegaConf.to_object(OmegaConf.merge(fields, saved.model))
     assert isinstance(config, ModelConfig)
     dtype: torch.dtype = getattr(torch, config.dtype.value)
-    seed = int(saved.train.seed)  # a random base is drawn again from it
+    seed = int(saved.train.seed)  # a randomly initialised base model is drawn from it again
     base = load_model(config, load_config(config), dtype=dtype, attention="sdpa", seed=seed)
     merged = PeftModel.from_pretrained(base, str(final)).merge_and_unload()
     merged.save_pretrained(str(target))

@@ -1,4 +1,4 @@
-"""`--help` of a command ends with the configuration keys that it is most often given, from config.py alone."""
+"""The end of a command's `--help`: the configuration keys that it is most often given."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ KEYS = {
     ),
     "doctor": ("model.path", "model.dtype", "model.attention", "data.cache_dir"),
 }  # fmt: skip
-"""By command."""
+"""The keys to show, by command."""
 
 
 class CommandWithKeys(TyperCommand):
-    """A command whose help shows its keys below its options."""
+    """A command whose help shows its keys, if it has any in `KEYS`, below its options."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        _print_keys(KEYS[str(self.name)])
+        if self.name in KEYS:
+            _print_keys(KEYS[self.name])
 
 
 def _print_keys(names: tuple[str, ...]) -> None:
@@ -45,5 +46,5 @@ def _print_keys(names: tuple[str, ...]) -> None:
         text.append(f" [default: {key.default}]" if key.default not in ("", "null") else "", style="dim")
         table.add_row(name, text)
     console = Console(highlight=False)
-    console.print(Panel(table, title="Keys, among others", title_align="left", border_style="dim"))
-    console.print(" All keys: --cfg job. To complete them with TAB: chunkflow --install-completion")
+    console.print(Panel(table, title="Common keys", title_align="left", border_style="dim"))
+    console.print(" To print all keys: --cfg job. To complete keys with TAB: --install-completion")

@@ -1,9 +1,9 @@
-"""What `chunkflow doctor` asks of this machine, each question in a process of its own: it may crash or hang there.
+"""The checks of `chunkflow doctor`. Each runs in a process of its own, where it may crash or hang.
 
-    python -m chunkflow_cli.cli.probes SECONDS QUESTION [ARGUMENTS AS JSON]
+    python -m chunkflow_cli.cli.probes SECONDS CHECK [ARGUMENTS AS JSON]
 
-answers with one JSON object on stdout. Whatever libraries print goes to stderr; so does where it crashed, or where it
-was when the seconds were over.
+prints one JSON object to stdout. Output of libraries goes to stderr, and so does the stack of a check that crashes or
+exceeds its time.
 """
 
 from __future__ import annotations
@@ -16,47 +16,22 @@ import os
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from typing import Any
-
-HUB_SECONDS = 5.0
 
 Answer = dict[str, Any]
 
 
 def package(module: str) -> Answer:
-    """Whether a package imports: {"missing": bool, "version": its own, if it says so}."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
+    """Import a package, unless it is missing."""
+    if importlib.util.find_spec(module) is None:
         return {"missing": True}
-    imported = importlib.import_module(module)
-    top = sys.modules[module.partition(".")[0]]
-    version = getattr(top, "__version__", None) or getattr(imported, "__version__", None)
-    return {"missing": False, "version": str(version) if version else None}
-
-
-def settings(overrides: list[str], config_dir: str | None) -> Answer:
-    """The configured values that the other questions depend on; {"usage": text} where the user is at fault."""
-    from chunkflow_cli.config.load import load
-    from chunkflow_cli.errors import UsageError
-
-    try:
-        config = load(overrides, config_dir).config
-    except UsageError as error:
-        return {"usage": str(error)}
-    return {
-        "path": config.model.path,
-        "trust_remote_code": config.model.trust_remote_code,
-        "dtype": config.model.dtype.value,
-        "attention": config.model.attention.value,
-        "cache_dir": config.data.cache_dir,
-        "offload": config.engine.offload.value,
-        "hardware": config.hardware,
-    }
+    importlib.import_module(module)
+    return {"missing": False}
 
 
 def devices() -> Answer:
-    """GPUs that torch sees, and what the processor can do."""
+    """Return the GPUs that torch sees, and what the processor supports."""
     import torch
 
     from chunkflow_cli.execution.cpu_quirks import cpu_has_bfloat16
@@ -79,9 +54,9 @@ def devices() -> Answer:
 
 
 def attention(requested: str, path: str, trust_remote_code: bool, dtype: str) -> Answer:
-    """The backend that a run would take, why, and what speaks against each of the others.
+    """Return the attention backend that a run would use, why, and the objection to each of the others.
 
-    Without a model (or one that cannot be read: "model_error"), of one without windows and soft caps.
+    A model that is not configured, or that cannot be read ("model_error"), is taken to have no windows and soft caps.
     """
     import torch
     from transformers import PretrainedConfig
@@ -99,23 +74,23 @@ def attention(requested: str, path: str, trust_remote_code: bool, dtype: str) ->
             model = load_config(ModelConfig(path=path, trust_remote_code=trust_remote_code))
         except UsageError as error:
             model_error = str(error)
-    device = training_device()
+    device, data_type = training_device(), getattr(torch, dtype)
     objections: dict[str, str | None] = {}
     for name in BACKENDS:
         try:
-            choose_backend(Attention(name), model, device, getattr(torch, dtype))
+            choose_backend(Attention(name), model, device, data_type)
             objections[name] = None
         except UsageError as error:
             objections[name] = str(error).splitlines()[0].partition(": ")[2]
-    taken, reason = None, objections.get(requested) or ""
-    if reason == "":
-        choice = choose_backend(Attention(requested), model, device, getattr(torch, dtype))
-        taken, reason = choice.backend.name, choice.reason
+    if objection := objections.get(requested):
+        return {"takes": None, "reason": objection, "objections": objections, "model_error": model_error}
+    choice = choose_backend(Attention(requested), model, device, data_type)
+    taken, reason = choice.backend.name, choice.reason
     return {"takes": taken, "reason": reason, "objections": objections, "model_error": model_error}
 
 
 def backend(name: str, dtype: str) -> Answer:
-    """Whether an attention backend computes what plain matrix products do, both ways: {"error": None or why not}."""
+    """Compare an attention backend with plain matrix products, both ways: {"error": the difference, or None}."""
     import torch
 
     from chunkflow_cli.errors import UsageError
@@ -133,7 +108,7 @@ def backend(name: str, dtype: str) -> Answer:
 
 
 def cache(cache_dir: str | None) -> Answer:
-    """The folder of tokenised data: room, and whether it can be written (its nearest parent, where it is not yet)."""
+    """Return free space of the directory of tokenised data or its nearest parent, and why it cannot be written to."""
     from chunkflow_cli.data.cache import cache_root
 
     folder = cache_root(cache_dir)
@@ -148,69 +123,44 @@ def cache(cache_dir: str | None) -> Answer:
     return {"path": str(folder), "free_bytes": shutil.disk_usage(present).free, "error": reason}
 
 
-def hub() -> Answer:
-    """Whether the Hugging Face hub answers, and whether there is a login token (never which)."""
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    from huggingface_hub import constants, get_token
-
-    answer: Answer = {"endpoint": constants.ENDPOINT, "token": get_token() is not None, "reachable": True}
-    if constants.HF_HUB_OFFLINE:
-        return {**answer, "reachable": False, "reason": "HF_HUB_OFFLINE is set"}
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
-    except HTTPError:
-        pass  # it answered
-    except (URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        return {**answer, "reachable": False, "reason": getattr(reason, "strerror", None) or str(reason)}
-    return answer
-
-
 def training() -> Answer:
-    """Whether what every run imports can be imported together: the command, the engine and a model's code."""
+    """Import together what every run imports: the command, the engine and a model's code."""
     importlib.import_module("chunkflow_cli.training.train")
     importlib.import_module("deepspeed")
     importlib.import_module("transformers.models.llama.modeling_llama")
     return {}
 
 
-QUESTIONS: dict[str, Callable[..., Answer]] = {
-    function.__name__: function for function in (package, settings, devices, attention, backend, cache, hub, training)
+CHECKS: dict[str, Callable[..., Answer]] = {
+    function.__name__: function for function in (package, devices, attention, backend, cache, training)
 }
 
 
 def main() -> None:
-    """Answer the question on the command line; an exception is an answer, too.
+    """Run the check that the command line names and print its answer; an exception is an answer, too.
 
-    It is {"raised": "Type: message", "packages": those it passed through, innermost first}.
+    It is {"raised": "Type: message", "root": the same of the exception that it comes from}.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    seconds, question, *arguments = sys.argv[1:]
+    seconds, check, *arguments = sys.argv[1:]
     faulthandler.enable()
     faulthandler.dump_traceback_later(float(seconds), exit=True)
     try:
-        answer = QUESTIONS[question](*map(json.loads, arguments))
+        answer = CHECKS[check](*map(json.loads, arguments))
     except BaseException as error:
-        lines = str(error).strip().splitlines()
-        raised = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        answer = {"raised": raised, "packages": _passed_through(error)}
+        root = error
+        while (cause := root.__cause__ or root.__context__) is not None:
+            root = cause
+        answer = {"raised": _one_line(error), "root": _one_line(root)}
     answers.write(json.dumps(answer))
     answers.flush()
-    os._exit(0)  # some libraries crash on their way out, which would hide the answer
+    os._exit(0)  # some libraries crash at exit, which would hide the answer
 
 
-def _passed_through(error: BaseException) -> list[str]:
-    """Top-level packages of the frames of an error and of what caused it, where it began first."""
-    found: list[str] = []
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        found.append(error.name.partition(".")[0])
-    frames = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    found += [name.partition(".")[0] for name in reversed(frames)]
-    cause = error.__cause__ or error.__context__
-    return list(dict.fromkeys([*(_passed_through(cause) if cause is not None else []), *found]))
+def _one_line(error: BaseException) -> str:
+    message = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 if __name__ == "__main__":

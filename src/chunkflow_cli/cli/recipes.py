@@ -1,4 +1,4 @@
-"""`chunkflow recipes`: what ships, what is in a recipe, and a copy to make one's own."""
+"""`chunkflow recipes`: list the recipes, show one, copy one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.syntax import Syntax
 from rich.text import Text
 
+from chunkflow_cli.cli.screens.tables import columns
 from chunkflow_cli.config.keys import did_you_mean
 from chunkflow_cli.config.recipe_files import recipe_files
 from chunkflow_cli.config.schema import Config
@@ -18,7 +18,7 @@ from chunkflow_cli.console import stdout_console
 from chunkflow_cli.errors import UsageError
 
 ONE_LINE_COLUMNS = 170
-"""A terminal at least this wide shows a recipe on one line; a narrower one on three, so that nothing wraps."""
+"""A terminal of this width shows a recipe on one line, a narrower one on three, so that nothing wraps."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class Recipe:
     name: str
     path: str
     model: str
-    """As in the file, interpolations unresolved; empty where the recipe leaves it to the user."""
+    """As in the file, with interpolations unresolved; empty if the recipe leaves it to you."""
     hardware: str
     chunk_size: int
     k: int
     max_length: int | None
-    """Longest sample in tokens; None is the model's own limit."""
+    """Longest sample in tokens; None means the model's own limit."""
     description: str
-    """First sentence of the comment at the top."""
+    """First sentence of the comment at the top of the file."""
 
 
 def list_recipes(config_dir: str | None, *, json_output: bool = False) -> dict[str, Any]:
-    """Show every recipe, with what decides whether it is the right one.
+    """Print every recipe with what you need to choose one.
 
     Raises:
-        UsageError: `config_dir` is no folder, or a recipe in it is no YAML.
+        UsageError: `config_dir` is not a directory, or a recipe in it is not valid YAML.
     """
     recipes = [describe(name, path) for name, path in recipe_files(config_dir).items()]
     if not json_output:
@@ -51,10 +51,10 @@ def list_recipes(config_dir: str | None, *, json_output: bool = False) -> dict[s
 
 
 def show(name: str, config_dir: str | None, *, json_output: bool = False) -> dict[str, Any]:
-    """Print a recipe as it is, comments included: `chunkflow recipes show NAME > mine.yaml` is a copy.
+    """Print the file of a recipe: `chunkflow recipes show NAME > mine.yaml` makes a copy.
 
     Raises:
-        UsageError: there is no such recipe; the nearest one is named.
+        UsageError: there is no such recipe; the message names the nearest one.
     """
     path = find(name, config_dir)
     text = path.read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def show(name: str, config_dir: str | None, *, json_output: bool = False) -> dic
 
 
 def copy(name: str, destination: str | None, config_dir: str | None, *, json_output: bool = False) -> dict[str, Any]:
-    """Write a recipe to `destination` (default ./NAME.yaml; in a folder, NAME.yaml there) and say how to run it.
+    """Copy a recipe to `destination` (a file, or a directory; default ./NAME.yaml) and print how to run it.
 
     Raises:
         UsageError: there is no such recipe, or the file exists, cannot be written, or does not end in .yaml.
@@ -78,18 +78,18 @@ def copy(name: str, destination: str | None, config_dir: str | None, *, json_out
     if target.is_dir():
         target /= f"{name}.yaml"
     if target.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"{target}: recipe=PATH takes files that end in .yaml\n  copy it to {target}.yaml")
+        raise UsageError(f"{target} does not end in .yaml, as recipe=PATH requires\n  copy to {target}.yaml")
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(path.read_text(encoding="utf-8"))
     except FileExistsError as error:
         raise UsageError(
-            f"{target} exists and is left as it is\n"
-            f"  name another file: chunkflow recipes copy {name} OTHER.yaml; or remove it first"
+            f"{target} exists and is not overwritten\n"
+            f"  name another file, as in chunkflow recipes copy {name} OTHER.yaml, or remove it first"
         ) from error
     except OSError as error:
         raise UsageError(
-            f"{target} cannot be written: {error.strerror}\n  name a file in a folder that exists"
+            f"{target} cannot be written: {error.strerror}\n  name a file in a directory that exists"
         ) from error
     command = f"chunkflow train {shlex.quote(f'recipe={target}')}"
     if not _read(path).get("data", {}).get("path"):
@@ -102,10 +102,10 @@ def copy(name: str, destination: str | None, config_dir: str | None, *, json_out
 
 
 def find(name: str, config_dir: str | None) -> Path:
-    """The file of a recipe.
+    """Return the file of a recipe.
 
     Raises:
-        UsageError: there is none of this name; the nearest one is named.
+        UsageError: there is no recipe of this name; the message names the nearest one.
     """
     files = recipe_files(config_dir)
     if name not in files:
@@ -115,7 +115,7 @@ def find(name: str, config_dir: str | None) -> Path:
 
 
 def describe(name: str, path: Path) -> Recipe:
-    """What a recipe file says about itself.
+    """Return what a recipe file says about itself, read without Hydra.
 
     Raises:
         UsageError: it is not a YAML file of keys.
@@ -150,7 +150,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict) or not all(
         isinstance(tree.get(key) or {}, dict) for key in ("model", "data", "chunk")
     ):
-        raise UsageError(f"{path} is not a recipe: it must hold keys such as `chunk: {{size: 4096}}`")
+        raise UsageError(f"{path} is not a recipe: it must have keys such as `chunk: {{size: 4096}}`")
     return {str(key): value for key, value in tree.items()}
 
 
@@ -166,47 +166,27 @@ def _first_sentence(text: str) -> str:
 
 def _print(recipes: list[Recipe]) -> None:
     console = stdout_console()
-    rows = [("recipe", "model", "size/K", "longest"), *(_cells(recipe) for recipe in recipes)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    aligned = [
-        f"{name:<{widths[0]}}  {model:<{widths[1]}}  {size:>{widths[2]}}  {longest:>{widths[3]}}"
-        for name, model, size, longest in rows
-    ]
-    # A pipe has no width, so nothing need be cut there.
-    one_line = not console.is_terminal or console.width >= ONE_LINE_COLUMNS
-    hardware_width = max((len(_made_for(recipe)) for recipe in recipes), default=0)
-    _print_line(console, Text(aligned[0] + (f"  {'made for':<{hardware_width}}" if one_line else ""), style="bold"))
-    for recipe, line in zip(recipes, aligned[1:], strict=True):
-        text = Text(line)
-        text.stylize("cyan", 0, widths[0])
-        if one_line:
-            text.append(f"  {_made_for(recipe):<{hardware_width}}  {recipe.description}")
-            _print_line(console, text)
-            continue
-        _print_line(console, text)
-        for detail in (f"for {_made_for(recipe)}", recipe.description):
-            _print_line(console, Text(f"  {detail}", style="dim"))
-
-
-def _print_line(console: Console, text: Text) -> None:
-    text.rstrip()
-    cut = console.is_terminal
-    console.print(text, no_wrap=True, overflow="ellipsis" if cut else "ignore", crop=cut, soft_wrap=not cut)
+    if not console.is_terminal:
+        console.width = 1000  # a pipe has no width: nothing is cut
+    if console.width >= ONE_LINE_COLUMNS:
+        table = columns("recipe", "model", ">size/K", ">longest", "made for", "")
+        for recipe in recipes:
+            table.add_row(*_cells(recipe), _made_for(recipe), Text(recipe.description))
+    else:
+        table = columns("recipe", "model, size/K, longest sample")
+        for recipe in recipes:
+            name, *cells = _cells(recipe)
+            table.add_row(name, Text("\n".join([", ".join(cells), f"for {_made_for(recipe)}", recipe.description])))
+    table.columns[0].style = "cyan"
+    console.print(table, soft_wrap=False)
 
 
 def _cells(recipe: Recipe) -> tuple[str, str, str, str]:
-    longest = "" if recipe.max_length is None else _in_k(recipe.max_length)
-    return recipe.name, _short_model(recipe.model), f"{recipe.chunk_size}/{recipe.k}", longest
+    model = recipe.model.rstrip("}").rpartition("/")[2] or "(yours)"  # of `Qwen/NAME` and `${package_file:.../NAME}`
+    tokens = recipe.max_length
+    longest = "" if tokens is None else f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+    return recipe.name, model, f"{recipe.chunk_size}/{recipe.k}", longest
 
 
 def _made_for(recipe: Recipe) -> str:
     return recipe.hardware or "any machine"
-
-
-def _short_model(path: str) -> str:
-    """`Qwen/Qwen2.5-7B-Instruct` and `${package_file:folder/model.gguf}` by their last part."""
-    return path.rstrip("}").rpartition("/")[2] or "(yours)"
-
-
-def _in_k(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

@@ -1,14 +1,14 @@
-"""`chunkflow verify`: chunked against whole-sequence loss and gradients on the configured model."""
+"""`chunkflow verify`: compare chunked and whole-sequence loss and gradients of the configured model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from chunkflow_cli.cli.screens.tables import facts
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Cuts, Dtype
 from chunkflow_cli.console import stderr_console, stdout_console, working
@@ -28,8 +28,8 @@ LONGEST_DEFAULT = 2048
 def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     """Compare, print the outcome, and return what `--json` prints.
 
-    The model is the configured one, weights, adapters and activation checkpointing included; dropout is off, for two
-    forwards could not agree under it. The test is a made-up long sequence and short ones that fill its tail.
+    The model is the configured one, with its weights, adapters and activation checkpointing. Dropout is off, because
+    two forward passes with dropout cannot agree. The data is a random long sequence and short ones that fill its tail.
 
     Raises:
         UsageError: the model cannot be loaded, or cannot run in chunks.
@@ -59,19 +59,14 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         parity = compare(
             model, choice.backend, random_sequences(lengths, vocabulary, config.train.seed),
             chunk_size=chunk_size, k=config.chunk.k, fill_tails=config.chunk.fill_tails,
-            # Pieces far more uneven than any device's costs would make them.
+            # Far more uneven pieces than the costs of any device would give.
             pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0,
         )  # fmt: skip
     result = {
         "passed": parity.passed,
-        "loss_whole": parity.loss_whole,
-        "loss_chunked": parity.loss_chunked,
         "loss_rel_error": parity.loss_rel_error,
-        "grad_rel_error": parity.grad_rel_error,
-        "grad_max_rel_error_parameter": parity.grad_max_rel_error_parameter,
-        "grad_max_rel_error": parity.grad_max_rel_error,
+        **asdict(parity),
         "dtype": dtype_name.value,
-        "tolerance": parity.tolerance,
         "chunk_size": chunk_size,
         "k": config.chunk.k,
         "length": length,
@@ -83,14 +78,14 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
 
 
 def _test_size(config: Config, console: Console) -> tuple[int, int]:
-    """Length of the long sequence, and the chunk size: smaller than configured where that would leave one chunk."""
+    """Return the length of the long sequence and the chunk size, reduced where the sequence would be a single chunk."""
     chunk_size = config.chunk.size
     length = config.verify.length or min(3 * chunk_size + chunk_size // 2, LONGEST_DEFAULT)
     length = max(length, 8)
     if chunk_size * 2 > length:
         smaller = max(1, length * 2 // 7)
         console.print(
-            f"{length:,} tokens have no two chunks of chunk.size={chunk_size:,}: comparing in chunks of {smaller:,}",
+            f"{length:,} tokens do not fill two chunks of chunk.size={chunk_size:,}: using chunks of {smaller:,}",
             soft_wrap=True,
         )
         chunk_size = smaller
@@ -98,7 +93,7 @@ def _test_size(config: Config, console: Console) -> tuple[int, int]:
 
 
 def _give_adapters_gradient(model: Any) -> None:
-    """Fresh adapters end in zeros, which leaves half of their gradients zero: draw them, so that all are compared."""
+    """Draw the second matrix of each adapter at random: from its zeros the first one gets a gradient of zero."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
@@ -108,15 +103,13 @@ def _give_adapters_gradient(model: Any) -> None:
 
 
 def _print(console: Console, result: dict[str, Any], config: Config) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = facts()
     table.add_row("model", config.model.path)
     table.add_row("test", f"{result['length']:,} tokens in chunks of {result['chunk_size']:,}, K = {result['k']}, "
                           f"{result['dtype']}, attention {result['attention']}")  # fmt: skip
     table.add_row("loss", f"{result['loss_whole']:.6f} whole, {result['loss_chunked']:.6f} chunked "
-                          f"({result['loss_rel_error']:.1e} apart)")  # fmt: skip
-    table.add_row("gradient", f"{result['grad_rel_error']:.1e} apart, {result['tolerance']:.0e} allowed")
+                          f"({result['loss_rel_error']:.1e} relative difference)")  # fmt: skip
+    table.add_row("gradient", f"{result['grad_rel_error']:.1e} relative difference, {result['tolerance']:.0e} allowed")
     table.add_row("worst", f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})")
     console.print(table)
     passed = "[green]passed[/]: chunked training of this model is exact"

@@ -85,7 +85,8 @@ def estimate_sizes(
                 continue
             columns.extend((size, target, batch.file, line, _digest(raw)))
         progress(batch.position)
-    return EstimatedSizes(*np.frombuffer(columns, np.int64).reshape(-1, 5).T, rejected)
+    lengths, target_counts, files, lines, digests = np.frombuffer(columns, np.int64).reshape(-1, 5).T
+    return EstimatedSizes(lengths, target_counts, files, lines, digests, rejected)
 
 
 def _size_of_row(raw: object, format: DataFormat, quick: Callable[[dict[str, Any]], Size] | None) -> Size:

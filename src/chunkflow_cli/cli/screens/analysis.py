@@ -13,22 +13,20 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from chunkflow_cli.cli.screens.tables import bar_of, columns, percent
 from chunkflow_cli.console import counted, shortened
 from chunkflow_cli.data.lengths import histogram, short_count
 
-BLOCKS = " ▏▎▍▌▋▊▉█"
-"""Eighths of a character."""
 WIDEST = 140
-"""Bars longer than that say no more."""
+"""Columns; longer bars say no more."""
 SHOWN_REASONS = 5
-LIGHTEST_BAR = 1
-"""Eighths that a bin with anything in it gets: a long tail of a few samples must be seen."""
 
 
 def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64], dict[str, Any]]]) -> None:
-    """
+    """Print the screen of each data set, and a comparison if there are several.
+
     Args:
-        analyses: of each data set, (samples,) lengths and what `analyze.analysis` found.
+        analyses: (samples,) lengths of each data set, and what `analyze.analysis` found.
     """
     for index, (lengths, found) in enumerate(analyses):
         if index:
@@ -40,8 +38,8 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
     if any(found["estimated"] for _, found in analyses):
         console.print()
         console.print(
-            "[bold]Lengths are estimated[/] from bytes, 4 a token: expect to be off by a quarter.\n"
-            "Exact ones need a tokenizer: add [bold]model.path=MODEL[/] or [bold]recipe=NAME[/]."
+            "[bold]Lengths are estimated[/] from bytes (4 per token) and may be off by a quarter.\n"
+            "For exact lengths, name a tokenizer: [bold]model.path=MODEL[/] or [bold]recipe=NAME[/]."
         )
 
 
@@ -56,7 +54,7 @@ def _screen(console: Console, lengths: NDArray[np.int64], found: dict[str, Any])
         _longest(found, console.width),
         Text(),
         _costs(found),
-        Text("* tokens that are forwarded twice, with chunk.k=1", style="dim"),
+        Text("* tokens whose forward pass runs twice with chunk.k=1", style="dim"),
         Text(),
         _ranks(found),
     ]
@@ -75,14 +73,13 @@ def _headline(found: dict[str, Any], width: int) -> Text:
         f"them targets ({percent(found['target_share'])})\n"
     )
     text.append(
-        f"mean {found['mean']:,.0f}, half up to {quantiles['p50']:,}, 90 % {quantiles['p90']:,}, "
-        f"99 % {quantiles['p99']:,}, 99.9 % {quantiles['p999']:,}, all {found['max']:,}"
+        f"mean {found['mean']:,.0f}, median {quantiles['p50']:,}, p90 {quantiles['p90']:,}, "
+        f"p99 {quantiles['p99']:,}, p99.9 {quantiles['p999']:,}, longest {found['max']:,}"
     )
     if found["duplicates"]:
         repeat = "repeats" if found["duplicates"] == 1 else "repeat"
-        text.append(
-            f"\n{counted(found['duplicates'], 'sample')} {repeat} an earlier one ({_share(found, 'duplicates')})"
-        )
+        share = percent(found["duplicates"] / found["samples"])
+        text.append(f"\n{counted(found['duplicates'], 'sample')} {repeat} an earlier one ({share})")
     if found["over_model_limit"]:
         are = "is" if found["over_model_limit"] == 1 else "are"
         text.append(
@@ -98,13 +95,8 @@ def _histogram(width: int, lengths: NDArray[np.int64]) -> Table:
     label = max(len(_bin_name(low, high)) for low, high in itertools.pairwise(bins.edges.tolist()))
     fixed = label + 2 * len("30.2 %") + len(f"{bins.samples.max():,}") + 5  # and a space between columns
     bar = max(6, (width - fixed) // 2)
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("samples", width=bar, no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("of all tokens", width=bar, no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
+    table = columns(">tokens", "samples", ">", ">", "of all tokens", ">", gap=1)
+    table.columns[1].width = table.columns[4].width = bar
     for index in range(len(bins.samples)):
         table.add_row(
             _bin_name(int(bins.edges[index]), int(bins.edges[index + 1])),
@@ -121,19 +113,8 @@ def _bin_name(low: int, high: int) -> str:
     return f"{short_count(low)}–{short_count(high)}"
 
 
-def bar_of(value: float, largest: float, width: int) -> str:
-    """A horizontal bar of at most `width` characters, in eighths of one."""
-    if value <= 0 or largest <= 0:
-        return ""
-    eighths = max(LIGHTEST_BAR, round(8 * width * value / largest))
-    return BLOCKS[8] * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
-
-
 def _cumulative(found: dict[str, Any]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("shorter than", no_wrap=True)
-    for name in found["cdf"]:
-        table.add_column(name.removeprefix("<"), justify="right", no_wrap=True)
+    table = columns("shorter than", *(name.replace("<", ">") for name in found["cdf"]))
     table.add_row("samples", *(percent(share) for share in found["cdf"].values()))
     table.add_row("their tokens", *(percent(share) for share in found["cdf_tokens"].values()))
     cuts = {cut["limit"]: cut for cut in found["truncation"]}
@@ -145,9 +126,7 @@ def _cumulative(found: dict[str, Any]) -> Table:
 
 
 def _longest(found: dict[str, Any], width: int) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    table.add_column("the longest samples", no_wrap=True)
+    table = columns(">tokens", "longest samples")
     room = width - max(len("tokens"), len(f"{found['max']:,}")) - 2
     for sample in found["longest"]:
         table.add_row(f"{sample['tokens']:,}", Text(shortened(sample["location"], room)))
@@ -155,18 +134,14 @@ def _longest(found: dict[str, Any], width: int) -> Table:
 
 
 def _costs(found: dict[str, Any]) -> Table:
-    """What becomes of the machine under each way of making batches."""
+    """Show what each way of making batches wastes."""
     padding, packing = found["padding"], found["packing"]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("batches made by", no_wrap=True)
-    table.add_column("empty", justify="right", no_wrap=True)
-    table.add_column("twice*", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = columns("batches made by", ">empty", ">recomputed*", "")
     batch = f"micro-batches of {padding['batch_size']}"
     table.add_row("padding, as they come", percent(padding["as_they_come"]), "", batch)
-    table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, no shuffling")
+    table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, not shuffled")
     longest = packing["to_longest"]
-    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} of the longest sample's size")
+    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} bins as long as the longest sample")
     for chunk in packing["chunks"]:
         recomputed = chunk["recomputed_token_share"]
         table.add_row(f"chunks of {short_count(chunk['chunk_size'])}", percent(chunk["waste"]),
@@ -176,10 +151,7 @@ def _costs(found: dict[str, Any]) -> Table:
 
 def _ranks(found: dict[str, Any]) -> Table:
     ranks = found["ranks"]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(f"{ranks['ranks']} ranks, samples", no_wrap=True)
-    table.add_column("idle", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = columns(f"{ranks['ranks']} ranks, samples", ">idle", "")
     batch = f"{found['packing']['global_batch_size']} samples a step"
     table.add_row("dealt in turn", percent(ranks["idle_as_dealt"]), f"waiting for the slowest; {batch}")
     table.add_row("balanced by tokens", percent(ranks["idle_balanced"]), "")
@@ -201,32 +173,17 @@ def _rejected(found: dict[str, Any], width: int) -> Text | None:
     more = len(rejected["reasons"]) - SHOWN_REASONS
     if more > 0:
         text.append(f"          and {counted(more, 'more reason')}\n", style="not bold")
-    text.append("train stops at them, or leaves them out with data.bad_rows=skip", style="not bold")
+    text.append("train stops at these rows, or skips them with data.bad_rows=skip", style="not bold")
     return text
 
 
 def _side_by_side(analyses: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("data", overflow="fold")
-    for name in ("samples", "tokens", "mean", "longest"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("<1K", "<8K", "<32K"):
-        table.add_column(name, justify="right", no_wrap=True)
+    shares = ("<1K", "<8K", "<32K")
+    table = columns("data", ">samples", ">tokens", ">mean", ">longest", *(f">{share}" for share in shares))
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for found in analyses:
         table.add_row(
             Text(Path(found["data"]).name), f"{found['samples']:,}", f"{found['tokens']:,}", f"{found['mean']:,.0f}",
-            f"{found['max']:,}", *(percent(found["cdf"][name]) for name in ("<1K", "<8K", "<32K")),
+            f"{found['max']:,}", *(percent(found["cdf"][share]) for share in shares),
         )  # fmt: skip
     return table
-
-
-def _share(found: dict[str, Any], key: str) -> str:
-    return percent(found[key] / found["samples"])
-
-
-def percent(share: float) -> str:
-    """Two digits behind the point near both ends, where a long tail is told; one in between."""
-    percent = 100 * share
-    if percent in (0, 100) or 1 <= percent <= 99:
-        return f"{percent:.1f} %" if percent not in (0, 100) else f"{percent:.0f} %"
-    return f"{percent:.2f} %"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.analysis import bar_of, percent
+from chunkflow_cli.cli.screens.tables import bar_of, facts, percent
 from chunkflow_cli.console import counted, human_bytes, human_seconds
 from chunkflow_cli.planning.simulate import Timeline
 
@@ -23,22 +23,23 @@ KINDS = {
 }
 IDLE = "·"
 SHOWN_OPERATIONS = 400
-"""Characters of a schedule's line that a screen has use for; `--json` has all of it."""
+"""Characters of a schedule that are printed; `--json` has all of it."""
 SHOWN_STAGES = 6
-"""Whose live activations are listed one by one."""
+"""With more stages, the list of their live activations is shortened."""
 SHOWN_ROWS = 16
-"""Ranks and stages that are drawn."""
+"""Rows of ranks and stages that are drawn."""
 
 
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "state")
 
 
 def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, measured: Timeline | None = None) -> None:
-    """
+    """Print the screen of a plan.
+
     Args:
         result: the plan as JSON.
-        timeline: of the step that is shown.
-        measured: what that step took in a run.
+        timeline: predicted, of the step that is shown.
+        measured: the same step in a run.
     """
     console.print(_headline(result))
     console.print()
@@ -74,7 +75,7 @@ def _headline(result: dict[str, Any]) -> Text:
 
 
 def _chunks(result: dict[str, Any]) -> Table:
-    table = _facts()
+    table = facts()
     table.add_row(
         "chunks", f"{result['chunks']:,}, {percent(result['fill'])} full; no plan has fewer than "
         f"{result['lower_bound_chunks']:,}"
@@ -169,13 +170,13 @@ def _print_measured(console: Console, result: dict[str, Any], measured: Timeline
 
 
 def _listed(counts: list[int]) -> str:
-    """`4, 3, 2, 1`; of many stages, the first and the last."""
+    """Return `4, 3, 2, 1`; of many stages, only the first ones and the last."""
     words = [str(count) for count in counts]
     return ", ".join(words if len(words) <= SHOWN_STAGES else [*words[:3], "...", words[-1]])
 
 
 def _gantt(timeline: Timeline, width: int) -> list[Text]:
-    """A line for each rank and stage; a character is the kind of operation that fills most of its slice of time."""
+    """Return a line for each rank and stage. A character is the operation that fills most of its slice of time."""
     places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)][:SHOWN_ROWS]
     names = [f"rank {rank}" if timeline.stages == 1 else f"{rank}, stage {stage}" for rank, stage in places]
     margin = max(map(len, names)) + 2
@@ -218,10 +219,3 @@ def _legend(timeline: Timeline, margin: int, width: int) -> list[Text]:
     for line in lines:
         line.rstrip()
     return lines
-
-
-def _facts() -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

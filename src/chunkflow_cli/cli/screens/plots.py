@@ -1,4 +1,4 @@
-"""Pictures for files. matplotlib is imported inside the functions: it takes half a second, and only plots need it."""
+"""Plots in files. matplotlib is imported inside the functions: it takes half a second, and only plots need it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.cli.screens.plan import KINDS
 from chunkflow_cli.data.lengths import histogram, short_count
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.simulate import Timeline
@@ -20,14 +21,14 @@ SUFFIXES = (".png", ".svg", ".pdf")
 SAMPLES_COLOUR = "#0077bb"
 TOKENS_COLOUR = "#cc3377"
 CURVE_POINTS = 2_000
-"""A curve through a million samples needs no more than these."""
+"""Points of a curve, however many samples there are."""
 
 
 def check_plot_path(path: str) -> None:
-    """Before the work, not after it.
+    """Check the name of a plot before the work begins.
 
     Raises:
-        UsageError: no picture can be written there.
+        UsageError: no plot can be written there.
     """
     target = Path(path)
     if target.suffix.lower() not in SUFFIXES:
@@ -37,7 +38,8 @@ def check_plot_path(path: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """
+    """Write a figure to a file.
+
     Raises:
         UsageError: the file cannot be written.
     """
@@ -48,11 +50,11 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_lengths(data: Mapping[str, NDArray[np.int64]], path: Path) -> None:
-    """Histogram by samples and by tokens, and the cumulative curves of both; a row for each data set.
+    """Draw a histogram and cumulative curves of samples and tokens, one row for each data set.
 
     Args:
-        data: name of each data set, and (samples,) lengths.
-        path: of the picture.
+        data: (samples,) lengths by name of the data set.
+        path: of the plot.
     """
     from matplotlib.figure import Figure
 
@@ -71,17 +73,14 @@ def _draw_histogram(axes: Any, lengths: NDArray[np.int64]) -> None:
     axes.bar(places - 0.2, 100 * bins.samples / bins.samples.sum(), 0.4, color=SAMPLES_COLOUR, label="samples")
     axes.bar(places + 0.2, 100 * bins.tokens / bins.tokens.sum(), 0.4, color=TOKENS_COLOUR, label="tokens")
     axes.set_xticks(np.arange(len(bins.edges)) - 0.5, [short_count(int(edge)) for edge in bins.edges], rotation=45)
-    axes.set_xlabel("length in tokens")
-    axes.set_ylabel("share in %")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    _finish_axes(axes, "length in tokens", "share in %")
 
 
 def _draw_cumulative(axes: Any, lengths: NDArray[np.int64]) -> None:
     ascending = np.sort(lengths)
     tokens = np.cumsum(ascending) / ascending.sum()
     points = np.unique(np.linspace(0, len(ascending) - 1, CURVE_POINTS).astype(np.int64))
-    # Evenly spaced ranks would leave the tail, where the tokens are, to a handful of points.
+    # Points spaced evenly over samples would leave only a handful for the tail, where the tokens are.
     points = np.unique(
         np.concatenate([points, np.searchsorted(tokens, np.linspace(0, 1, CURVE_POINTS, endpoint=False))])
     )
@@ -93,32 +92,28 @@ def _draw_cumulative(axes: Any, lengths: NDArray[np.int64]) -> None:
     ticks = 2 ** np.arange(int(ascending[0]).bit_length() - 1, int(ascending[-1]).bit_length() + 1)
     axes.set_xticks(ticks, [short_count(int(tick)) for tick in ticks], rotation=45)
     axes.minorticks_off()
-    axes.set_xlabel("length in tokens")
-    axes.set_ylabel("up to this length, in %")
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
+    _finish_axes(axes, "length in tokens", "up to this length, in %")
+
+
+def _finish_axes(axes: Any, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-KIND_COLOURS = {
-    "F": ("forward", "#0077bb"),
-    "S": ("state pass", "#33bbee"),
-    "R": ("recompute", "#ee7733"),
-    "B": ("backward", "#cc3377"),
-    "I": ("input gradient", "#cc3377"),
-    "W": ("weight gradient", "#009988"),
-}
+KIND_COLOURS = {"F": "#0077bb", "S": "#33bbee", "R": "#ee7733", "B": "#cc3377", "I": "#cc3377", "W": "#009988"}
 LABELLED_OPERATIONS = 120
-"""More of them, and the chunks' numbers would not be read."""
+"""With more operations per row, the numbers of the chunks could not be read."""
 
 
 def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:
-    """The operations of each rank and stage over time; numbers are chunks.
+    """Draw the operations of each rank and stage over time, labelled with their chunks.
 
     Args:
-        panels: title of each picture, one under the other, and what it shows: predicted, measured.
-        path: of the picture.
+        panels: timelines by title, drawn one below the other.
+        path: of the plot.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -129,7 +124,7 @@ def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:
     for axes, (title, timeline) in zip(all_axes[:, 0], panels.items(), strict=True):
         _draw_timeline(axes, timeline)
         axes.set_title(title, loc="left")
-    present = [Patch(color=colour, label=name) for kind, (name, colour) in KIND_COLOURS.items()
+    present = [Patch(color=colour, label=KINDS[kind][0]) for kind, colour in KIND_COLOURS.items()
                if any((timeline.kind == kind).any() for timeline in panels.values())]  # fmt: skip
     figure.legend(handles=present, loc="outside lower center", ncols=len(present), frameon=False)
     save(figure, path)
@@ -140,7 +135,7 @@ def _draw_timeline(axes: Any, timeline: Timeline) -> None:
     labelled = len(timeline.chunk) <= LABELLED_OPERATIONS * len(places)
     for row, (rank, stage) in enumerate(places):
         here = (timeline.rank == rank) & (timeline.stage == stage)
-        for kind, (_, colour) in KIND_COLOURS.items():
+        for kind, colour in KIND_COLOURS.items():
             chosen = here & (timeline.kind == kind)
             starts, stops = timeline.start_seconds[chosen], timeline.stop_seconds[chosen]
             bars = list(zip(starts, stops - starts, strict=True))
@@ -157,12 +152,12 @@ def _draw_timeline(axes: Any, timeline: Timeline) -> None:
 
 
 def plot_grid(candidates: Sequence[Mapping[str, Any]], best: Mapping[str, Any], path: Path) -> None:
-    """A heat map of predicted seconds by chunk size and K; pairs that do not fit are empty, the best is framed.
+    """Draw predicted seconds by chunk size and K. Pairs that do not fit are empty; the best has a frame.
 
     Args:
         candidates: rows with chunk_size, k, step_seconds, memory_bytes, fits.
         best: the row that was chosen.
-        path: of the picture.
+        path: of the plot.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -181,13 +176,12 @@ def plot_grid(candidates: Sequence[Mapping[str, Any]], best: Mapping[str, Any], 
             place[1], place[0], words, ha="center", va="center", color="black" if row["fits"] else "gray", fontsize=8
         )
     image = axes.imshow(seconds, cmap="RdYlGn_r", aspect="auto")
-    figure.colorbar(image, ax=axes, label="seconds a step, predicted")
+    figure.colorbar(image, ax=axes, label="predicted seconds per step")
     axes.add_patch(
         Rectangle((ks.index(best["k"]) - 0.5, sizes.index(best["chunk_size"]) - 0.5), 1, 1, fill=False, linewidth=2.5)
     )
     axes.set_xticks(range(len(ks)), [str(k) for k in ks])
     axes.set_yticks(range(len(sizes)), [short_count(size) for size in sizes])
-    axes.set_xlabel("K")
-    axes.set_ylabel("chunk.size")
+    axes.set(xlabel="K", ylabel="chunk.size")
     axes.set_title("gray: does not fit", loc="left", fontsize=9)
     save(figure, path)

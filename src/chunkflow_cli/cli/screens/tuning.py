@@ -8,20 +8,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.analysis import percent
+from chunkflow_cli.cli.screens.tables import percent
 from chunkflow_cli.console import human_bytes
 from chunkflow_cli.data.lengths import short_count
 
 SHADES = ((1.02, "black on green"), (1.10, "black on bright_green"), (1.25, "black on yellow"), (1e9, "black on red"))
-"""By how many times the best a pair takes."""
+"""Styles by how many times as long as the best pair a pair takes."""
 RANKED_SHOWN = 6
 
 
 def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
-    """
+    """Print the screen of a search.
+
     Args:
         result: what the search found, as JSON.
-        recipe: for the words of the next command.
+        recipe: for the command to run next.
     """
     best = result["best"]
     console.print(Text(f"chunk.size={best['chunk_size']} chunk.k={best['k']}{_layout(best)}", style="bold"))
@@ -52,7 +53,7 @@ def _layout(row: dict[str, Any]) -> str:
 
 
 def _layouts(result: dict[str, Any]) -> Table | None:
-    """The best pair of each layout, where there are several."""
+    """Return the best pair of each layout, if there are several."""
     if len(result["layouts"]) == 1:
         return None
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)

@@ -1,4 +1,4 @@
-"""`chunkflow train --multirun`: every combination of the values that the overrides give, one process each."""
+"""`chunkflow train`: train in this process, start the ranks, or with `--multirun` start one process per run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chunkflow_cli.config.load import load
+from chunkflow_cli.cli.command import Request, Result
+from chunkflow_cli.config.load import load, read_overrides
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.processes import worker
+
+
+def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Result:
+    """Train, and return the run's report.
+
+    Args:
+        overrides_file: YAML file of keys; those on the command line come after them and win.
+        multirun: run every combination of the values in the overrides.
+
+    Raises:
+        UsageError: the command, the configuration or the data is at fault.
+        RunError: a run failed.
+    """
+    worker.enter()  # before anything imports torch: it divides the machine's cores among the ranks
+    overrides = request.overrides or []
+    if overrides_file is not None:
+        overrides = [*read_overrides(overrides_file), *overrides]
+    if multirun:
+        return run_sweep(overrides, config_dir=request.config_dir, json_output=request.json_output)
+    from chunkflow_cli.training import launch
+
+    loaded = launch.with_processes(request.load(overrides))
+    if launch.is_needed(loaded):
+        return launch.run(loaded, config_dir=request.config_dir, debug=request.debug, json_output=request.json_output)
+    from chunkflow_cli.training import train
+
+    return train.run(loaded, json_output=request.json_output)
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """The runs of a sweep in Hydra's syntax: `a=1,2 b=x` gives `[a=1, b=x]` and `[a=2, b=x]`.
+    """Return the runs of a sweep in Hydra's syntax: `a=1,2 b=x` gives `[a=1, b=x]` and `[a=2, b=x]`.
 
     Raises:
-        UsageError: an override that cannot be read.
+        UsageError: an override cannot be parsed.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -39,20 +68,18 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     return [list(words) for words in itertools.product(*choices)]
 
 
-def run(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
-    """Run all combinations one after the other; each in its own process, so that nothing of one is left in the next.
+def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
+    """Run all combinations one after the other, each in a process of its own, so that none affects the next.
 
     Raises:
-        UsageError: one of the configurations is wrong; then none has been started.
-        RunError: a run failed; the others were run all the same.
+        UsageError: one of the configurations is wrong. No run has started.
+        RunError: a run failed. The other runs were still made.
     """
     console = stderr_console()
     jobs = combinations(overrides)
     loaded = [load(words, config_dir) for words in jobs]
-    named = loaded[0].config.train.output_dir
-    root = (
-        Path(named) if named else Path("outputs") / loaded[0].recipe / f"multirun-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    )
+    default = f"outputs/{loaded[0].recipe}/multirun-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    root = Path(loaded[0].config.train.output_dir or default)
     runs, failed = [], []
     for number, words in enumerate(jobs):
         folder = root / str(number)
@@ -72,7 +99,7 @@ def run(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) 
 
 
 def _wait_for(job: subprocess.Popen[bytes]) -> int:
-    """Its exit code. Ctrl-C reaches the run as well: it saves a checkpoint and ends by itself."""
+    """Wait for the exit code. Ctrl-C also reaches the run, which saves a checkpoint and exits by itself."""
     while True:
         try:
             return job.wait()

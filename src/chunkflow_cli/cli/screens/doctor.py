@@ -1,0 +1,73 @@
+"""The screen of `chunkflow doctor`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from chunkflow_cli.cli.screens.tables import columns, facts
+from chunkflow_cli.console import human_bytes
+
+STYLES = {"ok": "green", "missing": "yellow", "too old": "yellow", "too new": "yellow", "broken": "red"}
+
+
+def print_findings(console: Console, findings: dict[str, Any]) -> None:
+    """Print what `doctor.examine` found."""
+    console.print(f"[bold]chunkflow {findings['chunkflow']}[/], Python {findings['python']}, {findings['platform']}\n")
+    packages = columns("package", "version", "state")
+    packages.add_column("", overflow="fold")
+    for name, package in findings["packages"].items():
+        state = package["state"]
+        remark = "" if state == "ok" else package["error"] or f"for {package['purpose']}"
+        packages.add_row(name, package["version"] or "", Text(state, style=STYLES[state]), Text(remark))
+    console.print(packages)
+    console.print()
+    table = facts()
+    for device in findings["devices"]:
+        table.add_row("GPU" if device["kind"] == "cuda" else "CPU", Text(_device(device)))
+    _add_attention(table, findings["attention"], findings["backends"])
+    cache = findings["cache"]
+    if "raised" not in cache:
+        free = cache["error"] or f"{human_bytes(cache['free_bytes'])} free"
+        table.add_row("token cache", Text(f"{cache['path']}, {free}"))
+    console.print(table)
+    console.print()
+    _print_problems(console, "Training cannot work until you fix this:", "bold red", findings["problems"], True)
+    _print_problems(console, "Training does not need this:", "bold", findings["problems"], False)
+    if findings["ready"]:
+        console.print(Text("Training can work here. Try: chunkflow train recipe=tiny_random", style="green"))
+
+
+def _device(device: dict[str, Any]) -> str:
+    memory = human_bytes(device["memory_bytes"])
+    if device["kind"] == "cuda":
+        bfloat16 = "" if device["bfloat16"] else ", no bfloat16: use model.dtype=float32"
+        free = human_bytes(device["free_bytes"])
+        return f"{device['name']}, {memory} ({free} free), sm {device['compute_capability']}{bfloat16}"
+    bfloat16 = {True: ", native bfloat16", False: ", bfloat16 emulated in float32", None: ""}[device["bfloat16"]]
+    return f"{device['name']}, {device['cores']} core{'s' if device['cores'] > 1 else ''}, {memory}{bfloat16}"
+
+
+def _add_attention(table: Table, attention: dict[str, Any], backends: dict[str, dict[str, Any]]) -> None:
+    chosen, why = attention["takes"] or "none", attention["reason"] or "as configured"
+    asked = f"model.attention={attention['requested']}, {attention['dtype']}"
+    table.add_row("attention", Text(f"{asked}: uses {chosen} ({why})"))
+    if backends:
+        working = [name for name, backend in backends.items() if backend["works"]]
+        others = [name for name in backends if name not in working]
+        table.add_row("", f"works here: {', '.join(working) or 'none'}; does not: {', '.join(others) or 'none'}")
+
+
+def _print_problems(console: Console, heading: str, style: str, problems: list[dict[str, Any]], required: bool) -> None:
+    bullets = Table(box=None, show_header=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for problem in problems:
+        if problem["required"] is required:
+            bullets.add_row("-", Text(problem["what"]))
+            bullets.add_row("", Text(f"remedy: {problem['remedy']}"))
+    if bullets.row_count:
+        console.print(Text(heading, style=style))
+        console.print(bullets)
+        console.print()

@@ -1,0 +1,41 @@
+"""The parts that screens are made of: tables without lines, bars, and shares as people read them."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+BLOCKS = " ▏▎▍▌▋▊▉█"
+"""Eighths of a character."""
+SHORTEST_BAR = 1
+"""Eighths of a character for anything above zero: a long tail of a few samples must be seen."""
+
+
+def columns(*names: str, gap: int = 2) -> Table:
+    """Return a table without lines, with `gap` spaces between columns. Those named ">..." are aligned to the right."""
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    return table
+
+
+def facts() -> Table:
+    """Return a table of names in bold, each with what is said about it."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def bar_of(value: float, largest: float, width: int) -> str:
+    """Return a horizontal bar of at most `width` characters, in eighths of a character."""
+    if value <= 0 or largest <= 0:
+        return ""
+    eighths = max(SHORTEST_BAR, round(8 * width * value / largest))
+    return BLOCKS[8] * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, with two decimals near 0 and 1, where the long tail is, and with one between."""
+    value = 100 * share
+    decimals = 0 if value in (0, 100) else 1 if 1 <= value <= 99 else 2
+    return f"{value:.{decimals}f} %"
