@@ -330,7 +330,7 @@ def _integers(value: object, name: str) -> NDArray[np.int64]:
     if not value:
         return np.empty(0, np.int64)
     try:
-        return np.frombuffer(array("q", value), dtype=np.int64)  # refuses 1.5 and "1", which np.array would take
+        return np.frombuffer(array("q", value), dtype=np.int64)  # rejects 1.5 and "1", which np.array would take
     except (TypeError, OverflowError) as error:
         raise BadRowError(f"{name} holds something other than 64-bit integers") from error
 

@@ -261,11 +261,11 @@ def _look_at(path: Path) -> SourceFile:
     if name_kind == "json" and head.startswith(b"["):
         return SourceFile(path, FileKind.array, size)
     if name_kind == "json" and head.startswith(b"{"):
-        _refuse_single_object(path)
+        _reject_single_object(path)
     return SourceFile(path, FileKind.lines, size)
 
 
-def _refuse_single_object(path: Path) -> None:
+def _reject_single_object(path: Path) -> None:
     """Raise if a `.json` file is one object over many lines. JSON lines under that name are accepted."""
     with explain_read_errors(path), open_stream(path) as (stream, _):
         line = stream.readline().removeprefix(UTF8_BOM)
