@@ -207,6 +207,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         rates = [point["tokens_per_second"] for point in fitting]
         memory.plot(tokens, peaks, label=label, **STYLES[contender])
         speed.plot(tokens, rates, label=label, **STYLES[contender])
+        single = [place for place, point in enumerate(fitting) if point.get("steps", 1) == 1]
+        hollow = {"linestyle": "none", "markerfacecolor": "white", "markeredgewidth": 1.6}
+        if single:
+            places = [tokens[place] for place in single], [rates[place] for place in single]
+            speed.plot(*places, **STYLES[contender] | hollow)
         for point in points:
             if point["peak_bytes"] is None:
                 limit, colour = point["killed_beyond_gib"], STYLES[contender]["color"]
@@ -219,7 +224,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 )  # fmt: skip
     memory.set_title("Peak memory of the process", loc="left", fontsize=12, fontweight="bold")
     memory.set_ylabel("GiB")
-    speed.set_title("Speed", loc="left", fontsize=12, fontweight="bold")
+    speed.set_title("Speed (hollow: one step, the first of its length)", loc="left", fontsize=12, fontweight="bold")
     speed.set_ylabel("tokens per second")
     memory.legend(loc="upper left", frameon=False, fontsize=10)
     for axes in (memory, speed):
