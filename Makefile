@@ -34,7 +34,7 @@ format: setup ## rewrite in the project's format
 	$(BIN)/ruff check --fix .
 
 docs: setup ## write docs/configuration.md from the schema
-	$(BIN)/python docs/generate.py
+	$(BIN)/python benchmarks/docs.py
 
 test-fast: setup ## the tests of planning, config and data, which need no torch: under a minute
 	$(BIN)/python -m pytest -n 2 --without-torch -m "not torch and not processes and not slow" \

@@ -22,7 +22,7 @@ REMOVED_KEYS = {"chunk.k_per"}
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", REPOSITORY / "docs" / "generate.py")
+    spec = importlib.util.spec_from_file_location("docs", REPOSITORY / "benchmarks" / "docs.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/how-it-works.md from the planner itself: `python docs/generate.py` calls this.
+"""Draw the pictures of docs/how-it-works.md from the planner itself: `make docs` calls this.
 
 All show the same optimizer step: eight samples, one of them longer than a chunk, with chunk.size=512 and chunk.k=1.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import OpKind, plan
 
-IMAGES = Path(__file__).resolve().parent / "images"
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 LENGTHS = (1_728, 384, 320, 256, 192, 192, 128, 64)
 """Tokens of the samples of the step."""
 CHUNK_SIZE = 512

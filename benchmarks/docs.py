@@ -12,7 +12,7 @@ from typing import Any
 from chunkflow_cli.config.keys import Key, describe_keys
 from chunkflow_cli.config.schema import Config
 
-DOCS = Path(__file__).resolve().parent
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "configuration.md"
 INTRODUCTION = """\
 # Configuration keys
@@ -35,7 +35,7 @@ quotes keep your shell from reading the brackets. An unknown key is an error tha
 def main() -> None:
     PAGE.write_text(configuration_page(), encoding="utf-8")
     print(f"wrote {PAGE}")
-    from pictures import draw_all
+    from docs_pictures import draw_all
 
     draw_all()
     print(f"drew {DOCS / 'images'}")
@@ -77,7 +77,7 @@ def _cell(text: str) -> str:
 
 
 def _section_docstring(section: str) -> str:
-    """What the section's dataclass says of itself; empty without a docstring of its own."""
+    """Return the docstring of a section's dataclass, or an empty string if it has none."""
     value: Any = Config()
     for name in filter(None, section.split(".")):
         value = getattr(value, name)
