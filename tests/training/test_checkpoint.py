@@ -298,7 +298,7 @@ def other_things_of_two_ranks(root: str) -> dict[str, Any]:
     """Let one rank fail to write, and gather the stages of a model, in one launch."""
     from torch import distributed
 
-    from chunkflow_cli.engine.whole_weights import collect_stages
+    from chunkflow_cli.engine.stage import collect_stages
 
     rank = int(os.environ["RANK"])
     distributed.init_process_group("gloo")

@@ -42,9 +42,7 @@ class BaseEngine(TrainingEngine):
         Args:
             module: what `forward` runs.
             driven: the module that DeepSpeed is given: `module`, or DeepSpeed's own around it.
-            optimizer: of the trained parameters.
-            settings: what `config` was made from.
-            config: DeepSpeed's.
+            config: DeepSpeed's configuration, made from `settings`.
             hf_names: name of each parameter of `module` -> its name in the whole Hugging Face model.
             replicas: number of ranks that hold the same layers.
         """

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.engine import internals
-from chunkflow_cli.engine.agreement import process_count
+from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
-from chunkflow_cli.engine.whole_weights import whole_weights
 
 WRAPPER = "causal_lm."
 """Prefix of a parameter's name where the engine drives a module around the Hugging Face model."""
@@ -44,7 +43,6 @@ class Engine(BaseEngine):
         """
         Args:
             module: on its device already; with ZeRO-3 on the CPU, for all devices together may be needed to hold it.
-            settings: checked here.
 
         Raises:
             UsageError: see `check_settings`.
@@ -88,7 +86,20 @@ class Engine(BaseEngine):
         super().discard_gradients()
 
     def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
-        return whole_weights(model, trained_only=trained_only)
+        # A weight that ZeRO-3 has divided is gathered alone and kept in host memory. Others are not copied.
+        weights: dict[str, Tensor] = {}
+        gathered: dict[int, Tensor] = {}  # tied weights are one parameter with several names
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if trained_only and not tensor.requires_grad:
+                continue
+            if not internals.is_divided(tensor):
+                weights[name] = tensor.detach()
+                continue
+            if id(tensor) not in gathered:
+                with import_deepspeed().zero.GatheredParameters([tensor]):
+                    gathered[id(tensor)] = tensor.detach().to("cpu", copy=True) if own_rank() == 0 else torch.empty(0)
+            weights[name] = gathered[id(tensor)]
+        return weights if own_rank() == 0 else None
 
     def _coalesce(self) -> None:
         """Collect the gradients of all backwards; ZeRO-2 otherwise keeps those of the last one only."""

@@ -85,15 +85,10 @@ def pipeline_group(pipeline: Any) -> torch.distributed.ProcessGroup:
 
 
 def sum_tied_gradients(pipeline: Any, weight: nn.Parameter, group: Any, *, counts_in_norm: bool) -> None:
-    """Make a `PipelineModule` sum the gradient of a weight that two stages hold.
+    """Make a `PipelineModule` sum the gradient of a weight of which the stages of a group hold copies.
 
-    The documented way, `TiedLayerSpec`, builds the tied layers itself; here each stage comes with them.
-
-    Args:
-        pipeline: the `PipelineModule`.
-        weight: this stage's copy.
-        group: the ranks that hold a copy.
-        counts_in_norm: whether this copy is the one that the gradient norm counts.
+    The gradient norm counts one of them. The documented way, `TiedLayerSpec`, builds the tied layers itself; here each
+    stage comes with them.
     """
     pipeline.get_tied_weights_and_groups = lambda: [(weight, group)]
     weight.ds_pipe_replicated = not counts_in_norm  # type: ignore[attr-defined]
@@ -129,9 +124,8 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 def kept_numbers(engine: Any, parameter: Any) -> tuple[int, int, Tensor, int] | None:
     """Return which numbers of a trained parameter this process keeps, and where; None if it keeps none.
 
-    ZeRO-1 and 2 step a flat partition per group of parameters, and `_hp_mapping` says where it overlaps a parameter.
-    ZeRO-3 steps a flat tensor per sub-group, with an equal share of each parameter, the last one padded.
-    `safe_get_local_*` copies numbers but does not say which ones, and does not know ZeRO-0.
+    `partitions` describes the layouts. `safe_get_local_*` copies numbers but does not say which ones, and does not know
+    ZeRO-0.
 
     Returns:
         The first number's index in the flattened parameter, the count of numbers, the tensor that the optimizer steps,

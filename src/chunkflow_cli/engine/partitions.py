@@ -52,12 +52,7 @@ class Partition:
 
 
 def kept_partitions(engine: Any, parameters: Mapping[str, nn.Parameter]) -> list[Partition]:
-    """Return what this process keeps of the trained parameters.
-
-    Args:
-        engine: DeepSpeed's.
-        parameters: the trained ones, by their names in the whole Hugging Face model.
-    """
+    """Return what this process keeps of the trained parameters, named as in the whole Hugging Face model."""
     partitions = []
     for name, parameter in parameters.items():
         kept = internals.kept_numbers(engine, parameter)
@@ -102,7 +97,7 @@ def check_fits(files: StateFiles, parameters: Mapping[str, nn.Parameter], *, opt
         files: the state to read.
         parameters: the trained ones, by their names in the whole Hugging Face model.
         optimizer: the name of the optimizer that trains them.
-        has_all: whether these are all trained parameters of the model, and not those of a stage of it.
+        has_all: false if these are only the parameters of a stage.
 
     Raises:
         UsageError: names what differs.
@@ -128,10 +123,7 @@ def check_fits(files: StateFiles, parameters: Mapping[str, nn.Parameter], *, opt
 def read_partitions(partitions: Sequence[Partition], optimizer: torch.optim.Optimizer, files: StateFiles) -> None:
     """Set master weights and optimizer states from files. `internals.publish_weights` must follow.
 
-    Args:
-        partitions: what this process keeps.
-        optimizer: steps them; it need not have stepped yet.
-        files: hold all of these parameters.
+    The optimizer need not have stepped yet.
 
     Raises:
         RunError: parameters that are stepped together were stepped different numbers of times.

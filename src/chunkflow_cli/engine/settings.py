@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -101,9 +101,8 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         config |= {"bf16": {"enabled": True}, **FLOAT32_SUMS}
     if stage in (0, 1):
         config["managed_gradient_accumulation"] = False
-    merged = OmegaConf.to_container(OmegaConf.merge(config, settings.engine.deepspeed))
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+    merged = OmegaConf.merge(config, settings.engine.deepspeed)
+    return cast("dict[str, Any]", OmegaConf.to_container(merged))
 
 
 def make_optimizer(module: nn.Module, settings: EngineSettings) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ shapes that are exchanged once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,6 @@ from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import PATIENCE, import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_settings, deepspeed_config, make_optimizer
-from chunkflow_cli.engine.whole_weights import collect_stages
 
 
 class Stage(Protocol):
@@ -50,7 +49,6 @@ class PipelineEngine(BaseEngine):
         """
         Args:
             module: this process's stage, on its device.
-            settings: checked here.
             stages: number of stages. Ranks count stages slowest; the ranks of a stage are its replicas.
 
         Raises:
@@ -85,16 +83,20 @@ class PipelineEngine(BaseEngine):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to those of the step; for the last stage."""
-        self._accumulate(loss * self._replicas, None)
+        self.backward_from(loss * self._replicas, None)
 
-    def backward_from(self, outputs: Tensor, gradient: Tensor) -> None:
-        """Add the gradients of `outputs` to those of the step; for all stages but the last.
+    def backward_from(self, outputs: Tensor, gradient: Tensor | None) -> None:
+        """Add the gradients of what this stage sent on; for all stages but the last.
 
         Args:
-            outputs: what this stage sent on.
-            gradient: what the next stage found for them, in their shape.
+            outputs: hidden states.
+            gradient: what the next stage has found for them, in their shape; None for a scalar.
         """
-        self._accumulate(outputs, gradient)
+        if self._zero_stage >= 1:
+            internals.begin_backward(self._engine.optimizer)
+        with internals.without_reduction(self._engine):
+            torch.autograd.backward(outputs, gradient)
+        self._keep_gradients()
 
     def add_gradients(self, gradients: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         """Add gradients of the module's parameters that a backward has put off."""
@@ -113,13 +115,6 @@ class PipelineEngine(BaseEngine):
             if tensor.requires_grad or not trained_only
         }
         return collect_stages(weights, self._leaders, self.device)
-
-    def _accumulate(self, outputs: Tensor, gradient: Tensor | None) -> None:
-        if self._zero_stage >= 1:
-            internals.begin_backward(self._engine.optimizer)
-        with internals.without_reduction(self._engine):
-            torch.autograd.backward(outputs, gradient)
-        self._keep_gradients()
 
     def _keep_gradients(self) -> None:
         if internals.is_bf16_optimizer(self._engine.optimizer):
@@ -159,3 +154,34 @@ def _group_of_tied_stages(last_leader: int, replicas: int) -> distributed.Proces
         if own_rank() in ranks:
             own = group
     return own
+
+
+def collect_stages(
+    weights: Mapping[str, Tensor], leaders: Sequence[int], device: torch.device
+) -> dict[str, Tensor] | None:
+    """Return the state dict of a model whose stages are on different ranks: on rank 0, None elsewhere.
+
+    One tensor travels at a time. All leaders call it; other ranks may.
+
+    Args:
+        weights: of this rank's stage, by their names in the whole model. Several stages may hold a tied weight.
+        leaders: one rank of each stage, in the order of the stages; the first is rank 0.
+        device: where tensors can be sent from and received.
+    """
+    rank = own_rank()
+    if rank == 0:
+        whole = dict(weights)
+        for leader in leaders[1:]:
+            listed: list[Any] = [None]
+            distributed.recv_object_list(listed, src=leader, device=device)
+            for name, shape, dtype in listed[0]:
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+                distributed.recv(tensor, src=leader)
+                whole.setdefault(name, tensor.cpu())
+        return whole
+    if rank in leaders:
+        listing = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
+        distributed.send_object_list([listing], dst=0, device=device)
+        for tensor in weights.values():
+            distributed.send(tensor.detach().to(device).contiguous(), dst=0)
+    return None

@@ -52,10 +52,10 @@ class Part:
 def write_parts(folder: Path, rank: int, parts: Iterable[Part], *, optimizer: str) -> None:
     """Write the parts that this process holds, and wait until they are on the disk.
 
+    All processes write into the same folder. Their parts together hold every number of every parameter once.
+
     Args:
-        folder: exists; all processes write into it.
         rank: this process's, for the names of its files.
-        parts: those of all processes together hold every number of every parameter once.
         optimizer: the name of the optimizer whose states they hold.
 
     Raises:

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
+from chunkflow_cli.model.shape import kept_for_backward
 from chunkflow_cli.planning.chunks import build_chunks
 
 
 def activation_bytes_per_token(model: ChunkModel, sample: TokenizedSample) -> float:
     """Return the bytes per token that the layers keep for backward, from one forward of the sample as one chunk.
 
-    Counts each storage that autograd saves once, without weights. Head and loss are left out.
+    Head and loss are left out.
     """
     tokens, device = len(sample.input_ids), next(model.parameters()).device
     batch = StepBatch(build_chunks([tokens], tokens), [sample], np.ones(1))
     call = StepContext(RunnerSettings(device), batch).call(0)
-    ours = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        # Only the state of this device: torch warns if the states of all devices are saved, and none is needed.
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        hidden = model.hidden(call)  # kept alive, so that no two tensors share an address
-    total = sum(saved.values())
+    # Only the state of this device: torch warns if the states of all devices are saved, and none is needed.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), kept_for_backward(model) as kept:
+        hidden = model.hidden(call)
+    total = sum(kept.values())
     del hidden
     return total / tokens
 

@@ -48,11 +48,8 @@ def build_batch(
     which nothing else attends to and which has no targets, so it changes nothing and is counted nowhere.
 
     Args:
-        chunk: its segments index into `sequences`.
-        sequences: the sequences of the step.
+        chunk: its segments index into `sequences`, the sequences of the step.
         sequence_weights: (sequences,) weight of each target of a sequence in the loss.
-        device: device of the tensors.
-        weight_dtype: data type of the target weights.
         sequence_group: the group whose ranks share the tokens; this rank then gets its slice of them.
     """
     ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
@@ -64,10 +61,9 @@ def build_batch(
         padding = sequence_group.padding(len(ids))
         if padding:
             boundaries = (*boundaries, boundaries[-1] + padding)
-            ids = np.append(ids, np.zeros(padding, ids.dtype))
-            targets = np.append(targets, np.full(padding, IGNORED, targets.dtype))
+            ids, weights = np.pad(ids, (0, padding)), np.pad(weights, (0, padding))
+            targets = np.pad(targets, (0, padding), constant_values=IGNORED)
             positions = np.append(positions, np.arange(padding))
-            weights = np.append(weights, np.zeros(padding))
         mine = sequence_group.slice_of(len(ids))
         ids, targets, positions, weights = ids[mine], targets[mine], positions[mine], weights[mine]
     counted = np.flatnonzero(targets != IGNORED)

@@ -33,7 +33,7 @@ class RandomReplay:
 
     def remember(self, chunk: int) -> None:
         """Keep the present state for the recompute of a chunk."""
-        self._states[chunk] = self._state
+        self._states[chunk] = self._state()
 
     @contextmanager
     def replay(self, chunk: int) -> Iterator[None]:
@@ -42,12 +42,11 @@ class RandomReplay:
         if before is None:
             yield
             return
-        after = self._state
+        after = self._state()
         self._set_state(before)
         yield
         self._set_state(after)
 
-    @property
     def _state(self) -> Tensor:
         return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
 

@@ -53,10 +53,7 @@ def guard(
 
     Args:
         hf_config: configuration of the model.
-        requested: `model.attention` of the run.
-        device: device of the run.
-        dtype: data type of the run.
-        activation_checkpointing: setting of the run.
+        requested: `model.attention` of the run, as `device`, `dtype` and `activation_checkpointing` are the run's.
         is_pipeline: cut the small model into two pipeline stages, too.
 
     Raises:
@@ -77,7 +74,8 @@ def guard(
     except (UsageError, TypeError, AttributeError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"models of type {name!r} cannot be trained {how}: a small one fails with\n  {reason}"
+            f"models of type {name!r} cannot be trained {how}: a small one fails with\n  {reason}\n"
+            "  if `chunkflow verify` passes on the model itself, train with train.guard=false"
         ) from error
     if not parity.passed:
         raise UsageError(
@@ -177,11 +175,7 @@ def _small_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError) as error:
-        raise UsageError(
-            "the parity guard cannot build a small model of this architecture: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
-            "  check the model itself with `chunkflow verify`, then train with train.guard=false"
-        ) from error
+        raise UsageError(f"the guard cannot build it: {error!r}") from error
     use_float64_experts(model, dtype)
     model.config.use_cache = False
     return model.to(device).train()

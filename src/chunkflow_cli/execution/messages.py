@@ -31,9 +31,6 @@ SENDS_ON = (OpKind.state_pass, OpKind.forward)
 SENDS_BACK = (OpKind.backward, OpKind.input_gradient)
 """Operations whose result the stage before waits for."""
 
-Shape = Callable[[int], tuple[int, ...]]
-"""A function from a chunk to the shape of its hidden states."""
-
 
 class Links:
     """A stage's connections to its neighbours. All processes must create theirs, once and in the same order."""
@@ -42,7 +39,6 @@ class Links:
         """
         Args:
             pipelines: the ranks of every pipeline, in the order of its stages.
-            device: device of the tensors that are sent and received.
         """
         own = dist.get_rank()
         for ranks in pipelines:
@@ -50,9 +46,8 @@ class Links:
             if own in ranks:
                 self.ranks = list(ranks)
                 self._groups = {True: onward, False: back}
-        self.device = device
         self.stage = self.ranks.index(own)
-        self._connect()
+        self._connect(device)
 
     @property
     def is_first(self) -> bool:
@@ -74,44 +69,42 @@ class Links:
         assert work is not None
         return work
 
-    def share(self, tensor: Tensor) -> Tensor:
-        """Broadcast the last stage's tensor to all stages; return it."""
+    def share(self, tensor: Tensor) -> None:
+        """Overwrite the tensor of every stage with that of the last one."""
         dist.broadcast(tensor, self.ranks[-1], group=self._groups[True])
-        return tensor
 
-    def _connect(self) -> None:
+    def _connect(self, device: torch.device) -> None:
         """Send one message over each edge in each direction, edge by edge.
 
         NCCL opens a connection at its first message, and both sides wait for that.
         """
+        nothing = torch.zeros(1, device=device)
         for edge in range(len(self.ranks) - 1):
-            for onward in (True, False):
-                if self.stage == edge + (0 if onward else 1):
-                    self.send(torch.zeros(1, device=self.device), onward=onward).wait()
-                elif self.stage == edge + (1 if onward else 0):
-                    self.receive(torch.zeros(1, device=self.device), onward=onward).wait()
+            for onward, sender, receiver in ((True, edge, edge + 1), (False, edge + 1, edge)):
+                if self.stage == sender:
+                    self.send(nothing, onward=onward).wait()
+                elif self.stage == receiver:
+                    self.receive(nothing, onward=onward).wait()
 
 
 class Messages:
     """The messages that one stage sends and receives within a step."""
 
-    def __init__(self, links: Links, schedules: Sequence[Schedule], shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, links: Links, schedules: Sequence[Schedule], empty: Callable[[int], Tensor]) -> None:
         """
         Args:
-            links: connections to the neighbours.
-            schedules: the schedules of all stages.
-            shape: shape of the hidden states of a chunk.
-            dtype: data type of hidden states.
+            schedules: those of all stages.
+            empty: returns a new tensor for the hidden states of a chunk.
         """
         self._links = links
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._inboxes: dict[bool, _Inbox] = {}
         if not links.is_first:
             chunks = _made(schedules[links.stage - 1], SENDS_ON)
-            self._inboxes[True] = _Inbox(links, chunks, shape, dtype, onward=True)
+            self._inboxes[True] = _Inbox(links, chunks, empty, onward=True)
         if not links.is_last:
             chunks = _made(schedules[links.stage + 1], SENDS_BACK)
-            self._inboxes[False] = _Inbox(links, chunks, shape, dtype, onward=False)
+            self._inboxes[False] = _Inbox(links, chunks, empty, onward=False)
 
     def send(self, tensor: Tensor, *, onward: bool) -> None:
         """Send hidden states to the next stage (`onward`), or their gradient to the one before; return at once."""
@@ -136,11 +129,10 @@ class Messages:
 class _Inbox:
     """The messages from one neighbour."""
 
-    def __init__(self, links: Links, chunks: Iterable[int], shape: Shape, dtype: torch.dtype, *, onward: bool) -> None:
+    def __init__(self, links: Links, chunks: Iterable[int], empty: Callable[[int], Tensor], *, onward: bool) -> None:
         self._links = links
         self._coming = deque(chunks)
-        self._shape = shape
-        self._dtype = dtype
+        self._empty = empty
         self._onward = onward
         self._posted: deque[tuple[int, dist.Work, Tensor]] = deque()
         self._early: dict[int, Tensor] = {}
@@ -162,7 +154,7 @@ class _Inbox:
     def _post(self) -> None:
         while self._coming and len(self._posted) < POSTED_AHEAD:
             chunk = self._coming.popleft()
-            tensor = torch.empty(self._shape(chunk), dtype=self._dtype, device=self._links.device)
+            tensor = self._empty(chunk)
             self._posted.append((chunk, self._links.receive(tensor, onward=self._onward), tensor))
 
 

@@ -100,11 +100,8 @@ def compare(
     Args:
         model: left as it was, without gradients.
         backend: attention of the chunked side.
-        sequences: the data.
-        chunk_size: most tokens in a chunk.
+        sequences: the data; `chunk_size`, `fill_tails` and `pair_weight` cut it as in `build_chunks`.
         k: chunks of a long sequence that keep their activations.
-        fill_tails: let short sequences fill the last chunk of a long one.
-        pair_weight: cut long sequences into pieces of equal time, as `build_chunks` does.
         tolerance: largest relative error that passes; by default that of the model's dtype.
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
     """

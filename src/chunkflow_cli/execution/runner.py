@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -28,11 +29,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
 
+@dataclass
 class Step(ABC):
     """One step while its operations run: activations, losses, and the context that they share."""
 
-    def __init__(self, context: StepContext) -> None:
-        self.context = context
+    context: StepContext
 
     def receive(self, op: Op) -> None:  # noqa: B027 - only stages wait for others
         """Wait for what the operation needs from another process."""
@@ -53,11 +54,6 @@ class ScheduleRunner(ABC):
         self._settings = settings
         self._stage = stage
         self._stages = stages
-
-    @property
-    def holds_whole_model(self) -> bool:
-        """True if this process runs every layer, false if it runs one stage of a pipeline."""
-        return self._stages == 1
 
     @abstractmethod
     def _begin(self, schedules: tuple[Schedule, ...], batch: StepBatch, *, keeps_activations: bool) -> Step:
@@ -126,14 +122,9 @@ class ScheduleRunner(ABC):
 
 
 class Runner(ScheduleRunner):
-    """Runs the schedule of a rank that holds the whole model."""
+    """Runs the schedule of a rank that holds the whole model; the engine forwards a `ChunkModel`."""
 
     def __init__(self, engine: Engine, settings: RunnerSettings) -> None:
-        """
-        Args:
-            engine: forwards a `ChunkModel` and collects gradients.
-            settings: of this rank.
-        """
         super().__init__(settings)
         self._engine = engine
 
@@ -141,16 +132,16 @@ class Runner(ScheduleRunner):
         return _WholeModelStep(StepContext(self._settings, batch), self._engine, keeps_activations)
 
 
+@dataclass
 class _WholeModelStep(Step):
     """Losses with their graphs, and the gradients of the head that retained chunks share."""
 
-    def __init__(self, context: StepContext, engine: Engine, keeps_activations: bool) -> None:
-        super().__init__(context)
-        self._engine = engine
-        self._keeps_activations = keeps_activations
-        self._live: dict[tuple[int, ...], Tensor] = {}
-        self._losses: list[tuple[tuple[int, ...], Tensor]] = []
-        self._head_gradients: dict[int, SharedHeadGradient] = {}
+    _engine: Engine
+    _keeps_activations: bool
+    _live: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _losses: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
+    _head_gradients: dict[int, SharedHeadGradient] = field(default_factory=dict)
+    """First chunk of a sequence -> the gradient that its retained chunks share."""
 
     def execute(self, op: Op) -> None:
         match op.kind:
@@ -191,7 +182,7 @@ class _WholeModelStep(Step):
         """Return the one that all retained chunks of a sequence, or of a call, share; None for a standalone chunk."""
         if len(indices) > 1:
             return SharedHeadGradient()
-        first = self.context.first_of_sequence(indices[0])
+        first = self.context.first_of_sequence.get(indices[0])
         return None if first is None else self._head_gradients.setdefault(first, SharedHeadGradient())
 
     def result(self) -> StepResult:

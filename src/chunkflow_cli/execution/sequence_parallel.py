@@ -43,15 +43,10 @@ class SequenceGroup:
         if topology.sequence == 1:
             return None
         rank = torch.distributed.get_rank()
-        assert torch.distributed.get_world_size() == topology.processes, (
-            f"the processes of this run do not form {topology}"
-        )
+        assert torch.distributed.get_world_size() == topology.processes, f"the processes do not form {topology}"
         firsts = range(0, topology.processes, topology.sequence)
-        groups = {
-            first: torch.distributed.new_group(topology.sequence_group(first), timeout=PATIENCE) for first in firsts
-        }
-        place = topology.place_of(rank)
-        return cls(groups[rank - place.sequence_rank], topology.sequence, place.sequence_rank)
+        groups = [torch.distributed.new_group(topology.sequence_group(first), timeout=PATIENCE) for first in firsts]
+        return cls(groups[rank // topology.sequence], topology.sequence, rank % topology.sequence)
 
     def padding(self, tokens: int) -> int:
         """Return the number of tokens that a chunk of `tokens` lacks to divide evenly."""
@@ -69,13 +64,7 @@ class SequenceGroup:
         If there are fewer key heads than ranks, they are repeated, so that each rank gets the one that its queries
         share; autograd sums their gradients.
 
-        Args:
-            queries: (1, heads, tokens, head_dim).
-            keys: (1, kv_heads, tokens, head_dim).
-            values: as keys, except for their head_dim.
-
-        Returns:
-            Queries, (1, heads / size, tokens x size, head_dim), and keys and values in the same way.
+        Each tensor goes from (1, heads, tokens, head_dim) to (1, heads / size, tokens x size, head_dim).
         """
         copies = key_value_copies(queries.shape[1], keys.shape[1], self.size)
         if copies > 1:
@@ -84,8 +73,7 @@ class SequenceGroup:
         return queries, keys, values
 
     def heads_to_tokens(self, out: Tensor) -> Tensor:
-        """Exchange this rank's heads of all tokens, (1, heads / size, tokens x size, head_dim), for all heads of its
-        tokens, (1, heads, tokens, head_dim)."""
+        """Undo `tokens_to_heads` for the output: return all heads of this rank's tokens."""
         (exchanged,) = _Exchange.apply(self, False, out)
         return exchanged  # type: ignore[no-any-return]
 
@@ -104,13 +92,13 @@ class _Exchange(torch.autograd.Function):
 
 
 def _exchange(group: SequenceGroup, to_heads: bool, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Send one message to each rank: a block (tokens, heads / size, head_dim) of each tensor, one after the other.
+    """Cut each tensor by heads or by tokens, send each rank its blocks in one message, and join what arrives.
 
-    In memory, results have tokens first, as models produce them and as kernels and the state store prefer them.
+    A block is (tokens, heads / size, head_dim). In memory, results have tokens first, as models produce them and as
+    kernels and the state store prefer them.
     """
-    blocks = [
-        _blocks_of_heads(each, group.size) if to_heads else _blocks_of_tokens(each, group.size) for each in tensors
-    ]
+    cut, joined = (1, 0) if to_heads else (0, 1)  # dimensions of (tokens, heads, head_dim)
+    blocks = [each[0].transpose(0, 1).unflatten(cut, (group.size, -1)).movedim(cut, 0) for each in tensors]
     sizes = [block[0].numel() for block in blocks]
     sent = tensors[0].new_empty(group.size, sum(sizes))
     for block, room in zip(blocks, sent.split(sizes, dim=1), strict=True):
@@ -118,26 +106,4 @@ def _exchange(group: SequenceGroup, to_heads: bool, tensors: Sequence[Tensor]) -
     received = torch.empty_like(sent)
     torch.distributed.all_to_all_single(received, sent, group=group.process_group)
     arrived = [part.view(block.shape) for part, block in zip(received.split(sizes, dim=1), blocks, strict=True)]
-    return tuple(_all_tokens(block) if to_heads else _all_heads(block) for block in arrived)
-
-
-def _blocks_of_heads(tensor: Tensor, size: int) -> Tensor:
-    """Cut (1, heads, tokens, head_dim): (size, tokens, heads / size, head_dim), by rank its heads."""
-    blocks: Tensor = tensor[0].unflatten(0, (size, -1)).transpose(1, 2)
-    return blocks
-
-
-def _blocks_of_tokens(tensor: Tensor, size: int) -> Tensor:
-    """Cut (1, heads / size, tokens x size, head_dim): (size, tokens, heads / size, head_dim), by rank its tokens."""
-    blocks: Tensor = tensor[0].unflatten(1, (size, -1)).permute(1, 2, 0, 3)
-    return blocks
-
-
-def _all_tokens(blocks: Tensor) -> Tensor:
-    """Join (size, tokens, heads / size, head_dim), by rank its tokens: (1, heads / size, tokens x size, head_dim)."""
-    return blocks.flatten(0, 1).transpose(0, 1).unsqueeze(0)
-
-
-def _all_heads(blocks: Tensor) -> Tensor:
-    """Join (size, tokens, heads / size, head_dim), by rank its heads: (1, heads, tokens, head_dim)."""
-    return blocks.transpose(0, 1).flatten(1, 2).transpose(0, 1).unsqueeze(0)
+    return tuple(part.movedim(0, joined).flatten(joined, joined + 1).transpose(0, 1).unsqueeze(0) for part in arrived)

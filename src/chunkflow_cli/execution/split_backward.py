@@ -42,13 +42,7 @@ class PutOff:
             self._chunk = None
 
     def add(self, weight: nn.Parameter, input: Tensor, gradient: Tensor) -> None:
-        """Put off one product.
-
-        Args:
-            weight: (out, in).
-            input: (..., in) of the layer.
-            gradient: (..., out) of its output.
-        """
+        """Put off the gradient of a weight (out, in), from its layer's input (..., in) and the output's gradient."""
         assert self._chunk is not None
         self._products[self._chunk].append((weight, input, gradient))
 
@@ -75,23 +69,17 @@ class SplitLinear(nn.Linear):
         return product
 
 
-def split_linear_layers(model: nn.Module, put_off: PutOff, *, apart: nn.Module | None = None) -> int:
-    """Make the plain linear layers that are trained put their products off; return their number.
+def put_off_products(model: nn.Module, *, apart: nn.Module | None) -> PutOff:
+    """Make the plain linear layers that are trained put their products off; return what holds these until W.
 
-    Args:
-        model: the model that is changed.
-        put_off: holds the products until W.
-        apart: a layer that stays as it is: the head, which the loss multiplies with.
+    The layer `apart` stays as it is: the head, which the loss multiplies with.
     """
-    layers = [
-        layer
-        for layer in model.modules()
-        if type(layer) is nn.Linear and layer.weight.requires_grad and layer is not apart
-    ]
-    for layer in layers:
-        layer.__class__ = SplitLinear
-        layer.put_off = put_off  # type: ignore[assignment]
-    return len(layers)
+    put_off = PutOff()
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.weight.requires_grad and layer is not apart:
+            layer.__class__ = SplitLinear
+            layer.put_off = put_off  # type: ignore[assignment]
+    return put_off
 
 
 class _SplitProduct(torch.autograd.Function):

@@ -11,7 +11,7 @@ layers, for all sequences in flight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from chunkflow_cli.engine import PipelineEngine
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
-from chunkflow_cli.execution.messages import Links, Messages
+from chunkflow_cli.execution.messages import SENDS_BACK, SENDS_ON, Links, Messages
 from chunkflow_cli.execution.runner import ScheduleRunner, Step
 from chunkflow_cli.execution.split_backward import PutOff
 from chunkflow_cli.execution.stages import StageModel
@@ -40,10 +40,8 @@ class StageRunner(ScheduleRunner):
         """
         Args:
             engine: drives the `StageModel` of this process.
-            links: to the stages before and after.
-            settings: of this rank. All chunks are spread over its sequence group, if there is one.
-            splits_backwards: true if schedules hold I and W, as those of zero_bubble do. Linear layers are changed for
-                them.
+            settings: all chunks are spread over its sequence group, if there is one.
+            splits_backwards: prepare the linear layers for I and W, which the schedules of zero_bubble hold.
         """
         super().__init__(settings, stage=links.stage, stages=len(links.ranks))
         assert isinstance(engine.module, StageModel)
@@ -57,13 +55,14 @@ class StageRunner(ScheduleRunner):
         group = self._settings.sequence_group
         assert group is None or batch.spread is None, "chunks of a pipeline are all spread, or none is"
 
-        def shape(index: int) -> tuple[int, ...]:
+        def empty(index: int) -> Tensor:
             tokens = batch.chunks[index].tokens
             if group is not None:
                 tokens = (tokens + group.padding(tokens)) // group.size
-            return (1, tokens, self._model.hidden_size)
+            shape = (1, tokens, self._model.hidden_size)
+            return torch.empty(shape, dtype=self._model.dtype, device=self._settings.device)
 
-        messages = Messages(self._links, schedules, shape, self._model.dtype)
+        messages = Messages(self._links, schedules, empty)
         return _StageStep(context, self._engine, self._links, messages, self._put_off, keeps_activations)
 
 
@@ -77,36 +76,27 @@ class _Live:
     """Hidden states for the next stage, or the loss."""
 
 
+@dataclass
 class _StageStep(Step):
     """Activations, kept inputs and losses of this stage, and its messages."""
 
-    def __init__(
-        self,
-        context: StepContext,
-        engine: PipelineEngine,
-        links: Links,
-        messages: Messages,
-        put_off: PutOff | None,
-        keeps_activations: bool,
-    ) -> None:
-        super().__init__(context)
-        self._engine = engine
-        self._links = links
-        self._messages = messages
-        self._put_off = put_off
-        self._keeps_activations = keeps_activations
-        self._live: dict[int, _Live] = {}
-        self._kept_inputs: dict[int, Tensor | None] = {}
-        self._received: Tensor | None = None
-        self._losses: dict[int, Tensor] = {}
-        # One for all chunks in flight: each would otherwise hold a gradient of the head's size.
-        self._head_gradient = SharedHeadGradient()
+    _engine: PipelineEngine
+    _links: Links
+    _messages: Messages
+    _put_off: PutOff | None
+    _keeps_activations: bool
+    _live: dict[int, _Live] = field(default_factory=dict)
+    _kept_inputs: dict[int, Tensor | None] = field(default_factory=dict)
+    _received: Tensor | None = None
+    _losses: dict[int, Tensor] = field(default_factory=dict)
+    _head_gradient: SharedHeadGradient = field(default_factory=SharedHeadGradient)
+    """Shared by all chunks in flight: each would otherwise hold a gradient of the head's size."""
 
     def receive(self, op: Op) -> None:
         self._received = None
-        if op.kind in (OpKind.state_pass, OpKind.forward) and not self._links.is_first:
+        if op.kind in SENDS_ON and not self._links.is_first:
             self._received = self._messages.receive(op.chunks[0], onward=True)
-        elif op.kind in (OpKind.backward, OpKind.input_gradient) and not self._links.is_last:
+        elif op.kind in SENDS_BACK and not self._links.is_last:
             self._received = self._messages.receive(op.chunks[0], onward=False)
 
     def execute(self, op: Op) -> None:
@@ -167,8 +157,7 @@ class _StageStep(Step):
         self.context.gone_backward([index])
 
     def result(self) -> StepResult:
-        """Return loss, targets and the chunks whose loss is not finite, the same on all stages; state bytes of this
-        stage."""
+        """Return the result, the same on all stages but for the bytes of state."""
         self._messages.close()
         assert not self._live, "the schedule left activations behind"
         assert not self._kept_inputs, "the schedule left inputs behind"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, decoder_of
-from chunkflow_cli.execution.split_backward import PutOff, split_linear_layers
+from chunkflow_cli.execution.split_backward import PutOff, put_off_products
 from chunkflow_cli.planning.stage_cut import StageLayers
 
 
@@ -31,8 +31,6 @@ class StageModel(ChunkModel):
         """
         Args:
             causal_lm: the whole model, with its adapters. It is cut in place: layers of other stages are freed.
-            backend: computes attention.
-            stage: the layers that this stage holds.
 
         Raises:
             UsageError: the model cannot be cut, or the stage has nothing to train.
@@ -46,9 +44,7 @@ class StageModel(ChunkModel):
         self._entry = _cut(causal_lm, stage, name)
         if not (stage.is_first or stage.is_last):
             self.tied_weight = None
-        self.hf_parameter_names: dict[str, str] = {
-            own: whole[id(parameter)] for own, parameter in self.named_parameters()
-        }
+        self.hf_parameter_names = {own: whole[id(parameter)] for own, parameter in self.named_parameters()}
         """Parameter name in this module -> its name in the whole Hugging Face (or peft) model."""
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise UsageError(
@@ -58,9 +54,7 @@ class StageModel(ChunkModel):
 
     def put_off_products(self) -> PutOff:
         """Allow backwards to be split in two from now on; return the store of the products of their second halves."""
-        put_off = PutOff()
-        split_linear_layers(self, put_off, apart=base_model(self.causal_lm).get_output_embeddings())
-        return put_off
+        return put_off_products(self, apart=base_model(self.causal_lm).get_output_embeddings())
 
     @property
     def hidden_size(self) -> int:
@@ -77,7 +71,6 @@ class StageModel(ChunkModel):
         """Forward one chunk through the layers of this stage.
 
         Args:
-            call: the chunk.
             received: (1, tokens, hidden_size) from the stage before; None on the first.
             state_pass: only fill the state store.
 
@@ -87,16 +80,9 @@ class StageModel(ChunkModel):
         assert (received is None) == self.stage.is_first, "hidden states come from the stage before, if there is one"
         if self._entry is not None:
             self._entry.received = received
-        try:
-            if not self.stage.is_last:
-                return self.hidden(call, state_pass=state_pass)[None]
-            if state_pass:
-                self.hidden(call, state_pass=True)
-                return None
-            return self._loss(call)
-        finally:
-            if self._entry is not None:
-                self._entry.received = None
+        if self.stage.is_last:
+            return super().forward(call, state_pass=state_pass)
+        return self.hidden(call, state_pass=state_pass)[None]
 
     def _inputs(self, call: ChunkCall) -> dict[str, Tensor]:
         if self._entry is None:
@@ -153,10 +139,12 @@ class _Entry(_Elsewhere):
     """Replaces the last layer before the stage, and returns the hidden states that came from the stage before."""
 
     received: Tensor | None = None
+    """Set before each forward and handed on in it, so that nothing keeps it alive after its backward."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        assert self.received is not None
-        return self.received
+        received, self.received = self.received, None
+        assert received is not None
+        return received
 
 
 def _cut(causal_lm: nn.Module, stage: StageLayers, name: str) -> _Entry | None:

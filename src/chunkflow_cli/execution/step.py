@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from chunkflow_cli.data.sample import TokenizedSample
-from chunkflow_cli.execution.batch import ChunkBatch, build_batch, dummy_batch, with_idle_target
+from chunkflow_cli.execution.batch import build_batch, dummy_batch, with_idle_target
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.loss import SharedHeadGradient
@@ -79,16 +79,13 @@ class StepContext:
         self.target_tokens: dict[int, int] = {}
         """Chunk -> its targets on this rank, once it was called."""
         self._peak_state_bytes = 0
-        self._first_of = {index: group.start for group in batch.chunks.dependent_groups() for index in group}
+        self.first_of_sequence = {index: group.start for group in batch.chunks.dependent_groups() for index in group}
+        """Dependent chunk -> the first chunk of its sequence."""
 
     def sequence_group(self, index: int) -> SequenceGroup | None:
         """Return the group over which a chunk is spread, or None if this rank has all of its tokens."""
         spread = self.batch.spread
         return self.settings.sequence_group if spread is None or index in spread else None
-
-    def first_of_sequence(self, index: int) -> int | None:
-        """Return the first chunk of the long sequence that a chunk is a piece of; None for a standalone chunk."""
-        return self._first_of.get(index)
 
     def call(self, index: int, head_gradient: SharedHeadGradient | None = None) -> ChunkCall:
         """Return the model call of a chunk, with the state of the long sequence that it holds a piece of.
@@ -98,20 +95,20 @@ class StepContext:
             head_gradient: shared with the other chunks that hold activations at the same time.
         """
         device, dtype = self.settings.device, self.settings.weight_dtype
+        piece = group = None
         if index == DUMMY:
-            return ChunkCall(self._in_lockstep(dummy_batch(device, dtype)), None, head_gradient)
-        chunk, group = self.batch.chunks[index], self.sequence_group(index)
-        tensors = build_batch(chunk, self.batch.sequences, self.batch.weights, device, dtype, group)
-        self.target_tokens[index] = tensors.target_tokens
-        piece = None
-        if chunk.is_dependent:
-            first = chunk.segments[0]
-            state = self.store.open(first.sequence, self.batch.chunks.stored_tokens(first.sequence))
-            piece = StatePiece(state, first.start, first.continues)
-        return ChunkCall(self._in_lockstep(tensors), piece, head_gradient, group)
-
-    def _in_lockstep(self, tensors: ChunkBatch) -> ChunkBatch:
-        return with_idle_target(tensors) if self.settings.lockstep else tensors
+            tensors = dummy_batch(device, dtype)
+        else:
+            chunk, group = self.batch.chunks[index], self.sequence_group(index)
+            tensors = build_batch(chunk, self.batch.sequences, self.batch.weights, device, dtype, group)
+            self.target_tokens[index] = tensors.target_tokens
+            if chunk.is_dependent:
+                first = chunk.segments[0]
+                state = self.store.open(first.sequence, self.batch.chunks.stored_tokens(first.sequence))
+                piece = StatePiece(state, first.start, first.continues)
+        if self.settings.lockstep:
+            tensors = with_idle_target(tensors)
+        return ChunkCall(tensors, piece, head_gradient, group)
 
     def measure_state(self) -> None:
         """Count the present size of the state store towards the peak of the step."""
@@ -121,18 +118,15 @@ class StepContext:
         """Close the state of each sequence whose first chunk is among those that have just gone backward."""
         self.measure_state()
         for index in indices:
-            if index == self._first_of.get(index):
-                self._close(index)
+            if index == self.first_of_sequence.get(index):
+                self.store.close(self.batch.chunks[index].segments[0].sequence)
 
     def evaluated(self, index: int) -> None:
         """Close the state of a sequence whose last chunk was evaluated: no later chunk reads it."""
-        if index in self._first_of and not self.batch.chunks[index].segments[0].continues:
-            self._close(index)
-
-    def _close(self, index: int) -> None:
-        sequence = self.batch.chunks[index].long_sequence
-        assert sequence is not None
-        self.store.close(sequence)
+        if index in self.first_of_sequence:
+            piece = self.batch.chunks[index].segments[0]
+            if not piece.continues:
+                self.store.close(piece.sequence)
 
     def result(self, losses: Sequence[tuple[Sequence[int], float]], target_tokens: int) -> StepResult:
         """Return the result of a step that is complete.

@@ -87,14 +87,15 @@ def position_limit(hf_config: Any) -> int | None:
 
 def model_not_found(config: ModelConfig, error: Exception) -> UsageError:
     """Return the error that explains why transformers could not find or read a model, and what to do."""
-    looks_local = Path(config.path).exists() or config.path.startswith((".", "/", "~"))
-    if looks_local:
-        what = "weights (*.safetensors)" if Path(config.path, "config.json").is_file() else "config.json"
-        if not Path(config.path).exists():
-            return UsageError(f"model.path={config.path}: there is no such folder or file")
+    path = Path(config.path)
+    if path.exists():
+        what, remedy = "config.json", ""
+        if (path / "config.json").is_file():
+            what, remedy = "weights (*.safetensors)", "\n  to train it from random weights: model.init=random"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = "\n  to train it from random weights: model.init=random" if what.startswith("weights") else ""
         return UsageError(f"model.path={config.path}: no usable {what} there\n  {reason}{remedy}")
+    if config.path.startswith((".", "/", "~")):
+        return UsageError(f"model.path={config.path}: there is no such folder or file")
     return UsageError(
         f"model.path={config.path}: neither a local folder nor in the local cache, and the Hugging Face hub "
         f"{'cannot be reached' if go_offline_if_unreachable() else 'does not have it for you'}\n"

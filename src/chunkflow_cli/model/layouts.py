@@ -13,10 +13,7 @@ from chunkflow_cli.planning.topology import Topology, key_value_copies
 def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
     """Refuse a layout that the model's heads or layers cannot be divided among.
 
-    Args:
-        config: names the model, and the keys that errors name.
-        hf_config: the model's configuration.
-        layouts: that of the run, or those that are tried.
+    A layout that is not the run's own was listed under `cluster.*`, which the error then names.
 
     Raises:
         UsageError: names the key, the model's heads or layers, and the sizes that are possible.

@@ -23,11 +23,8 @@ def load_model(
     """Return the model in train mode, on the CPU, without adapters.
 
     Args:
-        config: where the model is, and whether its weights are read or drawn.
-        hf_config: its Hugging Face configuration.
-        dtype: of the weights.
+        config: where the model is, and whether its weights are read or drawn at random from `seed`.
         attention: name of the attention implementation in transformers.
-        seed: of random weights.
 
     Raises:
         UsageError: the weights cannot be found.
@@ -64,13 +61,10 @@ def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     _quiet_peft()
-    dtype: torch.dtype = getattr(torch, config.dtype.value)
+    own_config = copy.deepcopy(hf_config)  # setting a model's attention changes its configuration
+    dtype, trusts = getattr(torch, config.dtype.value), config.trust_remote_code
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config),  # setting a model's attention changes its configuration
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
+        return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trusts)
 
 
 def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,20 +35,12 @@ PROBE_ATTENTION = "chunkflow_shape"
 """Name under which transformers knows `_shape_attention`."""
 
 
-def layer_activation_bytes(model: Any) -> float | None:
-    """Return the bytes per token that a layer keeps for backward, counted in a forward of a model on the meta device.
+@contextmanager
+def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Count what autograd saves within the block: each storage once -> its bytes, without the weights of the model.
 
-    Each storage that autograd saves counts once, and weights do not count. Attention keeps what a fused kernel keeps:
-    queries, keys, values, output, and a float32 log-sum-exp per head and token.
-
-    Returns:
-        The mean over the layers, in the model's dtype. None if a forward needs numbers, as experts that are chosen by
-        them do; `planning.memory_parts` then takes a formula.
+    Keep the block's results alive until you have read the counts, so that no two storages share an address.
     """
-    from transformers import AttentionInterface
-
-    # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
-    AttentionInterface.register(PROBE_ATTENTION, _shape_attention)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -56,17 +50,35 @@ def layer_activation_bytes(model: Any) -> float | None:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def layer_activation_bytes(model: Any) -> float | None:
+    """Return the bytes per token that a layer keeps for backward, counted in a forward of a model on the meta device.
+
+    Attention keeps what a fused kernel keeps: queries, keys, values, output, and a float32 log-sum-exp per head and
+    token.
+
+    Returns:
+        The mean over the layers, in the model's dtype. None if a forward needs numbers, as experts that are chosen by
+        them do; `planning.memory_parts` then takes a formula.
+    """
+    from transformers import AttentionInterface
+
+    # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
+    AttentionInterface.register(PROBE_ATTENTION, _shape_attention)
     model.set_attn_implementation(PROBE_ATTENTION)
     model.train()
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(PROBE_TOKENS, device="meta")[None]
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with kept_for_backward(model) as kept:
             hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
     except (NotImplementedError, RuntimeError, TypeError):
         return None
     total = sum(kept.values())
-    del hidden  # alive until here: storage of a freed tensor, used again, would count for only one of the two
+    del hidden
     return total / PROBE_TOKENS / int(model.config.get_text_config().num_hidden_layers)
 
 
@@ -93,10 +105,9 @@ def _shape_attention(
 
 
 def model_shape(model: Any) -> ModelShape:
-    """Return the sizes of a model without adapters. `layer_activation_bytes` is left out.
+    """Return the sizes of a Hugging Face causal LM without adapters, on any device, the meta device included.
 
-    Args:
-        model: a Hugging Face causal LM on any device, the meta device included.
+    `layer_activation_bytes` is left out.
     """
     config = model.config.get_text_config()
     heads = int(config.num_attention_heads)
@@ -133,12 +144,7 @@ def _windows(config: Any) -> tuple[int | None, int]:
 
 
 def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
-    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained.
-
-    Args:
-        shape: of the model without adapters.
-        peft_model: the model with them.
-    """
+    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained."""
     trainable, parameters = peft_model.get_nb_trainable_parameters()
     return replace(shape, parameters=parameters, trainable_parameters=trainable)
 

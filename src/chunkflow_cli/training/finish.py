@@ -60,7 +60,7 @@ def _save_model(run: Prepared, state: RunState) -> None:
     tokenizer = None
     if has_tokenizer(model.path):
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    is_whole = run.parts.runner.holds_whole_model
+    is_whole = not run.parts.engine.is_stage
     whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
     try:
         with working(run.console, "saving the model"):

@@ -206,7 +206,7 @@ def _measure_activations(config: Config, data: RunData, parts: Assembly) -> floa
 
     Under ZeRO-3, weights are whole within the engine's forward only; a pipeline stage holds only some of the layers.
     """
-    if config.engine.zero_stage == 3 or not parts.runner.holds_whole_model:
+    if config.engine.zero_stage == 3 or parts.engine.is_stage:
         return None
     whole = data.train[int(np.argmax(data.train.lengths))]
     probe = TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])

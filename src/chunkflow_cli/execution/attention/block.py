@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,28 +27,26 @@ class BlockBackend(Backend):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
         if sight.packing is None:
             return self._forward(queries, keys, values, keys.shape[2], sight.rule)
-        spans = sight.packing.spans
-        if len(spans) == 1:
-            return self._forward(queries, keys, values, 0, sight.rule)
-        parts = [self._forward(queries[:, :, s], keys[:, :, s], values[:, :, s], 0, sight.rule) for s in spans]
-        return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+        parts = [
+            self._forward(queries[:, :, s], keys[:, :, s], values[:, :, s], 0, sight.rule) for s in sight.packing.spans
+        ]
+        out, log_sum_exp = _join(parts)
+        return out, log_sum_exp
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         if sight.packing is None:
             return self._backward(grad_out, saved, saved.keys.shape[2], sight.rule)
-        spans = sight.packing.spans
-        if len(spans) == 1:
-            return self._backward(grad_out, saved, 0, sight.rule)
-        parts = [self._backward(grad_out[:, :, s], _segment(saved, s), 0, sight.rule) for s in spans]
-        grad_queries, grad_keys, grad_values = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        parts = [
+            self._backward(grad_out[:, :, s], Saved(*(tensor[:, :, s] for tensor in saved)), 0, sight.rule)
+            for s in sight.packing.spans
+        ]
+        grad_queries, grad_keys, grad_values = _join(parts)
         return grad_queries, grad_keys, grad_values
 
 
-def _segment(saved: Saved, s: slice) -> Saved:
-    return Saved(
-        saved.queries[:, :, s], saved.keys[:, :, s], saved.values[:, :, s], saved.out[:, :, s],
-        saved.log_sum_exp[:, :, s],
-    )  # fmt: skip
+def _join(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Join the results of all segments, each (1, heads, tokens, ...). Those of a single segment are not copied."""
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))
 
 
 def visible(queries: int, keys: int, offset: int, window: int | None, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def choose_backend(requested: Attention, hf_config: Any, device: torch.device, d
             raise UsageError(f"model.attention={requested.value}: {objection}\n  possible here: {possible}")
         return BackendChoice(BACKENDS[requested.value](), "as configured")
     name = next(name for name, objection in objections.items() if objection is None)
-    against = "; ".join(f"{other}: {objections[other]}" for other in list(BACKENDS)[: list(BACKENDS).index(name)])
+    against = "; ".join(f"{other}: {objections[other]}" for other in takewhile(lambda other: other != name, objections))
     return BackendChoice(BACKENDS[name](), against or "the fastest there is")
 
 
@@ -74,7 +75,6 @@ def _objection(name: str, config: Any, device: torch.device, dtype: torch.dtype)
         if dtype is torch.float32:
             windowed = getattr(config, "sliding_window", None) is not None
             return "it does not support sliding windows in float32" if windowed else None
-        return None if dtype in (torch.bfloat16, torch.float16) else f"it does not support {dtype}"
-    if importlib.util.find_spec("flash_attn") is None:
+    elif importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed (pip install 'chunkflow-cli[flash]')"
     return None if dtype in (torch.bfloat16, torch.float16) else f"it does not support {dtype}"

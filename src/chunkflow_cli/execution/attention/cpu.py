@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkflow_cli.execution.attention.backend import (
-    AttentionRule,
-    Gradients,
-    Output,
-    Saved,
-    repeat_heads,
-    sum_heads,
-)
+from chunkflow_cli.execution.attention.backend import AttentionRule, Gradients, Output, Saved, repeat_heads, sum_heads
 from chunkflow_cli.execution.attention.block import BlockBackend, visible
 from chunkflow_cli.execution.precision import accumulation_dtype
 
@@ -44,7 +37,7 @@ class CpuBackend(BlockBackend):
 
     def _backward(self, grad_out: Tensor, saved: Saved, offset: int, rule: AttentionRule) -> Gradients:
         dtype = accumulation_dtype(saved.queries.dtype)
-        queries, keys, values, out = (t.to(dtype) for t in (saved.queries, saved.keys, saved.values, saved.out))
+        queries, keys, values, out = (tensor.to(dtype) for tensor in saved[:4])
         layout = _Layout.of(queries, keys, offset, rule)
         laid_queries = layout.of_queries(queries)
         grad_queries, grad_keys, grad_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -74,10 +74,9 @@ class _VariableLengthBackend(Backend):
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         kernel = _Kernel.of(saved.queries, saved.keys, sight)
-        queries, keys, values, out = map(_tokens_first, (saved.queries, saved.keys, saved.values, saved.out))
-        flat = Saved(queries, keys, values, out, saved.log_sum_exp[0].contiguous())
-        grads = self._backward(_tokens_first(grad_out), flat, kernel)
-        return _heads_first(grads[0]), _heads_first(grads[1]), _heads_first(grads[2])
+        flat = Saved(*map(_tokens_first, saved[:4]), saved.log_sum_exp[0].contiguous())
+        grad_queries, grad_keys, grad_values = map(_heads_first, self._backward(_tokens_first(grad_out), flat, kernel))
+        return grad_queries, grad_keys, grad_values
 
 
 class TorchFlashBackend(_VariableLengthBackend):
@@ -95,16 +94,9 @@ class TorchFlashBackend(_VariableLengthBackend):
                 raise self.unsupported("sliding windows in float32")
             return _efficient_forward(queries, keys, values, kernel)
         out, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
-            queries,
-            keys,
-            values,
-            *kernel.bounds,
-            0.0,
-            kernel.is_causal,
-            False,
-            scale=kernel.rule.scale,
+            queries, keys, values, *kernel.bounds, 0.0, kernel.is_causal, False, scale=kernel.rule.scale,
             **kernel.window,
-        )
+        )  # fmt: skip
         return out, log_sum_exp
 
     def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
@@ -113,8 +105,8 @@ class TorchFlashBackend(_VariableLengthBackend):
         no_random_state = torch.zeros(2, dtype=torch.uint64, device=grad_out.device)  # read only under dropout
         unused = torch.empty(0, dtype=torch.uint64, device=grad_out.device)
         grad_queries, grad_keys, grad_values = torch.ops.aten._flash_attention_backward(
-            grad_out, saved.queries, saved.keys, saved.values, saved.out, saved.log_sum_exp, *kernel.bounds,
-            0.0, kernel.is_causal, no_random_state, unused, scale=kernel.rule.scale, **kernel.window,
+            grad_out, *saved, *kernel.bounds, 0.0, kernel.is_causal, no_random_state, unused,
+            scale=kernel.rule.scale, **kernel.window,
         )  # fmt: skip
         return grad_queries, grad_keys, grad_values
 
@@ -140,9 +132,9 @@ class FlashAttnBackend(_VariableLengthBackend):
 
         grads = torch.empty_like(saved.queries), torch.empty_like(saved.keys), torch.empty_like(saved.values)
         _flash_attn_varlen_backward(
-            grad_out, saved.queries, saved.keys, saved.values, saved.out, saved.log_sum_exp, *grads, *kernel.bounds,
-            dropout_p=0.0, softmax_scale=kernel.rule.scale, causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0,
-            alibi_slopes=None, deterministic=False, **kernel.window,
+            grad_out, *saved, *grads, *kernel.bounds, dropout_p=0.0, softmax_scale=kernel.rule.scale,
+            causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0, alibi_slopes=None, deterministic=False,
+            **kernel.window,
         )  # fmt: skip
         return grads
 

@@ -90,12 +90,12 @@ def attend(
         raise UsageError(
             f"{type(module).__name__} does not know its layer, so the state of its layers cannot be kept apart"
         )
-    if group is None:
-        out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer, rule)
-        return out.transpose(1, 2), None
-    sinks = None if s_aux is None else s_aux[group.slice_of(len(s_aux))]
-    queries, keys, values = group.tokens_to_heads(queries, keys, values)
-    out = group.heads_to_tokens(ChunkAttention.apply(queries, keys, values, sinks, chunk, layer, rule))
+    if group is not None:
+        queries, keys, values = group.tokens_to_heads(queries, keys, values)
+        s_aux = None if s_aux is None else s_aux[group.slice_of(len(s_aux))]
+    out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer, rule)
+    if group is not None:
+        out = group.heads_to_tokens(out)
     return out.transpose(1, 2), None
 
 
@@ -160,22 +160,19 @@ class ChunkAttention(torch.autograd.Function):
         seen = _PastInSight.of(chunk, rule)
         if seen is not None:
             rows = slice(0, seen.queries)
-            of_past = Saved(
-                saved.queries[:, :, rows], *seen.read(layer), saved.out[:, :, rows], saved.log_sum_exp[:, :, rows]
-            )
+            queries, out, log_sum_exp = (each[:, :, rows] for each in (saved.queries, saved.out, saved.log_sum_exp))
+            of_past = Saved(queries, *seen.read(layer), out, log_sum_exp)
             from_past = chunk.backend.backward(grad_out[:, :, rows], of_past, Sight(rule))
             grad_queries[:, :, rows] += from_past[0]
             seen.state.add_gradient(layer, "keys", seen.start, _flat(from_past[1]))
             seen.state.add_gradient(layer, "values", seen.start, _flat(from_past[2]))
-        piece = chunk.piece
+        piece, tokens = chunk.piece, chunk.dependent_tokens
         if piece is not None:
             if piece.continues:
-                own = slice(0, chunk.dependent_tokens)
-                stop = piece.past + chunk.dependent_tokens
                 for name, gradient in (("keys", grad_keys), ("values", grad_values)):
-                    from_later = piece.state.gradient(layer, name, piece.past, stop)
+                    from_later = piece.state.gradient(layer, name, piece.past, piece.past + tokens)
                     if from_later is not None:
-                        gradient[:, :, own] += from_later.transpose(0, 1).unsqueeze(0)
+                        gradient[:, :, :tokens] += from_later.transpose(0, 1).unsqueeze(0)
             piece.state.release(layer, piece.past)
         grad_sinks = None
         if sinks is not None:

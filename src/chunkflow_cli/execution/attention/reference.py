@@ -7,14 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from chunkflow_cli.execution.attention.backend import (
-    AttentionRule,
-    Gradients,
-    Output,
-    Saved,
-    repeat_heads,
-    sum_heads,
-)
+from chunkflow_cli.execution.attention.backend import AttentionRule, Gradients, Output, Saved, repeat_heads, sum_heads
 from chunkflow_cli.execution.attention.block import BlockBackend, visible
 from chunkflow_cli.execution.precision import accumulation_dtype
 
