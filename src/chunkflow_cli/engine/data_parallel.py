@@ -54,21 +54,11 @@ class Engine(BaseEngine):
             _divide(module, settings, config)
         hf_names = {name: name.removeprefix(WRAPPER) for name, _ in module.named_parameters()}
         super().__init__(module, module, optimizer, settings, config, hf_names=hf_names, replicas=process_count())
+        is_divided = self._zero_stage == 3
+        self.has_whole_weights = not is_divided
+        self.needs_joined_retained_chunks = is_divided  # ZeRO-3 traces one forward per backward
+        self.needs_lockstep = is_divided and self._replicas > 1  # it gathers weights in every forward and backward
         self._coalescing: AbstractContextManager[Any] | None = None
-
-    @property
-    def has_whole_weights(self) -> bool:
-        return self._zero_stage < 3
-
-    @property
-    def needs_joined_retained_chunks(self) -> bool:
-        """ZeRO-3 traces one forward per backward."""
-        return self._zero_stage == 3
-
-    @property
-    def needs_lockstep(self) -> bool:
-        """ZeRO-3 gathers weights in every forward and backward."""
-        return self._zero_stage == 3 and self._replicas > 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._zero_stage == 2 and torch.is_grad_enabled():  # an evaluation has no step, which would end it

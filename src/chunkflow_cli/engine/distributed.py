@@ -47,7 +47,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that prints and writes for all."""
+        """True for the process that prints and writes for all."""
         return self.rank == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:

@@ -22,25 +22,14 @@ class TrainingEngine(Protocol):
     device: torch.device
     """The device of the module's inputs."""
 
-    @property
-    @abstractmethod
-    def is_stage(self) -> bool:
-        """Whether the module is one stage of a pipeline and holds only some of the layers."""
-
-    @property
-    @abstractmethod
-    def has_whole_weights(self) -> bool:
-        """Whether the whole model can run on this process without the engine: neither a stage nor ZeRO-3."""
-
-    @property
-    @abstractmethod
-    def needs_joined_retained_chunks(self) -> bool:
-        """Whether all chunks of a sequence that keep their activations must share one forward and one backward."""
-
-    @property
-    @abstractmethod
-    def needs_lockstep(self) -> bool:
-        """Whether all ranks must run the same number of forwards and backwards, because they communicate in them."""
+    is_stage: bool
+    """The module is one stage of a pipeline and holds only some of the layers."""
+    has_whole_weights: bool
+    """The whole model can run on this process without the engine: neither a stage nor ZeRO-3."""
+    needs_joined_retained_chunks: bool
+    """All chunks of a sequence that keep their activations must share one forward and one backward."""
+    needs_lockstep: bool
+    """All ranks must run the same number of forwards and backwards, because they communicate in them."""
 
     @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:

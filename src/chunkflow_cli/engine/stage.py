@@ -26,13 +26,10 @@ from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_setting
 class Stage(Protocol):
     """What the engine asks of the module that it drives, besides being a `torch.nn.Module`."""
 
-    @property
-    def tied_weight(self) -> nn.Parameter | None:
-        """The weight that the first and the last stage share, on these two."""
-
-    @property
-    def hf_parameter_names(self) -> Mapping[str, str]:
-        """Name of each parameter of the module -> its name in the whole Hugging Face model."""
+    tied_weight: nn.Parameter | None
+    """The weight that the first and the last stage share, on these two."""
+    hf_parameter_names: dict[str, str]
+    """Name of each parameter of the module -> its name in the whole Hugging Face model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -67,7 +64,8 @@ class PipelineEngine(BaseEngine):
         self._leaders = [stage * replicas for stage in range(stages)]
         self._tied_weight = module.tied_weight
         self._is_first = own_rank() < replicas
-        tied_group = _group_of_tied_stages(self._leaders[-1], replicas)
+        ends = [[replica, self._leaders[-1] + replica] for replica in range(replicas)]
+        tied_group, _ = distributed.new_subgroups_by_enumeration(ends, timeout=PATIENCE)
         if self._tied_weight is not None:
             internals.sum_tied_gradients(pipeline, self._tied_weight, tied_group, counts_in_norm=self._is_first)
         config = deepspeed_config(settings)
@@ -140,20 +138,6 @@ class PipelineEngine(BaseEngine):
         if self._is_first:
             return frozenset()
         return frozenset(name for name, parameter in self._trained.items() if parameter is self._tied_weight)
-
-
-def _group_of_tied_stages(last_leader: int, replicas: int) -> distributed.ProcessGroup | None:
-    """Return the group of the first and the last stage of this process's pipeline; None on the stages between them.
-
-    Every process takes part in making every group.
-    """
-    own = None
-    for replica in range(replicas):
-        ranks = [replica, last_leader + replica]
-        group = distributed.new_group(ranks, timeout=PATIENCE)
-        if own_rank() in ranks:
-            own = group
-    return own
 
 
 def collect_stages(

@@ -35,18 +35,17 @@ SENDS_BACK = (OpKind.backward, OpKind.input_gradient)
 class Links:
     """A stage's connections to its neighbours. All processes must create theirs, once and in the same order."""
 
-    def __init__(self, pipelines: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(self, pipelines: list[list[int]], device: torch.device) -> None:
         """
         Args:
             pipelines: the ranks of every pipeline, in the order of its stages.
         """
         own = dist.get_rank()
-        for ranks in pipelines:
-            onward, back = (dist.new_group(list(ranks), timeout=PATIENCE) for _ in range(2))
-            if own in ranks:
-                self.ranks = list(ranks)
-                self._groups = {True: onward, False: back}
+        self.ranks = next(ranks for ranks in pipelines if own in ranks)
         self.stage = self.ranks.index(own)
+        self._groups: dict[bool, dist.ProcessGroup] = {}
+        for onward in (True, False):
+            self._groups[onward], _ = dist.new_subgroups_by_enumeration(pipelines, timeout=PATIENCE)
         self._connect(device)
 
     @property

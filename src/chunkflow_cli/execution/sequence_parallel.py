@@ -45,8 +45,9 @@ class SequenceGroup:
         rank = torch.distributed.get_rank()
         assert torch.distributed.get_world_size() == topology.processes, f"the processes do not form {topology}"
         firsts = range(0, topology.processes, topology.sequence)
-        groups = [torch.distributed.new_group(topology.sequence_group(first), timeout=PATIENCE) for first in firsts]
-        return cls(groups[rank // topology.sequence], topology.sequence, rank % topology.sequence)
+        groups = [topology.sequence_group(first) for first in firsts]
+        own, _ = torch.distributed.new_subgroups_by_enumeration(groups, timeout=PATIENCE)
+        return cls(own, topology.sequence, topology.place_of(rank).sequence_rank)
 
     def padding(self, tokens: int) -> int:
         """Return the number of tokens that a chunk of `tokens` lacks to divide evenly."""

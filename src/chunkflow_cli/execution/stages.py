@@ -37,13 +37,10 @@ class StageModel(ChunkModel):
         """
         super().__init__(causal_lm, backend)
         self.stage = stage
-        name = type(base_model(causal_lm)).__name__
         whole = {id(parameter): name for name, parameter in causal_lm.named_parameters()}
-        self.tied_weight: nn.Parameter | None = _tied_weight(causal_lm) if stage.stages > 1 else None
+        self.tied_weight = _tied_weight(causal_lm) if stage.is_first != stage.is_last else None
         """The weight that embedding and head share, on the two stages that hold it: their gradients must be added."""
-        self._entry = _cut(causal_lm, stage, name)
-        if not (stage.is_first or stage.is_last):
-            self.tied_weight = None
+        self._entry = _cut(causal_lm, stage)
         self.hf_parameter_names = {own: whole[id(parameter)] for own, parameter in self.named_parameters()}
         """Parameter name in this module -> its name in the whole Hugging Face (or peft) model."""
         if not any(parameter.requires_grad for parameter in self.parameters()):
@@ -147,19 +144,17 @@ class _Entry(_Elsewhere):
         return received
 
 
-def _cut(causal_lm: nn.Module, stage: StageLayers, name: str) -> _Entry | None:
+def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
     """Remove the layers of other stages; return the entry of hidden states, or None on the first stage."""
     base = base_model(causal_lm)
     decoder = decoder_of(base)
-    layers, norm = _layers_and_norm(base, decoder, name, stage.stages)
+    layers, norm = _layers_and_norm(base, decoder, stage.stages)
     assert len(layers) == base.config.get_text_config().num_hidden_layers
     entry = None
     for index, layer in enumerate(layers):
-        if stage.first <= index < stage.stop:
-            continue
         if index == stage.first - 1:
             layers[index] = entry = _Entry(layer)
-        else:
+        elif not stage.first <= index < stage.stop:
             layers[index] = _Elsewhere(layer)
     if not stage.is_first:
         # On the last stage the head keeps a tied weight alive.
@@ -170,7 +165,7 @@ def _cut(causal_lm: nn.Module, stage: StageLayers, name: str) -> _Entry | None:
     return entry
 
 
-def _layers_and_norm(base: Any, decoder: Any, name: str, stages: int) -> tuple[nn.ModuleList, str]:
+def _layers_and_norm(base: Any, decoder: Any, stages: int) -> tuple[nn.ModuleList, str]:
     """Return the layers, and the name of the final norm.
 
     Raises:
@@ -179,18 +174,18 @@ def _layers_and_norm(base: Any, decoder: Any, name: str, stages: int) -> tuple[n
     """
     layers = getattr(decoder, "layers", None)
     embedding = base.get_input_embeddings()
-    others = {
-        child: module
+    others = [
+        child
         for child, module in decoder.named_children()
         if module is not layers and module is not embedding and any(True for _ in module.parameters())
-    }
+    ]
     has_head = base.get_output_embeddings() is not None
-    if isinstance(layers, nn.ModuleList) and has_head and len(others) == 1 and "norm" in next(iter(others)):
-        return layers, next(iter(others))
+    if isinstance(layers, nn.ModuleList) and has_head and len(others) == 1 and "norm" in others[0]:
+        return layers, others[0]
     reason = ", ".join(sorted(others)) or "layers"
     raise UsageError(
-        f"parallel.pipeline={stages}: {name} cannot be cut into stages: it is not an embedding, a list of layers, a "
-        f"norm and a head ({reason})\n  use parallel.pipeline=1"
+        f"parallel.pipeline={stages}: {type(base).__name__} cannot be cut into stages: it is not an embedding, a list "
+        f"of layers, a norm and a head ({reason})\n  use parallel.pipeline=1"
     )
 
 

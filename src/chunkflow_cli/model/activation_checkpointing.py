@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.errors import UsageError
@@ -23,8 +24,6 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         return
     arguments: dict[str, Any] = {"use_reentrant": False}
     if mode is ActivationCheckpointing.selective:
-        from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
         arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)

@@ -139,7 +139,7 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
             lambda: state.stop_requested,
         ),
         learning_rate=learning_rate_schedule(config.optim, plan.steps),
-        activation_bytes=_measure_activations(config, data, parts),
+        activation_bytes=_measure_activations(data, parts),
         recorder=Recorder(processes.rank) if config.train.trace else None,
     )  # fmt: skip
     _resume(prepared, state)
@@ -201,12 +201,12 @@ def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSe
     return setup
 
 
-def _measure_activations(config: Config, data: RunData, parts: Assembly) -> float | None:
+def _measure_activations(data: RunData, parts: Assembly) -> float | None:
     """Return the bytes of activations per token, or None if this process cannot measure them.
 
     Under ZeRO-3, weights are whole within the engine's forward only; a pipeline stage holds only some of the layers.
     """
-    if config.engine.zero_stage == 3 or parts.engine.is_stage:
+    if not parts.engine.has_whole_weights:
         return None
     whole = data.train[int(np.argmax(data.train.lengths))]
     probe = TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])

@@ -74,7 +74,8 @@ class _VariableLengthBackend(Backend):
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         kernel = _Kernel.of(saved.queries, saved.keys, sight)
-        flat = Saved(*map(_tokens_first, saved[:4]), saved.log_sum_exp[0].contiguous())
+        queries, keys, values, out = map(_tokens_first, saved[:4])
+        flat = Saved(queries, keys, values, out, saved.log_sum_exp[0].contiguous())
         grad_queries, grad_keys, grad_values = map(_heads_first, self._backward(_tokens_first(grad_out), flat, kernel))
         return grad_queries, grad_keys, grad_values
 
