@@ -26,11 +26,9 @@ def all_or_none(what: str) -> Iterator[None]:
 
     Without this, the processes that succeeded would wait at the next collective for one that never comes.
 
-    Args:
-        what: what the block does, for the error message.
-
     Raises:
-        RunError: the block failed on another rank; names that rank and its error. The failed rank raises its own error.
+        RunError: the block failed on another rank; names `what` failed, that rank and its error. The failed rank raises
+            its own error.
         UsageError: the same, if that rank raised a `UsageError`.
     """
     failure: Exception | None = None

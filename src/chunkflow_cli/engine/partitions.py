@@ -94,9 +94,7 @@ def check_fits(files: StateFiles, parameters: Mapping[str, nn.Parameter], *, opt
     """Refuse the state of another model or optimizer.
 
     Args:
-        files: the state to read.
         parameters: the trained ones, by their names in the whole Hugging Face model.
-        optimizer: the name of the optimizer that trains them.
         has_all: false if these are only the parameters of a stage.
 
     Raises:

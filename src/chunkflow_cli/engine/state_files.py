@@ -13,6 +13,7 @@ state (`exp_avg`). The file's metadata hold the shape and the scalar states (`st
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,11 +52,8 @@ class Part:
 def write_parts(folder: Path, rank: int, parts: Iterable[Part], *, optimizer: str) -> None:
     """Write the parts that this process holds, and wait until they are on the disk.
 
-    All processes write into the same folder. Their parts together hold every number of every parameter once.
-
-    Args:
-        rank: this process's, for the names of its files.
-        optimizer: the name of the optimizer whose states they hold.
+    All processes write into the same folder. Their parts together hold every number of every parameter once, and the
+    states of the optimizer that `optimizer` names.
 
     Raises:
         RunError: the disk is full, or cannot be written to.
@@ -161,15 +158,15 @@ class StateFiles:
             self._pieces[parameter, kind].append(_Piece(int(start), int(start) + count, path, key))
 
     def _check_whole(self, parameter: str, kind: str, pieces: list[_Piece]) -> None:
-        reached = 0
+        numbers, reached = math.prod(self.shapes[parameter]), 0
         for piece in pieces:
             if piece.start != reached:
                 break
             reached = piece.stop
         else:
-            if reached == torch.Size(self.shapes[parameter]).numel():
+            if reached == numbers:
                 return
         raise RunError(
             f"{self.folder} is incomplete: it has {reached:,} numbers in a row of the {kind} of {parameter}, "
-            f"which has {torch.Size(self.shapes[parameter]).numel():,}"
+            f"which has {numbers:,}"
         )

@@ -52,8 +52,7 @@ def guard(
     """Prove on a small float32 model of the same architecture that chunks change nothing.
 
     Args:
-        hf_config: configuration of the model.
-        requested: `model.attention` of the run, as `device`, `dtype` and `activation_checkpointing` are the run's.
+        requested: `model.attention` of the run, whose device, dtype and other settings are given, too.
         is_pipeline: cut the small model into two pipeline stages, too.
 
     Raises:
@@ -74,8 +73,7 @@ def guard(
     except (UsageError, TypeError, AttributeError, KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"models of type {name!r} cannot be trained {how}: a small one fails with\n  {reason}\n"
-            "  if `chunkflow verify` passes on the model itself, train with train.guard=false"
+            f"models of type {name!r} cannot be trained {how}: a small one fails with\n  {reason}"
         ) from error
     if not parity.passed:
         raise UsageError(
@@ -175,7 +173,9 @@ def _small_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError) as error:
-        raise UsageError(f"the guard cannot build it: {error!r}") from error
+        # One line, because `guard` shows only the first.
+        remedy = "if `chunkflow verify` passes on the model itself, train with train.guard=false"
+        raise UsageError(f"{error!r}, so the guard cannot build it; {remedy}") from error
     use_float64_experts(model, dtype)
     model.config.use_cache = False
     return model.to(device).train()

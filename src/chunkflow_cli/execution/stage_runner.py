@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.engine import PipelineEngine
-from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.messages import SENDS_BACK, SENDS_ON, Links, Messages
 from chunkflow_cli.execution.runner import ScheduleRunner, Step
@@ -122,14 +121,12 @@ class _StageStep(Step):
                 self._engine.add_gradients(self._put_off.gradients(index))
         self._received = None
 
-    def _call(self, index: int) -> ChunkCall:
-        return self.context.call(index, self._head_gradient)
-
     def _state_pass(self, index: int, received: Tensor | None) -> None:
         if self.context.settings.replay_random:
             self.context.random.remember(index)
         with torch.no_grad():
-            output = self._engine.forward(self._call(index), received, state_pass=True)
+            call = self.context.call(index, self._head_gradient)
+            output = self._engine.forward(call, received, state_pass=True)
         self._kept_inputs[index] = received
         if not self._links.is_last:
             self._messages.send(output, onward=True)
@@ -137,7 +134,7 @@ class _StageStep(Step):
     def _forward(self, index: int, received: Tensor | None) -> Tensor:
         if received is not None and self._keeps_activations:
             received.requires_grad_()
-        output: Tensor = self._engine.forward(self._call(index), received)
+        output: Tensor = self._engine.forward(self.context.call(index, self._head_gradient), received)
         if self._keeps_activations:
             self._live[index] = _Live(received, output)
         if self._links.is_last:

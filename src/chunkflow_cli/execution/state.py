@@ -66,13 +66,9 @@ class SequenceState:
 
     def release(self, layer: int, start: int) -> None:
         """Free the memory of positions at or past `start`, which nothing reads any more."""
-        pieces = self._layers.get(layer)
-        if pieces is None:
-            return
         if start == 0:
-            del self._layers[layer]
-            return
-        for piece in pieces.values():
+            self._layers.pop(layer, None)
+        for piece in self._layers.get(layer, {}).values():
             if start < SHRINK_BELOW * len(piece.values):
                 piece.values = piece.values[:start].clone()
                 if piece.gradient is not None:

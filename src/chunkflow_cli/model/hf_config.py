@@ -36,8 +36,10 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         UsageError: the model cannot be found, or uses something that chunks cannot train exactly.
     """
     from transformers import AutoConfig
+    from transformers.utils import logging
 
-    _quiet_transformers()
+    logging.set_verbosity_error()  # silences advice about calls that the user did not make; errors still raise
+    logging.disable_progress_bar()
     if not Path(config.path).exists():
         go_offline_if_unreachable()
     name, extra = pretrained_arguments(config.path)
@@ -53,14 +55,6 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         )
     refuse_length_dependent_rope(text)
     return hf_config
-
-
-def _quiet_transformers() -> None:
-    """Silence advice about calls that the user did not make. Errors still raise."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def refuse_length_dependent_rope(hf_config: Any) -> None:

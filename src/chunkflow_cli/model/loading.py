@@ -22,9 +22,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model in train mode, on the CPU, without adapters.
 
-    Args:
-        config: where the model is, and whether its weights are read or drawn at random from `seed`.
-        attention: name of the attention implementation in transformers.
+    `attention` is the name of an implementation in transformers. With model.init=random, `seed` decides the weights.
 
     Raises:
         UsageError: the weights cannot be found.
