@@ -77,6 +77,7 @@ class Engine(BaseEngine):
 
     def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
         # A weight that ZeRO-3 has divided is gathered alone and kept in host memory. Others are not copied.
+        zero = import_deepspeed().zero
         weights: dict[str, Tensor] = {}
         gathered: dict[int, Tensor] = {}  # tied weights are one parameter with several names
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -86,7 +87,7 @@ class Engine(BaseEngine):
                 weights[name] = tensor.detach()
                 continue
             if id(tensor) not in gathered:
-                with import_deepspeed().zero.GatheredParameters([tensor]):
+                with zero.GatheredParameters([tensor]):
                     gathered[id(tensor)] = tensor.detach().to("cpu", copy=True) if own_rank() == 0 else torch.empty(0)
             weights[name] = gathered[id(tensor)]
         return weights if own_rank() == 0 else None
