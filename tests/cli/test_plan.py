@@ -339,8 +339,8 @@ def test_lora_is_planned_without_weights_too(qwen7b: Path, tmp_path: Path) -> No
     made = plan.make_plan(load(words), step=1)
     # Ranks of 8 on q, o (3584 to 3584), k, v (3584 to 512), gate, up and down (3584 and 18944) of 28 layers.
     adapters = 28 * 8 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
-    assert made.shape is not None
-    assert made.shape.trainable_parameters == adapters
+    assert made.setup.shape is not None
+    assert made.setup.shape.trainable_parameters == adapters
     assert made.memory is not None
     assert made.memory.optimizer == adapters * 12
     assert made.memory.weights == 2 * (7_615_616_512 + adapters)
@@ -407,11 +407,11 @@ def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_pat
     made = plan.make_plan(load(words), step=1)
     alone = plan.make_plan(load([*words[:-2], "launch.processes=1"]), step=1)
     assert made.memory is not None
-    assert made.shape is not None
+    assert made.setup.shape is not None
     assert alone.memory is not None
     # The first stage holds a quarter of the layers, and the embedding, which is as large as the head of the last one.
-    table = made.shape.head_parameters
-    of_layers = (made.shape.parameters - 2 * table) // 4
+    table = made.setup.shape.head_parameters
+    of_layers = (made.setup.shape.parameters - 2 * table) // 4
     assert made.memory.weights == 2 * (of_layers + table)
     assert made.memory.optimizer == 12 * (of_layers + table)
     assert made.memory.head == 0
@@ -475,7 +475,7 @@ def test_what_ran_is_shown_beside_what_was_planned(tmp_path: Path, capsys: pytes
 
 
 def test_a_model_with_fewer_layers_than_stages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"a pipeline of 16 stages cannot hold a model of 4 layers"):
+    with pytest.raises(UsageError, match=r"parallel\.pipeline=16: the model has 4 layers"):
         planned(*TINY, f"data.cache_dir={tmp_path}", "launch.processes=16", "parallel.pipeline=16")
 
 

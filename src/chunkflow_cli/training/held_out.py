@@ -21,11 +21,11 @@ GROUP = 256
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out samples, and everything that computes their loss."""
+    """Held-out samples, and everything needed to compute their loss."""
 
     data: TokenizedData
     model: Any
-    """The model that is in evaluation mode meanwhile."""
+    """The model, which is in evaluation mode while the loss is computed."""
     runner: ScheduleRunner
     processes: Processes
     chunk_size: int
@@ -56,12 +56,7 @@ class HeldOut:
         return total
 
     def _group_loss(self, samples: Any, weight: float) -> float:
-        """Return the weighted loss of some samples, summed over all processes.
-
-        Args:
-            samples: (samples,) indices.
-            weight: weight of each target.
-        """
+        """Return the loss of the samples with these indices, summed over all processes, with `weight` per target."""
         topology, place = self.processes.topology, self.processes.place
         lengths = self.data.lengths[samples]
         shares = balance(lengths, topology.data)

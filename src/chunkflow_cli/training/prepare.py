@@ -85,14 +85,11 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
     """Load everything that the steps of a run need, its last checkpoint included. Every process calls it.
 
     Args:
-        config: the configuration of the run.
-        hf_config: the Hugging Face configuration of the model.
-        folder: the folder of the run.
         console: where messages go.
         state: receives the progress of the checkpoint. Later operations ask it whether to stop, and report to it.
 
     Raises:
-        UsageError: the configuration, the data, the model or the checkpoint is at fault.
+        UsageError: the configuration, the data, the model or the checkpoint is wrong.
         RunError: chunked and whole-sequence gradients of this architecture differ, or the checkpoint is damaged.
     """
     device, topology = training_device(), planned_topology(config)
@@ -196,7 +193,10 @@ def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: C
 
 def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSetup:
     """Return the setup of the first rank on all ranks: they may run on different machines, and must plan alike."""
-    own = read_setup(config, hf_config, described_device(config, present_device())) if processes.is_first else None
+    own = None
+    if processes.is_first:
+        device = described_device(config, present_device())
+        own = read_setup(config, hf_config, device)
     setup: RunSetup = processes.gather(own)[0]
     return setup
 

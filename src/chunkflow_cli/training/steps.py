@@ -24,12 +24,15 @@ from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.run_folder import CONFIG
 
+NOTHING = StepResult(0.0, 0, 0, ())
+"""The result of a process that adds nothing to the loss."""
+
 
 def run_steps(run: Prepared, state: RunState) -> None:
     """Train until every step of the plan is done.
 
     Raises:
-        RunError: a loss or a gradient is not finite, or the plan of a step does not hold what training promises.
+        RunError: a loss or a gradient is not finite, or the plan of a step breaks a rule of exact training.
         KeyboardInterrupt: a process was asked to stop, and a checkpoint was saved.
     """
     config, progress, steps = run.config, state.progress, run.plan.steps
@@ -74,11 +77,7 @@ def _is_due(every: int | None, step: int) -> bool:
 
 
 def _stop_together(run: Prepared, state: RunState) -> None:
-    """Stop all processes if any of them was asked to stop. Every process calls it, between two steps.
-
-    Raises:
-        Interrupted: one was.
-    """
+    """Raise `Interrupted` on all processes if any was asked to stop. Every process calls it, between two steps."""
     if run.processes.sum(state.stop_requested)[0]:
         raise Interrupted
 
@@ -118,10 +117,10 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
 
 
 def _planned_step(run: Prepared, index: int) -> StepPlan:
-    """Return the plan of a step, counted from 0, once it is proved.
+    """Return the plan of a step, counted from 0, after proving it.
 
     Raises:
-        RunError: the plan breaks a rule; the same on all processes, for each of them plans and proves all ranks.
+        RunError: the plan breaks a rule. It is raised on all processes, because each plans and proves all ranks.
     """
     step = run.plan[index]
     try:
@@ -148,11 +147,9 @@ def _run_operations(run: Prepared, step: StepPlan, on_backward: Callable[[float]
     try:
         result = _run_schedule(run, step, rank, lambda tokens: on_backward(tokens * share))
     except Interrupted:
-        is_whole, result = False, StepResult(0.0, 0, 0, ())
-    counts = run.processes.place.stage == 0  # all stages of a pipeline know the loss of their pipeline
-    loss, targets, whole = run.processes.sum(
-        result.loss if counts else 0.0, result.target_tokens if counts else 0, is_whole
-    )
+        is_whole, result = False, NOTHING
+    counted = result if run.processes.place.stage == 0 else NOTHING  # all stages of a pipeline know its loss
+    loss, targets, whole = run.processes.sum(counted.loss, counted.target_tokens, is_whole)
     if whole < run.topology.processes:
         raise Interrupted
     if not np.isfinite(loss):

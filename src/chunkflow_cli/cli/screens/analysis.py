@@ -13,12 +13,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import bar_of, columns, percent
-from chunkflow_cli.console import counted, shortened
+from chunkflow_cli.cli.screens.tables import bar_of, columns
+from chunkflow_cli.console import counted, percent, shortened
 from chunkflow_cli.data.lengths import histogram, short_count
 
 WIDEST = 140
-"""Columns; longer bars say no more."""
+"""Columns of the histogram at most: longer bars show no more."""
 SHOWN_REASONS = 5
 
 
@@ -152,7 +152,7 @@ def _costs(found: dict[str, Any]) -> Table:
 def _ranks(found: dict[str, Any]) -> Table:
     ranks = found["ranks"]
     table = columns(f"{ranks['ranks']} ranks, samples", ">idle", "")
-    batch = f"{found['packing']['global_batch_size']} samples a step"
+    batch = f"{found['packing']['global_batch_size']} samples per step"
     table.add_row("dealt in turn", percent(ranks["idle_as_dealt"]), f"waiting for the slowest; {batch}")
     table.add_row("balanced by tokens", percent(ranks["idle_balanced"]), "")
     return table

@@ -1,4 +1,4 @@
-"""The parts that screens are made of: tables without lines, bars, and shares as people read them."""
+"""The parts that screens are made of: tables without lines, and bars."""
 
 from __future__ import annotations
 
@@ -32,10 +32,3 @@ def bar_of(value: float, largest: float, width: int) -> str:
         return ""
     eighths = max(SHORTEST_BAR, round(8 * width * value / largest))
     return BLOCKS[8] * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
-
-
-def percent(share: float) -> str:
-    """Return a share in percent, with two decimals near 0 and 1, where the long tail is, and with one between."""
-    value = 100 * share
-    decimals = 0 if value in (0, 100) else 1 if 1 <= value <= 99 else 2
-    return f"{value:.{decimals}f} %"
