@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.console import working
+from chunkflow_cli.console import counted, working
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
@@ -153,7 +154,7 @@ def _print_what_runs(
 ) -> None:  # fmt: skip
     processes = "" if topology.processes == 1 else f", {topology.processes} processes ({topology})"
     console.print(
-        f"[bold]{folder.path}[/]  {device.type}{processes}, {config.model.dtype.value}, "
+        f"[bold]{escape(str(folder.path))}[/]  {device.type}{processes}, {config.model.dtype.value}, "
         f"attention {attention.backend.name} ({attention.reason})", soft_wrap=True,
     )  # fmt: skip
 
@@ -169,8 +170,7 @@ def _prove_parity(
     with working(console, doing):
         parity = guard(
             hf_config, requested=config.model.attention, device=device, dtype=dtype,
-            activation_checkpointing=config.model.activation_checkpointing,
-            is_pipeline=config.parallel.pipeline > 1,
+            activation_checkpointing=config.model.activation_checkpointing, is_pipeline=config.parallel.pipeline > 1,
         )  # fmt: skip
     console.print(
         f"Parity guard: chunked and whole-sequence gradients of a small {hf_config.model_type} agree to "
@@ -186,9 +186,7 @@ def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: C
     rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in rejected]
     path = folder.path / "rejected.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    console.print(
-        f"{len(rows):,} rows cannot be trained on and are skipped; each with its reason: {path}", soft_wrap=True
-    )
+    console.print(f"Skipped {counted(len(rows), 'row')} that cannot be trained on; reasons: {path}", soft_wrap=True)
 
 
 def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSetup:

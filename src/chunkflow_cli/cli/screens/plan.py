@@ -106,10 +106,7 @@ def _chunks(result: dict[str, Any]) -> Table:
         )
     if result["predicted_seconds"] is not None:
         rows["time"] = f"about {human_seconds(result['predicted_seconds'])} ({result['cost_model']})"
-    table = facts()
-    for name, said in rows.items():
-        table.add_row(name, said)
-    return table
+    return facts(rows.items())
 
 
 def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.table import Table
+from rich.text import Text
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 """Eighths of a character."""
@@ -18,11 +21,13 @@ def columns(*names: str, gap: int = 2) -> Table:
     return table
 
 
-def facts() -> Table:
-    """Return a table of names in bold, each with what is said about it."""
+def facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Return a table of names in bold, each with a sentence about it."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for name, sentence in rows:
+        table.add_row(name, sentence)
     return table
 
 
