@@ -29,7 +29,6 @@ from chunkflow_cli.planning.trace import Recorder
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.hardware import agreed_peak_flops
-from chunkflow_cli.training.held_out import HeldOut
 from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.layout import planned_topology
@@ -57,7 +56,6 @@ class Prepared:
     shape: ModelShape
     parts: Assembly
     """The model with its engine and its runner."""
-    held_out: HeldOut
     learning_rate: Callable[[int], float]
     """The learning rate of each step, counted from 0."""
     peak_flops: float
@@ -132,10 +130,6 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
         shape=shape,
         parts=parts,
         peak_flops=agreed_peak_flops(processes, device, dtype),
-        held_out=HeldOut(
-            data.evaluation, parts.model, parts.runner, processes, config.chunk.size, plan.is_in_lockstep,
-            lambda: state.stop_requested,
-        ),
         learning_rate=learning_rate_schedule(config.optim, plan.steps),
         activation_bytes=_measure_activations(config, data, parts),
         recorder=Recorder(processes.rank) if config.train.trace else None,

@@ -18,6 +18,7 @@ from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 from chunkflow_cli.training.checkpoint import random_states, save_checkpoint
 from chunkflow_cli.training.display import training_display
 from chunkflow_cli.training.hardware import peak_memory_bytes
+from chunkflow_cli.training.held_out import held_out_loss
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metric_files
 from chunkflow_cli.training.prepare import Prepared
@@ -44,13 +45,13 @@ def run_steps(run: Prepared, state: RunState) -> None:
     ):
         display.begin(_tokens_before(steps, run), _tokens_before(progress.step, run))
         try:
-            if progress.eval_loss_start is None and progress.step == 0 and len(run.held_out):
+            if progress.eval_loss_start is None and progress.step == 0 and len(run.data.evaluation):
                 display.phase("held-out loss")
-                progress.eval_loss_start = run.held_out.loss()
+                progress.eval_loss_start = held_out_loss(run, state)
             while progress.step < steps:
                 _stop_together(run, state)
                 row = _run_step(run, state, display.advance)
-                if len(run.held_out) and (row.step == steps or _is_due(config.eval.every, row.step)):
+                if len(run.data.evaluation) and (row.step == steps or _is_due(config.eval.every, row.step)):
                     display.phase("held-out loss")
                     row = _with_held_out_loss(row, run, state)
                 if _is_due(config.log.every, row.step) or row.step == steps or row.eval_loss is not None:
@@ -60,8 +61,8 @@ def run_steps(run: Prepared, state: RunState) -> None:
                     display.phase("saving a checkpoint")
                     save_progress(run, state)
             _stop_together(run, state)
-            if len(run.held_out) and progress.eval_step != steps:  # the run was stopped while it was measured
-                progress.eval_loss_end = run.held_out.loss()
+            if len(run.data.evaluation) and progress.eval_step != steps:  # the run was stopped while it was measured
+                progress.eval_loss_end = held_out_loss(run, state)
         except Interrupted:
             run.parts.engine.discard_gradients()
             display.phase("saving a checkpoint")
@@ -190,7 +191,7 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
 def _with_held_out_loss(row: StepMetrics, run: Prepared, state: RunState) -> StepMetrics:
     """Return the row with the held-out loss, or without it if the user stops the run meanwhile: the step is done."""
     try:
-        loss = run.held_out.loss()
+        loss = held_out_loss(run, state)
     except Interrupted:
         return row
     state.progress.eval_loss_end, state.progress.eval_step = loss, row.step
