@@ -133,7 +133,7 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
         learning_rate=learning_rate_schedule(config.optim, plan.steps),
         activation_bytes=_measure_activations(config, data, parts),
         recorder=Recorder(processes.rank) if config.train.trace else None,
-    )  # fmt: skip
+    )
     _resume(prepared, state)
     return prepared
 

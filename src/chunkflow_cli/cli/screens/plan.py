@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,14 @@ from chunkflow_cli.console import counted, human_bytes, human_seconds, percent
 from chunkflow_cli.planning.simulate import Timeline
 
 KINDS = {
-    "F": ("forward", "blue"),
-    "S": ("state pass", "cyan"),
-    "R": ("recompute", "yellow"),
-    "B": ("backward", "magenta"),
-    "I": ("input gradient", "magenta"),
-    "W": ("weight gradient", "green"),
+    "F": ("forward", "blue", "#0077bb"),
+    "S": ("state pass", "cyan", "#33bbee"),
+    "R": ("recompute", "yellow", "#ee7733"),
+    "B": ("backward", "magenta", "#cc3377"),
+    "I": ("input gradient", "magenta", "#cc3377"),
+    "W": ("weight gradient", "green", "#009988"),
 }
-"""Names and colours of the operations, by their letters in a schedule."""
+"""Name, colour in a terminal and colour in a plot of each kind of operation, by its letter in a schedule."""
 IDLE = ("·", "idle", "dim")
 """Symbol, name and style of time without an operation."""
 SHOWN_OPERATIONS = 400
@@ -77,11 +78,11 @@ def _headline(result: dict[str, Any]) -> Text:
 
 def _chunks(result: dict[str, Any]) -> Table:
     balance = result["balance"]
-    longest = f"the longest sample has {result['longest']:,} tokens"
-    dependent = f"none: {longest}"
+    longest = f"{result['longest']:,} tokens"
+    dependent = f"none: the longest sample has {longest}"
     if result["dependent"]:
         samples, tails = counted(result["long_samples"], "long sample"), counted(result["filled_tails"], "tail")
-        dependent = f"{result['dependent']:,} of {samples}; {longest}; {tails} filled"
+        dependent = f"{result['dependent']:,} from {samples} (longest: {longest}); {tails} filled"
     rows = {
         "chunks": f"{result['chunks']:,}, {percent(result['fill'])} full; no plan has fewer than "
         f"{result['lower_bound_chunks']:,}",
@@ -95,8 +96,8 @@ def _chunks(result: dict[str, Any]) -> Table:
         rows["dummies"] = f"{result['dummies']:,} passes of one token, because all ranks must run the same operations"
     if result["ranks"] > 1:
         rows["balance"] = (
-            f"ranks wait {percent(balance['idle_share'])} of the time for the slowest one; in the worst step, "
-            f"{balance['worst_step']}, it takes {balance['worst_ratio']:.2f} x the mean"
+            f"ranks wait {percent(balance['idle_share'])} of the time for the slowest one, which takes up to "
+            f"{balance['worst_ratio']:.2f} x the mean (step {balance['worst_step']})"
         )
     if result["sequence"] > 1:
         rows["spread"] = (
@@ -140,12 +141,13 @@ def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) ->
         pipeline = result["pipeline"]
         console.print(
             f"bubbles {percent(pipeline['bubble_ratio'])}, or {percent(pipeline['bubble_ratio_recompute_idle'])} if "
-            f"recomputing counts as idle; live activations per stage: at most {_listed(pipeline['live_activations'])}"
+            "recomputing counts as idle"
         )
+        console.print(f"live activations per stage: at most {_listed(pipeline['live_activations'])}")
         times = pipeline["baseline_makespan"] / pipeline["makespan"]
         console.print(
-            f"plain 1F1B with one sequence per micro-batch: bubbles {percent(pipeline['baseline_bubble_ratio'])}, "
-            f"{times:.2f} times this step's time"
+            f"plain 1F1B, one sequence per micro-batch: bubbles {percent(pipeline['baseline_bubble_ratio'])}, "
+            f"{times:.2f} times as long"
         )
 
 
@@ -155,17 +157,21 @@ def _listed(counts: list[int]) -> str:
     return ", ".join(words if len(words) <= SHOWN_STAGES else [*words[:3], "...", words[-1]])
 
 
+def row_names(timeline: Timeline) -> dict[tuple[int, int], str]:
+    """Return the name of each row of a timeline, by rank and stage."""
+    places = itertools.product(range(timeline.ranks), range(timeline.stages))
+    return {(rank, stage): f"rank {rank}" + f", stage {stage}" * (timeline.stages > 1) for rank, stage in places}
+
+
 def _print_timeline(console: Console, timeline: Timeline) -> None:
     """Print a line per rank and stage. Each character is the operation that fills most of its slice of time."""
-    places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)][:SHOWN_ROWS]
-    stages = timeline.stages > 1
-    names = [f"rank {rank}" + (f", stage {stage}" if stages else "") for rank, stage in places]
-    margin = max(map(len, names)) + 2
+    rows = dict(itertools.islice(row_names(timeline).items(), SHOWN_ROWS))
+    margin = max(map(len, rows.values())) + 2
     slices = max(20, console.width - margin)
     edges = np.linspace(0, timeline.makespan, slices + 1)
-    symbols = [*((kind, name, f"black on {colour}") for kind, (name, colour) in KINDS.items()), IDLE]
+    symbols = [*((kind, name, f"black on {colour}") for kind, (name, colour, _) in KINDS.items()), IDLE]
     lines = []
-    for name, (rank, stage) in zip(names, places, strict=True):
+    for (rank, stage), name in rows.items():
         here = (timeline.rank == rank) & (timeline.stage == stage)
         shares = np.zeros((len(symbols), slices))
         for index, kind in enumerate(KINDS):
@@ -177,7 +183,7 @@ def _print_timeline(console: Console, timeline: Timeline) -> None:
         shares[-1] = np.diff(edges) - shares[:-1].sum(axis=0)
         drawn = (symbols[slot] for slot in shares.argmax(axis=0))
         lines.append(Text.assemble(name.ljust(margin), *((symbol, style) for symbol, _, style in drawn)))
-    hidden = timeline.ranks * timeline.stages - len(places)
+    hidden = timeline.ranks * timeline.stages - len(rows)
     if hidden:
         lines.append(Text(f"and {hidden} more"))
     present = [symbol for symbol in symbols if symbol is IDLE or (timeline.kind == symbol[0]).any()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.cli.screens.plan import KINDS
+from chunkflow_cli.cli.screens.plan import KINDS, row_names
 from chunkflow_cli.data.lengths import histogram, short_count
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.simulate import Timeline
@@ -99,7 +99,6 @@ def _finish_axes(axes: Any, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-KIND_COLOURS = {"F": "#0077bb", "S": "#33bbee", "R": "#ee7733", "B": "#cc3377", "I": "#cc3377", "W": "#009988"}
 LABELLED_OPERATIONS = 120
 """With more operations per row, the numbers of the chunks could not be read."""
 
@@ -120,17 +119,17 @@ def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:
         _draw_timeline(axes, timeline)
         axes.set_title(title, loc="left")
     drawn = set().union(*(timeline.kind.tolist() for timeline in panels.values()))
-    present = [Patch(color=colour, label=KINDS[kind][0]) for kind, colour in KIND_COLOURS.items() if kind in drawn]
+    present = [Patch(color=colour, label=name) for kind, (name, _, colour) in KINDS.items() if kind in drawn]
     figure.legend(handles=present, loc="outside lower center", ncols=len(present), frameon=False)
     save(figure, path)
 
 
 def _draw_timeline(axes: Any, timeline: Timeline) -> None:
-    places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)]
-    labelled = len(timeline.chunk) <= LABELLED_OPERATIONS * len(places)
-    for row, (rank, stage) in enumerate(places):
+    names = row_names(timeline)
+    labelled = len(timeline.chunk) <= LABELLED_OPERATIONS * len(names)
+    for row, (rank, stage) in enumerate(names):
         here = (timeline.rank == rank) & (timeline.stage == stage)
-        for kind, colour in KIND_COLOURS.items():
+        for kind, (_, _, colour) in KINDS.items():
             chosen = here & (timeline.kind == kind)
             starts, stops = timeline.start_seconds[chosen], timeline.stop_seconds[chosen]
             bars = list(zip(starts, stops - starts, strict=True))
@@ -138,8 +137,7 @@ def _draw_timeline(axes: Any, timeline: Timeline) -> None:
             for start, stop, chunk in zip(starts, stops, timeline.chunk[chosen], strict=True):
                 if labelled and stop - start > timeline.makespan / 60:
                     axes.text((start + stop) / 2, row, str(chunk), ha="center", va="center", color="white", fontsize=7)
-    names = [f"rank {rank}" if timeline.stages == 1 else f"rank {rank}, stage {stage}" for rank, stage in places]
-    axes.set_yticks(range(len(places)), names)
+    axes.set_yticks(range(len(names)), list(names.values()))
     axes.invert_yaxis()
     axes.set_xlim(0, timeline.makespan or 1)
     axes.set_xlabel("seconds, or units of tokens if costs are proportional")
