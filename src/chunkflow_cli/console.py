@@ -65,6 +65,13 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.1f} s"
 
 
+def percent(share: float) -> str:
+    """Return a share in percent, with two decimals near 0 and 1, where the long tail is, and with one between."""
+    value = 100 * share
+    decimals = 0 if value in (0, 100) else 1 if 1 <= value <= 99 else 2
+    return f"{value:.{decimals}f} %"
+
+
 @contextmanager
 def working(console: Console, text: str) -> Iterator[None]:
     """Show a spinner within the block, for work without countable steps. Does nothing without a terminal."""

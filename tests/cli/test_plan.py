@@ -1,4 +1,4 @@
-"""`plan` prints what `train` runs: the same steps, samples, chunks and operations. And the paper's example, to the digit."""
+"""`plan` prints what `train` runs: the same steps, samples, chunks and operations. It reproduces the paper's example."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_ids(path: Path, lengths: list[int]) -> str:
 
 @pytest.fixture(scope="module")
 def one_process_group() -> Iterator[None]:
-    """DeepSpeed keeps the groups of its first engine: a second in this process needs the same ones."""
+    """Keep the process group open: DeepSpeed reuses the groups of its first engine for every later one in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "close_process_group", lambda: None)
         yield
@@ -52,7 +52,7 @@ def one_process_group() -> Iterator[None]:
 
 
 class Ran:
-    """What `train` gave the runner in each step."""
+    """Records what `train` gives the runner in each step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[Schedule, StepBatch]] = []
@@ -81,7 +81,7 @@ class Ran:
 )
 @pytest.mark.usefixtures("one_process_group")
 def test_train_runs_what_plan_prints(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step's samples, chunks, operations and counts, by the runner, by metrics.jsonl and by report.json."""
+    """Compare samples, chunks, operations and counts of every step with the runner, metrics.jsonl and report.json."""
     words = (*TINY, f"data.cache_dir={tmp_path / 'cache'}", f"train.output_dir={tmp_path / 'run'}", *words)
     made = plan.make_plan(load(words), step=1)
     ran = Ran(monkeypatch)
@@ -123,7 +123,7 @@ def test_train_runs_what_plan_prints(words: tuple[str, ...], tmp_path: Path, mon
     ids=" ".join,
 )
 def test_totals_are_those_of_the_steps(words: tuple[str, ...], tmp_path: Path) -> None:
-    """Counted again, chunk by chunk and operation by operation, from the plain objects."""
+    """Count again from the plan itself, chunk by chunk and operation by operation."""
     words = (*TINY, f"data.cache_dir={tmp_path}", *words)
     made, result = plan.make_plan(load(words), step=1), planned(*words)
     ranks = [rank for step in made.plan for rank in step.ranks]
@@ -149,7 +149,7 @@ def test_totals_are_those_of_the_steps(words: tuple[str, ...], tmp_path: Path) -
 
 
 def test_every_rank_gets_its_share_and_no_sample_twice(tmp_path: Path) -> None:
-    """Four ranks: the samples of a step are divided among them, by cost, the last and smaller step too."""
+    """The samples of each step are divided among four ranks by cost, also in the last, smaller step."""
     words = (*TINY, f"data.cache_dir={tmp_path}", "chunk.size=64", "launch.processes=4")
     made, alone = plan.make_plan(load(words), step=1), plan.make_plan(load(words[:-1]), step=1)
     assert made.plan.ranks == 4
@@ -166,8 +166,8 @@ def test_every_rank_gets_its_share_and_no_sample_twice(tmp_path: Path) -> None:
     assert result["balance"]["worst_step"] == int((slowest / mean).argmax()) + 1
 
 
-def test_groups_are_planned_and_what_they_bring_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Counts are of samples and chunks, not of the ranks that share them; before and after, from the same costs."""
+def test_sequence_parallel_groups_and_their_gain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sample or chunk that several ranks share counts once; the gain is computed from the same costs."""
     path = write_ids(tmp_path / "a.jsonl", [900, *[20] * 24])
     words = (
         *TINY, f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "chunk.size=64",
@@ -213,19 +213,19 @@ def test_groups_are_planned_and_what_they_bring_is_said(tmp_path: Path, capsys: 
     ],
 )
 def test_groups_that_cannot_be_formed_are_refused(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    """With the key, its value and what would do."""
+    """The message names the key, its value and the possible values."""
     with pytest.raises(UsageError, match=message):
         planned(*TINY, f"data.cache_dir={tmp_path}", *words)
 
 
-def test_a_group_alone_is_planned_without_processes(tmp_path: Path) -> None:
-    """As a pipeline is: what is not said of the processes is what the layout takes."""
+def test_launch_processes_defaults_to_one_group(tmp_path: Path) -> None:
+    """If launch.processes is left at 1, the plan assumes as many processes as the layout needs."""
     result = planned(*TINY, f"data.cache_dir={tmp_path}", "parallel.sequence=2")
     assert (result["ranks"], result["sequence"]) == (2, 2)
 
 
 def test_more_ranks_than_samples(tmp_path: Path) -> None:
-    """A rank without a sample runs a dummy, so that it has a gradient to give; it costs nothing and is drawn."""
+    """A rank without a sample runs a dummy, so that it has a gradient to reduce; it takes no time, and can be plotted."""
     path = write_ids(tmp_path / "a.jsonl", [4, 40])
     result = planned(
         f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "launch.processes=4", "chunk.size=16",
@@ -242,7 +242,7 @@ def test_more_ranks_than_samples(tmp_path: Path) -> None:
 
 EXAMPLE = ("data.format=tokens", "parallel.pipeline=4", "launch.processes=4", "plan.cost_model=proportional", "train.shuffle=false")  # fmt: skip
 UNIT = 4
-"""Tokens of a unit."""
+"""Tokens per unit of the example."""
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ UNIT = 4
 def test_worked_example_of_the_paper(
     units: tuple[int, ...], words: tuple[str, ...], makespan: int, bubble: float, recompute_idle: float, tmp_path: Path
 ) -> None:
-    """Each row of the table, from rows of ids and keys to the JSON that a user gets."""
+    """Compute each row of the paper's table from data and keys, as a user would, and read it from the JSON."""
     path = write_ids(tmp_path / "a.jsonl", [UNIT * unit for unit in units])
     result = planned(f"data.path={path}", f"data.cache_dir={tmp_path}", *EXAMPLE, *words)
     pipeline = result["pipeline"]
@@ -271,8 +271,8 @@ def test_worked_example_of_the_paper(
     assert [len(stages) for stages in result["step"]["schedules"]] == [4]
 
 
-def test_the_baseline_is_plain_1f1b_in_the_datas_order(tmp_path: Path) -> None:
-    """What is gained is measured against 4, 2, 1, 1 units one after the other, not against a sorted order."""
+def test_the_baseline_is_plain_1f1b_in_the_order_of_the_data(tmp_path: Path) -> None:
+    """The gain is measured against samples of 4, 2, 1 and 1 units in this order, not against a sorted order."""
     path = write_ids(tmp_path / "a.jsonl", [16, 8, 4, 4])
     pipeline = planned(f"data.path={path}", f"data.cache_dir={tmp_path}", *EXAMPLE, "chunk.size=8", "chunk.k=2")[
         "pipeline"
@@ -286,7 +286,7 @@ def test_the_baseline_is_plain_1f1b_in_the_datas_order(tmp_path: Path) -> None:
 
 
 def save_config(folder: Path, **settings: Any) -> Path:
-    """Of Qwen2.5-7B, as its config.json has it."""
+    """Save the configuration of Qwen2.5-7B, with some settings replaced."""
     sizes = {
         "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "tie_word_embeddings": False,
@@ -301,7 +301,7 @@ def qwen7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_7b_model_is_planned_within_two_gigabytes(qwen7b: Path, tmp_path: Path) -> None:
-    """On a laptop without the weights: 256K tokens, and every part of the memory as it would be."""
+    """A laptop can plan samples of 256K tokens without the weights, including every part of the memory."""
     path = write_ids(tmp_path / "a.jsonl", [1000] * 50 + [262144])
     words = ["recipe=qwen7b_256k", f"model.path={qwen7b}", "model.init=random", f"data.path={path}",
              "data.format=tokens", f"data.cache_dir={tmp_path}", "--json"]  # fmt: skip
@@ -333,21 +333,21 @@ def test_a_7b_model_is_planned_within_two_gigabytes(qwen7b: Path, tmp_path: Path
 
 
 def test_lora_is_planned_without_weights_too(qwen7b: Path, tmp_path: Path) -> None:
-    """Adapters have gradients and optimizer states; the rest is only held."""
+    """Only adapters have gradients and optimizer states."""
     path = write_ids(tmp_path / "a.jsonl", [1000] * 5)
     words = (f"model.path={qwen7b}", f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "model.lora.enabled=true", "model.lora.r=8")  # fmt: skip
     made = plan.make_plan(load(words), step=1)
     # Ranks of 8 on q, o (3584 to 3584), k, v (3584 to 512), gate, up and down (3584 and 18944) of 28 layers.
     adapters = 28 * 8 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
-    assert made.shape is not None
-    assert made.shape.trainable_parameters == adapters
+    assert made.setup.shape is not None
+    assert made.setup.shape.trainable_parameters == adapters
     assert made.memory is not None
     assert made.memory.optimizer == adapters * 12
     assert made.memory.weights == 2 * (7_615_616_512 + adapters)
 
 
 def test_rows_of_ids_need_no_model(tmp_path: Path) -> None:
-    """Then nothing is known of its memory, and seconds are in units of tokens."""
+    """Without a model, memory is unknown and times are in units of tokens."""
     path = write_ids(tmp_path / "a.jsonl", [10, 50, 20])
     words = (f"data.path={path}", f"data.cache_dir={tmp_path}", "chunk.size=16")
     result = planned(*words, "data.format=tokens")
@@ -361,12 +361,12 @@ def test_rows_of_ids_need_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [0, 5, -1])
 def test_steps_that_the_run_does_not_have_are_refused(step: int, tmp_path: Path) -> None:
-    """The run's own numbers are named."""
+    """The message names the steps that the run has."""
     with pytest.raises(UsageError, match=rf"--step={step}: the run has steps 1 to 4"):
         planned(*TINY, f"data.cache_dir={tmp_path}", step=step)
 
 
-# Memory that does not suffice
+# A device with too little memory
 
 
 @pytest.mark.parametrize(
@@ -379,10 +379,10 @@ def test_steps_that_the_run_does_not_have_are_refused(step: int, tmp_path: Path)
         (("chunk.size=512", "model.lora.enabled=true", "data.max_length=300000"), "state", "data.max_length"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_remedy(
+def test_the_largest_part_that_does_not_fit_is_named_with_its_remedy(
     words: tuple[str, ...], part: str, remedy: str, qwen7b: Path, tmp_path: Path
 ) -> None:
-    """Of the parts the largest, and a key that lowers it."""
+    """The message names the largest part of the memory and a key that reduces it."""
     long = "data.max_length=300000" in words
     path = write_ids(tmp_path / "a.jsonl", [20000] * 4 + [262144] * long)
     words = (f"model.path={qwen7b}", f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "tune.device=h100", "tune.memory_gib=10", *words)  # fmt: skip
@@ -401,17 +401,17 @@ def test_what_does_not_fit_is_named_with_its_remedy(
 
 
 def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_path: Path) -> None:
-    """A quarter of the layers, and the chunks that a stage holds at once, followed operation by operation."""
+    """A stage holds a quarter of the layers, and chunks at the same time as its operations say."""
     path = write_ids(tmp_path / "a.jsonl", [4000, 9000, 2500, 30000, 700, 300])
     words = (f"model.path={qwen7b}", f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "chunk.size=4096", "launch.processes=4", "parallel.pipeline=4")  # fmt: skip
     made = plan.make_plan(load(words), step=1)
     alone = plan.make_plan(load([*words[:-2], "launch.processes=1"]), step=1)
     assert made.memory is not None
-    assert made.shape is not None
+    assert made.setup.shape is not None
     assert alone.memory is not None
     # The first stage holds a quarter of the layers, and the embedding, which is as large as the head of the last one.
-    table = made.shape.head_parameters
-    of_layers = (made.shape.parameters - 2 * table) // 4
+    table = made.setup.shape.head_parameters
+    of_layers = (made.setup.shape.parameters - 2 * table) // 4
     assert made.memory.weights == 2 * (of_layers + table)
     assert made.memory.optimizer == 12 * (of_layers + table)
     assert made.memory.head == 0
@@ -444,11 +444,11 @@ def test_memory_of_a_pipeline_is_that_of_its_fullest_stage(qwen7b: Path, tmp_pat
     assert planned(*words)["memory"]["total_bytes"] < 0.5 * planned(*words[:-2])["memory"]["total_bytes"]
 
 
-# Screens and pictures
+# Screens and plots
 
 
-def test_what_ran_is_shown_beside_what_was_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A trace of another plan would be compared operation by operation with this one: it is refused."""
+def test_a_trace_is_shown_next_to_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trace of another plan is refused, because operations are compared one by one."""
     words = (*TINY, f"data.cache_dir={tmp_path}", "chunk.size=32", "launch.processes=4", "parallel.pipeline=2")
     topology = Topology(data=2, pipeline=2)
     made = plan.make_plan(load(words), step=2)
@@ -475,13 +475,13 @@ def test_what_ran_is_shown_beside_what_was_planned(tmp_path: Path, capsys: pytes
 
 
 def test_a_model_with_fewer_layers_than_stages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"a pipeline of 16 stages cannot hold a model of 4 layers"):
+    with pytest.raises(UsageError, match=r"parallel\.pipeline=16: the model has 4 layers"):
         planned(*TINY, f"data.cache_dir={tmp_path}", "launch.processes=16", "parallel.pipeline=16")
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of 16 layers."""
+    """Save the configuration of a small model with 16 layers."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 512}
     return save_config(tmp_path_factory.mktemp("deep"), num_hidden_layers=16, **sizes)
 
@@ -506,7 +506,7 @@ def test_screens_fit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No line wraps in the middle of a picture, no colour codes in a pipe; a wide screen is used."""
+    """No line of a drawing wraps, a pipe gets no colour codes, and a wide screen is used."""
     monkeypatch.setenv("COLUMNS", str(width))
     plan.run(load([*(word.replace("DEEP", str(deep)) for word in words), f"data.cache_dir={tmp_path}"]))
     screen = capsys.readouterr().out
@@ -518,10 +518,10 @@ def test_screens_fit(
         assert what in screen
 
 
-def test_the_picture_in_the_terminal_shows_the_step(
+def test_the_timeline_in_the_terminal_is_in_proportion_to_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One long sample of four chunks, K = 1, forward a third of a backward: letters in proportion to time."""
+    """One long sample has four chunks, K is 1, and a backward takes twice as long as a forward."""
     monkeypatch.setenv("COLUMNS", "80")
     path = write_ids(tmp_path / "a.jsonl", [64])
     plan.run(load([f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "chunk.size=16"]))
@@ -538,7 +538,7 @@ def test_the_picture_in_the_terminal_shows_the_step(
 def test_a_long_schedule_is_shortened_on_the_screen_and_whole_in_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Thousands of operations say nothing to a reader."""
+    """Nobody reads thousands of operations."""
     path = write_ids(tmp_path / "a.jsonl", [4000])
     words = [f"data.path={path}", "data.format=tokens", f"data.cache_dir={tmp_path}", "chunk.size=8"]
     result = plan.run(load(words))
@@ -549,7 +549,7 @@ def test_a_long_schedule_is_shortened_on_the_screen_and_whole_in_json(
 
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
 def test_plot_is_written(name: str, magic: bytes, tmp_path: Path) -> None:
-    """With the operations of each rank and stage."""
+    """The plot shows the operations of each rank and stage."""
     words = (*TINY, f"data.cache_dir={tmp_path}", "chunk.size=64", "launch.processes=4", "parallel.pipeline=2")
     planned(*words, plot=str(tmp_path / name))
     content = (tmp_path / name).read_bytes()
@@ -564,14 +564,14 @@ def test_plot_is_written(name: str, magic: bytes, tmp_path: Path) -> None:
 def test_plots_that_cannot_be_written_are_refused_before_the_work(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not after the tokenising."""
+    """The name is checked before the data is tokenised."""
     monkeypatch.setattr(plan, "make_plan", lambda *_, **__: pytest.fail("the work was done"))
     with pytest.raises(UsageError, match=message):
         planned(*TINY, plot=str(tmp_path / name))
 
 
 def test_command_prints_one_json_object(tmp_path: Path) -> None:
-    """And an error of the user's ends with 2 and a few lines."""
+    """A user's mistake gives exit code 2 and a few lines."""
 
     def chunkflow(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

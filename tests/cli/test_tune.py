@@ -1,4 +1,4 @@
-"""`chunkflow tune-chunk-size`, from the command line to the file that train takes."""
+"""`chunkflow tune-chunk-size`, from the command line to the overrides file that `train` reads."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def tuned(*words: str) -> dict[str, Any]:
     return found
 
 
-def test_json_holds_what_was_promised_and_the_best_is_the_fastest_that_fits() -> None:
+def test_json_has_its_keys_and_the_best_is_the_fastest_that_fits() -> None:
     found = tuned(PROFILE, SIZES)
     keys = {"chunk_size", "k", "step_seconds", "memory_bytes", "fits", "recompute_share", "bubble_ratio"}
     assert all(keys <= set(row) for row in found["candidates"])
     fitting = [row for row in found["candidates"] if row["fits"]]
     assert found["best"] == min(fitting, key=lambda row: row["step_seconds"])
-    assert found["candidates"][0]["measured_step_seconds"] is None, "an H100 is not here"
+    assert found["candidates"][0]["measured_step_seconds"] is None, "this machine has no H100"
     assert found["explanation"].count(".") >= 1
 
 
-def test_train_takes_the_file_that_tune_writes() -> None:
-    """And what is typed beside it wins."""
+def test_train_reads_the_file_that_tune_writes() -> None:
+    """Overrides on the command line win over those of the file."""
     found = tuned(PROFILE, SIZES, "--output", "mine/tuned.yaml")
     assert found["overrides_file"] == "mine/tuned.yaml"
     words = ["train", "recipe=tiny_random", "--overrides", "mine/tuned.yaml", "--cfg", "job"]
@@ -60,7 +60,7 @@ def test_train_takes_the_file_that_tune_writes() -> None:
     assert "  k: 7" in CliRunner().invoke(app, [*words, "chunk.k=7"]).stdout
 
 
-def test_by_default_the_file_lies_with_the_recipes_outputs() -> None:
+def test_by_default_the_file_is_in_the_outputs_of_the_recipe() -> None:
     found = tuned(PROFILE, SIZES)
     assert read_overrides(found["overrides_file"]) == [
         f"chunk.size={found['best']['chunk_size']}",
@@ -69,7 +69,7 @@ def test_by_default_the_file_lies_with_the_recipes_outputs() -> None:
     assert found["overrides_file"] == "outputs/tiny_random/tuned.yaml"
 
 
-def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() -> None:
+def test_candidates_above_the_memory_limit_are_listed_with_their_bytes() -> None:
     everything = tuned(PROFILE, SIZES)["candidates"]
     sizes = sorted(row["memory_bytes"] for row in everything)
     limit = sizes[len(sizes) // 2] / 2**30
@@ -89,12 +89,12 @@ def test_a_memory_limit_is_kept_and_what_exceeds_it_is_shown_with_its_bytes() ->
         (["tune.device=h900"], "tune.device=h900: invalid value 'h900', expected one of"),
         (["data.path=", PROFILE], "data.path is not set"),
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
-        (["launch.processes=2"], "name the device to predict for: tune.device=h100"),
-        (["parallel.pipeline=2"], "parallel.pipeline=2: only one process can be measured here"),
-        (["cluster.pipelines=[1,2]", "launch.processes=1"], "only one process can be measured here"),
+        (["launch.processes=2"], "launch.processes=2: only one process can be measured"),
+        (["parallel.pipeline=2"], "parallel.pipeline=2: only one process can be measured"),
+        (["cluster.pipelines=[1,2]", "launch.processes=1"], "name the device to predict for"),
         ([PROFILE, "--plot", "grid.txt"], "the name must end in .png"),
         ([PROFILE, "launch.processes=16", "cluster.pipelines=[3]"], "cannot be divided among pipelines of 3 stages"),
-        ([PROFILE, "launch.processes=16", "cluster.pipelines=[1,8]"], "8 stages cannot hold a model of 4 layers"),
+        ([PROFILE, "launch.processes=16", "cluster.pipelines=[1,8]"], "cluster.pipelines=8: the model has 4 layers"),
         (
             [PROFILE, *CLUSTER, "tune.memory_gib=0.00001"],
             "no pair fits into 0.0 GiB: the smallest, chunk.size=256 chunk.k=1 on 4 pipelines of 4 stages, needs",
@@ -109,7 +109,7 @@ def test_bad_input_is_a_clear_line_and_exit_2(words: list[str], message: str) ->
     assert result.stdout == ""
 
 
-def test_an_overrides_file_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_overrides_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no such file"):
         read_overrides("no.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -154,8 +154,8 @@ def test_every_layout_is_ranked_and_the_fullest_stage_holds_less_with_more_stage
         assert row["step_seconds"] == min(same)
 
 
-def test_the_cluster_that_is_described_is_the_one_that_is_planned_for() -> None:
-    """Slower links between nodes cost pipelines and gradients, slower ones within a node cost groups."""
+def test_the_configured_cluster_is_planned_for() -> None:
+    """Slow links between nodes slow down pipelines and gradients; slow links within a node slow down groups."""
     words = [PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=8", "cluster.pipelines=[1,4]",
              "cluster.sequences=[1,4]", "tune.cuts=[tokens]"]  # fmt: skip
 
@@ -175,7 +175,7 @@ def test_the_cluster_that_is_described_is_the_one_that_is_planned_for() -> None:
     assert seconds("cluster.network_gb_per_second=50", "cluster.node_gb_per_second=450") == sheet
 
 
-def test_the_file_names_the_stages_where_the_recipe_has_others() -> None:
+def test_the_file_sets_the_stages_if_they_differ_from_the_recipe() -> None:
     found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=16", "cluster.pipelines=[4]")
     assert "parallel.pipeline=4" in read_overrides(found["overrides_file"])
     back = ["launch.processes=16", "parallel.pipeline=2", "cluster.pipelines=[1]"]
@@ -202,8 +202,8 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     )
 
 
-def test_the_optimizer_step_that_is_told_of_is_that_of_the_best_layout() -> None:
-    """From a profile it depends on the layout: what the costs of an operation say of it is nothing."""
+def test_the_explained_optimizer_step_is_that_of_the_best_layout() -> None:
+    """With a profile its time depends on the layout, not on the costs of operations."""
     found = tuned(PROFILE, SIZES, *CLUSTER)
     seconds = {row["stages"]: row["optimizer_seconds"] for row in found["candidates"]}
     assert seconds[1] > seconds[2] > seconds[4] > 0, "fewer weights on a stage"
@@ -211,7 +211,7 @@ def test_the_optimizer_step_that_is_told_of_is_that_of_the_best_layout() -> None
     assert f"{share:.0f} % is the optimizer step" in found["explanation"]
 
 
-def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_among_those_planned(
+def test_memory_of_a_pipeline_includes_the_longest_sample_even_if_its_step_is_not_sampled(
     tmp_path: Path,
 ) -> None:
     rows = [{"input_ids": [3] * length} for length in [40, 50, 60, 70, 30, 20, 900, 800]]
@@ -227,14 +227,16 @@ def test_memory_of_a_pipeline_counts_the_longest_sample_though_its_step_is_not_a
 
 
 def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real operations of the real model, in processes of their own; the second search finds the calibration, and so do
-    the ranks of a run, which have fewer threads."""
+    """Measure real operations in processes of their own.
+
+    The second search finds the calibration, and so do the ranks of a run, which have fewer threads.
+    """
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = [SIZES, "tune.ks=[1,2]", "tune.measure=2", "data.num_workers=1"]
     plan = ["plan", "recipe=tiny_random", "data.num_workers=1", "plan.cost_model=measured", "--json"]
     refused = CliRunner().invoke(app, plan)
     assert refused.exit_code == 2
-    assert "chunkflow tune-chunk-size with the same recipe and keys measures it" in refused.stderr
+    assert "chunkflow tune-chunk-size with the same recipe and keys" in refused.stderr
     first = tuned(*words)
     assert first["cost_model"].startswith("measured on")
     measured = [row for row in first["candidates"] if row["measured_step_seconds"] is not None]
@@ -247,16 +249,16 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch
     predicted = [row["step_seconds"] for row in again["candidates"]]
     assert predicted == [row["step_seconds"] for row in first["candidates"]]
     costs = json.loads(CliRunner().invoke(app, plan).stdout)["cost_model"]
-    assert costs == first["cost_model"], "plan takes what tune-chunk-size timed"
+    assert costs == first["cost_model"], "plan uses what tune-chunk-size has timed"
     train = ["train", *plan[1:-1], "launch.processes=2", "train.steps=1", "train.guard=false", "train.output_dir=run"]
     ranks = subprocess.run([sys.executable, "-m", "chunkflow_cli", *train], capture_output=True, text=True, check=False)
     assert ranks.returncode == 0, ranks.stderr
     other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
-    assert other_model.exit_code == 2, "what was timed in another dtype is not this model's"
+    assert other_model.exit_code == 2, "timings of another dtype do not count for this model"
 
 
 def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> None:
-    """Sizes that do not fit beside each other are left out; each that is tried is planned as train would divide it."""
+    """Sizes that do not divide the processes together are left out; the others are planned as `train` would."""
     found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "cluster.sequences=[1,2,4]",
                   "cluster.pipelines=[1,4]")  # fmt: skip
     layouts = [(row["sequence"], row["stages"], row["data_parallel"]) for row in found["layouts"]]
@@ -270,7 +272,7 @@ def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> No
     assert (planned["ranks"], planned["sequence"], planned["pipeline"]["stages"]) == (2, 2, 4)
 
 
-def test_state_and_activations_of_a_rank_fall_with_the_size_of_its_group() -> None:
+def test_larger_groups_leave_less_state_and_activations_per_rank() -> None:
     words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "cluster.sequences=[1,2]"]
     for pipelines in ("cluster.pipelines=[1]", "cluster.pipelines=[4]"):
         found = tuned(*words, pipelines, "tune.cuts=[tokens]")

@@ -54,7 +54,7 @@ class MeasuredData:
     target_counts: NDArray[np.int64]  # (samples,)
     digests: NDArray[np.int64]  # (samples,), equal where samples are
     longest: list[tuple[Location, int]]
-    """The longest samples and their lengths in tokens, longest first."""
+    """The longest samples with their tokens, longest first."""
     rejected: list[tuple[Location, str]]
     model_limit: int | None
     """The longest sequence that the model supports; `data.max_length` without a model."""
@@ -63,11 +63,11 @@ class MeasuredData:
 def run(
     paths: Sequence[str], loaded: LoadedConfig, *, plot: str | None = None, json_output: bool = False
 ) -> dict[str, Any]:
-    """Measure data sets and print the result, unless `json_output` is set.
+    """Measure data sets, print the result unless `json_output` is set, and return what `--json` prints.
 
     Args:
         paths: the data sets; `data.path` if empty.
-        plot: file for a histogram and cumulative curves (.png, .svg or .pdf).
+        plot: a PNG, SVG or PDF file for a histogram and cumulative curves.
 
     Raises:
         UsageError: the data, the tokenizer or the name of the plot is wrong.
@@ -194,41 +194,38 @@ def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> d
     """Return packing, chunks and balance, within the global batches that training would use in an epoch."""
     batches = GlobalBatches(len(lengths), config.train.global_batch_size, config.train.seed, config.train.shuffle)
     sizes = sorted({*CHUNK_SIZES, config.chunk.size})
-    longest = int(lengths.max())
-    packed_chunks = 0
-    totals = {size: {"chunks": 0, "lower_bound": 0, "dependent": 0, "recomputed": 0} for size in sizes}
+    longest, tokens = int(lengths.max()), int(lengths.sum())
+    bins = 0
+    chunks, lower_bounds = np.zeros((2, len(sizes)), dtype=np.int64)
     dealt, balanced = [], []
     with progress_bar(f"planning {path}", batches.steps_per_epoch) as progress:
         for step in range(batches.steps_per_epoch):
             batch = lengths[batches[step]]
-            tokens = int(batch.sum())
-            packed_chunks += count_chunks(batch, longest)
-            for size, total in totals.items():
-                pieces = -(-batch[batch > size] // size)
-                total["chunks"] += count_chunks(batch, size)
-                total["lower_bound"] += -(-tokens // size)
-                total["dependent"] += int(pieces.sum())
-                total["recomputed"] += int((pieces - 1).sum()) * size
+            bins += count_chunks(batch, longest)
+            chunks += [count_chunks(batch, size) for size in sizes]
+            lower_bounds += -(-batch.sum() // np.array(sizes))
             in_turn = [np.arange(rank, len(batch), RANKS) for rank in range(RANKS)]
             dealt.append(rank_loads(batch, in_turn))
             balanced.append(rank_loads(batch, balance(batch, RANKS)))
             progress(step + 1)
-    tokens = int(lengths.sum())
+    rows = []
+    for size, count, lower_bound in zip(sizes, chunks.tolist(), lower_bounds.tolist(), strict=True):
+        pieces = -(-lengths[lengths > size] // size)
+        rows.append(
+            {
+                "chunk_size": size,
+                "chunks": count,
+                "lower_bound": lower_bound,
+                "dependent": int(pieces.sum()),
+                "waste": 1 - tokens / (count * size),
+                "recomputed_token_share": int((pieces - 1).sum()) * size / tokens,
+            }
+        )
     return {
         "packing": {
             "global_batch_size": config.train.global_batch_size,
-            "to_longest": {"size": longest, "bins": packed_chunks, "waste": 1 - tokens / (packed_chunks * longest)},
-            "chunks": [
-                {
-                    "chunk_size": size,
-                    "chunks": total["chunks"],
-                    "lower_bound": total["lower_bound"],
-                    "dependent": total["dependent"],
-                    "waste": 1 - tokens / (total["chunks"] * size),
-                    "recomputed_token_share": total["recomputed"] / tokens,
-                }
-                for size, total in totals.items()
-            ],
+            "to_longest": {"size": longest, "bins": bins, "waste": 1 - tokens / (bins * longest)},
+            "chunks": rows,
         },
         "ranks": {"ranks": RANKS, "idle_as_dealt": idle_share(dealt), "idle_balanced": idle_share(balanced)},
     }

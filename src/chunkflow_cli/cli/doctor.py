@@ -85,7 +85,7 @@ PACKAGES = (
     Package("gguf", "GGUF models", required=False, extra="quant"),
     Package("tensorboard", "log.backends=[tensorboard]", required=False, extra="loggers"),
 )
-"""What a package imports comes before it: where several fail with the same error, the first is shown as its cause."""
+"""A package comes after those that it imports: if several fail with the same error, the first is shown as its cause."""
 
 
 @dataclass(frozen=True)
@@ -109,51 +109,44 @@ UNANSWERED = {
         "reinstall chunkflow-cli in a fresh virtual environment",
     ),
 }
-"""What it means if a check raises, crashes or hangs."""
+"""The problem if a check raises, crashes or hangs."""
 
 
 def run(
     overrides: Sequence[str], *, config_dir: str | None = None, seconds: float, json_output: bool = False
 ) -> dict[str, Any]:
-    """Run all checks, show them, and list every problem with its remedy; `ready` is true if training can work.
+    """Run all checks, print the findings unless `json_output` is set, and return what `--json` prints.
 
     Args:
-        overrides: the run to check; its model, dtype, attention, offloading and cache directory count.
-        config_dir: directory whose YAML files are found before the shipped ones.
-        seconds: how long one check may take.
-        json_output: print nothing to stdout.
+        overrides: the run to check: its model, dtype, attention, offloading and cache directory.
+        seconds: the longest time that one check may take.
 
     Raises:
         UsageError: an override is wrong.
     """
-    findings = examine(_configuration(overrides, config_dir), seconds)
+    config = Config()
+    if overrides or config_dir is not None:
+        with contextlib.suppress(ImportError):  # then hydra is broken, which the table shows
+            from chunkflow_cli.config.load import load
+
+            config = load(overrides, config_dir).config
+    findings = examine(config, seconds)
     if not json_output:
         print_findings(stdout_console(), findings)
     return findings
 
 
-def _configuration(overrides: Sequence[str], config_dir: str | None) -> Config:
-    if overrides or config_dir is not None:
-        with contextlib.suppress(ImportError):  # then hydra is broken, which the table shows
-            from chunkflow_cli.config.load import load
-
-            return load(overrides, config_dir).config
-    return Config()
-
-
 def examine(config: Config, seconds: float) -> dict[str, Any]:
-    """Return what `run` shows of a configuration, as one JSON object."""
+    """Return the findings for a configuration as one JSON object; `ready` is true if training can work."""
     model, dtype = config.model, config.model.dtype.value
-    answers = _ask_all(
-        {
-            **{f"package {package.module}": (package.module,) for package in PACKAGES},
-            "devices": (),
-            "attention": (model.attention.value, model.path, model.trust_remote_code, dtype),
-            "cache": (config.data.cache_dir,),
-            "training": (),
-        },
-        seconds,
-    )
+    checks: dict[str, tuple[Any, ...]] = {f"package {package.module}": (package.module,) for package in PACKAGES}
+    checks |= {
+        "devices": (),
+        "attention": (model.attention.value, model.path, model.trust_remote_code, dtype),
+        "cache": (config.data.cache_dir,),
+        "training": (),
+    }
+    answers = _ask_all(checks, seconds)
     attention = answers["attention"]
     reasons: dict[str, str | None] = attention.get("objections", {})
     kernels = [f"backend {name}" for name, reason in reasons.items() if reason is None and name != "reference"]
@@ -191,9 +184,9 @@ def examine(config: Config, seconds: float) -> dict[str, Any]:
 
 
 def ask(check: str, arguments: Sequence[Any], seconds: float) -> Answer:
-    """Return the answer of a check that runs in a process of its own.
+    """Run a check in a process of its own, and return its answer.
 
-    If it raised, crashed or did not answer in time: {"raised": what happened, "root": what it comes from}.
+    If it raised, crashed or did not answer in time, the answer is {"raised": what happened, "root": the cause of that}.
     """
     # -P: a run would not import from the current directory either. Files instead of pipes: a process that the hanging
     # one has started would hold a pipe open.
@@ -237,7 +230,7 @@ def _ask_all(checks: dict[str, tuple[Any, ...]], seconds: float) -> dict[str, An
 
 
 def required_versions(distribution: str) -> SpecifierSet:
-    """Return the versions that chunkflow-cli requires; any, if it runs from a source tree and cannot say."""
+    """Return the versions that chunkflow-cli requires; any version if it runs from a source tree."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for requirement in map(Requirement, importlib.metadata.requires("chunkflow-cli") or []):
             if requirement.name.lower() == distribution:
@@ -261,7 +254,7 @@ def describe_package(package: Package, answer: Answer) -> dict[str, Any]:
 
 
 def one_for_each_error(problems: Sequence[Problem]) -> list[Problem]:
-    """Keep the first problem of each error. It is required if any of them is: flash_attn, if it stops transformers."""
+    """Keep the first problem of each error; it is required if any of them is (a flash_attn that stops transformers)."""
     kept: dict[str, Problem] = {}
     for problem in problems:
         first = kept.setdefault(problem.error or problem.what, problem)

@@ -150,8 +150,8 @@ def main() -> None:
         answer = CHECKS[check](*map(json.loads, arguments))
     except BaseException as error:
         root = error
-        while (cause := root.__cause__ or root.__context__) is not None:
-            root = cause
+        while root.__cause__ is not None:  # not __context__: that may be an unrelated error, handled by then
+            root = root.__cause__
         answer = {"raised": _one_line(error), "root": _one_line(root)}
     answers.write(json.dumps(answer))
     answers.flush()

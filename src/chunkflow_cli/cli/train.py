@@ -25,7 +25,7 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
         multirun: run every combination of the values in the overrides.
 
     Raises:
-        UsageError: the command, the configuration or the data is at fault.
+        UsageError: the command, the configuration or the data is wrong.
         RunError: a run failed.
     """
     worker.enter()  # before anything imports torch: it divides the machine's cores among the ranks

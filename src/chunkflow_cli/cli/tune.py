@@ -1,8 +1,8 @@
-"""`chunkflow tune-chunk-size`: find the best chunk size and K for your data, model and memory.
+"""`chunkflow tune-chunk-size`: find the fastest chunk size and K for your data, model and memory.
 
-Every pair of the grid plans real global batches of the run with the code that training uses. Costs are measured on
-this machine (`tune.device=measured`, in a process of its own, kept for the next time) or computed from the profile of
-another device. If the device is on this machine, the best few pairs then run a real step.
+The search plans global batches of the run for every pair, with the code that training uses. Costs are measured on this
+machine (`tune.device=measured`: in a process of its own, and kept) or computed from the profile of another device. If
+they were measured, the best few pairs then run a real step.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from chunkflow_cli.cli.screens.explanation import explain, nothing_fits
+from chunkflow_cli.cli.screens.plots import check_plot_path, plot_grid
+from chunkflow_cli.cli.screens.tuning import print_tuning
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Device
 from chunkflow_cli.console import progress_bar, stdout_console
@@ -32,22 +35,19 @@ def run(
     plot: str | None = None,
     json_output: bool = False,
 ) -> dict[str, Any]:
-    """Search, print the ranking, and write the overrides of the best pair.
+    """Search, write the overrides of the best pair, print the ranking unless `json_output` is set, and return it.
 
     Args:
-        config_dir: as given on the command line, for the processes that measure.
-        output: file for the overrides; by default outputs/<recipe>/tuned.yaml.
-        plot: PNG or SVG file for the heat map.
-        json_output: return the result without printing it.
+        config_dir: passed on to the processes that measure.
+        output: file for the overrides; by default outputs/RECIPE/tuned.yaml.
+        plot: a PNG, SVG or PDF file for the heat map.
 
     Raises:
-        UsageError: no data, an empty grid, or nothing that fits.
-        RunError: measuring failed.
+        UsageError: there is no data, the grid is empty, or no pair fits into memory.
+        RunError: a process that measures failed.
     """
     config = loaded.config
     if plot is not None:
-        from chunkflow_cli.cli.screens.plots import check_plot_path
-
         check_plot_path(plot)
     if not config.data.path:
         raise UsageError("data.path is not set: the chunk size is tuned to your data")
@@ -79,13 +79,9 @@ def run(
         "overrides_file": str(_write_overrides(best, loaded, output)),
     }
     if plot is not None:
-        from chunkflow_cli.cli.screens.plots import plot_grid
-
         alike = [_row(candidate, measured) for candidate in candidates if candidate.is_like(best)]
         plot_grid(alike, result["best"], Path(plot))
     if not json_output:
-        from chunkflow_cli.cli.screens.tuning import print_tuning
-
         print_tuning(stdout_console(), result, loaded.recipe)
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
@@ -103,18 +99,21 @@ def _row(candidate: Candidate, measured: Mapping[Pair, float]) -> dict[str, Any]
 def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) -> Path:
     path = Path(output) if output is not None else Path("outputs", loaded.recipe, "tuned.yaml")
     config = loaded.config
+    sections: dict[str, dict[str, Any]] = {"chunk": {"size": best.chunk_size, "k": best.k}, "parallel": {}}
+    if best.cuts != config.chunk.cuts.value:
+        sections["chunk"]["cuts"] = best.cuts
+    if best.sequence != config.parallel.sequence:
+        sections["parallel"]["sequence"] = best.sequence
+    if best.stages != config.parallel.pipeline:
+        sections["parallel"]["pipeline"] = best.stages
+    head = (
+        f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
+        f"chunkflow train recipe=... --overrides {path}\n"
+    )
+    text = head + OmegaConf.to_yaml({name: keys for name, keys in sections.items() if keys})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
-            f"chunkflow train recipe=... --overrides {path}\n"
-            f"chunk:\n  size: {best.chunk_size}\n  k: {best.k}\n"
-            + (f"  cuts: {best.cuts}\n" if best.cuts != config.chunk.cuts.value else "")
-            + ("parallel:\n" if best.layout != (config.parallel.sequence, config.parallel.pipeline) else "")
-            + (f"  sequence: {best.sequence}\n" if best.sequence != config.parallel.sequence else "")
-            + (f"  pipeline: {best.stages}\n" if best.stages != config.parallel.pipeline else ""),
-            encoding="utf-8",
-        )
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--output={path} cannot be written: {error}") from error
+        raise UsageError(f"--output={path} cannot be written: {error}\n  name another file") from error
     return path

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from chunkflow_cli.cli.screens.tables import facts
 from chunkflow_cli.config.load import LoadedConfig
@@ -26,7 +27,7 @@ LONGEST_DEFAULT = 2048
 
 
 def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
-    """Compare, print the outcome, and return what `--json` prints.
+    """Compare, print the outcome unless `json_output` is set, and return what `--json` prints.
 
     The model is the configured one, with its weights, adapters and activation checkpointing. Dropout is off, because
     two forward passes with dropout cannot agree. The data is a random long sequence and short ones that fill its tail.
@@ -103,15 +104,16 @@ def _give_adapters_gradient(model: Any) -> None:
 
 
 def _print(console: Console, result: dict[str, Any], config: Config) -> None:
-    table = facts()
-    table.add_row("model", config.model.path)
-    table.add_row("test", f"{result['length']:,} tokens in chunks of {result['chunk_size']:,}, K = {result['k']}, "
-                          f"{result['dtype']}, attention {result['attention']}")  # fmt: skip
-    table.add_row("loss", f"{result['loss_whole']:.6f} whole, {result['loss_chunked']:.6f} chunked "
-                          f"({result['loss_rel_error']:.1e} relative difference)")  # fmt: skip
-    table.add_row("gradient", f"{result['grad_rel_error']:.1e} relative difference, {result['tolerance']:.0e} allowed")
-    table.add_row("worst", f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})")
-    console.print(table)
+    loss = f"{result['loss_whole']:.6f} whole, {result['loss_chunked']:.6f} chunked"
+    rows = {
+        "model": config.model.path,
+        "test": f"{result['length']:,} tokens in chunks of {result['chunk_size']:,}, K = {result['k']}, "
+        f"{result['dtype']}, attention {result['attention']}",
+        "loss": f"{loss} ({result['loss_rel_error']:.1e} relative difference)",
+        "gradient": f"{result['grad_rel_error']:.1e} relative difference, {result['tolerance']:.0e} allowed",
+        "worst": f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})",
+    }
+    console.print(facts((name, Text(sentence)) for name, sentence in rows.items()))
     passed = "[green]passed[/]: chunked training of this model is exact"
     failed = "[red]failed[/]: chunked training of this model differs from whole-sequence training"
     console.print(passed if result["passed"] else failed)

@@ -57,18 +57,15 @@ def describe_layout(topology: Topology, engine: EngineConfig) -> str:
 def save_checkpoint(
     folder: Path, engine: AnyEngine, progress: Progress, generators: dict[str, Any], *, layout: str, keep: int
 ) -> Path:
-    """Write `folder`/step-<step>, complete or not at all, then delete all but the newest `keep`. Every rank calls it.
+    """Write `folder`/step-<step>, complete or not at all, and return it; then delete all but the newest `keep`.
+
+    Every rank calls it.
 
     Args:
         folder: the folder of checkpoints, on a disk that all ranks share.
-        engine: holds the weights and optimizer states to save.
-        progress: how far the run has come.
         generators: the random states after `progress.step` steps; an interrupted step has drawn more numbers since.
         layout: the current layout in words.
         keep: number of checkpoints to keep, at least 1.
-
-    Returns:
-        The folder of the checkpoint.
 
     Raises:
         RunError: a rank could not write; earlier checkpoints are untouched.
@@ -81,7 +78,8 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     with all_or_none(what):
-        _check_shared(temporary)
+        if not temporary.is_dir():
+            raise RunError(f"{temporary} does not exist here: train.output_dir must be on a disk that all nodes share")
         engine.save(temporary)
         _save_random_states(temporary / _random_name(own_rank()), generators)
     with all_or_none(what):
@@ -98,8 +96,6 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
     """Load what `save_checkpoint` saved, on any number of ranks and any layout. Every rank calls it.
 
     Args:
-        checkpoint: the folder of the checkpoint.
-        engine: receives its weights and optimizer states.
         seed: the seed of the run. If the number of ranks has changed, random states are drawn from this seed, the step
             and the rank.
 
@@ -118,9 +114,8 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
         )
     engine.load(checkpoint)
     progress = Progress(**state["progress"])
-    is_reseeded = state["processes"] != process_count() or not _load_random_states(
-        checkpoint / _random_name(own_rank())
-    )
+    random_path = checkpoint / _random_name(own_rank())
+    is_reseeded = state["processes"] != process_count() or not _load_random_states(random_path)
     if is_reseeded:
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, own_rank()]).generate_state(1)[0]))
     return Resumed(progress, state["layout"], is_reseeded)
@@ -132,8 +127,6 @@ def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, s
     Args:
         folder: the folder to write, complete or not at all.
         model: the model, or the part of it that this pipeline stage holds.
-        tokenizer: saved with the model; None if there is none.
-        engine: holds the weights.
         skeleton: the whole model without weights, if `model` is a stage: peft saves only modules that it finds.
     """
     weights = engine.whole_weights(model, trained_only=hasattr(model, "peft_config"))
@@ -178,16 +171,6 @@ def _load_random_states(path: Path) -> bool:
     if generators["cuda"] is not None:
         torch.cuda.set_rng_state(generators["cuda"])
     return True
-
-
-def _check_shared(temporary: Path) -> None:
-    """Check that this rank sees the folder that the first rank has made.
-
-    Raises:
-        RunError: it does not.
-    """
-    if not temporary.is_dir():
-        raise RunError(f"{temporary} does not exist here: train.output_dir must be on a disk that all nodes share")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from chunkflow_cli.console import human_bytes, human_seconds
+from chunkflow_cli.console import counted, human_bytes, human_seconds
 from chunkflow_cli.training.metrics import StepMetrics
 
 
@@ -90,36 +91,34 @@ def training_display(console: Console, steps: int) -> Iterator[_Bar | _Lines]:
 
 def print_training_summary(console: Console, report: dict[str, Any], run_folder: Path) -> None:
     """Print the closing table of a run, from the content of its report.json."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title=None)
+    rows = {
+        "samples": _samples(report),
+        "targets": f"{report['target_tokens_trained']:,} of {report['target_tokens_planned']:,} planned",
+    }
+    if report["eval_loss_start"] is not None:
+        rows["held-out loss"] = f"{report['eval_loss_start']:.4f} before, {report['eval_loss_end']:.4f} after"
+    whole = report.get("whole_sequence_peak_bytes_predicted")
+    longest = f"whole sequences ({report['longest_sample']:,} tokens)"
+    against = f"; {longest} would take about {human_bytes(whole)}" if whole else ""
+    rows |= {
+        "training loss": f"{report['loss_first']:.4f} first step, {report['loss_last']:.4f} last",
+        "speed": f"{report['tokens_per_second']:,.0f} tokens/s, MFU {100 * report['mfu']:.0f} %, "
+        f"{human_seconds(report['train_seconds'])} in {counted(report['steps'], 'step')}",
+        "chunks": f"{report['chunks']:,} of at most {report['chunk_size']:,} tokens; "
+        f"{report['recomputed_chunks']:,} recomputed "
+        f"({100 * report['recomputed_chunks'] / max(1, report['chunks']):.1f} %, K = {report['k']})",
+        "peak memory": human_bytes(report["peak_memory_bytes"]) + against,
+        "model": str(run_folder / "final"),
+    }
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("samples", _samples(report))
-    table.add_row("targets", f"{report['target_tokens_trained']:,} of {report['target_tokens_planned']:,} planned")
-    if report["eval_loss_start"] is not None:
-        table.add_row("held-out loss", f"{report['eval_loss_start']:.4f} before, {report['eval_loss_end']:.4f} after")
-    table.add_row("training loss", f"{report['loss_first']:.4f} first step, {report['loss_last']:.4f} last")
-    table.add_row(
-        "speed",
-        f"{report['tokens_per_second']:,.0f} tokens/s, MFU {100 * report['mfu']:.0f} %, "
-        f"{human_seconds(report['train_seconds'])} in {report['steps']} steps",
-    )
-    table.add_row(
-        "chunks",
-        f"{report['chunks']:,} of at most {report['chunk_size']:,} tokens; {report['recomputed_chunks']:,} recomputed "
-        f"({100 * report['recomputed_chunks'] / max(1, report['chunks']):.1f} %, K = {report['k']})",
-    )
-    whole = report.get("whole_sequence_peak_bytes_predicted")
-    against = (
-        f"; whole sequences ({report['longest_sample']:,} tokens) would take about {human_bytes(whole)}"
-        if whole
-        else ""
-    )
-    table.add_row("peak memory", human_bytes(report["peak_memory_bytes"]) + against)
-    table.add_row("model", str(run_folder / "final"))
+    for name, said in rows.items():
+        table.add_row(name, Text(said))
     console.print()
     console.print(table)
-    loader = "AutoPeftModelForCausalLM" if report["lora"] else "AutoModelForCausalLM"
-    package = "peft" if report["lora"] else "transformers"
+    package, loader = ("peft", "AutoPeft") if report["lora"] else ("transformers", "Auto")
+    loader += "ModelForCausalLM"
     console.print(f"\nLoad it:  from {package} import {loader}", markup=False, soft_wrap=True)
     console.print(f'          model = {loader}.from_pretrained("{run_folder / "final"}")', markup=False, soft_wrap=True)
 

@@ -29,7 +29,7 @@ from chunkflow_cli.training.steps import save_progress
 
 
 def finish(run: Prepared, state: RunState) -> dict[str, Any]:
-    """Write what a finished run leaves in its folder, and return the content of report.json. Every process calls it.
+    """Write the trace, the model and the report, and return the content of report.json. Every process calls it.
 
     Raises:
         RunError: the model could not be saved, or the accounting does not add up.

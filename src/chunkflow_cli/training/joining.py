@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from chunkflow_cli.files import one_at_a_time
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.processes.environment import processes, rank, worker_folder
 from chunkflow_cli.processes.hang_watch import watched_together
+from chunkflow_cli.processes.heartbeat import Heartbeat
 from chunkflow_cli.processes.watch_folder import WatchFolder
-from chunkflow_cli.processes.worker import redirect_output
+from chunkflow_cli.processes.worker import heartbeat, redirect_output
 from chunkflow_cli.training.inputs import RunData, load_run_data
 from chunkflow_cli.training.run_folder import RunFolder, open_run_folder, shared_run_folder
 
@@ -25,20 +27,14 @@ def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> RunFolder:
     """Return the folder of the run, opened and locked once for all ranks.
 
     If torchrun or deepspeed started the ranks, rank 0 opens the folder and sends its path to the others. That needs a
-    process group, whose collectives would not wait for tokenisation, so the data is tokenised first. From then on the
-    output of every other rank goes to its log.
-
-    Args:
-        loaded: the configuration, the same on all ranks.
-        hf_config: the configuration of the model.
+    process group, whose collectives would not wait for tokenisation, so the data is tokenised first.
 
     Raises:
-        UsageError: the folder or the data is at fault; on all ranks.
+        UsageError: the folder or the data is wrong; on all ranks.
     """
     resume = loaded.config.checkpoint.resume
-    folder = worker_folder()
-    if folder is not None:
-        return shared_run_folder(folder, resume)
+    if (given := worker_folder()) is not None:
+        return shared_run_folder(given, resume)
     if processes() == 1:
         return open_run_folder(loaded)
     load_data(loaded.config, hf_config)
@@ -58,20 +54,28 @@ def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> RunFolder:
     if opened is not None:
         return opened
     assert answer is not None
-    redirect_output(WatchFolder(answer).log(rank()), keep_stderr=False)
     return shared_run_folder(answer, resume)
 
 
-def watched(folder: RunFolder, hang_seconds: float) -> AbstractContextManager[None]:
-    """Return a context within which a hang is noticed: by our launcher, or without it by the ranks themselves."""
+@contextmanager
+def watched(run_folder: Path, hang_seconds: float) -> Iterator[Heartbeat]:
+    """Yield the heartbeat of this rank. Within the block, our launcher or the ranks themselves notice a hang.
+
+    Without our launcher, the output of every rank but the first goes to its log from here on.
+    """
+    own = heartbeat(run_folder)
     if worker_folder() is not None or processes() == 1:
-        return nullcontext()
-    return watched_together(WatchFolder(folder.path), rank(), processes(), hang_seconds)
+        yield own
+        return
+    watch = WatchFolder(run_folder)
+    if rank():
+        redirect_output(watch.log(rank()), keep_stderr=False)
+    with watched_together(watch, rank(), processes(), hang_seconds):
+        yield own
 
 
 def load_data(config: Config, hf_config: Any | None) -> RunData:
     """Load the data as `load_run_data` does; one of the ranks that share a cache folder tokenises, the others wait."""
-    if processes() == 1:
-        return load_run_data(config, hf_config)
-    with one_at_a_time(cache_root(config.data.cache_dir) / ".ranks.lock"):
+    lock = cache_root(config.data.cache_dir) / ".ranks.lock"
+    with one_at_a_time(lock) if processes() > 1 else nullcontext():
         return load_run_data(config, hf_config)

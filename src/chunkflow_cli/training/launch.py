@@ -58,23 +58,22 @@ def with_processes(loaded: LoadedConfig) -> LoadedConfig:
 def run(
     loaded: LoadedConfig, *, config_dir: str | None = None, debug: bool = False, json_output: bool = False
 ) -> dict[str, Any]:
-    """Fine-tune with several ranks; return the content of report.json.
+    """Fine-tune with several ranks, print a summary unless `json_output` is set, and return the content of report.json.
 
     Args:
         loaded: the configuration that `with_processes` returns.
         config_dir: passed on to the workers.
         debug: show the traceback of a rank that failed.
-        json_output: print no summary.
 
     Raises:
-        UsageError: configuration, data or hostfile is at fault.
+        UsageError: the configuration, the data or the hostfile is wrong.
         RunError: a rank failed, died or hangs; the message names it and its last operation.
         KeyboardInterrupt: the user stopped the run, and the ranks have saved a checkpoint.
     """
     # These import torch, which takes seconds: a mistake in the configuration is found and shown before.
     import torch
 
-    from chunkflow_cli.console import stderr_console, stdout_console
+    from chunkflow_cli.console import stdout_console
     from chunkflow_cli.training.display import print_training_summary
     from chunkflow_cli.training.inputs import load_run_data
     from chunkflow_cli.training.requirements import check_requirements
@@ -90,11 +89,8 @@ def run(
     load_run_data(config, hf_config)  # tokenises once, into the cache in which every rank finds it
     folder = open_run_folder(loaded)
     try:
-        if folder.report.exists():
-            stderr_console().print(
-                f"This run is finished already. To run it again: checkpoint.resume=never\n  {folder.path}"
-            )
-        else:
+        report = folder.report_of_finished()
+        if report is None:
             options = ["--config-dir", config_dir] if config_dir is not None else []
             run_workers(
                 ["train", "--json", *options, *loaded.overrides],
@@ -104,11 +100,11 @@ def run(
                 Limits(config.launch.grace_seconds, config.launch.hang_seconds),
                 show_traceback=debug,
             )
-        if not folder.report.exists():
-            raise RunError(
-                f"all ranks have ended, but did not write a report\n  see what they printed: {folder.path / 'logs'}"
-            )
-        report = folder.read_report()
+            if not folder.report.exists():
+                raise RunError(
+                    f"all ranks have ended, but did not write a report\n  see what they printed: {folder.path / 'logs'}"
+                )
+            report = folder.read_report()
     finally:
         folder.close()
     if not json_output:

@@ -19,9 +19,8 @@ def learning_rate_schedule(optim: OptimConfig, steps: int) -> Callable[[int], fl
     idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
     warmup = math.ceil(optim.warmup_ratio * steps)
     if optim.schedule is LearningRateSchedule.wsd:
-        decay = (
-            math.ceil(0.1 * steps) + 1
-        )  # the decay begins at the full rate: one step more puts the whole last tenth below it
+        # The decay begins at the full rate: one step more puts the whole last tenth below it.
+        decay = math.ceil(0.1 * steps) + 1
         scheduler = get_scheduler(
             "warmup_stable_decay", idle, num_warmup_steps=warmup, num_training_steps=steps + 1,
             scheduler_specific_kwargs={"num_decay_steps": decay},

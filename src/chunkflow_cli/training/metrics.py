@@ -40,8 +40,6 @@ def metric_files(
     """Open the metric files of a run, and yield a function that writes a row to all of them.
 
     Args:
-        backends: the files to write.
-        run_folder: the folder of the run.
         first_step: rows of this step and later ones, which an earlier attempt has left, are dropped.
     """
     with ExitStack() as opened:

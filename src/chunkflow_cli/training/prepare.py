@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.console import working
+from chunkflow_cli.console import counted, working
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
@@ -28,7 +29,6 @@ from chunkflow_cli.planning.trace import Recorder
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.hardware import agreed_peak_flops
-from chunkflow_cli.training.held_out import HeldOut
 from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.layout import planned_topology
@@ -56,7 +56,6 @@ class Prepared:
     shape: ModelShape
     parts: Assembly
     """The model with its engine and its runner."""
-    held_out: HeldOut
     learning_rate: Callable[[int], float]
     """The learning rate of each step, counted from 0."""
     peak_flops: float
@@ -85,14 +84,11 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
     """Load everything that the steps of a run need, its last checkpoint included. Every process calls it.
 
     Args:
-        config: the configuration of the run.
-        hf_config: the Hugging Face configuration of the model.
-        folder: the folder of the run.
         console: where messages go.
         state: receives the progress of the checkpoint. Later operations ask it whether to stop, and report to it.
 
     Raises:
-        UsageError: the configuration, the data, the model or the checkpoint is at fault.
+        UsageError: the configuration, the data, the model or the checkpoint is wrong.
         RunError: chunked and whole-sequence gradients of this architecture differ, or the checkpoint is damaged.
     """
     device, topology = training_device(), planned_topology(config)
@@ -134,14 +130,10 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
         shape=shape,
         parts=parts,
         peak_flops=agreed_peak_flops(processes, device, dtype),
-        held_out=HeldOut(
-            data.evaluation, parts.model, parts.runner, processes, config.chunk.size, plan.is_in_lockstep,
-            lambda: state.stop_requested,
-        ),
         learning_rate=learning_rate_schedule(config.optim, plan.steps),
         activation_bytes=_measure_activations(data, parts),
         recorder=Recorder(processes.rank) if config.train.trace else None,
-    )  # fmt: skip
+    )
     _resume(prepared, state)
     return prepared
 
@@ -156,7 +148,7 @@ def _print_what_runs(
 ) -> None:  # fmt: skip
     processes = "" if topology.processes == 1 else f", {topology.processes} processes ({topology})"
     console.print(
-        f"[bold]{folder.path}[/]  {device.type}{processes}, {config.model.dtype.value}, "
+        f"[bold]{escape(str(folder.path))}[/]  {device.type}{processes}, {config.model.dtype.value}, "
         f"attention {attention.backend.name} ({attention.reason})", soft_wrap=True,
     )  # fmt: skip
 
@@ -172,8 +164,7 @@ def _prove_parity(
     with working(console, doing):
         parity = guard(
             hf_config, requested=config.model.attention, device=device, dtype=dtype,
-            activation_checkpointing=config.model.activation_checkpointing,
-            is_pipeline=config.parallel.pipeline > 1,
+            activation_checkpointing=config.model.activation_checkpointing, is_pipeline=config.parallel.pipeline > 1,
         )  # fmt: skip
     console.print(
         f"Parity guard: chunked and whole-sequence gradients of a small {hf_config.model_type} agree to "
@@ -189,14 +180,15 @@ def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: C
     rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in rejected]
     path = folder.path / "rejected.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    console.print(
-        f"{len(rows):,} rows cannot be trained on and are skipped; each with its reason: {path}", soft_wrap=True
-    )
+    console.print(f"Skipped {counted(len(rows), 'row')} that cannot be trained on; reasons: {path}", soft_wrap=True)
 
 
 def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSetup:
     """Return the setup of the first rank on all ranks: they may run on different machines, and must plan alike."""
-    own = read_setup(config, hf_config, described_device(config, present_device())) if processes.is_first else None
+    own = None
+    if processes.is_first:
+        device = described_device(config, present_device())
+        own = read_setup(config, hf_config, device)
     setup: RunSetup = processes.gather(own)[0]
     return setup
 

@@ -1,4 +1,4 @@
-"""The part of a run that changes while it runs."""
+"""The values that change while a run goes on."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import write_atomically
 
@@ -32,7 +33,7 @@ FREE_KEYS = (
 
 @dataclass
 class RunFolder:
-    """The folder of a run, which this process or the run's first process has locked."""
+    """The folder of a run, locked by this process or by the first process of the run."""
 
     path: Path
     checkpoint: Path | None
@@ -54,8 +55,18 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def read_report(self) -> dict[str, Any]:
+        """Return the content of report.json."""
         report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8"))
         return report
+
+    def report_of_finished(self) -> dict[str, Any] | None:
+        """Return the report if the run is finished, and print how to run it again; otherwise return None."""
+        if not self.report.exists():
+            return None
+        stderr_console().print(
+            f"This run is finished already. To run it again: checkpoint.resume=never\n  {self.path}", soft_wrap=True
+        )
+        return self.read_report()
 
     def close(self) -> None:
         if self._lock is not None:
@@ -72,18 +83,18 @@ def open_run_folder(loaded: LoadedConfig) -> RunFolder:
         UsageError: the folder holds a run of another configuration, or one that is still running.
     """
     config = loaded.config
-    resume = config.checkpoint.resume
-    mine = _comparable(loaded.tree)
+    resume, mine = config.checkpoint.resume, _comparable(loaded.tree)
     if config.train.output_dir is not None:
         path = Path(config.train.output_dir)
         lock = _lock_configured(path, mine, resume)
     else:
         found = _unfinished_run(Path("outputs") / loaded.recipe, mine) if resume == "auto" else None
-        path, lock = found if found is not None else _new_folder(Path("outputs") / loaded.recipe)
+        path, lock = found or _new_folder(Path("outputs") / loaded.recipe)
+    checkpoint = _checkpoint_to_resume(path, resume)
     (path / CONFIG).parent.mkdir(exist_ok=True)
     write_atomically(path / CONFIG, OmegaConf.to_yaml(loaded.tree, resolve=True))
     write_atomically(path / OVERRIDES, OmegaConf.to_yaml(list(loaded.overrides)))
-    return RunFolder(path, _checkpoint_to_resume(path, resume), lock)
+    return RunFolder(path, checkpoint, lock)
 
 
 def _lock_configured(path: Path, mine: dict[str, Any], resume: str) -> IO[str]:
@@ -102,7 +113,7 @@ def _lock_configured(path: Path, mine: dict[str, Any], resume: str) -> IO[str]:
         lock = _lock(path)
         assert lock is not None
         return lock
-    different = _differences(mine, _comparable(OmegaConf.load(path / CONFIG)))
+    different = _differences(path, mine)
     if different:
         raise UsageError(
             f"train.output_dir={path} holds a run of another configuration; different: {', '.join(different)}\n"
@@ -112,12 +123,7 @@ def _lock_configured(path: Path, mine: dict[str, Any], resume: str) -> IO[str]:
 
 
 def shared_run_folder(path: Path, resume: str) -> RunFolder:
-    """Return the folder of a run that another of its processes has opened and locked.
-
-    Args:
-        path: the folder.
-        resume: the run's `checkpoint.resume`.
-    """
+    """Return the folder of a run that another of its processes has opened; `resume` is `checkpoint.resume`."""
     return RunFolder(path, _checkpoint_to_resume(path, resume), None)
 
 
@@ -152,7 +158,7 @@ def _unfinished_run(recipe_folder: Path, mine: dict[str, Any]) -> tuple[Path, IO
     for path in sorted(recipe_folder.glob("*"), reverse=True):
         if not (path / CONFIG).is_file() or (path / "report.json").exists():
             continue
-        if _differences(mine, _comparable(OmegaConf.load(path / CONFIG))):
+        if _differences(path, mine):
             continue
         lock = _lock(path)
         if lock is not None:  # else it is running right now
@@ -199,5 +205,7 @@ def _comparable(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def _differences(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _differences(path: Path, mine: dict[str, Any]) -> list[str]:
+    """Return the keys that decide what a run computes, and differ between a run folder and this configuration."""
+    theirs = _comparable(OmegaConf.create((path / CONFIG).read_text(encoding="utf-8")))
     return [key for key in sorted(mine.keys() | theirs.keys()) if str(mine.get(key)) != str(theirs.get(key))]

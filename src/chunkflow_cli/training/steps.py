@@ -18,18 +18,22 @@ from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 from chunkflow_cli.training.checkpoint import random_states, save_checkpoint
 from chunkflow_cli.training.display import training_display
 from chunkflow_cli.training.hardware import peak_memory_bytes
+from chunkflow_cli.training.held_out import held_out_loss
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metric_files
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.run_folder import CONFIG
 
+NOTHING = StepResult(0.0, 0, 0, ())
+"""The result of a process that adds nothing to the loss."""
+
 
 def run_steps(run: Prepared, state: RunState) -> None:
     """Train until every step of the plan is done.
 
     Raises:
-        RunError: a loss or a gradient is not finite, or the plan of a step does not hold what training promises.
+        RunError: a loss or a gradient is not finite, or the plan of a step breaks a rule of exact training.
         KeyboardInterrupt: a process was asked to stop, and a checkpoint was saved.
     """
     config, progress, steps = run.config, state.progress, run.plan.steps
@@ -41,13 +45,13 @@ def run_steps(run: Prepared, state: RunState) -> None:
     ):
         display.begin(_tokens_before(steps, run), _tokens_before(progress.step, run))
         try:
-            if progress.eval_loss_start is None and progress.step == 0 and len(run.held_out):
+            if progress.eval_loss_start is None and progress.step == 0 and len(run.data.evaluation):
                 display.phase("held-out loss")
-                progress.eval_loss_start = run.held_out.loss()
+                progress.eval_loss_start = held_out_loss(run, state)
             while progress.step < steps:
                 _stop_together(run, state)
                 row = _run_step(run, state, display.advance)
-                if len(run.held_out) and (row.step == steps or _is_due(config.eval.every, row.step)):
+                if len(run.data.evaluation) and (row.step == steps or _is_due(config.eval.every, row.step)):
                     display.phase("held-out loss")
                     row = _with_held_out_loss(row, run, state)
                 if _is_due(config.log.every, row.step) or row.step == steps or row.eval_loss is not None:
@@ -57,8 +61,8 @@ def run_steps(run: Prepared, state: RunState) -> None:
                     display.phase("saving a checkpoint")
                     save_progress(run, state)
             _stop_together(run, state)
-            if len(run.held_out) and progress.eval_step != steps:  # the run was stopped while it was measured
-                progress.eval_loss_end = run.held_out.loss()
+            if len(run.data.evaluation) and progress.eval_step != steps:  # the run was stopped while it was measured
+                progress.eval_loss_end = held_out_loss(run, state)
         except Interrupted:
             run.parts.engine.discard_gradients()
             display.phase("saving a checkpoint")
@@ -74,11 +78,7 @@ def _is_due(every: int | None, step: int) -> bool:
 
 
 def _stop_together(run: Prepared, state: RunState) -> None:
-    """Stop all processes if any of them was asked to stop. Every process calls it, between two steps.
-
-    Raises:
-        Interrupted: one was.
-    """
+    """Raise `Interrupted` on all processes if any was asked to stop. Every process calls it, between two steps."""
     if run.processes.sum(state.stop_requested)[0]:
         raise Interrupted
 
@@ -118,10 +118,10 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
 
 
 def _planned_step(run: Prepared, index: int) -> StepPlan:
-    """Return the plan of a step, counted from 0, once it is proved.
+    """Return the plan of a step, counted from 0, after proving it.
 
     Raises:
-        RunError: the plan breaks a rule; the same on all processes, for each of them plans and proves all ranks.
+        RunError: the plan breaks a rule. It is raised on all processes, because each plans and proves all ranks.
     """
     step = run.plan[index]
     try:
@@ -148,11 +148,9 @@ def _run_operations(run: Prepared, step: StepPlan, on_backward: Callable[[float]
     try:
         result = _run_schedule(run, step, rank, lambda tokens: on_backward(tokens * share))
     except Interrupted:
-        is_whole, result = False, StepResult(0.0, 0, 0, ())
-    counts = run.processes.place.stage == 0  # all stages of a pipeline know the loss of their pipeline
-    loss, targets, whole = run.processes.sum(
-        result.loss if counts else 0.0, result.target_tokens if counts else 0, is_whole
-    )
+        is_whole, result = False, NOTHING
+    counted = result if run.processes.place.stage == 0 else NOTHING  # all stages of a pipeline know its loss
+    loss, targets, whole = run.processes.sum(counted.loss, counted.target_tokens, is_whole)
     if whole < run.topology.processes:
         raise Interrupted
     if not np.isfinite(loss):
@@ -193,7 +191,7 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
 def _with_held_out_loss(row: StepMetrics, run: Prepared, state: RunState) -> StepMetrics:
     """Return the row with the held-out loss, or without it if the user stops the run meanwhile: the step is done."""
     try:
-        loss = run.held_out.loss()
+        loss = held_out_loss(run, state)
     except Interrupted:
         return row
     state.progress.eval_loss_end, state.progress.eval_step = loss, row.step

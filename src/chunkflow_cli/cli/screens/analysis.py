@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import bar_of, columns, percent
-from chunkflow_cli.console import counted, shortened
+from chunkflow_cli.cli.screens.tables import bar_of, columns
+from chunkflow_cli.console import counted, percent, shortened
 from chunkflow_cli.data.lengths import histogram, short_count
 
 WIDEST = 140
-"""Columns; longer bars say no more."""
+"""Columns of the histogram at most: longer bars show no more."""
 SHOWN_REASONS = 5
 
 
@@ -29,9 +29,10 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
         analyses: (samples,) lengths of each data set, and what `analyze.analysis` found.
     """
     for index, (lengths, found) in enumerate(analyses):
-        if index:
-            console.print()
-        console.print(_screen(console, lengths, found))
+        for place, block in enumerate(_blocks(console.width, lengths, found)):
+            if index or place:
+                console.print()
+            console.print(block)
     if len(analyses) > 1:
         console.print()
         console.print(_side_by_side([found for _, found in analyses]))
@@ -43,23 +44,16 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
         )
 
 
-def _screen(console: Console, lengths: NDArray[np.int64], found: dict[str, Any]) -> Group:
-    parts: list[Text | Table] = [
-        _headline(found, console.width),
-        Text(),
-        _histogram(min(console.width, WIDEST), lengths),
-        Text(),
-        _cumulative(found),
-        Text(),
-        _longest(found, console.width),
-        Text(),
-        _costs(found),
-        Text("* tokens whose forward pass runs twice with chunk.k=1", style="dim"),
-        Text(),
-        _ranks(found),
-    ]
-    rejected = _rejected(found, console.width)
-    return Group(*parts, *([Text(), rejected] if rejected is not None else []))
+def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> Iterator[RenderableType]:
+    """Yield the parts of a screen, which are printed with an empty line between them."""
+    yield _headline(found, width)
+    yield _histogram(min(width, WIDEST), lengths)
+    yield _cumulative(found)
+    yield _longest(found, width)
+    yield Group(_costs(found), Text("* tokens whose forward pass runs twice with chunk.k=1", style="dim"))
+    yield _ranks(found)
+    if found["rejected"]["rows"]:
+        yield _rejected(found["rejected"], width)
 
 
 def _headline(found: dict[str, Any], width: int) -> Text:
@@ -152,16 +146,13 @@ def _costs(found: dict[str, Any]) -> Table:
 def _ranks(found: dict[str, Any]) -> Table:
     ranks = found["ranks"]
     table = columns(f"{ranks['ranks']} ranks, samples", ">idle", "")
-    batch = f"{found['packing']['global_batch_size']} samples a step"
+    batch = f"{found['packing']['global_batch_size']} samples per step"
     table.add_row("dealt in turn", percent(ranks["idle_as_dealt"]), f"waiting for the slowest; {batch}")
     table.add_row("balanced by tokens", percent(ranks["idle_balanced"]), "")
     return table
 
 
-def _rejected(found: dict[str, Any], width: int) -> Text | None:
-    rejected = found["rejected"]
-    if not rejected["rows"]:
-        return None
+def _rejected(rejected: dict[str, Any], width: int) -> Text:
     text = Text(f"{counted(rejected['rows'], 'row')} cannot be trained on\n", style="bold")
     for reason, place in list(rejected["reasons"].items())[:SHOWN_REASONS]:
         line = f"{place['rows']:>8,}  {reason}, first "

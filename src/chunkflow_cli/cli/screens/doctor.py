@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkflow_cli.cli.screens.tables import columns, facts
-from chunkflow_cli.console import human_bytes
+from chunkflow_cli.console import counted, human_bytes
 
 STYLES = {"ok": "green", "missing": "yellow", "too old": "yellow", "too new": "yellow", "broken": "red"}
 
@@ -25,15 +25,13 @@ def print_findings(console: Console, findings: dict[str, Any]) -> None:
         packages.add_row(name, package["version"] or "", Text(state, style=STYLES[state]), Text(remark))
     console.print(packages)
     console.print()
-    table = facts()
-    for device in findings["devices"]:
-        table.add_row("GPU" if device["kind"] == "cuda" else "CPU", Text(_device(device)))
-    _add_attention(table, findings["attention"], findings["backends"])
+    rows = [("GPU" if device["kind"] == "cuda" else "CPU", _device(device)) for device in findings["devices"]]
+    rows += _attention(findings["attention"], findings["backends"])
     cache = findings["cache"]
     if "raised" not in cache:
         free = cache["error"] or f"{human_bytes(cache['free_bytes'])} free"
-        table.add_row("token cache", Text(f"{cache['path']}, {free}"))
-    console.print(table)
+        rows.append(("token cache", f"{cache['path']}, {free}"))
+    console.print(facts((name, Text(sentence)) for name, sentence in rows))
     console.print()
     _print_problems(console, "Training cannot work until you fix this:", "bold red", findings["problems"], True)
     _print_problems(console, "Training does not need this:", "bold", findings["problems"], False)
@@ -48,17 +46,17 @@ def _device(device: dict[str, Any]) -> str:
         free = human_bytes(device["free_bytes"])
         return f"{device['name']}, {memory} ({free} free), sm {device['compute_capability']}{bfloat16}"
     bfloat16 = {True: ", native bfloat16", False: ", bfloat16 emulated in float32", None: ""}[device["bfloat16"]]
-    return f"{device['name']}, {device['cores']} core{'s' if device['cores'] > 1 else ''}, {memory}{bfloat16}"
+    return f"{device['name']}, {counted(device['cores'], 'core')}, {memory}{bfloat16}"
 
 
-def _add_attention(table: Table, attention: dict[str, Any], backends: dict[str, dict[str, Any]]) -> None:
+def _attention(attention: dict[str, Any], backends: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     chosen, why = attention["takes"] or "none", attention["reason"] or "as configured"
-    asked = f"model.attention={attention['requested']}, {attention['dtype']}"
-    table.add_row("attention", Text(f"{asked}: uses {chosen} ({why})"))
+    rows = [("attention", f"model.attention={attention['requested']}, {attention['dtype']}: uses {chosen} ({why})")]
     if backends:
         working = [name for name, backend in backends.items() if backend["works"]]
         others = [name for name in backends if name not in working]
-        table.add_row("", f"works here: {', '.join(working) or 'none'}; does not: {', '.join(others) or 'none'}")
+        rows.append(("", f"works here: {', '.join(working) or 'none'}; does not: {', '.join(others) or 'none'}"))
+    return rows
 
 
 def _print_problems(console: Console, heading: str, style: str, problems: list[dict[str, Any]], required: bool) -> None:

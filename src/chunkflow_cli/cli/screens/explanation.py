@@ -1,4 +1,4 @@
-"""The words of `chunkflow tune-chunk-size`: why the best pair is the best, or why nothing fits."""
+"""The sentences of `chunkflow tune-chunk-size`: why the best pair is the best, or why nothing fits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ def explain(best: Candidate, candidates: Sequence[Candidate], best_of_layouts: S
 
 
 def nothing_fits(candidates: Sequence[Candidate], limit_bytes: int, longest: int) -> str:
-    """Return the error for a search in which no candidate fits.
-
-    Args:
-        limit_bytes: what a candidate may take.
-        longest: tokens of the longest sample.
-    """
+    """Return the error for a search in which no candidate fits into `limit_bytes`; `longest` is in tokens."""
     least = min(candidates, key=lambda candidate: candidate.memory_bytes)
     layout = f" on {_layout(least)}" if least.stages * least.data_parallel > 1 else ""
     return (

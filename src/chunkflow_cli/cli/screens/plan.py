@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,27 +10,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import bar_of, facts, percent
-from chunkflow_cli.console import counted, human_bytes, human_seconds
+from chunkflow_cli.cli.screens.tables import bar_of, columns, facts
+from chunkflow_cli.console import counted, human_bytes, human_seconds, percent
 from chunkflow_cli.planning.simulate import Timeline
 
 KINDS = {
-    "F": ("forward", "blue"),
-    "S": ("state pass", "cyan"),
-    "R": ("recompute", "yellow"),
-    "B": ("backward", "magenta"),
-    "I": ("input gradient", "magenta"),
-    "W": ("weight gradient", "green"),
+    "F": ("forward", "blue", "#0077bb"),
+    "S": ("state pass", "cyan", "#33bbee"),
+    "R": ("recompute", "yellow", "#ee7733"),
+    "B": ("backward", "magenta", "#cc3377"),
+    "I": ("input gradient", "magenta", "#cc3377"),
+    "W": ("weight gradient", "green", "#009988"),
 }
-IDLE = "·"
+"""Name, colour in a terminal and colour in a plot of each kind of operation, by its letter in a schedule."""
+IDLE = ("·", "idle", "dim")
+"""Symbol, name and style of time without an operation."""
 SHOWN_OPERATIONS = 400
-"""Characters of a schedule that are printed; `--json` has all of it."""
+"""Characters of a schedule that are printed; `--json` has all of them."""
 SHOWN_STAGES = 6
 """With more stages, the list of their live activations is shortened."""
 SHOWN_ROWS = 16
 """Rows of ranks and stages that are drawn."""
-
-
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "state")
 
 
@@ -38,8 +39,8 @@ def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, mea
 
     Args:
         result: the plan as JSON.
-        timeline: predicted, of the step that is shown.
-        measured: the same step in a run.
+        timeline: the predicted timeline of the step that is shown.
+        measured: the timeline of the same step in a traced run.
     """
     console.print(_headline(result))
     console.print()
@@ -50,8 +51,9 @@ def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, mea
     console.print()
     _print_step(console, result, timeline)
     if measured is not None:
-        console.print()
-        _print_measured(console, result, measured)
+        console.print(f"\n[bold]step {result['step']['step']} as it ran[/]: {human_seconds(measured.makespan)}")
+        _print_timeline(console, measured)
+        console.print(f"ranks were idle for {percent(measured.bubble_ratio)} of the time")
 
 
 def _headline(result: dict[str, Any]) -> Text:
@@ -75,54 +77,43 @@ def _headline(result: dict[str, Any]) -> Text:
 
 
 def _chunks(result: dict[str, Any]) -> Table:
-    table = facts()
-    table.add_row(
-        "chunks", f"{result['chunks']:,}, {percent(result['fill'])} full; no plan has fewer than "
-        f"{result['lower_bound_chunks']:,}"
-    )  # fmt: skip
-    table.add_row("standalone", f"{result['standalone']:,}")
+    balance = result["balance"]
+    longest = f"{result['longest']:,} tokens"
+    dependent = f"none: the longest sample has {longest}"
     if result["dependent"]:
-        table.add_row(
-            "dependent", f"{result['dependent']:,} of {counted(result['long_samples'], 'long sample')}, the longest "
-            f"{result['longest']:,} tokens; {counted(result['filled_tails'], 'tail')} filled"
-        )  # fmt: skip
-    else:
-        table.add_row("dependent", f"none: the longest sample has {result['longest']:,} tokens")
-    table.add_row(
-        "recomputed", f"{counted(result['recomputed_chunks'], 'chunk')} ({percent(result['recompute_share'])})"
-    )
-    table.add_row(
-        "operations", f"{result['operations_per_step_and_rank']:,.1f} a step and rank, at most "
-        f"{result['most_operations']:,}"
-    )  # fmt: skip
+        samples, tails = counted(result["long_samples"], "long sample"), counted(result["filled_tails"], "tail")
+        dependent = f"{result['dependent']:,} from {samples} (longest: {longest}); {tails} filled"
+    rows = {
+        "chunks": f"{result['chunks']:,}, {percent(result['fill'])} full; no plan has fewer than "
+        f"{result['lower_bound_chunks']:,}",
+        "standalone": f"{result['standalone']:,}",
+        "dependent": dependent,
+        "recomputed": f"{counted(result['recomputed_chunks'], 'chunk')} ({percent(result['recompute_share'])})",
+        "operations": f"{result['operations_per_step_and_rank']:,.1f} per step and rank, at most "
+        f"{result['most_operations']:,}",
+    }
     if result["dummies"]:
-        table.add_row(
-            "dummies", f"{result['dummies']:,} passes of one token: each rank must do what the others do"
-        )  # fmt: skip
+        rows["dummies"] = f"{result['dummies']:,} passes of one token, because all ranks must run the same operations"
     if result["ranks"] > 1:
-        balance = result["balance"]
-        table.add_row(
-            "balance", f"ranks wait {percent(balance['idle_share'])} of the time for the slowest; worst in step "
-            f"{balance['worst_step']}, {balance['worst_ratio']:.2f} x the mean"
-        )  # fmt: skip
+        rows["balance"] = (
+            f"ranks wait {percent(balance['idle_share'])} of the time for the slowest one, which takes up to "
+            f"{balance['worst_ratio']:.2f} x the mean (step {balance['worst_step']})"
+        )
     if result["sequence"] > 1:
-        table.add_row(
-            "spread", f"{counted(balance['spread_samples'], 'sample')} over groups of {result['sequence']}; if none "
-            f"were, ranks would wait {percent(balance['idle_share_of_whole_samples'])}, and steps take "
+        rows["spread"] = (
+            f"{counted(balance['spread_samples'], 'sample')} over groups of {result['sequence']}; otherwise ranks "
+            f"would wait {percent(balance['idle_share_of_whole_samples'])} of the time, and steps would take "
             f"{balance['times_faster_than_whole_samples']:.2f} times as long"
-        )  # fmt: skip
+        )
     if result["predicted_seconds"] is not None:
-        table.add_row("time", f"about {human_seconds(result['predicted_seconds'])} ({result['cost_model']})")
-    return table
+        rows["time"] = f"about {human_seconds(result['predicted_seconds'])} ({result['cost_model']})"
+    return facts(rows.items())
 
 
 def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:
     parts = {name: memory[f"{name}_bytes"] for name in MEMORY_PARTS}
     width = min(40, max(10, console.width - 44))
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(f"memory of a {place}", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = columns(f"memory per {place}", ">", "")
     for name, value in parts.items():
         table.add_row(name, human_bytes(value), Text(bar_of(value, max(parts.values()), width), style="cyan"))
     table.add_row("[bold]at its peak[/]", f"[bold]{human_bytes(memory['total_bytes'])}[/]", "")
@@ -130,10 +121,8 @@ def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:
     if memory["host_bytes"]:
         console.print(f"and {human_bytes(memory['host_bytes'])} of host memory (engine.offload)")
     where = f"the {human_bytes(memory['device_bytes'])} of {memory['device']}"
-    if memory["fits"]:
-        console.print(f"fits into {where}")
-    else:
-        console.print(f"[bold red]does not fit[/] into {where}: {memory['remedy']}")
+    verdict = "fits into" if memory["fits"] else "[bold red]does not fit[/] into"
+    console.print(f"{verdict} {where}" + ("" if memory["fits"] else f": {memory['remedy']}"))
 
 
 def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) -> None:
@@ -147,26 +136,19 @@ def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) ->
     console.print(Text(shown))
     console.print()
     if timeline.makespan > 0:
-        for row in _gantt(timeline, console.width):
-            console.print(row, no_wrap=True, crop=True)
+        _print_timeline(console, timeline)
     if "pipeline" in result:
         pipeline = result["pipeline"]
         console.print(
-            f"bubbles {percent(pipeline['bubble_ratio'])}, {percent(pipeline['bubble_ratio_recompute_idle'])} with "
-            f"recompute counted as idle; at most {_listed(pipeline['live_activations'])} live activations a stage"
+            f"bubbles {percent(pipeline['bubble_ratio'])}, or {percent(pipeline['bubble_ratio_recompute_idle'])} if "
+            "recomputing counts as idle"
         )
+        console.print(f"live activations per stage: at most {_listed(pipeline['live_activations'])}")
         times = pipeline["baseline_makespan"] / pipeline["makespan"]
         console.print(
-            f"plain 1F1B, a sequence a micro-batch: {percent(pipeline['baseline_bubble_ratio'])}, "
-            f"{times:.2f} times this step's time"
+            f"plain 1F1B, one sequence per micro-batch: bubbles {percent(pipeline['baseline_bubble_ratio'])}, "
+            f"{times:.2f} times as long"
         )
-
-
-def _print_measured(console: Console, result: dict[str, Any], measured: Timeline) -> None:
-    console.print(f"[bold]step {result['step']['step']} as it ran[/]: {human_seconds(measured.makespan)}")
-    for row in _gantt(measured, console.width):
-        console.print(row, no_wrap=True, crop=True)
-    console.print(f"idle {percent(measured.bubble_ratio)} of the time of all ranks")
 
 
 def _listed(counts: list[int]) -> str:
@@ -175,43 +157,43 @@ def _listed(counts: list[int]) -> str:
     return ", ".join(words if len(words) <= SHOWN_STAGES else [*words[:3], "...", words[-1]])
 
 
-def _gantt(timeline: Timeline, width: int) -> list[Text]:
-    """Return a line for each rank and stage. A character is the operation that fills most of its slice of time."""
-    places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)][:SHOWN_ROWS]
-    names = [f"rank {rank}" if timeline.stages == 1 else f"{rank}, stage {stage}" for rank, stage in places]
-    margin = max(map(len, names)) + 2
-    slices = max(20, width - margin)
+def row_names(timeline: Timeline) -> dict[tuple[int, int], str]:
+    """Return the name of each row of a timeline, by rank and stage."""
+    places = itertools.product(range(timeline.ranks), range(timeline.stages))
+    return {(rank, stage): f"rank {rank}" + f", stage {stage}" * (timeline.stages > 1) for rank, stage in places}
+
+
+def _print_timeline(console: Console, timeline: Timeline) -> None:
+    """Print a line per rank and stage. Each character is the operation that fills most of its slice of time."""
+    rows = dict(itertools.islice(row_names(timeline).items(), SHOWN_ROWS))
+    margin = max(map(len, rows.values())) + 2
+    slices = max(20, console.width - margin)
     edges = np.linspace(0, timeline.makespan, slices + 1)
+    symbols = [*((kind, name, f"black on {colour}") for kind, (name, colour, _) in KINDS.items()), IDLE]
     lines = []
-    for name, (rank, stage) in zip(names, places, strict=True):
-        rows = (timeline.rank == rank) & (timeline.stage == stage)
-        line = Text(name.ljust(margin))
-        shares = np.full((len(KINDS) + 1, slices), 0.0)
+    for (rank, stage), name in rows.items():
+        here = (timeline.rank == rank) & (timeline.stage == stage)
+        shares = np.zeros((len(symbols), slices))
         for index, kind in enumerate(KINDS):
-            of_kind = rows & (timeline.kind == kind)
-            for start, stop in zip(timeline.start_seconds[of_kind], timeline.stop_seconds[of_kind], strict=True):
+            chosen = here & (timeline.kind == kind)
+            for start, stop in zip(timeline.start_seconds[chosen], timeline.stop_seconds[chosen], strict=True):
                 first, last = np.searchsorted(edges, [start, stop], side="right") - 1
                 slots = np.arange(first, min(last + 1, slices))
                 shares[index, slots] += np.minimum(edges[slots + 1], stop) - np.maximum(edges[slots], start)
         shares[-1] = np.diff(edges) - shares[:-1].sum(axis=0)
-        for slot in shares.argmax(axis=0):
-            if slot == len(KINDS):
-                line.append(IDLE, style="dim")
-            else:
-                kind = list(KINDS)[slot]
-                line.append(kind, style=f"black on {KINDS[kind][1]}")
-        lines.append(line)
-    hidden = timeline.ranks * timeline.stages - len(places)
+        drawn = (symbols[slot] for slot in shares.argmax(axis=0))
+        lines.append(Text.assemble(name.ljust(margin), *((symbol, style) for symbol, _, style in drawn)))
+    hidden = timeline.ranks * timeline.stages - len(rows)
     if hidden:
         lines.append(Text(f"and {hidden} more"))
-    return [*lines, *_legend(timeline, margin, width)]
+    present = [symbol for symbol in symbols if symbol is IDLE or (timeline.kind == symbol[0]).any()]
+    for line in [*lines, *_legend(present, margin, console.width)]:
+        console.print(line, no_wrap=True, crop=True)
 
 
-def _legend(timeline: Timeline, margin: int, width: int) -> list[Text]:
-    present = [(kind, name, f"black on {colour}") for kind, (name, colour) in KINDS.items()
-               if (timeline.kind == kind).any()]  # fmt: skip
+def _legend(symbols: list[tuple[str, str, str]], margin: int, width: int) -> list[Text]:
     lines = [Text(" " * margin)]
-    for symbol, name, style in [*present, (IDLE, "idle", "dim")]:
+    for symbol, name, style in symbols:
         if len(lines[-1]) + len(symbol) + 1 + len(name) > width:
             lines.append(Text(" " * margin))
         lines[-1].append(symbol, style=style)

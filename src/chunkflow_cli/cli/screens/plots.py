@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.cli.screens.plan import KINDS
+from chunkflow_cli.cli.screens.plan import KINDS, row_names
 from chunkflow_cli.data.lengths import histogram, short_count
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.simulate import Timeline
@@ -21,7 +21,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 SAMPLES_COLOUR = "#0077bb"
 TOKENS_COLOUR = "#cc3377"
 CURVE_POINTS = 2_000
-"""Points of a curve, however many samples there are."""
+"""Points of a curve, for any number of samples."""
 
 
 def check_plot_path(path: str) -> None:
@@ -50,11 +50,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_lengths(data: Mapping[str, NDArray[np.int64]], path: Path) -> None:
-    """Draw a histogram and cumulative curves of samples and tokens, one row for each data set.
+    """Draw a histogram and cumulative curves of samples and tokens, one row per data set.
 
     Args:
-        data: (samples,) lengths by name of the data set.
-        path: of the plot.
+        data: the lengths of the samples, (samples,), by name of the data set.
     """
     from matplotlib.figure import Figure
 
@@ -79,14 +78,11 @@ def _draw_histogram(axes: Any, lengths: NDArray[np.int64]) -> None:
 def _draw_cumulative(axes: Any, lengths: NDArray[np.int64]) -> None:
     ascending = np.sort(lengths)
     tokens = np.cumsum(ascending) / ascending.sum()
-    points = np.unique(np.linspace(0, len(ascending) - 1, CURVE_POINTS).astype(np.int64))
-    # Points spaced evenly over samples would leave only a handful for the tail, where the tokens are.
-    points = np.unique(
-        np.concatenate([points, np.searchsorted(tokens, np.linspace(0, 1, CURVE_POINTS, endpoint=False))])
-    )
-    axes.step(
-        ascending[points], 100 * (points + 1) / len(ascending), color=SAMPLES_COLOUR, where="post", label="samples"
-    )
+    # Points spaced evenly over samples alone would leave only a handful for the tail, where the tokens are.
+    over_samples = np.linspace(0, len(ascending) - 1, CURVE_POINTS).astype(np.int64)
+    points = np.union1d(over_samples, np.searchsorted(tokens, np.linspace(0, 1, CURVE_POINTS, endpoint=False)))
+    shares = (points + 1) / len(ascending)
+    axes.step(ascending[points], 100 * shares, color=SAMPLES_COLOUR, where="post", label="samples")
     axes.step(ascending[points], 100 * tokens[points], color=TOKENS_COLOUR, where="post", label="tokens")
     axes.set_xscale("log", base=2)
     ticks = 2 ** np.arange(int(ascending[0]).bit_length() - 1, int(ascending[-1]).bit_length() + 1)
@@ -103,7 +99,6 @@ def _finish_axes(axes: Any, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-KIND_COLOURS = {"F": "#0077bb", "S": "#33bbee", "R": "#ee7733", "B": "#cc3377", "I": "#cc3377", "W": "#009988"}
 LABELLED_OPERATIONS = 120
 """With more operations per row, the numbers of the chunks could not be read."""
 
@@ -113,7 +108,6 @@ def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:
 
     Args:
         panels: timelines by title, drawn one below the other.
-        path: of the plot.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -124,18 +118,18 @@ def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:
     for axes, (title, timeline) in zip(all_axes[:, 0], panels.items(), strict=True):
         _draw_timeline(axes, timeline)
         axes.set_title(title, loc="left")
-    present = [Patch(color=colour, label=KINDS[kind][0]) for kind, colour in KIND_COLOURS.items()
-               if any((timeline.kind == kind).any() for timeline in panels.values())]  # fmt: skip
+    drawn = set().union(*(timeline.kind.tolist() for timeline in panels.values()))
+    present = [Patch(color=colour, label=name) for kind, (name, _, colour) in KINDS.items() if kind in drawn]
     figure.legend(handles=present, loc="outside lower center", ncols=len(present), frameon=False)
     save(figure, path)
 
 
 def _draw_timeline(axes: Any, timeline: Timeline) -> None:
-    places = [(rank, stage) for rank in range(timeline.ranks) for stage in range(timeline.stages)]
-    labelled = len(timeline.chunk) <= LABELLED_OPERATIONS * len(places)
-    for row, (rank, stage) in enumerate(places):
+    names = row_names(timeline)
+    labelled = len(timeline.chunk) <= LABELLED_OPERATIONS * len(names)
+    for row, (rank, stage) in enumerate(names):
         here = (timeline.rank == rank) & (timeline.stage == stage)
-        for kind, colour in KIND_COLOURS.items():
+        for kind, (_, _, colour) in KINDS.items():
             chosen = here & (timeline.kind == kind)
             starts, stops = timeline.start_seconds[chosen], timeline.stop_seconds[chosen]
             bars = list(zip(starts, stops - starts, strict=True))
@@ -143,8 +137,7 @@ def _draw_timeline(axes: Any, timeline: Timeline) -> None:
             for start, stop, chunk in zip(starts, stops, timeline.chunk[chosen], strict=True):
                 if labelled and stop - start > timeline.makespan / 60:
                     axes.text((start + stop) / 2, row, str(chunk), ha="center", va="center", color="white", fontsize=7)
-    names = [f"rank {rank}" if timeline.stages == 1 else f"rank {rank}, stage {stage}" for rank, stage in places]
-    axes.set_yticks(range(len(places)), names)
+    axes.set_yticks(range(len(names)), list(names.values()))
     axes.invert_yaxis()
     axes.set_xlim(0, timeline.makespan or 1)
     axes.set_xlabel("seconds, or units of tokens if costs are proportional")
@@ -155,9 +148,8 @@ def plot_grid(candidates: Sequence[Mapping[str, Any]], best: Mapping[str, Any], 
     """Draw predicted seconds by chunk size and K. Pairs that do not fit are empty; the best has a frame.
 
     Args:
-        candidates: rows with chunk_size, k, step_seconds, memory_bytes, fits.
-        best: the row that was chosen.
-        path: of the plot.
+        candidates: rows with chunk_size, k, step_seconds, memory_bytes and fits.
+        best: the chosen row.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

@@ -1,8 +1,11 @@
-"""The parts that screens are made of: tables without lines, bars, and shares as people read them."""
+"""The parts that screens are made of: tables without lines, and bars."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.table import Table
+from rich.text import Text
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 """Eighths of a character."""
@@ -18,11 +21,13 @@ def columns(*names: str, gap: int = 2) -> Table:
     return table
 
 
-def facts() -> Table:
-    """Return a table of names in bold, each with what is said about it."""
+def facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Return a table of names in bold, each with a sentence about it."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for name, sentence in rows:
+        table.add_row(name, sentence)
     return table
 
 
@@ -32,10 +37,3 @@ def bar_of(value: float, largest: float, width: int) -> str:
         return ""
     eighths = max(SHORTEST_BAR, round(8 * width * value / largest))
     return BLOCKS[8] * (eighths // 8) + (BLOCKS[eighths % 8] if eighths % 8 else "")
-
-
-def percent(share: float) -> str:
-    """Return a share in percent, with two decimals near 0 and 1, where the long tail is, and with one between."""
-    value = 100 * share
-    decimals = 0 if value in (0, 100) else 1 if 1 <= value <= 99 else 2
-    return f"{value:.{decimals}f} %"

@@ -8,21 +8,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import percent
-from chunkflow_cli.console import human_bytes
+from chunkflow_cli.cli.screens.tables import columns
+from chunkflow_cli.console import human_bytes, percent
 from chunkflow_cli.data.lengths import short_count
 
 SHADES = ((1.02, "black on green"), (1.10, "black on bright_green"), (1.25, "black on yellow"), (1e9, "black on red"))
-"""Styles by how many times as long as the best pair a pair takes."""
+"""Cell styles, by the largest ratio of a pair's time to the best time that they are used for."""
 RANKED_SHOWN = 6
+LAYOUT = ("sequence", "stages", "cuts")
+"""What two candidates of the same pair may differ in."""
 
 
 def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
     """Print the screen of a search.
 
     Args:
-        result: what the search found, as JSON.
-        recipe: for the command to run next.
+        result: the search as JSON.
+        recipe: the recipe to name in the next command.
     """
     best = result["best"]
     console.print(Text(f"chunk.size={best['chunk_size']} chunk.k={best['k']}{_layout(best)}", style="bold"))
@@ -31,18 +33,15 @@ def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
     basis = result["cost_model"] + ("" if error is None else f", fitted to within {percent(error)}")
     console.print(f"costs: {basis}; {result['steps_planned']} global batches planned for each pair")
     console.print()
-    console.print(_heat_map(result))
+    _print_heat_map(console, result)
     console.print()
-    layouts = _layouts(result)
-    if layouts is not None:
-        console.print(layouts)
+    if len(result["layouts"]) > 1:
+        console.print(_layouts(result["layouts"]))
         console.print()
-    console.print(_ranking(result))
+    console.print(_ranking(result["candidates"]))
     console.print()
-    recipe_word = f"recipe={recipe} " if recipe != "default" else ""
-    console.print(
-        f"Train with it:  chunkflow train {recipe_word}--overrides {result['overrides_file']}", soft_wrap=True
-    )
+    named = f"recipe={recipe} " if recipe != "default" else ""
+    console.print(f"Train with it:  chunkflow train {named}--overrides {result['overrides_file']}", soft_wrap=True)
 
 
 def _layout(row: dict[str, Any]) -> str:
@@ -52,68 +51,67 @@ def _layout(row: dict[str, Any]) -> str:
     return words + (f" on {row['stages'] * row['data_parallel']} devices" if row["data_parallel"] > 1 else "")
 
 
-def _layouts(result: dict[str, Any]) -> Table | None:
-    """Return the best pair of each layout, if there are several."""
-    if len(result["layouts"]) == 1:
-        return None
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("stages", "ranks", "group", "cuts", "chunk.size", "K", "predicted", "memory", "waiting"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result["layouts"]:
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3g} s"
+
+
+def _layouts(rows: list[dict[str, Any]]) -> Table:
+    """Return a table of the best pair of each layout."""
+    table = columns(">stages", ">ranks", ">group", ">cuts", ">chunk.size", ">K", ">predicted", ">memory", ">waiting")
+    for row in rows:
         layout = (str(row["stages"]), str(row["data_parallel"]), str(row["sequence"]))
         memory = human_bytes(row["memory_bytes"])
-        if not row["fits"]:
+        if row["fits"]:
+            pair = (row["cuts"], f"{row['chunk_size']:,}", str(row["k"]))
+            table.add_row(*layout, *pair, _seconds(row["step_seconds"]), memory, percent(row["bubble_ratio"]))
+        else:
             table.add_row(*layout, "", "", "", "does not fit", memory, "")
-            continue
-        pair = (row["cuts"], f"{row['chunk_size']:,}", str(row["k"]))
-        table.add_row(*layout, *pair, f"{row['step_seconds']:.3g} s", memory, percent(row["bubble_ratio"]))
     return table
 
 
-def _heat_map(result: dict[str, Any]) -> Table:
+def _print_heat_map(console: Console, result: dict[str, Any]) -> None:
+    """Print the seconds of every pair with the layout of the best one."""
     best = result["best"]
-    alike = ("sequence", "stages", "cuts")
-    rows = [row for row in result["candidates"] if all(row[name] == best[name] for name in alike)]
+    rows = [row for row in result["candidates"] if all(row[name] == best[name] for name in LAYOUT)]
     candidates = {(row["chunk_size"], row["k"]): row for row in rows}
-    sizes = sorted({size for size, _ in candidates})
-    ks = sorted({k for _, k in candidates})
-    fastest = min(row["step_seconds"] for row in candidates.values() if row["fits"])
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("seconds a step", no_wrap=True)
-    for k in ks:
-        table.add_column(f"K={k}", justify="right", no_wrap=True)
-    for size in sizes:
-        cells = []
-        for k in ks:
-            row = candidates.get((size, k))
-            if row is None:
-                cells.append(Text("="))  # as the column before: the longest sample has no more chunks
-            elif not row["fits"]:
-                cells.append(Text(human_bytes(row["memory_bytes"]), style="dim"))
-            else:
-                ratio = row["step_seconds"] / fastest
-                style = next(style for most, style in SHADES if ratio <= most)
-                cells.append(Text(f"{row['step_seconds']:8.3g}", style=style))
-        table.add_row(f"chunk.size {short_count(size)}", *cells)
-    of_layout = ""
+    ks = sorted({row["k"] for row in rows})
+    fastest = min(row["step_seconds"] for row in rows if row["fits"])
+    table = columns("seconds per step", *(f">K={k}" for k in ks), gap=1)
+    notes = []
     if len(result["layouts"]) > 1:
-        of_layout += f"groups of {best['sequence']}; " if best["sequence"] > 1 else ""
-        of_layout += f"{best['stages']} pipeline stages, cuts of equal {best['cuts']}; " if best["stages"] > 1 else ""
-    table.caption = f"{of_layout}dim: does not fit into {human_bytes(result['memory_limit_bytes'])}"
-    table.caption_justify = "left"
-    return table
+        notes += [f"groups of {best['sequence']}"] if best["sequence"] > 1 else []
+        notes += [f"{best['stages']} pipeline stages, cuts of equal {best['cuts']}"] if best["stages"] > 1 else []
+    if len(candidates) < len(ks) * len({row["chunk_size"] for row in rows}):
+        notes.append("=: the same as with a smaller K, because no sample has more chunks")
+    if not all(row["fits"] for row in rows):
+        notes.append(f"dim: does not fit into {human_bytes(result['memory_limit_bytes'])}")
+    for size in sorted({row["chunk_size"] for row in rows}):
+        cells = [_cell(candidates.get((size, k)), fastest) for k in ks]
+        table.add_row(f"chunk.size {short_count(size)}", *cells)
+    console.print(table)
+    if notes:
+        console.print(Text("; ".join(notes), style="italic"))
 
 
-def _ranking(result: dict[str, Any]) -> Table:
-    rows = sorted((row for row in result["candidates"] if row["fits"]), key=lambda row: row["step_seconds"])
-    columns = {
+def _cell(row: dict[str, Any] | None, fastest: float) -> Text:
+    if row is None:
+        return Text("=")
+    if not row["fits"]:
+        return Text(human_bytes(row["memory_bytes"]), style="dim")
+    style = next(style for most, style in SHADES if row["step_seconds"] / fastest <= most)
+    return Text(f"{row['step_seconds']:8.3g}", style=style)
+
+
+def _ranking(candidates: list[dict[str, Any]]) -> Table:
+    rows = sorted((row for row in candidates if row["fits"]), key=lambda row: row["step_seconds"])
+    cells = {
         "chunk.size": lambda row: f"{row['chunk_size']:,}",
         "K": lambda row: str(row["k"]),
         "stages": lambda row: str(row["stages"]),
         "group": lambda row: str(row["sequence"]),
         "cuts": lambda row: row["cuts"],
-        "predicted": lambda row: f"{row['step_seconds']:.3g} s",
-        "measured": lambda row: "" if row["measured_step_seconds"] is None else f"{row['measured_step_seconds']:.3g} s",
+        "predicted": lambda row: _seconds(row["step_seconds"]),
+        "measured": lambda row: _seconds(row["measured_step_seconds"]),
         "memory": lambda row: human_bytes(row["memory_bytes"]),
         "recomputed": lambda row: percent(row["recompute_share"]),
         "waiting": lambda row: percent(row["bubble_ratio"]),
@@ -121,14 +119,12 @@ def _ranking(result: dict[str, Any]) -> Table:
     }
     for column, name in (("stages", "stages"), ("group", "sequence"), ("cuts", "cuts")):
         if len({row[name] for row in rows}) == 1:
-            del columns[column]
-    if len({(row["stages"], row["sequence"], row["cuts"]) for row in rows}) > 1:  # 80 columns have no room for all
-        del columns["recomputed"], columns["full"]
+            del cells[column]
+    if {"stages", "group", "cuts"} & cells.keys():  # 80 columns have no room for all
+        del cells["recomputed"], cells["full"]
     if all(row["measured_step_seconds"] is None for row in rows):
-        del columns["measured"]
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        del cells["measured"]
+    table = columns(*(f">{name}" for name in cells))
     for row in rows[:RANKED_SHOWN]:
-        table.add_row(*(value(row) for value in columns.values()))
+        table.add_row(*(cell(row) for cell in cells.values()))
     return table
