@@ -107,8 +107,8 @@ def test_loads_are_summed_by_rank() -> None:
     ("costs", "ranks", "message"),
     [
         ([1.0], 0, "ranks=0 must be at least 1"),
-        ([1.0, -1.0], 2, "not negative"),
-        ([1.0, float("nan")], 2, "not negative"),
+        ([1.0, -1.0], 2, "non-negative"),
+        ([1.0, float("nan")], 2, "non-negative"),
         ([[1.0, 2.0]], 2, "flat list"),
     ],
 )
@@ -225,7 +225,7 @@ def test_what_needs_a_group_for_its_state_gets_one() -> None:
     ("costs", "degrees", "ranks", "message"),
     [
         ([[1.0]], [1, 2], 2, "costs of 2 degrees"),
-        ([[1.0], [-1.0]], [1, 2], 2, "not negative"),
+        ([[1.0], [-1.0]], [1, 2], 2, "non-negative"),
         ([[1.0], [1.0]], [2, 4], 4, "must start at 1"),
         ([[1.0], [1.0]], [1, 2], 3, "each divide the next"),
         ([[1.0]] * 3, [1, 2, 3], 6, "each divide the next"),

@@ -25,10 +25,11 @@ from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.costs import DeviceProfile
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes
 from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
-from chunkflow_cli.planning.peak_memory import memory_of_fullest, simulated_steps
+from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.planning.prediction import rank_seconds, seconds_of_whole_samples, timeline
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
+from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.simulate import Timeline, simulate
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
 from chunkflow_cli.training.inputs import load_run_data
@@ -156,10 +157,9 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
     plan = setup.plan(data)
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
-    memory = None
+    chosen, memory = plan[step - 1], None
     if setup.shape is not None:
-        memory = memory_of_fullest(setup.shape, setup.memory, plan, simulated_steps(plan, [step - 1]))
-    chosen = plan[step - 1]
+        memory = memory_of_fullest(setup.shape, setup.memory, plan, [SimulatedStep(plan, chosen)])
     return PlannedRun(
         recipe=loaded.recipe,
         setup=setup,

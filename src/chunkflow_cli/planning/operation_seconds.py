@@ -1,4 +1,4 @@
-"""Predicted seconds of every operation on the chunks of a rank."""
+"""Predict the seconds of every operation on the chunks of a rank."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ def chunk_operation_seconds(
 ) -> OperationSeconds:
     """Predict the seconds of every operation on these chunks.
 
-    Each stage of a pipeline takes its layers' share of the model's seconds, the last one also head and loss.
+    Each stage of a pipeline takes its layers' share of the model's seconds. The last one also takes head and loss.
 
     Args:
         targets: (sequences,) tokens that the loss counts.
-        cut: the layers of each stage; equal shares if not given.
+        cut: the layers of each stage; by default, equal shares.
     """
-    stages = 1 if pipeline is None else pipeline.stages
     shares = stage_shares(pipeline, costs, cut)
     tokens, pairs = chunk_tokens(chunks), costs.chunk_pairs(chunks)
-    head = np.zeros((stages, len(chunks)))
+    head = np.zeros((len(shares), len(chunks)))
     head[-1] = costs.seconds_per_target * chunk_targets(chunks, targets)
 
     def shared(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -42,19 +41,19 @@ def chunk_operation_seconds(
         backward=backward,
         recompute=shared(costs.recompute(tokens, pairs)) + head,
         state_pass=shared(costs.state_pass(tokens, pairs)),
-        # The two products of a backward are of the same size.
+        # The two products of a backward have the same size.
         input_gradient=backward / 2,
         weight_gradient=backward / 2,
-        transfer=np.broadcast_to(
-            costs.transfer_latency_seconds + costs.transfer_seconds_per_token * tokens, (stages - 1, len(chunks))
-        ).copy(),
+        transfer=np.tile(
+            costs.transfer_latency_seconds + costs.transfer_seconds_per_token * tokens, (len(shares) - 1, 1)
+        ),
     )
 
 
 def stage_shares(
     pipeline: PipelineLayout | None, costs: CostModel, cut: tuple[StageLayers, ...] | None
 ) -> NDArray[np.float64]:
-    """Return the share of layers' seconds that each stage takes, (stages,); 1 if the costs are those of one stage."""
+    """Return the share of the layers' seconds that each stage takes, (stages,); 1 if the costs are of one stage."""
     stages = 1 if pipeline is None else pipeline.stages
     if costs.is_of_one_stage:
         return np.ones(stages)

@@ -1,4 +1,4 @@
-"""How long a planned run takes: predictions from its plan and its cost model."""
+"""Predict how long a planned run takes, from its plan and its cost model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate
 
 
 def operation_seconds(run: RunPlan, rank: RankPlan) -> OperationSeconds:
-    """Predict the seconds of every operation of a rank: on spread chunks, those of its share of their tokens."""
-    alone = chunk_operation_seconds(rank.chunks, rank.target_counts, run.costs, run.pipeline, run.cut)
+    """Predict the seconds of every operation of a rank; on spread chunks, those of its share of the tokens."""
+
+    def seconds(costs: CostModel) -> OperationSeconds:
+        return chunk_operation_seconds(rank.chunks, rank.target_counts, costs, run.pipeline, run.cut)
+
+    alone = seconds(run.costs)
     if not rank.spread:
         return alone
-    spread = chunk_operation_seconds(
-        rank.chunks, rank.target_counts, run.costs.spread_over(rank.group_size), run.pipeline, run.cut
-    )
-    count = len(rank.spread)
+    spread, count = seconds(run.costs.spread_over(rank.group_size)), len(rank.spread)
     return OperationSeconds(
         **{
             kind.name: np.hstack([getattr(spread, kind.name)[:, :count], getattr(alone, kind.name)[:, count:]])
@@ -54,7 +55,7 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
 
 
 def stage_seconds(run: RunPlan, rank: RankPlan) -> NDArray[np.float64]:
-    """Predict for how many seconds each stage of a rank is busy, (stages,)."""
+    """Predict the seconds for which each stage of a rank is busy, (stages,)."""
     head = 0.0
     if len(rank.chunks):
         targets, spread = chunk_targets(rank.chunks, rank.target_counts), len(rank.spread)
@@ -75,14 +76,14 @@ def timeline(run: RunPlan, step: StepPlan) -> Timeline:
 
 
 def step_seconds(run: RunPlan, step: StepPlan) -> float:
-    """Predict the seconds of a step without a pipeline until its last rank is done, without the optimizer step."""
+    """Predict the seconds until the last rank is done with a step, without a pipeline and the optimizer step."""
     if run.is_in_lockstep:
         return timeline(run, step).makespan
     return max(rank_seconds(rank, run.costs) for rank in step.ranks)
 
 
 def seconds_of_whole_samples(run: RunPlan, samples: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Predict the seconds of each rank in a step of these samples, (ranks,), if no sample were spread over a group."""
+    """Predict the seconds of each rank for a step of these samples if none were spread over a group, (ranks,)."""
     lengths, targets = run.lengths[samples], run.target_counts[samples]
     costs = run.costs.of_sequences(lengths, run.chunk_size, run.k, targets)
     return rank_loads(costs, balance(costs, run.ranks))
