@@ -31,7 +31,6 @@ from chunkflow_cli.planning.costs import (
     chunk_tokens,
     training_flops,
 )
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.prediction import rank_seconds
 from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Layout, plan
@@ -124,7 +123,7 @@ COSTS = st.builds(CostModel, st.just("drawn"), COST, COST, COST, COST, st.floats
 
 def seconds_by_operation(chunks: Chunks, targets: np.ndarray, k: int, costs: CostModel) -> float:
     """Walk through the schedule and look up every operation's seconds."""
-    seconds = chunk_operation_seconds(chunks, targets, costs)
+    seconds = costs.of_chunks(chunks, targets)
     by_kind = {"F": seconds.forward, "B": seconds.backward, "R": seconds.recompute, "S": seconds.state_pass}
     return sum(float(by_kind[op.kind.value][0, chunk]) for op in plan(chunks, k).ops for chunk in op.chunks)
 
@@ -169,7 +168,7 @@ def test_seconds_of_a_rank_are_those_of_its_operations(
     rank = RankPlan(np.arange(len(lengths)), chunks, targets, (schedule,))
     expected = seconds_by_operation(chunks, targets, k, costs)
     assert rank_seconds(rank, costs) == pytest.approx(expected)
-    assert simulate([schedule], chunk_operation_seconds(chunks, targets, costs)).makespan == pytest.approx(expected)
+    assert simulate([schedule], costs.of_chunks(chunks, targets)).makespan == pytest.approx(expected)
 
 
 def test_a_rank_without_samples_takes_no_time() -> None:

@@ -18,11 +18,7 @@ from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, timeline
 from chunkflow_cli.planning.proof import validate_groups
-from chunkflow_cli.planning.run_plan import (
-    RankPlan,
-    RunPlan,
-    StepPlan,
-)
+from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule, validate
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=30)
@@ -117,7 +113,7 @@ def test_seconds_of_a_group_are_those_of_its_operations(lengths: list[int], grou
         assert rank_seconds(rank, COSTS) == pytest.approx(predicted.busy_seconds[index, 0] if len(rank.chunks) else 0)
         if not len(rank.chunks):
             continue
-        whole = operation_seconds(rank.chunks, rank.target_counts, COSTS)
+        whole = COSTS.of_chunks(rank.chunks, rank.target_counts)
         own = operation_seconds(run, rank)
         count = len(rank.spread)
         fixed = COSTS.backward.fixed_seconds

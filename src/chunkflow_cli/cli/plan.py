@@ -24,7 +24,6 @@ from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.costs import DeviceProfile
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.planning.prediction import rank_seconds, seconds_of_whole_samples, timeline
@@ -33,8 +32,7 @@ from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.simulate import Timeline, simulate
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
 from chunkflow_cli.training.inputs import load_run_data
-from chunkflow_cli.training.layout import planned_topology
-from chunkflow_cli.training.setup import RunSetup, planned_device, read_setup
+from chunkflow_cli.training.setup import RunSetup, planned_device, planned_topology, read_setup
 
 
 @dataclass(frozen=True)
@@ -353,7 +351,7 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
         share = lengths[rank :: plan.ranks]
         if len(share):
             chunks = sequences_as_chunks(share)
-            seconds = chunk_operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, cut)
+            seconds = plan.costs.of_chunks(chunks, targets[rank :: plan.ranks], pipeline.stages, cut)
             timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)
 

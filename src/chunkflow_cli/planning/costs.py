@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.planning.chunks import Chunks
-from chunkflow_cli.planning.stage_cut import StageLayers
+from chunkflow_cli.planning.simulate import OperationSeconds
+from chunkflow_cli.planning.stage_cut import StageLayers, layer_shares
 
 GIB = 2**30
 
@@ -220,12 +221,10 @@ class CostModel:
         frozen), because their gradient is computed with their value. A state pass leaves them out.
         """
         rate = device.matmul_flops * device.matmul_efficiency
+        attention_rate = device.matmul_flops * device.attention_efficiency
         token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
         target = (6.0 if shape.is_head_trained else 4.0) * shape.head_parameters / rate
-        pair = (
-            4.0 * shape.layers * shape.attention_heads * shape.head_dim
-            / (device.matmul_flops * device.attention_efficiency)
-        )  # fmt: skip
+        pair = 4.0 * shape.layers * shape.attention_heads * shape.head_dim / attention_rate
         launch = shape.layers * device.layer_launch_seconds
         forward = OperationCost(launch, token, pair)
         factor = 3.0 if checkpointed else 2.0
@@ -327,6 +326,44 @@ class CostModel:
         )  # fmt: skip
         backward = seconds(self.backward, pieces, size)
         return forward + backward + self.seconds_per_target * (size if targets is None else targets)
+
+    def of_chunks(
+        self,
+        chunks: Chunks,
+        targets: NDArray[np.int64],
+        stages: int = 1,
+        cut: tuple[StageLayers, ...] | None = None,
+    ) -> OperationSeconds:
+        """Predict the seconds of every operation on each chunk, by stage of a pipeline.
+
+        Each stage takes its layers' share of the model's seconds. The last one also takes head and loss.
+
+        Args:
+            targets: (sequences,) tokens that the loss counts.
+            cut: the layers of each stage; by default, equal shares.
+        """
+        shares = self.stage_shares(stages, cut)[:, None]
+        tokens, pairs = chunk_tokens(chunks), self.chunk_pairs(chunks)
+        head = np.zeros((stages, len(chunks)))
+        head[-1] = self.seconds_per_target * chunk_targets(chunks, targets)
+        backward = shares * self.backward(tokens, pairs)
+        sent = self.transfer_latency_seconds + self.transfer_seconds_per_token * tokens
+        return OperationSeconds(
+            forward=shares * self.forward(tokens, pairs) + head,
+            backward=backward,
+            recompute=shares * self.recompute(tokens, pairs) + head,
+            state_pass=shares * self.state_pass(tokens, pairs),
+            # The two products of a backward have the same size.
+            input_gradient=backward / 2,
+            weight_gradient=backward / 2,
+            transfer=np.tile(sent, (stages - 1, 1)),
+        )
+
+    def stage_shares(self, stages: int, cut: tuple[StageLayers, ...] | None) -> NDArray[np.float64]:
+        """Return the share of the layers' seconds that each stage takes, (stages,)."""
+        if self.is_of_one_stage:
+            return np.ones(stages)
+        return np.full(stages, 1.0 / stages) if cut is None else layer_shares(cut)
 
 
 def chunk_tokens(chunks: Chunks) -> NDArray[np.float64]:

@@ -119,16 +119,13 @@ class _TokensOfChunks:
         return self.held * kept, self.read_later * state_of_layer * held.layers + received * (not held.is_first)
 
 
-def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return pairs of tokens on one rank: most that hold activations at once, and those in the state store then.
+def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np.float64]:
+    """Return pairs of tokens on one rank, (2, n): most that hold activations at once, and tokens in the state store.
 
     Args:
         is_planned_whole: True to read every chunk and long sample off the plan of all steps (of one rank). Otherwise
             each sample is combined with any others that might share its global batch, so that no step exceeds the
             result; of what a sequence-parallel group runs together, a rank has its share.
-
-    Returns:
-        Two arrays of equal length.
     """
     if is_planned_whole:
         return _of_planned_chunks(run)
@@ -138,10 +135,10 @@ def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDAr
     if run.spreads_all:
         return together
     alone = _of_any_batch(run, run.lengths[run.lengths <= run.longest_alone])
-    return np.concatenate([together[0], alone[0]]), np.concatenate([together[1], alone[1]])
+    return np.concatenate([together, alone], axis=1)
 
 
-def _of_planned_chunks(run: RunPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _of_planned_chunks(run: RunPlan) -> NDArray[np.float64]:
     pairs = []
     for step in run:
         for rank in step.ranks:
@@ -153,13 +150,10 @@ def _of_planned_chunks(run: RunPlan) -> tuple[NDArray[np.float64], NDArray[np.fl
                 last_stored = rank.chunks.first_segment[group.stop - 2]
                 kept = of_group[-run.k :].sum()
                 pairs.append((max(of_group.max(), kept), float(rank.chunks.stop[last_stored])))
-    live, stored = np.array(pairs, dtype=np.float64).T
-    return live, stored
+    return np.array(pairs, dtype=np.float64).T
 
 
-def _of_any_batch(
-    run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False) -> NDArray[np.float64]:
     size, ranks = (run.spread_chunk_size, run.sequence) if spread else (run.chunk_size, 1)
     counts = np.bincount(lengths)
     lengths = np.flatnonzero(counts)  # a million samples have only some thousand lengths
@@ -169,7 +163,7 @@ def _of_any_batch(
     else:
         live = live_tokens(lengths, size, run.k, others, fill_tails=run.fill_tails)
         stored = (lengths - 1) // size * size
-    return live / ranks, stored / (run.state_shares if spread else 1)
+    return np.stack([live / ranks, stored / (run.state_shares if spread else 1)])
 
 
 def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from chunkflow_cli.planning.balance import balance, rank_loads
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_targets, chunk_tokens
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds, stage_shares
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
 
@@ -19,7 +18,7 @@ def operation_seconds(run: RunPlan, rank: RankPlan) -> OperationSeconds:
     """Predict the seconds of every operation of a rank; on spread chunks, those of its share of the tokens."""
 
     def seconds(costs: CostModel) -> OperationSeconds:
-        return chunk_operation_seconds(rank.chunks, rank.target_counts, costs, run.pipeline, run.cut)
+        return costs.of_chunks(rank.chunks, rank.target_counts, run.stages, run.cut)
 
     alone = seconds(run.costs)
     if not rank.spread:
@@ -62,7 +61,7 @@ def stage_seconds(run: RunPlan, rank: RankPlan) -> NDArray[np.float64]:
         head = run.costs.seconds_per_target * float(targets[spread:].sum())
         if spread:
             head += run.costs.spread_over(rank.group_size).seconds_per_target * float(targets[:spread].sum())
-    seconds = stage_shares(run.pipeline, run.costs, run.cut) * (rank_seconds(rank, run.costs) - head)
+    seconds = run.costs.stage_shares(run.stages, run.cut) * (rank_seconds(rank, run.costs) - head)
     seconds[-1] += head
     return seconds
 
@@ -71,7 +70,7 @@ def timeline(run: RunPlan, step: StepPlan) -> Timeline:
     """Predict when each operation of a step runs on each rank and stage."""
     if not run.is_in_lockstep:
         return simulate_ranks([(rank.schedules, operation_seconds(run, rank)) for rank in step.ranks])
-    one_token = chunk_operation_seconds(build_chunks([1], 1), np.ones(1, dtype=np.int64), run.costs)
+    one_token = run.costs.of_chunks(build_chunks([1], 1), np.ones(1, dtype=np.int64))
     return simulate_lockstep([(rank.schedule, operation_seconds(run, rank)) for rank in step.ranks], one_token)
 
 

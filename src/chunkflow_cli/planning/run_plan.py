@@ -17,7 +17,6 @@ from chunkflow_cli.planning.balance import balance, share_out
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import Chunks, build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.pipeline import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
 from chunkflow_cli.planning.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
@@ -235,6 +234,11 @@ class RunPlan:
         costs = (self.costs.forward, self.costs.backward)
         return sum(cost.seconds_per_pair for cost in costs) / sum(cost.seconds_per_token for cost in costs)
 
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline; 1 without one."""
+        return 1 if self.pipeline is None else self.pipeline.stages
+
     @functools.cached_property
     def head_in_layers(self) -> float:
         """Cost of head and loss in layers, for the data's mean token."""
@@ -255,8 +259,7 @@ class RunPlan:
         Raises:
             ValueError: there are fewer layers than stages.
         """
-        stages = 1 if self.pipeline is None else self.pipeline.stages
-        return cut_layers(layers, stages, head_in_layers=self.head_in_layers)
+        return cut_layers(layers, self.stages, head_in_layers=self.head_in_layers)
 
     @functools.cached_property
     def cut(self) -> tuple[StageLayers, ...] | None:
@@ -268,17 +271,19 @@ class RunPlan:
     def _schedules(self, ranks: Sequence[Chunks], targets: Sequence[NDArray[np.int64]]) -> list[tuple[Schedule, ...]]:
         """Return the schedules of each rank, one per stage."""
         if self.pipeline is not None:
-            return [self._pipeline_schedules(chunks, own) for chunks, own in zip(ranks, targets, strict=True)]
+            by_seconds = self.pipeline.schedule in CHOSEN_BY_SECONDS
+            return [
+                plan_pipeline(
+                    chunks,
+                    self.k,
+                    self.pipeline,
+                    self.costs.of_chunks(chunks, own, self.stages, self.cut) if by_seconds else None,
+                )
+                for chunks, own in zip(ranks, targets, strict=True)
+            ]
         if self.is_in_lockstep:
             return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
         return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
-
-    def _pipeline_schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
-        assert self.pipeline is not None
-        seconds = None
-        if self.pipeline.schedule in CHOSEN_BY_SECONDS:
-            seconds = chunk_operation_seconds(chunks, targets, self.costs, self.pipeline, self.cut)
-        return plan_pipeline(chunks, self.k, self.pipeline, seconds)
 
     @property
     def is_in_lockstep(self) -> bool:

@@ -137,11 +137,10 @@ class SimulatedStep:
 
     def _one_after_the_other(self, rank: int, stage_seconds: float) -> float:
         """Return the seconds of all stages' operations and messages in turn; no order takes longer."""
-        pipeline, costs, chunks = self.run.pipeline, self.run.costs, self.plan.ranks[rank].chunks
-        assert pipeline is not None
-        messages = 2 * (pipeline.stages - 1)
+        stages, costs, chunks = self.run.stages, self.run.costs, self.plan.ranks[rank].chunks
+        messages = 2 * (stages - 1)
         sent = len(chunks) * costs.transfer_latency_seconds + chunks.tokens * costs.transfer_seconds_per_token
-        return 1.001 * (pipeline.stages * stage_seconds + messages * sent)  # covers rounding in another order of sums
+        return 1.001 * (stages * stage_seconds + messages * sent)  # covers rounding in another order of sums
 
 
 PeakMemory = Callable[[RunPlan, Sequence[SimulatedStep]], int]
@@ -188,8 +187,7 @@ def best_of_layouts(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit: int) -> Candidate:
     seconds, busy, recompute, fixed, bubbles = [], [], [], [], []
     simulated: list[SimulatedStep] = []
-    stages = 1 if run.pipeline is None else run.pipeline.stages
-    share = 1.0 if run.costs.is_of_one_stage else 1.0 / stages
+    share = 1.0 if run.costs.is_of_one_stage else 1.0 / run.stages
     counts = np.zeros(4, dtype=np.int64)
     for planned in (run[step] for step in steps):
         counts += (planned.recomputed_chunks, planned.chunks, planned.tokens, planned.room)
@@ -211,7 +209,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
     return Candidate(
         chunk_size=run.chunk_size,
         k=run.k,
-        stages=stages,
+        stages=run.stages,
         sequence=run.sequence,
         cuts="time" if run.equal_time else "tokens",
         data_parallel=run.ranks,

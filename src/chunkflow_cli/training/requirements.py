@@ -13,7 +13,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.layouts import check_layouts
-from chunkflow_cli.training.layout import planned_topology
+from chunkflow_cli.training.setup import planned_topology
 
 
 def check_requirements(loaded: LoadedConfig) -> Any:
