@@ -294,11 +294,7 @@ class CostModel:
         return np.add.reduceat(self.pairs_up_to(ends) - self.pairs_up_to(starts), chunks.first_segment[:-1])
 
     def of_sequences(
-        self,
-        lengths: NDArray[np.int64],
-        chunk_size: int,
-        k: int,
-        targets: NDArray[np.int64] | None = None,
+        self, lengths: NDArray[np.int64], chunk_size: int, k: int, targets: NDArray[np.int64] | None = None
     ) -> NDArray[np.float64]:
         """Predict the seconds of all operations of each sequence, (sequences,), including second forwards.
 
@@ -328,11 +324,7 @@ class CostModel:
         return forward + backward + self.seconds_per_target * (size if targets is None else targets)
 
     def of_chunks(
-        self,
-        chunks: Chunks,
-        targets: NDArray[np.int64],
-        stages: int = 1,
-        cut: tuple[StageLayers, ...] | None = None,
+        self, chunks: Chunks, targets: NDArray[np.int64], stages: int = 1, cut: tuple[StageLayers, ...] | None = None
     ) -> OperationSeconds:
         """Predict the seconds of every operation on each chunk, by stage of a pipeline.
 

@@ -131,12 +131,7 @@ def live_tokens(
 
 
 def memory_parts(
-    shape: ModelShape,
-    settings: MemorySettings,
-    held: StageLayers | None = None,
-    *,
-    live: float = 0.0,
-    stored: float = 0.0,
+    shape: ModelShape, settings: MemorySettings, held: StageLayers | None = None, *, live: float = 0, stored: float = 0
 ) -> MemoryParts:
     """Predict the bytes of one rank by part.
 
@@ -163,10 +158,8 @@ def memory_parts(
         host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
         host, weights = host + weights, weights // max(1, held.layers)
-    kept = live * kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
-    again = min(live, settings.chunk_size) * rerun_bytes_per_token(
-        shape, settings.element_bytes, settings.checkpointing
-    )
+    kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
+    again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient is summed until its chunks have gone backward.
     head = TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
@@ -174,7 +167,7 @@ def memory_parts(
         weights=weights,
         gradients=summed + of_a_chunk,
         optimizer=optimizer,
-        activations=int(kept + again),
+        activations=int(live * kept + min(live, settings.chunk_size) * again),
         head=head if held.is_last else 0,
         state=int(stored * state_bytes_per_token(shape, settings.element_bytes) * held.layers / shape.layers),
         host=host,

@@ -180,7 +180,7 @@ def best_of_layouts(candidates: Sequence[Candidate]) -> list[Candidate]:
     found = []
     for layout in sorted({each.layout for each in candidates}):
         rows = [each for each in candidates if each.layout == layout]
-        found.append((best_first(rows) or sorted(rows, key=lambda each: each.memory_bytes))[0])
+        found.append((best_first(rows) or [min(rows, key=lambda each: each.memory_bytes)])[0])
     return found
 
 

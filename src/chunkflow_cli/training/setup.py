@@ -48,8 +48,6 @@ class RunSetup:
     topology: Topology
     calibration: Calibration | None = None
     """Measured costs and memory of this model on this device; None if both come from formulas."""
-    calibration_path: Path | None = None
-    """The file of the calibration."""
 
     def plan(self, data: TokenizedData) -> RunPlan:
         """Return the plan of all steps over these samples, which `plan` prints and `train` runs."""
@@ -135,7 +133,7 @@ def read_setup(
         )
     if measure is None:
         return RunSetup(config, shape, device, calibration.costs, topology)
-    return RunSetup(config, calibration.shape, device, calibration.costs, topology, calibration, path)
+    return RunSetup(config, calibration.shape, device, calibration.costs, topology, calibration)
 
 
 def planned_topology(config: Config) -> Topology:

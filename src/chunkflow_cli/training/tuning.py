@@ -22,7 +22,7 @@ from chunkflow_cli.planning.choices import Choices, Search, lay_out
 from chunkflow_cli.planning.search import Candidate
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.inputs import load_run_data
-from chunkflow_cli.training.setup import RunSetup, planned_device, planned_topology, read_setup
+from chunkflow_cli.training.setup import RunSetup, calibration_path, planned_device, planned_topology, read_setup
 
 LARGEST_TIMED = 4096
 """Tokens of the largest chunk that is timed. Larger ones take long, and their costs are linear by then."""
@@ -94,7 +94,8 @@ def _setup(loaded: LoadedConfig, config_dir: str | None, hf_config: Any) -> RunS
     if setup.calibration is not None and setup.calibration.worst_error > DISTURBED:
         stderr_console().print(
             f"warning: timings of chunks differ by up to {100 * setup.calibration.worst_error:.0f} % from the fitted "
-            f"costs; other work may have disturbed them\n  to time them again, delete {setup.calibration_path}",
+            f"costs; other work may have disturbed them\n"
+            f"  to time them again, delete {calibration_path(config, hf_config, setup.device)}",
             soft_wrap=True,
         )
     return setup
