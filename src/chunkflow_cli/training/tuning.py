@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -182,14 +183,14 @@ def measure_best(
     config = loaded.config
     if tuning.setup.calibration is None or config.tune.measure == 0:
         return {}
-    room = config.tune.budget_seconds / 2
-    chosen: list[Candidate] = []
-    for candidate in ranked[: config.tune.measure]:
-        room -= candidate.step_seconds
-        if room < 0:
-            break
-        chosen.append(candidate)
-    if len(chosen) < 2:
+    best = ranked[: config.tune.measure]
+    totals = itertools.accumulate(candidate.step_seconds for candidate in best)
+    pairs = [
+        f"{each.chunk_size}:{each.k}"
+        for each, total in zip(best, totals, strict=True)
+        if total <= config.tune.budget_seconds / 2
+    ]
+    if len(pairs) < 2:
         stderr_console().print(
             f"Not measured: a step takes about {ranked[0].step_seconds:,.0f} s, and tune.budget_seconds="
             f"{config.tune.budget_seconds:g} has no room for two"
@@ -197,7 +198,6 @@ def measure_best(
         return {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "seconds.json")
-        pairs = [f"{candidate.chunk_size}:{candidate.k}" for candidate in chosen]
         _run_measurement(
             ["--out", str(out), "--pairs", *pairs, "--step", str(tuning.search.steps[0])], loaded, config_dir
         )
