@@ -30,7 +30,6 @@ from balance import MODELS
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.memory_parts import MemorySettings, memory_parts, step_seconds
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import search
@@ -156,7 +155,7 @@ def baseline_seconds(shape: ModelShape, baseline: Baseline, lengths: NDArray[np.
     for step in range(STEPS):
         own = lengths[step * BATCH : (step + 1) * BATCH]
         chunks = sequences_as_chunks(own)
-        made = simulate(plan_pipeline(chunks, 1, layout), chunk_operation_seconds(chunks, own, costs, layout))
+        made = simulate(plan_pipeline(chunks, 1, layout), costs.of_chunks(chunks, own, layout.stages))
         seconds.append(made.makespan)
     return float(np.mean(seconds)) + optimizer_seconds(shape, baseline)
 

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.memory_parts import state_bytes
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import search
@@ -90,7 +89,7 @@ def per_sequence_seconds(run: RunPlan, *, checkpointed: bool) -> float:
     for step in range(STEPS):
         lengths = run.lengths[run.batches[step]]
         chunks = sequences_as_chunks(lengths)
-        timeline = simulate(plan_pipeline(chunks, 1, layout), chunk_operation_seconds(chunks, lengths, costs, layout))
+        timeline = simulate(plan_pipeline(chunks, 1, layout), costs.of_chunks(chunks, lengths, STAGES))
         seconds.append(timeline.makespan)
     return float(np.mean(seconds))
 

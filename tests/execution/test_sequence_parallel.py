@@ -36,7 +36,7 @@ from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.topology import Topology, key_value_copies
-from chunkflow_cli.training.layout import planned_topology
+from chunkflow_cli.training.setup import planned_topology
 from support.models import TINY
 from support.ranks import run_ranks
 

@@ -1,4 +1,4 @@
-"""Whole sequences to ranks: nothing lost, no rank far above the best possible, the same answer on every rank."""
+"""Assignment of sequences to ranks: none is lost, no rank is far above the optimum, and all ranks agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def listed(costs: list[float], ranks: int) -> list[list[int]]:
 
 
 def best_maximum(costs: list[int], ranks: int) -> int:
-    """The least possible load of the fullest rank, by trying every assignment."""
+    """Return the least possible load of the fullest rank, by trying every assignment."""
     return min(
         max(sum(cost for cost, rank in zip(costs, assigned, strict=True) if rank == chosen) for chosen in range(ranks))
         for assigned in itertools.product(range(ranks), repeat=len(costs))
@@ -30,7 +30,7 @@ def best_maximum(costs: list[int], ranks: int) -> int:
 
 @given(COSTS, st.integers(1, 9))
 def test_every_sequence_is_on_exactly_one_rank(costs: list[float], ranks: int) -> None:
-    """A sequence on two ranks counts double, one on none is lost; indices ascend, as the chunks expect."""
+    """A sequence on two ranks would count twice, one on none would be lost. Indices ascend, as chunks expect."""
     shares = listed(costs, ranks)
     assert len(shares) == ranks
     assert sorted(itertools.chain(*shares)) == list(range(len(costs)))
@@ -39,53 +39,53 @@ def test_every_sequence_is_on_exactly_one_rank(costs: list[float], ranks: int) -
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=6), st.integers(1, 3))
 def test_no_rank_exceeds_four_thirds_of_the_best(costs: list[int], ranks: int) -> None:
-    """Graham's bound, (4/3 - 1/(3 ranks)), against the optimum of an exhaustive search."""
+    """Graham's bound, (4/3 - 1/(3 ranks)), holds for the optimum of an exhaustive search."""
     most = max(rank_loads(costs, balance(costs, ranks)))
     assert most <= (4 / 3 - 1 / (3 * ranks)) * best_maximum(costs, ranks) + 1e-9
 
 
 def test_the_bound_is_reached() -> None:
-    """The worst case for two ranks, 7/6 of the best: the search above does look for the optimum."""
+    """The worst case for two ranks is 7/6 of the best, so the exhaustive search does find the optimum."""
     assert max(rank_loads([3, 3, 2, 2, 2], balance([3, 3, 2, 2, 2], 2))) == 7
     assert best_maximum([3, 3, 2, 2, 2], 2) == 6
 
 
 def test_by_hand() -> None:
-    """8 alone, then 5, 4 and 3, 2 to whoever has least."""
+    """8 alone, then 5, 4, 3 and 2, each to the least loaded rank."""
     assert listed([2, 8, 3, 5, 4], 3) == [[1], [0, 3], [2, 4]]
 
 
 def test_one_costly_sequence_has_a_rank_to_itself() -> None:
-    """The reason for it all: a long sample is more than a rank's share."""
+    """The case that matters: a long sample takes longer than a rank's fair share."""
     assert listed([1, 1, 1, 100, 1], 2) == [[3], [0, 1, 2, 4]]
 
 
-def test_costs_of_nothing_are_spread_too() -> None:
-    """Samples whose predicted cost is nothing still are somewhere."""
+def test_sequences_that_cost_nothing_are_assigned_too() -> None:
+    """A sample whose predicted cost is zero still needs a rank."""
     assert sorted(itertools.chain(*listed([0.0] * 5, 3))) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("costs", "used"), [([], 0), ([4.0], 1), ([1.0, 2.0, 3.0], 3)])
 def test_fewer_sequences_than_ranks_leave_ranks_empty(costs: list[float], used: int) -> None:
-    """An empty rank gets an empty share of the right type, which can index an array; not an error, not a missing one."""
+    """An empty rank gets an empty share that can index an array, not an error or no share."""
     shares = balance(costs, 5)
     assert [len(share) for share in shares] == [1] * used + [0] * (5 - used)
     assert all(np.arange(7)[share].tolist() == share.tolist() for share in shares)
 
 
 def test_one_rank_has_all() -> None:
-    """In the data's order: without data parallelism nothing is shuffled."""
+    """Without data parallelism the data keeps its order."""
     assert listed([3.0, 1.0, 2.0], 1) == [[0, 1, 2]]
 
 
 @given(COSTS, st.integers(1, 5))
 def test_same_costs_same_shares(costs: list[float], ranks: int) -> None:
-    """Lists or arrays, again and again: each rank plans for itself, and all must agree."""
+    """Each rank plans on its own, and all plans must agree."""
     assert listed(costs, ranks) == listed(costs, ranks) == listed(list(np.array(costs)), ranks)
 
 
 def test_equal_costs_go_to_the_same_ranks_in_every_process() -> None:
-    """Ties by anything but the sequence's place (a hash, a set's order) would differ from process to process."""
+    """Ties broken by a hash or by the order of a set would differ from process to process."""
     code = (
         "from chunkflow_cli.planning.balance import balance\n"
         "print([share.tolist() for share in balance([5, 1, 5, 1, 5, 1, 5, 2, 2], 4)])"
@@ -99,7 +99,7 @@ def test_equal_costs_go_to_the_same_ranks_in_every_process() -> None:
 
 
 def test_loads_are_summed_by_rank() -> None:
-    """What the report divides by."""
+    """The report divides by these sums."""
     assert rank_loads([1, 2, 4], [np.array([0, 2]), np.array([], int), np.array([1])]).tolist() == [5, 0, 2]
 
 
@@ -107,13 +107,13 @@ def test_loads_are_summed_by_rank() -> None:
     ("costs", "ranks", "message"),
     [
         ([1.0], 0, "ranks=0 must be at least 1"),
-        ([1.0, -1.0], 2, "not negative"),
-        ([1.0, float("nan")], 2, "not negative"),
+        ([1.0, -1.0], 2, "non-negative"),
+        ([1.0, float("nan")], 2, "non-negative"),
         ([[1.0, 2.0]], 2, "flat list"),
     ],
 )
-def test_nonsense_is_refused(costs: list[float], ranks: int, message: str) -> None:
-    """nan sorts to anywhere: ranks could disagree."""
+def test_invalid_arguments_are_refused(costs: list[float], ranks: int, message: str) -> None:
+    """nan has no place in an order, so ranks could disagree."""
     with pytest.raises(ValueError, match=message):
         balance(costs, ranks)
 
@@ -122,7 +122,7 @@ def test_nonsense_is_refused(costs: list[float], ranks: int, message: str) -> No
 
 
 def best_sharing(costs: np.ndarray, degrees: list[int], ranks: int) -> float:
-    """The least possible time of the slowest rank, by trying every group for every sequence."""
+    """Return the least possible time of the slowest rank, by trying every group for every sequence."""
     places = [(level, first) for level, degree in enumerate(degrees) for first in range(0, ranks, degree)]
     best = np.inf
     for assigned in itertools.product(places, repeat=costs.shape[1]):
@@ -134,7 +134,7 @@ def best_sharing(costs: np.ndarray, degrees: list[int], ranks: int) -> float:
 
 
 def spread_costs(alone: list[int], degrees: list[int], price: float) -> np.ndarray:
-    """(degrees, sequences): equal shares, and a price for every exchange."""
+    """Return costs, (degrees, sequences), of equal shares plus a price for every exchange."""
     return np.stack([np.array(alone) / degree + (price if degree > 1 else 0.0) for degree in degrees])
 
 
@@ -147,9 +147,9 @@ LAYOUTS = st.sampled_from(
 def test_every_sequence_is_shared_out_exactly_once(
     alone: list[int], layout: tuple[list[int], int], price: float, seed: int
 ) -> None:
-    """To one rank, or to all ranks of one aligned group; as many ranks as its state needs; the time is what it says.
+    """Each is on one rank or on all ranks of one aligned group, which its state fits; the predicted time is right.
 
-    A sequence that a rank of its group does not know of leaves the others waiting in an exchange for ever.
+    If one rank of a group lacked a sequence, the others would wait in an exchange forever.
     """
     degrees, ranks = layout
     least = np.random.default_rng(seed).choice(degrees, size=len(alone))
@@ -175,7 +175,7 @@ def test_every_sequence_is_shared_out_exactly_once(
 def test_sharing_is_never_worse_than_whole_sequences(
     alone: list[int], layout: tuple[list[int], int], price: float
 ) -> None:
-    """Whatever spreading costs: where it does not pay, nothing is spread."""
+    """Where spreading does not pay, nothing is spread."""
     degrees, ranks = layout
     whole = max(rank_loads(alone, balance(alone, ranks)), default=0)
     assert share_out(spread_costs(alone, degrees, price), degrees, ranks).seconds <= whole + 1e-9
@@ -187,14 +187,14 @@ def test_sharing_is_never_worse_than_whole_sequences(
     st.floats(0, 3),
 )
 def test_sharing_is_near_the_best_of_all(alone: list[int], layout: tuple[list[int], int], price: float) -> None:
-    """Against every assignment there is: within Graham's 4/3, which is what whole sequences are promised too."""
+    """The result is within 4/3 of the best of all assignments, Graham's bound for whole sequences."""
     degrees, ranks = layout
     costs = spread_costs(alone, degrees, price)
     assert share_out(costs, degrees, ranks).seconds <= 4 / 3 * best_sharing(costs, degrees, ranks) + 1e-9
 
 
 def test_a_long_sequence_is_spread_and_short_ones_are_not() -> None:
-    """The case it is for, by hand: 40 over four ranks takes 11, the eight of 4 two by two another 8."""
+    """By hand: 40 over four ranks takes 11; the eight sequences of 4, two on each rank, take another 8."""
     costs = spread_costs([40, *[4] * 8], [1, 4], 1.0)
     shares = share_out(costs, [1, 4], 4)
     assert shares.degree.tolist() == [4, *[1] * 8]
@@ -204,7 +204,7 @@ def test_a_long_sequence_is_spread_and_short_ones_are_not() -> None:
 
 
 def test_groups_nest_and_the_widest_go_first() -> None:
-    """In another order a group of four would wait for its first two ranks: 16 on four, 6 on two, 2 on each."""
+    """16 on four ranks, 6 on two, 2 on each. In another order, a group of four would wait for its first two ranks."""
     costs = np.array([[16.0, 6.0, 6.0, 2, 2, 2, 2], [9, 3, 3, 2, 2, 2, 2], [4, 3, 3, 2, 2, 2, 2]])
     shares = share_out(costs, [1, 2, 4], 4)
     assert shares.seconds == 9
@@ -213,8 +213,8 @@ def test_groups_nest_and_the_widest_go_first() -> None:
     assert shares.spread(3).tolist() == [0, 2]
 
 
-def test_what_needs_a_group_for_its_state_gets_one() -> None:
-    """Two equally long sequences on two ranks would be balanced whole, and neither would fit."""
+def test_sequences_whose_state_needs_a_group_get_one() -> None:
+    """Two equally long sequences would each go to one of two ranks, and neither would fit."""
     costs = spread_costs([10, 10], [1, 2], 1.0)
     assert share_out(costs, [1, 2], 2).seconds == 10
     forced = share_out(costs, [1, 2], 2, np.array([2, 2]))
@@ -225,7 +225,7 @@ def test_what_needs_a_group_for_its_state_gets_one() -> None:
     ("costs", "degrees", "ranks", "message"),
     [
         ([[1.0]], [1, 2], 2, "costs of 2 degrees"),
-        ([[1.0], [-1.0]], [1, 2], 2, "not negative"),
+        ([[1.0], [-1.0]], [1, 2], 2, "non-negative"),
         ([[1.0], [1.0]], [2, 4], 4, "must start at 1"),
         ([[1.0], [1.0]], [1, 2], 3, "each divide the next"),
         ([[1.0]] * 3, [1, 2, 3], 6, "each divide the next"),
@@ -234,6 +234,6 @@ def test_what_needs_a_group_for_its_state_gets_one() -> None:
 def test_groups_that_do_not_nest_are_refused(
     costs: list[list[float]], degrees: list[int], ranks: int, message: str
 ) -> None:
-    """Groups that overlap would wait for one another."""
+    """Overlapping groups would wait for each other."""
     with pytest.raises(ValueError, match=message):
         share_out(np.array(costs), degrees, ranks)

@@ -1,4 +1,4 @@
-"""Which samples a step takes: a function of seed, epoch and step alone."""
+"""The samples of a step depend on seed, epoch and step alone."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def epoch_of(batches: GlobalBatches, epoch: int) -> list[int]:
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 5), st.booleans(), st.integers(0, 3))
 def test_every_sample_once_an_epoch(samples: int, size: int, seed: int, shuffle: bool, epoch: int) -> None:
-    """A sample left out of the last, partial batch is never trained on; one taken twice counts double."""
+    """A sample missing from the last, partial batch is never trained on; one taken twice counts twice."""
     batches = GlobalBatches(samples, size, seed, shuffle)
     assert sorted(epoch_of(batches, epoch)) == list(range(samples))
 
 
 def test_last_batch_of_an_epoch_is_smaller() -> None:
-    """The partial batch ends the epoch: it must not be filled up from the next one."""
+    """The partial batch ends the epoch; it must not be filled from the next one."""
     batches = GlobalBatches(samples=10, global_batch_size=4, seed=0, shuffle=True)
     assert batches.steps_per_epoch == 3
     assert [len(batches[step]) for step in range(6)] == [4, 4, 2, 4, 4, 2]
 
 
-def test_batch_larger_than_the_data_is_all_of_it() -> None:
-    """global_batch_size above the number of samples: one step an epoch, not an empty one."""
+def test_batch_larger_than_the_data_holds_all_samples() -> None:
+    """With global_batch_size above the number of samples, an epoch is one step, not an empty one."""
     batches = GlobalBatches(samples=3, global_batch_size=8, seed=0, shuffle=False)
     assert batches.steps_per_epoch == 1
     assert batches[0].tolist() == batches[5].tolist() == [0, 1, 2]
@@ -42,8 +42,8 @@ def test_unshuffled_batches_follow_the_data() -> None:
     assert [batches[step].tolist() for step in range(4)] == [[0, 1], [2, 3], [4], [0, 1]]
 
 
-def test_same_seed_same_batches_in_any_order_of_asking() -> None:
-    """A resumed run asks for step 7 first: it must get what the unbroken run got."""
+def test_batches_do_not_depend_on_the_order_of_requests() -> None:
+    """A resumed run may ask for step 7 first; it must get the same samples as the uninterrupted run."""
     first, second = (GlobalBatches(samples=100, global_batch_size=8, seed=7, shuffle=True) for _ in range(2))
     forwards = [first[step].tolist() for step in range(40)]
     backwards = [second[step].tolist() for step in reversed(range(40))]
@@ -66,7 +66,7 @@ def test_order_does_not_depend_on_the_batch_size() -> None:
 
 @given(st.integers(0, 200), st.floats(0, 1), st.integers(0, 5))
 def test_held_out_is_disjoint_and_complete(samples: int, fraction: float, seed: int) -> None:
-    """A sample on both sides makes the held-out loss a lie; one on neither side is lost."""
+    """A sample on both sides would falsify the held-out loss; one on neither side would be lost."""
     train, held = held_out(samples, fraction, seed)
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(samples))
     assert train.tolist() == sorted(train.tolist())
@@ -81,7 +81,7 @@ def test_held_out_is_disjoint_and_complete(samples: int, fraction: float, seed: 
     [(100, 0.1, 10), (100, 0.001, 1), (2, 0.9, 1), (1, 0.5, 0), (0, 0.5, 0), (9, 0.0, 0)],
 )
 def test_held_out_count(samples: int, fraction: float, count: int) -> None:
-    """As many as asked for; at least one of two and more, and never all."""
+    """The requested share, but at least one of two or more samples, and never all."""
     assert len(held_out(samples, fraction, 0)[1]) == count
 
 
@@ -92,6 +92,6 @@ def test_held_out_depends_on_the_seed_only() -> None:
 
 
 def test_held_out_is_not_the_start_of_the_first_epoch() -> None:
-    """Drawn by the same numbers as the first epoch, the held-out set would be its first batch."""
+    """Drawn with the same random numbers as the first epoch, the held-out set would be its first batch."""
     batches = GlobalBatches(samples=100, global_batch_size=10, seed=5, shuffle=True)
     assert set(batches[0].tolist()) != set(held_out(100, 0.1, 5)[1].tolist())

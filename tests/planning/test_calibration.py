@@ -1,4 +1,4 @@
-"""Fits: from timed operations to costs, from peaks to memory, and the file that keeps them."""
+"""Fits of costs to timed operations and of memory to peaks, and the calibration file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACES = [(size, past, share) for size in (64, 128, 256) for past in (0, size, 2
 
 
 def samples_of(costs: CostModel, noise: np.ndarray | None = None) -> list[OperationSample]:
-    """What a device of exactly these costs would give, in the places that `measure` takes."""
+    """Return the timings of a device with exactly these costs, for the operations that `measure` times."""
     found = []
     for size, past, share in PLACES:
         tokens, pairs, targets = float(size), size * (past + size / 2), share * size
@@ -55,10 +55,10 @@ coefficients = st.builds(
 
 
 @given(forward=coefficients, backward=coefficients, state_pass=coefficients, target=st.floats(1e-6, 1e-3))
-def test_a_device_that_follows_the_model_is_found_exactly(
+def test_a_fit_to_exact_timings_finds_the_costs(
     forward: OperationCost, backward: OperationCost, state_pass: OperationCost, target: float
 ) -> None:
-    """If the fit cannot find its own model in clean data, no measurement will help it."""
+    """A fit that does not find its own model in clean data cannot find it in measurements."""
     truth = CostModel("", forward, backward, forward, state_pass, seconds_per_target=target)
     found, worst = fit_costs(samples_of(truth), step_seconds=0.5, source="here")
     assert worst < 1e-6
@@ -72,7 +72,7 @@ def test_a_device_that_follows_the_model_is_found_exactly(
 @given(seed=st.integers(0, 1000))
 def test_noise_never_makes_a_cost_negative(seed: int) -> None:
     """A negative coefficient would rank pairs by how noisy the machine was."""
-    cost = OperationCost(1e-3, 1e-5, 0.0)  # nothing for pairs: noise pulls it below zero half of the time
+    cost = OperationCost(1e-3, 1e-5, 0.0)  # pairs cost nothing: half of the time, noise would make their cost negative
     truth = CostModel("", cost, cost, cost, cost, seconds_per_target=0.0)
     noise = np.random.default_rng(seed).uniform(0.8, 1.2, 4 * len(PLACES))
     found, worst = fit_costs(samples_of(truth, noise), step_seconds=0.0, source="")
@@ -90,7 +90,7 @@ def test_a_kind_that_was_not_timed_is_an_error() -> None:
 
 
 def test_memory_is_a_line_above_the_state() -> None:
-    """By hand: 1,000 bytes always, 10 a token; the state lies on top of it; the optimizer step has a peak of its own."""
+    """By hand: 1,000 bytes always, 10 per token, and the state on top; the optimizer step has a peak of its own."""
     memory = fit_memory(
         [MemorySample(tokens, 7 * tokens, 1000 + 10 * tokens + 7 * tokens) for tokens in (100, 200, 400)],
         step_peak_bytes=3100,
@@ -127,11 +127,11 @@ def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "nothing half-written is left"
     old = json.loads(path.read_text()) | {"version": 0}
     path.write_text(json.dumps(old))
-    assert Calibration.load(path) is None, "one of another version is measured again"
+    assert Calibration.load(path) is None, "a calibration of another version is measured again"
 
 
 def test_an_operation_that_was_disturbed_once_does_not_count() -> None:
-    """Other work on the machine only adds: of two equal operations the faster is the operation's own time."""
+    """Other work on the machine only adds time, so the faster of two equal operations counts."""
     cost = OperationCost(1e-3, 1e-5, 1e-9)
     truth = CostModel("", cost, cost, cost, cost, seconds_per_target=1e-6)
     clean = samples_of(truth)

@@ -1,4 +1,4 @@
-"""Costs against what they predict: torch's own count of operations, the operations of schedules, measured bytes."""
+"""Predicted costs, compared with torch's own count of operations and with the operations of schedules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ from chunkflow_cli.planning.costs import (
     chunk_tokens,
     training_flops,
 )
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.prediction import rank_seconds
 from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Layout, plan
@@ -59,9 +58,9 @@ SIZES = st.integers(1, 40)
 def test_operations_against_torchs_own_count(
     kind: str, settings: dict[str, Any], length: int, tiny_model: Callable[..., Any]
 ) -> None:
-    """MFU is a claim: a head counted twice, an embedding taken for a product or idle experts would flatter it.
+    """A head counted twice, an embedding counted as a product, or idle experts would inflate the reported MFU.
 
-    torch counts whole squares of attention; ours leaves out the half of the square that is masked.
+    torch counts the whole square of attention; our count leaves out the masked half.
     """
     model = tiny_model(kind, **settings)
     model.set_attn_implementation("eager")
@@ -89,14 +88,14 @@ DEVICE = DeviceProfile(
 
 
 def test_operations_of_several_sequences_add_up() -> None:
-    """Sequences do not attend to each other: the squares are of each, not of the sum."""
+    """Sequences do not attend to each other: each length is squared, not their sum."""
     assert training_flops([5, 7], SHAPE) == 6 * 2000 * 12 + 6 * 3 * 4 * 2 * (25 + 49)
     assert training_flops([], SHAPE) == 0
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_seconds_of_a_profile_by_hand(checkpointed: bool) -> None:
-    """Half of 1e6 for products, a quarter for attention; the head by targets alone; checkpointing forwards again."""
+    """Products run at half of 1e6, attention at a quarter. The head costs per target. Checkpointing adds a forward."""
     costs = CostModel.profile(SHAPE, DEVICE, checkpointed=checkpointed)
     forward = OperationCost(0.3, 2 * (2000 - 400) / 0.5e6, 4 * 3 * 4 * 2 / 0.25e6)
     assert dataclasses.astuple(costs.forward) == pytest.approx(dataclasses.astuple(forward))
@@ -124,7 +123,7 @@ COSTS = st.builds(CostModel, st.just("drawn"), COST, COST, COST, COST, st.floats
 
 def seconds_by_operation(chunks: Chunks, targets: np.ndarray, k: int, costs: CostModel) -> float:
     """Walk through the schedule and look up every operation's seconds."""
-    seconds = chunk_operation_seconds(chunks, targets, costs)
+    seconds = costs.of_chunks(chunks, targets)
     by_kind = {"F": seconds.forward, "B": seconds.backward, "R": seconds.recompute, "S": seconds.state_pass}
     return sum(float(by_kind[op.kind.value][0, chunk]) for op in plan(chunks, k).ops for chunk in op.chunks)
 
@@ -136,9 +135,9 @@ def seconds_by_operation(chunks: Chunks, targets: np.ndarray, k: int, costs: Cos
 def test_cost_of_a_sequence_is_that_of_its_operations(
     samples: list[tuple[int, float]], size: int, k: int, costs: CostModel
 ) -> None:
-    """Ranks are balanced by it: a second forward that is not charged, or a head that is charged twice, unbalances them.
+    """This cost balances ranks: leaving out a second forward, or charging a head twice, would unbalance them.
 
-    Long sequences of any length, and short ones that fill a chunk, so that no chunk is shared.
+    Sequences are long, or short ones that fill a chunk, so that no chunk is shared.
     """
     lengths = np.array([max(length, size) for length, _ in samples])
     targets = np.array([int(share * length) for length, (_, share) in zip(lengths, samples, strict=True)])
@@ -162,18 +161,18 @@ def test_a_short_sequence_pays_its_share_of_the_fixed_seconds() -> None:
 def test_seconds_of_a_rank_are_those_of_its_operations(
     lengths: list[int], size: int, k: int, fill_tails: bool, joined: bool, costs: CostModel
 ) -> None:
-    """`plan` adds up ranks by formula and draws them by simulation: one machine, one time."""
+    """`plan` adds up ranks by formula and draws them by simulation; both must give the same time."""
     chunks = build_chunks(lengths, size, fill_tails=fill_tails)
     targets = np.array([length // 2 for length in lengths])
     schedule = plan(chunks, k, Layout(join_retained=joined))
     rank = RankPlan(np.arange(len(lengths)), chunks, targets, (schedule,))
     expected = seconds_by_operation(chunks, targets, k, costs)
     assert rank_seconds(rank, costs) == pytest.approx(expected)
-    assert simulate([schedule], chunk_operation_seconds(chunks, targets, costs)).makespan == pytest.approx(expected)
+    assert simulate([schedule], costs.of_chunks(chunks, targets)).makespan == pytest.approx(expected)
 
 
 def test_a_rank_without_samples_takes_no_time() -> None:
-    """With fewer samples than ranks some have none."""
+    """With fewer samples than ranks, some ranks have none."""
     empty = build_chunks([], 8)
     rank = RankPlan(np.arange(0), empty, np.arange(0), (plan(empty, 1),))
     assert rank_seconds(rank, CostModel.proportional()) == 0
@@ -181,7 +180,7 @@ def test_a_rank_without_samples_takes_no_time() -> None:
 
 @given(LENGTHS, SIZES, st.booleans())
 def test_tokens_and_pairs_of_chunks_by_counting(lengths: list[int], size: int, fill_tails: bool) -> None:
-    """A query sees every earlier token of its own sequence, and its own by half (it stands on the diagonal)."""
+    """A query sees every earlier token of its sequence, and half of its own, because it is on the diagonal."""
     chunks = build_chunks(lengths, size, fill_tails=fill_tails)
     pairs = [sum(query + 0.5 for part in chunk.segments for query in range(part.start, part.stop)) for chunk in chunks]
     found = CostModel.proportional().chunk_pairs(chunks)
@@ -192,7 +191,7 @@ def test_tokens_and_pairs_of_chunks_by_counting(lengths: list[int], size: int, f
 
 @given(LENGTHS, SIZES, st.integers(1, 40))
 def test_a_windowed_query_sees_no_more_than_its_window(lengths: list[int], size: int, window: int) -> None:
-    """By counting: in one of the three layers a query has at most `window` keys (to the half on the diagonal)."""
+    """By counting: in one of the three layers a query has at most `window` keys (the diagonal counts half)."""
     shape = replace(SHAPE, layers=3, window=window, windowed_layers=1)
     chunks = build_chunks(lengths, size)
 
@@ -208,16 +207,15 @@ def test_a_windowed_query_sees_no_more_than_its_window(lengths: list[int], size:
 
 @given(LENGTHS, SIZES)
 def test_targets_of_chunks_by_counting(lengths: list[int], size: int) -> None:
-    """All of a sequence's targets are in its chunks, each piece with its share."""
+    """Each piece of a sequence has its share of the targets."""
     chunks = build_chunks(lengths, size)
     targets = np.array([length // 3 for length in lengths])
     expected = [sum(p.tokens * targets[p.sequence] / p.length for p in chunk.segments) for chunk in chunks]
     assert chunk_targets(chunks, targets) == pytest.approx(expected)
-    assert chunk_targets(chunks).tolist() == chunk_tokens(chunks).tolist()
 
 
-def test_devices_hold_what_their_makers_say() -> None:
-    """A memory in GB taken for GiB lets plans pass that do not fit."""
+def test_memory_of_devices_matches_their_data_sheets() -> None:
+    """Memory in GB mistaken for GiB would accept plans that do not fit."""
     assert {name: round(device.memory_bytes / 1e9) for name, device in DEVICES.items() if name != "cpu"} == {
         "a100": 85, "h100": 85, "h200": 150, "b200": 192,
     }  # fmt: skip
@@ -239,7 +237,7 @@ SHAPES = [
 def test_shape_without_weights_is_that_of_the_model(
     kind: str, settings: dict[str, Any], lora: bool, tiny_config: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """`plan` must count what `train` will hold, tied heads once and adapters too."""
+    """`plan` must count what `train` will hold: tied heads once, and adapters too."""
     tiny_config(kind, **settings).save_pretrained(tmp_path)
     config = ModelConfig(path=str(tmp_path), init=Init.random, lora=LoraConfig(enabled=lora, r=4))
     hf_config = load_config(config)
@@ -257,8 +255,11 @@ def test_shape_without_weights_is_that_of_the_model(
 
 
 def test_costs_of_a_spread_chunk_by_hand() -> None:
-    """A third of the arithmetic, all of the launches, two exchanges a layer: three heads of queries and of outputs, the
-    one of keys and of values repeated to three; of the third of the tokens that a rank has, it sends two thirds."""
+    """Each of three ranks does a third of the arithmetic, all launches, and two exchanges per layer.
+
+    Queries and outputs have three heads each; the one head of keys and of values is repeated to three. A rank has a
+    third of the tokens, and sends two thirds of their bytes.
+    """
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4, link_latency_seconds=0.01)
     shape = dataclasses.replace(SHAPE, attention_heads=3, kv_heads=1)
     alone = CostModel.profile(shape, device, checkpointed=False)
@@ -285,7 +286,7 @@ def test_checkpointed_layers_exchange_again() -> None:
 
 
 def test_the_network_limits_what_leaves_the_node() -> None:
-    """Of sixteen ranks, eight are on the same node: half of a token's bytes goes over the network, and that is slower."""
+    """Eight of sixteen ranks are on the same node: half of a token's bytes go over the network, which is slower."""
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e6, link_bytes_per_second=1e4)
     shape = dataclasses.replace(SHAPE, attention_heads=16, kv_heads=16)
     alone = CostModel.profile(shape, device, checkpointed=False)

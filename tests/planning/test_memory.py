@@ -1,4 +1,4 @@
-"""What a rank holds, in bytes: formulas against the real tensors, against schedules, and by hand."""
+"""Predicted memory of a rank, compared with real tensors, with schedules, and with values worked out by hand."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
-# Bytes of activations and state, against the real thing
+# Bytes of activations and state, compared with real tensors
 
 NARROW = {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -65,7 +65,7 @@ NARROW = {
 
 
 def chunk_call(model: Any, length: int = 128) -> tuple[ChunkModel, ChunkCall]:
-    """One standalone chunk, ready for the model's forward."""
+    """Return a model and one standalone chunk, ready for its forward."""
     attention.register()
     model.set_attn_implementation(attention.NAME)
     batch = StepBatch(build_chunks([length], length), random_sequences([length], 96, seed=1), np.ones(1))
@@ -73,7 +73,7 @@ def chunk_call(model: Any, length: int = 128) -> tuple[ChunkModel, ChunkCall]:
 
 
 def measured_activation_bytes(model: Any, length: int = 128) -> float:
-    """Activation bytes per token by the probe, on the chunk of `chunk_call`."""
+    """Return the activation bytes per token that the probe measures on the chunk of `chunk_call`."""
     (sample,) = random_sequences([length], 96, seed=1)
     return activation_bytes_per_token(chunk_call(model, length)[0], sample)
 
@@ -91,7 +91,7 @@ def measured_activation_bytes(model: Any, length: int = 128) -> float:
 def test_activation_bytes_against_the_probe(
     kind: str, settings: dict[str, Any], dtype: torch.dtype, tiny_model: Callable[..., Any]
 ) -> None:
-    """Memory is what the chunk size is chosen by. 1 to 5 % too few here: the final norm and the rotary angles."""
+    """Memory decides the chunk size. Without the final norm and the rotary angles, 1 to 5 % are missing here."""
     model = tiny_model(kind, dtype=dtype, **{**NARROW, **settings})
     predicted = kept_bytes_per_token(model_shape(model), dtype.itemsize, "none")
     assert 0.95 <= predicted / measured_activation_bytes(model) <= 1.0
@@ -113,7 +113,7 @@ def test_activation_bytes_against_the_probe(
 def test_activations_are_counted_without_a_model(
     kind: str, settings: dict[str, Any], dtype: torch.dtype, tiny_model: Callable[..., Any]
 ) -> None:
-    """Up to 7 % too many: the formula lacks half of gemma3's, which has four norms a layer and two in its attention."""
+    """The count is at most 7 % too high. The formula misses half of gemma3's bytes: four norms a layer, two in attention."""
     model = tiny_model(kind, dtype=dtype, **{**NARROW, **settings})
     with torch.device("meta"):
         empty = type(model)._from_config(model.config, dtype=dtype)
@@ -126,7 +126,7 @@ def test_activations_are_counted_without_a_model(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_activation_bytes_of_checkpointed_layers(mode: str, dtype: torch.dtype, tiny_model: Callable[..., Any]) -> None:
-    """What a layer more keeps after the forward, and besides it the one layer that goes backward."""
+    """Bytes that each further layer keeps after the forward, and those of the one layer that goes backward."""
 
     def kept(layers: int) -> float:
         model = tiny_model("llama", dtype=dtype, **{**NARROW, "num_hidden_layers": layers})
@@ -142,9 +142,9 @@ def test_activation_bytes_of_checkpointed_layers(mode: str, dtype: torch.dtype, 
 
 
 def bytes_kept_by_forward(model: ChunkModel, call: ChunkCall) -> float:
-    """A token's share of everything that lives after the forward and did not before, random states excepted.
+    """Return the bytes per token of all tensors that the forward leaves behind, except random states.
 
-    Selective checkpointing keeps its tensors where no hook on saved tensors sees them, so all tensors are looked at.
+    Hooks on saved tensors do not see those of selective checkpointing, so all living tensors are compared.
     """
 
     def living() -> dict[int, int]:
@@ -163,7 +163,7 @@ def bytes_kept_by_forward(model: ChunkModel, call: ChunkCall) -> float:
         hidden = model.hidden(call)
     kept = {place: size for place, size in {**living(), **saved}.items() if place not in before}
     del hidden
-    random_state = torch.get_rng_state().nbytes  # one a checkpointed layer, however many tokens it has
+    random_state = torch.get_rng_state().nbytes  # one per checkpointed layer, regardless of its tokens
     return sum(size for size in kept.values() if size != random_state) / call.batch.input_ids.shape[1]
 
 
@@ -172,7 +172,7 @@ def bytes_kept_by_forward(model: ChunkModel, call: ChunkCall) -> float:
 def test_state_bytes_against_the_state_store(
     dtype: torch.dtype, length: int, size: int, k: int, tiny_model: Callable[..., Any]
 ) -> None:
-    """To the byte: keys and values of all but the last chunk, and their gradients in float32 (float64 in float64)."""
+    """Exact bytes: keys and values of all chunks but the last, and their gradients in float32 (float64 in float64)."""
     attention.register()
     model = tiny_model("llama", dtype=dtype)
     model.set_attn_implementation(attention.NAME)
@@ -185,7 +185,7 @@ def test_state_bytes_against_the_state_store(
 
 
 def test_the_256k_tokens_of_the_design() -> None:
-    """7B with 4 KV heads of 128 in 28 layers: 56 KiB a token in bfloat16, 14 GiB, and 28 GiB of gradients."""
+    """A 7B model with 4 KV heads of 128 in 28 layers: 56 KiB per token in bfloat16, 14 GiB, and 28 GiB of gradients."""
     shape = dataclasses.replace(SHAPE, layers=28, kv_heads=4, head_dim=128)
     assert shape.state_elements_per_token * 2 == 56 * 1024
     assert state_bytes(shape, 2**18 + 1, 4096, 2) == 42 * 2**30
@@ -197,7 +197,7 @@ BASE = MemorySettings(
     element_bytes=2, optimizer_states=2, zero_stage=0, data_parallel=4, offload="none", checkpointing="none",
     chunk_size=16, device_type="cpu",
 )  # fmt: skip
-# Of SHAPE: a layer keeps two norms (4 x 8 + 2 x 2 x 8), attention 2 x (2 x 8 + 2 x 4) + 4 x 4 and 4 x 2 x 20.
+# A layer of SHAPE keeps two norms (4 x 8 + 2 x 2 x 8), attention 2 x (2 x 8 + 2 x 4) + 4 x 4 and 4 x 2 x 20.
 LAYER = 2 * (32 + 32) + 64 + 160
 ACTIVATIONS = 2 * 16 * 3 * LAYER
 HEAD = TILES_ALIVE * 16 * 50 * 4 + 4 * 400
@@ -218,25 +218,25 @@ STATE = 32 * 2 * 3 * 2 * 2 * (2 + 4)
             {"zero_stage": 3, "offload": "parameters"},
             MemoryParts(1250 // 3, 5000, 0, ACTIVATIONS, HEAD, STATE, 7500 + 2500 + 1250),
         ),
-        # In float32 the gradients of a chunk are summed where they are formed, and state is as wide as its gradients.
+        # In float32, gradients of a chunk are summed in place, and state elements are as wide as their gradients.
         (
             {"element_bytes": 4},
             MemoryParts(10000, 10000, 30000, 2 * 16 * 3 * (2 * 96 + 112 + 320), HEAD, STATE // 6 * 8, 0),
         ),
-        # Of checkpointed layers all keep their inputs, for 32 tokens; one runs again, for the 16 of a chunk.
+        # All checkpointed layers keep their inputs, for 32 tokens; one runs again, for the 16 of a chunk.
         ({"checkpointing": "full"}, MemoryParts(5000, 15000, 30000, 32 * 3 * 16 + 16 * LAYER, HEAD, STATE, 0)),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) or "zero 0" if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_memory_by_hand(settings: dict[str, Any], expected: MemoryParts) -> None:
-    """2500 weights on four ranks: what each ZeRO stage divides, and what offloading moves to the host."""
+    """2500 weights on four ranks: each ZeRO stage divides more parts, and offloading moves parts to the host."""
     found = memory_parts(SHAPE, dataclasses.replace(BASE, **settings), live=32, stored=32)
     assert found == expected
     assert found.device_total == sum(dataclasses.astuple(expected)[:-1])
 
 
 def test_memory_with_adapters_by_hand() -> None:
-    """Only what is trained has gradients and optimizer states; a frozen head has no gradient to sum."""
+    """Only trained weights have gradients and optimizer states; a frozen head has no gradient to sum."""
     adapters = dataclasses.replace(SHAPE, parameters=2600, trainable_parameters=100)
     found = memory_parts(adapters, dataclasses.replace(BASE, zero_stage=1))
     assert (found.weights, found.gradients, found.optimizer) == (5200, 400 + 200, 300)
@@ -257,10 +257,10 @@ def test_the_tile_of_the_head_is_the_one_that_the_loss_makes() -> None:
     k=st.integers(1, 4),
     fill_tails=st.booleans(),
 )
-def test_what_a_whole_run_holds_is_what_its_schedules_hold(
+def test_tokens_of_a_whole_run_are_those_of_its_schedules(
     lengths: list[int], chunk_size: int, k: int, fill_tails: bool
 ) -> None:
-    """Replayed operation by operation; what is said of a run that is not planned whole is never less."""
+    """Compared with a replay of every operation. For a run that is not planned whole, the prediction is never lower."""
     sizes = np.array(lengths)
     run = RunPlan(GlobalBatches(len(sizes), 4, 0, True), -(-len(sizes) // 4), sizes, sizes, chunk_size, k, fill_tails)
     most = 0
@@ -277,7 +277,7 @@ def test_what_a_whole_run_holds_is_what_its_schedules_hold(
 
 
 def test_live_tokens_by_hand() -> None:
-    """Chunks of 10: K = 2 of a sequence of 23 keeps 3 + 10, and what fills the tail; an early chunk alone is 10."""
+    """Chunks of 10: with K = 2, a sequence of 23 keeps 3 + 10 and what fills its tail; one early chunk is 10."""
     lengths = np.array([23, 10, 4])
     assert live_tokens(lengths, 10, 2, 0, fill_tails=True).tolist() == [13, 10, 4]
     assert live_tokens(lengths, 10, 2, 5, fill_tails=True).tolist() == [18, 10, 9]
@@ -287,7 +287,7 @@ def test_live_tokens_by_hand() -> None:
 
 
 def fullest(lengths: list[int], **options: Any) -> MemoryParts:
-    """Of the run that plans these samples in one step, in chunks of 16; without a pipeline."""
+    """Return the memory of a run without a pipeline that plans these samples in one step, in chunks of 16."""
     sizes = np.array(lengths)
     costs = dataclasses.replace(CostModel.proportional(), shape=SHAPE)
     settings = {"chunk_size": 16, "k": 1, "costs": costs, **options}
@@ -302,10 +302,10 @@ def fullest(lengths: list[int], **options: Any) -> MemoryParts:
         ([40, 9], {"k": 2}, 16 + 16, 32),  # the tail of the long one has room for the short one
         ([40, 9], {"k": 2, "fill_tails": False}, 16 + 8, 32),
         ([9], {"k": 50}, 9, 0),
-        ([9, 5, 2], {"k": 2}, 16, 0),  # short ones share a chunk: what is longest says nothing of that
+        ([9, 5, 2], {"k": 2}, 16, 0),  # short ones share a chunk, so the longest is not the most
         ([40], {"k": 50}, 40, 32),
         ([40], {"equal_time": True}, 16, 40),  # the last piece is the smallest: nearly all tokens are stored
-        # Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks; of their state, one head each.
+        # Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks; each rank has one head of state.
         ([40], {"k": 2, "ranks": 2, "sequence": 2}, 20, 16),
         ([40], {"k": 2, "ranks": 4, "sequence": 4}, 10, 0),
         ([40, 20], {"ranks": 2, "sequence": 2}, 16, 16),  # a rank alone runs 20 tokens in two chunks
@@ -324,11 +324,10 @@ def test_memory_of_the_fullest_rank_by_hand(
     groups=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 4)]),
     batch=st.integers(1, 6),
 )  # fmt: skip
-def test_no_planned_step_holds_more_than_is_said_to_be_the_most(
+def test_no_planned_step_exceeds_the_predicted_memory(
     lengths: list[int], k: int, options: dict[str, Any], groups: tuple[int, int], batch: int
 ) -> None:
-    """Replayed operation by operation, with the weights of both kinds of tokens drawn by the shape: a run that is said
-    to fit must fit in each of its steps, on each rank."""
+    """A run that is predicted to fit must fit in each of its steps, on each rank: replayed operation by operation."""
     sizes = np.array(lengths)
     costs = CostModel.profile(SHAPE, DEVICES["h100"], checkpointed=False)
     ranks, sequence = groups
@@ -386,7 +385,7 @@ FIRST, MIDDLE, LAST = StageLayers(0, 3, 0, 2), StageLayers(1, 3, 2, 4), StageLay
 
 
 def test_weights_of_stages_by_hand() -> None:
-    """1000 weights a layer; tables of 4000: the embedding on the first stage, the head on the last, where it is summed."""
+    """1000 weights per layer, and tables of 4000: the first stage holds the embedding, the last one the head."""
     assert [WIDE.parameters_of(part) for part in (FIRST, MIDDLE, LAST)] == [6000, 2000, 5000]
     tied = dataclasses.replace(WIDE, parameters=9000, trainable_parameters=9000, is_head_tied=True)
     assert [tied.parameters_of(part) for part in (FIRST, MIDDLE, LAST)] == [6000, 2000, 5000], "a copy on each"
@@ -406,7 +405,7 @@ def test_weights_of_stages_by_hand() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_weights_of_stages_are_those_of_the_real_ones(kind: str, tied: bool, tiny_model: Callable[..., Any]) -> None:
-    """What is left out of the count by stage: the final norm is counted with the layers."""
+    """The count may differ by the final norm, which is counted with the layers."""
     model = tiny_model(kind, num_hidden_layers=5, tie_word_embeddings=tied)
     shape = model_shape(model)
     assert shape.is_head_tied is tied
@@ -417,9 +416,9 @@ def test_weights_of_stages_are_those_of_the_real_ones(kind: str, tied: bool, tin
 
 
 def test_the_fullest_stage_is_found_where_layers_do_not_divide() -> None:
-    """A head that costs as much as four layers leaves one to the last stage: an equal share would be too little said.
+    """A head that costs as much as four layers leaves one layer to the last stage; equal shares would predict too little.
 
-    By hand, a sample of one chunk: the first of two stages holds four layers of 11000 weights and the embedding.
+    By hand, for a sample of one chunk: the first of two stages holds four layers of 11000 weights and the embedding.
     """
     shape = dataclasses.replace(WIDE, parameters=63000, trainable_parameters=63000)
     lengths = np.array([10])
@@ -432,5 +431,5 @@ def test_the_fullest_stage_is_found_where_layers_do_not_divide() -> None:
     parts = memory_of_fullest(shape, settings, run, [SimulatedStep(run, run[0])])
     assert (parts.weights, parts.optimizer, parts.head) == (2 * 48000, 12 * 48000, 0)
     assert parts.activations == 10 * 4 * LAYER
-    heavy = dataclasses.replace(settings, chunk_size=1000)  # a tile of logits is what fills the last stage
+    heavy = dataclasses.replace(settings, chunk_size=1000)  # a tile of logits makes the last stage the fullest
     assert memory_of_fullest(shape, heavy, run, [SimulatedStep(run, run[0])]).weights == 2 * 15000

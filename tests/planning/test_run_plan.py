@@ -1,4 +1,4 @@
-"""Plans of sequence-parallel groups: nothing lost or run twice, no rank left waiting, no more state than promised."""
+"""Plans of sequence-parallel groups: no token is lost or run twice, no rank waits, state stays within its bound."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, timeline
 from chunkflow_cli.planning.proof import validate_groups
-from chunkflow_cli.planning.run_plan import (
-    RankPlan,
-    RunPlan,
-    StepPlan,
-)
+from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule, validate
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=30)
-# Of a chunk much is fixed, so that it costs something to spread short ones; and pairs count.
+# Fixed seconds are high, so that spreading short sequences costs something; and pairs cost time.
 COSTS = CostModel(
     "by hand",
     OperationCost(40.0, 1.0, 0.01), OperationCost(80.0, 2.0, 0.02), OperationCost(40.0, 1.0, 0.01),
@@ -48,7 +44,7 @@ def run_of(lengths: list[int], *, ranks: int, sequence: int, **options: Any) -> 
 
 
 def tokens_of(step: StepPlan) -> Counter[tuple[int, int]]:
-    """How often each token of each sample is run; of spread chunks, by the group."""
+    """Count how often each token of each sample is run; a group runs those of spread chunks once."""
     found: Counter[tuple[int, int]] = Counter()
     for rank in step.ranks:
         for chunk in rank.counted:
@@ -75,8 +71,11 @@ OPTIONS = st.sampled_from(
 def test_each_token_is_run_once_and_groups_agree(
     lengths: list[int], groups: tuple[int, int], options: dict[str, Any]
 ) -> None:
-    """The invariants, for any lengths: a token that two ranks count is trained on twice; operations that differ within
-    a group hang; an early chunk that goes backward before a late one loses gradient."""
+    """The invariants, for any lengths.
+
+    A token that two ranks count is trained on twice. Operations that differ within a group hang. An early chunk that
+    goes backward before a late one loses gradient.
+    """
     ranks, sequence = groups
     run = run_of(lengths, ranks=ranks, sequence=sequence, **options)
     step = run[0]
@@ -98,7 +97,7 @@ def test_each_token_is_run_once_and_groups_agree(
 
 @given(LENGTHS, GROUPS)
 def test_no_rank_holds_more_state_than_its_part_of_the_longest(lengths: list[int], groups: tuple[int, int]) -> None:
-    """Two long samples that balance each other are spread all the same: that a run fits must not depend on luck."""
+    """Two long samples that balance each other are spread too, because whether a run fits must not depend on luck."""
     ranks, sequence = groups
     most = max(32, -(-max(lengths) // sequence))
     for rank in run_of(lengths, ranks=ranks, sequence=sequence)[0].ranks:
@@ -108,7 +107,7 @@ def test_no_rank_holds_more_state_than_its_part_of_the_longest(lengths: list[int
 
 @given(LENGTHS, st.sampled_from([(2, 2), (4, 2), (4, 4)]))
 def test_seconds_of_a_group_are_those_of_its_operations(lengths: list[int], groups: tuple[int, int]) -> None:
-    """Of each operation, what the costs say by hand: of a group's, divided; of a rank's own, not."""
+    """By hand: seconds of a group's operations are divided, those of a rank's own operations are not."""
     ranks, sequence = groups
     run = run_of(lengths, ranks=ranks, sequence=sequence)
     step = run[0]
@@ -117,7 +116,7 @@ def test_seconds_of_a_group_are_those_of_its_operations(lengths: list[int], grou
         assert rank_seconds(rank, COSTS) == pytest.approx(predicted.busy_seconds[index, 0] if len(rank.chunks) else 0)
         if not len(rank.chunks):
             continue
-        whole = operation_seconds(rank.chunks, rank.target_counts, COSTS)
+        whole = COSTS.of_chunks(rank.chunks, rank.target_counts)
         own = operation_seconds(run, rank)
         count = len(rank.spread)
         fixed = COSTS.backward.fixed_seconds
@@ -125,9 +124,12 @@ def test_seconds_of_a_group_are_those_of_its_operations(lengths: list[int], grou
         assert own.backward[0, :count] - fixed == pytest.approx((whole.backward[0, :count] - fixed) / sequence)
 
 
-def test_what_is_spread_comes_first_and_short_ones_run_alone() -> None:
-    """By hand: one sample of 400 tokens among short ones, on two ranks. Its seven chunks of 2 x 32 tokens are spread;
-    the short ones lie alone on either rank. Nobody waits in the middle, for all begin the spread ones at once."""
+def test_spread_chunks_come_first_and_short_samples_run_alone() -> None:
+    """By hand: one sample of 400 tokens among short ones, on two ranks.
+
+    Its seven chunks of 2 x 32 tokens are spread; each short sample is on one rank. No rank waits in the middle, because
+    all of them begin the spread chunks at once.
+    """
     step = run_of([400, *[30] * 8], ranks=2, sequence=2)[0]
     first, second = step.ranks
     assert first.spread == second.spread == range(7)
@@ -139,7 +141,7 @@ def test_what_is_spread_comes_first_and_short_ones_run_alone() -> None:
 
 
 def test_all_is_spread_where_ranks_must_run_alike() -> None:
-    """ZeRO-3 and pipelines: a rank that ran a chunk alone would leave the others in a collective."""
+    """With ZeRO-3 or a pipeline, a rank that ran a chunk alone would leave the others waiting in a collective."""
     lengths = [400, *[30] * 8]
     for options in ({"spread_all": True}, {"layout": Layout(join_retained=True)}, {"pipeline": PipelineLayout(2)}):
         for rank in run_of(lengths, ranks=4, sequence=2, **options)[0].ranks:
@@ -148,21 +150,21 @@ def test_all_is_spread_where_ranks_must_run_alike() -> None:
 
 
 def test_ranks_without_samples_still_have_something_to_do() -> None:
-    """A rank with no operation at all has no gradients to give: DeepSpeed crashes, or is silently wrong."""
+    """A rank without operations has no gradients: DeepSpeed crashes, or is silently wrong."""
     step = run_of([5], ranks=4, sequence=2)[0]
     assert all(rank.schedule.ops for rank in step.ranks)
 
 
 @given(LENGTHS)
 def test_groups_of_one_are_data_parallelism(lengths: list[int]) -> None:
-    """Without sequence parallelism nothing of this takes part."""
+    """Without sequence parallelism, no chunk is spread."""
     run = run_of(lengths, ranks=3, sequence=1)
     for rank in run[0].ranks:
         assert (rank.group_size, rank.spread, rank.counted.start) == (1, range(0), 0)
 
 
 def test_joined_chunks_are_those_of_both() -> None:
-    """Segments, sequences and lengths all shift by what comes before."""
+    """Segments, sequences and lengths of the second are shifted by those of the first."""
     first, second = build_chunks([70, 9], 20), build_chunks([3, 4, 50], 10)
     joined = join_chunks(first, second)
     assert len(joined) == len(first) + len(second)
@@ -188,7 +190,7 @@ def swapped(rank: RankPlan, one: int, other: int) -> RankPlan:
 
 
 def test_a_group_that_would_hang_is_refused() -> None:
-    """Every way in which one rank of a group can differ from another, and one that is no difference."""
+    """Every way in which a rank can differ from its group is refused; a difference among chunks run alone is not."""
     step = run_of([400, 400, *[30] * 8], ranks=2, sequence=2)[0]
     first, second = step.ranks
     validate_groups([first, second])
@@ -210,7 +212,7 @@ def test_a_group_that_would_hang_is_refused() -> None:
 
 
 def test_operations_in_another_order_among_alone_ones_are_fine() -> None:
-    """A rank may run its own chunks whenever it likes, between spread ones too: only those must agree."""
+    """A rank may run its own chunks at any time, even between spread ones; only the spread ones must agree."""
     step = run_of([400, *[30] * 8], ranks=2, sequence=2)[0]
     first, second = step.ranks
     ops = list(second.schedule.ops)
@@ -219,7 +221,7 @@ def test_operations_in_another_order_among_alone_ones_are_fine() -> None:
 
 
 def test_steps_are_pure() -> None:
-    """Each rank plans for itself, and all must agree."""
+    """Each rank plans on its own, and all plans must agree."""
     run = run_of([400, 7, 90, 33, *range(1, 60)], ranks=8, sequence=4)
     for one, other in zip(run[0].ranks, run[0].ranks, strict=True):
         assert one.schedules == other.schedules

@@ -1,4 +1,4 @@
-"""The search for (ChunkSize, K): what it predicts is the sum of what the schedules hold."""
+"""The search for (ChunkSize, K): its predictions equal those of the simulated schedules."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_of(lengths: list[int], *, ranks: int = 1, batch: int = 4) -> RunPlan:
 
 
 def test_the_grid_leaves_out_pairs_that_do_the_same() -> None:
-    """Of a sequence of three chunks, K = 4 and 8 keep what K = 3 keeps."""
+    """For a sequence of three chunks, K = 4 and 8 keep the same chunks as K = 3."""
     assert grid([8, 4], [1, 2, 4, 8], longest=12) == [(4, 1), (4, 2), (4, 3), (8, 1), (8, 2)]
     assert grid([16], [1, 2], longest=12) == [(16, 1)]
     with pytest.raises(ValueError, match="chunk_sizes is empty"):
@@ -64,7 +64,7 @@ def test_the_grid_leaves_out_pairs_that_do_the_same() -> None:
 def test_predicted_seconds_are_those_of_the_simulated_schedules(
     lengths: list[int], chunk_size: int, k: int, ranks: int
 ) -> None:
-    """The closed form of the search against the simulator, operation by operation: what is ranked is what runs."""
+    """The closed form of the search equals the simulation of every operation, so the search ranks what runs."""
     run = run_of(lengths, ranks=ranks)
     chosen = replace(run, chunk_size=chunk_size, k=k)
     (found,) = search([chosen], range(run.steps), no_memory, 1)
@@ -90,7 +90,7 @@ def test_predicted_seconds_are_those_of_the_simulated_schedules(
 def test_predicted_seconds_of_pipelines_are_those_of_all_ranks_simulated(
     lengths: list[int], k: int, groups: int, sequence: int, stages: int, schedule: str, latency: float
 ) -> None:
-    """The search simulates only the ranks that may be the last to finish, and of a group of ranks one."""
+    """The search simulates only the ranks that may finish last, and one rank of each group."""
     costs = replace(COSTS, transfer_latency_seconds=latency, transfer_seconds_per_token=0.1)
     run = replace(
         run_of(lengths, ranks=groups * sequence, batch=12),
@@ -119,7 +119,7 @@ def test_a_rank_that_cannot_be_the_last_is_not_simulated() -> None:
     list(search([run], [0], keep, 1))
     (step,) = asked
     assert len(step.plan.ranks) == 4
-    assert step.simulated_ranks == [next(i for i, rank in enumerate(step.plan.ranks) if 500 in rank.chunks.lengths)]
+    assert sorted(step.timelines) == [next(i for i, rank in enumerate(step.plan.ranks) if 500 in rank.chunks.lengths)]
 
 
 def test_the_parts_of_a_step_by_hand() -> None:
@@ -155,13 +155,13 @@ def test_best_first_takes_the_fastest_that_fits() -> None:
 
 
 def test_the_search_needs_no_torch() -> None:
-    """It is what a laptop without a GPU runs; torch alone would take longer to import than the whole search."""
+    """It runs on laptops without a GPU, and importing torch would take longer than the whole search."""
     code = "import chunkflow_cli.planning.search, sys; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_the_last_stage_pays_for_the_head() -> None:
-    """An equal share for each stage would hide that a large vocabulary makes the last one the slowest."""
+    """Equal shares for all stages would hide that a large vocabulary makes the last one the slowest."""
     shape = ModelShape(
         layers=8, hidden_size=64, intermediate_size=128, attention_heads=4, kv_heads=4, head_dim=16, vocab_size=4000,
         matmul_parameters=8 * 40_000 + 256_000, parameters=900_000, trainable_parameters=900_000,

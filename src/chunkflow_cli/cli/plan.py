@@ -24,16 +24,16 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.planning.costs import DeviceProfile
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes
-from chunkflow_cli.planning.peak_memory import memory_of_fullest, simulated_steps
+from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import timeline
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
+from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.simulate import Timeline
 from chunkflow_cli.planning.totals import Totals, add_up, baseline_timeline
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
 from chunkflow_cli.training.inputs import load_run_data
-from chunkflow_cli.training.layout import checked_topology
-from chunkflow_cli.training.setup import RunSetup, planned_device, read_setup
+from chunkflow_cli.training.setup import RunSetup, checked_topology, planned_device, read_setup
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
     plan = setup.plan(data)
     if not 1 <= step <= plan.steps:
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
-    memory = None
+    chosen, memory = plan[step - 1], None
     if setup.shape is not None:
-        memory = memory_of_fullest(setup.shape, setup.memory, plan, simulated_steps(plan, [step - 1]))
+        memory = memory_of_fullest(setup.shape, setup.memory, plan, [SimulatedStep(plan, chosen)])
     with progress_bar("planning", plan.steps) as progress:
         totals = add_up(plan, progress)
     chosen = plan[step - 1]

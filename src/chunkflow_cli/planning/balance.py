@@ -1,10 +1,12 @@
-"""Sequences to ranks, by predicted cost: whole ones to single ranks, or some of them spread over groups of ranks.
+"""Assign sequences to ranks by predicted cost: whole ones to single ranks, or some of them spread over groups of ranks.
 
-Longest-processing-time-first (Graham 1969): the costliest sequence that is left goes to the rank with the least so far.
-No rank then has more than 4/3 of the best possible maximum, if sequences stay whole. On long-tailed data that maximum
-is one sequence, more than a rank's fair share of everything, and all other ranks wait for it. Spread over a
-sequence-parallel group it takes a fraction of the time; short ones would only lose by it, for each exchange has its
-price (Skrull, arXiv 2505.19609; FlexSP, arXiv 2412.01523).
+Longest-processing-time-first (Graham 1969): the costliest sequence that is left goes to the least loaded rank. No rank
+then has more than 4/3 of the best possible maximum, if sequences stay whole. On long-tailed data that maximum is one
+sequence, which takes longer than a rank's fair share of everything, and all other ranks wait for it. Spread over a
+sequence-parallel group it takes a fraction of the time. Short sequences would only lose, because each exchange has its
+cost (Skrull, arXiv 2505.19609; FlexSP, arXiv 2412.01523).
+
+All functions here are pure, so every rank finds the same assignment.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ Costs = Sequence[float] | NDArray[np.float64] | NDArray[np.int64]
 
 
 def balance(costs: Costs, ranks: int) -> list[NDArray[np.int64]]:
-    """Indices of the sequences of each rank, ascending. A pure function of its arguments: equal on every rank.
+    """Return the indices of each rank's sequences, ascending. With fewer sequences than ranks, some ranks get none.
 
     Args:
-        costs: (sequences,) predicted cost of each; any unit.
-        ranks: how many data-parallel ranks there are. With fewer sequences than ranks, some get none.
+        costs: (sequences,) predicted cost of each, in any unit.
+        ranks: number of data-parallel ranks.
 
     Raises:
         ValueError: `ranks` is not positive, or a cost is negative or not a number.
@@ -34,7 +36,7 @@ def balance(costs: Costs, ranks: int) -> list[NDArray[np.int64]]:
     if ranks < 1:
         raise ValueError(f"ranks={ranks} must be at least 1")
     if values.ndim != 1 or not (values >= 0).all():
-        raise ValueError("costs must be a flat list of numbers that are not negative")
+        raise ValueError("costs must be a flat list of non-negative numbers")
     if ranks == 1:
         return [np.arange(len(values), dtype=np.int64)]
     rank_of, _ = _longest_first(values, [0.0] * ranks)
@@ -42,7 +44,7 @@ def balance(costs: Costs, ranks: int) -> list[NDArray[np.int64]]:
 
 
 def _longest_first(costs: NDArray[np.float64], loads: Sequence[float]) -> tuple[NDArray[np.int64], list[float]]:
-    """(sequences,) the place of each, and the loads after it, given those before."""
+    """Return the place of each sequence, (sequences,), and the loads of all places with them, given those before."""
     heap = [(load, place) for place, load in enumerate(loads)]  # of equal loads the lowest place comes first
     heapq.heapify(heap)
     place_of = np.empty(len(costs), dtype=np.int64)
@@ -56,57 +58,59 @@ def _longest_first(costs: NDArray[np.float64], loads: Sequence[float]) -> tuple[
 
 @dataclass(frozen=True)
 class Shares:
-    """Which ranks run each sequence. Ranks run what is spread over most of them first, in one order (`spread`)."""
+    """The ranks that run each sequence. Ranks run the most widely spread sequences first, in one order (`spread`)."""
 
-    ranks: int
     degree: NDArray[np.int64]
-    """(sequences,) how many ranks it is spread over; 1: it is one rank's alone."""
+    """(sequences,) number of ranks that each sequence is spread over; 1 if one rank runs it alone."""
     first_rank: NDArray[np.int64]
-    """(sequences,) of the `degree` neighbours that run it; a multiple of its degree."""
+    """(sequences,) first of the `degree` neighbouring ranks that run it; a multiple of its degree."""
     seconds: float
-    """Predicted, until the last rank is done; in the unit of the costs."""
+    """Predicted seconds until the last rank is done, in the unit of the costs."""
 
     def alone(self, rank: int) -> NDArray[np.int64]:
-        """Sequences that only this rank runs, ascending."""
+        """Return the sequences that only this rank runs, ascending."""
         return np.flatnonzero((self.degree == 1) & (self.first_rank == rank))
 
     def spread(self, rank: int) -> NDArray[np.int64]:
-        """Sequences that this rank runs together with others: those of the most ranks first, else ascending."""
+        """Return the sequences that this rank runs together with others: most widely spread first, else ascending."""
         mine = (self.degree > 1) & (self.first_rank <= rank) & (rank < self.first_rank + self.degree)
         own = np.flatnonzero(mine)
         return own[np.argsort(-self.degree[own], kind="stable")]
 
 
 MOST_LIMITS = 64
-"""Limits that `share_out` tries, spread evenly over the costs that may decide."""
+"""Number of limits that `share_out` tries, spread evenly over the costs that may decide."""
 
 
 def share_out(
     costs: NDArray[np.float64], degrees: Sequence[int], ranks: int, least_degree: NDArray[np.int64] | None = None
 ) -> Shares:
-    """Which sequences are spread, over how many ranks, and who runs what: the least predicted seconds that were found.
+    """Return the assignment with the least predicted seconds found: which ranks run each sequence, alone or together.
 
-    For a limit on the seconds of one sequence, each takes that many ranks, of those that keep it within the limit,
-    which cost all of them together the least: more ranks cost more exchanges, but larger chunks less recompute. Those
-    of most ranks are placed first, each on the least loaded of the groups of its size (which nest), so when a group
-    begins a sequence its ranks are equally far and none waits; those that stay alone then fill up what is uneven.
-    Limits between a rank's fair share and the costliest sequence are tried, and whole sequences, which is `balance`:
-    never worse than that, where `least_degree` allows it. A pure function: equal on every rank.
+    The search tries limits on the seconds of one sequence. Of the degrees that keep a sequence within the limit, it
+    takes the one that costs all its ranks together the least: more ranks cost more exchanges, but larger chunks less
+    recompute. The most widely spread sequences are placed first, each on the least loaded group of its size. Groups
+    nest, so when a group begins a sequence its ranks are equally far and none waits. Sequences that stay alone fill up
+    what is uneven. Limits range from a rank's fair share to the costliest sequence; whole sequences, as `balance`
+    assigns them, are tried too. The result is never worse than that, where `least_degree` allows it.
 
     Args:
-        costs: (degrees, sequences) predicted cost of each on every rank that runs it, if spread so far; any unit.
-        degrees: ascending, from 1; each divides the next, the last divides `ranks`.
-        ranks: how many there are.
-        least_degree: (sequences,) fewest ranks over which each must be spread, for its state to fit.
+        costs: (degrees, sequences) predicted cost of each sequence on every rank that runs it, by degree, in any unit.
+        degrees: sizes of groups, ascending from 1; each divides the next, and the last divides `ranks`.
+        ranks: number of data-parallel ranks.
+        least_degree: (sequences,) fewest ranks that each sequence must be spread over for its state to fit.
+
+    Raises:
+        ValueError: `costs` has the wrong shape or a value that is no cost, or groups do not nest.
     """
     values = np.asarray(costs, dtype=np.float64)
     count = values.shape[1]
     if values.shape[0] != len(degrees) or not (values >= 0).all():
-        raise ValueError(f"costs of {len(degrees)} degrees must be so many rows of numbers that are not negative")
+        raise ValueError(f"costs of {len(degrees)} degrees must be {len(degrees)} rows of non-negative numbers")
     if degrees[0] != 1 or any(next_ % one for one, next_ in itertools.pairwise([*degrees, ranks])):
         raise ValueError(f"degrees={list(degrees)} of {ranks} ranks must start at 1 and each divide the next")
     least = np.searchsorted(np.asarray(degrees), np.ones(count) if least_degree is None else least_degree)
-    assert count == 0 or least.max() < len(degrees), "no group is so large"
+    assert count == 0 or least.max() < len(degrees), "no group is large enough"
     fair = values[0].sum() / ranks
     decisive = np.unique(values[(values >= fair / 4)])
     if len(decisive) > MOST_LIMITS:
@@ -129,19 +133,18 @@ def share_out(
 
 
 def _place(values: NDArray[np.float64], degrees: Sequence[int], ranks: int, level: NDArray[np.int64]) -> Shares:
-    """Given how many ranks each sequence takes (`level`, an index into `degrees`)."""
+    """Place sequences, given an index into `degrees` for each (`level`)."""
     first_rank = np.zeros(values.shape[1], dtype=np.int64)
     loads: list[float] = [0.0]
-    for index in reversed(range(len(degrees))):
-        degree = degrees[index]
+    for index, degree in reversed(list(enumerate(degrees))):
         loads = [load for load in loads for _ in range(ranks // degree // len(loads))]
         chosen = np.flatnonzero(level == index)
         places, loads = _longest_first(values[index, chosen], loads)
         first_rank[chosen] = places * degree
-    return Shares(ranks, np.asarray(degrees, dtype=np.int64)[level], first_rank, max(loads))
+    return Shares(np.asarray(degrees, dtype=np.int64)[level], first_rank, max(loads))
 
 
 def rank_loads(costs: Costs, shares: Sequence[NDArray[np.int64]]) -> NDArray[np.float64]:
-    """(ranks,) the summed cost of each rank's sequences."""
+    """Return the summed cost of each rank's sequences, (ranks,)."""
     values = np.asarray(costs, dtype=np.float64)
     return np.array([values[share].sum() for share in shares])

@@ -1,4 +1,4 @@
-"""Which samples each optimizer step takes: a pure function of seed, epoch and step, so resuming needs no replay."""
+"""Choose the samples of each optimizer step as a pure function of seed, epoch and step: resuming needs no replay."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class GlobalBatches:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Number of optimizer steps in one epoch."""
         return -(-self.samples // self.global_batch_size)
 
     def __getitem__(self, step: int) -> NDArray[np.int64]:
-        """Indices of the samples of a step, counted from 0 over all epochs."""
+        """Return the indices of a step's samples, (samples,). Steps are counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch_size
         return _epoch_order(self, epoch)[start : start + self.global_batch_size].copy()  # the order itself is cached
 
     def step_of(self, sample: int) -> int:
-        """The step of the first epoch that takes this sample."""
+        """Return the step of the first epoch that takes this sample."""
         return int(np.flatnonzero(_epoch_order(self, 0) == sample)[0]) // self.global_batch_size
 
 
@@ -41,13 +42,13 @@ def _epoch_order(batches: GlobalBatches, epoch: int) -> NDArray[np.int64]:
 
 
 def held_out(samples: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the samples to train on and of those to hold out, each ascending.
+    """Return the indices of the samples to train on and of those to hold out, each ascending.
 
-    Of more than one sample, a fraction above zero holds out at least one and leaves at least one.
+    With more than one sample, a fraction above zero holds out at least one and leaves at least one.
     """
     if fraction == 0 or samples < 2:
         return np.arange(samples), np.arange(0)
     count = min(max(1, round(samples * fraction)), samples - 1)
-    # A key of its own, or the first epoch would be shuffled by the same numbers.
+    # A key of its own; otherwise the first epoch would be shuffled by the same numbers.
     order = np.random.default_rng((seed, 0x4E1D)).permutation(samples)
     return np.sort(order[count:]), np.sort(order[:count])

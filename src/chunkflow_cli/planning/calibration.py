@@ -1,6 +1,6 @@
-"""From measured operations to a cost model, from measured peaks to a memory model, and both to a file and back.
+"""Fit a cost model to timed operations and a memory model to measured peaks, and keep both in a file.
 
-What is measured, and how, is in `measure`; here are only the fits, which need no device.
+`training.measure` takes the measurements; the fits need no device.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from chunkflow_cli.files import write_json
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 
 CALIBRATION_VERSION = 4
-"""Goes up when what is measured, or what is made of it, changes."""
+"""Version of calibration files. Increase it when the measurements or the fits change."""
 
 
 @dataclass(frozen=True)
 class OperationSample:
-    """One operation that was timed."""
+    """A timed operation."""
 
     kind: str
-    """A letter of `OpKind`: S, F, R or B."""
+    """Letter of the `OpKind`: S, F, R or B."""
     tokens: float
     pairs: float
     targets: float
@@ -36,7 +36,7 @@ class OperationSample:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """The peak of a schedule with K = 1, in chunks of so many tokens, with so much state."""
+    """The measured peak of a schedule with K = 1."""
 
     chunk_tokens: int
     state_bytes: int
@@ -45,29 +45,29 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class MeasuredMemory:
-    """Bytes of a rank: the larger of the optimizer step's peak and that of forward and backward.
+    """A memory model of a rank: its peak is that of the optimizer step or that of the chunks, whichever is larger.
 
-    Against measured runs (SmolLM2-135M on a CPU, chunks of 256 to 4096, K 1 to 4; benchmarks/LOG.md): at most 10 % off.
+    Accuracy: within 10 % of measured runs (SmolLM2-135M on a CPU, chunks of 256 to 4096, K of 1 to 4;
+    benchmarks/LOG.md).
     """
 
     step_peak_bytes: int
     base_bytes: int
-    """All that does not depend on the chunks: weights, gradients, optimizer, libraries, one tile of logits."""
+    """Bytes that do not depend on the chunks: weights, gradients, optimizer, libraries, one tile of logits."""
     activation_bytes_per_token: float
-    """What the layers keep for backward: counted, for each token that holds activations."""
+    """Bytes that the layers keep for backward, for each token that holds activations; counted, not measured."""
     running_bytes_per_token: float
-    """What the one chunk that is running takes beside it: results on their way, and room that the allocator cannot use
-    a second time."""
+    """Extra bytes per token of the running chunk: temporary results, and memory that the allocator cannot reuse."""
 
     def peak_bytes(
         self, chunk_size: int, activation_tokens: NDArray[np.float64], state_bytes: NDArray[np.float64]
     ) -> int:
-        """Of a run over these sequences, each of which goes backward alone.
+        """Predict the peak of a run over sequences that go backward one at a time.
 
         Args:
             chunk_size: most tokens in a chunk.
-            activation_tokens: (sequences,) tokens whose activations are held at once, K x chunk_size at most.
-            state_bytes: (sequences,) keys, values and their gradients.
+            activation_tokens: (sequences,) tokens whose activations are held at once, at most K x chunk_size.
+            state_bytes: (sequences,) bytes of keys, values and their gradients.
         """
         running = self.running_bytes_per_token * np.minimum(activation_tokens, chunk_size)
         chunks = self.base_bytes + running + self.activation_bytes_per_token * activation_tokens + state_bytes
@@ -76,7 +76,7 @@ class MeasuredMemory:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of one model on one device."""
+    """The measured costs and memory of one model on one device."""
 
     device: str
     shape: ModelShape
@@ -86,13 +86,13 @@ class Calibration:
     """Largest relative error of the fitted seconds among the timed operations."""
 
     def save(self, path: Path) -> None:
-        """Written aside and renamed: complete or absent."""
+        """Write the calibration to a file, which is complete or absent at any time."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"version": CALIBRATION_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration | None:
-        """None if there is none, or if it is of another version."""
+        """Read a calibration; None if the file does not exist or has another version."""
         if not path.exists():
             return None
         saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -114,9 +114,9 @@ class Calibration:
 def fit_costs(
     samples: Sequence[OperationSample], *, step_seconds: float, source: str, shape: ModelShape | None = None
 ) -> tuple[CostModel, float]:
-    """The cost model that is closest to the samples in relative terms, and its largest relative error.
+    """Return the cost model with the least squared relative errors, and its largest relative error.
 
-    Forward and recompute are the same work and share their coefficients, the seconds of a target included.
+    Forward and recompute are the same work and share their coefficients, including the seconds per target.
 
     Raises:
         ValueError: a kind of operation was not timed.
@@ -139,11 +139,11 @@ def fit_costs(
 
 
 def _fit(samples: Sequence[OperationSample], *, with_targets: bool = False) -> tuple[list[float], float]:
-    """Coefficients of 1, tokens, pairs and targets, none negative, with the least sum of squared relative errors."""
+    """Return non-negative coefficients of 1, tokens, pairs and targets with the least squared relative errors."""
     if not samples:
         raise ValueError("no samples of one kind of operation: nothing can be fitted")
     columns = range(4 if with_targets else 3)
-    # Of operations that the model holds to be equal, the fastest: other work on the machine only adds.
+    # Of operations that the model does not distinguish, use the fastest: other work on the machine only adds time.
     fastest: dict[tuple[float, ...], float] = {}
     for sample in samples:
         row = (1.0, sample.tokens, sample.pairs, sample.targets if with_targets else 0.0)
@@ -151,7 +151,7 @@ def _fit(samples: Sequence[OperationSample], *, with_targets: bool = False) -> t
     features, seconds = np.array(list(fastest)), np.array(list(fastest.values()))
     best = np.zeros(4)
     least = np.inf
-    # Non-negative least squares over so few columns: the solution is the unconstrained one of some subset of them.
+    # Non-negative least squares: the solution is the unconstrained one for some subset of the few columns.
     for count in range(1, len(columns) + 1):
         for subset in itertools.combinations(columns, count):
             found = _least_squares(features[:, subset] / seconds[:, None])
@@ -166,7 +166,7 @@ def _fit(samples: Sequence[OperationSample], *, with_targets: bool = False) -> t
 
 
 def _least_squares(features: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What brings features @ x closest to 1; columns are scaled first, for tokens and pairs differ by thousands."""
+    """Return the x that brings features @ x closest to 1. Columns are scaled first: tokens and pairs differ a lot."""
     scale = np.abs(features).max(axis=0)
     scale[scale == 0] = 1.0
     found, *_ = np.linalg.lstsq(features / scale, np.ones(len(features)), rcond=None)
@@ -176,12 +176,11 @@ def _least_squares(features: NDArray[np.float64]) -> NDArray[np.float64]:
 def fit_memory(
     samples: Sequence[MemorySample], *, step_peak_bytes: int, activation_bytes_per_token: float
 ) -> MeasuredMemory:
-    """A line through the peaks without their state. With K = 1 a token of a chunk is retained and runs, both.
+    """Fit a line through the peaks without their state. With K = 1, a chunk's tokens are both retained and running.
 
     Args:
-        samples: of chunks of several sizes.
-        step_peak_bytes: no run peaks below it.
-        activation_bytes_per_token: what the layers keep, counted; what the line rises by beyond that is of running.
+        step_peak_bytes: peak of the optimizer step; no run peaks below it.
+        activation_bytes_per_token: counted bytes that the layers keep; the rest of the slope is due to running.
 
     Raises:
         ValueError: fewer than two different numbers of tokens were measured.

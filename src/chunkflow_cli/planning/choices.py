@@ -1,4 +1,4 @@
-"""Every choice of chunk size, K, cuts and layout that a search compares, as runs over the same samples."""
+"""Lay out every choice of chunk size, K, cuts and layout that a search compares, as runs over the same samples."""
 
 from __future__ import annotations
 
@@ -17,40 +17,36 @@ from chunkflow_cli.planning.topology import Topology
 
 @dataclass(frozen=True)
 class Choices:
-    """The values that are tried; every combination of them is one choice."""
+    """The values to try; every combination of them is one choice."""
 
     chunk_sizes: tuple[int, ...]
     ks: tuple[int, ...]
     layouts: tuple[Topology, ...]
     equal_time: tuple[bool, ...]
-    """Ways to cut long samples: into pieces of equal time, or of equal tokens. A single stage takes as long with any
-    cuts, so it keeps those of the run."""
+    """Ways to cut long samples: into pieces of equal time, or of equal tokens. Without a pipeline all cuts take equally
+    long, so only those of the run are tried."""
     pipeline: PipelineLayout
-    """How stages take turns, for any number of them."""
+    """How stages take turns; the number of stages comes from `layouts`."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """The runs that are compared, and what they run on."""
+    """The runs to compare, and what they run on."""
 
     runs: tuple[RunPlan, ...]
     steps: range
-    """Steps that are planned; they stand for all steps of the run."""
+    """Steps that are planned; they represent all steps of the run."""
     shape: ModelShape
     settings: MemorySettings
     measured: MeasuredMemory | None
-    """Memory as it was measured; None to predict it by formula."""
+    """Measured memory; None to predict it by formula."""
 
     def memory_bytes(self, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
-        """Return the predicted bytes of the fullest rank or stage, in `steps` or in the step of the longest sample."""
+        """Predict the bytes of the fullest rank or stage, in `steps` or in the step of the longest sample."""
         if self.measured is not None:
             live, stored = activations_and_state(run, is_planned_whole=len(self.steps) == run.steps)
             state = stored * state_bytes_per_token(self.shape, self.settings.element_bytes)
             return self.measured.peak_bytes(run.chunk_size, live, state)
-        if run.pipeline is not None:
-            longest_step = run.batches.step_of(int(run.lengths.argmax()))
-            if all(step.plan.step != longest_step for step in steps):
-                steps = [*steps, SimulatedStep(run, run[longest_step])]
         return memory_of_fullest(self.shape, settings_of(run, self.settings), run, steps).device_total
 
 
@@ -73,11 +69,10 @@ def lay_out(
 
     Args:
         run: the run as configured; its costs are used for all choices.
-        samples: how many samples are planned, rounded to whole global batches.
-        shape: of the whole model.
-        settings: memory settings of the run as configured.
-        device: gives the seconds of the optimizer step, unless `measured` is given: costs then include it.
-        measured: memory as it was measured, if it was.
+        samples: number of samples to plan, rounded to whole global batches.
+        shape: the shape of the whole model.
+        device: gives the seconds of the optimizer step; with `measured`, costs include it already.
+        measured: measured memory; by default, memory is predicted by formula.
 
     Raises:
         ValueError: chunk sizes or Ks are missing, or not positive.
@@ -97,13 +92,9 @@ def lay_out(
             for chunk_size, k in grid(choices.chunk_sizes, choices.ks, longest, divided.pair_weight):
                 chosen = replace(divided, chunk_size=chunk_size, k=k)
                 if measured is None and not run.costs.is_of_one_stage:
-                    seconds = _optimizer_seconds(chosen, shape, settings_of(chosen, settings), device)
-                    chosen = replace(chosen, costs=replace(run.costs, step_seconds=seconds))
+                    own = settings_of(chosen, settings)
+                    slowest = max(step_seconds(shape, own, device, held) for held in chosen.stage_layers(shape.layers))
+                    chosen = replace(chosen, costs=replace(run.costs, step_seconds=slowest))
                 runs.append(chosen)
     steps = max(1, min(run.steps, round(samples / run.batches.global_batch_size)))
     return Search(tuple(runs), range(steps), shape, settings, measured)
-
-
-def _optimizer_seconds(run: RunPlan, shape: ModelShape, settings: MemorySettings, device: DeviceProfile) -> float:
-    """Return the seconds of the optimizer step on the stage that takes longest."""
-    return max(step_seconds(shape, settings, device, held) for held in run.stage_layers(shape.layers))

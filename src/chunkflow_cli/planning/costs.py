@@ -1,7 +1,7 @@
-"""What work costs: floating-point operations, and seconds of the operations of a schedule.
+"""Predict floating-point operations, and the seconds of a schedule's operations, from the shape of the model.
 
-All of it is formulas over the shape of the model; each states its source. Seconds come from a device's profile (data
-sheet and assumed efficiency) or are proportional to tokens, as in the paper's worked example.
+Seconds come from a device's profile (data sheet and assumed efficiency), from timed chunks (`calibration`), or are
+proportional to tokens, as in the paper's worked example.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.planning.chunks import Chunks
-from chunkflow_cli.planning.stage_cut import StageLayers
+from chunkflow_cli.planning.simulate import OperationSeconds
+from chunkflow_cli.planning.stage_cut import StageLayers, layer_shares
 
 GIB = 2**30
 
@@ -25,33 +26,33 @@ class ModelShape:
     layers: int
     hidden_size: int
     intermediate_size: int
-    """Width of the feed-forward layer that a token goes through; of experts, the active ones together."""
+    """Width of the feed-forward layer that a token goes through; with experts, the sum over the active ones."""
     attention_heads: int
     kv_heads: int
     head_dim: int
     vocab_size: int
     matmul_parameters: int
-    """Weights that every token is multiplied with: all linear layers and the head; of experts, the active ones."""
+    """Weights that every token is multiplied with: all linear layers and the head; only the active experts."""
     parameters: int
     """All weights, each counted once."""
     trainable_parameters: int
-    """Those that get a gradient: all of them, or the adapters."""
+    """Weights that get a gradient: all of them, or those of the adapters."""
     layer_activation_bytes: float | None = None
-    """Bytes that a layer keeps for backward, for each token, in the model's dtype: counted, where it could be."""
+    """Bytes per token that a layer keeps for backward, in the model's dtype; None if they could not be counted."""
     window: int | None = None
     """Most keys that a query of a windowed layer attends to."""
     windowed_layers: int = 0
-    """How many of the layers have that window; the others attend to all of the past."""
+    """Number of layers with that window; the others attend to all of the past."""
     is_head_tied: bool = False
-    """The embedding is the head's weight too; the first and the last stage of a pipeline then hold a copy each."""
+    """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
     @property
     def state_elements_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Numbers in the keys and values of one token, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     def attended_pairs(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Query-key pairs of the first `tokens` positions of a sequence, as a mean over the layers.
+        """Return the query-key pairs of the first `tokens` positions of a sequence, as a mean over the layers.
 
         Causal: tokens^2 / 2. With a window w, a query past position w has w keys: w^2 / 2 + w (tokens - w).
         """
@@ -65,30 +66,33 @@ class ModelShape:
 
     @property
     def head_parameters(self) -> int:
+        """Weights of the head."""
         return self.vocab_size * self.hidden_size
 
     @property
     def is_head_trained(self) -> bool:
-        """Adapters leave the head frozen."""
+        """True without adapters, which leave the head frozen."""
         return self.trainable_parameters == self.parameters
 
     def parameters_of(self, held: StageLayers) -> int:
-        """Weights of a stage. The first one holds the embedding, the last one the head; what is left (final norm,
-        biases, position embeddings) is little, and counted with the layers."""
+        """Return the number of weights on a stage.
+
+        The first stage holds the embedding, the last one the head. The few other weights (final norm, biases, position
+        embeddings) are counted with the layers.
+        """
         tables = (1 if self.is_head_tied else 2) * self.head_parameters
-        of_layers = (self.parameters - tables) * held.layers // self.layers
-        ends = held.is_first + held.is_last
-        return of_layers + min(ends * self.head_parameters, tables)
+        layers = (self.parameters - tables) * held.layers // self.layers
+        return layers + min((held.is_first + held.is_last) * self.head_parameters, tables)
 
     def trainable_parameters_of(self, held: StageLayers) -> int:
-        """Those of them that get a gradient. Adapters lie in the layers."""
+        """Return the number of weights on a stage that get a gradient; adapters are part of the layers."""
         if self.is_head_trained:
             return self.parameters_of(held)
         return self.trainable_parameters * held.layers // self.layers
 
 
 def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:
-    """Floating-point operations of forward and backward over whole sequences, recompute not counted.
+    """Return the floating-point operations of forward and backward over whole sequences, without recompute.
 
     6 per weight and token (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361, table 1), and for attention
     12 x layers x heads x head_dim per query-key pair: scores and their weighted sum are 4 forward, and backward is
@@ -102,33 +106,33 @@ def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """A device by its data sheet."""
+    """A device as its data sheet describes it. Bandwidths count one direction."""
 
     name: str
     matmul_flops: float
-    """Dense bfloat16 products, operations a second."""
+    """Dense bfloat16 operations per second."""
     memory_bytes: int
     matmul_efficiency: float = 0.6
     """Share of `matmul_flops` that linear layers reach at a few thousand tokens; assumed, not measured."""
     attention_efficiency: float = 0.45
-    """The same for fused attention."""
+    """Share of `matmul_flops` that fused attention reaches; assumed, not measured."""
     layer_launch_seconds: float = 60e-6
-    """A layer's forward takes at least that long, however few its tokens: some fifteen kernel launches."""
+    """Least seconds of a layer's forward, even with few tokens: about fifteen kernel launches."""
     memory_bytes_per_second: float = 2e12
     link_bytes_per_second: float = 25e9
-    """To another device, in one direction: the network's share of each device, for pipelines may span nodes."""
+    """Bandwidth to a device of another node: this device's share of the network, because pipelines may span nodes."""
     link_latency_seconds: float = 20e-6
     node_bytes_per_second: float = 50e9
-    """To another device of the same node, in one direction: half of what the data sheet says of NVLink, which counts
-    both. Exchanges within a sequence-parallel group are costed with it."""
+    """Bandwidth to a device of the same node: half of NVLink's rate in the data sheet, which counts both directions.
+    It sets the cost of exchanges within a sequence-parallel group."""
     host_bytes_per_second: float = 25e9
-    """To the host's memory, in one direction: PCIe 4, or half of PCIe 5."""
+    """Bandwidth to the host's memory: PCIe 4, or half of PCIe 5."""
     devices_of_node: int = 8
-    """Those that `node_bytes_per_second` connects."""
+    """Devices that `node_bytes_per_second` connects."""
 
 
 DEVICES = {
-    # The makers' data sheets; memory as the driver reports it.
+    # From the makers' data sheets; memory as the driver reports it.
     "a100": DeviceProfile(
         "A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12, node_bytes_per_second=300e9
     ),
@@ -144,88 +148,83 @@ DEVICES = {
         "B200", 2250e12, int(179.0 * GIB), memory_bytes_per_second=8e12, link_bytes_per_second=50e9,
         node_bytes_per_second=900e9,
     ),
-    # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md), which bfloat16 models use there too.
+    # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md): bfloat16 models use them there too.
     "cpu": DeviceProfile(
         "CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, memory_bytes_per_second=10e9, node_bytes_per_second=2e9
     ),
 }  # fmt: skip
 EXCHANGE_EFFICIENCY = 0.6
 """Share of a link's rate that an all-to-all reaches; assumed, not measured."""
-
-
 ACTIVATION_BYTES = 2
-"""Of an element of a hidden state that is sent to another stage, or exchanged within a sequence-parallel group:
-bfloat16."""
+"""Bytes of an activation element sent between stages or within a sequence-parallel group (bfloat16)."""
 
 
 @dataclass(frozen=True)
 class OperationCost:
-    """Seconds of one kind of operation: linear in the tokens of a chunk and in the pairs that its attention makes."""
+    """Seconds of one kind of operation, linear in a chunk's tokens and in its query-key pairs."""
 
     fixed_seconds: float
     seconds_per_token: float
     seconds_per_pair: float
-    """A pair is a query and a key that it attends to."""
 
     def __call__(self, tokens: NDArray[np.float64], pairs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Predict the seconds of operations on so many tokens and query-key pairs."""
         return self.fixed_seconds + self.seconds_per_token * tokens + self.seconds_per_pair * pairs
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of the operations of a schedule on one stage that holds the whole model.
+    """Seconds of a schedule's operations on one stage that holds the whole model.
 
-    Against measured steps of `train` (SmolLM2-135M on a CPU, chunks of 256 to 4096, K of 1 to 4; benchmarks/LOG.md): a
-    model fitted to timed chunks is at most 15 % off, and predicts too little where all chunks keep their activations.
-    Profiles of GPUs have not been held against any.
+    Accuracy: models fitted to timed chunks are within 15 % of measured steps of `train` (SmolLM2-135M on a CPU, chunks
+    of 256 to 4096, K of 1 to 4; benchmarks/LOG.md), and too low where all chunks keep their activations. GPU profiles
+    have not been compared with measurements.
     """
 
     source: str
-    """In words: where the numbers come from."""
+    """Where the numbers come from, in words."""
     forward: OperationCost
     backward: OperationCost
     recompute: OperationCost
     state_pass: OperationCost
     seconds_per_target: float = 0.0
-    """Of head and loss: they run once for each target, in the forward that keeps activations, with their gradient."""
+    """Seconds of head and loss. They run once per target, with their gradient, in the forward that keeps
+    activations."""
     step_seconds: float = 0.0
-    """Of the optimizer step, which no choice of chunks changes."""
+    """Seconds of the optimizer step, which no choice of chunks changes."""
     transfer_seconds_per_token: float = 0.0
-    """Of a chunk's activations to the next stage of a pipeline, or of their gradient back."""
+    """Seconds to send a chunk's activations to the next stage of a pipeline, or their gradient back."""
     transfer_latency_seconds: float = 0.0
     node_seconds_per_byte: float = 0.0
-    """Of an exchange between the devices of a node."""
+    """Seconds of an exchange between the devices of a node."""
     network_seconds_per_byte: float = 0.0
-    """The same between nodes."""
+    """Seconds of an exchange between nodes."""
     devices_of_node: int = 8
     """Ranks of a group that the links of one node connect."""
     shape: ModelShape | None = None
-    """Whose attention is counted; without it every query attends to all of its past."""
+    """The model whose attention is counted; if None, every query attends to all of its past."""
     is_of_one_stage: bool = False
-    """Whether these are the seconds of each stage of a pipeline, however many there are, or those of the whole model,
-    which its stages share."""
+    """True if each stage of a pipeline takes these seconds; False if the stages share them."""
 
     @classmethod
     def proportional(cls) -> CostModel:
-        """The paper's worked example: on each stage a forward takes a unit for each token, a backward two."""
+        """Return the costs of the paper's worked example: on each stage 1 s per token forward, 2 s backward."""
         once, twice = OperationCost(0.0, 1.0, 0.0), OperationCost(0.0, 2.0, 0.0)
         return cls("proportional to tokens", once, twice, once, once, is_of_one_stage=True)
 
     @classmethod
     def profile(cls, shape: ModelShape, device: DeviceProfile, *, checkpointed: bool) -> CostModel:
-        """From the operations that a chunk takes and the rate at which the device does them.
+        """Return the costs that follow from a chunk's floating-point operations and the device's rates.
 
-        Forward: 2 per weight and token, and 4 x layers x heads x head_dim per query-key pair. Backward: twice that,
-        and the forward once more where activations are checkpointed. Head and loss: 6 per weight of the head and
-        target (4 if the head is frozen), for their gradient is formed with their value. A state pass leaves them out.
+        Forward: 2 per weight and token, and 4 x layers x heads x head_dim per query-key pair. Backward: twice that, and
+        the forward once more with checkpointing. Head and loss: 6 per weight of the head and target (4 if the head is
+        frozen), because their gradient is computed with their value. A state pass leaves them out.
         """
         rate = device.matmul_flops * device.matmul_efficiency
+        attention_rate = device.matmul_flops * device.attention_efficiency
         token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
         target = (6.0 if shape.is_head_trained else 4.0) * shape.head_parameters / rate
-        pair = (
-            4.0 * shape.layers * shape.attention_heads * shape.head_dim
-            / (device.matmul_flops * device.attention_efficiency)
-        )  # fmt: skip
+        pair = 4.0 * shape.layers * shape.attention_heads * shape.head_dim / attention_rate
         launch = shape.layers * device.layer_launch_seconds
         forward = OperationCost(launch, token, pair)
         factor = 3.0 if checkpointed else 2.0
@@ -245,13 +244,13 @@ class CostModel:
         )
 
     def spread_over(self, ranks: int) -> CostModel:
-        """Of a chunk whose tokens are divided among the ranks of a sequence-parallel group (Ulysses, arXiv 2309.14509).
+        """Return the costs of chunks that a sequence-parallel group splits (Ulysses, arXiv 2309.14509).
 
-        Each rank does `1 / ranks` of the arithmetic and launches as many kernels as for a whole chunk. Around the
-        attention of each layer an all-to-all turns tokens into heads and another turns them back. Of the bytes of its
-        own tokens (queries and outputs, keys and values; K/V heads are repeated where they are fewer than ranks) a rank
-        sends what lies on others, `(ranks - 1) / ranks`; over several nodes the network limits what leaves the node.
-        Gradients take the same way back. Nothing overlaps the exchange.
+        Each rank does `1 / ranks` of the arithmetic and launches as many kernels as for a whole chunk. In each layer,
+        one all-to-all before attention turns tokens into heads, and another turns them back. A rank sends
+        `(ranks - 1) / ranks` of its own tokens' bytes: queries and outputs, keys and values (repeated if there are
+        fewer K/V heads than ranks). Across nodes, the network limits what leaves the node. Gradients are exchanged
+        likewise. No exchange overlaps with computation.
         """
         if ranks == 1:
             return self
@@ -272,7 +271,7 @@ class CostModel:
                 cost.seconds_per_pair / ranks,
             )
 
-        # A backward that runs its layers' forwards again, which takes three forwards, exchanges again.
+        # With checkpointing, backward takes three forwards: it runs its layers again, and their exchanges too.
         again = 2 if self.backward.seconds_per_token > 2.5 * self.forward.seconds_per_token else 1
         return replace(
             self,
@@ -286,22 +285,18 @@ class CostModel:
         )
 
     def pairs_up_to(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Query-key pairs of the first `tokens` positions of a sequence."""
+        """Return the query-key pairs of the first `tokens` positions of a sequence."""
         return tokens**2 / 2 if self.shape is None else self.shape.attended_pairs(tokens)
 
     def chunk_pairs(self, chunks: Chunks) -> NDArray[np.float64]:
-        """(chunks,) query-key pairs of each chunk: of a segment, those up to its end without those before it."""
+        """Return the query-key pairs of each chunk, (chunks,)."""
         ends, starts = chunks.stop.astype(np.float64), chunks.start.astype(np.float64)
         return np.add.reduceat(self.pairs_up_to(ends) - self.pairs_up_to(starts), chunks.first_segment[:-1])
 
     def of_sequences(
-        self,
-        lengths: NDArray[np.int64],
-        chunk_size: int,
-        k: int,
-        targets: NDArray[np.int64] | None = None,
+        self, lengths: NDArray[np.int64], chunk_size: int, k: int, targets: NDArray[np.int64] | None = None
     ) -> NDArray[np.float64]:
-        """(sequences,) seconds of all operations of each sequence, the second forwards of long ones included.
+        """Predict the seconds of all operations of each sequence, (sequences,), including second forwards.
 
         A short sequence is charged its share of a full chunk's fixed seconds.
 
@@ -309,38 +304,71 @@ class CostModel:
             lengths: (sequences,) tokens.
             chunk_size: most tokens in a chunk.
             k: chunks of a long sequence that keep their activations.
-            targets: (sequences,) tokens that the loss counts; all of them if not given.
+            targets: (sequences,) tokens that the loss counts; by default, all of them.
         """
         size = np.asarray(lengths, dtype=np.float64)
-        pairs = self.pairs_up_to(size)
         pieces = np.where(size > chunk_size, np.ceil(size / chunk_size), size / chunk_size)
         early = np.where(size > chunk_size, np.maximum(pieces - k, 0), 0)  # chunks that are forwarded twice
         early_tokens = early * chunk_size
 
-        def twice(cost: OperationCost) -> NDArray[np.float64]:
-            return early * cost.fixed_seconds + cost(early_tokens, self.pairs_up_to(early_tokens)) - cost.fixed_seconds
+        def seconds(
+            cost: OperationCost, chunks: NDArray[np.float64], tokens: NDArray[np.float64]
+        ) -> NDArray[np.float64]:
+            return chunks * cost.fixed_seconds + cost(tokens, self.pairs_up_to(tokens)) - cost.fixed_seconds
 
         forward = (
-            pieces * self.forward.fixed_seconds + self.forward(size, pairs) - self.forward.fixed_seconds
-            - twice(self.forward) + twice(self.state_pass) + twice(self.recompute)
+            seconds(self.forward, pieces, size) - seconds(self.forward, early, early_tokens)
+            + seconds(self.state_pass, early, early_tokens) + seconds(self.recompute, early, early_tokens)
         )  # fmt: skip
-        backward = pieces * self.backward.fixed_seconds + self.backward(size, pairs) - self.backward.fixed_seconds
+        backward = seconds(self.backward, pieces, size)
         return forward + backward + self.seconds_per_target * (size if targets is None else targets)
+
+    def of_chunks(
+        self, chunks: Chunks, targets: NDArray[np.int64], stages: int = 1, cut: tuple[StageLayers, ...] | None = None
+    ) -> OperationSeconds:
+        """Predict the seconds of every operation on each chunk, by stage of a pipeline.
+
+        Each stage takes its layers' share of the model's seconds. The last one also takes head and loss.
+
+        Args:
+            targets: (sequences,) tokens that the loss counts.
+            cut: the layers of each stage; by default, equal shares.
+        """
+        shares = self.stage_shares(stages, cut)[:, None]
+        tokens, pairs = chunk_tokens(chunks), self.chunk_pairs(chunks)
+        head = np.zeros((stages, len(chunks)))
+        head[-1] = self.seconds_per_target * chunk_targets(chunks, targets)
+        backward = shares * self.backward(tokens, pairs)
+        sent = self.transfer_latency_seconds + self.transfer_seconds_per_token * tokens
+        return OperationSeconds(
+            forward=shares * self.forward(tokens, pairs) + head,
+            backward=backward,
+            recompute=shares * self.recompute(tokens, pairs) + head,
+            state_pass=shares * self.state_pass(tokens, pairs),
+            # The two products of a backward have the same size.
+            input_gradient=backward / 2,
+            weight_gradient=backward / 2,
+            transfer=np.tile(sent, (stages - 1, 1)),
+        )
+
+    def stage_shares(self, stages: int, cut: tuple[StageLayers, ...] | None) -> NDArray[np.float64]:
+        """Return the share of the layers' seconds that each stage takes, (stages,)."""
+        if self.is_of_one_stage:
+            return np.ones(stages)
+        return np.full(stages, 1.0 / stages) if cut is None else layer_shares(cut)
 
 
 def chunk_tokens(chunks: Chunks) -> NDArray[np.float64]:
-    """(chunks,)"""
+    """Return the tokens of each chunk, (chunks,)."""
     return np.add.reduceat((chunks.stop - chunks.start).astype(np.float64), chunks.first_segment[:-1])
 
 
-def chunk_targets(chunks: Chunks, targets: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
-    """(chunks,) tokens that the loss counts; those of a sequence are taken to be spread evenly over it.
+def chunk_targets(chunks: Chunks, targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the targets of each chunk, (chunks,), as if those of a sequence were spread evenly over it.
 
     Args:
-        targets: (sequences,) of each sequence; all of its tokens if not given.
+        targets: (sequences,) tokens that the loss counts.
     """
-    if targets is None:
-        return chunk_tokens(chunks)
     share = np.asarray(targets, dtype=np.float64) / chunks.lengths
     tokens = (chunks.stop - chunks.start) * share[chunks.sequence]
     return np.add.reduceat(tokens, chunks.first_segment[:-1])

@@ -1,7 +1,7 @@
-"""What a rank holds: bytes of weights, gradients, optimizer states, activations and sequence state, by formula.
+"""Predict what takes memory on a rank: weights, gradients, optimizer states, activations and sequence state.
 
-All of it follows from the shape of the model, from which layers the rank holds and from how ZeRO divides them; each
-formula states its source. `peak_memory` puts them together with what a plan keeps at once.
+The formulas take the model's shape, the layers that the rank holds and the way ZeRO divides them; each states its
+source. `peak_memory` combines them with what a plan keeps at once.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-"""Of weights and activations, by `model.dtype`."""
+"""Bytes of an element of weights and activations, by `model.dtype`."""
 HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Most bytes of float32 logits that exist at once (`execution.loss`)."""
 TILES_ALIVE = 3
-"""Tensors of that size within a tile: logits, their gradient, and a copy in the model's dtype."""
+"""Tensors as large as a tile of logits: the logits, their gradient, and a copy in the model's dtype."""
+HOST_MEMORY_BYTES_PER_SECOND = 150e9
+"""Memory bandwidth that an optimizer step reaches on a server's CPUs."""
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What the memory of a rank depends on besides the model's shape."""
+    """Settings that a rank's memory depends on, besides the model's shape."""
 
     element_bytes: int
-    """Of weights and activations: 2 or 4 (8 in float64)."""
+    """Bytes of an element of weights and activations: 2 or 4 (8 in float64)."""
     optimizer_states: int
-    """Float32 numbers that the optimizer keeps for a weight: AdamW 2, SGD with momentum 1."""
+    """Float32 numbers that the optimizer keeps per weight: 2 for AdamW, 1 for SGD with momentum."""
     zero_stage: int
     data_parallel: int
-    """Ranks that optimizer states, gradients and weights are divided among, as the ZeRO stage says."""
+    """Ranks that ZeRO divides optimizer states, gradients and weights among."""
     offload: str
     """none | optimizer | parameters"""
     checkpointing: str
@@ -45,7 +47,7 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Bytes on the device of a rank at its peak, and what is kept in host memory instead."""
+    """Bytes on a rank's device at its peak, and bytes that are kept in host memory instead."""
 
     weights: int
     gradients: int
@@ -57,21 +59,25 @@ class MemoryParts:
 
     @property
     def device_total(self) -> int:
+        """Bytes on the device."""
         return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
 
 
 def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str, layers: int | None = None) -> float:
-    """Bytes that `layers` layers (all, if not given) keep for backward, for each token that holds activations.
+    """Return the bytes that `layers` layers keep for backward, for each token that holds activations.
 
-    Counted on the model's own modules (`shape.layer_activation_bytes`), or where that was not possible, for a model
-    with experts, by formula: read off transformers' Llama, tensor by tensor (h = hidden, f = feed-forward, b = element
-    bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's input:
-    4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp a head. The gated feed-forward
-    keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input; selective keeps the
-    results of products and of attention.
+    They are counted on the model's own modules (`shape.layer_activation_bytes`) where that is possible, which it is not
+    with experts. Otherwise a formula follows transformers' Llama tensor by tensor (h = hidden, f = feed-forward, b =
+    element bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's
+    input: 4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp per head. The gated
+    feed-forward keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input;
+    selective keeps the results of products and of attention.
 
-    The formula against the tensors that autograd keeps (tests/test_memory.py): 1 to 5 % too few for llama, qwen2 and
-    mistral, as the final norm and the rotary angles are left out; mixtral 14 %.
+    Compared with the tensors that autograd keeps (tests/planning/test_memory.py), the formula is 1 to 5 % too low for
+    llama, qwen2 and mistral, because it leaves out the final norm and the rotary angles, and 14 % for mixtral.
+
+    Args:
+        layers: by default, all layers of the model.
     """
     b, h, f = element_bytes, shape.hidden_size, shape.intermediate_size
     queries, keys = shape.attention_heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -87,34 +93,34 @@ def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: s
 
 
 def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str) -> float:
-    """Bytes more for each token of the one chunk that goes backward: of the layer that is being run again."""
+    """Return the extra bytes per token of the chunk that goes backward: the layer that checkpointing runs again."""
     return 0.0 if checkpointing == "none" else kept_bytes_per_token(shape, element_bytes, "none", layers=1)
 
 
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
-    """A key and a value in every layer, and their gradients, which are float32 (float64 in float64)."""
+    """Return the bytes of a token's keys and values, and of their float32 (float64 in float64) gradients."""
     return shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
 
 
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
-    """Keys and values of all tokens before the last chunk of a sequence, and their gradients."""
+    """Return the bytes of the keys and values before a sequence's last chunk, and of their gradients."""
     return (length - 1) // chunk_size * chunk_size * state_bytes_per_token(shape, element_bytes)
 
 
 def live_tokens(
     lengths: NDArray[np.int64], chunk_size: int, k: int, others: int, *, fill_tails: bool
 ) -> NDArray[np.int64]:
-    """(sequences,) most tokens that hold activations at once, on one stage, while each sequence goes backward.
+    """Return the most tokens that hold activations at once on one stage while each sequence goes backward.
 
-    Of a long sequence that is its last K chunks, or an early one in its recompute. Its last chunk is seldom full of it:
-    what short sequences may add is what makes K x chunk_size of it, and on few samples it stays far below.
+    For a long sequence these are its last K chunks, or one early chunk in its recompute. The sequence itself seldom
+    fills its last chunk; only short sequences can bring the total to K x chunk_size, so few samples stay far below.
 
     Args:
         lengths: (sequences,) tokens.
         chunk_size: most tokens in a chunk.
         k: chunks of a long sequence that keep their activations.
-        others: tokens of short sequences that may share a chunk with this one, at most.
-        fill_tails: whether the last chunk of a long sequence takes them in, as other chunks do.
+        others: most tokens of short sequences that may share a chunk with this one.
+        fill_tails: True if the last chunk of a long sequence takes short sequences, as other chunks do.
     """
     pieces = -(-lengths // chunk_size)
     tail = lengths - (pieces - 1) * chunk_size
@@ -125,33 +131,25 @@ def live_tokens(
 
 
 def memory_parts(
-    shape: ModelShape,
-    settings: MemorySettings,
-    held: StageLayers | None = None,
-    *,
-    live: float = 0.0,
-    stored: float = 0.0,
+    shape: ModelShape, settings: MemorySettings, held: StageLayers | None = None, *, live: float = 0, stored: float = 0
 ) -> MemoryParts:
-    """Bytes of one rank by part.
+    """Predict the bytes of one rank by part.
 
-    ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054, section 5. Weights in the model's dtype; float32 master weights and
-    optimizer states of the trainable ones; their gradients in the model's dtype while a chunk goes backward, and their
-    sum over the step in float32. Nothing else is counted: what allocators waste, and what kernels use beside their
-    results, comes on top (of the CPU's measured form see benchmarks/LOG.md; GPUs have not been measured).
+    ZeRO divides the parts as in Rajbhandari et al. 2020, arXiv 1910.02054, section 5: weights in the model's dtype;
+    float32 master weights and optimizer states of the trainable ones; their gradients in the model's dtype while a
+    chunk goes backward, and their float32 sum over the step. What allocators waste and the workspace of kernels come on
+    top (measured on a CPU in benchmarks/LOG.md, not on GPUs).
 
     Args:
-        shape: of the whole model.
-        settings: of the run.
-        held: the layers of the rank's pipeline stage; the whole model if not given.
+        shape: the shape of the whole model.
+        held: the layers of the rank's pipeline stage; by default, the whole model.
         live: tokens that hold activations on this rank at its peak.
-        stored: tokens in its state store meanwhile; of a sequence-parallel group, this rank's share of them.
+        stored: tokens in its state store at that time; in a sequence-parallel group, this rank's share of them.
     """
-    held = cut_layers(shape.layers, 1)[0] if held is None else held
-    layers = held.layers
+    held = held or cut_layers(shape.layers, 1)[0]
     shared = settings.data_parallel
     trainable = shape.trainable_parameters_of(held)
-    parameters = shape.parameters_of(held)
-    weights = parameters * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
+    weights = shape.parameters_of(held) * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
     optimizer = trainable * 4 * (1 + settings.optimizer_states) // (shared if settings.zero_stage >= 1 else 1)
     summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
     of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0
@@ -159,22 +157,19 @@ def memory_parts(
     if settings.offload in ("optimizer", "parameters"):  # DeepSpeed then sums the gradients on the host, too
         host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
-        host, weights = host + weights, weights // max(1, layers)
-    kept = live * kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
-    again = min(live, settings.chunk_size) * rerun_bytes_per_token(
-        shape, settings.element_bytes, settings.checkpointing
-    )
-    state = stored * state_bytes_per_token(shape, settings.element_bytes) * layers / shape.layers
+        host, weights = host + weights, weights // max(1, held.layers)
+    kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
+    again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
-    # The head's gradient, summed until its chunks have gone backward.
+    # The head's gradient is summed until its chunks have gone backward.
     head = TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
     return MemoryParts(
         weights=weights,
         gradients=summed + of_a_chunk,
         optimizer=optimizer,
-        activations=int(kept + again),
+        activations=int(live * kept + min(live, settings.chunk_size) * again),
         head=head if held.is_last else 0,
-        state=int(state),
+        state=int(stored * state_bytes_per_token(shape, settings.element_bytes) * held.layers / shape.layers),
         host=host,
     )
 
@@ -182,18 +177,16 @@ def memory_parts(
 def step_seconds(
     shape: ModelShape, settings: MemorySettings, device: DeviceProfile, held: StageLayers | None = None
 ) -> float:
-    """Of the optimizer step on one rank: gradients are summed over the data-parallel ranks, weights are updated.
+    """Predict the seconds of the optimizer step on one rank: summing gradients over ranks, and updating weights.
 
-    A ring moves 2 (n - 1) / n of the float32 gradients over each rank's link (Patarasuk & Yuan 2009); the update reads
-    and writes weights, gradients and states once. With offload the rank's share of them crosses the host link twice.
+    A ring moves 2 (n - 1) / n of the float32 gradients over each rank's link (Patarasuk & Yuan 2009). The update reads
+    and writes weights, gradients and states once. With offload, the rank's share of them crosses the host link twice.
 
     Args:
-        shape: of the whole model.
-        settings: of the run.
-        device: whose links and memory.
-        held: the layers of its pipeline stage, as for `memory_parts`.
+        shape: the shape of the whole model.
+        held: the layers of the rank's pipeline stage; by default, the whole model.
     """
-    trainable = shape.trainable_parameters_of(cut_layers(shape.layers, 1)[0] if held is None else held)
+    trainable = shape.trainable_parameters_of(held or cut_layers(shape.layers, 1)[0])
     ranks = settings.data_parallel
     reduce = 2 * (ranks - 1) / ranks * 4 * trainable / device.link_bytes_per_second
     share = trainable / (ranks if settings.zero_stage >= 1 else 1)
@@ -202,7 +195,3 @@ def step_seconds(
         return reduce + touched / device.memory_bytes_per_second
     crossed = share * (4 + settings.element_bytes) / device.host_bytes_per_second
     return reduce + crossed + touched / HOST_MEMORY_BYTES_PER_SECOND
-
-
-HOST_MEMORY_BYTES_PER_SECOND = 150e9
-"""What the optimizer reaches on a server's CPUs."""

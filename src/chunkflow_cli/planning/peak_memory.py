@@ -1,4 +1,4 @@
-"""What a run holds at its fullest: which rank or stage, in which step, and how many bytes."""
+"""Predict how many bytes a run needs: those of its fullest rank or pipeline stage, in its fullest step."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ from chunkflow_cli.planning.stage_cut import StageLayers
 def memory_of_fullest(
     shape: ModelShape, settings: MemorySettings, run: RunPlan, steps: Sequence[SimulatedStep]
 ) -> MemoryParts:
-    """Bytes of the fullest rank, or of the fullest stage of a pipeline.
+    """Predict the memory of the fullest rank, or of the fullest stage of a pipeline.
 
-    Without a pipeline: whatever samples share a step. With one: for each stage what does not depend on the schedule
-    (its layers, embedding and head), and the most that it holds at once in the given steps.
+    Without a pipeline, the prediction holds for any samples that may share a step. With one, each stage takes what does
+    not depend on the schedule (its layers, embedding and head) and the most that it holds at once in the given steps
+    and in the step of the longest sample.
 
     Args:
-        shape: of the whole model.
-        settings: of the run.
-        run: whose layers are cut into stages.
-        steps: of that run; without a pipeline none is looked at.
+        shape: the shape of the whole model.
+        steps: steps of a run with a pipeline that were simulated already.
     """
     if run.pipeline is None:
         live, stored = activations_and_state(run, is_planned_whole=False)
         return max(
-            # Whatever a token's activations and state take, one of these is the most.
+            # Bytes grow with both numbers, so one of these pairs takes the most.
             (memory_parts(shape, settings, live=tokens, stored=state) for tokens, state in _undominated(live, stored)),
             key=lambda parts: parts.device_total,
         )
+    longest_step = run.batches.step_of(int(run.lengths.argmax()))
+    if all(step.plan.step != longest_step for step in steps):
+        steps = [*steps, SimulatedStep(run, run[longest_step])]
     held = run.stage_layers(shape.layers)
     at_rest = [memory_parts(shape, settings, layers) for layers in held]
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
@@ -55,12 +57,12 @@ def memory_of_fullest(
                 continue
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
             running = again * float(tokens.held.max())
-            # Every stage is looked at: the first holds the most chunks, but not always the most state or weights.
+            # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
             for stage, (layers, rest) in enumerate(zip(held, at_rest, strict=True)):
                 activations, state = tokens.bytes_on(shape, settings, layers)
                 room = fullest.device_total - rest.device_total - running
                 if activations.sum() + state.sum() <= room:
-                    continue  # not even with all of its chunks at once
+                    continue  # not fuller even with all of its chunks at once
                 timeline = step.timeline(index)
                 _, both = timeline.live_bytes(0, stage, activations, state)
                 peak = int(both.argmax())
@@ -73,7 +75,7 @@ def memory_of_fullest(
 
 
 def _undominated(live: NDArray[np.float64], stored: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """Of pairs of tokens, those that no other pair exceeds in both."""
+    """Return the pairs (live, stored) that no other pair exceeds in both."""
     order = np.lexsort((-live, -stored))
     live, stored = live[order], stored[order]
     exceeds_all_before = live > np.concatenate([[-1.0], np.maximum.accumulate(live)[:-1]])
@@ -82,14 +84,14 @@ def _undominated(live: NDArray[np.float64], stored: NDArray[np.float64]) -> list
 
 @dataclass(frozen=True)
 class _TokensOfChunks:
-    """What takes memory on every stage of a rank, in tokens: (chunks,) of each."""
+    """The tokens of each chunk of a rank that take memory on every stage, (chunks,) each."""
 
     held: NDArray[np.float64]
-    """On this rank: of a spread chunk its share."""
+    """Tokens on this rank: of a spread chunk, the rank's share."""
     read_later: NDArray[np.float64]
-    """Whose keys and values later chunks read: of a spread chunk those in the rank's share of the heads."""
+    """Tokens whose keys and values later chunks read: of a spread chunk, those in the rank's share of the heads."""
     received: NDArray[np.float64]
-    """Whose hidden states are kept as they came in from the stage before, for a chunk that is forwarded twice."""
+    """Tokens whose hidden states from the previous stage are kept, because the chunk is forwarded twice."""
 
     @classmethod
     def of(cls, rank: RankPlan, kv_heads: int) -> _TokensOfChunks:
@@ -107,9 +109,9 @@ class _TokensOfChunks:
     def bytes_on(
         self, shape: ModelShape, settings: MemorySettings, held: StageLayers
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(chunks,) bytes of activations, and of what lies in the state store, on a stage.
+        """Return the bytes of activations and of the state store on a stage, (chunks,) each.
 
-        The store holds the keys and values that later chunks read, with their gradients, and what was received.
+        The store holds the keys and values that later chunks read, their gradients, and received hidden states.
         """
         state_of_layer = state_bytes_per_token(shape, settings.element_bytes) / shape.layers
         received = self.received * shape.hidden_size * settings.element_bytes
@@ -117,18 +119,13 @@ class _TokensOfChunks:
         return self.held * kept, self.read_later * state_of_layer * held.layers + received * (not held.is_first)
 
 
-def simulated_steps(run: RunPlan, steps: Sequence[int]) -> list[SimulatedStep]:
-    """The steps, and that of the longest sample if it is not among them."""
-    longest = run.batches.step_of(int(run.lengths.argmax()))
-    return [SimulatedStep(run, run[step]) for step in dict.fromkeys([*steps, longest])]
+def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np.float64]:
+    """Return pairs of tokens on one rank, (2, n): most that hold activations at once, and tokens in the state store.
 
-
-def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(n,) most tokens that hold activations at once, and (n,) tokens in the state store meanwhile, on one rank.
-
-    Of every chunk and long sample of the run's steps, if all of them are planned anyway (by one rank); else of each
-    sample with whatever others might share its global batch, for then no step may exceed what is said. Of what a
-    sequence-parallel group runs together, a rank has its share.
+    Args:
+        is_planned_whole: True to read every chunk and long sample off the plan of all steps (of one rank). Otherwise
+            each sample is combined with any others that might share its global batch, so that no step exceeds the
+            result; of what a sequence-parallel group runs together, a rank has its share.
     """
     if is_planned_whole:
         return _of_planned_chunks(run)
@@ -138,10 +135,10 @@ def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> tuple[NDAr
     if run.spreads_all:
         return together
     alone = _of_any_batch(run, run.lengths[run.lengths <= run.longest_alone])
-    return np.concatenate([together[0], alone[0]]), np.concatenate([together[1], alone[1]])
+    return np.concatenate([together, alone], axis=1)
 
 
-def _of_planned_chunks(run: RunPlan) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _of_planned_chunks(run: RunPlan) -> NDArray[np.float64]:
     pairs = []
     for step in run:
         for rank in step.ranks:
@@ -153,32 +150,28 @@ def _of_planned_chunks(run: RunPlan) -> tuple[NDArray[np.float64], NDArray[np.fl
                 last_stored = rank.chunks.first_segment[group.stop - 2]
                 kept = of_group[-run.k :].sum()
                 pairs.append((max(of_group.max(), kept), float(rank.chunks.stop[last_stored])))
-    live, stored = np.array(pairs, dtype=np.float64).T
-    return live, stored
+    return np.array(pairs, dtype=np.float64).T
 
 
-def _of_any_batch(
-    run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False) -> NDArray[np.float64]:
     size, ranks = (run.spread_chunk_size, run.sequence) if spread else (run.chunk_size, 1)
     counts = np.bincount(lengths)
-    lengths = np.flatnonzero(counts)  # a million samples have some thousand lengths
+    lengths = np.flatnonzero(counts)  # a million samples have only some thousand lengths
     others = _sum_of_longest(lengths[lengths <= size], counts, run.batches.global_batch_size - 1)
     if run.equal_time:  # pieces of a long sample are of many sizes, the last one the smallest
         live, stored = np.minimum(lengths + others, size * run.k), np.where(lengths > size, lengths, 0)
     else:
         live = live_tokens(lengths, size, run.k, others, fill_tails=run.fill_tails)
         stored = (lengths - 1) // size * size
-    return live / ranks, stored / (run.state_shares if spread else 1)
+    return np.stack([live / ranks, stored / (run.state_shares if spread else 1)])
 
 
 def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:
-    """Tokens of so many samples, the longest ones.
+    """Return the tokens of the longest `samples` samples.
 
     Args:
-        lengths: ascending, each once.
-        counts: how many samples have each length, from 0 on.
-        samples: how many are taken.
+        lengths: (lengths,) ascending and distinct.
+        counts: number of samples of each length, counted from 0.
     """
     longest_first = lengths[::-1]
     of_length = counts[longest_first]

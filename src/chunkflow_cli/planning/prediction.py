@@ -1,4 +1,4 @@
-"""How long a planned run takes: predictions from its plan and its cost model."""
+"""Predict how long a planned run takes, from its plan and its cost model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from chunkflow_cli.planning.balance import balance, rank_loads
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_targets, chunk_tokens
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds, stage_shares
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
 
 
 def operation_seconds(run: RunPlan, rank: RankPlan) -> OperationSeconds:
-    """Predict the seconds of every operation of a rank: on spread chunks, those of its share of their tokens."""
-    alone = chunk_operation_seconds(rank.chunks, rank.target_counts, run.costs, run.pipeline, run.cut)
+    """Predict the seconds of every operation of a rank; on spread chunks, those of its share of the tokens."""
+
+    def seconds(costs: CostModel) -> OperationSeconds:
+        return costs.of_chunks(rank.chunks, rank.target_counts, run.stages, run.cut)
+
+    alone = seconds(run.costs)
     if not rank.spread:
         return alone
-    spread = chunk_operation_seconds(
-        rank.chunks, rank.target_counts, run.costs.spread_over(rank.group_size), run.pipeline, run.cut
-    )
-    count = len(rank.spread)
+    spread, count = seconds(run.costs.spread_over(rank.group_size)), len(rank.spread)
     return OperationSeconds(
         **{
             kind.name: np.hstack([getattr(spread, kind.name)[:, :count], getattr(alone, kind.name)[:, count:]])
@@ -54,14 +54,14 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
 
 
 def stage_seconds(run: RunPlan, rank: RankPlan) -> NDArray[np.float64]:
-    """Predict for how many seconds each stage of a rank is busy, (stages,)."""
+    """Predict the seconds for which each stage of a rank is busy, (stages,)."""
     head = 0.0
     if len(rank.chunks):
         targets, spread = chunk_targets(rank.chunks, rank.target_counts), len(rank.spread)
         head = run.costs.seconds_per_target * float(targets[spread:].sum())
         if spread:
             head += run.costs.spread_over(rank.group_size).seconds_per_target * float(targets[:spread].sum())
-    seconds = stage_shares(run.pipeline, run.costs, run.cut) * (rank_seconds(rank, run.costs) - head)
+    seconds = run.costs.stage_shares(run.stages, run.cut) * (rank_seconds(rank, run.costs) - head)
     seconds[-1] += head
     return seconds
 
@@ -70,19 +70,19 @@ def timeline(run: RunPlan, step: StepPlan) -> Timeline:
     """Predict when each operation of a step runs on each rank and stage."""
     if not run.is_in_lockstep:
         return simulate_ranks([(rank.schedules, operation_seconds(run, rank)) for rank in step.ranks])
-    one_token = chunk_operation_seconds(build_chunks([1], 1), np.ones(1, dtype=np.int64), run.costs)
+    one_token = run.costs.of_chunks(build_chunks([1], 1), np.ones(1, dtype=np.int64))
     return simulate_lockstep([(rank.schedule, operation_seconds(run, rank)) for rank in step.ranks], one_token)
 
 
 def step_seconds(run: RunPlan, step: StepPlan) -> float:
-    """Predict the seconds of a step without a pipeline until its last rank is done, without the optimizer step."""
+    """Predict the seconds until the last rank is done with a step, without a pipeline and the optimizer step."""
     if run.is_in_lockstep:
         return timeline(run, step).makespan
     return max(rank_seconds(rank, run.costs) for rank in step.ranks)
 
 
 def seconds_of_whole_samples(run: RunPlan, samples: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Predict the seconds of each rank in a step of these samples, (ranks,), if no sample were spread over a group."""
+    """Predict the seconds of each rank for a step of these samples if none were spread over a group, (ranks,)."""
     lengths, targets = run.lengths[samples], run.target_counts[samples]
     costs = run.costs.of_sequences(lengths, run.chunk_size, run.k, targets)
     return rank_loads(costs, balance(costs, run.ranks))

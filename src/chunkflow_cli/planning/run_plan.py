@@ -1,7 +1,7 @@
-"""What every optimizer step of a run will do: its samples, their ranks, chunks and schedules.
+"""Plan every optimizer step of a run: its samples, their ranks, chunks and schedules.
 
-`chunkflow plan` prints it and `chunkflow train` runs it: both make a `RunPlan` from the same values, and a step's plan
-is a pure function of them.
+`chunkflow plan` prints the plan and `chunkflow train` runs it. Both make a `RunPlan` from the same values, and the plan
+of a step is a pure function of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from chunkflow_cli.planning.balance import balance, share_out
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import Chunks, build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.pipeline import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
 from chunkflow_cli.planning.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
@@ -25,37 +24,39 @@ from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one data-parallel rank does in a step."""
+    """A data-parallel rank's share of one optimizer step."""
 
-    samples: NDArray[np.int64]  # (samples,) indices into the training data
+    samples: NDArray[np.int64]
+    """(samples,) indices into the training data."""
     chunks: Chunks
-    """Of the lengths of `samples`, in their order."""
-    target_counts: NDArray[np.int64]  # (samples,)
+    """The chunks of the lengths of `samples`, in the same order."""
+    target_counts: NDArray[np.int64]
+    """(samples,) tokens that the loss counts."""
     schedules: tuple[Schedule, ...]
-    """One for each stage of the pipeline; just one without a pipeline."""
+    """One schedule per stage of the pipeline; exactly one without a pipeline."""
     group_size: int = 1
-    """Ranks of its sequence-parallel group."""
+    """Ranks of the rank's sequence-parallel group."""
     sequence_rank: int = 0
-    """Its place in that group."""
+    """Index of the rank in its group."""
     spread: range = range(0)
-    """Chunks whose tokens are divided among the ranks of the group: always the first ones, the same on each rank, and
-    each rank runs their operations in one order, for they communicate. The others this rank runs alone."""
+    """Chunks that the ranks of the group split: always the first ones, and the same on each rank. All ranks run their
+    operations in one order, because they communicate. This rank runs the other chunks alone."""
 
     @property
     def counted(self) -> range:
-        """Chunks that this rank counts, so that sums over ranks count each once: the first of a group those spread."""
+        """Chunks that this rank counts. Only a group's first rank counts spread ones, so sums over ranks are right."""
         return range(len(self.spread) if self.sequence_rank else 0, len(self.chunks))
 
     @property
     def room(self) -> NDArray[np.int64]:
-        """(chunks,) most tokens of each: of a spread one, so many on each rank."""
+        """Most tokens of each chunk, (chunks,); those of a spread chunk over all ranks of the group."""
         room = np.full(len(self.chunks), self.chunks.chunk_size, dtype=np.int64)
         room[: len(self.spread)] *= self.group_size
         return room
 
     @property
     def lower_bound(self) -> int:
-        """No plan that spreads the same samples has fewer chunks for this rank to count."""
+        """Fewest chunks that this rank could count in any plan that spreads the same samples."""
         tokens, spread = chunk_tokens(self.chunks), len(self.spread)
         together = 0 if self.sequence_rank else int(tokens[:spread].sum())
         alone, size = int(tokens[spread:].sum()), self.chunks.chunk_size
@@ -63,34 +64,36 @@ class RankPlan:
 
     @property
     def schedule(self) -> Schedule:
-        """Of the first stage. All stages forward, recompute and go backward through the same chunks."""
+        """The schedule of the first stage. All stages forward, recompute and go backward through the same chunks."""
         return self.schedules[0]
 
     @functools.cached_property
     def recomputed(self) -> NDArray[np.int64]:
-        """(recomputed,) the chunks that are forwarded twice."""
-        return np.array(
-            [chunk for op in self.schedule.ops if op.kind is OpKind.recompute for chunk in op.chunks], np.int64
-        )
+        """Indices of the chunks that are forwarded twice, (recomputed,)."""
+        again = [chunk for op in self.schedule.ops if op.kind is OpKind.recompute for chunk in op.chunks]
+        return np.array(again, np.int64)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step."""
+    """One optimizer step of all ranks."""
 
     step: int
-    """Counted from 0 over all epochs."""
-    samples: NDArray[np.int64]  # (samples,) of all ranks, indices into the training data
+    """Index of the step, counted from 0 over all epochs."""
+    samples: NDArray[np.int64]
+    """(samples,) indices into the training data."""
     tokens: int
     target_tokens: int
     ranks: tuple[RankPlan, ...]
 
     @property
     def chunks(self) -> int:
+        """Number of chunks, each spread one counted once."""
         return sum(len(rank.counted) for rank in self.ranks)
 
     @property
     def recomputed_chunks(self) -> int:
+        """Number of chunks that are forwarded twice."""
         return sum(int((rank.recomputed >= rank.counted.start).sum()) for rank in self.ranks)
 
     @property
@@ -100,7 +103,7 @@ class StepPlan:
 
     @property
     def spread_samples(self) -> int:
-        """Samples that whole sequence-parallel groups run."""
+        """Number of samples that whole sequence-parallel groups run."""
         return sum(
             len(np.unique(rank.chunks.sequence[: rank.chunks.first_segment[len(rank.spread)]]))
             for rank in self.ranks
@@ -109,18 +112,20 @@ class StepPlan:
 
     @property
     def dummies(self) -> int:
-        """Passes of one token that only keep ranks in step."""
+        """Number of passes of one token that only keep ranks in step."""
         return sum(rank.schedule.dummies for rank in self.ranks)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All steps of a run; a step is planned when it is asked for."""
+    """All steps of a run. A step is planned when it is asked for."""
 
     batches: GlobalBatches
     steps: int
-    lengths: NDArray[np.int64]  # (samples,) tokens of the training samples
-    target_counts: NDArray[np.int64]  # (samples,)
+    lengths: NDArray[np.int64]
+    """(samples,) tokens of the training samples."""
+    target_counts: NDArray[np.int64]
+    """(samples,) tokens that the loss counts."""
     chunk_size: int
     k: int
     """Chunks of a long sequence that keep their activations."""
@@ -130,44 +135,46 @@ class RunPlan:
     layout: Layout = field(default_factory=Layout)
     pipeline: PipelineLayout | None = None
     ranks: int = 1
-    """That hold the same stage: data-parallel ranks, of all sequence-parallel groups together."""
+    """Data-parallel ranks, those of all sequence-parallel groups together; all hold the same stage."""
     sequence: int = 1
     """Neighbouring ranks that form a sequence-parallel group."""
     spread_all: bool = False
-    """Spread every chunk over its group, not only those of sequences that would otherwise be waited for. With ZeRO-3
-    (`layout.join_retained`) and with a pipeline that is so in any case: there all ranks must run alike."""
+    """Spread every chunk over its group, not only those of sequences that others would wait for. ZeRO-3
+    (`layout.join_retained`) and pipelines always do, because their ranks must run alike."""
     costs: CostModel = field(default_factory=CostModel.proportional)
-    """By which whole sequences are given to ranks."""
-
-    def __len__(self) -> int:
-        return self.steps
+    """Costs that decide which rank runs which sequence."""
 
     def __getitem__(self, step: int) -> StepPlan:
+        """Return the plan of a step, counted from 0."""
         samples = self.batches[step]
         lengths, targets = self.lengths[samples], self.target_counts[samples]
-        if self.sequence > 1:
-            return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), self._groups(samples))
-        shares = balance(self.costs.of_sequences(lengths, self.chunk_size, self.k, targets), self.ranks)
-        chunks = [self._built(lengths[share], self.chunk_size) for share in shares]
-        ranks = tuple(
-            RankPlan(samples[share], own, targets[share], schedules)
-            for share, own, schedules in zip(
-                shares, chunks, self._schedules(chunks, [targets[share] for share in shares]), strict=True
-            )
-        )
+        ranks = self._whole_shares(samples) if self.sequence == 1 or self.spreads_all else self._mixed_shares(samples)
         return StepPlan(step, samples, int(lengths.sum()), int(targets.sum()), ranks)
 
-    def _groups(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
-        """Of the ranks of all sequence-parallel groups, group by group."""
-        if self.spreads_all:
-            return self._all_spread(samples)
+    def __iter__(self) -> Iterator[StepPlan]:
+        return (self[step] for step in range(self.steps))
+
+    def _whole_shares(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
+        """Plan groups (single ranks without sequence parallelism) that run all of their samples together."""
         lengths, targets = self.lengths[samples], self.target_counts[samples]
-        costs = np.stack(
-            [
-                self.costs.of_sequences(lengths, self.chunk_size, self.k, targets),
-                self._seconds_spread(lengths, targets),
-            ]
-        )
+        shares = balance(self._seconds_spread(lengths, targets), self.ranks // self.sequence)
+        chunks = [self._built(lengths[share], self.spread_chunk_size) for share in shares]
+        schedules = self._schedules(chunks, [targets[share] for share in shares])
+        alone = self._built(lengths[:0], self.chunk_size)
+        return tuple(
+            RankPlan(
+                samples[share], join_chunks(together, alone), targets[share], own_schedules,
+                group_size=self.sequence, sequence_rank=place, spread=range(len(together) if self.sequence > 1 else 0),
+            )
+            for share, together, own_schedules in zip(shares, chunks, schedules, strict=True)
+            for place in range(self.sequence)
+        )  # fmt: skip
+
+    def _mixed_shares(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
+        """Plan groups whose ranks run some sequences together and the others alone."""
+        lengths, targets = self.lengths[samples], self.target_counts[samples]
+        alone_seconds = self.costs.of_sequences(lengths, self.chunk_size, self.k, targets)
+        costs = np.stack([alone_seconds, self._seconds_spread(lengths, targets)])
         least = np.where(lengths > self.longest_alone, self.sequence, 1)
         shares = share_out(costs, (1, self.sequence), self.ranks, least)
         ranks = []
@@ -188,62 +195,53 @@ class RunPlan:
                 )  # fmt: skip
         return tuple(ranks)
 
-    def _all_spread(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
-        lengths, targets = self.lengths[samples], self.target_counts[samples]
-        shares = balance(self._seconds_spread(lengths, targets), self.ranks // self.sequence)
-        chunks = [self._built(lengths[share], self.spread_chunk_size) for share in shares]
-        none = self._built(lengths[:0], self.chunk_size)
-        return tuple(
-            RankPlan(
-                samples[share], join_chunks(together, none), targets[share], schedules,
-                group_size=self.sequence, sequence_rank=place, spread=range(len(together)),
-            )
-            for share, together, schedules in zip(
-                shares, chunks, self._schedules(chunks, [targets[share] for share in shares]), strict=True
-            )
-            for place in range(self.sequence)
-        )  # fmt: skip
-
     def _built(self, lengths: NDArray[np.int64], chunk_size: int) -> Chunks:
         return build_chunks(lengths, chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight)
 
-    @property
-    def spread_chunk_size(self) -> int:
-        """Of a chunk of which each rank of a group holds `chunk_size` tokens."""
-        return self.chunk_size * self.sequence
-
     def _seconds_spread(self, lengths: NDArray[np.int64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(sequences,) of each, if its group ran it together."""
+        """Predict the seconds of each sequence, (sequences,), if its group runs it together."""
         return self.costs.spread_over(self.sequence).of_sequences(lengths, self.spread_chunk_size, self.k, targets)
 
     @property
+    def spread_chunk_size(self) -> int:
+        """Most tokens of a spread chunk; each rank of a group holds `chunk_size` of them."""
+        return self.chunk_size * self.sequence
+
+    @property
     def spreads_all(self) -> bool:
-        """Whether groups run everything together."""
+        """True if groups run everything together."""
         return self.spread_all or self.pipeline is not None or self.layout.join_retained
 
     @property
     def state_shares(self) -> int:
-        """Into how many parts a group divides the state of what it runs together: of K/V heads that are fewer than its
-        ranks, each rank holds one."""
+        """Parts into which a group divides the state of spread chunks; a rank holds at least one whole K/V head."""
         return self.sequence if self.costs.shape is None else min(self.sequence, self.costs.shape.kv_heads)
 
     @property
     def longest_alone(self) -> int:
-        """Tokens that a sequence may have to be one rank's alone: then no rank holds more state than its part of that
-        of the longest sample, spread. Whether a run fits does not depend on what happens to be balanced."""
+        """Most tokens of a sequence that one rank may run alone.
+
+        No rank then holds more state than its part of that of the longest sample, spread. Thus whether a run fits does
+        not depend on how its samples happen to balance.
+        """
         return max(self.chunk_size, -(-int(self.lengths.max()) // self.sequence))
 
     @property
     def pair_weight(self) -> float:
-        """What a query-key pair costs forward and backward, in tokens; 0 where chunks are cut by tokens."""
+        """Cost of a query-key pair forward and backward, in tokens; 0 if chunks are cut by tokens."""
         if not self.equal_time:
             return 0.0
         costs = (self.costs.forward, self.costs.backward)
         return sum(cost.seconds_per_pair for cost in costs) / sum(cost.seconds_per_token for cost in costs)
 
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline; 1 without one."""
+        return 1 if self.pipeline is None else self.pipeline.stages
+
     @functools.cached_property
     def head_in_layers(self) -> float:
-        """What head and loss cost, in layers: seconds of the data's mean token."""
+        """Cost of head and loss in layers, for the data's mean token."""
         shape = self.costs.shape
         if shape is None:
             return 0.0
@@ -256,49 +254,44 @@ class RunPlan:
         return self.costs.seconds_per_target * float(self.target_counts.sum()) / (layers / shape.layers)
 
     def stage_layers(self, layers: int) -> tuple[StageLayers, ...]:
-        """Which layers of a model each stage of the pipeline holds.
+        """Return the layers that each stage of the pipeline holds, for a model of so many layers.
 
         Raises:
             ValueError: there are fewer layers than stages.
         """
-        stages = 1 if self.pipeline is None else self.pipeline.stages
-        return cut_layers(layers, stages, head_in_layers=self.head_in_layers)
+        return cut_layers(layers, self.stages, head_in_layers=self.head_in_layers)
 
     @functools.cached_property
     def cut(self) -> tuple[StageLayers, ...] | None:
-        """The stages of the model whose costs are known; None without one, or without a pipeline."""
+        """The layers that each stage holds; None without a pipeline, or if the costs are of no particular model."""
         if self.pipeline is None or self.costs.shape is None:
             return None
         return self.stage_layers(self.costs.shape.layers)
 
     def _schedules(self, ranks: Sequence[Chunks], targets: Sequence[NDArray[np.int64]]) -> list[tuple[Schedule, ...]]:
-        """Of the stages of each rank."""
-        if self.pipeline is None:
-            if self.is_in_lockstep:
-                return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
-            return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
-        return [self._pipeline_schedules(chunks, own) for chunks, own in zip(ranks, targets, strict=True)]
-
-    def _pipeline_schedules(self, chunks: Chunks, targets: NDArray[np.int64]) -> tuple[Schedule, ...]:
-        assert self.pipeline is not None
-        seconds = None
-        if self.pipeline.schedule in CHOSEN_BY_SECONDS:
-            seconds = chunk_operation_seconds(chunks, targets, self.costs, self.pipeline, self.cut)
-        return plan_pipeline(chunks, self.k, self.pipeline, seconds)
+        """Return the schedules of each rank, one per stage."""
+        if self.pipeline is not None:
+            by_seconds = self.pipeline.schedule in CHOSEN_BY_SECONDS
+            return [
+                plan_pipeline(
+                    chunks,
+                    self.k,
+                    self.pipeline,
+                    self.costs.of_chunks(chunks, own, self.stages, self.cut) if by_seconds else None,
+                )
+                for chunks, own in zip(ranks, targets, strict=True)
+            ]
+        if self.is_in_lockstep:
+            return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
+        return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
 
     @property
     def is_in_lockstep(self) -> bool:
+        """True if all ranks run the same operations at the same time."""
         return self.layout.lockstep and self.ranks > 1 and self.pipeline is None
-
-    def __iter__(self) -> Iterator[StepPlan]:
-        return (self[step] for step in range(self.steps))
 
 
 def _one_after_the_other(first: Schedule, second: Schedule, chunks: Chunks) -> Schedule:
-    """
-    Args:
-        first: on `chunks`.
-        second: on the chunks that were joined to them.
-    """
+    """Return the operations of `first`, then those of `second`, whose chunks were joined after `chunks`."""
     shifted = (Op(op.kind, tuple(len(chunks) + chunk for chunk in op.chunks)) for op in second.ops)
     return Schedule((*first.ops, *shifted))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.planning.prediction import rank_seconds, seconds_of_whole_samples, timeline
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
@@ -106,6 +105,6 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
     timelines = []
     for rank in range(min(plan.ranks, len(lengths))):
         chunks = sequences_as_chunks(lengths[rank :: plan.ranks])
-        seconds = chunk_operation_seconds(chunks, targets[rank :: plan.ranks], plan.costs, plain, cut)
+        seconds = plan.costs.of_chunks(chunks, targets[rank :: plan.ranks], pipeline.stages, cut)
         timelines.append(simulate(plan_pipeline(chunks, 1, plain), seconds))
     return max(timelines, key=lambda timeline: timeline.makespan)

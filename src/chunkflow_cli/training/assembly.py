@@ -1,9 +1,10 @@
-"""Assemble what runs the steps of a run: model, engine and runner, or in a pipeline those of one stage."""
+"""Assemble the model, engine and runner of a run; in a pipeline, those of one stage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -56,16 +57,12 @@ def assemble(
     stop_requested: Callable[[], bool] = lambda: False,
     announce: Callable[[str], None] = lambda doing: None,
 ) -> Assembly:
-    """Load the model, and make its engine and its runner. Every process of a run calls it.
+    """Load the model, and make its engine and runner. Every process of a run calls this.
 
     Args:
-        config: the configuration of the run.
-        hf_config: the Hugging Face configuration of the model.
-        backend: the attention that the model runs with.
-        device: the device that it runs on.
         processes: the processes of the run; None if this process is alone.
         stages: the layers that each stage of a pipeline holds; at most one without a pipeline.
-        stop_requested: called before every operation, which is not run if it returns True.
+        stop_requested: called before every operation, which does not run if the result is True.
         announce: called with the name of every operation before it begins.
 
     Raises:
@@ -82,18 +79,14 @@ def assemble(
         shape = with_adapters(shape, model)
     processes = processes or Processes()
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
-    sequence_group = SequenceGroup.join(processes.topology)
-
-    def runner_settings(engine: Engine | PipelineEngine) -> RunnerSettings:
-        return RunnerSettings(
-            device,
-            replay_random=has_dropout(model),
-            lockstep=engine.needs_lockstep,
-            sequence_group=sequence_group,
-            stop_requested=stop_requested,
-            announce=announce,
-        )
-
+    runner_settings = partial(
+        RunnerSettings,
+        device,
+        replay_random=has_dropout(model),
+        sequence_group=SequenceGroup.join(processes.topology),
+        stop_requested=stop_requested,
+        announce=announce,
+    )
     if len(stages) > 1:
         stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
         pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
@@ -101,7 +94,7 @@ def assemble(
         pipeline_runner = StageRunner(
             pipeline_engine,
             Links(pipelines, device),
-            runner_settings(pipeline_engine),
+            runner_settings(lockstep=pipeline_engine.needs_lockstep),
             splits_backwards=config.parallel.schedule is PipelineSchedule("zero_bubble"),
         )
         return Assembly(model, pipeline_engine, pipeline_runner, shape)
@@ -113,11 +106,11 @@ def assemble(
     elif device.type == "cpu":
         convert_linear_layers(chunk_model)
     engine = Engine(chunk_model, settings)
-    return Assembly(model, engine, Runner(engine, runner_settings(engine)), shape)
+    return Assembly(model, engine, Runner(engine, runner_settings(lockstep=engine.needs_lockstep)), shape)
 
 
 def _check_head_in_lockstep(model: Any) -> None:
-    """Check that ranks under ZeRO-3 can run the head of the model together.
+    """Check that ranks can run the model's head together with ZeRO-3.
 
     ZeRO-3 fetches the weights of an adapted head for each tile of targets, and ranks have different numbers of tiles.
 

@@ -1,4 +1,4 @@
-"""The samples that a run reads, trains on and holds out."""
+"""Load the samples that a run trains on and holds out."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 
 @dataclass(frozen=True)
 class RunData:
+    """The samples of a run, tokenised."""
+
     read: TokenizedData
-    """All samples of `data.path`, with the account of what was rejected or dropped."""
+    """All samples of `data.path`, with the counts of rejected and dropped rows."""
     train: TokenizedData
     evaluation: TokenizedData
-    """Held out of `data.path`, or those of `data.eval_path`; may be empty."""
+    """Samples held out of `data.path`, or those of `data.eval_path`; may be empty."""
 
 
 def load_run_data(config: Config, hf_config: Any | None) -> RunData:
-    """Tokenise the samples of the run, or find them in the cache.
+    """Tokenise the samples of the run, or read them from the cache.
 
     Args:
         hf_config: the model's configuration; None only if rows are token ids and no model is named.
 
     Raises:
-        UsageError: as `data.dataset.tokenize`.
+        UsageError: see `data.dataset.tokenize`.
     """
 
     def read(path: str | None) -> TokenizedData:
@@ -52,7 +54,7 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
 
 
 def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:
-    """Return the weight of each target by sequence, (sequences of the rank,); over all ranks they sum to 1."""
+    """Return the weight of each target, per sequence of the rank, (sequences,); over all targets they sum to 1."""
     if weighting is LossWeighting.token:
         return np.full(len(rank.samples), 1.0 / step.target_tokens)
     return 1.0 / (len(step.samples) * rank.target_counts)

@@ -31,11 +31,10 @@ from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.hardware import agreed_peak_flops
 from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.joining import load_data
-from chunkflow_cli.training.layout import planned_topology
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.run_folder import RunFolder
-from chunkflow_cli.training.setup import RunSetup, described_device, read_setup
+from chunkflow_cli.training.setup import RunSetup, described_device, planned_topology, read_setup
 
 PROBE_TOKENS = 256
 """Tokens of the forward that measures the bytes of activations per token."""

@@ -11,7 +11,7 @@ from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.training.layout import checked_topology
+from chunkflow_cli.training.setup import checked_topology
 
 
 def check_requirements(loaded: LoadedConfig) -> Any:

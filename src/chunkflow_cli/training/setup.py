@@ -1,7 +1,6 @@
-"""What planning needs besides the data: the configuration, and what is read once from the model and the device.
+"""Read once what planning needs besides the data: configuration, model sizes, device and costs.
 
-`plan`, `tune-chunk-size`, `train` and the process that measures make their plans from a `RunSetup`, so that they cannot
-disagree.
+`plan`, `tune-chunk-size`, `train` and `training.measure` all plan from a `RunSetup`, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from chunkflow_cli.config.schema import (
 from chunkflow_cli.data.cache import cache_root
 from chunkflow_cli.data.dataset import TokenizedData
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, ModelShape
@@ -34,27 +34,24 @@ from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.schedule import Layout
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.processes.environment import threads_of_user
-from chunkflow_cli.training.layout import planned_topology
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Everything but the data that decides what a run does in each step, and what that costs."""
+    """Everything except the data that decides what each step of a run does, and what it costs."""
 
     config: Config
     shape: ModelShape | None
     """Sizes of the model; None if no model is named."""
     device: DeviceProfile
-    """The device that is planned for, in the cluster that the configuration describes."""
+    """The device to plan for, in the cluster that the configuration describes."""
     costs: CostModel
     topology: Topology
     calibration: Calibration | None = None
-    """What was measured of this model on this device; None if costs and memory come from formulas."""
-    calibration_path: Path | None = None
-    """The file that keeps it."""
+    """Measured costs and memory of this model on this device; None if both come from formulas."""
 
     def plan(self, data: TokenizedData) -> RunPlan:
-        """Return the plan of all steps over these samples: what `plan` prints and `train` runs."""
+        """Return the plan of all steps over these samples, which `plan` prints and `train` runs."""
         config = self.config
         batches = GlobalBatches(len(data), config.train.global_batch_size, config.train.seed, config.train.shuffle)
         return RunPlan(
@@ -66,8 +63,8 @@ class RunSetup:
             k=config.chunk.k,
             fill_tails=config.chunk.fill_tails,
             equal_time=config.chunk.cuts is Cuts.time,
-            # ZeRO-3 traces one forward for one backward, so the chunks of a sequence that keep their activations must
-            # share an engine call; and it communicates within both, so all ranks must run the same operations.
+            # ZeRO-3 traces one forward per backward, so the chunks of a sequence that keep their activations must share
+            # an engine call. It communicates within both, so all ranks must run the same operations.
             layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
             pipeline=self.pipeline if self.topology.pipeline > 1 else None,
             ranks=self.topology.replicas,
@@ -78,13 +75,13 @@ class RunSetup:
 
     @property
     def pipeline(self) -> PipelineLayout:
-        """How the stages of the run take turns; of a single stage, how more of them would."""
+        """How the stages of the run take turns; with a single stage, how more stages would."""
         parallel = self.config.parallel
         return PipelineLayout(self.topology.pipeline, parallel.schedule.value, parallel.warmup_extra)
 
     @property
     def memory(self) -> MemorySettings:
-        """What decides the memory of a rank besides the model."""
+        """The settings that a rank's memory depends on."""
         config = self.config
         states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
         return MemorySettings(
@@ -106,9 +103,8 @@ def read_setup(
 
     Args:
         hf_config: the model's configuration; None if no model is named. Time is then proportional to tokens.
-        device: as `planned_device` or `described_device` returns it.
-        measure: measures the model on this device and keeps the calibration in a file, if there is none yet. Costs and
-            memory then come from the calibration.
+        measure: measures the model on this device and saves the calibration to a file; called if the file does not
+            exist. Costs and memory then come from the calibration.
 
     Raises:
         UsageError: `plan.cost_model=measured`, and this model has not been measured on this device.
@@ -138,7 +134,24 @@ def read_setup(
         )
     if measure is None:
         return RunSetup(config, shape, device, calibration.costs, topology)
-    return RunSetup(config, calibration.shape, device, calibration.costs, topology, calibration, path)
+    return RunSetup(config, calibration.shape, device, calibration.costs, topology, calibration)
+
+
+def planned_topology(config: Config) -> Topology:
+    """Return how the processes of the run are divided; by default there are as many as one group needs."""
+    sequence, pipeline = config.parallel.sequence, config.parallel.pipeline
+    return Topology.of(max(config.launch.processes, sequence * pipeline), sequence=sequence, pipeline=pipeline)
+
+
+def checked_topology(config: Config, hf_config: Any) -> Topology:
+    """Return `planned_topology`, if the model can be divided so.
+
+    Raises:
+        UsageError: as `check_layouts`.
+    """
+    topology = planned_topology(config)
+    check_layouts(config, hf_config, [topology])
+    return topology
 
 
 def planned_device(config: Config) -> DeviceProfile:
@@ -164,7 +177,7 @@ def described_device(config: Config, device: DeviceProfile) -> DeviceProfile:
 
 
 def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> Path:
-    """Return the file that keeps what was measured of this model, as configured, on this device."""
+    """Return the file of the calibration of this model, as configured, on this device."""
     facts = {
         "version": CALIBRATION_VERSION,
         "model": hf_config.to_json_string(),

@@ -1,13 +1,15 @@
-"""What `tune-chunk-size` tries, on which costs, and how the best pairs are measured."""
+"""Decide what `tune-chunk-size` tries and on which costs, and measure the best pairs."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,21 @@ from chunkflow_cli.planning.choices import Choices, Search, lay_out
 from chunkflow_cli.planning.search import Candidate
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.inputs import load_run_data
-from chunkflow_cli.training.layout import planned_topology
-from chunkflow_cli.training.setup import RunSetup, planned_device, read_setup
+from chunkflow_cli.training.setup import RunSetup, calibration_path, planned_device, planned_topology, read_setup
 
 LARGEST_TIMED = 4096
-"""Tokens. Larger chunks are not timed: their costs are linear by then, and they take long."""
-
+"""Tokens of the largest chunk that is timed. Larger ones take long, and their costs are linear by then."""
 DISTURBED = 0.4
 """Relative error of a fit above which the timings are doubted."""
-
 ALLOCATOR_WASTE = 0.05
-"""Share of a device's memory that allocators cannot use, unless `tune.memory_gib` says what may be used."""
-
+"""Share of a device's memory that allocators cannot use; unused if `tune.memory_gib` sets the limit."""
 Pair = tuple[int, int]
 """chunk.size and chunk.k."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is searched, and what the answer is reported with."""
+    """The choices to search, and the facts that the result is reported with."""
 
     setup: RunSetup
     search: Search
@@ -49,13 +47,13 @@ class Tuning:
 
 
 def prepare_tuning(loaded: LoadedConfig, config_dir: str | None) -> Tuning:
-    """Read the model's sizes and the data, measure or look up costs, and lay out everything that is compared.
+    """Read the model's sizes and the data, measure or look up costs, and lay out all choices.
 
     Args:
-        config_dir: as given on the command line, for the process that measures.
+        config_dir: `--config-dir` of the command line, for the process that measures.
 
     Raises:
-        UsageError: an empty grid, or a layout that does not suit the model or the number of processes.
+        UsageError: the grid is empty, or a layout does not fit the model or the number of processes.
         RunError: the process that measures failed.
     """
     config = loaded.config
@@ -90,26 +88,22 @@ def prepare_tuning(loaded: LoadedConfig, config_dir: str | None) -> Tuning:
 
 
 def _setup(loaded: LoadedConfig, config_dir: str | None, hf_config: Any) -> RunSetup:
-    """Return the setup with costs that were measured on this machine, or with those of a profile."""
+    """Return the setup with costs measured on this machine, or with those of a profile."""
     config = loaded.config
-    device = planned_device(config)
-
-    def measure(path: Path) -> None:
-        _measure_chunks(loaded, config_dir, path)
-
-    is_measured = config.tune.device is Device.measured
-    setup = read_setup(config, hf_config, device, measure=measure if is_measured else None)
+    measure = partial(_measure_chunks, loaded, config_dir) if config.tune.device is Device.measured else None
+    setup = read_setup(config, hf_config, planned_device(config), measure=measure)
     if setup.calibration is not None and setup.calibration.worst_error > DISTURBED:
         stderr_console().print(
             f"warning: timings of chunks differ by up to {100 * setup.calibration.worst_error:.0f} % from the fitted "
-            f"costs; other work may have disturbed them\n  to time them again, delete {setup.calibration_path}",
+            f"costs; other work may have disturbed them\n"
+            f"  to time them again, delete {calibration_path(config, hf_config, setup.device)}",
             soft_wrap=True,
         )
     return setup
 
 
 def tried_layouts(config: Config) -> list[Topology]:
-    """Return every way to divide the devices that is tried: by default, that of the run.
+    """Return every way to divide the devices that is tried; by default, only that of the run.
 
     Raises:
         UsageError: a size does not divide `launch.processes`, or no combination of sizes does.
@@ -141,14 +135,11 @@ def tried_layouts(config: Config) -> list[Topology]:
     return found
 
 
-# Measuring, in a process of its own
-
-
 def check_measurable(config: Config) -> None:
-    """Refuse to measure a run of several processes.
+    """Check that the run has one process, because only that can be measured.
 
     Raises:
-        UsageError: names the key that asks for several.
+        UsageError: a key asks for several processes.
     """
     for key, value in (
         ("launch.processes", config.launch.processes),
@@ -165,7 +156,7 @@ def check_measurable(config: Config) -> None:
 
 
 def _measure_chunks(loaded: LoadedConfig, config_dir: str | None, path: Path) -> None:
-    """Time chunks of the model, and keep the calibration in `path`."""
+    """Time chunks of the model, and save the calibration to `path`."""
     tried = sorted(set(loaded.config.tune.chunk_sizes))
     timed = sorted({size for size in tried if size <= LARGEST_TIMED} | set(tried[:2]))
     if len(timed) < 2:
@@ -183,23 +174,23 @@ def measure_best(
 ) -> dict[Pair, float]:
     """Return the measured seconds of a step for the best few candidates.
 
-    Nothing is measured if costs come from a profile, if `tune.measure` is 0, or if `tune.budget_seconds` has no room
+    The result is empty if costs come from a profile, if `tune.measure` is 0, or if `tune.budget_seconds` has no room
     for two steps.
 
     Args:
-        ranked: fastest first.
+        ranked: candidates, fastest first.
     """
     config = loaded.config
     if tuning.setup.calibration is None or config.tune.measure == 0:
         return {}
-    room = config.tune.budget_seconds / 2
-    chosen: list[Candidate] = []
-    for candidate in ranked[: config.tune.measure]:
-        room -= candidate.step_seconds
-        if room < 0:
-            break
-        chosen.append(candidate)
-    if len(chosen) < 2:
+    best = ranked[: config.tune.measure]
+    totals = itertools.accumulate(candidate.step_seconds for candidate in best)
+    pairs = [
+        f"{each.chunk_size}:{each.k}"
+        for each, total in zip(best, totals, strict=True)
+        if total <= config.tune.budget_seconds / 2
+    ]
+    if len(pairs) < 2:
         stderr_console().print(
             f"Not measured: a step takes about {ranked[0].step_seconds:,.0f} s, and tune.budget_seconds="
             f"{config.tune.budget_seconds:g} has no room for two"
@@ -207,7 +198,6 @@ def measure_best(
         return {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "seconds.json")
-        pairs = [f"{candidate.chunk_size}:{candidate.k}" for candidate in chosen]
         _run_measurement(
             ["--out", str(out), "--pairs", *pairs, "--step", str(tuning.search.steps[0])], loaded, config_dir
         )
@@ -216,7 +206,8 @@ def measure_best(
 
 
 def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str | None) -> None:
-    """
+    """Run `training.measure` in a process of its own.
+
     Raises:
         UsageError: the model cannot be trained here; the process has printed why.
         RunError: the process failed or was killed.
@@ -225,7 +216,7 @@ def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str
     command = [
         sys.executable, "-m", "chunkflow_cli.training.measure", *arguments, *folder, "--overrides", *loaded.overrides,
     ]  # fmt: skip
-    code = subprocess.run(command, stdout=2, check=False).returncode  # stdout may carry JSON: prints go to stderr
+    code = subprocess.run(command, stdout=2, check=False).returncode  # stdout may carry JSON, so print to stderr
     if code in (130, -2):
         raise KeyboardInterrupt
     if code == 2:
@@ -234,5 +225,5 @@ def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str
         raise RunError(
             f"the process that measures ended with exit code {code}"
             + (" (killed: out of memory?)" if code == -9 else "")
-            + "\n  without measuring: tune.device=NAME uses a profile instead"
+            + "\n  to use a profile instead of measuring, set tune.device=NAME"
         )
