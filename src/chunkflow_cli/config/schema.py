@@ -171,8 +171,8 @@ class DataConfig:
     """The data set: where it is, how its rows are read, and which tokens the loss counts."""
 
     path: str = ""
-    """File, folder, glob or Hugging Face data set id. Files are .jsonl, .json or .parquet, also as .gz or .zst.
-    Required."""
+    """File, folder, glob or Hugging Face data set id. Required. Files are .jsonl, .json or .parquet, also .gz or
+    .zst."""
     format: DataFormat = DataFormat.auto
     """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant
@@ -182,8 +182,8 @@ class DataConfig:
     overlong: Overlong = Overlong.error
     """What to do with a sample of more than `data.max_length` tokens. `error` stops the run and names the sample."""
     bad_rows: BadRows = BadRows.error
-    """What to do with a row that cannot be used for training. `error` stops the run and names the row, `skip` lists it
-    in rejected.jsonl."""
+    """What to do with a row that cannot be used. `error` stops the run and names it, `skip` lists it in
+    rejected.jsonl."""
     eval_path: str | None = None
     """Held-out data, given as in `data.path`. Use either this or `data.eval_fraction`."""
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
@@ -228,8 +228,7 @@ class OptimConfig:
     momentum: float = bounded(0.0, at_least=0)
     """Momentum of SGD."""
     schedule: LearningRateSchedule = LearningRateSchedule.cosine
-    """Learning rate after the warm-up. `wsd` (warm-up, stable, decay) is constant until it decays over the last tenth
-    of the steps."""
+    """Learning rate after the warm-up. `wsd` (warm-up, stable, decay) decays only over the last tenth of the steps."""
     warmup_ratio: float = bounded(0.03, at_least=0, below=1)
     """Fraction of the steps in which the learning rate rises from zero."""
     grad_clip: float = bounded(1.0, at_least=0)
@@ -255,9 +254,8 @@ class TrainConfig:
     output_dir: str | None = None
     """Folder of the run. Null is outputs/<recipe>/<date-time>."""
     trace: bool = False
-    """Record when each rank ran each operation, and write trace.json at the end, for Perfetto and `plan --trace`. It
-    covers the time since the last start of the run. The run waits for the GPU after each operation, which costs
-    time."""
+    """Record when each rank ran each operation since the last start, and write trace.json at the end, for Perfetto and
+    `plan --trace`. The run waits for the GPU after each operation, which costs time."""
     guard: bool = True
     """Before training, check on a small float32 copy that this architecture trains exactly in chunks."""
 
@@ -267,7 +265,7 @@ class EvalConfig:
     """Evaluation on held-out data."""
 
     every: int | None = bounded(None, at_least=1)
-    """Number of steps between evaluations. Null evaluates only at the start and at the end."""
+    """Steps between evaluations. Null evaluates only at the start and at the end."""
 
 
 @dataclass
@@ -275,8 +273,7 @@ class CheckpointConfig:
     """Checkpoints, from which an interrupted run continues."""
 
     every: int | None = bounded(None, at_least=1)
-    """Number of steps between checkpoints. Null saves one only when the run is interrupted; set it to survive kill -9
-    and power cuts."""
+    """Steps between checkpoints. Null saves one only on interruption; set it to survive kill -9 and power cuts."""
     keep: int = bounded(2, at_least=1)
     """Number of checkpoints to keep. Older ones are deleted."""
     resume: str = "auto"
@@ -289,22 +286,21 @@ class LogConfig:
     """Metrics and where they go."""
 
     every: int = bounded(1, at_least=1)
-    """Number of steps between rows of metrics."""
+    """Steps between rows of metrics."""
     backends: list[LogBackend] = field(default_factory=lambda: [LogBackend.jsonl])
     """Where metrics go. `jsonl` writes metrics.jsonl in the folder of the run."""
 
 
 @dataclass
 class EngineConfig:
-    """DeepSpeed."""
+    """DeepSpeed, which holds the optimizer and divides the model state among the ranks."""
 
     zero_stage: int = bounded(1, at_least=0, at_most=3)
-    """DeepSpeed ZeRO stage, 0 to 3. Higher stages divide more over the ranks: 1 optimizer state, 2 also gradients, 3
-    also weights."""
+    """DeepSpeed ZeRO stage. 1 divides the optimizer state among the ranks, 2 also gradients, 3 also weights."""
     offload: Offload = Offload.none
     """What to keep in host memory: the optimizer state, or the parameters as well. Needs a GPU."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Any keys of DeepSpeed's own configuration. They override the generated ones."""
+    """Keys of DeepSpeed's own configuration. They override the generated ones."""
 
 
 @dataclass
@@ -318,32 +314,31 @@ class LaunchConfig:
     grace_seconds: float = bounded(300.0, at_least=0)
     """Seconds that ranks get to save a checkpoint after Ctrl-C or SIGTERM."""
     hang_seconds: float = bounded(1800.0, at_least=0)
-    """Seconds before a run of many ranks counts as hung and is killed, if no rank starts a new operation. 0 disables
-    the check."""
+    """Seconds without a new operation on any rank after which a run counts as hung and is killed. 0 disables this."""
 
 
 @dataclass
 class ParallelConfig:
-    """Sequence and pipeline parallelism. Ranks that neither of them uses are data parallel."""
+    """Sequence and pipeline parallelism. With neither, all ranks are data parallel."""
 
     sequence: int = bounded(1, at_least=1)
     """Ranks per sequence-parallel group. They split each chunk; every rank holds `chunk.size` tokens of it."""
     spread: Spread = Spread.auto
-    """Which samples are split over a sequence-parallel group. `auto` splits those that the other ranks would wait for,
-    and those whose state is larger than a rank's part of the longest sample's state. Single ranks pack and run the
-    short ones. `all` splits every chunk, which ZeRO-3 and pipelines always do."""
+    """Which samples are split over a sequence-parallel group. `auto` splits those that other ranks would wait for, and
+    those whose state exceeds a rank's part of the longest sample's state; single ranks run the others. `all` splits
+    every chunk, which ZeRO-3 and pipelines always do."""
     pipeline: int = bounded(1, at_least=1)
     """Number of pipeline stages to divide the model's layers into. `plan` shows their schedules."""
     schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
     """Order of forward and backward passes in the stages of a pipeline."""
     warmup_extra: int = bounded(0, at_least=0)
-    """Warm-up forward passes per stage, in addition to those of 1F1B. Each one shortens the time that stages wait, and
-    keeps about one more chunk's activations."""
+    """Warm-up forward passes per stage beyond those of 1F1B. Each one shortens the idle time of the stages, and keeps
+    the activations of about one more chunk."""
 
 
 @dataclass
 class PlanConfig:
-    """Predictions of time."""
+    """How `chunkflow plan` and `train` predict the time of a step."""
 
     cost_model: CostModelName = CostModelName.profile
     """Where predicted times come from. `profile` is the device's data sheet, `measured` is what tune-chunk-size timed
@@ -363,8 +358,7 @@ class TuneConfig:
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Values of `chunk.k` to try."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
-    """Values of `chunk.cuts` to try in pipelines; they make no difference to a single stage. An empty list takes
-    `chunk.cuts`."""
+    """Values of `chunk.cuts` to try in pipelines, where they matter. An empty list takes `chunk.cuts`."""
     samples: int = bounded(1024, at_least=1)
     """Number of samples planned for each (size, K) pair, rounded to whole global batches."""
     measure: int = bounded(3, at_least=0)
@@ -380,17 +374,14 @@ class ClusterConfig:
     gpus_per_node: int = bounded(8, at_least=1)
     """GPUs per node. Sequence-parallel groups within a node use its own links."""
     node_gb_per_second: float | None = bounded(None, above=0)
-    """Bandwidth between two GPUs of a node, in one direction, in 10^9 bytes per second. Null takes the device's data
-    sheet."""
+    """One-way bandwidth between two GPUs of a node, in 10^9 bytes per second. Null takes the device's data sheet."""
     network_gb_per_second: float | None = bounded(None, above=0)
-    """Bandwidth between nodes: each GPU's share, in one direction, in 10^9 bytes per second. Pipeline stages and
-    gradients use it too. Null is 50, or 25 for an A100."""
+    """One-way bandwidth between nodes for each GPU, in 10^9 bytes per second. Pipeline stages and gradients use it too.
+    Null is 50, or 25 for an A100."""
     pipelines: list[int] = field(default_factory=list)
-    """Numbers of pipeline stages that tune-chunk-size tries on `launch.processes` devices. An empty list takes
-    `parallel.pipeline`."""
+    """Numbers of stages that tune-chunk-size tries on `launch.processes` devices. Empty takes `parallel.pipeline`."""
     sequences: list[int] = field(default_factory=list)
-    """Sizes of sequence-parallel groups that tune-chunk-size tries on `launch.processes` devices. An empty list takes
-    `parallel.sequence`."""
+    """Group sizes that tune-chunk-size tries on `launch.processes` devices. Empty takes `parallel.sequence`."""
 
 
 @dataclass
