@@ -1,4 +1,4 @@
-"""Configuration: composition, the one gate, and what a user reads when a key is wrong."""
+"""Configuration: how it is composed and checked, and the errors that name a wrong key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkflow_cli.config.keys import GONE, describe_keys, known_keys
+from chunkflow_cli.config.keys import GONE, describe_keys, known_keys, walk_keys
 from chunkflow_cli.config.load import compose, load, read_overrides
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
 from chunkflow_cli.config.schema import Config, Dtype, OptimizerName
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes(recipe: str) -> None:
-    """A recipe with a key that was renamed would fail only for the user who tries it."""
+    """If a key is renamed, a recipe that still has the old name fails here."""
     loaded = load([f"recipe={recipe}"])
     assert loaded.recipe == recipe
     assert loaded.config.model.path
@@ -31,15 +31,15 @@ def test_the_promised_recipes_exist() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_says_why_and_is_listed(recipe: str) -> None:
-    """A value without a reason cannot be changed by anyone who did not choose it."""
+def test_every_recipe_begins_with_a_comment_and_is_listed(recipe: str) -> None:
+    """A comment at the top says why the values are what they are, so that others can change them."""
     text = (shipped_folder("recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert f"`{recipe}`" in (shipped_folder("recipes") / "README.md").read_text(encoding="utf-8")
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:
-    """conf/ and config.py would otherwise tell two stories."""
+    """The files in conf/ and schema.py agree."""
     assert load([]).config == Config()
 
 
@@ -76,7 +76,7 @@ def test_optimizer_group_changes_its_defaults() -> None:
 
 
 def test_deepspeed_section_is_open() -> None:
-    """Any key of DeepSpeed's own configuration may be given, known to us or not."""
+    """engine.deepspeed takes any key of DeepSpeed's own configuration."""
     config = load(["engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"]).config
     assert config.engine.deepspeed == {"zero_optimization": {"reduce_bucket_size": 5}}
     assert load(["+engine.deepspeed.foo=1"]).config.engine.deepspeed == {"foo": 1}
@@ -87,19 +87,49 @@ def test_deepspeed_section_is_open() -> None:
     [
         (["chunk.sise=4"], ["'chunk.sise'", "did you mean chunk.size?"]),
         (["+chunk.sise=4"], ["'chunk.sise'", "did you mean chunk.size?"]),
-        (["chunk.size=abc"], ["chunk.size=abc", "Integer"]),
+        (["trian.steps=3"], ["'trian.steps'", "did you mean train.steps?"]),
+        (["~chunk.sise"], ["'chunk.sise'", "did you mean chunk.size?"]),
+        (["+foo.bar=1"], ["'foo.bar'"]),
+        (["chunk.size=abc"], ["chunk.size=abc", "an integer"]),
+        (["chunk.size=null"], ["chunk.size=null", "an integer"]),
+        (["data.max_length=x"], ["data.max_length=x", "an integer or null"]),
+        (["data.max_length=1"], ["data.max_length=1", "at least 2 or null"]),
+        (["optim.lr=fast"], ["optim.lr=fast", "a number"]),
+        (["optim.lr=nan"], ["optim.lr=nan", "at least 0"]),
+        (["optim.betas=[0.9,x]"], ["optim.betas[1]=x", "a number"]),
+        (["optim.betas=0.9"], ["optim.betas=0.9", "[0.9,0.999]"]),
+        (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),
+        (["optim.betas=[0.9,1]"], ["optim.betas=[0.9,1.0]", "below 1"]),
+        (["train.shuffle=maybe"], ["train.shuffle=maybe", "true, false"]),
+        (["data.path=[a]"], ["data.path=[a]", "a string"]),
+        (["engine.deepspeed=5"], ["engine.deepspeed=5", "{key: value}"]),
+        (["chunk=big"], ["chunk=big", "a section", "chunk.size"]),
+        (["chunk={size:abc}"], ["chunk.size=abc", "an integer"]),
+        (["chunk={sise:4}"], ["'chunk.sise'", "did you mean chunk.size?"]),
+        (["+chunk.size=4"], ["+chunk.size=4", "leave out the +"]),
+        (["chunk.size"], ["'chunk.size'", "key=value"]),
+        (["data.path=it's"], ["data.path=it's", "quotes"]),
         (["chunk.size=0"], ["chunk.size=0", "at least 1"]),
         (["model.dtype=bf16"], ["model.dtype=bf16", "bfloat16, float32, float64"]),
         (["recipe=qwn7b"], ["'qwn7b'", "did you mean recipe=qwen7b?"]),
         (["recipe=nowhere/x.yaml"], ["nowhere/x.yaml", "no such file"]),
-        (["chunk.size=4,8"], ["chunk.size=4,8", "--multirun"]),
+        (["recipe=null"], ["'null'", "recipes: llama8b"]),
+        (["optim=null"], ["optim=null", "optim=NAME"]),
+        (["chunk.size=4,8"], ["chunk.size=4,8", "chunk.size=[a,b]", "--multirun"]),
+        (["chunk.size=range(1,3)"], ["chunk.size=range(1,3)", "--multirun"]),
         (["optim=adamx"], ["optim/adamx", "sgd"]),
-        (["~chunk.size"], ["chunk.size", "cannot be removed"]),
-        (["engine.zero_stage=4"], ["engine.zero_stage=4", "0, 1, 2 or 3"]),
+        (["~chunk.size"], ["~chunk.size", "cannot be removed", "set its value"]),
+        (["~chunk"], ["~chunk", "cannot be removed"]),
+        (["engine.zero_stage=4"], ["engine.zero_stage=4", "at least 0 and at most 3"]),
+        (["cluster.node_gb_per_second=0"], ["cluster.node_gb_per_second=0", "above 0 or null"]),
+        (["launch.processes=6", "parallel.pipeline=2", "parallel.sequence=2"], ["processes=6", "sequence=2", "of 4"]),
+        (["parallel.spread=all"], ["parallel.spread=all", "set parallel.sequence"]),
         (["plan.cost_model=measured", "tune.device=h100"], ["plan.cost_model=measured with tune.device=h100"]),
         (["data.eval_fraction=1.5"], ["data.eval_fraction=1.5", "below 1"]),
         (["data.eval_fraction=0.1", "data.eval_path=x"], ["data.eval_path", "data.eval_fraction"]),
         (["model.dtype=float64", "model.attention=flash_attn"], ["flash_attn", "float64", "reference"]),
+        (["model.path=${data.pth}"], ["'data.pth'", "the name of another key"]),
+        (["chunk.size=${model.path}"], ["chunk.size", "${model.path}"]),
         (["data.path=${package_file:no_such_package/x}"], ["no-such-package", "pip install"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -112,8 +142,42 @@ def test_errors_name_the_key_the_value_and_the_remedy(words: list[str], expected
     assert len(str(caught.value).splitlines()) <= 4
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("chunk: {size: abc}", "chunk.size=abc must be an integer"),
+        ("chunk: {size: null}", "chunk.size=null must be an integer"),
+        ("model: {dtype: bf16}", "model.dtype=bf16 must be one of bfloat16, float32, float64"),
+        ("tune: {ks: 3}", "tune.ks=3 must be a list"),
+        ("chunk: {size: 0}", "chunk.size=0 must be at least 1"),
+        ("chunk: 5", "int is not a subclass of ChunkConfig. value: 5"),
+        ("chunk: {size: [", "is not valid YAML"),
+        ("- a", "holds no keys"),
+    ],
+)
+def test_errors_in_a_recipe_name_the_key_and_the_value(content: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        load([f"recipe={path}"])
+    assert expected in str(caught.value)
+
+
+def test_an_error_in_a_file_of_a_group_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "careful.yaml").write_text("lrr: 3\n")
+    with pytest.raises(UsageError, match=r"'optim\.lrr'\n  did you mean optim\.lr\?"):
+        load(["optim=careful"], str(tmp_path))
+
+
+def test_bounds_are_metadata_that_the_checks_know() -> None:
+    """A misspelled bound would otherwise fail only when somebody sets the key."""
+    bounds = {bound for _, _, entry in walk_keys(Config()) for bound in entry.metadata}
+    assert bounds == {"at_least", "at_most", "above", "below"}
+
+
 def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
-    """A typing error in a file is as silent as one on the command line if it only adds a key."""
+    """A typo in a file must not silently add a key."""
     path = tmp_path / "typo.yaml"
     path.write_text("train: {global_batchsize: 3}\n")
     with pytest.raises(UsageError, match=r"train\.global_batchsize"):
@@ -123,7 +187,7 @@ def test_a_recipe_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sign", ["", "+", "++", "~", "a section", "a recipe", "a recipe of a folder", "--overrides"])
 @pytest.mark.parametrize("name", GONE)
 def test_a_key_of_an_earlier_version_is_refused_by_name(name: str, sign: str, tmp_path: Path) -> None:
-    """A script or recipe that used it reads what became of the key, not that it mistyped another one."""
+    """The error says what became of the key, instead of taking it for a typo."""
     key, _, value = name.partition("=")
     value = value or "1"
     section, _, field = key.partition(".")
@@ -165,7 +229,7 @@ def test_printed_configuration_keeps_interpolations_until_resolved() -> None:
     assert "${" not in OmegaConf.to_yaml(tree, resolve=True)
 
 
-def test_keys_of_the_contract_that_this_version_builds() -> None:
+def test_keys_that_scripts_rely_on_exist() -> None:
     """Users' scripts rely on these names."""
     promised = """
         model.path model.init model.dtype model.attention model.activation_checkpointing model.trust_remote_code
@@ -181,7 +245,7 @@ def test_keys_of_the_contract_that_this_version_builds() -> None:
 
 
 def test_every_key_is_described_below_its_field() -> None:
-    """Help and completion show these lines; a key without one is a key that nobody can look up."""
+    """Help, completion and documentation show these texts."""
     described = describe_keys()
     assert list(described) == known_keys()
     assert [key.name for key in described.values() if not key.help] == []
@@ -192,7 +256,7 @@ def test_every_key_is_described_below_its_field() -> None:
 
 
 def test_defaults_as_written_compose_to_the_defaults() -> None:
-    """Completion offers them, so they must be overrides that Hydra reads."""
+    """Completion offers the defaults, so Hydra must be able to read them."""
     words = [f"{key.name}={key.default}" for key in describe_keys().values() if key.default]
     assert load(words).config == Config()
 
@@ -207,7 +271,7 @@ def test_a_recipe_of_the_config_dir_hides_a_shipped_one(tmp_path: Path) -> None:
 
 
 def test_wheel_ships_what_the_editable_install_finds(tmp_path: Path) -> None:
-    """conf/, recipes/ and the tiny model must be in the wheel, or an installed package composes nothing."""
+    """An installed package needs conf/, recipes/ and the tiny model."""
     import subprocess
     import sys
     import zipfile

@@ -12,8 +12,9 @@ from typing import Any
 
 from chunkflow_cli.cli.command import Request, Result
 from chunkflow_cli.config.load import load, read_overrides
+from chunkflow_cli.config.overrides import parse_overrides
 from chunkflow_cli.console import stderr_console
-from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.errors import RunError
 from chunkflow_cli.processes import worker
 
 
@@ -50,15 +51,8 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         UsageError: an override cannot be parsed.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
-    except HydraException as error:
-        raise UsageError(str(error).splitlines()[0]) from error
     choices = []
-    for override in parsed:
+    for override in parse_overrides(overrides):
         if override.is_sweep_override():
             key = override.get_key_element()
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])

@@ -1,155 +1,160 @@
-"""The configuration keys as help, completion and errors show them."""
+"""The configuration keys as help, completion, documentation and errors show them. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from chunkflow_cli.config import schema
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Key:
-    """A configuration key as help and completion show it."""
+    """A configuration key."""
 
     name: str
-    """Dotted."""
+    """Name with its section: `chunk.size`."""
+    kind: Any
+    """Type of its value."""
     default: str
-    """As it is written on the command line."""
-    choices: tuple[str, ...]
-    """The words that it may be; empty where any value of its type goes."""
-    is_list: bool
-    """Whether it takes several, in brackets."""
+    """Default in the syntax of an override."""
     help: str
-    """The docstring below its field, on one line; empty without one."""
+    """Documentation on one line: the string below its field."""
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the value is a list, written in brackets."""
+        return get_origin(self.kind) is list
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Words that the value, or an element of a list, can be. Empty if there are more than a few."""
+        words: list[str] = []
+        for part in get_args(self.kind) or (self.kind,):
+            if part is bool:
+                words += ["true", "false"]
+            elif isinstance(part, type) and issubclass(part, Enum):
+                words += [member.value for member in part]
+            elif part is type(None):
+                words.append("null")
+        return tuple(words) if words != ["null"] else ()
 
 
 def known_keys() -> list[str]:
-    """Every dotted configuration key, in the order of declaration."""
-    return [name for name, _, _ in _walk_keys(Config(), "")]
+    """Return the name of every configuration key, in the order of declaration."""
+    return [name for name, _, _ in walk_keys(Config())]
 
 
+@cache
 def describe_keys() -> dict[str, Key]:
-    """Every configuration key by its dotted name, in the order of declaration. Imports nothing heavy."""
+    """Return every configuration key by its name, in the order of declaration."""
     documentation = _field_docstrings()
     described = {}
-    for name, section, value in _walk_keys(Config(), ""):
-        field_name = name.rpartition(".")[2]
-        kind = get_type_hints(section)[field_name]
+    for name, section, entry in walk_keys(Config()):
+        owner = type(section)
         described[name] = Key(
             name=name,
-            default=_as_written(value),
-            choices=_choices(kind),
-            is_list=get_origin(kind) is list,
-            help=documentation.get((section.__name__, field_name), ""),
+            kind=get_type_hints(owner)[entry.name],
+            default=as_written(getattr(section, entry.name)),
+            help=documentation[owner.__name__, entry.name],
         )
     return described
 
 
-def _walk_keys(section: Any, prefix: str) -> Iterator[tuple[str, type, Any]]:
-    """(dotted name, the dataclass that declares it, default) of every key below a section."""
+def walk_keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Yield each key of a configuration: its name, the section that holds its value, and its field there."""
     for entry in fields(section):
         value = getattr(section, entry.name)
         if is_dataclass(value):
-            yield from _walk_keys(value, f"{prefix}{entry.name}.")
+            yield from walk_keys(value, f"{prefix}{entry.name}.")
         else:
-            yield prefix + entry.name, type(section), value
+            yield prefix + entry.name, section, entry
 
 
-@cache
 def _field_docstrings() -> dict[tuple[str, str], str]:
-    """The strings below the fields of schema.py, which Python itself throws away, by (class, field)."""
-    source = Path(schema.__file__)
-    if not source.is_file():  # imported from an archive: then keys have no help, which is all that is lost
-        return {}
+    """Return the strings below the fields of schema.py by (class, field). Python itself does not keep them."""
     found = {}
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for statement, below in itertools.pairwise(node.body):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                found[node.name, statement.target.id] = " ".join(str(below.value.value).split())
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if isinstance(node, ast.ClassDef):
+            for pair in itertools.pairwise(node.body):
+                match pair:
+                    case ast.AnnAssign(target=ast.Name(id=field)), ast.Expr(value=ast.Constant(value=text)):
+                        found[node.name, field] = " ".join(str(text).split())
     return found
 
 
-def _choices(kind: Any) -> tuple[str, ...]:
-    """The words that a value of this type may be; of the elements, for a list."""
-    words: list[str] = []
-    for part in get_args(kind) or (kind,):
-        if part is bool:
-            words += ["true", "false"]
-        elif isinstance(part, type) and issubclass(part, Enum):
-            words += [member.value for member in part]
-        elif part is type(None):
-            words.append("null")
-    return tuple(words) if words != ["null"] else ()
-
-
-def _as_written(value: Any) -> str:
-    """A default in the syntax of an override."""
+def as_written(value: Any) -> str:
+    """Return a value in the syntax of an override."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_as_written, value))}]"
+        return f"[{','.join(map(as_written, value))}]"
     if isinstance(value, Enum):
         return str(value.value)
     return "null" if value is None else str(value)
 
 
 GONE = {
-    "chunk.k_per": "every long sample keeps chunk.k chunks: a K for each sample brought nothing\n  remove the key",
-    "tune.k_per": "every long sample keeps chunk.k chunks: a K for each sample brought nothing\n  remove the key",
-    "parallel.parts": "a stage holds one part of the model: interleaved schedules never ran\n  remove the key",
-    "parallel.schedule=interleaved": "interleaved schedules never ran\n"
-    "  take parallel.schedule=state_aware_1f1b or zero_bubble",
+    **dict.fromkeys(
+        ("chunk.k_per", "tune.k_per"),
+        "every long sample keeps chunk.k chunks, because a K for each sample brought nothing\n  remove the key",
+    ),
+    "parallel.parts": "a stage holds one part of the model; interleaved schedules were never run\n  remove the key",
+    "parallel.schedule=interleaved": "interleaved schedules were never run\n"
+    "  set parallel.schedule=state_aware_1f1b or zero_bubble",
     **{
         f"tune.{name}": f"it is now cluster.{name}"
         for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second", "pipelines", "sequences")
     },
 }
-"""Keys, and one value as key=value, that earlier versions had: what became of each."""
+"""What became of keys, and of one value (key=value), that earlier versions had."""
 
 
-def refuse_gone(overrides: Sequence[str]) -> None:
-    """Refuse an override that sets, adds or removes a key of an earlier version.
+def unknown_key(name: str) -> str:
+    """Return the error for a key that does not exist: what became of it, or the nearest key that exists."""
+    if name in GONE:
+        return f"{name} is gone: {GONE[name]}"
+    return f"there is no configuration key {name!r}{did_you_mean(name, known_keys())}"
 
-    Raises:
-        UsageError: names the override and what became of the key.
+
+def wrong_value(name: str, value: Any) -> str:
+    """Return the error for a value that the type of its key excludes.
+
+    Args:
+        name: key, section, or an element of a list such as `optim.betas[0]`.
     """
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        for name in (key, f"{key}={value}"):
-            if name in GONE:
-                raise UsageError(gone(name))
+    written = f"{name}={as_written(value)}"
+    if written in GONE:
+        return f"{written} is gone: {GONE[written]}"
+    key = describe_keys().get(name.partition("[")[0])
+    if key is None:
+        example = next((known for known in known_keys() if known.startswith(f"{name}.")), "")
+        return f"{written}: {name} is a section of keys\n  set one of its keys, such as {example}"
+    hint = did_you_mean(str(value), key.choices, f"{key.name}=") if not key.is_list else ""
+    return f"{written} must be {_expected(key, is_element='[' in name)}{hint}"
 
 
-def gone(name: str) -> str:
-    """Return the error for a key, or a key=value, of GONE."""
-    return f"{name} is gone: {GONE[name]}"
-
-
-def unknown_key(key: str) -> str:
-    """Return the error for a key that the configuration does not have: a gone one is named, not taken for a typo."""
-    if key in GONE:
-        return gone(key)
-    return f"there is no configuration key {key!r}{did_you_mean(key, known_keys())}"
+def _expected(key: Key, *, is_element: bool) -> str:
+    """Describe what the value of a key, or an element of its list, must be."""
+    words = {int: "an integer", float: "a number", str: "a string", type(None): "null"}
+    if key.is_list and not is_element:
+        return f"a list in brackets, such as {key.default}"
+    if key.choices:
+        return f"one of {', '.join(key.choices)}"
+    if get_origin(key.kind) is dict:
+        return "a mapping such as {key: value}"
+    return " or ".join(words[part] for part in get_args(key.kind) or (key.kind,))
 
 
 def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
-    """A line for an error that names the nearest known word; empty if none is near."""
+    """Return a line for an error that names the nearest known word, or an empty string if none is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"\n  did you mean {prefix}{near[0]}?" if near else ""

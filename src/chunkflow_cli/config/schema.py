@@ -1,14 +1,21 @@
-"""Every configuration key: its type, its default, what it means, and the one gate through which it enters.
+"""Every configuration key: its type, its default and its documentation.
 
-`load()` composes `conf/`, a recipe and the user's overrides with Hydra, checks them and returns plain dataclasses.
-Nothing past that gate reads a dictionary or asks whether a key exists.
+The string below a field is the documentation of its key: `--help` and docs/configuration.md show it. The metadata of a
+field holds the bounds of its value (`bounded`), which `checks.py` reads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+def bounded(default: Value, **bounds: float) -> Value:
+    """Declare a field whose value has bounds: `at_least`, `at_most`, `above`, `below`. A null value has none."""
+    return field(default=default, metadata=bounds)  # type: ignore[no-any-return]
 
 
 class Init(str, Enum):
@@ -90,15 +97,10 @@ class Offload(str, Enum):
     parameters = "parameters"
 
 
-# `1f1b` cannot be written as a name in a class.
+# A class cannot have a member named `1f1b`.
 PipelineSchedule = Enum(
     "PipelineSchedule",
-    {
-        "1f1b": "1f1b",
-        "state_aware_1f1b": "state_aware_1f1b",
-        "searched": "searched",
-        "zero_bubble": "zero_bubble",
-    },
+    {"1f1b": "1f1b", "state_aware_1f1b": "state_aware_1f1b", "searched": "searched", "zero_bubble": "zero_bubble"},
     type=str,
 )
 
@@ -130,232 +132,275 @@ class Device(str, Enum):
 
 @dataclass
 class LoraConfig:
+    """Low-rank adapters: train a small part of the parameters."""
+
     enabled: bool = False
     """Train low-rank adapters (peft) and freeze the model."""
-    r: int = 16
-    """Rank of the adapters."""
+    r: int = bounded(16, at_least=1)
+    """Rank of the adapters. A higher rank has more parameters to train."""
     alpha: float = 32.0
-    """Adapters are scaled by alpha / r."""
-    dropout: float = 0.0
-    """Dropout before the adapters. The recompute of a chunk replays the random numbers of its first pass."""
+    """Scale of the adapters, which are multiplied by alpha / r."""
+    dropout: float = bounded(0.0, at_least=0, below=1)
+    """Dropout in front of the adapters. When a chunk is recomputed, it draws the same random numbers again."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Module names that get an adapter; `all-linear` is every linear layer but the head."""
+    """Names of the modules that get an adapter. `all-linear` names every linear layer except the head."""
 
 
 @dataclass
 class ModelConfig:
+    """The model: its weights, data type, attention and activation checkpointing."""
+
     path: str = ""
-    """A Hugging Face model id, a local folder, or a GGUF file. Required."""
+    """Hugging Face model id, local folder or GGUF file. Required."""
     init: Init = Init.pretrained
-    """`random` reads the configuration only and draws the weights: for tests and benchmarks."""
+    """Where the weights come from. `random` reads only the model's configuration: for tests and benchmarks."""
     dtype: Dtype = Dtype.bfloat16
-    """Of weights and activations. Under bfloat16, master weights and gradient accumulation are float32."""
+    """Data type of weights and activations. With bfloat16, master weights and accumulated gradients stay in float32."""
     attention: Attention = Attention.auto
-    """Attention backend; `auto` takes the fastest one that supports the model on the device."""
+    """Attention backend. `auto` takes the fastest one that supports the model on this device."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
-    """`full` keeps the input of each layer; `selective` also keeps the results of matrix products and attention."""
+    """What each layer keeps for its backward pass. `none` keeps everything, `full` only the layer's input, `selective`
+    also the results of matrix products and attention. Less kept means less memory and more computation."""
     trust_remote_code: bool = False
-    """Allow the model folder to run its own Python code."""
+    """Allow the model folder to run its own Python code. Set it only for a source that you trust."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
 class DataConfig:
+    """The data set: where it is, how its rows are read, and which tokens the loss counts."""
+
     path: str = ""
-    """A file, folder or glob (.jsonl, .json, .parquet; .gz, .zst), or a Hugging Face data set id. Required."""
+    """File, folder, glob or Hugging Face data set id. Required. Files are .jsonl, .json or .parquet, also .gz or
+    .zst."""
     format: DataFormat = DataFormat.auto
-    """Shape of a row; `auto` looks at the first rows."""
+    """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant
-    """Which tokens the loss counts: what the assistant said, or all."""
-    max_length: int | None = None
-    """Longest sample, in tokens; null is the model's own limit."""
+    """Tokens that the loss counts: those of the assistant's replies, or all of them."""
+    max_length: int | None = bounded(None, at_least=2)
+    """Most tokens in a sample. Null takes the model's own limit."""
     overlong: Overlong = Overlong.error
-    """What happens to a longer sample."""
+    """What to do with a sample of more than `data.max_length` tokens. `error` stops the run and names the sample."""
     bad_rows: BadRows = BadRows.error
-    """What happens to a row that cannot be trained on; skipped rows are listed in rejected.jsonl."""
+    """What to do with a row that cannot be used. `error` stops the run and names it, `skip` lists it in
+    rejected.jsonl."""
     eval_path: str | None = None
-    """Held-out data of the same kinds as `path`."""
-    eval_fraction: float = 0.0
-    """Share of the samples of `path` that is held out, drawn by `train.seed`."""
+    """Held-out data, given as in `data.path`. Use either this or `data.eval_fraction`."""
+    eval_fraction: float = bounded(0.0, at_least=0, below=1)
+    """Fraction of the samples in `data.path` to hold out, drawn with `train.seed`."""
     cache_dir: str | None = None
-    """Where tokenised data is kept; null is ~/.cache/chunkflow (or $XDG_CACHE_HOME/chunkflow)."""
-    num_workers: int | None = None
-    """Processes that tokenise; null is one a core."""
+    """Folder for tokenised data. Null is ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow."""
+    num_workers: int | None = bounded(None, at_least=1)
+    """Number of processes that tokenise. Null starts one per core."""
 
 
 @dataclass
 class ChunkConfig:
-    size: int = 8192
-    """Most tokens in a chunk: the unit of every forward and backward, and what sets peak memory."""
-    k: int = 1
-    """How many chunks of a long sequence keep their activations; the others are forwarded twice."""
+    """Chunks: how samples are packed and split. This sets memory and speed, but never the result."""
+
+    size: int = bounded(8192, at_least=1)
+    """Most tokens in a chunk. Every forward and backward pass runs one chunk, so this sets peak memory. Lower it if you
+    run out of memory; `chunkflow tune-chunk-size` finds the best value."""
+    k: int = bounded(1, at_least=1)
+    """K, the number of chunks of a long sample that keep their activations. The other chunks run forward twice. A
+    larger K takes more memory and less computation."""
     fill_tails: bool = True
-    """Fill the last chunk of a long sequence with short sequences."""
+    """Fill the last chunk of a long sample with short samples."""
     cuts: Cuts = Cuts.tokens
-    """Long samples are cut into chunks of equal `tokens`, or of equal predicted `time`: the later, the shorter."""
+    """How long samples are cut: into chunks of equally many `tokens`, or of equal predicted `time`. Later chunks take
+    longer per token, so `time` makes them shorter. That can balance pipeline stages better."""
 
 
 @dataclass
 class OptimConfig:
+    """The optimizer and its learning rate."""
+
     name: OptimizerName = OptimizerName.adamw
-    """`optim=sgd` sets it together with defaults that suit it."""
-    lr: float = 1e-5
-    """Learning rate at its peak."""
-    weight_decay: float = 0.0
-    """Of weight matrices; biases and norms are not decayed."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW only."""
+    """Optimizer. `optim=sgd` also sets defaults that suit SGD."""
+    lr: float = bounded(1e-5, at_least=0)
+    """Peak learning rate."""
+    weight_decay: float = bounded(0.0, at_least=0)
+    """Decay of weight matrices. Biases and norms do not decay."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"at_least": 0, "below": 1})
+    """Decay rates of AdamW's running averages of gradients and of their squares."""
     eps: float = 1e-8
-    """AdamW only."""
-    momentum: float = 0.0
-    """SGD only."""
+    """Term that AdamW adds to its denominator for numerical stability."""
+    momentum: float = bounded(0.0, at_least=0)
+    """Momentum of SGD."""
     schedule: LearningRateSchedule = LearningRateSchedule.cosine
-    """`wsd` is warm-up, stable, decay over the last tenth of the steps."""
-    warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises from zero."""
-    grad_clip: float = 1.0
-    """Largest norm of a step's summed gradient; 0 turns clipping off."""
+    """Learning rate after the warm-up. `wsd` (warm-up, stable, decay) decays only over the last tenth of the steps."""
+    warmup_ratio: float = bounded(0.03, at_least=0, below=1)
+    """Fraction of the steps in which the learning rate rises from zero."""
+    grad_clip: float = bounded(1.0, at_least=0)
+    """Largest norm of a step's gradient. Larger gradients are scaled down to it; 0 disables clipping."""
 
 
 @dataclass
 class TrainConfig:
-    steps: int | None = None
-    """Optimizer steps; null trains `epochs` whole epochs."""
-    epochs: int = 1
-    """Passes over the data, unless `steps` is set."""
-    global_batch_size: int = 256
-    """Samples of an optimizer step, over all ranks."""
+    """The run: its length, batches, order, loss and output folder."""
+
+    steps: int | None = bounded(None, at_least=1)
+    """Number of optimizer steps. Null trains for `train.epochs`."""
+    epochs: int = bounded(1, at_least=1)
+    """Number of passes over the data. Ignored if `train.steps` is set."""
+    global_batch_size: int = bounded(256, at_least=1)
+    """Number of samples in an optimizer step, over all ranks."""
     shuffle: bool = True
-    """Draw the order of each epoch from (seed, epoch)."""
-    seed: int = 0
-    """Of orders, dropout, held-out samples and random weights."""
+    """Shuffle each epoch. The order depends only on `train.seed` and the number of the epoch."""
+    seed: int = bounded(0, at_least=0)
+    """Seed of sample order, dropout, held-out samples and random weights."""
     loss_weighting: LossWeighting = LossWeighting.token
-    """`token` weighs every target of the global batch the same, `sequence` every sample."""
+    """What counts equally in the loss: every target `token` of the global batch, or every sample (`sequence`)."""
     output_dir: str | None = None
-    """Null is outputs/<recipe>/<date-time>."""
+    """Folder of the run. Null is outputs/<recipe>/<date-time>."""
     trace: bool = False
-    """Write when each operation of each rank ran, since this start of the run, to trace.json at its end, for Perfetto
-    and `plan --trace`. A GPU is then waited for after each operation, which costs time."""
+    """Record when each rank ran each operation since the last start, and write trace.json at the end, for Perfetto and
+    `plan --trace`. The run waits for the GPU after each operation, which costs time."""
     guard: bool = True
-    """Prove at the start, on a small float32 copy, that the architecture trains exactly in chunks."""
+    """Before training, check on a small float32 copy that this architecture trains exactly in chunks."""
 
 
 @dataclass
 class EvalConfig:
-    every: int | None = None
-    """Steps between held-out losses; they are also taken at the start and at the end."""
+    """Evaluation on held-out data."""
+
+    every: int | None = bounded(None, at_least=1)
+    """Steps between evaluations. Null evaluates only at the start and at the end."""
 
 
 @dataclass
 class CheckpointConfig:
-    every: int | None = None
-    """Steps between checkpoints; an interrupted run saves one in any case."""
-    keep: int = 2
-    """How many of the newest checkpoints stay."""
+    """Checkpoints, from which an interrupted run continues."""
+
+    every: int | None = bounded(None, at_least=1)
+    """Steps between checkpoints. Null saves one only on interruption; set it to survive kill -9 and power cuts."""
+    keep: int = bounded(2, at_least=1)
+    """Number of checkpoints to keep. Older ones are deleted."""
     resume: str = "auto"
-    """`auto` continues an unfinished run of the same configuration, `never` starts anew, a path names a checkpoint."""
+    """Checkpoint to continue from. `auto` continues an unfinished run of the same configuration, `never` starts a new
+    run, and a path names a checkpoint."""
 
 
 @dataclass
 class LogConfig:
-    every: int = 1
+    """Metrics and where they go."""
+
+    every: int = bounded(1, at_least=1)
     """Steps between rows of metrics."""
     backends: list[LogBackend] = field(default_factory=lambda: [LogBackend.jsonl])
-    """Where metrics go: metrics.jsonl in the run's folder, TensorBoard, or both."""
+    """Where metrics go. `jsonl` writes metrics.jsonl in the folder of the run."""
 
 
 @dataclass
 class EngineConfig:
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage, 0 to 3."""
+    """DeepSpeed, which holds the optimizer and divides the model state among the ranks."""
+
+    zero_stage: int = bounded(1, at_least=0, at_most=3)
+    """DeepSpeed ZeRO stage. 1 divides the optimizer state among the ranks, 2 also gradients, 3 also weights."""
     offload: Offload = Offload.none
-    """Keep optimizer state, or parameters too, in host memory (needs a GPU)."""
+    """What to keep in host memory: the optimizer state, or the parameters as well. Needs a GPU."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Merged over the generated DeepSpeed configuration."""
+    """Keys of DeepSpeed's own configuration. They override the generated ones."""
 
 
 @dataclass
 class LaunchConfig:
-    processes: int = 1
-    """Ranks: `train` starts so many on this machine, `plan` spreads each global batch over them."""
+    """Processes: how many ranks run, where, and when they are stopped."""
+
+    processes: int = bounded(1, at_least=1)
+    """Number of ranks. `train` starts them on this machine; `plan` divides each global batch among them."""
     hostfile: str | None = None
-    """Lines of `HOST slots=N`: `train` starts N ranks on each of these nodes, by DeepSpeed's launcher."""
-    grace_seconds: float = 300.0
-    """After Ctrl-C or SIGTERM the ranks of a run have so long to save a checkpoint."""
-    hang_seconds: float = 1800.0
-    """A run of many ranks, none of which begins another operation for so long, hangs and is ended; 0 waits for ever."""
+    """File with lines of `HOST slots=N`. `train` starts N ranks on each of these nodes with DeepSpeed's launcher."""
+    grace_seconds: float = bounded(300.0, at_least=0)
+    """Seconds that ranks get to save a checkpoint after Ctrl-C or SIGTERM."""
+    hang_seconds: float = bounded(1800.0, at_least=0)
+    """Seconds without a new operation on any rank after which a run counts as hung and is killed. 0 disables this."""
 
 
 @dataclass
 class ParallelConfig:
-    sequence: int = 1
-    """Ranks of a sequence-parallel group, which divide the tokens of a chunk among them: `chunk.size` on each."""
+    """Sequence and pipeline parallelism. With neither, all ranks are data parallel."""
+
+    sequence: int = bounded(1, at_least=1)
+    """Ranks per sequence-parallel group. They split each chunk; every rank holds `chunk.size` tokens of it."""
     spread: Spread = Spread.auto
-    """`auto` spreads the sequences over their group that would otherwise be waited for, and those whose state is more
-    than a rank's part of the longest one's; short ones are packed and run by single ranks. `all` spreads every chunk,
-    as ZeRO-3 and pipelines do in any case."""
-    pipeline: int = 1
-    """Stages that the model's layers are cut into: `plan` shows their schedules."""
+    """Which samples are split over a sequence-parallel group. `auto` splits those that other ranks would wait for, and
+    those whose state exceeds a rank's part of the longest sample's state; single ranks run the others. `all` splits
+    every chunk, which ZeRO-3 and pipelines always do."""
+    pipeline: int = bounded(1, at_least=1)
+    """Number of pipeline stages to divide the model's layers into. `plan` shows their schedules."""
     schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
-    """How the stages of a pipeline take turns."""
-    warmup_extra: int = 0
-    """More warm-up forwards a stage than 1F1B has: fewer bubbles for about one more live activation each."""
+    """Order of forward and backward passes in the stages of a pipeline."""
+    warmup_extra: int = bounded(0, at_least=0)
+    """Warm-up forward passes per stage beyond those of 1F1B. Each one shortens the idle time of the stages, and keeps
+    the activations of about one more chunk."""
 
 
 @dataclass
 class PlanConfig:
+    """How `chunkflow plan` and `train` predict the time of a step."""
+
     cost_model: CostModelName = CostModelName.profile
-    """`profile` is by the device's data sheet, `measured` by what tune-chunk-size timed here; `proportional` is the
-    paper's: time proportional to tokens."""
+    """Where predicted times come from. `profile` is the device's data sheet, `measured` is what tune-chunk-size timed
+    on this machine, and `proportional` is the paper's model, with time proportional to tokens."""
 
 
 @dataclass
 class TuneConfig:
+    """The search of `chunkflow tune-chunk-size`, and the device that plans are made for."""
+
     device: Device = Device.measured
-    """What is planned for; `measured` is the device of this machine."""
-    memory_gib: float | None = None
-    """Memory of a rank's device; null is all that the device has, less a twentieth that allocators waste."""
+    """Device to plan for. `measured` is the one of this machine."""
+    memory_gib: float | None = bounded(None, at_least=0)
+    """Memory of a rank's device, in GiB. Null is all of it, less the twentieth that allocators waste."""
     chunk_sizes: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
-    """Values of chunk.size that are tried."""
+    """Values of `chunk.size` to try."""
     ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    """Values of chunk.k that are tried."""
+    """Values of `chunk.k` to try."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
-    """Values of chunk.cuts that are tried in pipelines (one stage is as fast with any); empty: chunk.cuts."""
-    samples: int = 1024
-    """So many samples are planned for each pair, in whole global batches of the run."""
-    measure: int = 3
-    """How many of the best pairs run a real step, where the device is here; 0 trusts the prediction."""
-    budget_seconds: float = 300.0
-    """Time for all that runs on the device: timing of chunks, and the best pairs."""
+    """Values of `chunk.cuts` to try in pipelines, where they matter. An empty list takes `chunk.cuts`."""
+    samples: int = bounded(1024, at_least=1)
+    """Number of samples planned for each (size, K) pair, rounded to whole global batches."""
+    measure: int = bounded(3, at_least=0)
+    """Number of the best pairs that run a real step, if this machine has the device. 0 trusts the prediction."""
+    budget_seconds: float = bounded(300.0, at_least=0)
+    """Seconds for everything that runs on the device: timing chunks, and the steps of the best pairs."""
 
 
 @dataclass
 class ClusterConfig:
-    gpus_per_node: int = 8
-    """GPUs of a node: a sequence-parallel group within a node exchanges over the node's own links."""
-    node_gb_per_second: float | None = None
-    """Between two GPUs of a node, in one direction, in 10^9 bytes; null: by the device's data sheet."""
-    network_gb_per_second: float | None = None
-    """Between nodes, each GPU's share, in one direction; stages and gradients too. null: 50, of an A100 25."""
+    """The cluster that `plan` and `tune-chunk-size` assume."""
+
+    gpus_per_node: int = bounded(8, at_least=1)
+    """GPUs per node. Sequence-parallel groups within a node use its own links."""
+    node_gb_per_second: float | None = bounded(None, above=0)
+    """One-way bandwidth between two GPUs of a node, in 10^9 bytes per second. Null takes the device's data sheet."""
+    network_gb_per_second: float | None = bounded(None, above=0)
+    """One-way bandwidth between nodes for each GPU, in 10^9 bytes per second. Pipeline stages and gradients use it too.
+    Null is 50, or 25 for an A100."""
     pipelines: list[int] = field(default_factory=list)
-    """Numbers of pipeline stages that tune-chunk-size tries for launch.processes devices; empty: parallel.pipeline."""
+    """Numbers of stages that tune-chunk-size tries on `launch.processes` devices. Empty takes `parallel.pipeline`."""
     sequences: list[int] = field(default_factory=list)
-    """Sizes of sequence-parallel groups that tune-chunk-size tries for launch.processes devices; empty:
-    parallel.sequence."""
+    """Group sizes that tune-chunk-size tries on `launch.processes` devices. Empty takes `parallel.sequence`."""
 
 
 @dataclass
 class VerifyConfig:
-    length: int | None = None
-    """Tokens of the long test sequence; null is three and a half chunks, at most 2048."""
+    """The comparison that `chunkflow verify` makes."""
+
+    length: int | None = bounded(None, at_least=8)
+    """Number of tokens in the long test sequence. Null is three and a half chunks, at most 2048."""
     dtype: Dtype | None = None
-    """Null is float32 (float64 where model.dtype is): rounding in bfloat16 would hide what is looked for."""
+    """Data type of the comparison. Null is float32, or float64 if `model.dtype` is: the rounding of bfloat16 would hide
+    the differences that `verify` looks for."""
 
 
 @dataclass
 class Config:
+    """The whole configuration: every key of a run."""
+
     hardware: str = ""
-    """What a recipe is made for, in words; shown where something is missing."""
+    """Hardware that a recipe is made for, in words. Shown when the machine lacks something."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     chunk: ChunkConfig = field(default_factory=ChunkConfig)
