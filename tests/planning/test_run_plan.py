@@ -23,7 +23,8 @@ from chunkflow_cli.planning.run_plan import (
     RunPlan,
     StepPlan,
 )
-from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule, validate
+from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule
+from chunkflow_cli.planning.schedule_proof import validate
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=30)
 # Of a chunk much is fixed, so that it costs something to spread short ones; and pairs count.
