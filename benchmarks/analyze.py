@@ -334,7 +334,7 @@ def plan(lengths: NDArray[np.int64]) -> dict[str, Any]:
         start = time.perf_counter()
         found = way()
         seconds = time.perf_counter() - start
-        chunks, bound = sum(map(len, found)), sum(chunks.lower_bound for chunks in found)
+        chunks, bound = sum(map(len, found)), sum(-(-chunks.tokens // CHUNK_SIZE) for chunks in found)
         result[name] = asdict(Planned(round(seconds, 2), chunks, bound, round(chunks / bound, 5)))
         say(f"{name}: {chunks:,} chunks of at least {bound:,} in {seconds:.2f} s")
     return result

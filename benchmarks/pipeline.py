@@ -137,7 +137,7 @@ def compare(name: str, words: list[str], folder: Path, step: int, *, is_stretche
         ran = [f"{kind}{chunk}" for kind, chunk in zip(timeline.kind[rows], timeline.chunk[rows], strict=True)]
         in_order &= ran == str(schedule).split()
     tokens = chunk_tokens(rank.chunks)
-    given = OperationSeconds.proportional(tokens, STAGES, seconds_per_token=SECONDS_PER_TOKEN)
+    given = OperationSeconds.proportional(tokens * SECONDS_PER_TOKEN, STAGES)
     replayed = simulate(rank.schedules, given if is_stretched else durations(timeline, len(rank.chunks)))
     return {
         "schedule": name,

@@ -22,7 +22,8 @@ from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import StepBatch, StepResult
-from chunkflow_cli.planning.schedule import OpKind, Schedule, validate
+from chunkflow_cli.planning.schedule import OpKind, Schedule
+from chunkflow_cli.planning.schedule_proof import validate
 from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.planning.trace import TRACE_FILE, TracedOperation, chrome_trace
 from chunkflow_cli.training import train

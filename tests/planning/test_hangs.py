@@ -20,7 +20,8 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import CostModel, OperationCost
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan
-from chunkflow_cli.planning.schedule import DUMMY, Layout, Op, OpKind, Schedule, validate, validate_lockstep
+from chunkflow_cli.planning.schedule import DUMMY, Layout, Op, OpKind, Schedule
+from chunkflow_cli.planning.schedule_proof import validate, validate_lockstep
 from chunkflow_cli.planning.topology import Topology
 
 FORWARDS = (OpKind.forward, OpKind.recompute)
@@ -98,7 +99,8 @@ def events_of(plan: RunPlan, step: int, topology: Topology, zero_stage: int) -> 
     for process in range(topology.processes):
         place = topology.place_of(process)
         rank = ranks[process % topology.replicas]
-        replicas, group = tuple(topology.replica_group(process)), tuple(topology.sequence_group(process))
+        first = place.stage * topology.replicas
+        replicas, group = tuple(range(first, first + topology.replicas)), tuple(topology.sequence_group(process))
         stages = topology.pipeline_group(process)
         events: list[Event] = []
         backwards = 0

@@ -18,8 +18,13 @@ from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, timeline
 from chunkflow_cli.planning.proof import validate_groups
-from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
-from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule, validate
+from chunkflow_cli.planning.run_plan import (
+    RankPlan,
+    RunPlan,
+    StepPlan,
+)
+from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule
+from chunkflow_cli.planning.schedule_proof import validate
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=30)
 # Fixed seconds are high, so that spreading short sequences costs something; and pairs cost time.

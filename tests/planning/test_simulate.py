@@ -85,7 +85,7 @@ def test_split_backward_sends_its_gradient_before_its_weight_gradient() -> None:
     assert stage_rows(timeline, 1) == [("F0", 1, 2), ("I0", 2, 3), ("W0", 3, 4)]
     assert stage_rows(timeline, 0) == [("F0", 0, 1), ("I0", 3, 4), ("W0", 4, 5)]
     assert timeline.live_activations.tolist() == [1, 1]
-    seconds, live = timeline.live_activations_over_time(0, 1)
+    seconds, live = timeline.live_bytes(0, 1, [1])
     assert (seconds.tolist(), live.tolist()) == ([1, 2, 2, 3, 3, 4], [1, 1, 1, 1, 1, 0]), "W frees, I does not"
     # Whole and split backwards understand each other: what is awaited is the gradient.
     mixed = simulate(lines("F0 B0", "F0 I0 W0"), OperationSeconds.proportional([1], 2))
@@ -103,7 +103,7 @@ def test_stages_may_differ() -> None:
 def test_memory_over_time() -> None:
     """Activations of 10 and 20 bytes, state of 1 and 2: S takes state alone, R activations, B frees both."""
     timeline = simulate(lines("S0 F1 B1 R0 B0"), OperationSeconds.proportional([1, 1], 1))
-    seconds, live = timeline.live_activations_over_time(0, 0)
+    seconds, live = timeline.live_bytes(0, 0, [1, 1])
     assert seconds.tolist() == [0, 1, 1, 2, 2, 4, 4, 5, 5, 7]
     assert live.tolist() == [0, 0, 1, 1, 1, 0, 1, 1, 1, 0]
     at, held = timeline.live_bytes(0, 0, [10, 20], [1, 2])
@@ -216,11 +216,6 @@ def test_durations_that_do_not_fit() -> None:
 
 def naive_stops(schedules: list[Schedule], seconds: OperationSeconds) -> dict[tuple[int, int], float]:
     """When each operation (stage, position) stops, straight from the rules and by recursion: slow, and independent."""
-    table = {
-        OpKind.state_pass: seconds.state_pass, OpKind.forward: seconds.forward, OpKind.recompute: seconds.recompute,
-        OpKind.backward: seconds.backward, OpKind.input_gradient: seconds.input_gradient,
-        OpKind.weight_gradient: seconds.weight_gradient,
-    }  # fmt: skip
 
     def find(stage: int, chunk: int, kinds: tuple[OpKind, ...]) -> tuple[int, int]:
         for position, op in enumerate(schedules[stage].ops):
@@ -243,7 +238,7 @@ def naive_stops(schedules: list[Schedule], seconds: OperationSeconds) -> dict[tu
         if message is not None:
             on_its_way = 0.0 if seconds.transfer is None else float(seconds.transfer[edge, chunk])
             start = max(start, stop(*message) + on_its_way)
-        values = table[op.kind]
+        values = seconds.of_kind(op.kind)
         assert values is not None
         return start + float(values[stage, chunk])
 

@@ -16,7 +16,7 @@ def test_places_and_ranks_are_inverse_and_groups_partition_the_processes(
     topology = Topology(data, sequence, pipeline)
     ranks = range(topology.processes)
     assert [topology.rank_of(topology.place_of(rank)) for rank in ranks] == list(ranks)
-    for group_of in (topology.sequence_group, topology.pipeline_group, topology.replica_group):
+    for group_of in (topology.sequence_group, topology.pipeline_group):
         groups = {tuple(group_of(rank)) for rank in ranks}
         assert sorted(itertools.chain(*groups)) == list(ranks)
         assert all(rank in group_of(rank) for rank in ranks)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline
-from chunkflow_cli.planning.schedule import Op, OpKind
 from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate, simulate_ranks
 from chunkflow_cli.planning.topology import Place, Topology
-from chunkflow_cli.planning.trace import TRACE_FILE, Recorder, TracedOperation, chrome_trace, measured_timeline, merge
+from chunkflow_cli.planning.trace import TracedOperation, chrome_trace, measured_timeline
 
 
 def timeline_of(lengths: list[int], stages: int) -> tuple[Timeline, list[list[str]]]:
@@ -62,22 +60,8 @@ def test_events_are_what_perfetto_reads() -> None:
     assert names == ["rank 0, sequence 0", "rank 1, sequence 1"]
     first, second = (event for event in trace["traceEvents"] if event["ph"] == "X")
     assert (first["name"], first["ts"], first["dur"], first["pid"]) == ("F1+2", 500_000.0, 250_000.0, 1)
-    assert first["args"] == {"chunk": [1, 2], "kind": "forward", "part": 0, "step": 3}
+    assert first["args"] == {"chunk": [1, 2], "kind": "forward", "step": 3}
     assert (second["name"], second["ts"], second["cat"]) == ("S0", 0.0, "state pass")
-
-
-def test_ranks_write_and_one_merges(tmp_path: Path) -> None:
-    topology = Topology(pipeline=2)
-    for rank in range(2):
-        recorder = Recorder(rank)
-        for step in (1, 2):
-            recorder.step = step
-            recorder.record(Op(OpKind.forward, (0,)), 0.5)
-        recorder.write(tmp_path)
-    assert merge(tmp_path, topology) == tmp_path / TRACE_FILE
-    timeline = measured_timeline(json.loads((tmp_path / TRACE_FILE).read_text()), 2)
-    assert (timeline.ranks, timeline.stages, timeline.kind.tolist()) == (1, 2, ["F", "F"])
-    assert timeline.busy_seconds == pytest.approx(np.array([[0.5, 0.5]]))
 
 
 def test_what_is_no_trace_is_named() -> None:

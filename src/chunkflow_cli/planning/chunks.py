@@ -1,9 +1,9 @@
-"""Chunk construction: short sequences are packed, long ones are split, into chunks of at most `chunk_size` tokens.
+"""Build chunks of at most `chunk_size` tokens: short sequences are packed, long ones are split.
 
-Source: ChunkFlow (arXiv 2503.02356), Algorithm 1. Two things differ. Packing is best-fit decreasing instead of a
-trial of 1, 2, 3... bins: it reaches the fewest bins nearly always and needs one pass. And the last chunk of a long
-sequence may be filled with short sequences (`fill_tails`), where the paper leaves it partly empty; attention treats
-each segment alone, so nothing but the waste changes.
+Source: ChunkFlow (arXiv 2503.02356), Algorithm 1, with two differences. Packing is best-fit decreasing instead of a
+trial of 1, 2, 3... bins: it needs one pass and nearly always reaches the fewest bins. And short sequences may fill the
+last chunk of a long one (`fill_tails`), which the paper leaves partly empty. Attention treats each segment separately,
+so only the waste changes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+Unit = tuple[int, ...]
+"""Indices of one standalone chunk, or of all chunks of a long sequence, ascending."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -25,7 +28,7 @@ class Segment:
     start: int
     stop: int
     length: int
-    """Tokens of the whole sequence."""
+    """Number of tokens in the whole sequence."""
 
     @property
     def tokens(self) -> int:
@@ -37,13 +40,13 @@ class Segment:
 
     @property
     def continues(self) -> bool:
-        """Whether later chunks hold more of this sequence, and so will read its keys and values."""
+        """True if later chunks hold more of this sequence, and so read the keys and values of this segment."""
         return self.stop < self.length
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The unit of a forward or backward: one or more segments. A piece of a long sequence always comes first."""
+    """One or more segments that go through the model together. A piece of a long sequence always comes first."""
 
     segments: tuple[Segment, ...]
 
@@ -57,28 +60,26 @@ class Chunk:
 
     @property
     def long_sequence(self) -> int | None:
-        """The sequence that this chunk holds a piece of; None for a standalone chunk."""
+        """Index of the long sequence that this chunk holds a piece of; None for a standalone chunk."""
         return self.segments[0].sequence if self.is_dependent else None
 
 
 @dataclass(frozen=True)
 class Chunks(Sequence[Chunk]):
-    """The chunks of one optimizer step of one rank, as arrays: a million small objects would cost more than the plan.
+    """The chunks of one rank in one optimizer step, stored as arrays because a million objects would be slow.
 
     Standalone chunks come first, then the dependent chunks of each long sequence, together and in order.
     """
 
     chunk_size: int
     first_segment: NDArray[np.int64]
-    """(chunks + 1,): segments of chunk i are `first_segment[i]` up to `first_segment[i + 1]`."""
+    """(chunks + 1,) chunk i holds segments `first_segment[i]` to `first_segment[i + 1] - 1`."""
     sequence: NDArray[np.int64]
-    """(segments,)"""
+    """(segments,), like `start` and `stop`: the fields of each `Segment`."""
     start: NDArray[np.int64]
-    """(segments,)"""
     stop: NDArray[np.int64]
-    """(segments,)"""
     lengths: NDArray[np.int64]
-    """(sequences,): tokens of each sequence."""
+    """(sequences,) tokens of each sequence."""
 
     def __len__(self) -> int:
         return len(self.first_segment) - 1
@@ -86,15 +87,11 @@ class Chunks(Sequence[Chunk]):
     def __getitem__(self, index: int) -> Chunk:  # type: ignore[override]
         if not -len(self) <= index < len(self):
             raise IndexError(f"chunk {index} of {len(self)}")
-        first, last = self.first_segment[index % len(self)], self.first_segment[index % len(self) + 1]
-        return Chunk(
-            tuple(
-                Segment(
-                    int(self.sequence[i]), int(self.start[i]), int(self.stop[i]), int(self.lengths[self.sequence[i]])
-                )
-                for i in range(first, last)
-            )
-        )
+        index %= len(self)
+        segments = slice(self.first_segment[index], self.first_segment[index + 1])
+        sequence = self.sequence[segments]
+        columns = (sequence, self.start[segments], self.stop[segments], self.lengths[sequence])
+        return Chunk(tuple(map(Segment, *(column.tolist() for column in columns))))
 
     def __iter__(self) -> Iterator[Chunk]:
         return (self[index] for index in range(len(self)))
@@ -109,28 +106,24 @@ class Chunks(Sequence[Chunk]):
         first = self.first_segment[:-1]
         return (self.stop - self.start)[first] < self.lengths[self.sequence[first]]
 
-    @property
-    def lower_bound(self) -> int:
-        """No plan has fewer chunks: ceil(tokens / chunk_size)."""
-        return -(-self.tokens // self.chunk_size)
-
-    @property
-    def fill(self) -> float:
-        """Share of the chunks' room that holds tokens."""
-        return self.tokens / (len(self) * self.chunk_size) if len(self) else 1.0
-
     def stored_tokens(self, sequence: int) -> int:
-        """Tokens of a sequence whose keys and values a later chunk reads: all before its last piece."""
+        """Return how many tokens of a sequence later chunks read the keys and values of: all before its last piece."""
         return int(self.start[self.sequence == sequence].max())
 
     def dependent_groups(self) -> list[range]:
-        """For each long sequence, the indices of its chunks, in order."""
+        """Return the indices of the chunks of each long sequence, in order."""
         dependent = np.flatnonzero(self.is_dependent)
         if not len(dependent):
             return []
         sequences = self.sequence[self.first_segment[dependent]]
         edges = np.flatnonzero(np.diff(sequences)) + 1
         return [range(int(group[0]), int(group[-1]) + 1) for group in np.split(dependent, edges)]
+
+    def units(self) -> list[Unit]:
+        """Return what stays together in any order of the chunks: standalone chunks first, then long sequences."""
+        groups = self.dependent_groups()
+        standalone = range(groups[0].start if groups else len(self))
+        return [(chunk,) for chunk in standalone] + [tuple(group) for group in groups]
 
 
 def build_chunks(
@@ -140,47 +133,43 @@ def build_chunks(
     fill_tails: bool = True,
     pair_weight: float = 0.0,
 ) -> Chunks:
-    """Chunks that together hold every token of every sequence exactly once.
+    """Return the chunks that together hold every token of every sequence exactly once.
 
-    A sequence longer than `chunk_size` is cut every `chunk_size` tokens, or into pieces that take equally long (see
-    `cut_points`); a chunk holds at most one such piece. The others go, longest first, where they leave the least room
-    (best-fit decreasing).
+    A sequence longer than `chunk_size` is cut at its `cut_points`; a chunk holds at most one such piece. The other
+    sequences go, longest first, where they leave the least room (best-fit decreasing).
 
     Args:
         lengths: (sequences,) tokens of each sequence.
         chunk_size: most tokens in a chunk.
         fill_tails: let the last chunk of a long sequence take short sequences.
-        pair_weight: seconds of a query-key pair, in seconds of a token; above 0, pieces are cut to take equally long.
+        pair_weight: seconds of a query-key pair divided by seconds of a token. Above 0, the pieces of a long sequence
+            take equally long.
 
     Raises:
         ValueError: a length or the chunk size is not positive.
     """
     sizes = _checked(lengths, chunk_size)
-    long = np.flatnonzero(sizes > chunk_size)
+    long, short = np.flatnonzero(sizes > chunk_size), np.flatnonzero(sizes <= chunk_size)
     long_start, long_stop, pieces = _cut(sizes[long], chunk_size, pair_weight)
-    tails = (long_stop - long_start)[np.cumsum(pieces) - 1]
-    bins, bin_of = _best_fit_decreasing(sizes, chunk_size, tails if fill_tails else tails[:0])
+    tails = np.cumsum(pieces)[: len(long) if fill_tails else 0] - 1
+    bins, bin_of = _best_fit_decreasing(sizes, chunk_size, (long_stop - long_start)[tails])
+    # The first bins are the tails that may be filled. The others are the standalone chunks, which go first.
+    standalone = bins - len(tails)
+    chunk_of_bin = np.concatenate([standalone + tails, np.arange(standalone)])
 
-    standalone = bins - (len(long) if fill_tails else 0)
-    chunk_count = standalone + int(pieces.sum())
-    # Bin b < len(long) is the tail of long[b] (if tails are filled); the others are standalone chunks, which go first.
-    last_chunk_of_long = standalone + np.cumsum(pieces) - 1
-    first_chunks = np.concatenate([last_chunk_of_long if fill_tails else last_chunk_of_long[:0], np.arange(standalone)])
-
-    short = np.flatnonzero(sizes <= chunk_size)
     sequence = np.concatenate([np.repeat(long, pieces), short])
     start = np.concatenate([long_start, np.zeros_like(short)])
     stop = np.concatenate([long_stop, sizes[short]])
-    chunk = np.concatenate([standalone + np.arange(int(pieces.sum())), first_chunks[bin_of[short]]])
+    chunk = np.concatenate([standalone + np.arange(len(long_start)), chunk_of_bin[bin_of[short]]])
     order = np.argsort(chunk, kind="stable")  # stable: the piece of a long sequence stays before the short ones
-    first_segment = np.searchsorted(chunk[order], np.arange(chunk_count + 1))
+    first_segment = np.searchsorted(chunk[order], np.arange(standalone + len(long_start) + 1))
     return Chunks(chunk_size, first_segment.astype(np.int64), sequence[order], start[order], stop[order], sizes)
 
 
 def join_chunks(first: Chunks, second: Chunks) -> Chunks:
-    """The chunks of `first`, then those of `second`, over the sequences of both in that order.
+    """Return the chunks of `first`, then those of `second`, over the sequences of both in that order.
 
-    Standalone chunks are then first only within each of the two. `chunk_size` is that of `second`: they may differ.
+    Standalone chunks come first only within each of the two. `chunk_size` is that of `second`; the two may differ.
     """
     return Chunks(
         second.chunk_size,
@@ -193,12 +182,12 @@ def join_chunks(first: Chunks, second: Chunks) -> Chunks:
 
 
 def cut_points(length: int, chunk_size: int, pair_weight: float) -> NDArray[np.int64]:
-    """(pieces + 1,) where a long sequence is cut, from 0 to its length.
+    """Return where a long sequence is cut, (pieces + 1,), from 0 to its length.
 
-    Without weight, every `chunk_size` tokens. With it, into the fewest pieces of at most `chunk_size` tokens that take
-    equally long (InfiniPipe, arXiv 2509.21275, balances its splits so): the time of the first t positions is
-    t + w t^2 / 2, in seconds of a token, so the i-th of N cuts lies where that is i / N of the whole. The first piece
-    is the longest.
+    With `pair_weight` 0, the cuts are `chunk_size` tokens apart. Above 0, there are as few pieces of at most
+    `chunk_size` tokens as possible, and they take equally long (InfiniPipe, arXiv 2509.21275, balances its splits this
+    way). The first t tokens take t + w t^2 / 2, in seconds of a token, so the i-th of N cuts is where that is i / N of
+    the whole. The first piece is the longest.
     """
     if pair_weight <= 0:
         return np.append(np.arange(0, length, chunk_size), length)
@@ -207,28 +196,28 @@ def cut_points(length: int, chunk_size: int, pair_weight: float) -> NDArray[np.i
     pieces = int(np.ceil(whole / most))
     share = np.arange(1, pieces) * (whole / pieces)
     cuts = np.floor((np.sqrt(1 + 2 * weight * share) - 1) / weight).astype(np.int64)
-    return np.unique(np.concatenate([[0], cuts, [length]]))  # where pieces would be of less than a token: fewer of them
+    return np.unique(np.concatenate([[0], cuts, [length]]))  # pieces of less than a token are merged
 
 
 def _cut(
     sizes: NDArray[np.int64], chunk_size: int, pair_weight: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """(pieces,) starts and stops of the pieces of all long sequences, and (sequences,) how many each has."""
-    if pair_weight <= 0:
+    """Return starts and stops of the pieces of all long sequences, (pieces,), and how many each has, (sequences,)."""
+    if pair_weight <= 0:  # what `cut_points` returns, in half of the time
         pieces = -(-sizes // chunk_size)
         index = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         return index * chunk_size, np.minimum((index + 1) * chunk_size, np.repeat(sizes, pieces)), pieces
     cuts = [cut_points(size, chunk_size, pair_weight) for size in sizes.tolist()]
-    empty = np.empty(0, dtype=np.int64)
+    none = np.empty(0, dtype=np.int64)
     return (
-        np.concatenate([each[:-1] for each in cuts] or [empty]),
-        np.concatenate([each[1:] for each in cuts] or [empty]),
+        np.concatenate([none, *(each[:-1] for each in cuts)]),
+        np.concatenate([none, *(each[1:] for each in cuts)]),
         np.array([len(each) - 1 for each in cuts], dtype=np.int64),
     )
 
 
 def count_chunks(lengths: Sequence[int] | NDArray[np.int64], chunk_size: int) -> int:
-    """`len(build_chunks(lengths, chunk_size))`, in less time.
+    """Return `len(build_chunks(lengths, chunk_size))` in less time.
 
     Raises:
         ValueError: a length or the chunk size is not positive.
@@ -251,16 +240,13 @@ def _checked(lengths: Sequence[int] | NDArray[np.int64], chunk_size: int) -> NDA
 def _best_fit_decreasing(
     sizes: NDArray[np.int64], capacity: int, tails: NDArray[np.int64]
 ) -> tuple[int, NDArray[np.int64]]:
-    """Number of bins, and the bin of each size that fits in one (-1 for the others); bins 0.. already hold `tails`.
+    """Return the number of bins and the bin of each size, -1 for a size that fits in none.
 
-    Open bins are kept by the room that they have left, in a sorted list of the distinct values: at most `capacity`
-    of them, however many bins there are.
+    The first bins already hold `tails`. Open bins are kept by the room that is left in them, with a sorted list of the
+    distinct values: at most `capacity` of them, however many bins there are.
     """
     bin_of = np.full(len(sizes), -1, dtype=np.int64)
     short = np.flatnonzero(sizes <= capacity)
-    if not len(tails) and 0 < int(sizes[short].sum()) <= capacity:
-        bin_of[short] = 0
-        return 1, bin_of
     bins_with_room: dict[int, list[int]] = {}
     for index, tail in enumerate(tails.tolist()):
         bins_with_room.setdefault(capacity - tail, []).append(index)
@@ -269,7 +255,7 @@ def _best_fit_decreasing(
     bins = len(tails)
     order = short[np.argsort(-sizes[short], kind="stable")]
     chosen = []
-    for size in sizes[order].tolist():  # a million times: function calls would take half of the time
+    for size in sizes[order].tolist():  # up to a million times: function calls would double the time
         place = bisect_left(rooms, size)
         if place == len(rooms):
             index, room = bins, capacity - size

@@ -1,4 +1,4 @@
-"""Schedules of a pipeline: what each stage does in one optimizer step, and the proof that it is right.
+"""Plan what each stage of a pipeline does in one optimizer step.
 
     stage 0   F0 F1 S2 F3 B0 B1 B3 R2 B2         two standalone chunks, then a sequence of two chunks, K = 1
     stage 1   F0 F1 S2 B0 F3 B1 B3 R2 B2
@@ -8,19 +8,19 @@ then one forward and one backward in turn. State-aware 1F1B (ChunkFlow, arXiv 25
 order of the chunks, the backwards of a sequence descending, and where 1F1B would run a backward whose later sibling has
 not run, another forward instead.
 
-What is ours:
+Chunkflow differs from the paper in four ways:
 - A stage recomputes *locally*, from its input of the state pass, which it keeps. Sent through the stages again, a
   recompute costs more than it saves: worse than plain 1F1B in the paper's own example.
-- `warmup_extra`: more warm-up forwards a stage. One reaches the bubble of equally long sequences in that example.
+- `warmup_extra` adds warm-up forwards to every stage. One reaches the bubble of equally long sequences in that example.
 - *Whole units ahead*: while a long sequence goes backward, P - 1 - s whole units (standalone chunks, long sequences)
-  after it have been forwarded, not P - 1 - s chunks, or the pipeline drains and fills again at every long sequence. On
-  data with many, chunk by chunk is worse than no chunks at all; the price is the state of as many sequences.
-- *Room*: stage `s` holds at most K + P - 1 - s + warmup_extra live activations, however long the sequences are. What
-  would exceed that is forwarded later; state passes leave no activations.
+  after it have been forwarded, not P - 1 - s chunks. Otherwise the pipeline drains and fills again at every long
+  sequence, and on data with many of them that is worse than no chunks at all. The price is their state.
+- *Room*: stage `s` holds at most K + P - 1 - s + warmup_extra live activations, however long the sequences are. A
+  forward that would exceed that waits; state passes leave no activations.
 
-Why plain and state-aware 1F1B never deadlock: all stages run the same forwards and the same backwards in one order, and
-a stage runs at least as many forwards before its j-th backward as the stage after it. So a forward waits only for
-earlier forwards of the stage before, and for backwards that themselves wait only for earlier forwards.
+Plain and state-aware 1F1B never deadlock: all stages run the same forwards and the same backwards in one order, and a
+stage runs at least as many forwards before its j-th backward as the stage after it. So a forward waits only for earlier
+forwards of the stage before, and for backwards that themselves wait only for earlier forwards.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from chunkflow_cli.planning.chunks import Chunks
+from chunkflow_cli.planning.costs import chunk_tokens
 from chunkflow_cli.planning.pipeline_orders import plain_1f1b, state_aware_1f1b
 from chunkflow_cli.planning.pipeline_search import searched
 from chunkflow_cli.planning.schedule import Schedule
@@ -39,21 +40,18 @@ from chunkflow_cli.planning.zero_bubble import zero_bubble
 
 PIPELINE_SCHEDULES = ("1f1b", "state_aware_1f1b", "searched", "zero_bubble")
 CHOSEN_BY_SECONDS = ("searched", "zero_bubble")
-"""Those that depend on how long operations take."""
+"""The schedules that depend on how long operations take."""
 
 
 @dataclass(frozen=True)
 class PipelineLayout:
-    """How the model lies on the stages of a pipeline, and how they take turns."""
+    """How many stages a pipeline has, and how they take turns."""
 
     stages: int
     schedule: str = "state_aware_1f1b"
     """One of PIPELINE_SCHEDULES."""
     warmup_extra: int = 0
-    """More warm-up forwards a stage than 1F1B has; each takes about one more live activation. `searched` tries all
-    from 0 up to this, or up to 2."""
-    most_live: int | None = None
-    """Live activations that a stage has room for; what `searched` and `zero_bubble` take must stay within it."""
+    """Warm-up forwards per stage in addition to those of 1F1B; each takes about one more live activation."""
 
     def __post_init__(self) -> None:
         if self.schedule not in PIPELINE_SCHEDULES:
@@ -62,35 +60,36 @@ class PipelineLayout:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
+    @property
+    def most_warmup_extra(self) -> int:
+        """The largest `warmup_extra` that a schedule may have: `searched` tries all from 0 to 2, or to a larger one."""
+        return max(2, self.warmup_extra) if self.schedule == "searched" else self.warmup_extra
+
 
 def plan_pipeline(
     chunks: Chunks, k: int, layout: PipelineLayout, seconds: OperationSeconds | None = None
 ) -> tuple[Schedule, ...]:
-    """The operations of one step, a schedule for each stage.
+    """Return the operations of one step of a data-parallel rank, one schedule per stage.
 
     Args:
-        chunks: the chunks of the step of one data-parallel rank.
         k: how many chunks of a long sequence keep their activations.
-        layout: the stages.
-        seconds: what `searched` and `zero_bubble` choose by; proportional to tokens if not given.
+        seconds: durations by which `searched` and `zero_bubble` choose; by default proportional to tokens.
     """
-    if seconds is None and layout.schedule in CHOSEN_BY_SECONDS:
+    if seconds is None:
         seconds = OperationSeconds.proportional(chunk_tokens(chunks), layout.stages)
     match layout.schedule:
         case "1f1b":
             return plain_1f1b(chunks, k, layout.stages, layout.warmup_extra)
         case "zero_bubble":
-            assert seconds is not None
-            return zero_bubble(chunks, k, layout.stages, seconds, layout.warmup_extra, most_live=layout.most_live)
+            return zero_bubble(chunks, k, seconds, layout.warmup_extra)
         case "searched":
-            assert seconds is not None
-            return searched(chunks, k, layout.stages, seconds, max(2, layout.warmup_extra), most_live=layout.most_live)
+            return searched(chunks, k, seconds, layout.most_warmup_extra)
         case _:
             return state_aware_1f1b(chunks, k, layout.stages, layout.warmup_extra)
 
 
 def sequences_as_chunks(lengths: ArrayLike) -> Chunks:
-    """The micro-batches of plain training, to compare with: each sequence whole, in the data's order.
+    """Return the micro-batches of plain training, for comparison: each sequence whole, in the data's order.
 
     Args:
         lengths: (sequences,) tokens of each sequence.
@@ -100,28 +99,15 @@ def sequences_as_chunks(lengths: ArrayLike) -> Chunks:
     return Chunks(int(sizes.max(initial=1)), np.arange(len(sizes) + 1), index, np.zeros_like(sizes), sizes, sizes)
 
 
-def chunk_tokens(chunks: Chunks) -> NDArray[np.int64]:
-    """(chunks,): tokens of each chunk."""
-    ends = np.concatenate([[0], np.cumsum(chunks.stop - chunks.start)])
-    return np.diff(ends[chunks.first_segment])
-
-
 def activation_bound(k: int, layout: PipelineLayout) -> tuple[int, ...]:
-    """Live activations that no stage exceeds, whatever the lengths: (stages,).
+    """Return the live activations that each stage never exceeds, (stages,), for any lengths.
 
-    Plain 1F1B: K (P - s + warmup_extra). State-aware: K + P - 1 - s + warmup_extra; `searched` has the largest warm-up
-    it may try, and `zero_bubble` the room of the fullest stage on all.
+    K (P - s + warmup_extra) with plain 1F1B, and K + P - 1 - s + warmup_extra with state-aware 1F1B. `searched` has the
+    largest warm-up that it may try, and `zero_bubble` the bound of the fullest stage on all.
     """
-    stages = layout.stages
-    in_flight = [stages - stage + layout.warmup_extra for stage in range(stages)]
-    match layout.schedule:
-        case "1f1b":
-            return tuple(k * held for held in in_flight)
-        case "zero_bubble":
-            return (k - 1 + in_flight[0] if layout.most_live is None else layout.most_live,) * stages
-        case "searched":
-            tried = max(2, layout.warmup_extra)
-            held = [k - 1 + stages - stage + tried for stage in range(stages)]
-            return tuple(held if layout.most_live is None else [min(layout.most_live, most) for most in held])
-        case _:
-            return tuple(k - 1 + held for held in in_flight)
+    in_flight = [layout.stages - stage + layout.most_warmup_extra for stage in range(layout.stages)]
+    if layout.schedule == "1f1b":
+        return tuple(k * held for held in in_flight)
+    if layout.schedule == "zero_bubble":
+        return (k - 1 + in_flight[0],) * layout.stages
+    return tuple(k - 1 + held for held in in_flight)

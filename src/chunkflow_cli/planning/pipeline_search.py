@@ -1,15 +1,14 @@
-"""The order of sequences and the warm-up that simulate fastest."""
+"""Search for the order of sequences and the warm-up that simulate fastest."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from chunkflow_cli.planning.chunks import Chunks
-from chunkflow_cli.planning.pipeline_orders import Unit, live_activations, state_aware_1f1b, units_of
+from chunkflow_cli.planning.chunks import Chunks, Unit
+from chunkflow_cli.planning.pipeline_orders import live_activations, state_aware_1f1b
 from chunkflow_cli.planning.schedule import Schedule
 from chunkflow_cli.planning.simulate import OperationSeconds, simulate
 
@@ -17,108 +16,73 @@ from chunkflow_cli.planning.simulate import OperationSeconds, simulate
 def searched(
     chunks: Chunks,
     k: int,
-    stages: int,
     seconds: OperationSeconds,
     most_warmup_extra: int = 2,
     *,
-    most_live: int | None = None,
     simulated_operations: int = 1_000_000,
 ) -> tuple[Schedule, ...]:
-    """The fastest state-aware 1F1B that was found: its order of standalone chunks and long sequences, its warm-up.
+    """Return the fastest state-aware 1F1B that is found by varying the order of units and the warm-up.
 
-    First the orders that rules give (standalone chunks before, after, around and between the long sequences; each kind
-    as it comes, longest or shortest first), each with each warm-up; then moves of one unit from the best on, as long as
-    the budget lasts. The result depends on nothing but the arguments. Of equally fast ones the one with the fewest live
-    activations wins, then the first.
+    The search first tries the orders that rules give, each with each warm-up. Then, until the budget is spent, it moves
+    one unit at a time from the best order on. The result depends only on the arguments. Of equally fast schedules the
+    one with the fewest live activations wins, then the first.
 
     Args:
-        chunks: the chunks of the step.
         k: how many chunks of a long sequence keep their activations.
-        stages: of the pipeline.
-        seconds: what the schedules are simulated with.
-        most_warmup_extra: warm-up forwards more than P - 1 - s are tried from 0 up to this.
-        most_live: live activations that a stage has room for; None: as many as the fastest takes.
-        simulated_operations: when to stop; a million take about two seconds.
-
-    Raises:
-        ValueError: state-aware 1F1B without extra warm-up already exceeds `most_live`.
+        seconds: durations by which the schedules of all stages are simulated.
+        most_warmup_extra: the largest `warmup_extra`; all from 0 on are tried.
+        simulated_operations: the budget; a million take about two seconds.
     """
-    search = _Search(chunks, k, stages, seconds, most_live, simulated_operations)
-    units = units_of(chunks)
-    warmups = range(most_warmup_extra + 1)
-    best = search.measure(units, 0)
-    if best is None:
-        raise ValueError(f"most_live={most_live}: state-aware 1F1B holds more live activations than that")
-    for order in itertools.chain([tuple(units)], _orders_by_rule(units, seconds)):
-        for warmup in warmups:
-            best = min(best, search.measure(order, warmup) or best)
+    search = _Search(chunks, k, seconds, simulated_operations)
+    units = tuple(chunks.units())
+    for order in itertools.chain([units], _orders_by_rule(units, seconds)):
+        for warmup_extra in range(most_warmup_extra + 1):
+            search.improves(order, warmup_extra)
     improved = True
-    while improved and search.has_budget:
+    while improved:
         improved = False
-        for order in _moves(best.units):
-            found = search.measure(order, best.warmup_extra)
-            if not search.has_budget:
+        for order in _moves(search.units):
+            if search.operations_left <= 0:
                 break
-            if found is not None and found < best:
-                best, improved = found, True
+            if search.improves(order, search.warmup_extra):
+                improved = True
                 break
-    return state_aware_1f1b(chunks, k, stages, best.warmup_extra, best.units)
-
-
-@dataclass(frozen=True, order=True)
-class _Found:
-    makespan: float
-    live: int
-    turn: int
-    """How many schedules were measured before: of equals the first wins."""
-    warmup_extra: int
-    units: tuple[Unit, ...]
+    return search.schedules
 
 
 class _Search:
-    """Measures each schedule once, and counts what that took."""
+    """The best schedules so far. Each order is simulated at most once, as long as the budget lasts."""
 
-    def __init__(
-        self,
-        chunks: Chunks,
-        k: int,
-        stages: int,
-        seconds: OperationSeconds,
-        most_live: int | None,
-        simulated_operations: int,
-    ) -> None:
-        self._chunks, self._k, self._stages, self._seconds = chunks, k, stages, seconds
-        self._most_live = most_live
-        self._operations_left = simulated_operations
-        self._found: dict[tuple[tuple[Unit, ...], int], _Found | None] = {}
+    def __init__(self, chunks: Chunks, k: int, seconds: OperationSeconds, simulated_operations: int) -> None:
+        self._chunks, self._k, self._seconds = chunks, k, seconds
+        self.operations_left = simulated_operations
+        self._tried: set[tuple[tuple[Unit, ...], int]] = set()
+        self._cost = (float("inf"), 0)
+        """The makespan and the live activations of the fullest stage."""
+        self.units: tuple[Unit, ...] = ()
+        self.warmup_extra = 0
+        self.schedules: tuple[Schedule, ...] = ()
 
-    @property
-    def has_budget(self) -> bool:
-        return self._operations_left > 0
-
-    def measure(self, units: Sequence[Unit], warmup_extra: int) -> _Found | None:
-        """None if the schedule holds too much, or if the budget is spent; the first is measured in any case."""
-        key = (tuple(units), warmup_extra)
-        if key in self._found:
-            return self._found[key]
-        if self._found and not self.has_budget:
-            return None
-        schedules = state_aware_1f1b(self._chunks, self._k, self._stages, warmup_extra, units)
-        self._operations_left -= sum(len(schedule.ops) for schedule in schedules)
-        live = max(live_activations(schedule) for schedule in schedules)
-        found = None
-        if self._most_live is None or live <= self._most_live:
-            makespan = simulate(schedules, self._seconds).makespan
-            found = _Found(makespan, live, len(self._found), warmup_extra, key[0])
-        self._found[key] = found
-        return found
+    def improves(self, units: tuple[Unit, ...], warmup_extra: int) -> bool:
+        """Simulate an order and keep it if it is better; the first is simulated whatever the budget."""
+        if (units, warmup_extra) in self._tried or (self._tried and self.operations_left <= 0):
+            return False
+        self._tried.add((units, warmup_extra))
+        schedules = state_aware_1f1b(self._chunks, self._k, self._seconds.stages, warmup_extra, units)
+        self.operations_left -= sum(len(schedule.ops) for schedule in schedules)
+        cost = (simulate(schedules, self._seconds).makespan, max(map(live_activations, schedules)))
+        if cost >= self._cost:
+            return False
+        self._cost, self.units, self.warmup_extra, self.schedules = cost, units, warmup_extra, schedules
+        return True
 
 
 def _orders_by_rule(units: Sequence[Unit], seconds: OperationSeconds) -> Iterator[tuple[Unit, ...]]:
+    """Yield standalone chunks before, after, around and between the long sequences, each kind in three orders."""
     work = (seconds.forward + seconds.backward).sum(axis=0)
     cost = {unit: float(sum(work[chunk] for chunk in unit)) for unit in units}
-    standalone: list[Unit] = [unit for unit in units if len(unit) == 1]
-    long: list[Unit] = [unit for unit in units if len(unit) > 1]
+    standalone = [unit for unit in units if len(unit) == 1]
+    long = [unit for unit in units if len(unit) > 1]
 
     def sorted_ways(same_kind: list[Unit]) -> list[list[Unit]]:
         ascending = sorted(same_kind, key=lambda unit: cost[unit])
@@ -134,7 +98,7 @@ def _orders_by_rule(units: Sequence[Unit], seconds: OperationSeconds) -> Iterato
 
 
 def _spread(standalone: Sequence[Unit], long: Sequence[Unit]) -> tuple[Unit, ...]:
-    """As many standalone chunks before each long sequence as after the last one."""
+    """Return an order with as many standalone chunks before each long sequence as after the last one."""
     shares = np.array_split(np.arange(len(standalone)), len(long) + 1)
     order: list[Unit] = []
     for share, sequence in itertools.zip_longest(shares, long):
@@ -144,7 +108,7 @@ def _spread(standalone: Sequence[Unit], long: Sequence[Unit]) -> tuple[Unit, ...
 
 
 def _moves(units: tuple[Unit, ...]) -> Iterator[tuple[Unit, ...]]:
-    """Every order in which one unit stands elsewhere: long sequences are moved first, they matter most."""
+    """Yield every order with one unit in another place. Long sequences move first, because they matter most."""
     for unit in sorted(units, key=lambda unit: (-len(unit), unit)):
         others = [other for other in units if other != unit]
         for place in range(len(units)):

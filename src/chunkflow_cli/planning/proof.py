@@ -1,11 +1,12 @@
-"""Prove that the plan of a step keeps what training promises, before anything of the step runs.
+"""Prove that the plan of a step keeps what training promises, before any of the step runs.
 
-Every process plans the whole step, so every process proves all of it and comes to the same verdict: a broken plan stops
-all ranks at once, and none waits for another.
+Every process plans and proves the whole step, so all come to the same verdict: a broken plan stops all ranks at once,
+and none waits for another.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +14,9 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.costs import chunk_tokens
 from chunkflow_cli.planning.pipeline import activation_bound
-from chunkflow_cli.planning.pipeline_proof import validate_pipeline
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
-from chunkflow_cli.planning.schedule import Op, Schedule, validate, validate_lockstep
+from chunkflow_cli.planning.schedule import Op, Schedule
+from chunkflow_cli.planning.schedule_proof import validate, validate_lockstep, validate_pipeline
 
 
 def validate_step(step: StepPlan, plan: RunPlan) -> None:
@@ -23,12 +24,8 @@ def validate_step(step: StepPlan, plan: RunPlan) -> None:
 
     Takes time linear in the chunks of the step.
 
-    Args:
-        step: a step of `plan`.
-        plan: the plan of the run, which says what K is and how ranks work together.
-
     Raises:
-        ValueError: a rule is broken; names the rank, the operation where there is one, and the rule.
+        ValueError: a rule is broken; names the rank, the rule, and the operation if there is one.
     """
     if plan.sequence > 1:
         validate_groups(step.ranks)
@@ -51,7 +48,7 @@ def _validate_samples(step: StepPlan) -> None:
 
 
 def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
-    """Prove that the chunks hold each token of the rank's samples once, in order, and none holds more than it may."""
+    """Prove that the chunks hold each token of the rank's samples once, in order, and that each chunk has room."""
     chunks = rank.chunks
     if not np.array_equal(chunks.lengths, plan.lengths[rank.samples]):
         raise ValueError("its chunks are not made of the lengths of its samples")
@@ -59,10 +56,9 @@ def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
     order = np.lexsort((chunk, chunks.sequence))
     sequence, start, stop = chunks.sequence[order], chunks.start[order], chunks.stop[order]
     is_first = np.diff(sequence, prepend=-1) != 0
-    follows = start == np.where(is_first, 0, np.roll(stop, 1))
-    if not (follows & (stop > start)).all():
-        broken = int(sequence[np.flatnonzero(~(follows & (stop > start)))[0]])
-        raise ValueError(f"the pieces of sample {rank.samples[broken]} do not follow each other")
+    follows = (start == np.where(is_first, 0, np.roll(stop, 1))) & (stop > start)
+    if not follows.all():
+        raise ValueError(f"the pieces of sample {rank.samples[sequence[np.argmin(follows)]]} do not follow each other")
     if not np.array_equal(np.bincount(sequence, stop - start, minlength=len(chunks.lengths)), chunks.lengths):
         raise ValueError("its chunks do not hold every token of its samples")
     tokens = chunk_tokens(chunks)
@@ -81,19 +77,19 @@ def _validate_schedules(rank: RankPlan, plan: RunPlan) -> None:
 
 
 def _is_spread(rank: RankPlan) -> NDArray[np.bool_]:
-    """(sequences,) True for each that the rank's whole sequence-parallel group runs together."""
+    """Return True for each sequence that the rank's whole sequence-parallel group runs together, (sequences,)."""
     spread = rank.chunks.sequence[: rank.chunks.first_segment[len(rank.spread)]]
     return np.isin(np.arange(len(rank.chunks.lengths)), spread)
 
 
 def validate_groups(ranks: Sequence[RankPlan]) -> None:
-    """Prove of the ranks of a step that those of each sequence-parallel group can run together.
+    """Prove that the ranks of each sequence-parallel group can run together.
 
-    The operations on spread chunks communicate within the group: each of its ranks must run the same ones in one order,
-    on the same chunks of the same samples. What a rank runs alone does not, and no operation is both.
+    Operations on spread chunks communicate within the group. So all of its ranks must run the same ones in the same
+    order, on the same chunks of the same samples. No operation may join a spread chunk and one that a rank runs alone.
 
     Args:
-        ranks: group by group.
+        ranks: all ranks of a step, group by group.
 
     Raises:
         ValueError: names the rank that differs from the first of its group, and where.
@@ -108,17 +104,16 @@ def validate_groups(ranks: Sequence[RankPlan]) -> None:
         if _spread_tokens(rank) != _spread_tokens(first):
             raise ValueError(f"rank {index}: its spread chunks are not those of its group's first rank")
         for stage, (schedule, expected) in enumerate(zip(rank.schedules, first.schedules, strict=True)):
-            own, others = _spread_operations(rank, schedule), _spread_operations(first, expected)
-            if own != others:
-                differs = next((i for i, pair in enumerate(zip(own, others, strict=False)) if pair[0] != pair[1]),
-                               min(len(own), len(others)))  # fmt: skip
+            ops = itertools.zip_longest(_spread_operations(rank, schedule), _spread_operations(first, expected))
+            differs = next((position for position, (own, other) in enumerate(ops) if own != other), None)
+            if differs is not None:
                 raise ValueError(
                     f"rank {index}, stage {stage}: spread operation {differs} is not that of its group's first rank"
                 )
 
 
 def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
-    """Of each spread chunk the samples, starts and stops of its segments."""
+    """Return the sample, start and stop of each segment of each spread chunk."""
     return [
         [(int(rank.samples[part.sequence]), part.start, part.stop) for part in rank.chunks[chunk].segments]
         for chunk in rank.spread
@@ -126,6 +121,7 @@ def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
 
 
 def _spread_operations(rank: RankPlan, schedule: Schedule) -> list[Op]:
+    """Return the operations of a schedule on spread chunks."""
     operations = []
     for op in schedule.ops:
         together = {chunk in rank.spread for chunk in op.real_chunks}

@@ -1,32 +1,35 @@
-"""What one rank does in one optimizer step: a list of operations that can be read, checked and simulated.
+"""The operations of one rank in one optimizer step, as a list that can be read, checked and simulated.
 
     S0 S1 F2 B2 R1 B1 R0 B0        one sequence of three chunks, K = 1
     S0 F1+2 B2+1 R0 B0             K = 2, the retained chunks in one engine call (ZeRO-3 needs that)
-    F0 I0 W0                       a pipeline stage whose backwards are split in two
-    S- F3+- B-+3                   in lock-step with ranks that have more to do: `-` is a token that nothing comes of
+    F0 I0 W0                       a pipeline stage with a backward that is split in two
+    S- F3+- B-+3                   in lock-step with ranks that have more to do: `-` is a dummy token
 
-Source: ChunkFlow (arXiv 2503.02356), section 4.2, in the reading of its prose: the *last* K chunks of a sequence keep
-their activations, and backwards descend strictly, for the keys and values of a chunk collect gradient from every later
+Source: ChunkFlow (arXiv 2503.02356), section 4.2, as its prose has it: the *last* K chunks of a sequence keep their
+activations, and backwards descend strictly, because the keys and values of a chunk collect gradient from every later
 one. (Algorithm 2 as printed keeps the others and ends ascending, which breaks the memory bound and the gradient.)
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from chunkflow_cli.planning.chunks import Chunks
+from chunkflow_cli.planning.chunks import Chunks, Unit
 
 DUMMY = -1
-"""Instead of a chunk: one token of zero loss, where a rank must do something because the others do."""
+"""In place of a chunk: one token of zero loss, for a rank that must do something because the others do."""
 
 
 class OpKind(str, Enum):
+    """What an operation does with its chunks. The name is that of its field in `OperationSeconds`."""
+
     state_pass = "S"
-    """Forward of a chunk that will be recomputed: no autograd, only its keys and values are kept."""
+    """Forward of a chunk that will be recomputed: without autograd, only its keys and values are kept."""
     forward = "F"
     """Forward that keeps its activations."""
     recompute = "R"
@@ -35,11 +38,13 @@ class OpKind(str, Enum):
     input_gradient = "I"
     """First half of a split backward: the gradient that the previous stage waits for."""
     weight_gradient = "W"
-    """Second half of a split backward: nobody waits for it, so it fills the bubbles of a pipeline."""
+    """Second half of a split backward. No stage waits for it, so it fills the bubbles of a pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
+    """One operation on one or more chunks."""
+
     kind: OpKind
     chunks: tuple[int, ...]
     """Usually one. Retained chunks of a sequence may share one engine call; a backward lists them descending."""
@@ -50,12 +55,14 @@ class Op:
 
     @property
     def real_chunks(self) -> tuple[int, ...]:
-        """Without dummies."""
+        """The chunks without dummies."""
         return self.chunks if DUMMY not in self.chunks else tuple(chunk for chunk in self.chunks if chunk != DUMMY)
 
 
 @dataclass(frozen=True)
 class Schedule:
+    """Operations in the order in which they run."""
+
     ops: tuple[Op, ...]
 
     def __str__(self) -> str:
@@ -63,7 +70,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, line: str) -> Schedule:
-        """The inverse of `str`.
+        """Return the schedule that `str` turned into this line.
 
         Raises:
             ValueError: a word is not an operation.
@@ -77,201 +84,110 @@ class Schedule:
         return cls(tuple(ops))
 
     @property
-    def recomputed_chunks(self) -> int:
-        return sum(len(op.chunks) for op in self.ops if op.kind is OpKind.recompute)
-
-    @property
     def dummies(self) -> int:
-        """Passes of a single token through the model, forward or backward, that only keep step with other ranks."""
+        """Number of forwards and backwards of a single token that only keep step with other ranks."""
         return sum(chunk == DUMMY for op in self.ops for chunk in op.chunks)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work lies on the machine, as far as a schedule must know it."""
+    """What a schedule needs to know about how the engine runs it."""
 
     join_retained: bool = False
     """Run the retained chunks of a sequence as one engine call: ZeRO-3 traces one forward for one backward."""
     lockstep: bool = False
-    """All ranks run the same kinds of operations, at each position: ZeRO-3 communicates within them."""
+    """At each position, all ranks run the same kind of operation: ZeRO-3 communicates within operations."""
 
 
-def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
-    """The operations of one step on one stage.
+def split_unit(unit: Unit, k: int) -> tuple[Unit, Unit]:
+    """Return the chunks of a unit that are forwarded twice, and the last K, which keep their activations.
 
-    A standalone chunk is forwarded and goes backward at once. A sequence of N dependent chunks runs state passes over
-    the first N - K, forwards over the last K, then all backwards descending, each early chunk recomputed right before.
-
-    Args:
-        chunks: the chunks of the step.
-        k: how many chunks of a long sequence keep their activations.
-        layout: defaults to one rank that runs every chunk as its own engine call.
+    Raises:
+        ValueError: `k` is less than 1.
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
-    layout = layout or Layout()
+    return unit[:-k], unit[-k:]
+
+
+def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
+    """Return the operations of one step of a rank without a pipeline.
+
+    A standalone chunk goes forward and backward at once. A sequence of N dependent chunks runs state passes over the
+    first N - K and forwards over the last K, then all backwards descending, each early chunk recomputed right before.
+
+    Args:
+        k: how many chunks of a long sequence keep their activations.
+        layout: by default, every chunk is an engine call of its own.
+    """
     ops: list[Op] = []
-    groups = chunks.dependent_groups()
-    first_dependent = groups[0].start if groups else len(chunks)
-    for chunk in range(first_dependent):
-        ops += [Op(OpKind.forward, (chunk,)), Op(OpKind.backward, (chunk,))]
-    for group in groups:
-        retained_from = max(group.start, group.stop - k)
-        early, retained = range(group.start, retained_from), range(retained_from, group.stop)
+    for unit in chunks.units():
+        early, retained = split_unit(unit, k)
+        calls: list[Unit] = (
+            [retained] if layout is not None and layout.join_retained else [(chunk,) for chunk in retained]
+        )
         ops += [Op(OpKind.state_pass, (chunk,)) for chunk in early]
-        if layout.join_retained:
-            ops += [Op(OpKind.forward, tuple(retained)), Op(OpKind.backward, tuple(reversed(retained)))]
-        else:
-            ops += [Op(OpKind.forward, (chunk,)) for chunk in retained]
-            ops += [Op(OpKind.backward, (chunk,)) for chunk in reversed(retained)]
+        ops += [Op(OpKind.forward, call) for call in calls]
+        ops += [Op(OpKind.backward, call[::-1]) for call in reversed(calls)]
         for chunk in reversed(early):
             ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
     return Schedule(tuple(ops))
 
 
 IDLE = Schedule((Op(OpKind.forward, (DUMMY,)), Op(OpKind.backward, (DUMMY,))))
-"""Of a rank that got no samples: it has gradients to give all the same, which are zero."""
+"""The schedule of a rank that got no samples: its gradients are zero, but the other ranks wait for them."""
 
 
 def plan_in_lockstep(ranks: Sequence[Chunks], k: int) -> tuple[Schedule, ...]:
-    """The operations of one step of all ranks, which run the same kind on as many chunks at each position.
+    """Return the operations of one step of all ranks, which run the same kind on as many chunks at each position.
 
     The i-th longest sequences of all ranks go together: state passes, one forward and one backward over the retained
     chunks, and a forward and a backward for each recompute. Where a rank has less to do, a standalone chunk of its own
-    fills a forward and its backward, and dummies fill the rest; nothing but a dummy can fill a state pass.
+    fills a forward and its backward, and dummies fill the rest. A state pass can only be filled by a dummy.
 
     Args:
         ranks: the chunks of each rank.
         k: how many chunks of a long sequence keep their activations.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
-    lanes = [_Lane(chunks, k) for chunks in ranks]
-    for slot in range(max(len(lane.groups) for lane in lanes)):
-        early = max(len(lane.early(slot)) for lane in lanes)
-        retained = max(len(lane.retained(slot)) for lane in lanes)
-        for lane in lanes:
-            lane.pass_state(slot, early)
-            lane.forward_and_backward(lane.retained(slot), retained)
-            lane.recompute(slot, early)
+    units = [chunks.units() for chunks in ranks]
+    lanes = [_Lane(deque(unit[0] for unit in own if len(unit) == 1), []) for own in units]
+    longest_first = (sorted((unit for unit in own if len(unit) > 1), key=len, reverse=True) for own in units)
+    for together in itertools.zip_longest(*longest_first, fillvalue=()):
+        parts = [split_unit(unit, k) for unit in together]
+        most_early = max(len(early) for early, _ in parts)
+        most_retained = max(len(retained) for _, retained in parts)
+        for lane, (early, retained) in zip(lanes, parts, strict=True):
+            lane.run_sequence(early, retained, most_early, most_retained)
     left = max(max(len(lane.standalone) for lane in lanes), 0 if any(lane.ops for lane in lanes) else 1)
     for lane in lanes:
-        for _ in range(left):
-            lane.forward_and_backward((), 1)
+        lane.run_standalone(left)
     return tuple(Schedule(tuple(lane.ops)) for lane in lanes)
 
 
+@dataclass
 class _Lane:
-    """The operations of one rank, while it keeps step with others."""
+    """The schedule of one rank while it is built in step with the others."""
 
-    def __init__(self, chunks: Chunks, k: int) -> None:
-        self._k = k
-        self.groups = sorted(chunks.dependent_groups(), key=len, reverse=True)
-        self.standalone = deque(range(len(chunks) - sum(map(len, self.groups))))  # they come first
-        self.ops: list[Op] = []
+    standalone: deque[int]
+    """Chunks that are not in the schedule yet."""
+    ops: list[Op]
 
-    def retained(self, slot: int) -> tuple[int, ...]:
-        return tuple(self.groups[slot][-self._k :]) if slot < len(self.groups) else ()
+    def run_sequence(self, early: Unit, retained: Unit, most_early: int, most_retained: int) -> None:
+        """Run a long sequence and fill up to the counts of the rank that has most to do."""
+        missing = most_early - len(early)
+        self.ops += [Op(OpKind.state_pass, (chunk,)) for chunk in (*early, *[DUMMY] * missing)]
+        self._forward_and_backward(retained, most_retained)
+        for chunk in reversed(early):
+            self.ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
+        self.run_standalone(missing)
 
-    def early(self, slot: int) -> tuple[int, ...]:
-        """Those that are recomputed."""
-        return tuple(self.groups[slot][: -self._k]) if slot < len(self.groups) else ()
+    def run_standalone(self, count: int) -> None:
+        """Run standalone chunks one by one, and dummies when there are no more."""
+        for _ in range(count):
+            self._forward_and_backward((), 1)
 
-    def pass_state(self, slot: int, count: int) -> None:
-        early = self.early(slot)
-        self.ops += [Op(OpKind.state_pass, (chunk,)) for chunk in early]
-        self.ops += [Op(OpKind.state_pass, (DUMMY,))] * (count - len(early))
-
-    def forward_and_backward(self, chunks: tuple[int, ...], width: int) -> None:
-        """One engine call of `width` chunks: these, then standalone ones, then dummies."""
+    def _forward_and_backward(self, chunks: Unit, width: int) -> None:
+        """Run one engine call of `width` chunks: these, then standalone ones, then dummies."""
         own = [self.standalone.popleft() for _ in range(min(width - len(chunks), len(self.standalone)))]
         joined = (*chunks, *own, *[DUMMY] * (width - len(chunks) - len(own)))
         self.ops += [Op(OpKind.forward, joined), Op(OpKind.backward, joined[::-1])]
-
-    def recompute(self, slot: int, count: int) -> None:
-        early = self.early(slot)
-        for chunk in reversed(early):
-            self.ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
-        for _ in range(count - len(early)):
-            self.forward_and_backward((), 1)
-
-
-def validate_lockstep(schedules: Sequence[Schedule]) -> None:
-    """Prove that no rank waits for ever in a collective of an operation that another does not run.
-
-    A forward and a recompute are the same to the engine; a state pass is not, for it builds no graph.
-
-    Raises:
-        ValueError: names the first position at which two ranks differ.
-    """
-
-    def kind(op: Op) -> tuple[OpKind, int]:
-        return OpKind.forward if op.kind is OpKind.recompute else op.kind, len(op.chunks)
-
-    first = schedules[0]
-    for rank, schedule in enumerate(schedules):
-        if len(schedule.ops) != len(first.ops):
-            raise ValueError(f"rank {rank} runs {len(schedule.ops)} operations, rank 0 {len(first.ops)}")
-        for position, (op, other) in enumerate(zip(schedule.ops, first.ops, strict=True)):
-            if kind(op) != kind(other):
-                raise ValueError(f"operation {position}: rank {rank} runs {op}, rank 0 {other}")
-
-
-def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
-    """Prove, for a schedule of one stage, what the gradient and the memory bound rest on.
-
-    Each chunk goes backward exactly once, with live activations; state is read only after it was written and before
-    it was freed; backwards of a sequence descend; at most K chunks hold activations at once.
-
-    Raises:
-        ValueError: names the first operation that breaks a rule, and the rule.
-    """
-    groups = chunks.dependent_groups()
-    group_of = {chunk: group for group in groups for chunk in group}
-    written: set[int] = set()
-    passed: set[int] = set()
-    live: dict[int, tuple[int, ...]] = {}  # chunk -> the chunks of its engine call
-    done: set[int] = set()
-    for position, op in enumerate(schedule.ops):
-
-        def refuse(rule: str, position: int = position, op: Op = op) -> ValueError:
-            return ValueError(f"operation {position} ({op}): {rule}")
-
-        if op.kind in (OpKind.input_gradient, OpKind.weight_gradient):
-            raise refuse("only pipeline stages split backwards")
-        if len(op.chunks) > 1 and op.kind not in (OpKind.forward, OpKind.backward):
-            raise refuse("only forwards and backwards may join chunks")
-        for chunk in op.real_chunks:
-            if not 0 <= chunk < len(chunks):
-                raise refuse(f"there are only {len(chunks)} chunks")
-            group = group_of.get(chunk, range(chunk, chunk + 1))
-            if chunk in done:
-                raise refuse(f"chunk {chunk} already went backward, its state is freed")
-            if op.kind is OpKind.backward:
-                if chunk not in live:
-                    raise refuse(f"chunk {chunk} holds no activations")
-                if chunk + 1 < group.stop and chunk + 1 not in done:  # which had to wait for those after it
-                    raise refuse(f"a later chunk of the sequence of chunk {chunk} has yet to give it gradient")
-                if live[chunk] not in (op.chunks, op.chunks[::-1]):
-                    raise refuse("the chunks were not forwarded by one engine call of their own")
-                del live[chunk]
-                done.add(chunk)
-                continue
-            if chunk in live:
-                raise refuse(f"chunk {chunk} already holds activations")
-            if chunk > group.start and chunk - 1 not in written:  # which had to wait for those before it
-                raise refuse(f"an earlier chunk of the sequence of chunk {chunk} has not written its state")
-            if op.kind is OpKind.state_pass:
-                if chunk not in group_of or chunk in passed:
-                    raise refuse(f"chunk {chunk} needs no state pass")
-                passed.add(chunk)
-            elif (op.kind is OpKind.recompute) != (chunk in passed):
-                raise refuse(f"chunk {chunk} is recomputed if and only if it had a state pass")
-            else:
-                live[chunk] = op.chunks
-            written.add(chunk)
-        if len(live) > k:
-            raise refuse(f"{len(live)} chunks hold activations, K is {k}")
-    missing = [chunk for chunk in range(len(chunks)) if chunk not in done]
-    if missing:
-        raise ValueError(f"chunk {missing[0]} never goes backward")

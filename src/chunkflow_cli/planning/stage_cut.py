@@ -1,8 +1,8 @@
-"""Which layers each stage of a pipeline holds.
+"""Divide the layers of a model among the stages of a pipeline.
 
 A stage takes as long as its layers, and the last one also runs the head and the loss, which for a large vocabulary cost
-as much as several layers. The pipeline is as fast as its slowest stage, so that one is made as fast as can be. The
-embedding is a look-up: it takes memory on the first stage, but next to no time.
+as much as several layers. The pipeline is as fast as its slowest stage, so the cut makes that one as fast as possible.
+The embedding is a look-up: it takes memory on the first stage, but next to no time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class StageLayers:
-    """What one of the stages holds: layers `first` to `stop - 1` of the model."""
+    """The part of the model on one stage: layers `first` to `stop - 1`."""
 
     stage: int
     stages: int
@@ -24,12 +24,12 @@ class StageLayers:
 
     @property
     def is_first(self) -> bool:
-        """Holds the embedding."""
+        """True for the stage with the embedding."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """Holds the final norm and the head."""
+        """True for the stage with the final norm and the head."""
         return self.stage == self.stages - 1
 
     @property
@@ -38,34 +38,33 @@ class StageLayers:
 
 
 def cut_layers(layers: int, stages: int, *, head_in_layers: float = 0.0) -> tuple[StageLayers, ...]:
-    """The cut whose slowest stage is fastest; of equal ones that in which earlier stages hold fewer layers.
+    """Return the cut whose slowest stage is fastest; of equal ones, that with the fewest layers on earlier stages.
 
-    Earlier stages keep more chunks in flight, so fewer layers there are less memory.
+    Earlier stages keep more chunks in flight, so fewer layers there need less memory.
 
     Args:
-        layers: of the model, equally costly.
-        stages: that share them; each holds one or more.
-        head_in_layers: what head and loss cost, as a multiple of a layer's cost.
+        layers: number of layers, equally costly.
+        stages: number of stages, each of at least one layer.
+        head_in_layers: cost of head and loss divided by the cost of a layer.
 
     Raises:
         ValueError: there are fewer layers than stages.
     """
     if not 1 <= stages <= layers:
         raise ValueError(f"{layers} layers cannot be cut into {stages} stages of one or more")
-    if stages == 1:
-        return (StageLayers(0, 1, 0, layers),)
     before = stages - 1
+    if before == 0:
+        return (StageLayers(0, 1, 0, layers),)
 
     def slowest(last: int) -> float:
         return max(-(-(layers - last) // before), last + head_in_layers)
 
     last = min(range(layers - before, 0, -1), key=slowest)  # of equals, the most layers on the last stage
     each, over = divmod(layers - last, before)
-    sizes = [each] * (before - over) + [each + 1] * over + [last]
-    bounds = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+    bounds = [stage * each + max(0, stage - before + over) for stage in range(stages)] + [layers]
     return tuple(StageLayers(stage, stages, bounds[stage], bounds[stage + 1]) for stage in range(stages))
 
 
 def layer_shares(cut: tuple[StageLayers, ...]) -> NDArray[np.float64]:
-    """(stages,) the share of all layers that each stage holds."""
+    """Return the share of all layers that each stage holds, (stages,)."""
     return np.array([stage.layers for stage in cut]) / cut[-1].stop

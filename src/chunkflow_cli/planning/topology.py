@@ -1,10 +1,10 @@
-"""Where each process of a run stands: its data-parallel rank, its sequence-parallel rank, its pipeline stage.
+"""Place each process of a run: its data-parallel rank, its sequence-parallel rank and its pipeline stage.
 
     rank = (stage * data + data_rank) * sequence + sequence_rank
 
-So the processes of a sequence-parallel group are neighbours (on one node, where links are fastest), and the stages of a
-pipeline are farthest apart: they exchange the least. It is also the order of DeepSpeed's pipeline grid, whose "data"
-axis is ours of data and sequence together: gradients are summed over both.
+The processes of a sequence-parallel group are neighbours (on one node, where links are fastest), and the stages of a
+pipeline are farthest apart, because they exchange the least. DeepSpeed's pipeline grid has the same order. Its "data"
+axis is data and sequence together, because gradients are summed over both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Topology:
-    """How many processes there are along each axis."""
+    """The number of processes along each axis."""
 
     data: int = 1
     sequence: int = 1
@@ -36,7 +36,7 @@ class Topology:
 
     @classmethod
     def of(cls, processes: int, *, sequence: int = 1, pipeline: int = 1) -> Topology:
-        """All processes that sequence and pipeline parallelism leave over are data-parallel.
+        """Return the topology in which data parallelism takes the processes that the other axes leave over.
 
         Raises:
             ValueError: `processes` is not a multiple of `sequence` x `pipeline`.
@@ -51,14 +51,16 @@ class Topology:
 
     @property
     def replicas(self) -> int:
-        """Processes that hold the same stage; their gradients are summed."""
+        """Number of processes that hold the same stage; their gradients are summed."""
         return self.data * self.sequence
 
     def rank_of(self, place: Place) -> int:
+        """Return the rank with these coordinates."""
         return (place.stage * self.data + place.data_rank) * self.sequence + place.sequence_rank
 
     def place_of(self, rank: int) -> Place:
-        """
+        """Return the coordinates of a rank.
+
         Raises:
             ValueError: there is no such rank.
         """
@@ -68,19 +70,13 @@ class Topology:
         return Place(*divmod(replica, self.data), sequence_rank)
 
     def sequence_group(self, rank: int) -> list[int]:
-        """The ranks that share the tokens of each chunk with this one, in the order of the tokens."""
-        place = self.place_of(rank)
-        return [self.rank_of(Place(place.stage, place.data_rank, other)) for other in range(self.sequence)]
+        """Return the ranks that share the tokens of each chunk with this one, in the order of the tokens."""
+        first = rank - self.place_of(rank).sequence_rank
+        return list(range(first, first + self.sequence))
 
     def pipeline_group(self, rank: int) -> list[int]:
-        """The ranks of all stages of this rank's pipeline, in order."""
-        place = self.place_of(rank)
-        return [self.rank_of(Place(stage, place.data_rank, place.sequence_rank)) for stage in range(self.pipeline)]
-
-    def replica_group(self, rank: int) -> list[int]:
-        """The ranks that hold the same stage as this one."""
-        first = self.place_of(rank).stage * self.replicas
-        return list(range(first, first + self.replicas))
+        """Return the ranks of all stages of this rank's pipeline, in order."""
+        return list(range(rank % self.replicas, self.processes, self.replicas))
 
     def __str__(self) -> str:
         axes = (("data", self.data), ("sequence", self.sequence), ("pipeline", self.pipeline))
@@ -88,13 +84,13 @@ class Topology:
 
 
 def key_value_copies(attention_heads: int, kv_heads: int, sequence: int) -> int:
-    """How many ranks of a sequence-parallel group hold each key and value head, when its heads are divided among them.
+    """Return how many ranks of a sequence-parallel group hold each key and value head, when they divide the heads.
 
-    1 where each rank has heads of its own. Fewer heads than ranks are repeated, as DeepSpeed-Ulysses does for grouped
+    1 if each rank has heads of its own. Fewer heads than ranks are repeated, as DeepSpeed-Ulysses does for grouped
     queries; each rank then holds one.
 
     Raises:
-        ValueError: the heads cannot be divided among so many ranks; says among how many they can.
+        ValueError: the heads cannot be divided among that many ranks; names the numbers that work.
     """
     if attention_heads % sequence == 0 and kv_heads % sequence == 0:
         return 1

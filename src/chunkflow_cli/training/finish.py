@@ -19,12 +19,12 @@ from chunkflow_cli.files import write_json
 from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import training_flops
-from chunkflow_cli.planning.trace import merge
 from chunkflow_cli.training.checkpoint import save_final
 from chunkflow_cli.training.hardware import agreed_peak_flops, peak_memory_bytes
 from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
+from chunkflow_cli.training.recorder import merge
 from chunkflow_cli.training.steps import save_progress
 
 

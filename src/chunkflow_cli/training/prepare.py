@@ -25,7 +25,6 @@ from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
-from chunkflow_cli.planning.trace import Recorder
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.hardware import agreed_peak_flops
@@ -33,6 +32,7 @@ from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.progress import RunState
+from chunkflow_cli.training.recorder import Recorder
 from chunkflow_cli.training.run_folder import RunFolder
 from chunkflow_cli.training.setup import RunSetup, described_device, planned_topology, read_setup
 
