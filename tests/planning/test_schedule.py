@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -19,7 +18,6 @@ OPS = st.builds(
     Op,
     st.sampled_from(OpKind),
     st.lists(st.integers(0, 10**6), min_size=1, max_size=4).map(tuple),
-    st.integers(0, 20),
 )
 
 
@@ -63,26 +61,6 @@ def test_standalone_chunks_go_first_and_back_at_once() -> None:
 def test_long_sequences_run_one_after_the_other() -> None:
     """The state of one sequence is freed before the next begins: only one is ever held."""
     assert line([5, 3], 2, 1) == "S0 S1 F2 B2 R1 B1 R0 B0 S3 F4 B4 R3 B3"
-
-
-def test_each_sequence_may_have_its_own_k() -> None:
-    """Sequences of 5, 3 and 1 tokens: one keeps a chunk, the next keeps both of its own; the short one has no say,
-    though it fills the tail of the first."""
-    chunks = build_chunks([5, 3, 1], 2)
-    schedule = plan(chunks, np.array([1, 2, 9]))
-    assert str(schedule) == "S0 S1 F2 B2 R1 B1 R0 B0 F3 F4 B4 B3"
-    validate(schedule, chunks, np.array([1, 2, 9]))
-    with pytest.raises(ValueError, match="operation 9 \\(F4\\): 2 chunks hold activations, K is 1"):
-        validate(schedule, chunks, np.array([1, 1, 9]))
-    with pytest.raises(ValueError, match="k=0 must be at least 1"):
-        plan(chunks, np.array([1, 0, 1]))
-
-
-@given(st.lists(st.tuples(st.integers(1, 50), KS), max_size=12), SIZES)
-def test_every_plan_with_a_k_for_each_sequence_is_valid(sequences: list[tuple[int, int]], size: int) -> None:
-    chunks = build_chunks([length for length, _ in sequences], size)
-    ks = np.array([k for _, k in sequences], dtype=np.int64)
-    validate(plan(chunks, ks), chunks, ks)
 
 
 def test_worked_example_of_the_paper() -> None:

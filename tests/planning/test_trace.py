@@ -62,7 +62,7 @@ def test_events_are_what_perfetto_reads() -> None:
     assert names == ["rank 0, sequence 0", "rank 1, sequence 1"]
     first, second = (event for event in trace["traceEvents"] if event["ph"] == "X")
     assert (first["name"], first["ts"], first["dur"], first["pid"]) == ("F1+2", 500_000.0, 250_000.0, 1)
-    assert first["args"] == {"chunk": [1, 2], "kind": "forward", "part": 0, "step": 3}
+    assert first["args"] == {"chunk": [1, 2], "kind": "forward", "step": 3}
     assert (second["name"], second["ts"], second["cat"]) == ("S0", 0.0, "state pass")
 
 
