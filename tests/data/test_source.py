@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,14 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub(monkeypatch, lambda _: DatasetDict({"a": one, "b": two}))
     with pytest.raises(UsageError, match="has no split named train; its splits are a, b"):
         open_source("someone/chats")
+
+
+def test_datasets_may_import_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`chunkflow analyze` keeps torch out, by an entry in `sys.modules` that `datasets` takes for the module."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    hub(monkeypatch, lambda _: pytest.fail("torch is kept out") if "torch" in sys.modules else {"train": [1]})
+    assert open_source("someone/chats").size == 1
 
 
 def test_a_local_path_goes_before_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
