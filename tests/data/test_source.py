@@ -261,8 +261,8 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_datasets_may_import_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`chunkflow analyze` keeps torch out, by an entry in `sys.modules` that `datasets` takes for the module."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch", None)
     hub(monkeypatch, lambda _: pytest.fail("torch is kept out") if "torch" in sys.modules else {"train": [1]})
+    monkeypatch.setitem(sys.modules, "torch", None)
     assert open_source("someone/chats").size == 1
 
 
