@@ -24,11 +24,12 @@ from chunkflow_cli.cli import analyze
 from chunkflow_cli.cli.screens.analysis import print_analyses
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import DataFormat
-from chunkflow_cli.data import cache as token_cache
 from chunkflow_cli.data import dataset as tokenized
 from chunkflow_cli.data.source import Location
 from chunkflow_cli.errors import UsageError
 from support.tokenizers import make_tokenizer
+
+pytestmark = pytest.mark.processes
 
 SHARED = Path(os.environ.get("CHUNKFLOW_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the demo data sets of LLaMA-Factory are not here")
@@ -157,7 +158,7 @@ def test_train_reads_the_cache_that_analyze_built(
     result = found(chats, *words)
     entries = sorted((tmp_path / "cache" / "tokens").iterdir())
     assert len(entries) == 1
-    monkeypatch.setattr(token_cache, "encode_source", lambda *_, **__: pytest.fail("tokenised a second time"))
+    monkeypatch.setattr(tokenized, "encode_source", lambda *_, **__: pytest.fail("tokenised a second time"))
     config = load([*words, f"data.path={chats}", "data.max_length=100000"]).config
     data = load_run_data(config, load_config(config.model))
     assert int(data.train.lengths.sum()) == result["tokens"]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 
 def chunkflow(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

@@ -17,6 +17,8 @@ import pytest
 from chunkflow_cli.cli.completion import candidates
 from chunkflow_cli.config.keys import known_keys
 
+pytestmark = pytest.mark.processes
+
 COMMAND = Path(sys.executable).parent / "chunkflow"
 
 

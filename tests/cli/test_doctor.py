@@ -22,6 +22,8 @@ from chunkflow_cli.cli.screens.doctor import print_findings
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import Config
 
+pytestmark = pytest.mark.processes
+
 SEGFAULT = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
 BROKEN_LINK = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEa')\n"
 

@@ -17,6 +17,8 @@ from chunkflow_cli.cli.app import app
 from chunkflow_cli.cli.key_help import KEYS
 from chunkflow_cli.config.keys import known_keys
 
+pytestmark = pytest.mark.processes
+
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Yield every command and group of the application: its words, and the command that Typer made of it."""

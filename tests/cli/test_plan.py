@@ -28,6 +28,8 @@ from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.planning.trace import TRACE_FILE, TracedOperation, chrome_trace
 from chunkflow_cli.training import train
 
+pytestmark = pytest.mark.processes
+
 TINY = ("recipe=tiny_random", "train.guard=false", "data.num_workers=1")
 
 

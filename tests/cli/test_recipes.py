@@ -17,6 +17,8 @@ from chunkflow_cli.config.load import load
 from chunkflow_cli.config.recipe_files import recipe_files
 from chunkflow_cli.errors import UsageError
 
+pytestmark = pytest.mark.processes
+
 
 def recipes(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "chunkflow_cli", "recipes", *words]

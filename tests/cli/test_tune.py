@@ -16,6 +16,8 @@ from chunkflow_cli.cli.app import app
 from chunkflow_cli.config.load import read_overrides
 from chunkflow_cli.errors import UsageError
 
+pytestmark = pytest.mark.processes
+
 SIZES = "tune.chunk_sizes=[64,128,256]"
 PROFILE = "tune.device=h100"
 CLUSTER = ["launch.processes=16", "cluster.pipelines=[4,1,2]"]

@@ -270,6 +270,7 @@ def test_a_recipe_of_the_config_dir_hides_a_shipped_one(tmp_path: Path) -> None:
         recipe_files(str(tmp_path / "nowhere"))
 
 
+@pytest.mark.processes
 def test_wheel_ships_what_the_editable_install_finds(tmp_path: Path) -> None:
     """An installed package needs conf/, recipes/ and the tiny model."""
     import subprocess

@@ -82,6 +82,7 @@ def test_renamed_files_are_reported_under_their_new_names(tmp_path: Path, monkey
     assert [str(where) for where, _ in data.rejected] == [f"{tmp_path}/new/1.jsonl:2", f"{tmp_path}/new/3.jsonl:2"]
 
 
+@pytest.mark.processes
 def test_any_number_of_workers_gives_the_same_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Order and content must not depend on which process was faster."""
     rows = [{"input_ids": list(range(1, 2 + n % 9))} for n in range(4000)]
@@ -98,6 +99,7 @@ def test_any_number_of_workers_gives_the_same_entry(tmp_path: Path, monkeypatch:
     assert np.load(three / "offsets.npy").shape == (1 + sum(n % 9 > 0 and n % 9 < 8 for n in range(4000)),)
 
 
+@pytest.mark.processes
 def test_workers_use_the_tokenizer(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"messages": chat("Q", f"answer {n}")} for n in range(600)]
     data = write_rows(tmp_path / "a.jsonl", rows)
@@ -125,6 +127,7 @@ BUILD = """
 """
 
 
+@pytest.mark.processes
 def test_two_processes_that_build_the_same_entry(tmp_path: Path) -> None:
     """Ranks and parallel runs start together: both have a complete entry when the first one renames."""
     data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [n % 9, n % 7]} for n in range(50)])
@@ -140,6 +143,7 @@ def test_two_processes_that_build_the_same_entry(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1, "the second process cleans up"
 
 
+@pytest.mark.processes
 def test_an_entry_of_a_killed_process_is_never_read(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [n % 9, n % 7]} for n in range(50)])
     code = BUILD.format(cache=str(tmp_path / "cache"), data=str(data), meddle="os.kill(os.getpid(), signal.SIGKILL)")

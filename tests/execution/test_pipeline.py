@@ -20,6 +20,8 @@ from chunkflow_cli.engine import EngineSettings, check_pipeline_settings
 from chunkflow_cli.errors import UsageError
 from support.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 VOCABULARY = 96
 LONG_TAILED = ((90, 11, 7, 30, 5), (12, 8, 61, 3, 3), (4, 9, 2, 100, 6))
 """Sample lengths of three steps; chunks have 24 tokens."""

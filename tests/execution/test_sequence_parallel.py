@@ -40,6 +40,8 @@ from chunkflow_cli.training.setup import planned_topology
 from support.models import TINY
 from support.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 CPU = torch.device("cpu")
 VOCABULARY = TINY["vocab_size"]
 LENGTHS = (101, 13, 9, 31, 1, 50)

@@ -84,6 +84,7 @@ def test_same_costs_same_shares(costs: list[float], ranks: int) -> None:
     assert listed(costs, ranks) == listed(costs, ranks) == listed(list(np.array(costs)), ranks)
 
 
+@pytest.mark.processes
 def test_equal_costs_go_to_the_same_ranks_in_every_process() -> None:
     """Ties broken by a hash or by the order of a set would differ from process to process."""
     code = (

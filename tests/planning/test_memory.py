@@ -1,33 +1,16 @@
-"""Predicted memory of a rank, compared with real tensors, with schedules, and with values worked out by hand."""
+"""The bytes that a rank holds: formulas against schedules, and by hand."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import gc
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkflow_cli.config.schema import ActivationCheckpointing
-from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
-from chunkflow_cli.execution.attention import function as attention
-from chunkflow_cli.execution.attention.cpu import CpuBackend
-from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel
-from chunkflow_cli.execution.parity import DirectEngine, random_sequences
-from chunkflow_cli.execution.runner import Runner
-from chunkflow_cli.execution.stages import StageModel
-from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
-from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
-from chunkflow_cli.model.shape import layer_activation_bytes, model_shape
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
     HEAD_TILE_BYTES,
@@ -37,18 +20,14 @@ from chunkflow_cli.planning.memory_parts import (
     kept_bytes_per_token,
     live_tokens,
     memory_parts,
-    rerun_bytes_per_token,
     state_bytes,
     step_seconds,
 )
 from chunkflow_cli.planning.peak_memory import activations_and_state, memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan
-from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
-
-CPU = torch.device("cpu")
 
 SHAPE = ModelShape(
     layers=3, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=50,
@@ -56,132 +35,7 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
-# Bytes of activations and state, compared with real tensors
-
-NARROW = {
-    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}  # fmt: skip
-
-
-def chunk_call(model: Any, length: int = 128) -> tuple[ChunkModel, ChunkCall]:
-    """Return a model and one standalone chunk, ready for its forward."""
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    batch = StepBatch(build_chunks([length], length), random_sequences([length], 96, seed=1), np.ones(1))
-    return ChunkModel(model, CpuBackend()), StepContext(RunnerSettings(CPU), batch).call(0)
-
-
-def measured_activation_bytes(model: Any, length: int = 128) -> float:
-    """Return the activation bytes per token that the probe measures on the chunk of `chunk_call`."""
-    (sample,) = random_sequences([length], 96, seed=1)
-    return activation_bytes_per_token(chunk_call(model, length)[0], sample)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("llama", {}),
-        ("qwen2", {"tie_word_embeddings": True}),
-        ("mistral", {"num_key_value_heads": 4, "intermediate_size": 256}),
-        ("llama", {"head_dim": 64, "num_hidden_layers": 12}),
-    ],
-)
-def test_activation_bytes_against_the_probe(
-    kind: str, settings: dict[str, Any], dtype: torch.dtype, tiny_model: Callable[..., Any]
-) -> None:
-    """Memory decides the chunk size. Without the final norm and the rotary angles, 1 to 5 % are missing here."""
-    model = tiny_model(kind, dtype=dtype, **{**NARROW, **settings})
-    predicted = kept_bytes_per_token(model_shape(model), dtype.itemsize, "none")
-    assert 0.95 <= predicted / measured_activation_bytes(model) <= 1.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("llama", {}),
-        ("qwen3", {"head_dim": 32}),
-        ("gemma3_text", {"head_dim": 32}),
-        ("olmo2", {}),
-        ("phi3", {}),
-        ("granite", {}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_activations_are_counted_without_a_model(
-    kind: str, settings: dict[str, Any], dtype: torch.dtype, tiny_model: Callable[..., Any]
-) -> None:
-    """The count is at most 7 % too high. The formula misses half of gemma3's bytes: four norms a layer, two in attention."""
-    model = tiny_model(kind, dtype=dtype, **{**NARROW, **settings})
-    with torch.device("meta"):
-        empty = type(model)._from_config(model.config, dtype=dtype)
-    counted = layer_activation_bytes(empty)
-    assert counted is not None
-    measured = measured_activation_bytes(model) / model.config.num_hidden_layers
-    assert 0.99 <= counted / measured <= 1.07
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["full", "selective"])
-def test_activation_bytes_of_checkpointed_layers(mode: str, dtype: torch.dtype, tiny_model: Callable[..., Any]) -> None:
-    """Bytes that each further layer keeps after the forward, and those of the one layer that goes backward."""
-
-    def kept(layers: int) -> float:
-        model = tiny_model("llama", dtype=dtype, **{**NARROW, "num_hidden_layers": layers})
-        enable_activation_checkpointing(model, ActivationCheckpointing(mode))
-        return bytes_kept_by_forward(*chunk_call(model))
-
-    shapes = [model_shape(tiny_model("llama", **{**NARROW, "num_hidden_layers": layers})) for layers in (2, 6)]
-    two, six = (kept_bytes_per_token(shape, dtype.itemsize, mode) for shape in shapes)
-    assert (six - two) / 4 == pytest.approx((kept(6) - kept(2)) / 4, rel=0.02)
-    assert 3 * two == pytest.approx(six), "the layer that runs again is not kept"
-    one_layer = kept_bytes_per_token(dataclasses.replace(shapes[0], layers=1), dtype.itemsize, "none")
-    assert rerun_bytes_per_token(shapes[1], dtype.itemsize, mode) == pytest.approx(one_layer)
-
-
-def bytes_kept_by_forward(model: ChunkModel, call: ChunkCall) -> float:
-    """Return the bytes per token of all tensors that the forward leaves behind, except random states.
-
-    Hooks on saved tensors do not see those of selective checkpointing, so all living tensors are compared.
-    """
-
-    def living() -> dict[int, int]:
-        gc.collect()
-        storages = (item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
-        return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-    before = living()
-    saved: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model.hidden(call)
-    kept = {place: size for place, size in {**living(), **saved}.items() if place not in before}
-    del hidden
-    random_state = torch.get_rng_state().nbytes  # one per checkpointed layer, regardless of its tokens
-    return sum(size for size in kept.values() if size != random_state) / call.batch.input_ids.shape[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("length", "size", "k"), [(100, 32, 1), (128, 32, 2), (33, 32, 1), (97, 32, 4), (32, 32, 1)])
-def test_state_bytes_against_the_state_store(
-    dtype: torch.dtype, length: int, size: int, k: int, tiny_model: Callable[..., Any]
-) -> None:
-    """Exact bytes: keys and values of all chunks but the last, and their gradients in float32 (float64 in float64)."""
-    attention.register()
-    model = tiny_model("llama", dtype=dtype)
-    model.set_attn_implementation(attention.NAME)
-    chunks = build_chunks([length], size)
-    batch = StepBatch(chunks, random_sequences([length], 96, seed=1), np.full(1, 1 / length))
-    settings = RunnerSettings(CPU, weight_dtype=torch.promote_types(dtype, torch.float32))
-    runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), settings)
-    result = runner.run((plan(chunks, k),), batch)
-    assert state_bytes(model_shape(model), length, size, dtype.itemsize) == result.peak_state_bytes
+# Bytes of state
 
 
 def test_the_256k_tokens_of_the_design() -> None:
@@ -400,19 +254,6 @@ def test_weights_of_stages_by_hand() -> None:
     seconds = [step_seconds(WIDE, BASE, DEVICES["h100"], part) for part in (FIRST, MIDDLE, LAST)]
     assert seconds[0] == pytest.approx(3 * seconds[1])
     assert seconds[2] == pytest.approx(2.5 * seconds[1])
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_weights_of_stages_are_those_of_the_real_ones(kind: str, tied: bool, tiny_model: Callable[..., Any]) -> None:
-    """The count may differ by the final norm, which is counted with the layers."""
-    model = tiny_model(kind, num_hidden_layers=5, tie_word_embeddings=tied)
-    shape = model_shape(model)
-    assert shape.is_head_tied is tied
-    for part in cut_layers(5, 3, head_in_layers=1.5):
-        stage = StageModel(copy.deepcopy(model), CpuBackend(), part)
-        real = sum(parameter.numel() for parameter in stage.parameters())
-        assert shape.parameters_of(part) == pytest.approx(real, abs=2 * shape.hidden_size)
 
 
 def test_the_fullest_stage_is_found_where_layers_do_not_divide() -> None:

@@ -154,6 +154,7 @@ def test_best_first_takes_the_fastest_that_fits() -> None:
     assert [candidate.fits for candidate in candidates] == [True, True, True, False]
 
 
+@pytest.mark.processes
 def test_the_search_needs_no_torch() -> None:
     """It runs on laptops without a GPU, and importing torch would take longer than the whole search."""
     code = "import chunkflow_cli.planning.search, sys; assert 'torch' not in sys.modules and 'hydra' not in sys.modules"

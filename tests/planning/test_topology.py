@@ -22,6 +22,7 @@ def test_places_and_ranks_are_inverse_and_groups_partition_the_processes(
         assert all(rank in group_of(rank) for rank in ranks)
 
 
+@pytest.mark.torch
 def test_the_grid_is_deepspeeds() -> None:
     """The pipeline engine takes its neighbours from DeepSpeed's grid; ours must name the same ones."""
     from chunkflow_cli.engine import import_deepspeed

@@ -31,6 +31,8 @@ from chunkflow_cli.processes.watch_folder import WatchFolder
 from chunkflow_cli.training import launch
 from support.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 WORKER = Path(__file__).parents[1] / "support" / "launch_worker.py"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -23,6 +23,8 @@ from chunkflow_cli.training.checkpoint import Progress, load_checkpoint, random_
 from chunkflow_cli.training.run_folder import newest_checkpoint
 from support.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 OPTIMIZERS = {
     "adamw": OptimConfig(lr=0.05, weight_decay=0.1, grad_clip=1.0),
     "sgd with momentum": OptimConfig(name=OptimizerName.sgd, lr=0.1, momentum=0.9, grad_clip=1.0),

@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 LENGTHS = [300, 150, 64, 40, 31, 20, 9, 5, 3]
 SGD = ("optim=sgd", "optim.lr=0.5", "optim.grad_clip=0.1")
 ADAMW = ("optim.lr=1e-3", "train.steps=20")

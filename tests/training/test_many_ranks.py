@@ -16,6 +16,8 @@ import pytest
 from chunkflow_cli.processes.heartbeat import read_place
 from chunkflow_cli.processes.watch_folder import WatchFolder
 
+pytestmark = pytest.mark.ranks
+
 STEPS = 16
 WORDS = (
     "recipe=tiny_random", f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=2", "train.guard=false",

@@ -28,6 +28,8 @@ from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from support.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 TINY = (
     "model.init=random",
     "model.dtype=float32",

@@ -29,10 +29,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -40,10 +39,8 @@ import orjson
 from numpy.typing import DTypeLike, NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
-from chunkflow_cli.data.encoding import Encoder
-from chunkflow_cli.data.parallel import encode_source
+from chunkflow_cli.data.encoding import EncodedBatch
 from chunkflow_cli.data.sample import RejectedRow
-from chunkflow_cli.data.source import Source
 from chunkflow_cli.errors import UsageError
 
 CACHE_VERSION = 3
@@ -142,28 +139,25 @@ def open_entry(folder: Path) -> CacheEntry | None:
 
 def build_entry(
     folder: Path,
-    source: Source,
-    encoder: Encoder,
+    batches: Iterable[EncodedBatch],
     ingredients: Ingredients,
-    *,
-    num_workers: int | None,
+    file_names: Sequence[str],
     progress: Callable[[int], None],
 ) -> CacheEntry:
-    """Tokenise a source into a folder, and return the entry. It may be one that another process put there meanwhile.
+    """Write the batches of a source to a folder, and return the entry, or the one that another process put there first.
 
     Args:
-        num_workers: number of processes; None is one per core. The result does not depend on it.
-        progress: called with how much of `source.size` is done.
+        file_names: `Source.names`, for people who look into the entry.
+        progress: called with the position of each batch.
 
     Raises:
-        UsageError: the source cannot be read, or the cache cannot be written.
-        RunError: a worker process was killed.
+        UsageError: the cache cannot be written.
     """
     building = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
         building.mkdir(parents=True)
         try:
-            _write_entry(building, source, encoder, ingredients, num_workers=num_workers, progress=progress)
+            _write_entry(building, batches, ingredients, file_names, progress)
             for file in building.iterdir():  # the rename must not survive a power cut that the content does not
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
@@ -182,36 +176,32 @@ def build_entry(
 
 def _write_entry(
     folder: Path,
-    source: Source,
-    encoder: Encoder,
+    batches: Iterable[EncodedBatch],
     ingredients: Ingredients,
-    *,
-    num_workers: int | None,
+    file_names: Sequence[str],
     progress: Callable[[int], None],
 ) -> None:
-    samples = rejected = tokens = targets = 0
+    rejected = targets = 0
     largest_id = -1
     with _ArrayFiles(folder) as arrays, (folder / "rejected.jsonl").open("wb") as rejected_file:
         arrays.append("offsets", np.zeros(1, np.int64))
-        for batch in encode_source(source, encoder, num_workers=num_workers):
+        for batch in batches:
+            arrays.append("offsets", arrays.counts["input_ids"] + np.cumsum(batch.lengths))
             for name in ("input_ids", "targets", "target_counts", "digests", "lines"):
                 arrays.append(name, getattr(batch, name))
-            arrays.append("offsets", tokens + np.cumsum(batch.lengths))
             arrays.append("files", np.full(len(batch.lengths), batch.file, np.int32))
             for row in batch.rejected:
                 rejected_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-            samples += len(batch.lengths)
             rejected += len(batch.rejected)
-            tokens += len(batch.input_ids)
             targets += int(batch.target_counts.sum())
             largest_id = max(largest_id, int(batch.input_ids.max(initial=-1)))
             progress(batch.position)
     meta = {
         **asdict(ingredients),
-        "files": list(source.names),
-        "samples": samples,
+        "files": file_names,
+        "samples": arrays.counts["lines"],
         "rejected": rejected,
-        "tokens": tokens,
+        "tokens": arrays.counts["input_ids"],
         "targets": targets,
         "largest_id": largest_id,
     }
@@ -226,19 +216,17 @@ class _ArrayFiles:
 
     def __init__(self, folder: Path) -> None:
         self._streams = {name: (folder / f"{name}.npy").open("wb") for name in ARRAYS}
-        self._counts = dict.fromkeys(ARRAYS, 0)
+        self.counts = dict.fromkeys(ARRAYS, 0)
         self._header_sizes = {name: self._write_header(name) for name in ARRAYS}
 
     def append(self, name: str, values: NDArray[Any]) -> None:
         self._streams[name].write(np.ascontiguousarray(values, ARRAYS[name]).data)
-        self._counts[name] += len(values)
+        self.counts[name] += len(values)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for name, stream in self._streams.items():
             with stream:
                 if error is None:
@@ -248,7 +236,7 @@ class _ArrayFiles:
     def _write_header(self, name: str) -> int:
         stream = self._streams[name]
         description = np.lib.format.dtype_to_descr(np.dtype(ARRAYS[name]))
-        header = {"descr": description, "fortran_order": False, "shape": (self._counts[name],)}
+        header = {"descr": description, "fortran_order": False, "shape": (self.counts[name],)}
         np.lib.format.write_array_header_1_0(stream, header)
         return stream.tell()
 

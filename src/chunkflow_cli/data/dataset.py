@@ -15,6 +15,7 @@ from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.encoding import Encoder
 from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data.parallel import encode_source
 from chunkflow_cli.data.sample import IGNORED, RejectedRow, TokenizedSample
 from chunkflow_cli.data.source import Location, Source, open_source
 from chunkflow_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -140,6 +141,7 @@ def tokenize_source(
 
     Raises:
         UsageError: the data cannot be read, or the model's tokenizer does not fit the data or the model.
+        RunError: a worker process was killed.
     """
     key = "data.path" if path is None else "data.eval_path"
     path = config.path if path is None else path
@@ -159,8 +161,9 @@ def tokenize_source(
     entry = open_entry(folder)
     if entry is None:
         encoder = Encoder(tokenizer, format=format, train_on=config.train_on, vocab_size=vocab_size)
+        batches = encode_source(source, encoder, num_workers=config.num_workers)
         with progress_bar(f"tokenising {named}", source.size) as progress:
-            entry = build_entry(folder, source, encoder, ingredients, num_workers=config.num_workers, progress=progress)
+            entry = build_entry(folder, batches, ingredients, source.names, progress)
     if vocab_size is not None and entry.largest_id >= vocab_size:
         raise UsageError(
             f"the tokenizer of model.path={model_path} gives id {entry.largest_id}, "
@@ -198,8 +201,7 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
         raise UsageError(
             f"{whole.named}: no samples are left of {samples_read} rows: "
             f"{len(rejected)} are bad, {dropped} were dropped as too long"
-            + "".join(f"\n  {location}: {reason}" for location, reason in rejected[:SHOWN])
-            + "\n  fix the data, or raise data.max_length"
+            f"{_listed(rejected[:SHOWN])}\n  fix the data, or raise data.max_length"
         )
     return TokenizedData(
         whole, indices, lengths[indices], target_counts[indices], rejected, samples_read, samples_dropped=dropped
@@ -220,20 +222,22 @@ def _warn_once(message: str) -> None:
 
 
 def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: int, named: str) -> str:
-    shown = "".join(f"\n  {location}: {reason}" for location, reason in rejected[:SHOWN])
-    more = f"\n  and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
     return (
-        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{shown}{more}\n"
+        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(rejected)}\n"
         "  fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
     )
 
 
 def _overlong_message(whole: TokenizedSource, is_long: NDArray[np.bool_], limit: str) -> str:
     lengths, count = whole.entry.lengths, int(is_long.sum())
-    longest = np.argsort(-lengths, kind="stable")[: min(SHOWN, count)].tolist()
-    shown = "".join(f"\n  {whole.location(sample)}: {lengths[sample]} tokens" for sample in longest)
-    more = f"\n  and {count - SHOWN} more" if count > SHOWN else ""
+    longest = np.argsort(-lengths, kind="stable")[:count]
+    shown = _listed([(whole.location(sample), f"{lengths[sample]} tokens") for sample in longest])
     return (
-        f"{whole.named}: {count} of {len(lengths)} samples are longer than {limit}{shown}{more}\n"
+        f"{whole.named}: {count} of {len(lengths)} samples are longer than {limit}{shown}\n"
         f"  allow them with data.max_length={lengths[longest[0]]}, or set data.overlong=drop or data.overlong=truncate"
     )
+
+
+def _listed(places: Sequence[tuple[Location, str]]) -> str:
+    lines = [f"\n  {location}: {what}" for location, what in places[:SHOWN]]
+    return "".join(lines) + (f"\n  and {len(places) - SHOWN} more" if len(places) > SHOWN else "")

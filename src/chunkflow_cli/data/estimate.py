@@ -141,16 +141,9 @@ def _size_of_turns(turns: list[dict[str, Any]], role_key: str, text_key: str, is
     )
 
 
-def _size_of_text(row: dict[str, Any]) -> Size:
-    text = row["text"]
-    size = 1 + int((len(text) if text.isascii() else len(text.encode())) / BYTES_PER_TOKEN)
-    return size, size - (not text)
-
-
 _QUICK_SIZERS: dict[DataFormat, Callable[[dict[str, Any]], Size]] = {
     DataFormat.messages: _size_of_messages,
     DataFormat.sharegpt: _size_of_sharegpt,
-    DataFormat.text: _size_of_text,
 }
 
 

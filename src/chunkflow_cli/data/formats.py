@@ -23,7 +23,7 @@ under a template that does not support tools.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -42,7 +42,7 @@ from chunkflow_cli.data.sample import (
     Sample,
     TokenRow,
 )
-from chunkflow_cli.data.source import Location, RowBatch, Source
+from chunkflow_cli.data.source import Location, Source
 from chunkflow_cli.errors import UsageError
 
 DETECTION_ROWS = 100
@@ -105,10 +105,14 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
     """
     seen: dict[str, tuple[DataFormat | None, Location]] = {}
     reasons: list[str] = []
-    for batch, index in islice(_each_row(source), DETECTION_ROWS):
-        location = source.location(batch.file, batch.lines[index])
+    rows = (
+        (source.location(batch.file, line), row)
+        for batch in source.batches()
+        for line, row in zip(batch.lines, batch.rows, strict=True)
+    )
+    for location, raw in islice(rows, DETECTION_ROWS):
         try:
-            row = decode_row(batch.rows[index])
+            row = decode_row(raw)
         except BadRowError as error:
             reasons.append(f"{location}: {error}")
             continue
@@ -121,12 +125,12 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
     if not seen:
         raise UsageError(f"{key}: none of the first {len(reasons)} rows is a JSON object\n  {reasons[0]}")
     known = "\n".join(f"  {name.value}: {' + '.join(keys)}" for name, keys in REQUIRED_KEYS.items())
-    rows = "\n".join(
+    found = "\n".join(
         f"  keys {keys}: {format.value if format else 'no format'}, first {location}"
         for keys, (format, location) in seen.items()
     )
     what = "rows of more than one format" if formats else "rows of no known format"
-    raise UsageError(f"{key} holds {what}\n{rows}\nset data.format to the right one, or rename the keys:\n{known}")
+    raise UsageError(f"{key} holds {what}\n{found}\nset data.format to the right one, or rename the keys:\n{known}")
 
 
 REQUIRED_KEYS = {
@@ -137,12 +141,6 @@ REQUIRED_KEYS = {
     DataFormat.text: ("text",),
     DataFormat.tokens: ("input_ids",),
 }
-
-
-def _each_row(source: Source) -> Iterator[tuple[RowBatch, int]]:
-    for batch in source.batches():
-        for index in range(len(batch.rows)):
-            yield batch, index
 
 
 def _format_by_keys(row: Mapping[str, Any], keys: str, key: str) -> DataFormat | None:

@@ -16,11 +16,6 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
 Lengths = NDArray[np.int64]  # (samples,) tokens of each sample
 
 
-def threshold_name(tokens: int) -> str:
-    """Return the name of a threshold: `<4K` for 4096."""
-    return f"<{short_count(tokens)}"
-
-
 def short_count(tokens: int) -> str:
     """Format a length in powers of two: 512, 4K, 256K, 1M."""
     for size, unit in ((K * K, "M"), (K, "K")):
@@ -40,7 +35,7 @@ class LengthStatistics:
     """For each quantile, the smallest length that at least this share of the samples does not exceed."""
     max: int
     shorter: dict[str, float]
-    """Share of the samples that are strictly shorter than each of `THRESHOLDS`."""
+    """Share of the samples that are strictly shorter than each of `THRESHOLDS`, named `<4K` for 4096."""
     tokens_in_shorter: dict[str, float]
     """Share of all tokens that those samples hold."""
 
@@ -56,7 +51,7 @@ def describe(lengths: Lengths) -> LengthStatistics:
     ascending = np.sort(lengths)
     tokens_up_to = np.concatenate([[0], np.cumsum(ascending)])
     total = int(tokens_up_to[-1])
-    shorter = {threshold: int(np.searchsorted(ascending, threshold, side="left")) for threshold in THRESHOLDS}
+    shorter = {f"<{short_count(limit)}": int(np.searchsorted(ascending, limit, side="left")) for limit in THRESHOLDS}
     ranks = {name: max(0, int(np.ceil(share * len(ascending))) - 1) for name, share in QUANTILES.items()}
     return LengthStatistics(
         samples=len(ascending),
@@ -64,10 +59,8 @@ def describe(lengths: Lengths) -> LengthStatistics:
         mean=total / len(ascending),
         quantiles={name: int(ascending[rank]) for name, rank in ranks.items()},
         max=int(ascending[-1]),
-        shorter={threshold_name(threshold): count / len(ascending) for threshold, count in shorter.items()},
-        tokens_in_shorter={
-            threshold_name(threshold): int(tokens_up_to[count]) / max(1, total) for threshold, count in shorter.items()
-        },
+        shorter={name: count / len(ascending) for name, count in shorter.items()},
+        tokens_in_shorter={name: int(tokens_up_to[count]) / max(1, total) for name, count in shorter.items()},
     )
 
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from chunkflow_cli.data.encoding import EncodedBatch, Encoder
 from chunkflow_cli.data.source import RowBatch, Source
 from chunkflow_cli.errors import RunError
+from chunkflow_cli.processes.environment import cores
 
 BYTES_PER_WORKER = 4_000_000
 """Data per worker process that makes its start worthwhile: importing and loading a tokenizer takes seconds."""
@@ -28,8 +29,7 @@ def encode_source(source: Source, encoder: Encoder, *, num_workers: int | None) 
     Raises:
         RunError: a worker process was killed.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(num_workers or cores, 1 + source.nbytes // BYTES_PER_WORKER)
+    count = min(num_workers or cores(), 1 + source.nbytes // BYTES_PER_WORKER)
     if count == 1:
         yield from map(encoder.encode, source.batches())
         return

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import orjson
 
 from chunkflow_cli.data.streams import explain_read_errors, open_stream
+from chunkflow_cli.data.tokenizer import let_torch_in
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
 
@@ -35,16 +36,13 @@ MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 SUFFIXES = ".jsonl, .ndjson, .json (each also with .gz or .zst), .parquet"
 
 
-Unit = Literal["line", "row"]
-
-
 @dataclass(frozen=True, slots=True)
 class Location:
     """A row's place in the user's data: a line of a file, or a row in it. Both count from 1."""
 
     file: str
     line: int
-    unit: Unit = "line"
+    unit: Literal["line", "row"] = "line"
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.unit == "line" else f"{self.file} row {self.line}"
@@ -356,6 +354,7 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _load_from_hub(path: str, key: str) -> HubDataset:
+    let_torch_in()
     go_offline_if_unreachable()  # before the import of datasets, which reads this setting only once
     import datasets
 

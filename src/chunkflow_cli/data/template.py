@@ -104,7 +104,7 @@ class ChatTemplate:
             traits = template_traits(template)
             given = as_template_input(conversation, traits)
             if not mark_targets:
-                return MarkedText(self._texts(template, [given.messages], given.tools)[0], None)
+                return MarkedText(self._rendered(template, [given.messages], given.tools)[0][0], None)
             answers = [turn["role"] == "assistant" for turn in given.messages]
             if traits.marks_answers and given.are_targets == answers:
                 return self._render_with_marks(template, given)
@@ -124,43 +124,33 @@ class ChatTemplate:
             raise BadRowError(f"the tokenizer has chat templates {sorted(self._templates)}, and none named default")
         return self._templates["default"]
 
-    def _texts(
-        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, *, ask: bool = False
-    ) -> list[str]:
-        """Render conversations, with the generation prompt if `ask`. One call for several saves fixed costs."""
+    def _rendered(
+        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, **options: bool
+    ) -> tuple[list[str], Any]:
+        """Return the texts, and the ranges of each that `{% generation %}` marks. One call for several is faster.
+
+        `apply_chat_template` calls this too, but maps characters to tokens by trimmed offsets: an answer that begins
+        with a space loses its mask, and so do all later turns.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, _ = render_jinja_template(
-            conversations=conversations, tools=tools, chat_template=template, add_generation_prompt=ask,
-            **self._special_tokens,
-        )  # fmt: skip
-        return list(texts)
+        rendered: tuple[list[str], Any] = render_jinja_template(
+            conversations=conversations, tools=tools, chat_template=template, **options, **self._special_tokens
+        )
+        return rendered
 
     def _render_with_marks(self, template: str, given: TemplateInput) -> MarkedText:
-        # apply_chat_template(return_assistant_tokens_mask=True) calls this too, but maps characters to tokens by
-        # trimmed offsets: an answer that begins with a space loses its mask, and so do all later turns.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        rendered: Any = (
-            render_jinja_template(  # annotated as a string, but returns strings and the marked ranges of each
-                conversations=[given.messages],
-                tools=given.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self._special_tokens,
-            )
-        )
-        texts, spans = rendered
+        texts, spans = self._rendered(template, [given.messages], given.tools, return_assistant_tokens_mask=True)
         return MarkedText(texts[0], tuple((start, stop) for start, stop in spans[0]))
 
     def _render_with_prefixes(self, template: str, given: TemplateInput) -> MarkedText:
         messages, tools = given.messages, given.tools
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
         ends = [index + 1 for index in targets if index + 1 < len(messages)]
-        whole, *throughs = self._texts(template, [messages, *(messages[:end] for end in ends)], tools)
+        (whole, *throughs), _ = self._rendered(template, [messages, *(messages[:end] for end in ends)], tools)
         if 0 in targets:
             raise BadRowError(f"the conversation begins with an assistant turn; {REMEDY}")
-        befores = self._texts(template, [messages[:index] for index in targets], tools, ask=True)
+        befores, _ = self._rendered(template, [messages[:end] for end in targets], tools, add_generation_prompt=True)
         spans = []
         for index, before, through in zip(targets, befores, [*throughs, whole], strict=False):
             if not (whole.startswith(before) and through.startswith(before)):

@@ -35,6 +35,12 @@ def keep_torch_out() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
 
 
+def let_torch_in() -> None:
+    """Undo `keep_torch_out`. `datasets` fails on a module that is None."""
+    if sys.modules.get("torch", "not imported") is None:
+        del sys.modules["torch"]
+
+
 def has_tokenizer(model_path: str) -> bool:
     """Return True if the model (a folder, a GGUF file or a hub id) has a tokenizer, which is then saved with it.
 

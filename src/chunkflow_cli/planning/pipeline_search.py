@@ -81,7 +81,7 @@ def _orders_by_rule(units: Sequence[Unit], seconds: OperationSeconds) -> Iterato
     """Yield standalone chunks before, after, around and between the long sequences, each kind in three orders."""
     work = (seconds.forward + seconds.backward).sum(axis=0)
     cost = {unit: float(sum(work[chunk] for chunk in unit)) for unit in units}
-    standalone = [unit for unit in units if len(unit) == 1]
+    standalone: list[Unit] = [unit for unit in units if len(unit) == 1]
     long = [unit for unit in units if len(unit) > 1]
 
     def sorted_ways(same_kind: list[Unit]) -> list[list[Unit]]:

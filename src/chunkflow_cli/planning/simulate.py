@@ -137,7 +137,7 @@ class Timeline:
             [self.live_bytes(rank, stage, ones)[1].max(initial=0) for stage in range(self.stages)]
             for rank in range(self.ranks)
         ]
-        return np.max(most, axis=0).astype(np.int64)
+        return np.asarray(np.max(most, axis=0), dtype=np.int64)
 
     def live_bytes(
         self, rank: int, stage: int, activation_bytes: ArrayLike, state_bytes: ArrayLike | None = None

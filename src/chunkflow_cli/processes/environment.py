@@ -78,19 +78,18 @@ def threads_of_user() -> str:
     return "" if threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ else threads
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_of_each(local_processes: int) -> int:
     """Return the number of threads for each of the processes that share the cores of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_processes)
+    return max(1, cores() // local_processes)
 
 
 def local_environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
-    """Return the variables that all workers on this machine share, with the names that torchrun uses.
-
-    Args:
-        environment: the variables of the launcher.
-        processes: the number of workers.
-    """
+    """Return the launcher's variables with those that its workers on this machine share, named as torchrun does."""
     return {
         THREADS_OF_USER: environment.get("OMP_NUM_THREADS", ""),
         "OMP_NUM_THREADS": str(threads_of_each(processes)),

@@ -34,11 +34,8 @@ def explained(
     """Return the error to show for a run that failed.
 
     Args:
-        rank: the rank that failed first.
+        rank: the rank that failed first, with the `place` of its last operation and its `log`.
         failures: the failures known so far, by rank.
-        processes: the number of ranks.
-        place: the last operation of that rank.
-        log: the log of that rank.
         show_traceback: show the traceback; if False, say where to find it.
     """
     cause = failures[rank]

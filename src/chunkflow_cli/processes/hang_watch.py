@@ -56,8 +56,6 @@ def watched_together(watch: WatchFolder, rank: int, processes: int, limit_second
 
     Args:
         watch: prepared before any rank gets here, on a disk that all nodes share.
-        rank: the rank of this process.
-        processes: the number of ranks.
         limit_seconds: `launch.hang_seconds`.
     """
     ended = threading.Event()

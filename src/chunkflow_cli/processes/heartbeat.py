@@ -18,13 +18,9 @@ RECORD = struct.Struct("<qq112s")
 
 
 class Heartbeat:
-    """Tells the launcher what this rank is doing."""
+    """Tells the launcher what this rank is doing. With None for its file, which nobody reads then, it does nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        """
-        Args:
-            path: the file of this rank; None if nobody reads it, and then `at` does nothing.
-        """
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._beats = 0
 
@@ -76,14 +72,9 @@ class Standstill:
 
 
 class Watchdog:
-    """Remembers when each rank last moved."""
+    """Remembers when each rank last moved, by a clock of monotonic seconds."""
 
     def __init__(self, paths: Sequence[Path], clock: Callable[[], float]) -> None:
-        """
-        Args:
-            paths: the file of each rank, by rank.
-            clock: returns monotonic seconds.
-        """
         self._paths = paths
         self._clock = clock
         self._moved = [(STARTING, clock()) for _ in paths]

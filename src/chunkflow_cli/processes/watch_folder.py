@@ -82,8 +82,7 @@ def follow_orders(watch: WatchFolder, ended: threading.Event, lease_seconds: flo
     Files replace signals and the parent-death signal for workers that are on another machine than their launcher.
 
     Args:
-        watch: the folder, on a file system that all nodes share.
-        ended: set when no more orders are to be followed.
+        watch: on a file system that all nodes share.
         lease_seconds: kill this process if the launcher does not renew its lease for this many seconds.
     """
     obeyed = ""
