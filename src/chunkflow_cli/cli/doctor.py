@@ -80,7 +80,6 @@ PACKAGES = (
     Package("packaging", "comparing versions"),
     Package("peft", "LoRA", required=False),
     Package("datasets", "data sets of the Hugging Face hub", required=False),
-    Package("zstandard", ".zst data", required=False),
     Package("matplotlib", "plots", required=False),
     Package("gguf", "GGUF models", required=False, extra="quant"),
     Package("tensorboard", "log.backends=[tensorboard]", required=False, extra="loggers"),

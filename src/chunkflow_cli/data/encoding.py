@@ -265,11 +265,11 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the ids that the tokenizer by default puts before and after a text."""
+    """Return the ids that the tokenizer by default puts before and after a string."""
     text = "a"
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text, add_special_tokens=True)["input_ids"])
     extra = len(whole) - len(plain)
     before = next((start for start in range(extra + 1) if whole[start : start + len(plain)] == plain), None)
-    assert before is not None, f"special tokens change how {tokenizer.name_or_path} splits a text"
+    assert before is not None, f"special tokens change how {tokenizer.name_or_path} splits a string"
     return np.array(whole[:before], np.int64), np.array(whole[before + len(plain) :], np.int64)

@@ -150,9 +150,9 @@ class ChatTemplate:
         (whole, *throughs), _ = self._rendered(template, [messages, *(messages[:end] for end in ends)], tools)
         if 0 in targets:
             raise BadRowError(f"the conversation begins with an assistant turn; {REMEDY}")
-        befores, _ = self._rendered(template, [messages[:end] for end in targets], tools, add_generation_prompt=True)
+        prefixes, _ = self._rendered(template, [messages[:end] for end in targets], tools, add_generation_prompt=True)
         spans = []
-        for index, before, through in zip(targets, befores, [*throughs, whole], strict=False):
+        for index, before, through in zip(targets, prefixes, [*throughs, whole], strict=False):
             if not (whole.startswith(before) and through.startswith(before)):
                 raise BadRowError(_not_stable(index))
             if not whole.startswith(through):

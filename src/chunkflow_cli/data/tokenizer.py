@@ -116,7 +116,7 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> PreTrainedTok
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of everything that decides which tokens a text or a conversation becomes."""
+    """Return a hash of everything that decides which tokens a string or a conversation becomes."""
     facts: dict[str, object] = {
         "class": type(tokenizer).__name__,
         "chat_template": tokenizer.chat_template,

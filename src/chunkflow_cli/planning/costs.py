@@ -168,7 +168,7 @@ class OperationCost:
     seconds_per_pair: float
 
     def __call__(self, tokens: NDArray[np.float64], pairs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Predict the seconds of operations on so many tokens and query-key pairs."""
+        """Predict the seconds of operations on this many tokens and query-key pairs."""
         return self.fixed_seconds + self.seconds_per_token * tokens + self.seconds_per_pair * pairs
 
 

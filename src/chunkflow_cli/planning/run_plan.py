@@ -254,7 +254,7 @@ class RunPlan:
         return self.costs.seconds_per_target * float(self.target_counts.sum()) / (layers / shape.layers)
 
     def stage_layers(self, layers: int) -> tuple[StageLayers, ...]:
-        """Return the layers that each stage of the pipeline holds, for a model of so many layers.
+        """Return the layers that each stage of the pipeline holds, for a model with `layers` layers.
 
         Raises:
             ValueError: there are fewer layers than stages.

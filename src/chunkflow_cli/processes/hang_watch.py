@@ -50,7 +50,7 @@ def look_every(limit_seconds: float) -> float:
 
 @contextmanager
 def watched_together(watch: WatchFolder, rank: int, processes: int, limit_seconds: float) -> Iterator[None]:
-    """Within the block, kill a run that hangs and that no launcher of ours watches.
+    """Kill the run if it hangs within the block and no launcher of ours watches it.
 
     Every rank kills itself with SIGKILL, which its launcher reports; rank 0 prints why.
 

@@ -90,13 +90,14 @@ def prepare_tuning(loaded: LoadedConfig, config_dir: str | None) -> Tuning:
 def _setup(loaded: LoadedConfig, config_dir: str | None, hf_config: Any) -> RunSetup:
     """Return the setup with costs measured on this machine, or with those of a profile."""
     config = loaded.config
+    device = planned_device(config)
     measure = partial(_measure_chunks, loaded, config_dir) if config.tune.device is Device.measured else None
-    setup = read_setup(config, hf_config, planned_device(config), measure=measure)
+    setup = read_setup(config, hf_config, device, measure=measure)
     if setup.calibration is not None and setup.calibration.worst_error > DISTURBED:
         stderr_console().print(
             f"warning: timings of chunks differ by up to {100 * setup.calibration.worst_error:.0f} % from the fitted "
             f"costs; other work may have disturbed them\n"
-            f"  to time them again, delete {calibration_path(config, hf_config, setup.device)}",
+            f"  to time them again, delete {calibration_path(config, hf_config, device)}",
             soft_wrap=True,
         )
     return setup
