@@ -28,7 +28,9 @@ Set a key on the command line as `key=value`, or in a recipe. Later settings win
     chunkflow train recipe=tiny_random -m chunk.size=64,128            # train once with each value
 
 Write a list as `'optim.betas=[0.9,0.95]'`, a mapping as `'engine.deepspeed={key: value}'`, and no value as `null`. The
-quotes keep your shell from reading the brackets. An unknown key is an error that names the nearest known one.
+quotes keep your shell from reading the brackets. An unknown key is an error, with the most
+similar known key if there is one. [Comparison](comparison.md#the-same-settings-elsewhere) lists what other tools call
+these keys.
 """
 
 
