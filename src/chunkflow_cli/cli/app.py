@@ -35,7 +35,7 @@ RecipeName = Annotated[
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Exact chunked fine-tuning of language models on long-tailed data.
 
-    chunkflow packs short samples and splits long ones into chunks of one size.
+    Short samples are packed and long ones are split into chunks of one size.
     Peak memory depends on the chunk, not on the longest sample. Loss and
     gradients are those of ordinary training.
 
