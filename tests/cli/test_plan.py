@@ -90,7 +90,7 @@ def test_train_runs_what_plan_prints(words: tuple[str, ...], tmp_path: Path, mon
     ran = Ran(monkeypatch)
     report = train.run(load(words), json_output=True)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(made.plan) == len(ran.steps) == len(rows) > 1
+    assert made.plan.steps == len(ran.steps) == len(rows) > 1
     totals = dict.fromkeys(("samples", "tokens", "target_tokens", "chunks", "recomputed_chunks"), 0)
     for step, (schedule, batch), row in zip(made.plan, ran.steps, rows, strict=True):
         (rank,) = step.ranks

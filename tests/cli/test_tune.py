@@ -88,7 +88,7 @@ def test_candidates_above_the_memory_limit_are_listed_with_their_bytes() -> None
         (["tune.chunk_sizes=[]", PROFILE], "tune.chunk_sizes is empty"),
         (["tune.ks=[0]", PROFILE], "tune.ks=[0] must be positive numbers"),
         (["cluster.network_gb_per_second=0", PROFILE], "cluster.network_gb_per_second=0.0 must be above 0"),
-        (["tune.device=h900"], "tune.device=h900: invalid value 'h900', expected one of"),
+        (["tune.device=h900"], "tune.device=h900 must be one of"),
         (["data.path=", PROFILE], "data.path is not set"),
         (["data.path=nowhere.jsonl", PROFILE], "there is no such file"),
         (["launch.processes=2"], "launch.processes=2: only one process can be measured"),
