@@ -84,6 +84,11 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     stage, offload = settings.engine.zero_stage, settings.engine.offload
     host = {"device": "cpu", "pin_memory": True}
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000_000}
+    if stage == 3:
+        # By default DeepSpeed treats blocks of experts of some architectures as leaves: it reduces their gradients once
+        # per call of the block, not once per backward. A backward through several chunks would reduce partial sums.
+        # Experts need no leaf: Hugging Face stacks them in one parameter, which every forward uses.
+        zero["leaf_module"] = {"classes": []}
     if offload is not Offload.none:
         zero["offload_optimizer"] = host
     if offload is Offload.parameters:
