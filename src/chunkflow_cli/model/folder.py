@@ -23,6 +23,7 @@ LFS_POINTER = b"version https://git-lfs"
 LONGEST_HEADER = 100_000_000
 """Bytes of the longest header that the safetensors library reads."""
 AGAIN = "the download broke off, or the file is damaged: download it again"
+REPAIR = "repair it, or download it again"
 SHOWN = 3
 """Maximum number of names that a message lists."""
 
@@ -108,7 +109,7 @@ def tensors_of(file: Path, named: str) -> dict[str, Any]:
 def _shards(index: Path, named: str) -> list[Path]:
     """Return the files that an index names."""
     content = _read_json(index, named)
-    mapped = content.get("weight_map") if isinstance(content, dict) else None
+    mapped = content.get("weight_map")
     if not isinstance(mapped, dict) or not all(isinstance(name, str) for name in mapped.values()):
         raise UsageError(f"{named}: {index.name} has no weight_map\n  download it again")
     shards = [index.parent / name for name in sorted(set(mapped.values()))]
@@ -135,17 +136,16 @@ def _is_pointer(file: Path) -> bool:
         return data.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _read_json(file: Path, named: str) -> Any:
+def _read_json(file: Path, named: str) -> dict[str, Any]:
+    _refuse_pointers([file], named)
     try:
-        _refuse_pointers([file], named)
-        return json.loads(file.read_text(encoding="utf-8"))
-    except UsageError:
-        raise
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(
-            f"{named}: {file.name} cannot be read as JSON: {reason}\n  repair it, or download it again"
-        ) from error
+        raise UsageError(f"{named}: {file.name} cannot be read as JSON: {reason}\n  {REPAIR}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{named}: {file.name} is not a JSON object\n  {REPAIR}")
+    return content
 
 
 def _explain_missing_config(path: Path, named: str) -> None:

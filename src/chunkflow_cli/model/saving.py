@@ -30,7 +30,7 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
     finally:
         whole.generation_config = generation
     generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    _rewrite(folder / "config.json", config_for_both)
+    _rewrite(folder / "config.json", lambda settings: config_for_both(settings, whole.config))
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:
@@ -44,30 +44,37 @@ def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     _rewrite(folder / "tokenizer_config.json", lambda settings: tokenizer_for_both(settings) | given)
 
 
-def config_for_both(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json of transformers 5 with the names added under which version 4 reads rotary embeddings.
+def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return a config.json of transformers 5 with the names added that version 4 reads.
 
-    Version 5 has all settings in `rope_parameters`, per kind of layer if they differ; version 4 does not know it and
-    would take its defaults.
+    Version 5 has the settings of rotary embeddings in `rope_parameters`, per kind of layer if they differ, and calls
+    the number of experts `num_local_experts`. Version 4 would take its defaults.
+
+    Args:
+        config: the configuration that `settings` was saved from.
     """
-    both = {key: config_for_both(value) if isinstance(value, dict) else value for key, value in config.items()}
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or not rope:
-        return both
+    both = dict(settings)
+    for name, part in settings.items():
+        if name in type(config).sub_configs and isinstance(part, dict):
+            both[name] = config_for_both(part, getattr(config, name))
+    for name, now in type(config).attribute_map.items():
+        if "experts" in name and now in settings:
+            both[name] = settings[now]
+    rope = settings.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
-    local = rope.get("sliding_attention")
     if not isinstance(full, dict) or "rope_theta" not in full:
         return both
-    names = OTHER_NAMES.get(str(config.get("model_type")), {})
+    names = OTHER_NAMES.get(str(settings.get("model_type")), {})
+    rest = dict(full)
     for key in ("rope_theta", "partial_rotary_factor"):
-        if full.get(key) is not None:
-            both.setdefault(names.get(key, key), full[key])
-    if full.get("rope_type", "default") != "default":
-        both["rope_scaling"] = {
-            key: value for key, value in full.items() if key not in ("rope_theta", "partial_rotary_factor")
-        }
-    if isinstance(local, dict) and local.get("rope_theta") not in (None, full["rope_theta"]):
-        both["rope_local_base_freq"] = local["rope_theta"]
+        value = rest.pop(key, None)
+        if value is not None:
+            both[names.get(key, key)] = value
+    if rest.get("rope_type", "default") != "default":
+        both["rope_scaling"] = rest
+    local = (rope.get("sliding_attention") or {}).get("rope_theta", full["rope_theta"])
+    if local != full["rope_theta"]:
+        both["rope_local_base_freq"] = local
     return both
 
 

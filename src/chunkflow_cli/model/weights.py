@@ -160,7 +160,7 @@ def _check_finite(model: Any, named: str) -> None:
     ]
     if spoilt:
         raise UsageError(
-            f"{named}: {counted(len(spoilt), 'tensor')} with numbers that are not finite (nan or inf): {listed(spoilt)}\n"
+            f"{named}: {counted(len(spoilt), 'tensor')} with numbers that are not finite (nan, inf): {listed(spoilt)}\n"
             "  the training that made them failed, or the files are damaged: take an earlier checkpoint"
         )
 
