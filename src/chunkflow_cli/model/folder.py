@@ -18,6 +18,8 @@ WEIGHTS = (SINGLE, INDEX, PICKLED, PICKLED_INDEX)
 """Names of the file that holds or lists the weights, in the order in which transformers looks for them."""
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 """JSON files that are read with a model."""
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.jinja")
+"""Patterns of the files of a tokenizer."""
 LFS_POINTER = b"version https://git-lfs"
 """How the small text begins that git puts in the place of a large file that it has not fetched."""
 LONGEST_HEADER = 100_000_000
@@ -36,7 +38,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def check_settings(path: Path, named: str) -> None:
-    """Check that `path` is the folder of a model, and that its JSON files can be read.
+    """Check that `path` is the folder of a model whose JSON files can be read, or a GGUF file.
 
     Args:
         named: the key and its value, for messages.
@@ -44,11 +46,18 @@ def check_settings(path: Path, named: str) -> None:
     Raises:
         UsageError: it is a file, another kind of folder, or one of its JSON files is broken.
     """
+    if path.suffix == ".gguf":
+        _refuse_pointers([path], named)
+        with path.open("rb") as data:
+            if data.read(4) != b"GGUF":
+                raise UsageError(f"{named} is not a GGUF file\n  {AGAIN}")
+        return
     if not path.is_dir():
         raise UsageError(
             f"{named} is a file, and not the folder of a model or a GGUF file\n"
             f"  name the folder that holds config.json and the weights: model.path={path.parent}"
         )
+    _refuse_pointers([file for pattern in TOKENIZER_FILES for file in path.glob(pattern)], named)
     for name in SETTINGS:
         if (path / name).exists():
             _read_json(path / name, named)
@@ -63,7 +72,6 @@ def check_weights(path: Path, named: str) -> None:
         UsageError: names the file and what to do.
     """
     if path.is_file():
-        _refuse_pointers([path], named)
         return
     named_in_config = _read_json(path / "config.json", named).get("transformers_weights")
     names = WEIGHTS if named_in_config is None else (str(named_in_config),)
@@ -73,10 +81,7 @@ def check_weights(path: Path, named: str) -> None:
         hint = f"name the GGUF file: model.path={ggufs[0]}" if ggufs else "download them, or set model.init=random"
         raise UsageError(f"{named} has no weights: neither {SINGLE} nor {INDEX} nor a {PICKLED}\n  {hint}")
     shards = _shards(found, named) if found.name in (INDEX, PICKLED_INDEX) else [found]
-    tokenizers = [
-        file for pattern in ("*.model", "tokenizer.json", "vocab.*", "*.jinja") for file in path.glob(pattern)
-    ]
-    _refuse_pointers([*shards, *tokenizers], named)
+    _refuse_pointers(shards, named)
     for shard in shards:
         if shard.suffix == ".safetensors":
             tensors_of(shard, named)

@@ -45,7 +45,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     name, extra = pretrained_arguments(config.path)
     if not Path(config.path).exists():
         go_offline_if_unreachable()
-    elif not extra:
+    else:
         check_settings(Path(config.path), f"model.path={config.path}")
     try:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)

@@ -24,12 +24,12 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
         whole.save_pretrained(str(folder), state_dict=weights)
         return
     # Written on its own: transformers refuses to save sampling settings without do_sample, which published models have.
-    generation, whole.generation_config = model.generation_config, type(model.generation_config)()
-    try:
-        whole.save_pretrained(str(folder), state_dict=weights)
-    finally:
-        whole.generation_config = generation
-    generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    generation = getattr(model, "generation_config", None)
+    whole.generation_config = None if generation is None else type(generation)()
+    whole.save_pretrained(str(folder), state_dict=weights)
+    whole.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     _rewrite(folder / "config.json", lambda settings: config_for_both(settings, whole.config))
 
 
