@@ -15,12 +15,12 @@ from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.positions import check_positions
 
 KINDS: list[tuple[str, dict[str, Any], str | None]] = [
-    ("gpt2", {"n_positions": 24}, "n_positions"),
+    ("gpt2", {"max_position_embeddings": 24}, "n_positions"),
     ("opt", {"max_position_embeddings": 24, "ffn_dim": 32, "word_embed_proj_dim": 64}, "max_position_embeddings"),
     ("gpt_neo", {"max_position_embeddings": 24, "num_layers": 2, "attention_types": [[["global"], 2]]},
      "max_position_embeddings"),
     ("biogpt", {"max_position_embeddings": 24}, "max_position_embeddings"),
-    ("gptj", {"n_positions": 24, "rotary_dim": 8}, "n_positions"),
+    ("gptj", {"max_position_embeddings": 24, "rotary_dim": 8}, "n_positions"),
     ("llama", {"max_position_embeddings": 24}, None),
     ("phi", {"max_position_embeddings": 24}, None),
     ("gemma3_text", {"max_position_embeddings": 24, "head_dim": 16}, None),

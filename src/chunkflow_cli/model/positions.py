@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from chunkflow_cli.config.schema import Config
+from chunkflow_cli.config.schema import Config, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.model.loading import on_meta_device
@@ -21,18 +21,24 @@ def check_positions(config: Config, hf_config: Any) -> None:
     Raises:
         UsageError: the table is shorter.
     """
-    limit, max_length = position_limit(hf_config), config.data.max_length
-    if limit is None or max_length is None or max_length <= limit:
-        return
-    table = position_table(on_meta_device(config.model, hf_config), limit)
-    if table is None:
+    max_length = config.data.max_length
+    limit = None if max_length is None else learned_limit(config.model, hf_config, max_length)
+    if limit is None:
         return
     text = hf_config.get_text_config()
     key = type(text).attribute_map.get("max_position_embeddings", "max_position_embeddings")
     raise UsageError(
-        f"data.max_length={max_length}: the model has learned only {limit} positions ({key} in its config.json; the "
-        f"table {table})\n  set data.max_length={limit}, and data.overlong=truncate or drop for longer samples"
+        f"data.max_length={max_length}: the model has learned only {limit} positions ({key} in its config.json)\n"
+        f"  set data.max_length={limit}, and data.overlong=truncate or drop for longer samples"
     )
+
+
+def learned_limit(config: ModelConfig, hf_config: Any, length: int) -> int | None:
+    """Return the number of learned positions, if `length` tokens are more than that; None if they are no problem."""
+    limit = position_limit(hf_config)
+    if limit is None or length <= limit:
+        return None
+    return limit if position_table(on_meta_device(config, hf_config), limit) is not None else None
 
 
 def position_table(model: Any, limit: int) -> str | None:

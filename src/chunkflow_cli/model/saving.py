@@ -72,9 +72,9 @@ def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
             both[names.get(key, key)] = value
     if rest.get("rope_type", "default") != "default":
         both["rope_scaling"] = rest
-    local = (rope.get("sliding_attention") or {}).get("rope_theta", full["rope_theta"])
-    if local != full["rope_theta"]:
-        both["rope_local_base_freq"] = local
+    local = rope.get("sliding_attention") or {}
+    if "rope_theta" in local and str(settings.get("model_type")).startswith("gemma3"):
+        both["rope_local_base_freq"] = local["rope_theta"]
     return both
 
 
