@@ -50,6 +50,9 @@ def cut(name: str, count: int) -> Callable[[Path], object]:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing file": (lambda folder: (folder / "b.safetensors").unlink(), r"1 of the 2 files .* missing: b\.safetensors"),
     "no weights": (lambda folder: [file.unlink() for file in folder.glob("*.s*")], r"has no weights(.|\n)*model\.init"),
+    "a folder in a file's place": (
+        lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()), r"config\.json cannot be read",
+    ),
     "a GGUF file": (
         lambda folder: [*(file.unlink() for file in folder.glob("*.s*")), (folder / "m.gguf").touch()],
         r"name the GGUF file: model\.path=.*m\.gguf",
@@ -99,6 +102,7 @@ OTHERS: dict[str, tuple[str, list[str], str]] = {
     "a trainer's checkpoints": ("run", ["checkpoint-9/config.json"], r"did you mean model\.path=.*/checkpoint-9\?"),
     "a hub's cache": ("models--a--b", ["snapshots/1f/config.json"], r"did you mean model\.path=.*/snapshots/1f\?"),
     "a file": ("m/model.safetensors", [], r"is a file(.|\n)*model\.path=.*/m$"),
+    "a pointer to a GGUF file": ("x.gguf", [], r"is not a GGUF file"),
     "GGUF files": ("m", ["x.gguf"], r"name the GGUF file: model\.path=.*/m/x\.gguf"),
 }
 

@@ -258,3 +258,26 @@ def test_attention_of_parts_is_reset_too(tiny_config: Callable[..., Any], tmp_pa
     config = load_config(ModelConfig(path=str(tmp_path)))
     assert config.text_config._attn_implementation is None
     assert config.vision_config._attn_implementation is None
+
+
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+from torch import nn
+
+class OwnForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.extra = nn.Linear(4, 4)
+"""
+
+
+def test_code_of_the_models_own_is_held_to_the_same(
+    published: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    auto_map = {"AutoModelForCausalLM": "own.OwnForCausalLM"}
+    folder = with_settings(published("llama"), tmp_path / "m", auto_map=auto_map)
+    (folder / "own.py").write_text(OWN_CODE)
+    with pytest.raises(UsageError, match=r"not in its files: model\.extra\.bias, model\.extra\.weight"):
+        load(folder, trust_remote_code=True)

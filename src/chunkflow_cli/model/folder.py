@@ -48,16 +48,15 @@ def check_settings(path: Path, named: str) -> None:
     """
     if path.suffix == ".gguf":
         _refuse_pointers([path], named)
-        with path.open("rb") as data:
-            if data.read(4) != b"GGUF":
-                raise UsageError(f"{named} is not a GGUF file\n  {AGAIN}")
+        if _beginning(path, named, 4) != b"GGUF":
+            raise UsageError(f"{named} is not a GGUF file\n  {AGAIN}")
         return
     if not path.is_dir():
         raise UsageError(
             f"{named} is a file, and not the folder of a model or a GGUF file\n"
             f"  name the folder that holds config.json and the weights: model.path={path.parent}"
         )
-    _refuse_pointers([file for pattern in TOKENIZER_FILES for file in path.glob(pattern)], named)
+    _refuse_pointers([file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()], named)
     for name in SETTINGS:
         if (path / name).exists():
             _read_json(path / name, named)
@@ -128,7 +127,7 @@ def _shards(index: Path, named: str) -> list[Path]:
 
 
 def _refuse_pointers(files: Sequence[Path], named: str) -> None:
-    pointers = [file.name for file in files if _is_pointer(file)]
+    pointers = [file.name for file in files if _beginning(file, named, len(LFS_POINTER)) == LFS_POINTER]
     if pointers:
         raise UsageError(
             f"{named}: git-lfs pointers are in the place of {listed(pointers)}\n"
@@ -136,9 +135,12 @@ def _refuse_pointers(files: Sequence[Path], named: str) -> None:
         )
 
 
-def _is_pointer(file: Path) -> bool:
-    with file.open("rb") as data:
-        return data.read(len(LFS_POINTER)) == LFS_POINTER
+def _beginning(file: Path, named: str, count: int) -> bytes:
+    try:
+        with file.open("rb") as data:
+            return data.read(count)
+    except OSError as error:
+        raise UsageError(f"{named}: {file.name} cannot be read: {error.strerror}") from error
 
 
 def _read_json(file: Path, named: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         check_settings(Path(config.path), f"model.path={config.path}")
     try:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise unreadable(config, "config.json", error) from error
     text = hf_config.get_text_config()
     if getattr(text, "output_router_logits", False):

@@ -83,7 +83,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
                 **extra,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, ImportError, SafetensorError, UnpicklingError, EOFError) as error:
+        except (OSError, ValueError, LookupError, ImportError, SafetensorError, UnpicklingError, EOFError) as error:
             raise unreadable(config, "weights", error) from error
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
