@@ -140,7 +140,7 @@ def _beginning(file: Path, named: str, count: int) -> bytes:
         with file.open("rb") as data:
             return data.read(count)
     except OSError as error:
-        raise UsageError(f"{named}: {file.name} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{named}: {file.name} cannot be read: {error.strerror}\n  {REPAIR}") from error
 
 
 def _read_json(file: Path, named: str) -> dict[str, Any]:
