@@ -13,6 +13,7 @@ from chunkflow_cli.cli.screens.tables import facts
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Cuts, Dtype
 from chunkflow_cli.console import stderr_console, stdout_console, working
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
@@ -22,6 +23,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.positions import learned_limit
 
 LONGEST_DEFAULT = 2048
 
@@ -44,7 +46,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     hf_config = load_config(config.model)
     remove_dropout(hf_config.get_text_config())
     choice = choose_backend(config.model.attention, hf_config, device, dtype)
-    length, chunk_size = _test_size(config, console)
+    length, chunk_size = _test_size(config, hf_config, console)
     attention.register()
     with working(console, "loading the model"):
         model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
@@ -78,11 +80,19 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     return result
 
 
-def _test_size(config: Config, console: Console) -> tuple[int, int]:
-    """Return the length of the long sequence and the chunk size, reduced where the sequence would be a single chunk."""
+def _test_size(config: Config, hf_config: Any, console: Console) -> tuple[int, int]:
+    """Return the length of the long sequence and the chunk size, reduced where the sequence would be a single chunk.
+
+    Raises:
+        UsageError: the model has learned fewer positions than `verify.length`.
+    """
     chunk_size = config.chunk.size
     length = config.verify.length or min(3 * chunk_size + chunk_size // 2, LONGEST_DEFAULT)
     length = max(length, 8)
+    limit = learned_limit(config.model, hf_config, length)
+    if limit is not None and config.verify.length is not None:
+        raise UsageError(f"verify.length={length}: the model has learned only {limit} positions")
+    length = limit or length
     if chunk_size * 2 > length:
         smaller = max(1, length * 2 // 7)
         console.print(

@@ -167,7 +167,8 @@ def tokenize_source(
     if vocab_size is not None and entry.largest_id >= vocab_size:
         raise UsageError(
             f"the tokenizer of model.path={model_path} gives id {entry.largest_id}, "
-            f"but the model has {vocab_size} ids\n  use the tokenizer that belongs to the model"
+            f"but the model has {vocab_size} ids\n  use the tokenizer that belongs to the model; if tokens were added "
+            "to it, resize the model's embedding first (docs/models.md)"
         )
     return TokenizedSource(source, format, entry, named)
 

@@ -104,7 +104,9 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> PreTrainedTok
         else:
             name = str(path) if path.is_dir() else model_path
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)) and type(error) is not Exception:
+            raise  # a broken tokenizer.json is a plain Exception
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"model.path={model_path}: its tokenizer cannot be loaded\n  {reason}") from error
     if len(tokenizer) < 2:

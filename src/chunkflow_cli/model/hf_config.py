@@ -5,12 +5,14 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunkflow_cli.config.schema import ModelConfig
+from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
+from chunkflow_cli.model.folder import check_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,23 +32,25 @@ def pretrained_arguments(path: str) -> tuple[str, dict[str, str]]:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """Return the Hugging Face configuration of a model.
+    """Return the Hugging Face configuration of a model, without the settings that chunkflow decides itself.
 
     Raises:
-        UsageError: the model cannot be found, or uses something that chunks cannot train exactly.
+        UsageError: the model cannot be found or read, or uses something that chunks cannot train exactly.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # silences advice about calls that the user did not make; errors still raise
     logging.disable_progress_bar()
+    name, extra = pretrained_arguments(config.path)
     if not Path(config.path).exists():
         go_offline_if_unreachable()
-    name, extra = pretrained_arguments(config.path)
+    else:
+        check_settings(Path(config.path), f"model.path={config.path}")
     try:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        raise model_not_found(config, error) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise unreadable(config, "config.json", error) from error
     text = hf_config.get_text_config()
     if getattr(text, "output_router_logits", False):
         raise UsageError(
@@ -54,6 +58,9 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             "router is not supported\n  set it to false there to train without that loss"
         )
     refuse_length_dependent_rope(text)
+    if not extra:  # a GGUF file is converted to floating point
+        _settle_quantisation(config, hf_config)
+    _reset_switches(hf_config)
     return hf_config
 
 
@@ -79,20 +86,79 @@ def position_limit(hf_config: Any) -> int | None:
     return int(limit) if limit else None
 
 
-def model_not_found(config: ModelConfig, error: Exception) -> UsageError:
-    """Return the error that explains why transformers could not find or read a model, and what to do."""
-    path = Path(config.path)
-    if path.exists():
-        what, remedy = "config.json", ""
-        if (path / "config.json").is_file():
-            what, remedy = "weights (*.safetensors)", "\n  to train it from random weights: model.init=random"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UsageError(f"model.path={config.path}: no usable {what} there\n  {reason}{remedy}")
+def unreadable(config: ModelConfig, what: str, error: Exception) -> UsageError:
+    """Return the error that explains why transformers could not find or read a part of a model, and what to do."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "trust_remote_code" in reason:
+        return UsageError(
+            f"model.path={config.path}: the model comes with Python code of its own\n"
+            "  read that code, and set model.trust_remote_code=true to run it"
+        )
+    if Path(config.path).exists():
+        return UsageError(f"model.path={config.path}: no usable {what} there\n  {reason}")
     if config.path.startswith((".", "/", "~")):
         return UsageError(f"model.path={config.path}: there is no such folder or file")
+    if what != "config.json":
+        return UsageError(
+            f"model.path={config.path}: its {what} cannot be used\n  {reason}\n"
+            "  if the download broke off, start again with network: it continues where it stopped"
+        )
     return UsageError(
         f"model.path={config.path}: neither a local folder nor in the local cache, and the Hugging Face hub "
         f"{'cannot be reached' if go_offline_if_unreachable() else 'does not have it for you'}\n"
         "  with network: check the name, and run `hf auth login` for a gated model\n"
         "  without: copy the model's folder to this machine and set model.path=FOLDER"
     )
+
+
+def _settle_quantisation(config: ModelConfig, hf_config: Any) -> None:
+    """Refuse quantised weights; random weights are never quantised, so drop the setting for them.
+
+    Raises:
+        UsageError: names the method.
+    """
+    for part in _with_parts(hf_config):
+        for key in ("quantization_config", "compression_config"):
+            settings = getattr(part, key, None)
+            if settings is None:
+                continue
+            if config.init is not Init.random:
+                raise UsageError(
+                    f"model.path={config.path}: its weights are quantised ({_method(settings)}; {key} in config.json), "
+                    "and chunkflow trains floating-point weights only\n"
+                    "  set model.path to the model that it was made from, which its model card names; "
+                    "docs/models.md shows how to convert FP8 and MXFP4"
+                )
+            delattr(part, key)
+
+
+def _method(settings: Any) -> str:
+    """Return the name of a quantisation method, as `quantization_config` has it; old ones of bitsandbytes have none."""
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    named = values.get("quant_method")
+    if named is not None:
+        return str(getattr(named, "value", named))
+    return "bitsandbytes" if values.get("load_in_4bit") or values.get("load_in_8bit") else "unknown method"
+
+
+def _reset_switches(hf_config: Any) -> None:
+    """Reset what a config.json can say about how a model runs, and not about what it computes.
+
+    `model.attention` alone decides on attention. Names of kernels on the hub would reach the kernel loader.
+    """
+    for part in _with_parts(hf_config):
+        part._attn_implementation = None
+        part._experts_implementation = None
+        part.output_attentions = False
+        part.output_hidden_states = False
+        part.return_dict = True
+        if hasattr(part, "fusion_config"):
+            del part.fusion_config
+
+
+def _with_parts(hf_config: Any) -> Iterator[Any]:
+    """Yield a configuration and those within it, such as the text model's."""
+    yield hf_config
+    for value in vars(hf_config).copy().values():
+        if callable(getattr(value, "get_text_config", None)):
+            yield from _with_parts(value)

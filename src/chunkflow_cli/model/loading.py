@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chunkflow_cli.config.schema import Init, ModelConfig
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapters import add_lora
-from chunkflow_cli.model.hf_config import model_not_found, pretrained_arguments
+from chunkflow_cli.model.folder import check_weights, listed
+from chunkflow_cli.model.hf_config import pretrained_arguments, unreadable
+from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -25,7 +30,7 @@ def load_model(
     `attention` is the name of an implementation in transformers. With model.init=random, `seed` decides the weights.
 
     Raises:
-        UsageError: the weights cannot be found.
+        UsageError: the weights cannot be found or read, or are not exactly those that the model needs.
     """
     from transformers import AutoModelForCausalLM
 
@@ -33,24 +38,69 @@ def load_model(
     if config.init is Init.random:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=dtype, attn_implementation=attention, trust_remote_code=config.trust_remote_code
-        )
+            copy.deepcopy(hf_config), dtype=dtype, attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
     else:
-        name, extra = pretrained_arguments(config.path)
+        model = _pretrained(config, hf_config, dtype=dtype, attention=attention)
+    model.train()
+    return model
+
+
+def check_files(config: ModelConfig) -> None:
+    """Check the files of a local model's weights, which takes milliseconds, unlike loading them.
+
+    Raises:
+        UsageError: a file is missing, incomplete or not what its name says.
+    """
+    path, named = Path(config.path), f"model.path={config.path}"
+    if config.init is Init.random or not path.exists():
+        return
+    check_weights(path, named)
+    if (path / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(
+                f"{named}: its generation_config.json is invalid: {reason}\n  correct or delete it"
+            ) from error
+
+
+def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> Any:
+    """Load the weights, and check that they are those of the files."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    check_files(config)
+    name, extra = pretrained_arguments(config.path)
+    with loading_report() as report:
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
                 name, config=None if extra else hf_config, dtype=dtype, attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code, **extra,
+                trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
+                **extra,
             )  # fmt: skip
-        except OSError as error:
-            raise model_not_found(config, error) from error
-    if config.path.endswith(".gguf"):
+        except (OSError, ValueError, LookupError, ImportError, SafetensorError, UnpicklingError, EOFError) as error:
+            raise unreadable(config, "weights", error) from error
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+                raise
+            groups = incomplete_groups(report)
+            if not groups:
+                raise unreadable(config, "weights", error) from error
+            raise UsageError(
+                f"model.path={config.path}: parts of {listed(groups)} are missing in its files, or have other shapes "
+                "than the rest\n  download the model again"
+            ) from error
+    check_loaded(model, info, f"model.path={config.path}")
+    if extra:
         # Loading has dequantized the weights: from here on, a float model is trained and saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    model.config.use_cache = False
-    model.train()
     return model
 
 

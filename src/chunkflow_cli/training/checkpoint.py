@@ -26,6 +26,7 @@ from chunkflow_cli.config.schema import EngineConfig, Offload
 from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, own_rank, process_count
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import write_json, written_aside
+from chunkflow_cli.model.saving import save_model, save_tokenizer
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.progress import Progress
 from chunkflow_cli.training.run_folder import REPLACED
@@ -134,9 +135,9 @@ def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, s
         if weights is None:
             return
         with written_aside(folder) as temporary:
-            (skeleton or model).save_pretrained(str(temporary), state_dict=weights)
+            save_model(temporary, model, weights, skeleton=skeleton)
             if tokenizer is not None:
-                tokenizer.save_pretrained(str(temporary))
+                save_tokenizer(temporary, tokenizer)
 
 
 def random_states() -> dict[str, Any]:

@@ -46,6 +46,10 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
             trust_remote_code=config.model.trust_remote_code,
         )
 
+    if hf_config is not None and config.data.max_length is not None:
+        from chunkflow_cli.model.positions import check_positions  # imports torch
+
+        check_positions(config, hf_config)
     data = read(None)
     if config.data.eval_path is not None:
         return RunData(data, data, read(config.data.eval_path))

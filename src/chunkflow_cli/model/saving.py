@@ -1,0 +1,95 @@
+"""Save a model as a Hugging Face folder that transformers 5 and transformers 4 read alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+"""What transformers 4 calls settings of the rotary embedding in models that do not use the common names."""
+
+
+def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton: Any = None) -> None:
+    """Write the model, or only its adapters, into an existing folder.
+
+    Args:
+        model: the model, or the part of it that this pipeline stage holds.
+        weights: all weights to save, by name.
+        skeleton: the whole model without weights, if `model` is a stage: peft saves only modules that it finds.
+    """
+    whole = skeleton or model
+    if hasattr(model, "peft_config"):
+        whole.save_pretrained(str(folder), state_dict=weights)
+        return
+    # Written on its own: transformers refuses to save sampling settings without do_sample, which published models have.
+    generation = getattr(model, "generation_config", None)
+    whole.generation_config = None if generation is None else type(generation)()
+    whole.save_pretrained(str(folder), state_dict=weights)
+    whole.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    _rewrite(folder / "config.json", lambda settings: config_for_both(settings, whole.config))
+
+
+def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer into an existing folder."""
+    tokenizer.save_pretrained(str(folder))
+    given = {
+        name: tokenizer.init_kwargs[name]
+        for name in ("add_bos_token", "add_eos_token")
+        if name in tokenizer.init_kwargs
+    }
+    _rewrite(folder / "tokenizer_config.json", lambda settings: tokenizer_for_both(settings) | given)
+
+
+def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return a config.json of transformers 5 with the names added that version 4 reads.
+
+    Version 5 has the settings of rotary embeddings in `rope_parameters`, per kind of layer if they differ, and calls
+    the number of experts `num_local_experts`. Version 4 would take its defaults.
+
+    Args:
+        config: the configuration that `settings` was saved from.
+    """
+    both = dict(settings)
+    for name, part in settings.items():
+        if name in type(config).sub_configs and isinstance(part, dict):
+            both[name] = config_for_both(part, getattr(config, name))
+    for name, now in type(config).attribute_map.items():
+        if "experts" in name and now in settings:
+            both[name] = settings[now]
+    rope = settings.get("rope_parameters") or {}
+    full = rope.get("full_attention", rope)
+    if not isinstance(full, dict) or "rope_theta" not in full:
+        return both
+    names = OTHER_NAMES.get(str(settings.get("model_type")), {})
+    rest = dict(full)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        value = rest.pop(key, None)
+        if value is not None:
+            both[names.get(key, key)] = value
+    if rest.get("rope_type", "default") != "default":
+        both["rope_scaling"] = rest
+    local = rope.get("sliding_attention") or {}
+    if "rope_theta" in local and str(settings.get("model_type")).startswith("gemma3"):
+        both["rope_local_base_freq"] = local["rope_theta"]
+    return both
+
+
+def tokenizer_for_both(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer_config.json of transformers 5 with the names that version 4 knows, which 5 also reads."""
+    both = dict(settings)
+    if both.get("tokenizer_class") == "TokenizersBackend":
+        both["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(both.get("extra_special_tokens"), list):  # version 4 expects a dictionary under this name
+        both["additional_special_tokens"] = both.pop("extra_special_tokens")
+    return both
+
+
+def _rewrite(file: Path, change: Any) -> None:
+    text = json.dumps(
+        change(json.loads(file.read_text(encoding="utf-8"))), indent=2, sort_keys=True, ensure_ascii=False
+    )
+    file.write_text(text + "\n", encoding="utf-8")
