@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 from chunkflow_cli.config.keys import as_written, walk_keys
@@ -27,6 +28,8 @@ def _check_bounds(config: Config) -> None:
     for name, section, entry in walk_keys(config):
         value = getattr(section, entry.name)
         numbers = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise UsageError(f"{name}={as_written(value)} must be a finite number")
         for bound, limit in entry.metadata.items():
             if not all(_COMPARISONS[bound](number, limit) for number in numbers):
                 bounds = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in entry.metadata.items())
@@ -53,6 +56,9 @@ def _check_model(config: Config) -> None:
         raise UsageError(
             f"model.attention={attention.value} does not support model.dtype=float64\n  set model.attention=reference"
         )
+    lora = config.model.lora
+    if lora.path is not None and not lora.enabled:
+        raise UsageError(f"model.lora.path={lora.path} with model.lora.enabled=false\n  set model.lora.enabled=true")
 
 
 def _check_parallel(config: Config) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
+from chunkflow_cli.model.adapter_folder import explain_adapter_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,6 +41,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
     logging.set_verbosity_error()  # silences advice about calls that the user did not make; errors still raise
     logging.disable_progress_bar()
+    if adapter := explain_adapter_folder(config.path):
+        raise UsageError(adapter)
     if not Path(config.path).exists():
         go_offline_if_unreachable()
     name, extra = pretrained_arguments(config.path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chunkflow_cli.config.schema import Init, ModelConfig
-from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 from chunkflow_cli.model.hf_config import model_not_found, pretrained_arguments
 
 if TYPE_CHECKING:
@@ -63,6 +63,15 @@ def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
     dtype, trusts = getattr(torch, config.dtype.value), config.trust_remote_code
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trusts)
+
+
+def check_adapters(config: ModelConfig, hf_config: PretrainedConfig) -> AdapterSummary:
+    """Return what the configured adapters train, read off the whole model without its weights.
+
+    Raises:
+        UsageError: as `add_lora`.
+    """
+    return summarize(skeleton(config, hf_config))
 
 
 def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
