@@ -16,7 +16,6 @@ from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG
 from chunkflow_cli.model.adapter_targets import (
-    MODULES_KEY,
     PARAMETERS_KEY,
     Targets,
     find_targets,
@@ -36,7 +35,7 @@ SUPPORTED = frozenset({
 })  # fmt: skip
 """Settings of a saved adapter that training goes on with. Any other one that is set changes what is computed."""
 WORTH_A_WARNING = 0.01
-"""Share of the weights, in parts that no name of a linear layer reaches, above which their missing adapters are named."""
+"""Share of the weights that no name of a linear layer reaches, above which their missing adapters are named."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,8 @@ def _new_settings(model: Any, lora: LoraConfig) -> Any:
     parameter_names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if targets.parameters and lora.dropout > 0:
         raise UsageError(
-            f"model.lora.dropout={lora.dropout:g}: the adapters of {', '.join(in_any_layer(targets.parameters))} are on "
-            "parameters, for which there is no dropout\n  set model.lora.dropout=0"
+            f"model.lora.dropout={lora.dropout:g}: the adapters of {', '.join(in_any_layer(targets.parameters))} are "
+            "on parameters, for which there is no dropout\n  set model.lora.dropout=0"
         )
     names = [name for name, _ in model.named_modules() if name]
     return PeftLoraConfig(
@@ -288,15 +287,16 @@ def adapter_card(config: ModelConfig, peft_model: Any) -> str:
             "\nThe base model was initialised at random (`model.init=random`). Only `chunkflow export --merge` makes "
             "the same base again.\n"
         )
-    where = ", ".join(sorted(settings.target_modules or ())) or "none"
-    parameters = ", ".join(sorted(settings.target_parameters or ()))
+    targets = f"- modules: {', '.join(sorted(settings.target_modules or ())) or 'none'}\n"
+    if settings.target_parameters:
+        targets += f"- parameters: {', '.join(sorted(settings.target_parameters))}\n"
     return "\n".join(lines) + (
         f"\n---\n\n# LoRA adapter\n\nAn adapter for `{base}`, trained with chunkflow: rank {settings.r}, alpha "
-        f"{settings.lora_alpha:g}.\n\n- modules: {where}\n" + (f"- parameters: {parameters}\n" if parameters else "") + note
-        + "\n```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        f"{settings.lora_alpha:g}.\n\n{targets}{note}\n"
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         f'model = AutoPeftModelForCausalLM.from_pretrained("FOLDER"{extra})\n```\n\n'
         "`FOLDER` is the folder of this file. `chunkflow export RUN --merge` makes a whole model of it.\n"
-    )  # fmt: skip
+    )
 
 
 def _fused(peft_model: Any) -> dict[str, nn.Parameter]:

@@ -25,8 +25,8 @@ from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
-from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.adapters import begin_with_adapters
+from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.hardware import agreed_peak_flops
 from chunkflow_cli.training.inputs import RunData
