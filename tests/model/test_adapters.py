@@ -172,8 +172,8 @@ def test_a_merge_rounds_once(tiny_model: Callable[..., Any], tmp_path: Path) -> 
     while layer.parameter_name != "down_proj":
         layer = layer.base_layer
     a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
-    # (experts, out, in): of each expert, its columns of B times its rows of A, by alpha / r
-    delta = 2 * torch.einsum("ore,eri->eoi", b.reshape(len(b), -1, 4), a.reshape(4, -1, a.shape[-1]))
+    # (experts, out x, in): of each expert, its columns of B times its rows of A, by alpha / r
+    delta = 2 * torch.einsum("xre,eri->exi", b.reshape(len(b), -1, 4), a.reshape(4, -1, a.shape[-1]))
     merged, _ = merge_adapters(base, final)
     assert torch.equal(merged.get_parameter(name), (before + delta).bfloat16())
 

@@ -275,7 +275,7 @@ def save_adapters(peft_model: Any, folder: Path, weights: Mapping[str, torch.Ten
 def adapter_card(config: ModelConfig, peft_model: Any) -> str:
     """Return the README.md of saved adapters: what they are, and how to load them."""
     settings = peft_model.peft_config["default"]
-    base = settings.base_model_name_or_path
+    base = settings.base_model_name_or_path or config.path
     is_local = Path(base).is_absolute()
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- chunkflow"]
     lines += [] if is_local else [f"base_model: {base}"]
