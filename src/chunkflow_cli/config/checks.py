@@ -28,13 +28,13 @@ def _check_bounds(config: Config) -> None:
     for name, section, entry in walk_keys(config):
         value = getattr(section, entry.name)
         numbers = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
-            raise UsageError(f"{name}={as_written(value)} must be a finite number")
-        for bound, limit in entry.metadata.items():
-            if not all(_COMPARISONS[bound](number, limit) for number in numbers):
-                bounds = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in entry.metadata.items())
-                or_null = " or null" if entry.default is None else ""
-                raise UsageError(f"{name}={as_written(value)} must be {bounds}{or_null}")
+        is_finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        is_within = all(_COMPARISONS[bound](n, limit) for bound, limit in entry.metadata.items() for n in numbers)
+        if not is_finite or not is_within:
+            bounds = [f"{bound.replace('_', ' ')} {limit}" for bound, limit in entry.metadata.items()]
+            or_null = " or null" if entry.default is None else ""
+            demands = bounds if is_finite else ["finite", *bounds]
+            raise UsageError(f"{name}={as_written(value)} must be {' and '.join(demands)}{or_null}")
 
 
 def _check_optim(config: Config) -> None:
