@@ -83,7 +83,6 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
 
     saved = Path(lora.path) if lora.path is not None else None
     settings = _new_settings(model, lora) if saved is None else saved_settings(lora)
-    settings.base_model_name_or_path = _name_from_anywhere(model)
     with _without_peft_warnings():
         try:
             peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
@@ -92,6 +91,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
             raise UsageError(f"{key}: {str(error).splitlines()[0]}") from error
         if saved is not None:
             _load(peft_model, saved)
+    peft_model.peft_config["default"].base_model_name_or_path = _name_from_anywhere(model)
     peft_model.train()
     return peft_model  # type: ignore[no-any-return]
 
