@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -196,6 +197,10 @@ def test_training_goes_on_from_a_saved_adapter(tiny_model: Callable[..., Any], t
     assert "model.lora.r=8 contradicts the adapter" in refused(r=8)
     assert "model.lora.target_modules" in refused(target_modules=["v_proj"])
     assert "do not fit this model" in refused(kind="qwen3")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({**weights, "base_model.model.lm_head.weight": torch.zeros(96, 64)}, folder / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.weight, a weight of the base" in refused()
+    save_file(weights, folder / "adapter_model.safetensors")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"]}))
     assert "is not an adapter of this model" in refused()

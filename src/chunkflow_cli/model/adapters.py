@@ -250,11 +250,18 @@ def _load(peft_model: Any, folder: Path) -> None:
     where = f"model.lora.path={folder}"
     try:
         weights = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(peft_model, weights)
+        others = [name for name in weights if "lora_" not in name]
+        if not others:
+            result = set_peft_model_state_dict(peft_model, weights)
     except Exception as error:  # safetensors, pickle and torch raise errors of their own for damaged or unfit files
         raise UsageError(
             f"{where}: its weights do not fit this model or are damaged\n  {_first_line(error)}"
         ) from error
+    if others:
+        raise UsageError(
+            f"{where} holds {others[0]}, a weight of the base model: only adapters are trained and saved\n"
+            "  merge that adapter with peft, and train the merged model"
+        )
     missing = [name for name in result.missing_keys if "lora_" in name]
     problem = [f"has no {name}" for name in missing] + [f"has {name}, too" for name in result.unexpected_keys]
     if problem:
