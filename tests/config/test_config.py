@@ -75,6 +75,16 @@ def test_optimizer_group_changes_its_defaults() -> None:
     assert config.optim.lr == 1e-2
 
 
+def test_the_learning_rate_follows_what_is_trained() -> None:
+    """Adapters hardly move at the rate of a full fine-tune, which a recipe for one must not set for them."""
+    rates = {
+        (): 1e-5, ("model.lora.enabled=true",): 2e-4, ("recipe=qwen7b",): 1e-5,
+        ("recipe=qwen7b", "model.lora.enabled=true"): 2e-4, ("optim=sgd", "model.lora.enabled=true"): 1e-2,
+        ("model.lora.enabled=true", "optim.lr=3e-5"): 3e-5,
+    }  # fmt: skip
+    assert {words: load(words).config.optim.lr for words in rates} == rates
+
+
 def test_deepspeed_section_is_open() -> None:
     """engine.deepspeed takes any key of DeepSpeed's own configuration."""
     config = load(["engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"]).config
@@ -96,6 +106,13 @@ def test_deepspeed_section_is_open() -> None:
         (["data.max_length=1"], ["data.max_length=1", "at least 2 or null"]),
         (["optim.lr=fast"], ["optim.lr=fast", "a number"]),
         (["optim.lr=nan"], ["optim.lr=nan", "at least 0"]),
+        (["optim.lr=inf"], ["optim.lr=inf", "finite and at least 0"]),
+        (["optim.eps=-1"], ["optim.eps=-1.0", "at least 0"]),
+        (["model.lora.alpha=nan"], ["model.lora.alpha=nan", "finite and above 0"]),
+        (["model.lora.alpha=inf"], ["model.lora.alpha=inf", "finite and above 0"]),
+        (["model.lora.alpha=-1"], ["model.lora.alpha=-1.0", "above 0"]),
+        (["model.lora.r=0"], ["model.lora.r=0", "at least 1"]),
+        (["model.lora.path=x"], ["model.lora.path=x", "set model.lora.enabled=true"]),
         (["optim.betas=[0.9,x]"], ["optim.betas[1]=x", "a number"]),
         (["optim.betas=0.9"], ["optim.betas=0.9", "[0.9,0.999]"]),
         (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),

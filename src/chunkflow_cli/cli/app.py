@@ -110,7 +110,7 @@ def export(
 ) -> Result:
     r"""Write the model of a run as a Hugging Face model directory.
 
-    Load the result with AutoModelForCausalLM.from_pretrained.
+    Prints its path; says on stderr what it is and how to load it.
 
     [bold]Examples[/]
       chunkflow train recipe=tiny_random train.output_dir=outputs/tiny

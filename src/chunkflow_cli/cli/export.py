@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from chunkflow_cli.config.schema import ModelConfig
+from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import written_aside
+from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
+from chunkflow_cli.model.adapter_merge import merge_adapters
+from chunkflow_cli.model.base_identity import difference, identify_base
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.saving import save_model, save_tokenizer
+from chunkflow_cli.training.adapters import BASE
 from chunkflow_cli.training.run_folder import CONFIG
 
 
@@ -22,7 +29,8 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
     """Copy `final/` to `output` (default RUN_DIR/export), or with `merge` write the model with its adapters merged.
 
     Raises:
-        UsageError: the run is not finished, the target is not empty, or there is nothing to merge.
+        UsageError: the run is not finished, the target is not empty, there is nothing to merge, or the base model is
+            not where it was or not what it was.
     """
     source = Path(run_folder)
     final = source / "final"
@@ -31,31 +39,107 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
     target = Path(output) if output is not None else source / "export"
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"--output={target} is not empty: choose another directory")
-    has_adapters = (final / "adapter_config.json").is_file()
+    has_adapters = (final / ADAPTER_CONFIG).is_file()
     if merge and not has_adapters:
         raise UsageError(f"--merge: {final} has no LoRA adapters: export it without --merge")
+    notes: list[str] = []
     with working(stderr_console(), "writing the model"), written_aside(target) as temporary:
         if merge:
-            _merge(source, final, temporary)
+            notes = _merge(source, final, temporary)
         else:
             shutil.copytree(final, temporary, dirs_exist_ok=True)
+    has_tokenizer = (target / "tokenizer_config.json").is_file()
+    if not has_tokenizer:
+        notes.append("It has no tokenizer, because the model of the run has none")
+    _explain(target, notes, is_adapter=has_adapters and not merge)
     if not json_output:
         stdout_console().print(str(target), markup=False, soft_wrap=True)
     return {"output": str(target), "merged": merge}
 
 
-def _merge(source: Path, final: Path, target: Path) -> None:
-    from peft import PeftModel
+def _explain(target: Path, notes: list[str], *, is_adapter: bool) -> None:
+    """Say on stderr what was written and how to load it; stdout has the path alone."""
+    what = "A LoRA adapter without its base model" if is_adapter else "A whole model"
+    package, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    lines = [
+        f"{what}. Load it:",
+        f"  from {package} import {loader}",
+        f'  model = {loader}.from_pretrained("{target}")',
+    ]
+    for line in [*notes, *lines]:
+        stderr_console().print(line, markup=False, soft_wrap=True)
+
+
+def _merge(source: Path, final: Path, target: Path) -> list[str]:
+    """Write the base model with the run's adapters merged, and return what to say of it."""
     from transformers import AutoTokenizer
 
-    saved = OmegaConf.load(source / CONFIG)
-    fields = OmegaConf.structured(ModelConfig)
-    config = OmegaConf.to_object(OmegaConf.merge(fields, saved.model))
-    assert isinstance(config, ModelConfig)
+    config, seed = _saved_model(source, final)
     dtype: torch.dtype = getattr(torch, config.dtype.value)
-    seed = int(saved.train.seed)  # a randomly initialised base model is drawn from it again
-    base = load_model(config, load_config(config), dtype=dtype, attention="sdpa", seed=seed)
-    merged = PeftModel.from_pretrained(base, str(final)).merge_and_unload()
-    merged.save_pretrained(str(target))
+    hf_config = load_config(config)
+    _check_base(source, config, hf_config)
+    base = load_model(config, hf_config, dtype=dtype, attention="sdpa", seed=seed)
+    try:
+        merged, is_separated = merge_adapters(base, final)
+    except ValueError as error:
+        raise UsageError(f"{final} cannot be merged: {str(error).splitlines()[0]}") from error
+    save_model(target, merged, merged.state_dict())
     if (final / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(str(final)).save_pretrained(str(target))
+        save_tokenizer(target, AutoTokenizer.from_pretrained(str(final)))
+    notes = [f"Merged into {config.path}, in {config.dtype.value}"]
+    if is_separated:
+        notes.append("Embedding and head were one weight; now each has its own, because only one has the adapter")
+    return notes
+
+
+def _saved_model(source: Path, final: Path) -> tuple[ModelConfig, int]:
+    """Return the configuration of the run's base model, with a path that holds here, and the seed of random weights."""
+    saved = OmegaConf.load(source / CONFIG)
+    # Only what loading a model needs: other keys may be of another version.
+    known = {name: value for name, value in saved.model.items() if hasattr(ModelConfig, name) and name != "lora"}
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), known))
+    assert isinstance(config, ModelConfig)
+    path = _base_path(config.path, saved.train.get("output_dir"), source, final)
+    return replace(config, path=path), int(saved.train.seed)
+
+
+def _base_path(typed: str, output_dir: str | None, source: Path, final: Path) -> str:
+    """Return where the base model is: the path that the adapter names, or what was typed, from where it was typed.
+
+    Raises:
+        UsageError: the model was a folder or file, and is there no more.
+    """
+    named = read_adapter_config(final).get("base_model_name_or_path") or typed
+    if typed.endswith(".gguf") and not named.endswith(".gguf"):
+        named = str(Path(named) / Path(typed).name)
+    # Runs of earlier versions name a relative path. It holds in the folder in which `train` ran.
+    folder, parts = source.resolve(), Path(output_dir).parts if output_dir else ("outputs", "recipe", "date")
+    is_below = output_dir is None or folder.parts[-len(parts) :] == parts
+    start = folder.parents[len(parts) - 1] if is_below and not Path(parts[0]).is_absolute() else Path()
+    for path in (Path(named), start / typed):
+        if path.is_absolute() and path.exists():
+            return str(path)
+    if Path(named).is_absolute() or Path(typed).is_absolute() or typed.endswith(".gguf") or typed.startswith("."):
+        raise UsageError(
+            f"the base model of this run is gone: {named} does not exist\n"
+            f"  put it back, or write its new place as base_model_name_or_path into {final / ADAPTER_CONFIG}"
+        )
+    return typed
+
+
+def _check_base(source: Path, config: ModelConfig, hf_config: Any) -> None:
+    """Check that the base model has the weights that the adapters were trained on.
+
+    Raises:
+        UsageError: names the file that differs.
+    """
+    if config.init is Init.random or not (source / BASE).is_file():
+        return
+    recorded = json.loads((source / BASE).read_text(encoding="utf-8"))
+    found = identify_base(config, hf_config)
+    changed = None if found is None else difference(recorded, found)
+    if changed is not None:
+        raise UsageError(
+            f"{config.path} is not the base model of this run any more: {changed}\n"
+            "  the adapters fit only the weights that they were trained on: put those back"
+        )

@@ -104,12 +104,12 @@ def _test_size(config: Config, hf_config: Any, console: Console) -> tuple[int, i
 
 
 def _give_adapters_gradient(model: Any) -> None:
-    """Draw the second matrix of each adapter at random: from its zeros the first one gets a gradient of zero."""
+    """Draw the matrix of each adapter that begins at zero at random: with zeros the other one gets no gradient."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.normal_(std=0.02)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 from chunkflow_cli.config.keys import as_written, walk_keys
@@ -27,11 +28,13 @@ def _check_bounds(config: Config) -> None:
     for name, section, entry in walk_keys(config):
         value = getattr(section, entry.name)
         numbers = value if isinstance(value, list) else [] if value is None else [value]
-        for bound, limit in entry.metadata.items():
-            if not all(_COMPARISONS[bound](number, limit) for number in numbers):
-                bounds = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in entry.metadata.items())
-                or_null = " or null" if entry.default is None else ""
-                raise UsageError(f"{name}={as_written(value)} must be {bounds}{or_null}")
+        is_finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        is_within = all(_COMPARISONS[bound](n, limit) for bound, limit in entry.metadata.items() for n in numbers)
+        if not is_finite or not is_within:
+            bounds = [f"{bound.replace('_', ' ')} {limit}" for bound, limit in entry.metadata.items()]
+            or_null = " or null" if entry.default is None else ""
+            demands = bounds if is_finite else ["finite", *bounds]
+            raise UsageError(f"{name}={as_written(value)} must be {' and '.join(demands)}{or_null}")
 
 
 def _check_optim(config: Config) -> None:
@@ -53,6 +56,9 @@ def _check_model(config: Config) -> None:
         raise UsageError(
             f"model.attention={attention.value} does not support model.dtype=float64\n  set model.attention=reference"
         )
+    lora = config.model.lora
+    if lora.path is not None and not lora.enabled:
+        raise UsageError(f"model.lora.path={lora.path} with model.lora.enabled=false\n  set model.lora.enabled=true")
 
 
 def _check_parallel(config: Config) -> None:

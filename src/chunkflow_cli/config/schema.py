@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
+FULL_LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 2e-4
+"""Default of `optim.lr`. Adapters begin at zero and are few: at the rate of a full fine-tune they hardly move."""
+
 
 def bounded(default: Value, **bounds: float) -> Value:
     """Declare a field whose value has bounds: `at_least`, `at_most`, `above`, `below`. A null value has none."""
@@ -138,12 +141,18 @@ class LoraConfig:
     """Train low-rank adapters (peft) and freeze the model."""
     r: int = bounded(16, at_least=1)
     """Rank of the adapters. A higher rank has more parameters to train."""
-    alpha: float = 32.0
+    alpha: float = bounded(32.0, above=0)
     """Scale of the adapters, which are multiplied by alpha / r."""
     dropout: float = bounded(0.0, at_least=0, below=1)
     """Dropout in front of the adapters. When a chunk is recomputed, it draws the same random numbers again."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of the modules that get an adapter. `all-linear` names every linear layer except the head."""
+    """Names of the modules that get an adapter, or regular expressions for whole names. `all-linear` names every linear
+    layer except the head."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Names of parameters that get an adapter, for experts that a model stores as one tensor:
+    `[experts.gate_up_proj,experts.down_proj]`. Each forward makes a merged copy of such a tensor."""
+    path: str | None = None
+    """Folder of an adapter to go on training. Its rank, alpha, dropout and targets are taken from there."""
 
 
 @dataclass
@@ -217,15 +226,15 @@ class OptimConfig:
 
     name: OptimizerName = OptimizerName.adamw
     """Optimizer. `optim=sgd` also sets defaults that suit SGD."""
-    lr: float = bounded(1e-5, at_least=0)
-    """Peak learning rate."""
+    lr: float = bounded(FULL_LEARNING_RATE, at_least=0)
+    """Peak learning rate. Unless set: 1e-5, with model.lora.enabled=true 2e-4, with `optim=sgd` 1e-2."""
     weight_decay: float = bounded(0.0, at_least=0)
     """Decay of weight matrices. Biases and norms do not decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"at_least": 0, "below": 1})
     """Decay rates of AdamW's running averages of gradients and of their squares."""
-    eps: float = 1e-8
+    eps: float = bounded(1e-8, at_least=0)
     """Term that AdamW adds to its denominator for numerical stability."""
-    momentum: float = bounded(0.0, at_least=0)
+    momentum: float = bounded(0.0, at_least=0, below=1)
     """Momentum of SGD."""
     schedule: LearningRateSchedule = LearningRateSchedule.cosine
     """Learning rate after the warm-up. `wsd` (warm-up, stable, decay) decays only over the last tenth of the steps."""

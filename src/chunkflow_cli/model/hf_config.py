@@ -13,6 +13,7 @@ from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
 from chunkflow_cli.model.folder import check_settings
+from chunkflow_cli.model.adapter_folder import explain_adapter_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,6 +44,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     logging.set_verbosity_error()  # silences advice about calls that the user did not make; errors still raise
     logging.disable_progress_bar()
     name, extra = pretrained_arguments(config.path)
+    if adapter := explain_adapter_folder(config.path):
+        raise UsageError(adapter)
     if not Path(config.path).exists():
         go_offline_if_unreachable()
     else:

@@ -13,10 +13,10 @@ import torch
 
 from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.hf_config import pretrained_arguments, unreadable
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
+from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -113,6 +113,15 @@ def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
     dtype, trusts = getattr(torch, config.dtype.value), config.trust_remote_code
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trusts)
+
+
+def check_adapters(config: ModelConfig, hf_config: PretrainedConfig) -> AdapterSummary:
+    """Return what the configured adapters train, read off the whole model without its weights.
+
+    Raises:
+        UsageError: as `add_lora`.
+    """
+    return summarize(skeleton(config, hf_config))
 
 
 def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:

@@ -12,17 +12,14 @@ OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_fac
 
 
 def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton: Any = None) -> None:
-    """Write the model, or only its adapters, into an existing folder.
+    """Write the model into an existing folder.
 
     Args:
         model: the model, or the part of it that this pipeline stage holds.
         weights: all weights to save, by name.
-        skeleton: the whole model without weights, if `model` is a stage: peft saves only modules that it finds.
+        skeleton: the whole model without weights, if `model` is a stage.
     """
     whole = skeleton or model
-    if hasattr(model, "peft_config"):
-        whole.save_pretrained(str(folder), state_dict=weights)
-        return
     # Written on its own: transformers refuses to save sampling settings without do_sample, which published models have.
     generation = getattr(model, "generation_config", None)
     whole.generation_config = None if generation is None else type(generation)()

@@ -27,6 +27,7 @@ from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import write_json, written_aside
 from chunkflow_cli.model.saving import save_model, save_tokenizer
+from chunkflow_cli.model.adapters import save_adapters
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.progress import Progress
 from chunkflow_cli.training.run_folder import REPLACED
@@ -122,20 +123,27 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
     return Resumed(progress, state["layout"], is_reseeded)
 
 
-def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, skeleton: Any = None) -> None:
+def save_final(
+    folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, skeleton: Any = None, card: str = ""
+) -> None:
     """Save the model (or its adapters) and tokenizer as a Hugging Face folder in safetensors. Every rank calls it.
 
     Args:
         folder: the folder to write, complete or not at all.
         model: the model, or the part of it that this pipeline stage holds.
         skeleton: the whole model without weights, if `model` is a stage: peft saves only modules that it finds.
+        card: the README.md of adapters.
     """
-    weights = engine.whole_weights(model, trained_only=hasattr(model, "peft_config"))
+    has_adapters = hasattr(model, "peft_config")
+    weights = engine.whole_weights(model, trained_only=has_adapters)
     with all_or_none(f"saving {folder}"):
         if weights is None:
             return
         with written_aside(folder) as temporary:
-            save_model(temporary, model, weights, skeleton=skeleton)
+            if has_adapters:
+                save_adapters(skeleton or model, temporary, weights, card)
+            else:
+                save_model(temporary, model, weights, skeleton=skeleton)
             if tokenizer is not None:
                 save_tokenizer(temporary, tokenizer)
 

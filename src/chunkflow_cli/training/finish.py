@@ -16,6 +16,7 @@ from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
 from chunkflow_cli.files import write_json
+from chunkflow_cli.model.adapters import adapter_card
 from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import training_flops
@@ -62,9 +63,10 @@ def _save_model(run: Prepared, state: RunState) -> None:
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     is_whole = not run.parts.engine.is_stage
     whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
+    card = adapter_card(model, run.parts.model) if model.lora.enabled else ""
     try:
         with working(run.console, "saving the model"):
-            save_final(run.folder.final, run.parts.model, tokenizer, run.parts.engine, skeleton=whole)
+            save_final(run.folder.final, run.parts.model, tokenizer, run.parts.engine, skeleton=whole, card=card)
     except Exception:
         path = save_progress(run, state)
         run.console.print(f"The model could not be saved; its weights are in {path}", soft_wrap=True)

@@ -11,8 +11,8 @@ from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import check_files
 from chunkflow_cli.model.positions import check_positions
+from chunkflow_cli.model.loading import check_adapters, check_files
 from chunkflow_cli.training.setup import checked_topology
 
 
@@ -31,6 +31,8 @@ def check_requirements(loaded: LoadedConfig) -> Any:
             f"parallel.pipeline={config.parallel.pipeline} needs {processes} processes, or a multiple of {processes}\n"
             f"  set launch.processes={processes}, or start the run with torchrun or deepspeed"
         )
+    if config.model.lora.enabled:
+        check_adapters(config.model, hf_config)
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, training_device())
     if config.parallel.pipeline == 1:
         check_settings(settings)

@@ -1,0 +1,299 @@
+"""Adapters: what gets one, what is refused, and that merged weights are base and adapter, as peft itself computes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from chunkflow_cli.cli import export
+from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.execution.parity import compare, random_sequences, use_float64_experts
+from chunkflow_cli.model.adapter_merge import merge_adapters
+from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters, summarize
+from chunkflow_cli.model.base_identity import BLOCK_BYTES, BLOCKS, difference, identify_base
+from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.loading import check_adapters
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIXED = ("qwen3_moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2})
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def lora(*modules: str, **settings: Any) -> LoraConfig:
+    return LoraConfig(enabled=True, r=4, alpha=8.0, target_modules=list(modules), **settings)
+
+
+def spread(peft_model: Any) -> Any:
+    """Give adapters weights that change every output."""
+    for index, parameter in enumerate(p for p in peft_model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(index))
+    return peft_model
+
+
+def trained(peft_model: Any) -> set[str]:
+    return {name.split(".lora_")[0] for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+
+
+def saved(peft_model: Any, folder: Path) -> Path:
+    weights = {name: tensor for name, tensor in peft_model.state_dict().items() if "lora_" in name}
+    save_adapters(peft_model, folder, weights, adapter_card(ModelConfig(path="base"), peft_model))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "said"),
+    [
+        ("phi3", ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj, k_proj or v_proj", "did you mean qkv_proj?"]),
+        ("llama", ["q_proj", "v_porj"], ["no module v_porj", "did you mean v_proj?", "down_proj, gate_proj, k_proj"]),
+        ("llama", ["self_attn.q_prj"], ["did you mean self_attn.q_proj?"]),
+        ("llama", [r".*layers\.7\..*"], ["no module .*layers"]),
+        ("llama", ["*proj"], ["*proj is not a regular expression"]),
+        ("llama", ["mlp"], ["matches model.layers.0.mlp, a LlamaMLP, which cannot have an adapter"]),
+        ("llama", ["Q_proj"], ["no module Q_proj"]),
+        ("llama", [], ["names nothing to train"]),
+        ("mixtral", ["w1", "w2"], ["w1 or w2", "target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"]),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused(
+    tiny_model: Callable[..., Any], kind: str, targets: list[str], said: list[str]
+) -> None:
+    """peft trains what does match and drops the rest: a typing error would train a part of what was asked."""
+    with pytest.raises(UsageError) as error:
+        add_lora(tiny_model(kind), lora(*targets))
+    assert all(text in str(error.value) for text in said), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("targets", "parameters", "said"),
+    [
+        ([], ["experts.gate_up_prj"], "did you mean mlp.experts.gate_up_proj?"),
+        ([], ["norm.weight"], "has one axis"),
+        (["q_proj"], ["q_proj.weight"], "leave it out of one of them"),
+        ([], ["lm_head.weight"], "name lm_head in model.lora.target_modules"),
+    ],
+)
+def test_a_parameter_that_cannot_have_an_adapter_is_refused(
+    tiny_model: Callable[..., Any], targets: list[str], parameters: list[str], said: str
+) -> None:
+    kind, settings = MIXED
+    with pytest.raises(UsageError, match=re.escape(said)):
+        add_lora(tiny_model(kind, **settings), lora(*targets, target_parameters=parameters))
+
+
+def test_names_are_those_of_the_whole_model_and_of_patterns(tiny_model: Callable[..., Any]) -> None:
+    one_layer = add_lora(tiny_model("llama"), lora(r".*layers\.1\..*mlp.*", "layers.0.self_attn.o_proj"))
+    assert {name.removeprefix("base_model.model.model.layers.") for name in trained(one_layer)} == {
+        "0.self_attn.o_proj", "1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj",
+    }  # fmt: skip
+    everything = trained(add_lora(tiny_model("gpt2", n_layer=2), lora("all-linear", "lm_head")))
+    assert len(everything) == 2 * 4 + 1
+
+
+def test_all_linear_reaches_dense_layers_beside_experts(tiny_model: Callable[..., Any]) -> None:
+    """peft takes gate_proj for the experts' fused weights in this family, and would leave the dense layer out."""
+    kind, settings = MIXED
+    model = add_lora(tiny_model(kind, **settings), lora("all-linear"))
+    linear = {name for name, module in tiny_model(kind, **settings).named_modules() if isinstance(module, nn.Linear)}
+    assert trained(model) == {f"base_model.model.{name}" for name in linear - {"lm_head"}}
+    summary = summarize(model)
+    experts = 3 * 4 * 64 * 32  # gate, up and down of four experts in one layer
+    total = sum(p.numel() for p in tiny_model(kind, **settings).parameters())
+    assert summary.unreached_share == pytest.approx(experts / total)
+    assert summary.base == total
+    assert "model.lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]" in str(summary.warning)
+    assert summarize(add_lora(tiny_model(kind, **settings), lora(target_parameters=BOTH))).warning is None
+    with pytest.raises(UsageError, match=r"set model\.lora\.dropout=0"):
+        add_lora(tiny_model(kind, **settings), lora("all-linear", dropout=0.1))
+
+
+MERGES: dict[str, tuple[str, dict[str, Any], LoraConfig]] = {
+    "head, tied": ("llama", {"tie_word_embeddings": True}, lora("q_proj", "lm_head")),
+    "embedding, tied and scaled": (
+        "gemma3_text", {"tie_word_embeddings": True, "head_dim": 16}, lora("embed_tokens"),
+    ),
+    "head and embedding": ("llama", {}, lora("lm_head", "embed_tokens")),
+    "dense layers and experts": (*MIXED, lora("all-linear", target_parameters=BOTH)),
+    "transposed experts": (
+        "gpt_oss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 11}, lora(target_parameters=BOTH),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MERGES)
+def test_merged_weights_compute_what_base_and_adapter_compute(
+    tiny_model: Callable[..., Any], name: str, tmp_path: Path
+) -> None:
+    """The truth is peft's own forward over the saved folder, in float64; and chunks train what whole sequences train."""
+    kind, settings, config = MERGES[name]
+    base, ids = tiny_model(kind, dtype=torch.float64, **settings), torch.arange(3, 40)[None]
+    base.save_pretrained(tmp_path / "base")
+
+    def load(folder: Path) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        use_float64_experts(model, torch.float64)
+        return model.eval()
+
+    use_float64_experts(base, torch.float64)
+    adapted = spread(add_lora(base, config))
+    parity = compare(adapted, ReferenceBackend(), random_sequences((60, 9), 96, 3), chunk_size=17, k=2, stages=2)
+    assert parity.grad_rel_error < 1e-12
+    final = saved(adapted, tmp_path / "final")
+    merged, is_separated = merge_adapters(load(tmp_path / "base"), final)
+    merged.save_pretrained(tmp_path / "merged")
+    assert is_separated == ("tied" in name)
+    plain = load(tmp_path / "base")(ids).logits.detach()
+    truth = PeftModel.from_pretrained(load(tmp_path / "base"), str(final)).eval()(ids).logits.detach()
+    got = load(tmp_path / "merged")(ids).logits.detach()
+    assert float((got - truth).norm() / truth.norm()) < 1e-12
+    assert float((plain - truth).norm() / truth.norm()) > 1e-2
+
+
+def test_a_merge_rounds_once(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    """The sum of experts' weights and adapter is taken in float32. peft rounds what it adds first."""
+    kind, settings = MIXED
+    adapted = spread(add_lora(tiny_model(kind, dtype=torch.bfloat16, **settings), lora(target_parameters=BOTH)))
+    final = saved(adapted, tmp_path / "final")
+    name = "model.layers.1.mlp.experts.down_proj"
+    base = tiny_model(kind, dtype=torch.bfloat16, **settings)
+    before = base.get_parameter(name).detach().clone().float()
+    layer = adapted.get_base_model().get_submodule(name.rpartition(".")[0])
+    while layer.parameter_name != "down_proj":
+        layer = layer.base_layer
+    a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+    # (experts, out x, in): of each expert, its columns of B times its rows of A, by alpha / r
+    delta = 2 * torch.einsum("xre,eri->exi", b.reshape(len(b), -1, 4), a.reshape(4, -1, a.shape[-1]))
+    merged, _ = merge_adapters(base, final)
+    assert torch.equal(merged.get_parameter(name), (before + delta).bfloat16())
+
+
+def test_training_goes_on_from_a_saved_adapter(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    first = spread(add_lora(tiny_model("llama"), lora("q_proj", "lm_head")))
+    folder = saved(first, tmp_path / "final")
+    again = add_lora(tiny_model("llama"), LoraConfig(enabled=True, path=str(folder)))
+    theirs = {name: parameter for name, parameter in again.named_parameters() if parameter.requires_grad}
+    ours = {name: parameter for name, parameter in first.named_parameters() if parameter.requires_grad}
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    assert again.peft_config["default"].lora_alpha == 8
+
+    def refused(**changes: Any) -> str:
+        with pytest.raises(UsageError) as error:
+            add_lora(tiny_model(changes.pop("kind", "llama")), LoraConfig(enabled=True, path=str(folder), **changes))
+        return str(error.value)
+
+    assert "model.lora.r=8 contradicts the adapter" in refused(r=8)
+    assert "model.lora.target_modules" in refused(target_modules=["v_proj"])
+    assert "do not fit this model" in refused(kind="qwen3")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({**weights, "base_model.model.lm_head.weight": torch.zeros(96, 64)}, folder / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.weight, a weight of the base" in refused()
+    save_file(weights, folder / "adapter_model.safetensors")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"]}))
+    assert "is not an adapter of this model" in refused()
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    assert "use_dora=True" in refused()
+    (folder / "adapter_config.json").unlink()
+    assert "no adapter_config.json" in refused()
+
+
+def test_an_adapter_as_the_model_is_explained(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    folder = saved(add_lora(tiny_model("llama"), lora("q_proj")), tmp_path / "run" / "final")
+    AutoConfig.for_model("llama").save_pretrained(folder)  # with it, transformers would load base and adapter as one
+    with pytest.raises(UsageError, match="is an adapter") as error:
+        load_config(ModelConfig(path=str(folder)))
+    assert f"model.lora.path={folder}" in str(error.value)
+    assert f"chunkflow export {tmp_path / 'run'} --merge" in str(error.value)
+
+
+def test_the_base_is_named_for_any_folder(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("base")
+    adapted = add_lora(AutoModelForCausalLM.from_pretrained("base"), lora("q_proj"))
+    folder = saved(adapted, tmp_path / "final")
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "base")
+    card = (folder / "README.md").read_text()
+    assert str(tmp_path / "base") in card
+    assert "AutoPeftModelForCausalLM" in card
+    assert "More Information Needed" not in card
+    config = ModelConfig(path="base", lora=lora("q_proj"))
+    assert check_adapters(config, load_config(config)).trained == 2 * 2 * 4 * 64  # layers, matrices, rank, width
+
+
+def test_a_base_with_other_weights_is_told_from_the_recorded_one(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(bytes(3 * BLOCK_BYTES * BLOCKS))
+    recorded = identify_base(ModelConfig(path=str(folder)), None)
+    assert recorded is not None
+    moved = folder.rename(tmp_path / "moved")
+    found = identify_base(ModelConfig(path=str(moved)), None)
+    assert found is not None
+    assert difference(json.loads(json.dumps(recorded)), found) is None
+    for change in (b"\x01" * (3 * BLOCK_BYTES * BLOCKS), bytes(3 * BLOCK_BYTES * BLOCKS + 1)):
+        (moved / "model.safetensors").write_bytes(change)
+        now = identify_base(ModelConfig(path=str(moved)), None)
+        assert now is not None
+        assert difference(recorded, now) == "model.safetensors holds other weights"
+    (moved / "model.safetensors").rename(moved / "other.safetensors")
+    gone = identify_base(ModelConfig(path=str(moved)), None)
+    assert gone is not None
+    assert difference(recorded, gone) == "model.safetensors is gone"
+    assert difference({"path": "a/b", "commit": "1"}, {"path": "a/b", "commit": "2"}) is not None
+    assert identify_base(ModelConfig(path=str(folder), init=Init.random), None) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_merge_finds_its_base_from_anywhere(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base of a run with relative paths is looked for where `train` ran, and refused if its weights have changed."""
+    project, run = tmp_path / "project", tmp_path / "project" / "runs" / "one"
+    tiny_model("llama").save_pretrained(project / "base")
+    saved(add_lora(AutoModelForCausalLM.from_pretrained(project / "base"), lora("q_proj")), run / "final")
+    settings = run / "final" / "adapter_config.json"
+    text = settings.read_text()
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "config.yaml").write_text(
+        "model: {path: base, dtype: float32, init: pretrained}\ntrain: {seed: 0, output_dir: runs/one}\n"
+    )
+    recorded = identify_base(ModelConfig(path=str(project / "base")), None)
+    (run / "base.json").write_text(json.dumps(recorded))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    export.run(str(run), output="merged", merge=True)
+    told = capsys.readouterr()
+    assert told.out == "merged\n"
+    assert "A whole model. Load it" in told.err
+    assert "no tokenizer" in told.err
+    # Earlier versions recorded the relative path. A folder of that name here is another model.
+    settings.write_text(text.replace(str(project / "base"), "base"))
+    tiny_model("llama", seed=1).save_pretrained("base")
+    export.run(str(run), output="merged-2", merge=True)
+    one, two = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("merged", "merged-2"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    tiny_model("llama", seed=1).save_pretrained(project / "base")
+    with pytest.raises(UsageError, match=r"not the base model of this run any more: model\.safetensors holds other"):
+        export.run(str(run), output="merged-3", merge=True)
+    settings.write_text(text)
+    (project / "base").rename(project / "away")
+    with pytest.raises(UsageError, match="the base model of this run is gone"):
+        export.run(str(run), output="merged-3", merge=True)
+    assert not Path("merged-3").exists()
