@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from chunkflow_cli.config.schema import DataFormat
-from chunkflow_cli.data.formats import decode_row, detect_format, parse_sample
+from chunkflow_cli.data.formats import detect_format, parse_sample
+from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     BadRowError,
     Conversation,
@@ -56,7 +57,9 @@ def test_messages() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        {"id": "1", "type": "function", "function": CALL},
+        {"type": "function", "function": CALL},
+        {"type": "function", "index": 0, "id": None, "function": {"name": "f", "parameters": {"x": 1}}},
+        {"type": "tool_call", "name": "f", "args": {"x": 1}},
         {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
         CALL,
     ],
@@ -187,7 +190,11 @@ def test_text_and_tokens() -> None:
         ("messages", {"messages": [CHAT[0], "hi"]}, "messages[1] is a string, not an object"),
         ("messages", {"messages": [{"role": "user"}]}, "messages[0] has no key 'content' (keys: role)"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "messages[0].content is null, not a string"),
-        ("messages", {"messages": [{"role": "user", "content": [1]}]}, "messages[0].content is a list, not a string"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [1]}]},
+            "messages[0].content[0] is a number, not a text part",
+        ),
         (
             "messages",
             {"messages": [{"role": "robot", "content": "a"}]},
@@ -195,10 +202,14 @@ def test_text_and_tokens() -> None:
         ),
         (
             "messages",
-            {"messages": [{"from": "human", "value": "a"}]},
-            "messages[0] has no key 'role' (keys: from, value)",
+            {"messages": [{"speaker": "human", "value": "a"}]},
+            "messages[0] has no key 'role' (keys: speaker, value)",
         ),
-        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls has a call without a name"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages[0].tool_calls[0] is a call without a name",
+        ),
         ("messages", {"messages": CHAT, "tools": "{"}, "tools is a string that is not JSON"),
         ("sharegpt", {"conversations": [{"from": "bot", "value": "a"}]}, "conversations[0].from is 'bot'"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is null"),
@@ -259,12 +270,12 @@ def test_the_format_is_detected_by_keys(tmp_path: Path, row: dict[str, Any], for
 def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as unknown:
         detect(tmp_path, {"question": "a", "answer": "b"})
-    assert "keys question, answer: no format" in str(unknown.value)
-    assert "alpaca: instruction + output" in str(unknown.value)
+    assert "a.jsonl:1: the keys question, answer (rename them to prompt and completion)\n" in str(unknown.value)
+    assert "a format: messages | conversations | instruction + output | " in str(unknown.value)
     with pytest.raises(UsageError) as mixed:
         detect(tmp_path, {"text": "a"}, {"messages": CHAT})
-    assert "rows of more than one format" in str(mixed.value)
-    assert "keys text: text" in str(mixed.value)
+    assert "rows of more than one format: text and messages\n  text: first in " in str(mixed.value)
+    assert "a.jsonl:2\n" in str(mixed.value)
     with pytest.raises(UsageError, match=r"fit several formats\n  choose one: data.format=text or data.format=tokens"):
         detect(tmp_path, {"text": "a", "input_ids": [1]})
     with pytest.raises(UsageError, match=r"none of the first 2 rows is a JSON object\n  .*a.jsonl:1: not valid JSON"):
