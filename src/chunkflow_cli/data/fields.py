@@ -50,26 +50,31 @@ _CONTEXT = {
 }
 """What the model sees before an answer, or says in it."""
 _FREE_VALUES: dict[str, tuple[object, ...]] = {
+    "tools": ("[]",),
+    "functions": ("[]",),
     "tool_choice": ("auto", "none"),
     "function_call": ("auto", "none"),
     "response_format": ("text", {"type": "text"}),
 }
-"""Parameters of API requests, and the values under which they ask for nothing."""
-_ANSWERS = ("completion", "response", "output", "answer", "answers")
+"""Values that ask for nothing: of JSON strings, and of parameters of API requests."""
+_ANSWERS = ("completion", "response", "output", "answer", "answers", "choices")
 _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
 """Lists that tokenizers add and no trainer reads."""
 _SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, "sample_weight", "label", "kto_tag"}
+_SUSPECTS_WITH_IDS = _SUSPECTS | _BESIDE_IDS
 
 _IN_CONVERSATIONS = frozenset({"tools", "functions", *SYSTEM})
+_WITHIN_WHOLE_TEXTS = frozenset({"context", "history", "label", "kto_tag", *SYSTEM})
+"""Fields that come before an answer or judge it: a text, and ids, hold everything the model sees."""
 _READ: dict[DataFormat, frozenset[str]] = {
     DataFormat.messages: _IN_CONVERSATIONS,
     DataFormat.sharegpt: _IN_CONVERSATIONS,
     DataFormat.alpaca: frozenset({"history", *SYSTEM}),
     DataFormat.prompt_completion: _IN_CONVERSATIONS,
-    DataFormat.text: frozenset(),
-    DataFormat.tokens: frozenset(_PER_TOKEN - {"inputs_embeds"}),
+    DataFormat.text: _WITHIN_WHOLE_TEXTS,
+    DataFormat.tokens: frozenset(_PER_TOKEN - {"inputs_embeds"}) | _WITHIN_WHOLE_TEXTS,
 }
-"""Of the names above, those that the parser of each format reads."""
+"""Of the names above, those that the parser of each format reads, or that mean nothing next to what it reads."""
 _TEXT_KEYS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text")
 
 
@@ -79,7 +84,7 @@ def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
     Raises:
         BadRowError: it has one. The message names it.
     """
-    suspects = _SUSPECTS | _BESIDE_IDS if format is DataFormat.tokens else _SUSPECTS
+    suspects = _SUSPECTS_WITH_IDS if format is DataFormat.tokens else _SUSPECTS
     for key, value in row.items():
         if (key in suspects or key.endswith(("_mask", "_masks"))) and key not in _READ[format] and not is_absent(value):
             _check_field(row, key, value, format)

@@ -70,7 +70,8 @@ def _message(turn: Mapping[str, Any], place: str, are_targets: bool) -> Message:
     check_message(turn, place, role)
     calls = _calls(turn, place)
     if calls and role != "assistant":
-        raise BadRowError(f"{place} has calls, and only an assistant's message may (its role is {role})")
+        key = "function_call" if is_absent(turn.get("tool_calls")) else "tool_calls"
+        raise BadRowError(f"{place}.{key}: the role {role} makes no calls; only an assistant's message does")
     extra = {name: value for name, value in turn.items() if name not in _READ and value is not None}
     content = _content(
         turn,
