@@ -269,6 +269,14 @@ def test_a_pair_is_accepted_next_to_the_chosen_answer() -> None:
     assert chat(*turns, **pair) == chat(*turns)
 
 
+def test_the_prompt_that_a_conversation_begins_with_is_a_note() -> None:
+    """ultrachat_200k repeats the first message as `prompt`."""
+    assert chat(USER, ANSWER, prompt="Q\n") == chat(USER, ANSWER, prompt=[USER]) == chat(USER, ANSWER)
+    for other in ("Be brief.", [ANSWER]):
+        with pytest.raises(BadRowError, match="prompt is not part of the messages; write it as a message, or remove"):
+            chat(USER, ANSWER, prompt=other)
+
+
 def test_text_that_the_sample_holds_already_is_a_note() -> None:
     thought = "a whale has lungs and breathes air"
     whole = {**ANSWER, "content": f"<think>{thought}</think>No."}

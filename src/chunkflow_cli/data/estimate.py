@@ -141,7 +141,7 @@ def _size_of_turns(row: dict[str, Any], key: str, role_key: str, text_key: str) 
 
 
 _IS_TARGET = {name: role == "assistant" for name, role in ROLES.items() if not name.endswith("_call")}
-_ORDINARY_KEYS = frozenset({"messages", "conversations", "id", "source", "category", "prompt", "prompt_id", "url"})
+_ORDINARY_KEYS = frozenset({"messages", "conversations", "id", "source", "category", "prompt_id", "url", "score"})
 """A row with others goes through `parse_sample`, which knows which of them count."""
 
 _QUICK_SIZERS: dict[DataFormat, Callable[[dict[str, Any]], Size]] = {

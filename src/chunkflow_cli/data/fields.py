@@ -60,17 +60,17 @@ _FREE_VALUES: dict[str, tuple[object, ...]] = {
 _ANSWERS = ("completion", "response", "output", "answer", "answers", "choices")
 _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
 """Lists that tokenizers add and no trainer reads."""
-_SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, "sample_weight", "label", "kto_tag"}
+_SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, "sample_weight", "label", "kto_tag", "prompt"}
 _SUSPECTS_WITH_IDS = _SUSPECTS | _BESIDE_IDS
 
 _IN_CONVERSATIONS = frozenset({"tools", "functions", *SYSTEM})
-_WITHIN_WHOLE_TEXTS = frozenset({"context", "history", "label", "kto_tag", *SYSTEM})
+_WITHIN_WHOLE_TEXTS = frozenset({"prompt", "context", "history", "label", "kto_tag", *SYSTEM})
 """Fields that come before an answer or judge it: a text, and ids, hold everything the model sees."""
 _READ: dict[DataFormat, frozenset[str]] = {
     DataFormat.messages: _IN_CONVERSATIONS,
     DataFormat.sharegpt: _IN_CONVERSATIONS,
-    DataFormat.alpaca: frozenset({"history", *SYSTEM}),
-    DataFormat.prompt_completion: _IN_CONVERSATIONS,
+    DataFormat.alpaca: frozenset({"prompt", "history", *SYSTEM}),
+    DataFormat.prompt_completion: _IN_CONVERSATIONS | {"prompt"},
     DataFormat.text: _WITHIN_WHOLE_TEXTS,
     DataFormat.tokens: frozenset(_PER_TOKEN - {"inputs_embeds"}) | _WITHIN_WHOLE_TEXTS,
 }
@@ -97,6 +97,8 @@ def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataForma
         # A row may keep the pair next to the chosen answer in the format's own key: that is SFT on it.
         if is_absent(row.get("chosen")) or row["chosen"] not in [row.get(name) for name in _TEXT_KEYS]:
             raise BadRowError(f"the row has {key}: {PREFERENCE}")
+    elif key == "prompt":
+        _check_prompt(row, value)
     elif key in ("label", "kto_tag"):
         if isinstance(value, bool):  # a number or a word is the class of a text
             raise BadRowError(f"{key} is {_shown(value)}, feedback on an answer (KTO); {_KTO}")
@@ -135,6 +137,14 @@ def _check_weight(key: str, value: Any) -> None:
         raise BadRowError(f"{key} is {_shown(value)}, and all rows count equally; {_REMOVE}")
     if value == 0:
         raise BadRowError(f"{key} is {_shown(value)}: the row asks not to be trained on; leave it out")
+
+
+def _check_prompt(row: Mapping[str, Any], prompt: object) -> None:
+    """Raise unless a conversation holds its row's `prompt`, which data sets like to repeat (ultrachat_200k)."""
+    turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])
+    is_beginning = isinstance(prompt, list) and turns[: len(prompt)] == prompt
+    if not is_beginning and not (isinstance(prompt, str) and any(prompt.strip() in text for text in _strings(turns))):
+        raise BadRowError(f"prompt is not part of the messages; write it as a message, or {_REMOVE}")
 
 
 def _is_written(value: object, row: Mapping[str, Any]) -> bool:
@@ -187,12 +197,12 @@ _REFUSED_IN_MESSAGES = {
     *_PREFERENCE,
     *MASKS,
     *("mask", "masked", "train_detail", "training_detail", "labels", "prefix", "documents", "chat_template_kwargs"),
-    *("tools", "functions", "function_calls", "parts", "choices"),
+    *("tools", "parts", "choices"),
 }
 
 
 def check_message(turn: Mapping[str, Any], place: str, role: str) -> None:
-    """Raise if a message has a field that might change what is learnt and that chunkflow does not read.
+    """Raise if a message has a field that might change what is learnt and that no chat template reads.
 
     Raises:
         BadRowError: it has one. The message names it.

@@ -113,8 +113,8 @@ def _no_one_format(
 
 
 _HINTS = (
-    (("chosen", "rejected"), PREFERENCE),
     (("chosen",), PREFERENCE),
+    (("preferred_output",), PREFERENCE),
     (("choices",), "an API's answer without its request; append choices[0].message to the request's messages"),
     (("body",), "a batch of API requests; take messages and tools out of body, and append the answers"),
     (("request",), "a log of API requests; take messages and tools out of request, and append the answer"),
