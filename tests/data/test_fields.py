@@ -241,12 +241,13 @@ def test_why_a_conversation_has_no_targets(encoders: dict[DataFormat, Encoder]) 
             {"rejected": [ANSWER]},
             "the row has rejected: preference data (DPO), and chunkflow trains on one",
         ),
-        ("messages", {"thinking": "hm"}, "thinking is not read in data.format=messages; put it into the assistant's"),
+        ("messages", {"thinking": "hm"}, "thinking is not read in data.format=messages; put it into what the"),
         (
             "tokens",
             {"prompt_length": 2},
             "prompt_length is not read; say what the loss counts with labels or completion",
         ),
+        ("tokens", {"label": [IGNORED, 6, 7, 8]}, "label has a number for each token, and chunkflow does not know"),
         ("tokens", {"anything": [0.1, 1, 2, 3]}, "anything has a number for each token, and chunkflow does not know"),
     ],
 )

@@ -116,10 +116,8 @@ def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataForma
 _REMOVE = "remove or rename the key if it does not count"
 _KTO = "keep the rows with answers to imitate, and remove the key"
 _WHERE = {
+    **dict.fromkeys(REASONING, "put it into what the assistant says, or rename the key if it does not count"),
     "context": "put it into the prompt (alpaca: into input), or rename the key if it does not count",
-    "reasoning_content": "put it into the assistant's message, or rename the key if it does not count",
-    "reasoning": "put it into the assistant's message, or rename the key if it does not count",
-    "thinking": "put it into the assistant's message, or rename the key if it does not count",
     "function_call": "put it into the assistant's message",
     "tool_calls": "put it into the assistant's message",
     "tool_call_id": "put it into the tool's message",
@@ -186,7 +184,7 @@ def check_lists_of_tokens(row: Mapping[str, Any], length: int) -> None:
         BadRowError: it has one.
     """
     for key, value in row.items():
-        if key == "input_ids" or key in _READ[DataFormat.tokens] or key in _OF_TOKENIZERS:
+        if key == "input_ids" or key in _PER_TOKEN or key in _OF_TOKENIZERS:
             continue
         if isinstance(value, list) and len(value) == length and all(isinstance(item, (int, float)) for item in value):
             raise BadRowError(f"{key} has a number for each token, and chunkflow does not know its meaning; {_REMOVE}")
