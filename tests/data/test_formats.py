@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from chunkflow_cli.config.schema import DataFormat
-from chunkflow_cli.data.formats import decode_row, detect_format, parse_sample
+from chunkflow_cli.data.formats import detect_format, parse_sample
+from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     BadRowError,
     Conversation,
@@ -56,7 +57,9 @@ def test_messages() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        {"id": "1", "type": "function", "function": CALL},
+        {"type": "function", "function": CALL},
+        {"type": "function", "index": 0, "id": None, "function": {"name": "f", "parameters": {"x": 1}}},
+        {"type": "tool_call", "name": "f", "args": {"x": 1}},
         {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
         CALL,
     ],
@@ -72,6 +75,109 @@ def test_tool_calls_of_messages_have_arguments_as_objects(call: dict[str, Any]) 
     assert sample.messages[1].tool_calls == (AS_TOOL_CALL,)
     assert sample.messages[1].content == ""
     assert sample.tools == ({"type": "function", "function": {"name": "f"}},)
+
+
+def test_ids_of_calls_and_of_answers_reach_the_template() -> None:
+    call = {"id": "call_7", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    answer = {"role": "tool", "tool_call_id": "call_7", "content": "2"}
+    sample = parse_sample(
+        {"messages": [CHAT[1], {"role": "assistant", "tool_calls": [call]}, answer]}, DataFormat.messages
+    )
+    assert isinstance(sample, Conversation)
+    assert sample.messages[1].tool_calls == ({"id": "call_7", **AS_TOOL_CALL},)
+    assert sample.messages[2].extra == {"tool_call_id": "call_7"}
+
+
+def test_openais_older_calls_become_tool_calls() -> None:
+    row = {
+        "functions": [{"name": "f", "parameters": {}}],
+        "messages": [
+            CHAT[1],
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+            {"role": "function", "name": "f", "content": "2"},
+            CHAT[2],
+        ],
+    }
+    sample = parse_sample(row, DataFormat.messages)
+    assert turns(sample) == [
+        ("user", "Q", False),
+        ("assistant", "", True),
+        ("tool", "2", False),
+        ("assistant", "A", True),
+    ]
+    assert isinstance(sample, Conversation)
+    assert sample.messages[1].tool_calls == (AS_TOOL_CALL,)
+    assert sample.messages[1].extra == {}
+    assert sample.messages[2].extra == {"name": "f"}
+    assert sample.tools == ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('{"a": null, "n": 123456789012345678901234567890}', {"a": None, "n": 123456789012345678901234567890}),
+        ("", {}),
+        (None, {}),
+        ("x=1", "x=1"),
+        ('{"a": 1, "a": 2}', '{"a": 1, "a": 2}'),
+        ('{"a": NaN}', '{"a": NaN}'),
+    ],
+)
+def test_no_argument_of_a_call_changes(written: str | None, arguments: object) -> None:
+    """A string that is no JSON object stays as it is; so does one of which parsing would lose something."""
+    turn = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}
+    sample = parse_sample({"messages": [CHAT[1], turn]}, DataFormat.messages)
+    assert isinstance(sample, Conversation)
+    assert sample.messages[1].tool_calls[0]["function"] == {"name": "f", "arguments": arguments}
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "two "}, {"type": "input_text", "text": "parts", "cache_control": {"type": "e"}}]
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "A", "annotations": []}]}
+    sample = parse_sample(
+        {"system": parts[:1], "messages": [{"role": "user", "content": parts}, answer]}, DataFormat.messages
+    )
+    assert turns(sample) == [("system", "two ", False), ("user", "two parts", False), ("assistant", "A", True)]
+
+
+def test_a_turn_may_hold_nothing_but_reasoning() -> None:
+    turn = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": None}
+    sample = parse_sample({"messages": [CHAT[1], turn]}, DataFormat.messages)
+    assert turns(sample) == [("user", "Q", False), ("assistant", "", True)]
+    assert isinstance(sample, Conversation)
+    assert sample.messages[1].extra == {"reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize("format", [DataFormat.messages, DataFormat.sharegpt])
+def test_both_names_of_roles_and_texts_are_read(format: DataFormat) -> None:
+    row = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    mixed = {"conversations": [{"from": "human", "value": "Q"}, {"role": "gpt", "value": "A", "content": None}]}
+    assert (
+        turns(parse_sample(row, format))
+        == turns(parse_sample(mixed, format))
+        == turns(parse_sample({"messages": CHAT[1:]}, DataFormat.messages))
+    )
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_the_system_prompt_of_a_row_comes_first(key: str) -> None:
+    for row in ({"messages": CHAT[1:], key: "S"}, {"messages": CHAT, key: "S"}):
+        assert turns(parse_sample(row, DataFormat.messages)) == turns(
+            parse_sample({"messages": CHAT}, DataFormat.messages)
+        )
+    completion = parse_sample({"prompt": [CHAT[1]], "completion": [CHAT[2]], key: "S"}, DataFormat.prompt_completion)
+    assert turns(completion) == [("system", "S", False), ("user", "Q", False), ("assistant", "A", True)]
+    with pytest.raises(BadRowError, match="the row's system prompt and the one in its first message differ"):
+        parse_sample({"messages": CHAT, key: "T"}, DataFormat.messages)
+
+
+def test_flat_tools_are_wrapped() -> None:
+    """OpenAI's responses API has the type next to the name."""
+    expected = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for tool in ({"name": "f", "parameters": {}}, {"type": "function", "name": "f", "parameters": {}}, expected):
+        sample = parse_sample({"messages": CHAT, "tools": [tool]}, DataFormat.messages)
+        assert isinstance(sample, Conversation)
+        assert sample.tools == (expected,)
 
 
 def test_sharegpt() -> None:
@@ -187,7 +293,11 @@ def test_text_and_tokens() -> None:
         ("messages", {"messages": [CHAT[0], "hi"]}, "messages[1] is a string, not an object"),
         ("messages", {"messages": [{"role": "user"}]}, "messages[0] has no key 'content' (keys: role)"),
         ("messages", {"messages": [{"role": "user", "content": None}]}, "messages[0].content is null, not a string"),
-        ("messages", {"messages": [{"role": "user", "content": [1]}]}, "messages[0].content is a list, not a string"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [1]}]},
+            "messages[0].content[0] is a number, not a text part",
+        ),
         (
             "messages",
             {"messages": [{"role": "robot", "content": "a"}]},
@@ -195,10 +305,56 @@ def test_text_and_tokens() -> None:
         ),
         (
             "messages",
-            {"messages": [{"from": "human", "value": "a"}]},
-            "messages[0] has no key 'role' (keys: from, value)",
+            {"messages": [{"speaker": "human", "value": "a"}]},
+            "messages[0] has no key 'role' (keys: speaker, value)",
         ),
-        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls has a call without a name"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages[0].tool_calls[0] is a call without a name",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
+            "messages[0].content[0] has type 'image_url', and only text parts can be trained on",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "4"}]}]},
+            "content[0] has type 'tool_result', and only text parts can be trained on; write it as a message of the role",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls: the role user makes no calls",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "function_call": CALL, "tool_calls": [CALL]}]},
+            "messages[0] has both tool_calls and function_call",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": CALL, "result": "4"}]}]},
+            "messages[0].tool_calls[0].result is not read",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}]},
+            "messages[0].tool_calls[0] is a call without a name",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}]},
+            "messages[0].tool_calls[0].arguments is not valid JSON",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "from": "user", "content": "a"}]},
+            "has both role and from; keep one",
+        ),
+        ("messages", {"messages": CHAT, "tools": [{"type": "web_search"}]}, "tools[0] has no function and no name"),
+        ("messages", {"messages": CHAT, "tools": [CALL], "functions": [{"name": "g"}]}, "tools and functions differ"),
         ("messages", {"messages": CHAT, "tools": "{"}, "tools is a string that is not JSON"),
         ("sharegpt", {"conversations": [{"from": "bot", "value": "a"}]}, "conversations[0].from is 'bot'"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is null"),
@@ -245,6 +401,7 @@ def detect(tmp_path: Path, *rows: object) -> DataFormat:
     [
         ({"messages": CHAT, "tools": None, "prompt": "Q", "prompt_id": 1}, "messages"),
         ({"conversations": [], "id": 1}, "sharegpt"),
+        ({"conversation": CHAT, "model": "m"}, "messages"),
         ({"instruction": "a", "input": "", "output": "b"}, "alpaca"),
         ({"instruction": "a", "input": "", "output": "b", "text": "Below is ..."}, "alpaca"),
         ({"prompt": "a", "completion": "b"}, "prompt_completion"),
@@ -259,16 +416,35 @@ def test_the_format_is_detected_by_keys(tmp_path: Path, row: dict[str, Any], for
 def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as unknown:
         detect(tmp_path, {"question": "a", "answer": "b"})
-    assert "keys question, answer: no format" in str(unknown.value)
-    assert "alpaca: instruction + output" in str(unknown.value)
+    assert "a.jsonl:1: the keys question, answer (rename them to prompt and completion)\n" in str(unknown.value)
+    assert "a format: messages | conversations | instruction + output | " in str(unknown.value)
     with pytest.raises(UsageError) as mixed:
         detect(tmp_path, {"text": "a"}, {"messages": CHAT})
-    assert "rows of more than one format" in str(mixed.value)
-    assert "keys text: text" in str(mixed.value)
+    assert "rows of more than one format: text and messages\n  text: first in " in str(mixed.value)
+    assert "a.jsonl:2\n" in str(mixed.value)
     with pytest.raises(UsageError, match=r"fit several formats\n  choose one: data.format=text or data.format=tokens"):
         detect(tmp_path, {"text": "a", "input_ids": [1]})
     with pytest.raises(UsageError, match=r"none of the first 2 rows is a JSON object\n  .*a.jsonl:1: not valid JSON"):
         detect(tmp_path, b"hello", b"world")
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": "P", "chosen": "A", "rejected": "B"}, "preference data (DPO), and chunkflow trains on one answer"),
+        (
+            {"id": "x", "object": "chat.completion", "choices": []},
+            "append choices[0].message to the request's messages",
+        ),
+        ({"custom_id": "a", "method": "POST", "url": "u", "body": {}}, "take messages and tools out of body"),
+        ({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "Gemini's form; write messages"),
+        ({"instruction": "I", "context": "", "response": "R"}, "rename response to output"),
+    ],
+)
+def test_rows_that_people_have_are_explained(tmp_path: Path, row: dict[str, Any], hint: str) -> None:
+    with pytest.raises(UsageError) as error:
+        detect(tmp_path, row)
+    assert hint in str(error.value)
 
 
 def test_a_stray_row_after_the_first_hundred_does_not_change_the_format(tmp_path: Path) -> None:

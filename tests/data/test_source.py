@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.data import source
-from chunkflow_cli.data.formats import decode_row
+from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     BadRowError,
 )

@@ -43,7 +43,7 @@ from chunkflow_cli.data.encoding import EncodedBatch
 from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Increases whenever the same ingredients would give other tokens or other files."""
 ARRAYS: dict[str, DTypeLike] = {
     "input_ids": np.int32,

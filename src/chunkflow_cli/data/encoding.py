@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
-from chunkflow_cli.data.formats import decode_row, parse_sample
+from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
     MAX_ID,
@@ -143,6 +144,8 @@ class Encoder:
         if isinstance(sample, Conversation):
             if self._template is None:
                 raise BadRowError("lists of messages need a chat template, and the tokenizer has none")
+            if self._mark_targets and (reason := sample.why_no_targets()) is not None:
+                raise BadRowError(reason)
             return self._template.render(sample, mark_targets=self._mark_targets), True
         if isinstance(sample, PromptCompletion):
             whole = sample.prompt + sample.completion

@@ -21,7 +21,9 @@ import orjson
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat
-from chunkflow_cli.data.formats import SHAREGPT_ROLES, decode_row, parse_sample
+from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.messages import ROLES
+from chunkflow_cli.data.rows import decode_row, parse_json
 from chunkflow_cli.data.sample import (
     IGNORED,
     MAX_ID,
@@ -79,7 +81,7 @@ def estimate_sizes(
                 if count_all:
                     target = size - is_exact  # nothing predicts the first token of a row of ids
                 if target == 0:
-                    raise BadRowError(NO_TARGETS)
+                    raise BadRowError(_why_no_targets(parse_sample(decode_row(raw), format)))
             except BadRowError as error:
                 rejected.append((source.location(batch.file, line), str(error)))
                 continue
@@ -92,10 +94,14 @@ def estimate_sizes(
 def _size_of_row(raw: object, format: DataFormat, quick: Callable[[dict[str, Any]], Size] | None) -> Size:
     if quick is not None and isinstance(raw, bytes):
         try:
-            return quick(orjson.loads(raw))
+            return quick(parse_json(raw))
         except (ValueError, LookupError, TypeError, AttributeError):
             pass  # an unusual row or a bad one: the parser below accepts it or says what is wrong
     return _size_of_sample(parse_sample(decode_row(raw), format))
+
+
+def _why_no_targets(sample: Sample) -> str:
+    return (sample.why_no_targets() if isinstance(sample, Conversation) else None) or NO_TARGETS
 
 
 def _digest(raw: object) -> int:
@@ -105,33 +111,26 @@ def _digest(raw: object) -> int:
 
 
 def _size_of_messages(row: dict[str, Any]) -> Size:
-    if row.get("tools"):
-        raise LookupError
-    return _size_of_turns(row["messages"], "role", "content", _IS_TARGET)
+    return _size_of_turns(row, "messages", "role", "content")
 
 
 def _size_of_sharegpt(row: dict[str, Any]) -> Size:
-    if row.get("tools") or row.get("system"):
+    return _size_of_turns(row, "conversations", "from", "value")
+
+
+def _size_of_turns(row: dict[str, Any], key: str, role_key: str, text_key: str) -> Size:
+    if not _ORDINARY_KEYS.issuperset(row):
         raise LookupError
-    return _size_of_turns(row["conversations"], "from", "value", _IS_SHAREGPT_TARGET)
-
-
-_IS_TARGET = {"system": False, "developer": False, "user": False, "tool": False, "assistant": True}
-_IS_SHAREGPT_TARGET = {
-    speaker: role == "assistant" for speaker, role in SHAREGPT_ROLES.items() if speaker != "function_call"
-}
-
-
-def _size_of_turns(turns: list[dict[str, Any]], role_key: str, text_key: str, is_target: dict[str, bool]) -> Size:
     size = target = answers = 0
+    turns = row[key]
     for turn in turns:
         text = turn[text_key]
         count = len(text) if text.isascii() else len(text.encode())
         size += count
-        if is_target[turn[role_key]]:
+        if _IS_TARGET[turn[role_key]]:
             target += count
             answers += 1
-        if "tool_calls" in turn:
+        if len(turn) != 2:
             raise LookupError
     if not size:
         raise LookupError
@@ -140,6 +139,10 @@ def _size_of_turns(turns: list[dict[str, Any]], role_key: str, text_key: str, is
         int(target / BYTES_PER_TOKEN) + answers,  # the end-of-turn token of each answer is a target too
     )
 
+
+_IS_TARGET = {name: role == "assistant" for name, role in ROLES.items() if not name.endswith("_call")}
+_ORDINARY_KEYS = frozenset({"messages", "conversations", "id", "source", "category", "prompt_id", "url", "score"})
+"""A row with others goes through `parse_sample`, which knows which of them count."""
 
 _QUICK_SIZERS: dict[DataFormat, Callable[[dict[str, Any]], Size]] = {
     DataFormat.messages: _size_of_messages,

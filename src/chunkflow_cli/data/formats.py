@@ -2,95 +2,64 @@
 
 | format | keys of a row | sample |
 |---|---|---|
-| messages | messages: [{role, content}], tools | Conversation; targets: assistant turns |
+| messages | messages: [{role, content}], system, tools | Conversation; targets: assistant turns |
 | sharegpt | conversations: [{from, value}], system, tools | the same |
 | alpaca | instruction, input, output, system, history | Instruction |
 | prompt_completion | prompt, completion: strings | PromptCompletion |
-| prompt_completion | prompt, completion: lists of messages | Conversation; targets: assistant turns of the completion |
+| prompt_completion | the same as lists of messages, system, tools | Conversation; targets: the completion's assistant |
 | text | text | PlainText |
-| tokens | input_ids, labels | TokenRow |
+| tokens | input_ids, labels, attention_mask, masks | TokenRow |
 
-Other keys of a row are ignored. Other keys of a message (name, reasoning_content, ...) are passed to the chat template.
-The reason for rejecting a row (`BadRowError`) names the key, as in `messages[2].content is null`.
-
-Tools. A sharegpt `function_call` is a turn of the assistant. If its value is a call, `{"name", "arguments"}` or a list
-of them, it becomes `tool_calls`, so that a template that supports calls writes them in its own syntax. `observation` is
-the answer of a tool. `tools` may be a list or, as in LLaMA-Factory, a JSON string of one, and a bare `{"name", ...}` is
-wrapped as `{"type": "function", "function": ...}`, which is what templates expect. `data.template` says what happens
-under a template that does not support tools.
+`data.fields` decides about other keys: those that might change what is learnt make the row bad, the others are ignored.
+`data.messages` reads messages. Other keys of a message (name, tool_call_id, reasoning_content, ...) are passed to the
+chat template. The reason for rejecting a row (`BadRowError`) names the key, as in `messages[2].content is null`.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat
+from chunkflow_cli.data.fields import (
+    MASKS,
+    PREFERENCE,
+    SYSTEM,
+    check_ends_with_answer,
+    check_lists_of_tokens,
+    check_row,
+)
+from chunkflow_cli.data.messages import parse_messages, parse_tools, system_prompt, with_system
+from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
+    IGNORED,
     BadRowError,
     Conversation,
     Instruction,
-    Message,
     PlainText,
     PromptCompletion,
     Sample,
     TokenRow,
 )
 from chunkflow_cli.data.source import Location, Source
+from chunkflow_cli.data.values import integers, is_absent, kind, required, text
 from chunkflow_cli.errors import UsageError
 
 DETECTION_ROWS = 100
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "system": "system",
-}
-
-
-def decode_row(raw: object) -> dict[str, Any]:
-    """Return the JSON object of a row.
-
-    Raises:
-        BadRowError: the row is not valid UTF-8, not valid JSON, or not an object.
-    """
-    row = raw
-    if isinstance(raw, bytes):
-        try:
-            row = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            raise BadRowError(_why_not_json(raw, error)) from error
-    if not isinstance(row, dict):
-        hint = " (a file that holds one JSON array must be named .json)" if isinstance(row, list) else ""
-        raise BadRowError(f"the row is {_kind(row)}, not an object{hint}")
-    return row
-
-
-def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as utf8_error:
-        return f"not valid UTF-8 at byte {utf8_error.start + 1} of the line"
-    return f"not valid JSON: {error.msg} at character {error.pos + 1} of the line"
 
 
 def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:
     """Return the sample that a row of this format describes.
 
     Raises:
-        BadRowError: a key is missing, or holds a value that the format does not allow.
+        BadRowError: a key is missing, holds a value that the format does not allow, or might change what is learnt and
+            is not read.
     """
+    check_row(row, format)
     return _PARSERS[format](row)
 
 
@@ -119,18 +88,50 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
         keys = ", ".join(map(str, row)) or "none"
         if keys not in seen:
             seen[keys] = _format_by_keys(row, keys, key), location
-    formats = {format for format, _ in seen.values() if format is not None}
+    formats = list(dict.fromkeys(format for format, _ in seen.values() if format is not None))
     if len(formats) == 1:
-        return formats.pop()
+        return formats[0]
     if not seen:
         raise UsageError(f"{key}: none of the first {len(reasons)} rows is a JSON object\n  {reasons[0]}")
-    known = "\n".join(f"  {name.value}: {' + '.join(keys)}" for name, keys in REQUIRED_KEYS.items())
-    found = "\n".join(
-        f"  keys {keys}: {format.value if format else 'no format'}, first {location}"
-        for keys, (format, location) in seen.items()
-    )
-    what = "rows of more than one format" if formats else "rows of no known format"
-    raise UsageError(f"{key} holds {what}\n{found}\nset data.format to the right one, or rename the keys:\n{known}")
+    raise UsageError(_no_one_format(seen, formats, key))
+
+
+def _no_one_format(
+    seen: Mapping[str, tuple[DataFormat | None, Location]], formats: Sequence[DataFormat], key: str
+) -> str:
+    if formats:
+        names = " and ".join(format.value for format in formats)
+        first = (location for wanted in formats for format, location in seen.values() if format is wanted)
+        places = "".join(f"\n  {format.value}: first in {next(first)}" for format in formats)
+        return (
+            f"{key} holds rows of more than one format: {names}{places}\n"
+            "  split the data, or name one with data.format and leave the other rows out with data.bad_rows=skip"
+        )
+    places = "".join(f"\n  {location}: the keys {keys}{_hint(keys)}" for keys, (_, location) in seen.items())
+    known = " | ".join(" + ".join(keys) for keys in REQUIRED_KEYS.values())
+    return f"{key} holds rows of no known format{places}\n  rename the keys to those of a format: {known}"
+
+
+_HINTS = (
+    (("chosen",), PREFERENCE),
+    (("preferred_output",), PREFERENCE),
+    (("choices",), "an API's answer without its request; append choices[0].message to the request's messages"),
+    (("body",), "a batch of API requests; take messages and tools out of body, and append the answers"),
+    (("request",), "a log of API requests; take messages and tools out of request, and append the answer"),
+    (("contents",), "Gemini's form; write messages: the role model is assistant, the text of parts is content"),
+    (("instruction", "response"), "rename response to output"),
+    (("prompt", "response"), "rename response to completion"),
+    (("question", "answer"), "rename them to prompt and completion"),
+    (("query", "response"), "rename them to prompt and completion"),
+    (("tokens",), "if they are ids, rename tokens to input_ids"),
+    (("content",), "if it is a document, rename content to text"),
+)
+"""Keys of rows that people have, and what to do about them."""
+
+
+def _hint(keys: str) -> str:
+    present = set(keys.split(", "))
+    return next((f" ({hint})" for needed, hint in _HINTS if present.issuperset(needed)), "")
 
 
 REQUIRED_KEYS = {
@@ -141,10 +142,14 @@ REQUIRED_KEYS = {
     DataFormat.text: ("text",),
     DataFormat.tokens: ("input_ids",),
 }
+_CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+"""Where rows keep a conversation. The last four belong to the format `messages`."""
 
 
 def _format_by_keys(row: Mapping[str, Any], keys: str, key: str) -> DataFormat | None:
     fitting = [name for name, required in REQUIRED_KEYS.items() if all(word in row for word in required)]
+    if not fitting and any(_is_conversation(row.get(word)) for word in _CONVERSATION_KEYS):
+        return DataFormat.messages
     if fitting == [DataFormat.alpaca, DataFormat.text]:
         return DataFormat.alpaca  # alpaca data sets on the hub also carry the finished prompt in `text`
     if len(fitting) > 1:
@@ -153,23 +158,24 @@ def _format_by_keys(row: Mapping[str, Any], keys: str, key: str) -> DataFormat |
     return fitting[0] if fitting else None
 
 
+def _is_conversation(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
 def _parse_messages(row: Mapping[str, Any]) -> Conversation:
-    messages = _messages(_required(row, "messages"), "messages", are_targets=True)
-    return Conversation(messages, _tools(row.get("tools")))
+    return _parse_conversation(row, "messages")
 
 
 def _parse_sharegpt(row: Mapping[str, Any]) -> Conversation:
-    turns = _list_of_objects(_required(row, "conversations"), "conversations")
-    messages = []
-    if row.get("system"):
-        messages.append(Message("system", _text(row, "system"), is_target=False))
-    for index, turn in enumerate(turns):
-        place = f"conversations[{index}]"
-        speaker = _role(turn, "from", tuple(SHAREGPT_ROLES), place)
-        role, value = SHAREGPT_ROLES[speaker], _text(turn, "value", place)
-        calls = _function_calls(value) if speaker == "function_call" else ()
-        messages.append(Message(role, "" if calls else value, role == "assistant", calls))
-    return Conversation(tuple(messages), _tools(row.get("tools")))
+    return _parse_conversation(row, "conversations")
+
+
+def _parse_conversation(row: Mapping[str, Any], key: str) -> Conversation:
+    if key not in row:
+        key = next((other for other in _CONVERSATION_KEYS if _is_conversation(row.get(other))), key)
+    messages = parse_messages(required(row, key), key, are_targets=True)
+    check_ends_with_answer(row, messages[-1].role, key)
+    return Conversation(with_system(row, messages), parse_tools(row))
 
 
 def _parse_alpaca(row: Mapping[str, Any]) -> Instruction:
@@ -178,45 +184,98 @@ def _parse_alpaca(row: Mapping[str, Any]) -> Instruction:
         if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
             raise BadRowError(f"history[{index}] is not a pair of strings")
         history.append((exchange[0], exchange[1]))
-    optional = {key: _text(row, key) if row.get(key) is not None else "" for key in ("input", "system")}
-    return Instruction(
-        _text(row, "instruction"), optional["input"], _text(row, "output"), optional["system"], tuple(history)
-    )
+    asked = "" if row.get("input") is None else text(row, "input")
+    return Instruction(text(row, "instruction"), asked, text(row, "output"), system_prompt(row), tuple(history))
 
 
 def _parse_prompt_completion(row: Mapping[str, Any]) -> Conversation | PromptCompletion:
-    prompt, completion = _required(row, "prompt"), _required(row, "completion")
+    prompt, completion = required(row, "prompt"), required(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        messages = (
-            *_messages(prompt, "prompt", are_targets=False),
-            *_messages(completion, "completion", are_targets=True),
+        asked = with_system(row, parse_messages(prompt, "prompt", are_targets=False))
+        return Conversation((*asked, *parse_messages(completion, "completion", are_targets=True)), parse_tools(row))
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        raise BadRowError(
+            f"prompt is {kind(prompt)} and completion is {kind(completion)}: both must be strings, or lists of messages"
         )
-        return Conversation(messages, _tools(row.get("tools")))
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return PromptCompletion(prompt, completion)
-    raise BadRowError(
-        f"prompt is {_kind(prompt)} and completion is {_kind(completion)}: both must be strings, or lists of messages"
-    )
+    for key in ("tools", "functions", *SYSTEM):
+        if not is_absent(row.get(key)) and row[key] != "[]":
+            raise BadRowError(f"a prompt that is a string has no place for {key}; write it into the prompt")
+    return PromptCompletion(prompt, completion)
 
 
 def _parse_text(row: Mapping[str, Any]) -> PlainText:
-    text = _text(row, "text")
-    if not text:
+    document = text(row, "text")
+    if not document:
         raise BadRowError("text is empty")
-    return PlainText(text)
+    return PlainText(document)
 
 
 def _parse_tokens(row: Mapping[str, Any]) -> TokenRow:
-    input_ids = _integers(_required(row, "input_ids"), "input_ids")
-    if len(input_ids) == 0:
+    """Return the ids of a row without its padding, and as labels those that all masks let through."""
+    input_ids = integers(required(row, "input_ids"), "input_ids")
+    length = len(input_ids)
+    if length == 0:
         raise BadRowError("input_ids is empty")
-    if row.get("labels") is None:
-        return TokenRow(input_ids, input_ids)
-    labels = _integers(row["labels"], "labels")
-    if len(labels) != len(input_ids):
-        raise BadRowError(f"labels has {len(labels)} entries and input_ids {len(input_ids)}")
-    return TokenRow(input_ids, labels)
+    labels = input_ids if row.get("labels") is None else _per_token(row, "labels", length)
+    for name in MASKS:
+        if row.get(name) is not None:
+            labels = np.where(_flags(row, name, length), labels, IGNORED)
+    attended = slice(0, length) if row.get("attention_mask") is None else _attended(row, length)
+    _check_is_one_sequence(row, attended, length)
+    check_lists_of_tokens(row, length)
+    return TokenRow(input_ids[attended], labels[attended])
 
+
+def _per_token(row: Mapping[str, Any], key: str, length: int) -> NDArray[np.int64]:
+    values = integers(row[key], key)
+    if len(values) != length:
+        raise BadRowError(f"{key} has {len(values)} entries and input_ids {length}")
+    return values
+
+
+def _flags(row: Mapping[str, Any], key: str, length: int) -> NDArray[np.bool_]:
+    values = _per_token(row, key, length)
+    wrong = (values != 0) & (values != 1)
+    if wrong.any():
+        place = int(wrong.argmax())
+        packed = "; if it numbers packed sequences, write one row per sequence" if key == "attention_mask" else ""
+        raise BadRowError(f"{key}[{place}] is {values[place]}, and must be 0 or 1{packed}")
+    return values == 1
+
+
+def _attended(row: Mapping[str, Any], length: int) -> slice:
+    """Return the tokens that are no padding: `attention_mask` may be 0 at both ends of a row, not in between."""
+    places = np.flatnonzero(_flags(row, "attention_mask", length))
+    if len(places) == 0:
+        raise BadRowError("attention_mask is 0 everywhere")
+    first, last = int(places[0]), int(places[-1])
+    if len(places) < last + 1 - first:
+        hidden = first + int(np.argmax(np.diff(places) > 1)) + 1
+        raise BadRowError(
+            f"attention_mask[{hidden}] is 0 between tokens; only padding at the ends of a row may be masked"
+        )
+    return slice(first, last + 1)
+
+
+def _check_is_one_sequence(row: Mapping[str, Any], attended: slice, length: int) -> None:
+    """Raise if a row says that its ids are several sequences, or that the model is given more than ids."""
+    count = attended.stop - attended.start
+    if row.get("position_ids") is not None:
+        positions = _per_token(row, "position_ids", length)[attended]
+        wrong = positions != np.arange(count)
+        if wrong.any():
+            place = attended.start + int(wrong.argmax())
+            raise BadRowError(
+                f"position_ids[{place}] is {positions[wrong.argmax()]}, and must count tokens from 0; {_ONE_SEQUENCE}"
+            )
+    for key, expected in (("seq_lengths", [length]), ("cu_seqlens", [0, length])):
+        if not is_absent(row.get(key)) and row[key] != expected:
+            raise BadRowError(f"{key} is not {expected}; {_ONE_SEQUENCE}")
+    if row.get("token_type_ids") is not None and _per_token(row, "token_type_ids", length).any():
+        raise BadRowError("token_type_ids is not 0 everywhere, and the model would not be given it")
+
+
+_ONE_SEQUENCE = "if sequences are packed, write one row per sequence (chunkflow packs by itself)"
 
 _PARSERS: dict[DataFormat, Callable[[dict[str, Any]], Sample]] = {
     DataFormat.messages: _parse_messages,
@@ -226,118 +285,3 @@ _PARSERS: dict[DataFormat, Callable[[dict[str, Any]], Sample]] = {
     DataFormat.text: _parse_text,
     DataFormat.tokens: _parse_tokens,
 }
-
-
-def _messages(value: object, key: str, *, are_targets: bool) -> tuple[Message, ...]:
-    messages = []
-    for index, turn in enumerate(_list_of_objects(value, key)):
-        place = f"{key}[{index}]"
-        role = _role(turn, "role", ROLES, place)
-        calls = _tool_calls(turn.get("tool_calls"), place)
-        # Data from OpenAI-like APIs has null as the content of a turn that holds only calls.
-        content = "" if calls and turn.get("content") is None else _text(turn, "content", place)
-        extra = {name: value for name, value in turn.items() if name not in _MESSAGE_KEYS and value is not None}
-        messages.append(Message(role, content, are_targets and role == "assistant", calls, extra))
-    return tuple(messages)
-
-
-_MESSAGE_KEYS = ("role", "content", "tool_calls")
-
-
-def _tool_calls(value: object, place: str) -> tuple[Mapping[str, Any], ...]:
-    if not value:
-        return ()
-    calls = _list_of_objects(value, f"{place}.tool_calls")
-    functions = [call.get("function", call) for call in calls]
-    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
-        raise BadRowError(f"{place}.tool_calls has a call without a name")
-    return tuple(_as_tool_call(function) for function in functions)
-
-
-def _function_calls(text: str) -> tuple[Mapping[str, Any], ...]:
-    """Return the calls that a sharegpt `function_call` writes as JSON, or none if it is other text."""
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return ()  # not JSON: the turn stays text
-    calls = value if isinstance(value, list) else [value]
-    if not all(isinstance(call, dict) and set(call) == {"name", "arguments"} for call in calls):
-        return ()
-    return tuple(_as_tool_call(call) for call in calls)
-
-
-def _as_tool_call(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a call whose arguments are an object. OpenAI has a JSON string, which `arguments | tojson` would quote."""
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            parsed = orjson.loads(arguments)
-        except orjson.JSONDecodeError:
-            parsed = None  # not JSON: passed on unchanged
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    return {"type": "function", "function": {**function, "arguments": arguments}}
-
-
-def _tools(value: object) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(value, str):
-        try:
-            value = orjson.loads(value) if value.strip() else None
-        except orjson.JSONDecodeError as error:
-            raise BadRowError(f"tools is a string that is not JSON: {error.msg}") from error
-    if not value:
-        return ()
-    tools = _list_of_objects(value, "tools")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-
-
-def _required(row: Mapping[str, Any], key: str, place: str = "") -> Any:
-    if key not in row:
-        subject = f"{place} has " if place else ""
-        raise BadRowError(f"{subject}no key {key!r} (keys: {', '.join(map(str, row)) or 'none'})")
-    return row[key]
-
-
-def _text(row: Mapping[str, Any], key: str, place: str = "") -> str:
-    value = _required(row, key, place)
-    if not isinstance(value, str):
-        raise BadRowError(f"{place + '.' if place else ''}{key} is {_kind(value)}, not a string")
-    return value
-
-
-def _role(turn: Mapping[str, Any], key: str, known: tuple[str, ...], place: str) -> str:
-    role = _text(turn, key, place)
-    if role not in known:
-        raise BadRowError(f"{place}.{key} is {role!r}, which is not one of {', '.join(known)}")
-    return role
-
-
-def _list_of_objects(value: object, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise BadRowError(f"{name} is {_kind(value)}, not a list")
-    if not value:
-        raise BadRowError(f"{name} is empty")
-    for index, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise BadRowError(f"{name}[{index}] is {_kind(item)}, not an object")
-    return value
-
-
-def _integers(value: object, name: str) -> NDArray[np.int64]:
-    if not isinstance(value, list):
-        raise BadRowError(f"{name} is {_kind(value)}, not a list")
-    if not value:
-        return np.empty(0, np.int64)
-    try:
-        return np.frombuffer(array("q", value), dtype=np.int64)  # rejects 1.5 and "1", which np.array would take
-    except (TypeError, OverflowError) as error:
-        raise BadRowError(f"{name} holds something other than 64-bit integers") from error
-
-
-def _kind(value: object) -> str:
-    """Return the name of a JSON value's type, with its article."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    names: dict[type, str] = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
-    return names.get(type(value), f"a {type(value).__name__}")

@@ -46,12 +46,13 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    """One of `formats.ROLES`."""
+    """system, developer, user, assistant or tool."""
     content: str
     is_target: bool
-    """True if the loss counts this turn under `data.train_on=assistant`."""
+    """True if the loss counts this turn under `data.train_on=assistant`. Only an assistant's turn can be."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """Calls as `{"type": "function", "function": {"name", "arguments"}}`, with arguments as an object."""
+    """Calls as `{"id", "type": "function", "function": {"name", "arguments"}}`: the id if there is one, the arguments
+    as an object."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Other keys of the turn, which are passed on to the chat template."""
 
@@ -62,6 +63,14 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+
+    def why_no_targets(self) -> str | None:
+        """Return why the loss would count nothing under `data.train_on=assistant`; None if it counts a turn."""
+        if any(message.is_target for message in self.messages):
+            return None
+        if not any(message.role == "assistant" for message in self.messages):
+            return "there is no assistant message, so there is nothing to train on"
+        return "the row excludes every assistant message (weight, train, prompt), so there is nothing to train on"
 
 
 @dataclass(frozen=True, slots=True)

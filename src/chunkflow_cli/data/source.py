@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import orjson
 
+from chunkflow_cli.data.rows import drop_filled_nulls, repeated_key
 from chunkflow_cli.data.streams import explain_read_errors, open_stream
 from chunkflow_cli.data.tokenizer import let_torch_in
 from chunkflow_cli.errors import UsageError
@@ -164,7 +165,8 @@ class HubDataset:
         line = 1
         for columns in self.dataset.iter(batch_size=BATCH_ROWS):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            yield RowBatch(0, list(range(line, line + len(rows))), list(rows), line + len(rows) - 1)
+            filled = [drop_filled_nulls(row, self.dataset.features) for row in rows]
+            yield RowBatch(0, list(range(line, line + len(rows))), filled, line + len(rows) - 1)
             line += len(rows)
 
 
@@ -319,6 +321,8 @@ def _read_array(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
             f"{file.path}:{error.lineno}: invalid JSON in the array: {error.msg}\n"
             "  fix it, or write one object per line (.jsonl), where data.bad_rows=skip can skip bad rows"
         ) from error
+    if (repeated := repeated_key(text, rows)) is not None:
+        raise UsageError(f"{file.path}: the key {repeated!r} occurs twice in one object; keep the one that counts")
     del text
     yield from _slices(index, rows, 1, start, file.size, len(rows))
 
@@ -330,7 +334,7 @@ def _read_parquet(index: int, file: SourceFile, start: int) -> Iterator[RowBatch
         with parquet.ParquetFile(file.path) as table:
             first, total = 1, table.metadata.num_rows
             for batch in table.iter_batches(batch_size=BATCH_ROWS):
-                rows: list[object] = batch.to_pylist()
+                rows = [drop_filled_nulls(row) for row in batch.to_pylist()]
                 yield from _slices(index, rows, first, start, file.size, total)
                 first += len(rows)
     except ArrowException as error:
