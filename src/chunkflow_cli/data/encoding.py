@@ -55,12 +55,12 @@ if TYPE_CHECKING:
 
 
 STRADDLES = Remark(
-    "the first token of an answer begins in the prompt, which ends with white space or within a word; it is a target, "
-    "but at inference the prompt is tokenised alone: let the answer begin with that white space"
+    "the end of a prompt and the beginning of its answer are one token, which is a target; at inference the prompt is "
+    "tokenised alone, so let the answer begin with the white space instead"
 )
 NO_FIRST_TOKEN = Remark(
-    "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, which is no "
-    "target; a line end as prompt is enough"
+    "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, and it is no "
+    "target; begin the prompt with a line end"
 )
 NO_EOS = Remark("the tokenizer has no EOS token, so the model does not learn to stop")
 NO_END = Remark(

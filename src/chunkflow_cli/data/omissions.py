@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.sample import BadRowError
@@ -27,8 +26,7 @@ _CLOSING = re.compile(r"</\w+>|\[/[A-Z_]+\]")
 _TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS}
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """A message as a template gets it, and the text in which its words must stand."""
 
     message: Mapping[str, Any]
@@ -53,6 +51,9 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
     places: dict[str, int] = {}  # up to where each text is used up
     for number, turn in enumerate(turns, 1):
         start, stop = turn.region or (places.get(turn.text, 0), len(turn.text))
+        if len(turn.message) == 2 and (end := _end_of(turn.message["content"].strip(), turn.text, start, stop)) >= 0:
+            places[turn.text] = end  # role and content, as they are: the usual case, and a fast one
+            continue
         search = _Search(turn.text, start, stop)
         if turn.message["role"] == "assistant":
             lost = list(_of_assistant(turn.message, search))
@@ -63,17 +64,23 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
                 )
         else:
             lost = list(_of_others(turn.message, search))
-        lost += _of_other_keys(turn.message, search, template, whole)
+        lost += _of_other_keys(turn.message, template, whole)
         # Words outside of `{% generation %}` marks are written, but are no targets.
-        verb = "write" if turn.text is whole else "mark as an answer"
-        effect = "so it is not learnt" if turn.is_target else "so the model does not see it"
-        remarks += [Remark(f"the chat template does not {verb} {what}, {effect}") for what in lost]
+        loses = "leaves out" if turn.text is whole else "does not mark as an answer"
+        verb = "learn" if turn.is_target else "see"
+        remarks += [Remark(f"the model will not {verb} {what}, which the chat template {loses}") for what in lost]
+        remarks += _on_ids(turn.message, whole)
         places[turn.text] = search.end
     if any(_name_of(tool) not in whole for tool in tools):
-        remarks.append(
-            Remark("the chat template does not write the definitions of tools, so the model does not see it")
-        )
+        remarks.append(Remark("the model will not see definitions of tools, which the chat template leaves out"))
     return remarks
+
+
+def _on_ids(message: Mapping[str, Any], whole: str) -> Iterator[Remark]:
+    """Yield a remark if ids of calls are not written: few templates need them, and a model does not miss them."""
+    ids = [message.get("tool_call_id"), *(call.get("id") for call in message.get("tool_calls") or ())]
+    if not all(str(value) in whole for value in ids if value):
+        yield Remark("the chat template leaves out the ids of tool calls", is_warning=False)
 
 
 class _Search:
@@ -95,18 +102,26 @@ class _Search:
         if self.has(content):
             return True
         place = self.start
-        for part in filter(None, map(str.strip, _TAG.split(content))):
+        parts = [part.strip() for part in _TAG.split(content) if part.strip()]
+        if parts and _TAG.fullmatch(parts[0]) and self.text[: self.start].rstrip().endswith(parts[0]):
+            parts = parts[1:]  # the generation prompt ends with <think>
+        for part in parts:
             place = self._find(part, place)
             if place < 0:
                 return False
         return True
 
     def _find(self, words: str, start: int) -> int:
-        place = self.text.find(words, start, self.stop)
-        if place < 0:
-            return -1
-        self.found, self.end = True, max(self.end, place + len(words))
-        return place + len(words)
+        end = _end_of(words, self.text, start, self.stop)
+        if end >= 0:
+            self.found, self.end = True, max(self.end, end)
+        return end
+
+
+def _end_of(words: str, text: str, start: int, stop: int) -> int:
+    """Return where the words end in a range of the text, or -1."""
+    place = text.find(words, start, stop)
+    return -1 if place < 0 else place + len(words)
 
 
 def _forms(words: str) -> Iterator[str]:
@@ -131,11 +146,6 @@ def _of_assistant(message: Mapping[str, Any], search: _Search) -> Iterator[str]:
         yield "tool calls of the assistant"
     elif not all(_has_value(call["function"].get("arguments"), search) for call in calls):
         yield "arguments of tool calls"
-    if not all(search.has(str(call.get("id") or "")) for call in calls):
-        yield _IDS
-
-
-_IDS = "the ids of tool calls"
 
 
 def _lost_of_content(content: str, search: _Search, *, has_calls: bool) -> str:
@@ -169,21 +179,16 @@ def _of_others(message: Mapping[str, Any], search: _Search) -> Iterator[str]:
         yield f"the content of {message['role']} messages"
 
 
-def _of_other_keys(message: Mapping[str, Any], search: _Search, template: str, whole: str) -> Iterator[str]:
-    role = message["role"]
+def _of_other_keys(message: Mapping[str, Any], template: str, whole: str) -> Iterator[str]:
     for key, value in message.items():
-        if key == "tool_call_id" and str(value) not in whole:
-            yield _IDS
         if key in _TURN_KEYS or not (value or value == 0):
             continue
-        if not isinstance(value, str):
-            is_used = re.search(rf"\b{re.escape(key)}\b", template) is not None
-        elif role == "tool":  # the name of a tool stands in the call
-            is_used = value in whole
+        if isinstance(value, str):
+            is_written = re.search(rf"(?<!\w){re.escape(value.strip())}(?!\w)", whole) is not None
         else:
-            is_used = _Search(whole, 0 if search.text is not whole else search.start, len(whole)).has(value)
-        if not is_used:
-            yield f"{key} of {role} messages"
+            is_written = re.search(rf"\b{re.escape(key)}\b", template) is not None
+        if not is_written:
+            yield f"{key} of {message['role']} messages"
 
 
 def _stands_somewhere(message: Mapping[str, Any], whole: str) -> bool:

@@ -227,7 +227,7 @@ class ChatTemplate:
 
     def _remarked(self, text: MarkedText, given: TemplateInput, turns: Sequence[Turn], template: str) -> MarkedText:
         """Return the text with remarks on what the template leaves out of it and inserts into it."""
-        has_system = any(turn["role"] in ("system", "developer") for turn in given.messages)
+        has_system = given.messages[0]["role"] in ("system", "developer")
         remarks = omissions(turns, text.text, template, given.tools or ())
         return replace(text, remarks=(*given.remarks, *self._inserted(template, has_system), *remarks))
 
@@ -238,26 +238,32 @@ class ChatTemplate:
         return self._insertions[template, has_system]
 
     def _find_insertions(self, template: str, has_system: bool) -> Iterator[Remark]:
-        from jinja2.exceptions import TemplateError
-
         if template_traits(template).writes_date:
             yield Remark(
                 f"the chat template asks for today's date and gets {TEMPLATE_DATE:%d %b %Y}, so that every run of this "
                 "data has the same tokens", is_warning=False,
             )  # fmt: skip
-        roles = ["system"] * has_system + ["user", "assistant"]
+        prose = self._inserted_prose(template, ["system"] * has_system + ["user", "assistant"])
+        if prose is None:
+            return
+        always = has_system or prose == self._inserted_prose(template, ["system", "user", "assistant"])
+        shown = prose if len(prose) <= SHOWN_CHARACTERS else f"{prose[:SHOWN_CHARACTERS]}..."
+        where = "" if always else " into conversations without a system message"
+        yield Remark(f'the chat template inserts "{shown}"{where}', is_warning=False)
+
+    def _inserted_prose(self, template: str, roles: list[str]) -> str | None:
+        """Return the lines of prose that the template writes around a conversation's contents, or None."""
+        from jinja2.exceptions import TemplateError
+
         probe = [{"role": role, "content": f"<{role[::-1]}>"} for role in roles]
         try:
             text = self._rendered(template, [probe], None)[0][0]
         except (TemplateError, TypeError, ValueError):
-            return  # it may reject a conversation that no row has
+            return None  # it may reject a conversation that no row has
         for words in (*self._end_tokens, *(turn["content"] for turn in probe)):
             text = text.replace(words, "\n")
-        prose = " ".join(line.strip() for line in text.splitlines() if len(_WORD.findall(line)) >= PROSE_WORDS)
-        if prose:
-            shown = prose if len(prose) <= SHOWN_CHARACTERS else f"{prose[:SHOWN_CHARACTERS]}..."
-            where = "" if has_system else " into conversations without a system message"
-            yield Remark(f'the chat template inserts "{shown}"{where}', is_warning=False)
+        lines = [line.strip() for line in text.splitlines() if len(_WORD.findall(line)) >= PROSE_WORDS]
+        return " ".join(lines) or None
 
 
 _WORD = re.compile(r"[A-Za-z0-9']+|[^\x00-\x7F]")
@@ -336,18 +342,19 @@ def as_template_input(conversation: Conversation, traits: TemplateTraits) -> Tem
 
 
 def _rewritten(conversation: Conversation, traits: TemplateTraits) -> Iterator[Remark]:
-    """Yield a remark for each way in which a conversation is written otherwise, because the template knows no tools."""
-    again = "write the same when you use the model"
+    """Yield remarks on what is written otherwise than the row has it, because the template has no place for it."""
+    roles = {message.role for message in conversation.messages} - traits.role_names
+    parts = []
     if conversation.tools and not traits.names_tools:
-        yield Remark(
-            "the chat template knows no tools: their definitions are written into the system message, "
-            f'after "{TOOLS_HEADER}"; {again}'
-        )
+        parts.append(f'their definitions stand in the system message, after "{TOOLS_HEADER}"')
     if any(message.tool_calls for message in conversation.messages) and not traits.names_tool_calls:
-        yield Remark("the chat template knows no tool calls: they are written into the answer, as JSON")
-    for role, other in UNNAMED_ROLES.items():
-        if role not in traits.role_names and any(message.role == role for message in conversation.messages):
-            yield Remark(f"the chat template does not name the role {role}: it is written as {other}; {again}")
+        parts.append("calls stand in the answer, as JSON")
+    if "tool" in roles:
+        parts.append(f"results are {UNNAMED_ROLES['tool']} messages")
+    if parts:
+        yield Remark(f"the chat template knows no tools: {'; '.join(parts)}; write the same when you use the model")
+    if "developer" in roles:
+        yield Remark("the chat template knows no developer messages: they are written as system messages")
 
 
 UNNAMED_ROLES = {"tool": "user", "developer": "system"}
