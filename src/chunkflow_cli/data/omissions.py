@@ -73,7 +73,7 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
         places[turn.text] = search.end
     if any(_name_of(tool) not in whole for tool in tools):
         remarks.append(Remark("the model will not see definitions of tools, which the chat template leaves out"))
-    return remarks
+    return list(dict.fromkeys(remarks))
 
 
 def _on_ids(message: Mapping[str, Any], whole: str) -> Iterator[Remark]:

@@ -6,14 +6,13 @@ Nothing is lost silently: the report accounts for every sample and every target,
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from rich.markup import escape
 
 from chunkflow_cli.config.schema import DataConfig
 from chunkflow_cli.console import working
-from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer, missing_stops
+from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
 from chunkflow_cli.files import write_json
@@ -27,9 +26,7 @@ from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
 from chunkflow_cli.training.recorder import merge
 from chunkflow_cli.training.steps import save_progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from chunkflow_cli.training.stopping import stop_where_answers_end
 
 
 def finish(run: Prepared, state: RunState) -> dict[str, Any]:
@@ -64,7 +61,10 @@ def _save_model(run: Prepared, state: RunState) -> None:
     tokenizer = None
     if has_tokenizer(model.path):
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-        _stop_where_answers_end(run, tokenizer)
+        ends, generation = run.data.read.whole.entry.ends, run.parts.model.generation_config
+        line = stop_where_answers_end(generation, ends, tokenizer, is_adapter=model.lora.enabled)
+        if line is not None:
+            run.console.print(line, markup=False, soft_wrap=True)
     is_whole = not run.parts.engine.is_stage
     whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
     try:
@@ -74,31 +74,6 @@ def _save_model(run: Prepared, state: RunState) -> None:
         path = save_progress(run, state)
         run.console.print(f"The model could not be saved; its weights are in {path}", soft_wrap=True)
         raise
-
-
-def _stop_where_answers_end(run: Prepared, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let generation stop at each token that ends an answer of the data, and say so.
-
-    An adapter has no generation configuration: that of its base model stays.
-    """
-    generation = run.parts.model.generation_config
-    missing = missing_stops(generation.eos_token_id, run.data.read.whole.entry.ends)
-    if not missing:
-        return
-    names = escape(" and ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in missing))
-    if run.config.model.lora.enabled:
-        run.console.print(
-            f"warning: the answers of the data end with {names}, where the base model does not stop by itself: "
-            f"generate with eos_token_id={missing}",
-            soft_wrap=True,
-        )
-        return
-    known = generation.eos_token_id
-    generation.eos_token_id = [*([] if known is None else [known] if isinstance(known, int) else known), *missing]
-    run.console.print(
-        f"final/ stops at {names} too, which ends the answers of the data: added to generation_config.json",
-        soft_wrap=True,
-    )
 
 
 def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
