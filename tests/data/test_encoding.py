@@ -19,7 +19,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.config.schema import BadRows, DataFormat, TrainOn
-from chunkflow_cli.data.encoding import first_token_from, plain_backend
+from chunkflow_cli.data.encoding import (
+    NO_END,
+    NO_EOS,
+    NO_FIRST_TOKEN,
+    STRADDLES,
+    first_token_from,
+    first_token_with,
+    plain_backend,
+)
 from chunkflow_cli.data.tokenizer import load_tokenizer
 from chunkflow_cli.errors import UsageError
 from support.tokenized import bracketed, chat, listing, load, only, run_python, smollm2, write_rows
@@ -202,11 +210,16 @@ def test_a_token_of_spaces_before_the_answer_is_not_a_target(tmp_path: Path) -> 
     assert only(data, model).endswith("assistant\n  [1<|im_end|>]\n")
 
 
-def test_a_token_belongs_to_the_side_on_which_it_begins(chatml: Path, tmp_path: Path) -> None:
-    """` H` begins in the prompt, so the model is given it and does not have to predict it."""
-    rows = [{"prompt": "say ", "completion": "Hi Ho"}, {"prompt": "say", "completion": " Hi"}]
+def test_a_token_that_holds_a_character_of_the_answer_is_a_target(chatml: Path, tmp_path: Path) -> None:
+    """The only token of the answer ` H` begins in the prompt. If it belonged there, nothing but EOS would be learnt."""
+    rows = [{"prompt": "say ", "completion": "H"}, {"prompt": "say", "completion": " Hi"}]
     data = load(write_rows(tmp_path / "a.jsonl", rows), chatml)
-    assert [bracketed(data[index], chatml) for index in (0, 1)] == ["say H[i Ho<|im_end|>]", "say[ Hi<|im_end|>]"]
+    assert [bracketed(data[index], chatml) for index in (0, 1)] == ["say[ H<|im_end|>]", "say[ Hi<|im_end|>]"]
+    assert [(note.text, note.rows, note.line) for note in data.whole.entry.notes] == [(STRADDLES.text, 1, 1)]
+    header = CHATML.replace("assistant\n' }}", "assistant: ' }}").replace("m['role'] + '\n'", "m['role'] + ': '")
+    model = make_tokenizer(tmp_path / "model", template=header)
+    chats = load(write_rows(tmp_path / "b.jsonl", [{"messages": chat("Q", "Ho")}]), model)
+    assert only(chats, model).endswith("assistant:[ Ho<|im_end|>]\n")
 
 
 def test_a_thinking_template_that_keeps_answers_is_exact(tmp_path: Path) -> None:
@@ -322,9 +335,70 @@ def test_special_tokens_of_plain_texts(tmp_path: Path) -> None:
     assert [bracketed(found[index], both) for index in (0, 1)] == ["<s>[ab<|im_end|>]"] * 2
     found = load(pairs, both)
     assert [bracketed(found[index], both) for index in (0, 1)] == ["<s>ab[c<|im_end|>]", "<s>[c<|im_end|>]"]
+    assert found.whole.entry.notes == ()
+    assert found.whole.entry.ends == {258: 2}
+    # Rows that begin with BOS themselves, wherever the prompt ends.
+    begun = [{"text": "<s>ab"}, {"text": "<s><|im_end|>"}, {"text": "a<s>"}]
+    found = load(write_rows(tmp_path / "begun.jsonl", begun), both)
+    assert [bracketed(found[index], both) for index in range(3)] == [
+        "<s>[ab<|im_end|>]",
+        "<s>[<|im_end|>]",
+        "<s>[a<s><|im_end|>]",
+    ]
+    begun_pairs = [{"prompt": text[:edge], "completion": text[edge:]} for text in ("<s>abc", "abc") for edge in (0, 3)]
+    found = load(write_rows(tmp_path / "begun_pairs.jsonl", begun_pairs), both)
+    assert [bracketed(found[index], both) for index in range(4)] == [
+        "<s>[abc<|im_end|>]", "<s>[abc<|im_end|>]", "<s>[abc<|im_end|>]", "<s>abc[<|im_end|>]"
+    ]  # fmt: skip
     neither = make_tokenizer(tmp_path / "neither", eos=None)
     assert bracketed(load(data, neither)[0], neither) == "a[b]"
-    assert bracketed(load(pairs, neither, bad_rows=BadRows.skip)[0], neither) == "ab[c]"
+    found = load(pairs, neither, bad_rows=BadRows.skip)
+    assert bracketed(found[0], neither) == "ab[c]"
+    assert [note.text for note in found.whole.entry.notes] == [NO_EOS.text]
+    assert found.whole.entry.ends == {}
+    without_bos = make_tokenizer(tmp_path / "without_bos")
+    found = load(pairs, without_bos)
+    assert bracketed(found[1], without_bos) == "c[<|im_end|>]"
+    assert [(note.text, note.line) for note in found.whole.entry.notes] == [(NO_FIRST_TOKEN.text, 2)]
+
+
+def test_where_answers_end(tmp_path: Path) -> None:
+    """final/ has to stop at these tokens, or the user has to know that there are none."""
+    one, two = {"messages": chat("Q", "A")}, {"messages": chat("Q", "A", "Q", "B")}
+    rows = write_rows(tmp_path / "a.jsonl", [one, two])
+    body = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}"
+    end = "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    for number, (template, ends, notes) in enumerate(
+        [
+            (CHATML, {258: 2}, []),
+            (body + "{{ '<s>' }}" + end, {259: 2}, []),
+            (body + end, {}, [NO_END.text]),
+            (body + "{{ '\n' }}" + end, {}, [NO_END.text]),
+        ]
+    ):
+        model = make_tokenizer(tmp_path / str(number), template=template)
+        for train_on in TrainOn:
+            entry = load(rows, model, train_on=train_on).whole.entry
+            assert (entry.ends, [note.text for note in entry.notes]) == (ends, notes)
+            assert all((note.rows, note.line) == (2, 1) for note in entry.notes)
+
+
+def test_notes_are_said_again_if_the_tokens_are_in_the_cache(
+    chatml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that finds its tokens must not be more silent than the one that made them."""
+    plain = {"messages": chat("Q", "A")}
+    row = {"messages": [plain["messages"][0], {**plain["messages"][1], "reasoning_content": "hm"}]}
+    said = []
+    for name in ("first.jsonl", "again.jsonl"):
+        path = write_rows(tmp_path / name, [plain, row, row])
+        load(path, chatml)
+        said.append(capsys.readouterr().err.replace(str(path), "FILE"))
+    assert said == [
+        "warning: data.path=FILE: the model will not learn reasoning_content of the assistant, which the chat template "
+        "leaves out (2 rows, first FILE:2)\n"
+    ] * 2  # fmt: skip
+    assert len(list((tmp_path / "cache" / "tokens").glob("[!.]*"))) == 1
 
 
 # Ids
@@ -371,6 +445,10 @@ def test_edges_of_targets_fall_on_the_tokens_that_begin_there(text: str, data: s
     encoding = _smollm2_backend().encode(text, add_special_tokens=False)
     expected = sum(start < character for start, _ in encoding.offsets)
     assert first_token_from(encoding, character) == expected
+    holds = [index for index, (start, stop) in enumerate(encoding.offsets) if start <= character < stop]
+    first, straddles = first_token_with(encoding, character)
+    assert first == (holds[0] if holds else expected)
+    assert straddles == (bool(holds) and encoding.offsets[holds[0]][0] < character)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
+from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer, missing_stops
 from chunkflow_cli.errors import UsageError
 from support.tokenized import chat, load, smollm2, write_rows
 from support.tokenizers import make_tokenizer
@@ -50,3 +50,13 @@ def test_the_tokenizer_of_another_model_is_an_error(chatml: Path, tmp_path: Path
     assert len(load(data, chatml, vocab=260)) == 1
     with pytest.raises(UsageError, match="gives id 258, but the model has 200 ids"):
         load(data, chatml, vocab=200)
+
+
+@pytest.mark.parametrize(
+    ("known", "ends", "missing"),
+    [(None, {5: 1}, [5]), (5, {5: 9}, []), (2, {7: 1, 5: 1}, [5, 7]), ([2, 5], {5: 1, 7: 1}, [7]), ([2], {}, [])],
+)
+def test_where_generation_does_not_stop_yet(
+    known: int | list[int] | None, ends: dict[int, int], missing: list[int]
+) -> None:
+    assert missing_stops(known, ends) == missing

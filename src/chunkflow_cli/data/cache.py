@@ -10,7 +10,8 @@ An entry is a folder `tokens/<key>/` of memory-mapped arrays:
     files.npy          (samples,) int32      index of the file in the source
     lines.npy          (samples,) int64      line or row in that file, from 1
     rejected.jsonl     {"file", "line", "reason"} per bad row; files are indices here too
-    meta.json          the ingredients, for people
+    notes.jsonl        what there is to say of the rows, as in `Note`
+    meta.json          the ingredients, for people; `largest_id` and `ends` (as in `EncodedBatch`)
 
 The key is a hash of the data's content and of everything that decides which tokens it becomes (`Ingredients`). File
 names are not part of it: they are looked up when a location is needed. Policies (`data.bad_rows`, `data.max_length`,
@@ -29,6 +30,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
 from chunkflow_cli.data.encoding import EncodedBatch
+from chunkflow_cli.data.notes import Note, merged
 from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
 
@@ -88,6 +91,8 @@ class CacheEntry:
     files: NDArray[np.int32]
     lines: NDArray[np.int64]
     rejected: tuple[RejectedRow, ...]
+    notes: tuple[Note, ...]
+    ends: dict[int, int]
     largest_id: int
 
     def __len__(self) -> int:
@@ -118,6 +123,7 @@ def open_entry(folder: Path) -> CacheEntry | None:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         rows = [orjson.loads(line) for line in (folder / "rejected.jsonl").read_bytes().splitlines()]
+        notes = [orjson.loads(line) for line in (folder / "notes.jsonl").read_bytes().splitlines()]
         # As plain arrays: slicing an np.memmap is much slower.
         arrays: dict[str, Any] = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in ARRAYS
@@ -125,10 +131,12 @@ def open_entry(folder: Path) -> CacheEntry | None:
         entry = CacheEntry(
             folder=folder,
             rejected=tuple(RejectedRow(row["file"], row["line"], row["reason"]) for row in rows),
+            notes=tuple(Note(**note) for note in notes),
+            ends={int(token): count for token, count in meta["ends"].items()},
             largest_id=meta["largest_id"],
             **arrays,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder, str(error)) from error
     if not (len(entry.offsets) - 1 == len(entry.lines) == len(entry.files) == len(entry.target_counts)):
         raise _damaged(folder, "its arrays have different lengths")
@@ -183,6 +191,8 @@ def _write_entry(
 ) -> None:
     rejected = targets = 0
     largest_id = -1
+    notes: list[Note] = []
+    ends: Counter[int] = Counter()
     with _ArrayFiles(folder) as arrays, (folder / "rejected.jsonl").open("wb") as rejected_file:
         arrays.append("offsets", np.zeros(1, np.int64))
         for batch in batches:
@@ -193,9 +203,14 @@ def _write_entry(
             for row in batch.rejected:
                 rejected_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
             rejected += len(batch.rejected)
+            notes = merged([*notes, *batch.notes])
+            ends.update(batch.ends)
             targets += int(batch.target_counts.sum())
             largest_id = max(largest_id, int(batch.input_ids.max(initial=-1)))
             progress(batch.position)
+    (folder / "notes.jsonl").write_bytes(
+        b"".join(orjson.dumps(note, option=orjson.OPT_APPEND_NEWLINE) for note in notes)
+    )
     meta = {
         **asdict(ingredients),
         "files": file_names,
@@ -204,6 +219,7 @@ def _write_entry(
         "tokens": arrays.counts["input_ids"],
         "targets": targets,
         "largest_id": largest_id,
+        "ends": ends,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
 

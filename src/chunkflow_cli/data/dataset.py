@@ -15,6 +15,7 @@ from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.encoding import Encoder
 from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data.notes import announce
 from chunkflow_cli.data.parallel import encode_source
 from chunkflow_cli.data.sample import IGNORED, RejectedRow, TokenizedSample
 from chunkflow_cli.data.source import Location, Source, open_source
@@ -170,6 +171,7 @@ def tokenize_source(
             f"but the model has {vocab_size} ids\n  use the tokenizer that belongs to the model; if tokens were added "
             "to it, resize the model's embedding first (docs/models.md)"
         )
+    announce(entry.notes, named, source.location)
     return TokenizedSource(source, format, entry, named)
 
 

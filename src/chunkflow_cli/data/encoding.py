@@ -1,21 +1,27 @@
 """Encoding of rows into tokens and targets, a batch at a time.
 
-**Which token is a target.** A token is a target if and only if the character at which it begins is in a target span. A
-token that straddles the edge between prompt and answer thus belongs to the side on which it begins. The whole text is
-tokenised once: no token differs from what the model sees at inference.
+**Which token is a target.** A token is a target if and only if it holds a character of a target span. The whole text
+is tokenised once, so a token may straddle the edge between prompt and answer: the prompt `2 + 2 = ` ends with a space,
+and the tokenizer makes one token of it and of the answer `4`. That token is a target, or the answer would have none. At
+inference the prompt is tokenised alone and the model gets the space as a token of its own, which is why such rows are
+remarked on.
 
 **The shift** is made here and nowhere else: `targets[i]` is the id that position i has to predict, so it is the label
 of i + 1, or -100 if that is not a target. The last position predicts nothing.
 
 **Special tokens.** A templated conversation has only those that its template writes. Other texts get what the tokenizer
-adds by itself (BOS, for many), and end with EOS if the tokenizer has one and they do not end with it already; EOS
+adds by itself (BOS, for many), unless they begin or end with it already, and end with EOS if the tokenizer has one; EOS
 belongs to the completion. Ids (`data.format=tokens`) are used unchanged.
+
+**Where generation stops.** The tokens that end the last answers are counted (`EncodedBatch.ends`): `final/` has to stop
+at each of them. Rows whose last answer ends with no special token are remarked on.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +31,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
 from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.notes import Note, Remark, notes_of
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -48,6 +55,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+STRADDLES = Remark(
+    "the end of a prompt and the beginning of its answer are one token, which is a target; at inference the prompt is "
+    "tokenised alone, so let the answer begin with the white space instead"
+)
+NO_FIRST_TOKEN = Remark(
+    "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, and it is no "
+    "target; begin the prompt with a line end"
+)
+NO_EOS = Remark("the tokenizer has no EOS token, so the model does not learn to stop")
+NO_END = Remark(
+    "the chat template ends the last answer with no special token, so the model does not learn to stop; let "
+    "chat_template.jinja write {{ eos_token }} after an answer"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedBatch:
     """The samples of a batch of rows, one after the other, and its bad rows."""
@@ -60,6 +82,9 @@ class EncodedBatch:
     lines: NDArray[np.int64]  # (samples,)
     file: int
     rejected: list[RejectedRow]
+    notes: list[Note]
+    ends: dict[int, int]
+    """Ids of the special tokens that end the last answer of samples, and of how many."""
     position: int
     """How much of the source has been read, as in `RowBatch`."""
 
@@ -112,6 +137,8 @@ class Encoder:
         self._slow_tokenizer = None if tokenizer.is_fast else tokenizer
         self._prefix, self._suffix = _special_tokens_around(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = frozenset(special | set(tokenizer.all_special_ids))
 
     def encode(self, batch: RowBatch) -> EncodedBatch:
         """Return tokens and targets of the rows. Rows that cannot be trained on are in `rejected`, with the reason."""
@@ -124,18 +151,22 @@ class Encoder:
                 rejected.append((line, str(error)))
         encoded = iter(self._tokenise([sample.text for _, sample, _ in samples if isinstance(sample, MarkedText)]))
         kept: dict[int, TokenRow] = {}
+        remarks: list[tuple[int, list[Remark]]] = []
+        ends: Counter[int] = Counter()
         for line, sample, is_templated in samples:
             try:
                 if isinstance(sample, TokenRow):
-                    tokens = self._check_ids(sample)
-                else:
-                    tokens = self._label(sample, *next(encoded), is_templated=is_templated)
-                if not np.any(tokens.labels[1:] != IGNORED):
-                    raise BadRowError(NO_TARGETS)
-                kept[line] = tokens
+                    kept[line] = _with_targets(self._check_ids(sample))
+                    continue
+                ids, encoding = next(encoded)
+                label = self._label_conversation if is_templated else self._label_text
+                labelled = label(sample, ids, encoding)
+                kept[line] = _with_targets(labelled.tokens)
+                remarks.append((line, [*sample.remarks, *labelled.remarks]))
+                ends.update(labelled.ends)
             except BadRowError as error:
                 rejected.append((line, str(error)))
-        return _concatenate(kept, sorted(rejected), batch)
+        return _concatenate(kept, sorted(rejected), notes_of(remarks, batch.file), ends, batch)
 
     def _prepare(self, sample: Sample) -> tuple[MarkedText | TokenRow, bool]:
         """Return what to tokenise, and True if a chat template wrote it."""
@@ -166,28 +197,36 @@ class Encoder:
         rows = self._slow_tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [(np.array(row, np.int64), None) for row in rows]
 
-    def _label(
-        self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None, *, is_templated: bool
-    ) -> TokenRow:
-        if text.target_spans is None:
-            labels = ids
-        else:
-            assert encoding is not None
-            labels = np.full_like(ids, IGNORED)
-            for start, stop in text.target_spans:
-                targets = slice(first_token_from(encoding, start), first_token_from(encoding, stop))
-                labels[targets] = ids[targets]
-        if is_templated:
-            return TokenRow(ids, labels)
-        ids = np.concatenate([self._prefix, ids, self._suffix])
-        labels = np.concatenate([self._prefix, labels, self._suffix])
-        if self._eos is not None and (len(ids) == 0 or ids[-1] != self._eos):
+    def _label_conversation(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
+        labels, remarks = _labels(text, ids, encoding)
+        ends = (
+            {self._backend.token_to_id(token) for token in text.borrowed_ends} if self._backend is not None else set()
+        )
+        if text.answer_end is not None and encoding is not None:
+            last = int(ids[max(first_token_from(encoding, text.answer_end) - 1, 0)])
+            if last in self._special_ids:
+                ends.add(last)
+            else:
+                remarks.append(NO_END)
+        return _Labelled(TokenRow(ids, labels), remarks, ends)
+
+    def _label_text(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
+        labels, remarks = _labels(text, ids, encoding)
+        before = self._prefix[: len(self._prefix) - _overlap(self._prefix, ids)]
+        after = self._suffix[_overlap(ids, self._suffix) :]
+        is_first = len(before) == 0 and len(ids) > 0 and ids[0] not in self._prefix
+        if text.target_spans is not None and is_first and labels[0] != IGNORED:
+            remarks.append(NO_FIRST_TOKEN)
+        ids, labels = np.concatenate([before, ids, after]), np.concatenate([before, labels, after])
+        if self._eos is None:
+            remarks.append(NO_EOS)
+        elif len(ids) == 0 or ids[-1] != self._eos:
             ids, labels = np.append(ids, self._eos), np.append(labels, self._eos)
-        elif self._eos is not None:
+        else:
             labels[-1] = self._eos
         if text.target_spans is not None:
-            labels[: len(self._prefix)] = IGNORED
-        return TokenRow(ids, labels)
+            labels[: len(before)] = IGNORED
+        return _Labelled(TokenRow(ids, labels), remarks, set() if self._eos is None else {self._eos})
 
     def _check_ids(self, row: TokenRow) -> TokenRow:
         for name, ids in (("input_ids", row.input_ids), ("labels", row.labels)):
@@ -199,6 +238,58 @@ class Encoder:
                 allowed = f"0 to {self._max_id}" + (f", or {IGNORED}" if name == "labels" else "")
                 raise BadRowError(f"{name}[{place}] is {ids[place]}, and must be {allowed}")
         return row if self._train_on is TrainOn.assistant else TokenRow(row.input_ids, row.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """A row as tokens, what there is to say of it, and the special tokens that end its answer."""
+
+    tokens: TokenRow
+    remarks: list[Remark]
+    ends: set[int]
+
+
+def _labels(
+    text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None
+) -> tuple[NDArray[np.int64], list[Remark]]:
+    """Return the ids where they are targets, and IGNORED elsewhere."""
+    if text.target_spans is None:
+        return ids, []
+    assert encoding is not None
+    labels, straddles = np.full_like(ids, IGNORED), False
+    for start, stop in text.target_spans:
+        if start == stop:
+            continue
+        first, begins_before = first_token_with(encoding, start)
+        straddles |= begins_before
+        targets = slice(first, first_token_from(encoding, stop))
+        labels[targets] = ids[targets]
+    return labels, [STRADDLES] * straddles
+
+
+def _with_targets(tokens: TokenRow) -> TokenRow:
+    if not np.any(tokens.labels[1:] != IGNORED):
+        raise BadRowError(NO_TARGETS)
+    return tokens
+
+
+def _overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
+    """Return how many ids at the end of the first are those at the beginning of the second."""
+    most = min(len(first), len(second))
+    return next((count for count in range(most, 0, -1) if np.array_equal(first[-count:], second[:count])), 0)
+
+
+def first_token_with(encoding: Encoding, character: int) -> tuple[int, bool]:
+    """Return the index of the first token that holds this character of the text or a later one.
+
+    The second value is True if the token begins before the character.
+    """
+    token = encoding.char_to_token(character)
+    if token is None:  # a normaliser removes the character
+        return first_token_from(encoding, character), False
+    characters = encoding.token_to_chars(token)
+    assert characters is not None
+    return token, characters[0] < character
 
 
 def first_token_from(encoding: Encoding, character: int) -> int:
@@ -216,7 +307,13 @@ def first_token_from(encoding: Encoding, character: int) -> int:
     return next((index for index, (start, _) in enumerate(encoding.offsets) if start >= character), count)
 
 
-def _concatenate(kept: dict[int, TokenRow], rejected: list[tuple[int, str]], batch: RowBatch) -> EncodedBatch:
+def _concatenate(
+    kept: dict[int, TokenRow],
+    rejected: list[tuple[int, str]],
+    notes: list[Note],
+    stops: dict[int, int],
+    batch: RowBatch,
+) -> EncodedBatch:
     """Join the samples of a batch, by line, in flat arrays of ids and targets: the only place that shifts labels."""
     rows = list(kept.values())
     lengths = np.array([len(row.input_ids) for row in rows], np.int64)
@@ -238,6 +335,8 @@ def _concatenate(kept: dict[int, TokenRow], rejected: list[tuple[int, str]], bat
         lines=np.array(list(kept), np.int64),
         file=batch.file,
         rejected=[RejectedRow(batch.file, line, reason) for line, reason in rejected],
+        notes=notes,
+        ends=dict(stops),
         position=batch.position,
     )
 

@@ -17,16 +17,31 @@ assistant's turns are targets (`prompt_completion` with messages), prefixes are 
 the first two and may reject the third. Then the definitions are written into the system message (which, like any system
 message, replaces a default one), calls become the text of the assistant's turn (as JSON, one per line), and a tool's
 answer becomes a user turn. Each of the three is decided independently, from the template's text alone.
+
+**Turns without an end of their own.** Some templates (GLM) end a turn with the token that begins the next one. That
+token is then a target as well: the model has to generate it to stop.
+
+**What is said.** A row's text comes with remarks: on what the template leaves out (`data.omissions`), and on what it
+inserts that no row has, such as a default system message.
+
+**Today's date.** For a template that writes it (`strftime_now`), today is `TEMPLATE_DATE`, the date that Llama 3.1's
+own template writes if it is given none. With the real date the same data would become other tokens every day: another
+run than yesterday's, and nothing that a cache could hold or a stopped run could go on from.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from chunkflow_cli.data.notes import Remark
+from chunkflow_cli.data.omissions import Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
 
 if TYPE_CHECKING:
@@ -37,6 +52,7 @@ TOOLS_HEADER = (
     "To call one, answer with a JSON object that has its name and arguments."
 )
 REMEDY = "data.train_on=all makes every token a target instead"
+TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,11 @@ class MarkedText:
     text: str
     target_spans: tuple[tuple[int, int], ...] | None
     """Character ranges `[start, stop)`, in order and disjoint; None: the whole text."""
+    answer_end: int | None = None
+    """Where the last answer of a conversation ends, its end-of-turn token included; None: it ends with no answer."""
+    borrowed_ends: frozenset[str] = frozenset()
+    """Tokens that begin a turn and thereby end the answer before it."""
+    remarks: tuple[Remark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +77,8 @@ class TemplateTraits:
     """True if it has `{% generation %}` marks."""
     names_tools: bool
     names_tool_calls: bool
+    writes_date: bool
+    """True if it asks for today's date."""
     role_names: frozenset[str]
     """Roles that it quotes. It may render or reject other roles."""
 
@@ -67,6 +90,7 @@ def template_traits(template: str) -> TemplateTraits:
         marks_answers=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
         names_tools=re.search(r"\btools\b", template) is not None,
         names_tool_calls=re.search(r"\btool_calls\b", template) is not None,
+        writes_date=re.search(r"\bstrftime_now\b", template) is not None,
         role_names=frozenset(re.findall(r"""['"](\w+)['"]""", template)),
     )
 
@@ -78,6 +102,7 @@ class TemplateInput:
     messages: list[dict[str, Any]]
     are_targets: list[bool]  # (messages,)
     tools: list[Any] | None
+    remarks: tuple[Remark, ...] = ()
 
 
 class ChatTemplate:
@@ -90,12 +115,19 @@ class ChatTemplate:
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Some vocabularies have runs of spaces as added tokens, which end no turn.
         self._end_tokens = tuple(token for token in sorted(added) if token.strip())
+        eos = tokenizer.eos_token
+        # A closing tag, such as </tool_call>, ends a part of a turn. (The EOS of some models is </s>.)
+        self._turn_ends = tuple(token for token in self._end_tokens if token == eos or not re.match(r"</\w", token))
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._starts = tuple(sorted(special - {tokenizer.bos_token}, key=len, reverse=True))
+        self._insertions: dict[tuple[str, bool], tuple[Remark, ...]] = {}
 
     def render(self, conversation: Conversation, *, mark_targets: bool) -> MarkedText:
         """Return the conversation's text with its target spans, or with the whole text as target unless `mark_targets`.
 
         Raises:
-            BadRowError: the template rejects the conversation, or its targets cannot be found.
+            BadRowError: the template rejects the conversation, its targets cannot be found, or it writes nothing of
+                what is to be learnt.
         """
         from jinja2.exceptions import TemplateError
 
@@ -103,9 +135,12 @@ class ChatTemplate:
             template = self._template_for(conversation)
             traits = template_traits(template)
             given = as_template_input(conversation, traits)
-            if not mark_targets:
-                return MarkedText(self._rendered(template, [given.messages], given.tools)[0][0], None)
             answers = [turn["role"] == "assistant" for turn in given.messages]
+            if not mark_targets:
+                text = self._rendered(template, [given.messages], given.tools)[0][0]
+                end = len(text.rstrip()) if answers[-1] else None
+                turns = [Turn(turn, True, text, None) for turn in given.messages]
+                return self._remarked(MarkedText(text, None, end), given, turns, template)
             if traits.marks_answers and given.are_targets == answers:
                 return self._render_with_marks(template, given)
             return self._render_with_prefixes(template, given)
@@ -134,14 +169,28 @@ class ChatTemplate:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered: tuple[list[str], Any] = render_jinja_template(
-            conversations=conversations, tools=tools, chat_template=template, **options, **self._special_tokens
-        )
+        with _fixed_date(template):
+            rendered: tuple[list[str], Any] = render_jinja_template(
+                conversations=conversations, tools=tools, chat_template=template, **options, **self._special_tokens
+            )
         return rendered
 
     def _render_with_marks(self, template: str, given: TemplateInput) -> MarkedText:
-        texts, spans = self._rendered(template, [given.messages], given.tools, return_assistant_tokens_mask=True)
-        return MarkedText(texts[0], tuple((start, stop) for start, stop in spans[0]))
+        texts, found = self._rendered(template, [given.messages], given.tools, return_assistant_tokens_mask=True)
+        text, spans = texts[0], tuple((start, stop) for start, stop in found[0])
+        marked = "".join(text[start:stop] for start, stop in spans)
+        turns = [Turn(turn, is_target, marked if is_target else text, None)
+                 for turn, is_target in zip(given.messages, given.are_targets, strict=True)]  # fmt: skip
+        end = spans[-1][1] if spans else None
+        result = self._remarked(MarkedText(text, spans, end), given, turns, template)
+        outside = next((token for token in self._end_tokens if end is not None and text.startswith(token, end)), None)
+        if outside is None or text[spans[-1][0] : end].rstrip().endswith(self._end_tokens):
+            return result
+        left_out = Remark(
+            f"the chat template's {{% generation %}} marks end before {outside}, so the model does not learn to stop; "
+            "put {% endgeneration %} behind it"
+        )
+        return replace(result, answer_end=None, remarks=(*result.remarks, left_out))
 
     def _render_with_prefixes(self, template: str, given: TemplateInput) -> MarkedText:
         messages, tools = given.messages, given.tools
@@ -151,19 +200,104 @@ class ChatTemplate:
         if 0 in targets:
             raise BadRowError(f"the conversation begins with an assistant turn; {REMEDY}")
         prefixes, _ = self._rendered(template, [messages[:end] for end in targets], tools, add_generation_prompt=True)
-        spans = []
+        regions: dict[int, tuple[int, int]] = {}
+        spans, borrowed = [], set()
         for index, before, through in zip(targets, prefixes, [*throughs, whole], strict=False):
             if not (whole.startswith(before) and through.startswith(before)):
                 raise BadRowError(_not_stable(index))
             if not whole.startswith(through):
                 through = _turn_within(whole, before, through, messages[index]["content"], index)
-            spans.append((len(before), self._end_of_turn(through, len(before))))
-        return MarkedText(whole, tuple(spans))
+            regions[index] = len(before), len(through)
+            end, own = self._end_of_turn(through, len(before))
+            follows = None if own else next((token for token in self._starts if whole.startswith(token, end)), None)
+            if follows is not None:
+                borrowed.add(follows)
+                end += len(follows)
+            spans.append((len(before), end))
+        turns = [Turn(turn, index in regions, whole, regions.get(index)) for index, turn in enumerate(messages)]
+        answer_end = spans[-1][1] if spans else None
+        return self._remarked(MarkedText(whole, tuple(spans), answer_end, frozenset(borrowed)), given, turns, template)
 
-    def _end_of_turn(self, through: str, start: int) -> int:
-        """Return the end of the targets of a turn that begins at `start` and ends with the text."""
+    def _end_of_turn(self, through: str, start: int) -> tuple[int, bool]:
+        """Return the end of the targets of a turn that begins at `start`, and whether a token of its own ends it."""
         stripped = through.rstrip()
-        return len(stripped) if len(stripped) > start and stripped.endswith(self._end_tokens) else len(through)
+        if len(stripped) <= start or not stripped.endswith(self._end_tokens):
+            return len(through), False
+        return len(stripped), stripped.endswith(self._turn_ends)
+
+    def _remarked(self, text: MarkedText, given: TemplateInput, turns: Sequence[Turn], template: str) -> MarkedText:
+        """Return the text with remarks on what the template leaves out of it and inserts into it."""
+        has_system = given.messages[0]["role"] in ("system", "developer")
+        remarks = omissions(turns, text.text, template, given.tools or ())
+        return replace(text, remarks=(*given.remarks, *self._inserted(template, has_system), *remarks))
+
+    def _inserted(self, template: str, has_system: bool) -> tuple[Remark, ...]:
+        """Return remarks on the texts that the template inserts into every conversation, found by rendering one."""
+        if (template, has_system) not in self._insertions:
+            self._insertions[template, has_system] = tuple(self._find_insertions(template, has_system))
+        return self._insertions[template, has_system]
+
+    def _find_insertions(self, template: str, has_system: bool) -> Iterator[Remark]:
+        if template_traits(template).writes_date:
+            yield Remark(
+                f"the chat template asks for today's date and gets {TEMPLATE_DATE:%d %b %Y}, so that every run of this "
+                "data has the same tokens", is_warning=False,
+            )  # fmt: skip
+        prose = self._inserted_prose(template, ["system"] * has_system + ["user", "assistant"])
+        if prose is None:
+            return
+        always = has_system or prose == self._inserted_prose(template, ["system", "user", "assistant"])
+        shown = prose if len(prose) <= SHOWN_CHARACTERS else f"{prose[:SHOWN_CHARACTERS]}..."
+        where = "" if always else " into conversations without a system message"
+        yield Remark(f'the chat template inserts "{shown}"{where}', is_warning=False)
+
+    def _inserted_prose(self, template: str, roles: list[str]) -> str | None:
+        """Return the lines of prose that the template writes around a conversation's contents, or None."""
+        from jinja2.exceptions import TemplateError
+
+        probe = [{"role": role, "content": f"<{role[::-1]}>"} for role in roles]
+        try:
+            text = self._rendered(template, [probe], None)[0][0]
+        except (TemplateError, TypeError, ValueError):
+            return None  # it may reject a conversation that no row has
+        for words in (*self._end_tokens, *(turn["content"] for turn in probe)):
+            text = text.replace(words, "\n")
+        lines = [line.strip() for line in text.splitlines() if len(_WORD.findall(line)) >= PROSE_WORDS]
+        return " ".join(lines) or None
+
+
+_WORD = re.compile(r"[A-Za-z0-9']+|[^\x00-\x7F]")
+PROSE_WORDS = 4
+"""A line of so many words is no header of a turn, such as `### Response:` or `GPT4 Correct User:`."""
+SHOWN_CHARACTERS = 100
+
+
+def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the date that stands for today in the tokenizer's chat template, or None if it does not ask for one.
+
+    It is part of what decides a run's tokens, like the template itself.
+    """
+    templates = tokenizer.chat_template or ""
+    texts = [templates] if isinstance(templates, str) else list(templates.values())
+    return f"{TEMPLATE_DATE:%Y-%m-%d}" if any(template_traits(text).writes_date for text in texts) else None
+
+
+@contextmanager
+def _fixed_date(template: str) -> Iterator[None]:
+    """Let `strftime_now` return `TEMPLATE_DATE` within the block."""
+    if not template_traits(template).writes_date:
+        yield
+        return
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    # transformers compiles a template once, with a clock of its own. Arguments cannot replace it: they are plain data.
+    names = _compile_jinja_template(template).globals
+    clock = names["strftime_now"]
+    names["strftime_now"] = TEMPLATE_DATE.strftime
+    try:
+        yield
+    finally:
+        names["strftime_now"] = clock
 
 
 def _turn_within(whole: str, before: str, through: str, content: str, index: int) -> str:
@@ -196,14 +330,31 @@ def as_template_input(conversation: Conversation, traits: TemplateTraits) -> Tem
             turn["content"] = "\n".join(filter(None, [message.content, *calls]))
         messages.append(turn)
     are_targets = [message.is_target for message in conversation.messages]
+    remarks = tuple(_rewritten(conversation, traits))
     if not conversation.tools or traits.names_tools:
-        return TemplateInput(messages, are_targets, [dict(tool) for tool in conversation.tools] or None)
+        return TemplateInput(messages, are_targets, [dict(tool) for tool in conversation.tools] or None, remarks)
     definitions = [json.dumps(tool["function"], ensure_ascii=False) for tool in conversation.tools]
     text = "\n".join([TOOLS_HEADER, *definitions])
     if messages[0]["role"] == "system":
         messages[0]["content"] = f"{messages[0]['content']}\n\n{text}"
-        return TemplateInput(messages, are_targets, None)
-    return TemplateInput([{"role": "system", "content": text}, *messages], [False, *are_targets], None)
+        return TemplateInput(messages, are_targets, None, remarks)
+    return TemplateInput([{"role": "system", "content": text}, *messages], [False, *are_targets], None, remarks)
+
+
+def _rewritten(conversation: Conversation, traits: TemplateTraits) -> Iterator[Remark]:
+    """Yield remarks on what is written otherwise than the row has it, because the template has no place for it."""
+    roles = {message.role for message in conversation.messages} - traits.role_names
+    parts = []
+    if conversation.tools and not traits.names_tools:
+        parts.append(f'their definitions stand in the system message, after "{TOOLS_HEADER}"')
+    if any(message.tool_calls for message in conversation.messages) and not traits.names_tool_calls:
+        parts.append("calls stand in the answer, as JSON")
+    if "tool" in roles:
+        parts.append(f"results are {UNNAMED_ROLES['tool']} messages")
+    if parts:
+        yield Remark(f"the chat template knows no tools: {'; '.join(parts)}; write the same when you use the model")
+    if "developer" in roles:
+        yield Remark("the chat template knows no developer messages: they are written as system messages")
 
 
 UNNAMED_ROLES = {"tool": "user", "developer": "system"}

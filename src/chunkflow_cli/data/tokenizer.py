@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,3 +132,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         facts["settings"] = {name: repr(value) for name, value in sorted(tokenizer.init_kwargs.items())}
     serialised = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(serialised, digest_size=20).hexdigest()
+
+
+def missing_stops(known: int | Sequence[int] | None, ends: Iterable[int]) -> list[int]:
+    """Return the ids that end answers and at which generation does not stop yet.
+
+    Args:
+        known: `eos_token_id` of a generation configuration.
+        ends: ids that end answers, as in `EncodedBatch.ends`.
+    """
+    stops = [] if known is None else [known] if isinstance(known, int) else known
+    return sorted(set(ends) - set(stops))

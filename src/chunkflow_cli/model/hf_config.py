@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
-from chunkflow_cli.model.folder import check_settings
 from chunkflow_cli.model.adapter_folder import explain_adapter_folder
+from chunkflow_cli.model.folder import check_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

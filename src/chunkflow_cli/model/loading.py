@@ -13,10 +13,10 @@ import torch
 
 from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.hf_config import pretrained_arguments, unreadable
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
-from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -26,8 +26,8 @@ from chunkflow_cli.config.schema import EngineConfig, Offload
 from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, own_rank, process_count
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import write_json, written_aside
-from chunkflow_cli.model.saving import save_model, save_tokenizer
 from chunkflow_cli.model.adapters import save_adapters
+from chunkflow_cli.model.saving import save_model, save_tokenizer
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.progress import Progress
 from chunkflow_cli.training.run_folder import REPLACED

@@ -27,6 +27,7 @@ from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
 from chunkflow_cli.training.recorder import merge
 from chunkflow_cli.training.steps import save_progress
+from chunkflow_cli.training.stopping import stop_where_answers_end
 
 
 def finish(run: Prepared, state: RunState) -> dict[str, Any]:
@@ -61,6 +62,10 @@ def _save_model(run: Prepared, state: RunState) -> None:
     tokenizer = None
     if has_tokenizer(model.path):
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+        ends, generation = run.data.read.whole.entry.ends, run.parts.model.generation_config
+        line = stop_where_answers_end(generation, ends, tokenizer, is_adapter=model.lora.enabled)
+        if line is not None:
+            run.console.print(line, markup=False, soft_wrap=True)
     is_whole = not run.parts.engine.is_stage
     whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
     card = adapter_card(model, run.parts.model) if model.lora.enabled else ""

@@ -11,8 +11,8 @@ from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.positions import check_positions
 from chunkflow_cli.model.loading import check_adapters, check_files
+from chunkflow_cli.model.positions import check_positions
 from chunkflow_cli.training.setup import checked_topology
 
 
