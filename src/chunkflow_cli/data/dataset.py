@@ -36,6 +36,11 @@ class TokenizedSource:
     named: str
     """Key and path, for messages."""
 
+    @property
+    def key(self) -> str:
+        """Key of the cache's entry: a hash of the rows and of everything that decides which tokens they become."""
+        return self.entry.folder.name
+
     def location(self, sample: int) -> Location:
         """Return where a sample of the cache is in the user's data."""
         return self.source.location(int(self.entry.files[sample]), int(self.entry.lines[sample]))
@@ -68,6 +73,11 @@ class TokenizedData:
     @property
     def format(self) -> DataFormat:
         return self.whole.format
+
+    @property
+    def key(self) -> str:
+        """Key of the cache's entry, as in `TokenizedSource`. Policies and `select` do not change it."""
+        return self.whole.key
 
     @property
     def samples_rejected(self) -> int:
