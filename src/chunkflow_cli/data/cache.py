@@ -10,7 +10,7 @@ An entry is a folder `tokens/<key>/` of memory-mapped arrays:
     files.npy          (samples,) int32      index of the file in the source
     lines.npy          (samples,) int64      line or row in that file, from 1
     rejected.jsonl     {"file", "line", "reason"} per bad row; files are indices here too
-    meta.json          the ingredients, for people
+    meta.json          the ingredients, for people, and the checksum of each of the other files
 
 The key is a hash of the data's content and of everything that decides which tokens it becomes (`Ingredients`). File
 names are not part of it: they are looked up when a location is needed. Policies (`data.bad_rows`, `data.max_length`,
@@ -18,7 +18,10 @@ names are not part of it: they are looked up when a location is needed. Policies
 again.
 
 An entry is written to a temporary folder and renamed, so it is complete or absent. If two processes build the same one,
-the first to rename wins and the other uses the winner's. What a killed process leaves (`.<key>.<pid>-*`) is never read.
+the first to rename wins and the other uses the winner's. If the data changes while it is read, no entry is made. What a
+killed process leaves (`.<key>.<pid>-*`) is never read.
+
+Whenever an entry is opened, its files are compared with their checksums. That costs CHECKCOST
 """
 
 from __future__ import annotations
@@ -29,21 +32,22 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import orjson
 from numpy.typing import DTypeLike, NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
 from chunkflow_cli.data.encoding import EncodedBatch
 from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import checksum
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Increases whenever the same ingredients would give other tokens or other files."""
 ARRAYS: dict[str, DTypeLike] = {
     "input_ids": np.int32,
@@ -117,7 +121,11 @@ def open_entry(folder: Path) -> CacheEntry | None:
         return None
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        rows = [orjson.loads(line) for line in (folder / "rejected.jsonl").read_bytes().splitlines()]
+        for name, expected in meta.pop("checksums").items():
+            found = _checksum_of(meta) if name == "meta.json" else checksum(folder / name)
+            if found != expected:
+                raise ValueError(f"{name} is not what was written")
+        rows = [json.loads(line) for line in (folder / "rejected.jsonl").read_bytes().splitlines()]
         # As plain arrays: slicing an np.memmap is much slower.
         arrays: dict[str, Any] = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray) for name in ARRAYS
@@ -128,7 +136,7 @@ def open_entry(folder: Path) -> CacheEntry | None:
             largest_id=meta["largest_id"],
             **arrays,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(folder, str(error)) from error
     if not (len(entry.offsets) - 1 == len(entry.lines) == len(entry.files) == len(entry.target_counts)):
         raise _damaged(folder, "its arrays have different lengths")
@@ -191,7 +199,7 @@ def _write_entry(
                 arrays.append(name, getattr(batch, name))
             arrays.append("files", np.full(len(batch.lengths), batch.file, np.int32))
             for row in batch.rejected:
-                rejected_file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+                rejected_file.write(json.dumps(asdict(row)).encode() + b"\n")
             rejected += len(batch.rejected)
             targets += int(batch.target_counts.sum())
             largest_id = max(largest_id, int(batch.input_ids.max(initial=-1)))
@@ -205,7 +213,12 @@ def _write_entry(
         "targets": targets,
         "largest_id": largest_id,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), encoding="utf-8")
+    checksums = {file.name: checksum(file) for file in sorted(folder.iterdir())} | {"meta.json": _checksum_of(meta)}
+    (folder / "meta.json").write_text(json.dumps(meta | {"checksums": checksums}, indent=2), encoding="utf-8")
+
+
+def _checksum_of(meta: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
 class _ArrayFiles:

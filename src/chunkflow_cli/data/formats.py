@@ -23,7 +23,7 @@ under a template that does not support tools.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -32,6 +32,7 @@ import orjson
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat
+from chunkflow_cli.data.readers import UnreadableRow
 from chunkflow_cli.data.sample import (
     BadRowError,
     Conversation,
@@ -65,6 +66,8 @@ def decode_row(raw: object) -> dict[str, Any]:
     Raises:
         BadRowError: the row is not valid UTF-8, not valid JSON, or not an object.
     """
+    if isinstance(raw, UnreadableRow):
+        raise BadRowError(raw.reason)
     row = raw
     if isinstance(raw, bytes):
         try:
@@ -130,7 +133,12 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
         for keys, (format, location) in seen.items()
     )
     what = "rows of more than one format" if formats else "rows of no known format"
-    raise UsageError(f"{key} holds {what}\n{found}\nset data.format to the right one, or rename the keys:\n{known}")
+    rename = "\n".join(
+        f"  data.columns={columns}" for keys in seen if (columns := _columns_to_rename(keys.split(", ")))
+    )
+    remedy = "set data.format to the right one, or name the columns as a format does"
+    remedy += f", such as\n{rename}\nformats" if rename and not formats else ""
+    raise UsageError(f"{key} holds {what}\n{found}\n{remedy}:\n{known}")
 
 
 REQUIRED_KEYS = {
@@ -141,6 +149,25 @@ REQUIRED_KEYS = {
     DataFormat.text: ("text",),
     DataFormat.tokens: ("input_ids",),
 }
+
+
+OTHER_NAMES = {
+    "prompt": ("question", "query", "problem", "input", "instruction", "user", "source", "inputs"),
+    "completion": ("answer", "response", "solution", "output", "assistant", "target", "targets", "completions"),
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "chosen"),
+    "text": ("content", "document", "body", "code", "story"),
+}
+"""Names that data sets have for columns of the formats."""
+
+
+def _columns_to_rename(keys: Sequence[str]) -> str | None:
+    """Return a value of `data.columns` that makes a format of rows with these keys, or None if none is likely."""
+    ours = {ours: next((name for name in (ours, *names) if name in keys), None) for ours, names in OTHER_NAMES.items()}
+    for wanted in (("prompt", "completion"), ("messages",), ("text",)):
+        found = {theirs: name for name in wanted if (theirs := ours[name]) is not None}
+        if len(found) == len(wanted):
+            return "{" + ",".join(f"{theirs}:{name}" for theirs, name in found.items() if theirs != name) + "}"
+    return None
 
 
 def _format_by_keys(row: Mapping[str, Any], keys: str, key: str) -> DataFormat | None:
