@@ -1,7 +1,7 @@
 """`chunkflow analyze`: measure the samples of a data set, and what padding, packing or truncating them would cost.
 
 With a tokenizer (`recipe=` or `model.path=`) lengths are exact, and this builds the token cache that `train` reads.
-Without one they are estimated from bytes. Rows of `data.format=tokens` are always counted exactly.
+Without one they are estimated from the text. Rows of `data.format=tokens` are always counted exactly.
 """
 
 from __future__ import annotations

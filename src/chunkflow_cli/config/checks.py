@@ -56,7 +56,9 @@ def _check_data(config: Config) -> None:
     names = list(data.columns.values())
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UsageError(f"data.columns={data.columns} gives two columns the name {twice}\n  name one column {twice}")
+        raise UsageError(
+            f"data.columns={as_written(data.columns)} gives two columns the name {twice}\n  name one column {twice}"
+        )
 
 
 def _check_model(config: Config) -> None:

@@ -103,6 +103,8 @@ def as_written(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(as_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{as_written(each)}' for name, each in value.items())}}}"
     if isinstance(value, Enum):
         return str(value.value)
     return "null" if value is None else str(value)

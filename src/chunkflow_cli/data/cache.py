@@ -21,7 +21,10 @@ An entry is written to a temporary folder and renamed, so it is complete or abse
 the first to rename wins and the other uses the winner's. If the data changes while it is read, no entry is made. What a
 killed process leaves (`.<key>.<pid>-*`) is never read.
 
-Whenever an entry is opened, its files are compared with their checksums. That costs CHECKCOST
+Whenever an entry is opened, its files are compared with their checksums, so that damage is found before it is trained
+on. A core checks 4 GB/s of what is in memory, a thousand times faster than it tokenises. The rest has to be read once,
+which training does anyway: 50 GB take 25 s at 2 GB/s. To compare sizes and time stamps would cost nothing, and would
+miss what a failing disk or a lost block does.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class HashedFile(io.FileIO):
 
     def finish(self) -> str:
         """Return the hash of the whole file: of what was read, and of what no reader asked for."""
-        while self.read(BUFFER_BYTES):
+        buffer = bytearray(BUFFER_BYTES)
+        while self.readinto(buffer):
             pass
         return self._digest.hexdigest()
 
