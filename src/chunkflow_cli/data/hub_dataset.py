@@ -33,7 +33,8 @@ def load_from_hub(path: str, wish: Wish) -> tuple[str, Any]:
 
     try:
         splits = datasets.load_dataset(path, wish.subset)
-    except (OSError, ValueError) as error:  # unreachable, unknown, gated, or a subset has to be named
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # unreachable, unknown, gated, made by a program, damaged, or a subset has to be named
         subsets = _subsets_in(str(error))
         if subsets:
             raise wish.no_subset(subsets) from error
