@@ -114,7 +114,7 @@ def test_deepspeed_section_is_open() -> None:
         (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),
         (["optim.betas=[0.9,1]"], ["optim.betas=[0.9,1.0]", "below 1"]),
         (["train.shuffle=maybe"], ["train.shuffle=maybe", "true, false"]),
-        (["data.path=[a]"], ["data.path=[a]", "a string"]),
+        (["model.path=[a]"], ["model.path=[a]", "a string"]),
         (["engine.deepspeed=5"], ["engine.deepspeed=5", "{key: value}"]),
         (["chunk=big"], ["chunk=big", "a section", "chunk.size"]),
         (["chunk={size:abc}"], ["chunk.size=abc", "an integer"]),

@@ -416,6 +416,13 @@ def test_subsets_of_a_repository(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has several subsets: main, other\n  choose one with data\.subset"):
         files_of(folder)
     assert files_of(folder, subset="main") == ["train-0.jsonl"]
+    marked = configs.replace("config_name: other", "config_name: other\n  default: true")
+    write(tmp_path / "README.md", f"---\nconfigs:\n{marked}---\n".encode())
+    assert [read(folder)[0][0], read(folder)[0][1]] == [
+        f"{folder}/other/train-0.jsonl:1",
+        {"text": "other/train-0.jsonl"},
+    ]
+    assert files_of(folder, subset="other") == ["train-0.jsonl"]
 
 
 # Size

@@ -13,7 +13,7 @@ from chunkflow_cli.data.finding import NAMED, Found, doubles, find_by_pattern, f
 from chunkflow_cli.data.names import SUFFIXES, kind_of_name, printable
 from chunkflow_cli.data.splits import ALL, HELD_OUT, TRAIN, by_split, split_in, split_of, wanted_splits
 from chunkflow_cli.data.streams import explain_read_errors
-from chunkflow_cli.data.subsets import read_subsets
+from chunkflow_cli.data.subsets import Subsets, read_subsets
 from chunkflow_cli.errors import UsageError
 
 
@@ -91,16 +91,18 @@ def _choose_file(path: Path, wish: Wish) -> Chosen:
 
 def _choose_in_folder(folder: Path, wish: Wish) -> Chosen:
     subsets = read_subsets(folder)
-    if wish.subset is not None and wish.subset not in subsets:
+    if wish.subset is not None and wish.subset not in subsets.files:
         inside = folder / wish.subset
-        if subsets or "/" in wish.subset or not inside.is_dir():
-            folders = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-            raise wish.no_subset(subsets or map(printable, folders))
+        if subsets.files or "/" in wish.subset or not inside.is_dir():
+            folders = sorted(
+                printable(each.name) for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")
+            )
+            raise wish.no_subset(subsets.files or folders)
         return _choose_in_folder(inside, replace(wish, subset=None))
     found = find_in_folder(folder)
     if not found.files:
         raise found.no_data(f"{wish.named} is a folder without data files")
-    if subsets:
+    if subsets.files:
         return _choose_subset(found, subsets, wish)
     return _choose(found, _splits_in_folder(found), wish)
 
@@ -120,13 +122,13 @@ def _splits_in_folder(found: Found) -> dict[Path, str | None]:
     return {file: split_of(path, folder_name) for file, path in below.items()}
 
 
-def _choose_subset(found: Found, subsets: Mapping[str, Mapping[str, list[Path]]], wish: Wish) -> Chosen:
+def _choose_subset(found: Found, subsets: Subsets, wish: Wish) -> Chosen:
     """Return the files of a split of a subset, as the README of a data set's repository lists them."""
-    name = wish.subset or ("default" if "default" in subsets else next(iter(subsets)))
-    if wish.subset is None and len(subsets) > 1 and name != "default":
-        raise wish.no_subset(subsets)
-    splits = {file: split for split, files in subsets[name].items() for file in files}
-    others = {file for other, parts in subsets.items() if other != name for files in parts.values() for file in files}
+    name = wish.subset or subsets.default
+    if name is None:
+        raise wish.no_subset(subsets.files)
+    splits = {file: split for split, files in subsets.files[name].items() for file in files}
+    others = {file for parts in subsets.files.values() for files in parts.values() for file in files}
     for file in found.files:
         if file not in splits and file not in others:
             found.leave_out(file, "not in the README's list")

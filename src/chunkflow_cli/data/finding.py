@@ -23,7 +23,8 @@ UNSEARCHED = frozenset({".git", ".cache", ".venv", ".ipynb_checkpoints", "__MACO
 RUN_FILES = frozenset({"metrics.jsonl", "report.json", "rejected.jsonl", "trace.json", "checkpoints", "final"})
 """What a run writes into its folder."""
 OUTPUT = "a run's output"
-MODEL_FILES = frozenset({"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"})
+MODEL_FILES = frozenset({"tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors",
+                         "model.safetensors.index.json", "pytorch_model.bin", "adapter_model.safetensors"})  # fmt: skip
 
 
 @dataclass
@@ -116,7 +117,10 @@ def _names(paths: list[Path]) -> str:
 
 
 def _search(folder: Path, found: Found, seen: dict[tuple[int, int], Path]) -> None:
-    for name, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+    def cannot_search(error: OSError) -> None:
+        found.leave_out(Path(error.filename), "cannot be searched")
+
+    for name, folders, names in os.walk(folder, onerror=cannot_search, followlinks=True):
         place, here = Path(name), {*folders, *names}
         status = place.stat()
         first = seen.setdefault((status.st_dev, status.st_ino), place)
@@ -132,10 +136,6 @@ def _search(folder: Path, found: Found, seen: dict[tuple[int, int], Path]) -> No
         saved = {"state.json"} if "dataset_info.json" in here else set[str]()  # of `Dataset.save_to_disk`
         for file in set(names) - written - saved:
             _take(place / file, found)
-
-
-def _raise(error: OSError) -> None:
-    raise UsageError(f"{error.filename} cannot be searched: {error.strerror}\n  check its permissions") from error
 
 
 def _why_no_data(place: Path, here: set[str]) -> str | None:
@@ -168,17 +168,17 @@ def _take(path: Path, found: Found, *, is_named: bool = False) -> None:
 
 
 def _settled(found: Found) -> Found:
-    """Return what was found without text files next to rows, and without second names of a file."""
-    found.files.sort()
-    kinds = {path: kind_of_name(path) for path in found.files}
-    if set(kinds.values()) - {"txt"}:
-        for path in [path for path in found.files if kinds[path] == "txt"]:
-            found.leave_out(path, "a text next to rows")
-            found.files.remove(path)
-    for path, first in [*_second_names(found.files), *_compressed_copies(found.files)]:
-        if path in found.files and first in found.files:
+    """Return what was found without texts next to rows, and without second names of a file."""
+    kinds = {path: kind_of_name(path) for path in sorted(found.files)}
+    texts = [path for path, kind in kinds.items() if kind == "txt"] if set(kinds.values()) != {"txt"} else []
+    for path in texts:
+        found.leave_out(path, "a text next to rows")
+        del kinds[path]
+    for find in (_second_names, _compressed_copies):
+        for path, first in list(find(list(kinds))):
             found.leave_out(path, f"the same rows as {printable(found.below(first))}")
-            found.files.remove(path)
+            del kinds[path]
+    found.files = list(kinds)
     return found
 
 

@@ -10,7 +10,7 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|txt)(\.gz|\.zst|\.bz2|\.xz)?$|\.(parquet|arrow)$", re.IGNORECASE)
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|citation|contributing|requirements|makefile|dockerfile)\b.*"
-    r"|dataset_infos?\.json|dataset_dict\.json|_success|thumbs\.db|desktop\.ini|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
+    r"|config\.json|dataset_infos?\.json|dataset_dict\.json|_success|thumbs\.db|desktop\.ini|cache-[0-9a-f]+(_\d+_of_\d+)?\.arrow"
     r"|.*\.(png|jpe?g|gif|svg|webp|bmp|ico|pdf|html?|css|md|rst|tex|py[cio]?|ipynb|sh|js|ya?ml|toml|cfg|ini|lock|log"
     r"|safetensors|gguf|pth?|bin|md5|sha1|sha256)",
     re.IGNORECASE | re.DOTALL,

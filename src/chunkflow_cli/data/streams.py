@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 BUFFER_BYTES = 1 << 20
+XZ_MEMORY = 1 << 29
+"""Most memory to decompress with, in bytes; `xz -9` needs 65 MiB."""
 
 
 class HashedFile(io.FileIO):
@@ -61,7 +63,7 @@ class _XzStream(io.RawIOBase):
     """The content of an xz file. `lzma.open` ignores what follows a stream's end, even a damaged second stream."""
 
     def __init__(self, raw: io.FileIO) -> None:
-        self._raw, self._stream = raw, lzma.LZMADecompressor()
+        self._raw, self._stream = raw, lzma.LZMADecompressor(memlimit=XZ_MEMORY)
 
     def readable(self) -> bool:
         return True
@@ -76,7 +78,7 @@ class _XzStream(io.RawIOBase):
                     more = block.lstrip(b"\0")
                 if not more:
                     return 0
-                self._stream = lzma.LZMADecompressor()
+                self._stream = lzma.LZMADecompressor(memlimit=XZ_MEMORY)
             elif self._stream.needs_input and not (more := self._raw.read(BUFFER_BYTES)):
                 raise EOFError("it ends before its end-of-stream marker")
             data = self._stream.decompress(more, len(view))

@@ -12,6 +12,7 @@ configs:
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -23,36 +24,45 @@ from chunkflow_cli.errors import UsageError
 HEAD_BYTES = 1 << 20
 
 
-def read_subsets(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """Return the data files of each split of each subset; empty if the folder's README lists none.
+@dataclass(frozen=True)
+class Subsets:
+    """The data files of each split of each subset, by their names."""
 
-    The subset that the list marks as the default is called `default`.
+    files: dict[str, dict[str, list[Path]]]
+    default: str | None = None
+    """The subset to take where none is named: the only one, or the one that the list marks or calls `default`."""
+
+
+def read_subsets(folder: Path) -> Subsets:
+    """Return the subsets that a folder's README lists, without those of which no file is here.
 
     Raises:
         UsageError: the list cannot be understood.
     """
     readme = folder / "README.md"
     if not readme.is_file():
-        return {}
+        return Subsets({})
     with readme.open("rb") as stream:
         head = re.match(rb"---\s*\n(.*?)\n---\s*(\n|$)", stream.read(HEAD_BYTES), re.DOTALL)
     if head is None or b"configs:" not in head[1]:
-        return {}
+        return Subsets({})
     import yaml
 
     try:
         listed = yaml.safe_load(head[1].decode())
         configs = (listed.get("configs") or []) if isinstance(listed, dict) else []
-        subsets = {}
+        subsets, default = {}, "default"
         for config in configs:
-            name = "default" if config.get("default") else str(config.get("config_name", "default"))
+            name = str(config.get("config_name", "default"))
             subsets[name] = _files_by_split(folder / config.get("data_dir", ""), config.get("data_files") or [])
+            default = name if config.get("default") else default
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{printable(readme)}: its list of subsets (configs) cannot be read: {type(error).__name__}\n"
             "  correct it, or set data.path to a glob"
         ) from error
-    return {name: splits for name, splits in subsets.items() if splits}
+    found = {name: splits for name, splits in subsets.items() if splits}
+    return Subsets(found, default if default in found else next(iter(found)) if len(found) == 1 else None)
 
 
 def _files_by_split(folder: Path, data_files: Any) -> dict[str, list[Path]]:
