@@ -177,8 +177,8 @@ def test_idle_share_is_what_the_ranks_wait(loads: list[list[int]]) -> None:
          "evening calm leaves them there.", 31),
         ("def tide(boats, days):\n    for day in range(days):\n        for boat in boats:\n            boat.position += 0.5 "
          "* boat.lift(day)\n    return [boat for boat in boats if boat.position > 3]\n", 54),
-        ("Die Flut kommt zweimal am Tag, und jedes Mal trägt sie die kleinen Boote etwas weiter den Strand hinauf, bis die "
-         "Windstille am Abend sie dort zurücklässt.", 58),
+        ("Die Flut kommt zweimal am Tag und trägt die kleinen Boote jedes Mal etwas weiter den Strand hinauf, bis am Abend "
+         "die Windstille eintritt und alles ruht.", 54),
         ("Прилив приходит дважды в день и каждый раз поднимает маленькие лодки чуть выше по берегу, пока вечерний штиль не "
          "оставит их там.", 94),
         ("潮水每天涨两次，每次都把小船往沙滩上再推一点，直到傍晚风平浪静时才把它们留在那里。", 86),

@@ -339,9 +339,18 @@ def test_files_that_do_not_count_are_named(tmp_path: Path, capsys: pytest.Captur
         ".d.jsonl (hidden), pipe.jsonl (not a file), loop (the same folder as .), "
         "a.jsonl.gz, link.jsonl (the same rows as a.jsonl), cache/k (tokenised data), "
         "c.jsonl.part, part-00000 (unknown suffix)",
-        f"warning: data.path={folder}: {folder}/b.jsonl, {folder}/copy.jsonl hold the same bytes: "
-        "are rows in there twice?",
+        f"warning: data.path={folder}: b.jsonl, copy.jsonl hold the same bytes; are rows in there twice?",
     ]
+
+
+def test_several_forms_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with the original and the converted file has each row twice."""
+    folder = make(tmp_path, "a.jsonl", "b.jsonl", "a.csv")
+    write(tmp_path / "c.jsonl.xz", lzma.compress(JSONL))
+    assert files_of(folder) == ["a.csv", "a.jsonl", "b.jsonl", "c.jsonl.xz"]
+    forms = "a.csv; a.jsonl, b.jsonl; c.jsonl.xz"
+    expected = f"warning: data.path={folder}: files in 3 forms are read: {forms}; are rows in there twice?\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_list_of_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 
-from chunkflow_cli.data.finding import NAMED, Found, doubles, find_by_pattern, find_in_folder, listed
+from chunkflow_cli.data.finding import Found, doubles, find_by_pattern, find_in_folder, listed
 from chunkflow_cli.data.names import SUFFIXES, kind_of_name, printable
 from chunkflow_cli.data.splits import ALL, HELD_OUT, TRAIN, by_split, split_in, split_of, wanted_splits
 from chunkflow_cli.data.streams import explain_read_errors
@@ -152,7 +152,7 @@ def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chos
             chosen = set(files)
         files = [file for file in files if file in chosen]
         others = [name for name in [*known, *parts] if name not in wanted]
-        apart = [f"{name or 'no split'} ({_some(found, parts[name])})" for name in dict.fromkeys(others)]
+        apart = [f"{name or 'no split'} ({found.names(parts[name])})" for name in dict.fromkeys(others)]
         if apart and wish.split not in (None, ALL) and wish.split_key == "data.split":
             notes.append(f"the split {wish.split} is read, and not: {', '.join(apart)}")
     elif wish.split not in (None, TRAIN, ALL):
@@ -162,15 +162,10 @@ def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chos
         )
     if found.left_out:
         notes.append(f"not read: {listed(found.left_out.items())}")
-    notes += [f"{what}: are rows in there twice?" for what in doubles(files)]
+    notes += [f"{what}; are rows in there twice?" for what in doubles(found, files)]
     return Chosen(tuple(files), tuple(notes))
 
 
 def _by_use(split: str) -> tuple[int, str]:
     usual = (TRAIN, *HELD_OUT)
     return (usual.index(split) if split in usual else len(usual)), split
-
-
-def _some(found: Found, files: list[Path]) -> str:
-    more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
-    return ", ".join(printable(found.below(file)) for file in files[:NAMED]) + more

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from itertools import groupby
 from pathlib import Path
 
 from chunkflow_cli.console import counted
-from chunkflow_cli.data.names import COMPRESSIONS, SUFFIXES, is_no_data, kind_of_name, plain_name, printable
+from chunkflow_cli.data.names import (
+    COMPRESSIONS,
+    SUFFIXES,
+    form_of_name,
+    is_no_data,
+    kind_of_name,
+    plain_name,
+    printable,
+)
 from chunkflow_cli.data.streams import explain_read_errors, open_stream
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import checksum
@@ -44,6 +52,11 @@ class Found:
         """Return the error for a place without data files, with what is there instead."""
         instead = f"\n  not read: {listed(self.left_out.items())}" if self.left_out else ""
         return UsageError(f"{what}{instead}\n  data files are {SUFFIXES}")
+
+    def names(self, files: Sequence[Path]) -> str:
+        """Return the paths of some files below the base, for messages; not of all if they are many."""
+        more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""
+        return ", ".join(printable(self.below(file)) for file in files[:NAMED]) + more
 
     def below(self, path: Path) -> Path:
         """Return a path relative to the base."""
@@ -94,26 +107,18 @@ def listed(reasons: Iterable[tuple[str, str]]) -> str:
     return ", ".join(groups)
 
 
-def doubles(files: Iterable[Path]) -> list[str]:
-    """Return a note about each group of files that hold the same bytes, or the same name in two forms."""
-    paths = list(dict.fromkeys(files))
-    notes = []
-    for group in _equal_files(paths):
-        notes.append(f"{_names(group)} hold the same bytes")
-    by_stem: dict[Path, list[Path]] = {}
+def doubles(found: Found, paths: list[Path]) -> list[str]:
+    """Return a note about each group of files that hold the same bytes, and one if there are files in several forms.
+
+    The same rows often lie next to each other as JSON lines and as a table, or compressed and not.
+    """
+    notes = [f"{found.names(group)} hold the same bytes" for group in _equal_files(paths)]
+    forms: dict[str, list[Path]] = {}
     for path in paths:
-        stem = plain_name(path.name)
-        by_stem.setdefault(path.with_name(stem[: -len(Path(stem).suffix)]), []).append(path)
-    for group in by_stem.values():
-        if len(group) > 1:
-            notes.append(f"{_names(group)} have one name in {len(group)} forms")
+        forms.setdefault(form_of_name(path), []).append(path)
+    if len(forms) > 1:
+        notes.append(f"files in {len(forms)} forms are read: {'; '.join(map(found.names, forms.values()))}")
     return notes
-
-
-def _names(paths: list[Path]) -> str:
-    names = [printable(path) for path in paths]
-    more = f" and {counted(len(names) - NAMED, 'more file')}" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _search(folder: Path, found: Found, seen: dict[tuple[int, int], Path]) -> None:

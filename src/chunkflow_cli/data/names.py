@@ -26,6 +26,12 @@ def kind_of_name(path: Path) -> str | None:
     return (match.group(3) or match.group(1)).lower().replace("ndjson", "jsonl")
 
 
+def form_of_name(path: Path) -> str:
+    """Return the suffix of a data file, with that of its compression: `.jsonl.gz`."""
+    match = _DATA.search(path.name)
+    return match.group().lower() if match else path.suffix
+
+
 def is_no_data(name: str) -> bool:
     """Return whether a file certainly holds no rows, whatever its suffix: a README, a licence, an image, code."""
     return _NO_DATA.fullmatch(name) is not None
