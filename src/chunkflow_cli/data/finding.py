@@ -84,6 +84,7 @@ def find_by_pattern(pattern: Path, named: str) -> Found | None:
         return None
     found, seen = Found(base), dict[tuple[int, int], Path]()
     matches = [base / match for match in sorted(glob(str(rest), root_dir=base, recursive=True))]
+    matches = [match for match in matches if os.path.lexists(match)]  # glob yields the `a/` of `a/**` in any case
     for match in matches:
         if match.is_dir() and rest.name != "**":  # `**` names the folder's files one by one
             _search(match, found, seen)
