@@ -135,7 +135,12 @@ def _choose_subset(found: Found, subsets: Subsets, wish: Wish) -> Chosen:
     found.files = [file for file in found.files if file in splits]
     if not found.files:
         raise found.no_data(f"{wish.named}: no file of the subset {name} is here")
-    return _choose(found, {file: splits[file] for file in found.files}, wish)
+    chosen = _choose(found, {file: splits[file] for file in found.files}, wish)
+    apart = [other for other in subsets.files if other != name]
+    if wish.subset is None and apart:
+        note = f"the subset {name} is read, and not: {', '.join(apart)}"
+        return replace(chosen, notes=(note, *chosen.notes))
+    return chosen
 
 
 def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chosen:
