@@ -134,7 +134,7 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
     )
     what = "rows of more than one format" if formats else "rows of no known format"
     rename = "\n".join(
-        f"  data.columns={columns}" for keys in seen if (columns := _columns_to_rename(keys.split(", ")))
+        f"  'data.columns={columns}'" for keys in seen if (columns := _columns_to_rename(keys.split(", ")))
     )
     remedy = "set data.format to the right one, or name the columns as a format does"
     remedy += f", such as\n{rename}\nformats" if rename and not formats else ""
@@ -161,7 +161,10 @@ OTHER_NAMES = {
 
 
 def _columns_to_rename(keys: Sequence[str]) -> str | None:
-    """Return a value of `data.columns` that makes a format of rows with these keys, or None if none is likely."""
+    """Return a value of `data.columns` that makes a format of rows with these keys, or None if none is likely.
+
+    It can be pasted: shells and Hydra take it as it is, in single quotes.
+    """
     ours = {ours: next((name for name in (ours, *names) if name in keys), None) for ours, names in OTHER_NAMES.items()}
     for wanted in (("prompt", "completion"), ("messages",), ("text",)):
         found = {theirs: name for name in wanted if (theirs := ours[name]) is not None}
