@@ -262,7 +262,7 @@ def test_names_of_columns_are_suggested(tmp_path: Path, row: dict[str, object], 
     path = write_rows(tmp_path / "a.jsonl", [row])
     with pytest.raises(UsageError, match="rows of no known format") as error:
         detect_format(open_data(DataConfig(path=str(path))))
-    assert f"  'data.columns={columns}'\n" in str(error.value)
+    assert f"rename the columns, as in 'data.columns={columns}', or" in str(error.value)
     mapping = dict(pair.split(":") for pair in columns.strip("{}").split(","))
     detect_format(open_data(DataConfig(path=str(path), columns=mapping)))
 

@@ -133,11 +133,10 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
         for keys, (format, location) in seen.items()
     )
     what = "rows of more than one format" if formats else "rows of no known format"
-    rename = "\n".join(
-        f"  'data.columns={columns}'" for keys in seen if (columns := _columns_to_rename(keys.split(", ")))
-    )
-    remedy = "set data.format to the right one, or name the columns as a format does"
-    remedy += f", such as\n{rename}\nformats" if rename and not formats else ""
+    columns = next(filter(None, (_columns_to_rename(keys.split(", ")) for keys in seen)), None)
+    remedy = "set data.format to the right one, or rename the keys"
+    if columns is not None and not formats:
+        remedy = f"rename the columns, as in 'data.columns={columns}', or set data.format"
     raise UsageError(f"{key} holds {what}\n{found}\n{remedy}:\n{known}")
 
 
