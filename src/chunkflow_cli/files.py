@@ -1,4 +1,4 @@
-"""Write files and folders completely or not at all, and lock a file."""
+"""Write files and folders completely or not at all, check their content, and lock a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,18 @@ def written_aside(folder: Path) -> Iterator[Path]:
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+
+
+def checksum(path: Path) -> str:
+    """Return the CRC-32 of a file's content, which damage changes: flipped bits, a hole of zeros, a missing end.
+
+    A file that is in memory is read at 2 to 7 GB/s. It is no protection against people.
+    """
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 @contextmanager

@@ -208,11 +208,14 @@ def test_estimates_of_real_data_are_within_a_quarter(tmp_path: Path, monkeypatch
 
 
 def test_an_estimate_by_hand(tmp_path: Path) -> None:
-    """Four bytes per token and five tokens per turn. Targets are the bytes of an answer and the token that ends it."""
+    """Four letters per token, of which an accented one is three and a half, and five tokens per turn.
+
+    Targets are the answer and the token that ends it.
+    """
     messages = [{"role": "user", "content": "ab" * 20}, {"role": "assistant", "content": "é" * 40}]
     result = found(write(tmp_path / "a.jsonl", [{"messages": messages}]))
     assert result["estimated"] is True
-    assert (result["tokens"], result["targets"]) == ((40 + 80) // 4 + 2 * 5, 80 // 4 + 1)
+    assert (result["tokens"], result["targets"]) == ((40 + 140) // 4 + 2 * 5, 140 // 4 + 1)
     everything = found(write(tmp_path / "a.jsonl", [{"messages": messages}]), "data.train_on=all")
     assert everything["targets"] == everything["tokens"] == result["tokens"]
 
@@ -342,10 +345,10 @@ def test_crlf_and_bom_change_nothing(tmp_path: Path) -> None:
         ("a.jsonl", bytes(range(256)), "is a binary file"),
         ("a.parquet", b"no", "is not a parquet file"),
         ("a.jsonl", b"hello\nworld\n", "none of the first 2 rows is a JSON object"),
-        ("a.jsonl", b'{"question": "a"}\n', "keys question: no format, first"),
+        ("a.jsonl", b'{"question": "a", "answer": "b"}\n', "keys question, answer: no format, first"),
         ("a.jsonl", b'{"messages": []}\n', "none of its 1 rows can be trained on"),
         ("a.json", b'[{"text": "a"}, {"te', "invalid JSON in the array"),
-        ("a.txt", b"hello", "unknown file type"),
+        ("a.foo", b"hello", "unknown file type"),
         ("folder/readme.txt", b"hello", "is a folder without data files"),
     ],
 )

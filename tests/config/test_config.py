@@ -85,6 +85,19 @@ def test_the_learning_rate_follows_what_is_trained() -> None:
     assert {words: load(words).config.optim.lr for words in rates} == rates
 
 
+def test_paths_and_columns(tmp_path: Path) -> None:
+    """Lists of paths and names of columns, on the command line and in a recipe."""
+    loaded = load(["data.path=[a.jsonl,b.jsonl]", "data.columns={question:prompt,answer:completion}"]).config.data
+    assert (loaded.path, loaded.columns) == (["a.jsonl", "b.jsonl"], {"question": "prompt", "answer": "completion"})
+    assert load(["data.columns.question=prompt", "data.path=a.jsonl"]).config.data.columns == {"question": "prompt"}
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {path: [a.jsonl, b.jsonl], columns: {question: prompt}, eval_path: c.jsonl}\n")
+    from_file = load([f"recipe={recipe}", "data.columns={answer: completion}"]).config.data
+    assert (from_file.path, from_file.eval_path) == (["a.jsonl", "b.jsonl"], "c.jsonl")
+    assert from_file.columns == {"question": "prompt", "answer": "completion"}
+    assert load([f"recipe={recipe}", "data.path=d.jsonl"]).config.data.path == "d.jsonl"
+
+
 def test_deepspeed_section_is_open() -> None:
     """engine.deepspeed takes any key of DeepSpeed's own configuration."""
     config = load(["engine.deepspeed={zero_optimization: {reduce_bucket_size: 5}}"]).config
@@ -118,7 +131,7 @@ def test_deepspeed_section_is_open() -> None:
         (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),
         (["optim.betas=[0.9,1]"], ["optim.betas=[0.9,1.0]", "below 1"]),
         (["train.shuffle=maybe"], ["train.shuffle=maybe", "true, false"]),
-        (["data.path=[a]"], ["data.path=[a]", "a string"]),
+        (["model.path=[a]"], ["model.path=[a]", "a string"]),
         (["engine.deepspeed=5"], ["engine.deepspeed=5", "{key: value}"]),
         (["chunk=big"], ["chunk=big", "a section", "chunk.size"]),
         (["chunk={size:abc}"], ["chunk.size=abc", "an integer"]),
@@ -144,6 +157,12 @@ def test_deepspeed_section_is_open() -> None:
         (["plan.cost_model=measured", "tune.device=h100"], ["plan.cost_model=measured with tune.device=h100"]),
         (["data.eval_fraction=1.5"], ["data.eval_fraction=1.5", "below 1"]),
         (["data.eval_fraction=0.1", "data.eval_path=x"], ["data.eval_path", "data.eval_fraction"]),
+        (["data.eval_fraction=0.1", "data.eval_split=test"], ["data.eval_split=test", "data.eval_fraction"]),
+        (["data.eval_split=train"], ["data.eval_split=train is the split that is trained on"]),
+        (["data.path=7"], ["data.path=7 must be a string or a list in brackets"]),
+        (["data.path=[a,7]"], ["data.path=[a,7] must be a string or a list in brackets"]),
+        (["data.eval_path={a:b}"], ["data.eval_path={a:b} must be a string or a list in brackets or null"]),
+        (["data.columns={a:text,b:text}"], ["gives two columns the name text"]),
         (["model.dtype=float64", "model.attention=flash_attn"], ["flash_attn", "float64", "reference"]),
         (["model.path=${data.pth}"], ["'data.pth'", "the name of another key"]),
         (["chunk.size=${model.path}"], ["chunk.size", "${model.path}"]),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_any_number_of_workers_gives_the_same_entry(tmp_path: Path, monkeypatch:
     (one,), (three,) = ((tmp_path / name / "tokens").iterdir() for name in ("1", "3"))
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in three.iterdir())
-    assert len(names) == len(token_cache.ARRAYS) + 2
+    assert len(names) == len(token_cache.ARRAYS) + 3
     for name in names:
         assert (one / name).read_bytes() == (three / name).read_bytes(), name
     assert np.load(three / "offsets.npy").shape == (1 + sum(n % 9 > 0 and n % 9 < 8 for n in range(4000)),)
@@ -166,17 +167,51 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_damaged_entry_is_an_error(tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2, 3]}] * 3)
-    load(data, vocab=10)
+    """One flipped bit is another token, which would be trained on without a word."""
+    data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2, 3]}] * 3 + [{"input_ids": []}])
+    load(data, vocab=10, bad_rows=BadRows.skip)
     (entry,) = entries(data)
-    np.save(entry / "targets.npy", np.zeros(4, np.int32))
-    with pytest.raises(UsageError, match="is damaged: tokens are missing\n  delete that folder"):
-        load(data, vocab=10)
-    (entry / "lines.npy").unlink()
-    with pytest.raises(UsageError, match="is damaged"):
+    for file in sorted(entry.iterdir()):
+        good = file.read_bytes()
+        flipped = good[:-5] + bytes([good[-5] ^ 1]) + good[-4:] if good else b"x"  # no notes: an empty file
+        for damaged in (flipped, good[:-1] or b"x", good + b"\n", bytes(max(1, len(good))), None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            is_harmless = file.name == "meta.json" and damaged == good + b"\n"
+            if not is_harmless:
+                with pytest.raises(UsageError, match=r"is damaged: .*\n  delete that folder"):
+                    load(data, vocab=10, bad_rows=BadRows.skip)
+            file.write_bytes(good)
+    assert len(load(data, vocab=10, bad_rows=BadRows.skip)) == 3
+    meta = entry / "meta.json"
+    meta.write_text(meta.read_text().replace('"largest_id": 3', '"largest_id": 2'))
+    with pytest.raises(UsageError, match=r"is damaged: meta\.json is not what was written"):
         load(data, vocab=10)
     shutil.rmtree(entry)
-    assert len(load(data, vocab=10)) == 3
+    assert len(load(data, vocab=10, bad_rows=BadRows.skip)) == 3
+
+
+def test_data_that_changes_while_it_is_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tokens under the key of the first content would be found there for good."""
+    data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2, 3] * 300}] * 800)  # more than a buffer
+    original = data.read_bytes()
+
+    def encode(*args: Any, **settings: Any) -> Any:
+        for number, batch in enumerate(parallel.encode_source(*args, **settings)):
+            if number == 0:
+                data.write_bytes(original[:-5] + b"9" + original[-4:])
+            yield batch
+
+    monkeypatch.setattr("chunkflow_cli.data.dataset.encode_source", encode)
+    with pytest.raises(UsageError, match=r"a\.jsonl changed while it was read\n"):
+        load(data, vocab=10)
+    assert entries(data) == []
+    monkeypatch.undo()
+    data.write_bytes(original)
+    again = load(data, vocab=10)
+    assert again[799].input_ids[-3:].tolist() == [1, 2, 3]
+    assert again.key == again.select([0]).key == entries(data)[0].name
 
 
 def test_cache_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

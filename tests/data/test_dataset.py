@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong
-from chunkflow_cli.data.dataset import tokenize
+from chunkflow_cli.data.dataset import open_data, tokenize
+from chunkflow_cli.data.formats import detect_format
 from chunkflow_cli.errors import UsageError
 from support.tokenized import load, write_rows
 
@@ -201,9 +203,68 @@ def test_eval_path_is_read_instead(tmp_path: Path) -> None:
     config = DataConfig(path=str(tmp_path / "missing.jsonl"), cache_dir=str(tmp_path / "cache"))
     held_out = write_rows(tmp_path / "b.jsonl", [{"input_ids": [1, 2]}])
     settings = {"model_path": "none", "model_limit": None, "vocab_size": None, "trust_remote_code": False}
-    assert len(tokenize(config, path=str(held_out), **settings)) == 1
+    assert len(tokenize(replace(config, eval_path=str(held_out)), for_evaluation=True, **settings)) == 1
     with pytest.raises(UsageError, match=r"^data\.eval_path=.*nowhere"):
-        tokenize(config, path=str(tmp_path / "nowhere.jsonl"), **settings)
+        tokenize(replace(config, eval_path=str(tmp_path / "nowhere.jsonl")), for_evaluation=True, **settings)
+
+
+def test_evaluation_on_a_split(tmp_path: Path) -> None:
+    for name, count in (("train", 4), ("dev", 2), ("test", 3)):
+        write_rows(tmp_path / "d" / f"{name}.jsonl", [{"input_ids": [1, 2]}] * count)
+    other = write_rows(tmp_path / "e" / "validation.jsonl", [{"input_ids": [1, 2]}] * 5)
+    path, settings = str(tmp_path / "d"), {"cache_dir": str(tmp_path / "cache")}
+    for config, train, evaluation in (
+        (DataConfig(path=path, eval_split="validation", **settings), 4, 2),
+        (DataConfig(path=path, split="train+dev", eval_split="test", **settings), 6, 3),
+        (DataConfig(path=path, eval_path=path, **settings), 4, 2),
+        (DataConfig(path=path, eval_path=path, eval_split="test", **settings), 4, 3),
+        (DataConfig(path=path, eval_path=str(other), **settings), 4, 5),
+        (DataConfig(path=[path], eval_path=[str(other), str(other)], **settings), 4, 10),
+    ):
+        assert open_data(config).names != open_data(config, for_evaluation=True).names
+        for for_evaluation, expected in ((False, train), (True, evaluation)):
+            found = sum(len(batch.rows) for batch in open_data(config, for_evaluation=for_evaluation).batches())
+            assert found == expected, config
+    with pytest.raises(UsageError, match=r"^data\.path=.* has no split x; (.|\n)*data\.eval_split=NAME"):
+        open_data(DataConfig(path=path, eval_split="x"), for_evaluation=True)
+
+
+def test_columns_with_other_names(tmp_path: Path) -> None:
+    rows = [{"question": "Q", "answer": "A", "prompt": "unused"}, b"{", {"prompt": "no question", "answer": "B"}]
+    path = write_rows(tmp_path / "a.jsonl", [*rows, {"answer": "C", "question": "R", "extra": "E"}])
+    source = open_data(DataConfig(path=str(path), columns={"question": "prompt", "answer": "completion"}))
+    (batch,) = source.batches()
+    assert batch.rows == [
+        {"prompt": "Q", "completion": "A"}, b"{", {"prompt": "no question", "completion": "B"},
+        {"extra": "E", "completion": "C", "prompt": "R"},
+    ]  # fmt: skip
+    assert detect_format(source) is DataFormat.prompt_completion
+    assert source.fingerprint() != open_data(DataConfig(path=str(path))).fingerprint()
+    swapped = open_data(DataConfig(path=str(path), columns={"question": "answer", "answer": "question"}))
+    assert next(swapped.batches()).rows[3] == {"answer": "R", "question": "C", "extra": "E"}
+    with pytest.raises(UsageError, match=r"no row of data\.path has a column missing\n  the first row has question, "):
+        open_data(DataConfig(path=str(path), columns={"missing": "text"}))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "Q", "answer": "A"}, "{question:prompt,answer:completion}"),
+        ({"input": "Q", "output": "A"}, "{input:prompt,output:completion}"),
+        ({"id": 1, "query": "Q", "response": "A"}, "{query:prompt,response:completion}"),
+        ({"prompt": "Q", "response": "A"}, "{response:completion}"),
+        ({"conversation": []}, "{conversation:messages}"),
+        ({"content": "A document."}, "{content:text}"),
+    ],
+)
+def test_names_of_columns_are_suggested(tmp_path: Path, row: dict[str, object], columns: str) -> None:
+    """The suggestion can be pasted."""
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UsageError, match="rows of no known format") as error:
+        detect_format(open_data(DataConfig(path=str(path))))
+    assert f"as in 'data.columns={columns}'" in str(error.value)
+    mapping = dict(pair.split(":") for pair in columns.strip("{}").split(","))
+    detect_format(open_data(DataConfig(path=str(path), columns=mapping)))
 
 
 @pytest.mark.parametrize(

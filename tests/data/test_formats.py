@@ -416,8 +416,8 @@ def test_the_format_is_detected_by_keys(tmp_path: Path, row: dict[str, Any], for
 def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as unknown:
         detect(tmp_path, {"question": "a", "answer": "b"})
-    assert "a.jsonl:1: the keys question, answer (rename them to prompt and completion)\n" in str(unknown.value)
-    assert "a format: messages | conversations | instruction + output | " in str(unknown.value)
+    assert "a.jsonl:1: the keys question, answer\n" in str(unknown.value)
+    assert "as in 'data.columns={question:prompt,answer:completion}': messages | conversations | " in str(unknown.value)
     with pytest.raises(UsageError) as mixed:
         detect(tmp_path, {"text": "a"}, {"messages": CHAT})
     assert "rows of more than one format: text and messages\n  text: first in " in str(mixed.value)
@@ -438,7 +438,7 @@ def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
         ),
         ({"custom_id": "a", "method": "POST", "url": "u", "body": {}}, "take messages and tools out of body"),
         ({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "Gemini's form; write messages"),
-        ({"instruction": "I", "context": "", "response": "R"}, "rename response to output"),
+        ({"instruction": "I", "context": "", "response": "R"}, "data.columns={response:output}"),
     ],
 )
 def test_rows_that_people_have_are_explained(tmp_path: Path, row: dict[str, Any], hint: str) -> None:

@@ -1,16 +1,20 @@
-"""Length statistics, compared with plain Python over lists and with examples computed by hand."""
+"""Length statistics, compared with plain Python over lists and with examples computed by hand; estimates of lengths."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from chunkflow_cli.config.schema import DataFormat
+from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.lengths import (
     describe,
     histogram,
@@ -19,6 +23,7 @@ from chunkflow_cli.data.lengths import (
     short_count,
     truncation,
 )
+from chunkflow_cli.data.source import open_source
 
 # Both sides of every threshold, and lengths whose sum overflows 32 bits.
 LENGTH = st.one_of(
@@ -163,3 +168,29 @@ def test_idle_share_is_what_the_ranks_wait(loads: list[list[int]]) -> None:
     waited = sum(max(step) - load for step in loads for load in step)
     room = sum(3 * max(step) for step in loads)
     assert idle_share([np.array(step, float) for step in loads]) == pytest.approx(waited / room if room else 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("The tide comes in twice a day, and each time it carries the small boats a little further up the beach, until the "
+         "evening calm leaves them there.", 31),
+        ("def tide(boats, days):\n    for day in range(days):\n        for boat in boats:\n            boat.position += 0.5 "
+         "* boat.lift(day)\n    return [boat for boat in boats if boat.position > 3]\n", 54),
+        ("Die Flut kommt zweimal am Tag und trägt die kleinen Boote jedes Mal etwas weiter den Strand hinauf, bis am Abend "
+         "die Windstille eintritt und alles ruht.", 54),
+        ("Прилив приходит дважды в день и каждый раз поднимает маленькие лодки чуть выше по берегу, пока вечерний штиль не "
+         "оставит их там.", 94),
+        ("潮水每天涨两次，每次都把小船往沙滩上再推一点，直到傍晚风平浪静时才把它们留在那里。", 86),
+    ],
+)  # fmt: skip
+def test_estimates_of_other_scripts(text: str, tokens: int, tmp_path: Path) -> None:
+    """The true numbers are those of SmolLM2's tokenizer, of which a Chinese character has two, and not 0.75."""
+    path = tmp_path / "a.jsonl"
+    for row, format in (
+        ({"text": text * 50}, DataFormat.text),
+        ({"messages": [{"role": "user", "content": text * 50}]}, DataFormat.messages),
+    ):
+        path.write_text(json.dumps(row))
+        found = estimate_sizes(open_source(str(path)), format, count_all=True, progress=lambda _: None).lengths
+        assert 0.67 < found.item() / (50 * tokens) < 1.25

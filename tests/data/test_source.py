@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from chunkflow_cli.data import source
+from chunkflow_cli.data import json_array, readers
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     BadRowError,
@@ -71,7 +76,12 @@ def rows_of(path: str) -> list[dict[str, Any]]:
         ("a.jsonl.zst", zstandard.compress(JSONL)),
         ("a.jsonl.zst", zstandard.compress(JSONL[:9]) + zstandard.compress(JSONL[9:])),
         ("a.json.zst", zstandard.compress(json.dumps(ROWS).encode())),
+        ("a.jsonl.xz", lzma.compress(JSONL[:9]) + lzma.compress(JSONL[9:]) + bytes(8)),
+        ("a.jsonl.bz2", bz2.compress(JSONL[:9]) + bz2.compress(JSONL[9:])),
+        ("a.csv", '\ufefftext\r\none\r\n"zwei\nüber"\r\n\r\n三\r\n'.encode()),
+        ("a.tsv.gz", gzip.compress('text\none\n"zwei\nüber"\n三'.encode())),
         ("a.jsonl", b"\xef\xbb\xbf" + JSONL),
+        ("a.jsonl", JSONL.replace(b"\n", b"\n\xef\xbb\xbf", 1)),
         ("a.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
         ("a.jsonl", JSONL.replace(b"\n", b"\r\n")),
         ("a.jsonl", b"\n  \n" + JSONL.replace(b"\n", b"\n\n\r\n")),
@@ -133,7 +143,19 @@ def test_glob_and_a_name_that_looks_like_one(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 and then nothing of the kind", "cannot be read"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"', "a.json:2: invalid JSON in the array"),
         ("a.json", json.dumps({"data": ROWS}, indent=2).encode(), "is one JSON object, not rows"),
-        ("a.txt", JSONL, "unknown file type"),
+        ("a.foo", JSONL, "unknown file type"),
+        ("a.jsonl.xz", lzma.compress(JSONL)[:-9], "cannot be read"),
+        ("a.jsonl.xz", lzma.compress(JSONL) + b"more", "cannot be read"),
+        ("a.jsonl.bz2", bz2.compress(JSONL)[:-9], "Truncated compressed stream"),
+        ("a.jsonl.bz2", bz2.compress(JSONL) + b"more", "cannot be read"),
+        ("a.json", b'[{"text": "a"}, {"text": ]', "invalid JSON in the array: Expecting value"),
+        ("a.json", b'[{"text": "a"}]\n{}', "a.json:2: invalid JSON in the array: something follows"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-lfs pointer"),
+        ("a.jsonl", b"<!DOCTYPE html>\n<html>log in</html>", "is an HTML page"),
+        ("a.arrow", JSONL, "is not an Arrow file"),
+        ("a.csv", b'text\n"a\nb\n', "a.csv:2: invalid csv"),
+        ("a.csv", b"text,text\na,b\n", "two columns have the same name"),
+        ("a.csv", b"text\n", "has no rows"),
     ],
     ids=lambda value: (
         value if isinstance(value, str) else ""
@@ -168,12 +190,14 @@ def test_the_hub_is_not_asked_for_a_path_that_does_not_exist(path: str, monkeypa
 
 
 def test_folder_and_glob_without_data(tmp_path: Path) -> None:
-    write(tmp_path / "notes.txt", b"x")
+    write(tmp_path / "notes.foo", b"x")
     with pytest.raises(UsageError, match="a folder without data files"):
         open_source(str(tmp_path))
     with pytest.raises(UsageError, match="no file matches"):
         open_source(str(tmp_path / "*.jsonl"))
-    with pytest.raises(UsageError, match="1 files match, but none is a data file"):
+    with pytest.raises(
+        UsageError, match=r"1 file match, but none is a data file\n  not read: notes.foo \(unknown suffix\)"
+    ):
         open_source(str(tmp_path / "*"))
     with pytest.raises(UsageError, match=r"^data\.eval_path="):
         open_source(str(tmp_path), key="data.eval_path")
@@ -217,7 +241,7 @@ def test_every_line_that_is_not_blank_is_read_once(
     if not expected:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "BATCH_BYTES", batch_bytes)
+        patch.setattr(readers, "BATCH_BYTES", batch_bytes)
         batches = list(open_source(path).batches())
     assert [pair for batch in batches for pair in zip(batch.lines, batch.rows, strict=True)] == expected
     assert [batch.position for batch in batches] == sorted(batch.position for batch in batches)
@@ -233,10 +257,262 @@ def test_the_fingerprint_depends_on_the_content_only(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "two")).fingerprint() != open_source(first).fingerprint()
 
 
+# Every file counts, or is named
+
+
+def files_of(path: str | list[str], **wish: Any) -> list[str]:
+    source = open_source(path, **wish)
+    assert isinstance(source, LocalFiles)
+    return [file.path.name for file in source.files]
+
+
+def make(folder: Path, *names: str) -> str:
+    for name in names:
+        write(folder / name, json.dumps({"text": name}).encode())
+    return str(folder)
+
+
+@pytest.mark.torch
+def test_splits_by_name_are_those_of_datasets(tmp_path: Path) -> None:
+    """A test set that is trained on makes every later measurement worthless, and nothing would show it."""
+    from datasets.data_files import get_data_patterns, resolve_pattern
+
+    for number, names in enumerate([
+        ("train.jsonl", "validation.jsonl", "test.jsonl"),
+        ("my-train-1.jsonl", "my_dev_1.jsonl", "x.eval.jsonl"),
+        ("train/a.jsonl", "valid/a.jsonl", "testing/b/a.jsonl"),
+        ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"),
+        ("data/train_sft-00000-of-00001.jsonl", "data/test_sft-00000-of-00001.jsonl"),
+        ("training2.jsonl", "evaluation 3.jsonl"),
+        ("latest.jsonl", "trainer.jsonl", "developers.jsonl", "contest/b.jsonl"),
+    ]):  # fmt: skip
+        folder = make(tmp_path / str(number), *names)
+        for split, patterns in get_data_patterns(folder).items():
+            theirs: set[str] = set()
+            for pattern in patterns:
+                with suppress(FileNotFoundError):  # a pattern that no file matches
+                    theirs.update(str(Path(file).relative_to(folder)) for file in resolve_pattern(pattern, folder))
+            ours = {str(file.path.relative_to(folder)) for file in open_source(folder, split=str(split)).files}
+            assert ours == theirs, (names, split)
+
+
+def test_the_other_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path / "d", "train.jsonl", "dev.jsonl", "test/x.jsonl", "rest.jsonl")
+    assert files_of(folder) == files_of(folder) == ["train.jsonl"]
+    assert capsys.readouterr().err == (
+        f"warning: data.path={folder}: the split train is read, and not: "
+        "validation (dev.jsonl), test (test/x.jsonl), no split (rest.jsonl)\n"
+    )
+    assert files_of(folder, split="val") == files_of(folder, split=None) == ["dev.jsonl"]
+    assert len(files_of(folder, split="all")) == 4
+    assert files_of(folder, split="train+test") == ["x.jsonl", "train.jsonl"]
+    assert files_of(f"{folder}/*.jsonl") == ["train.jsonl"], "a glob that names no split"
+    assert files_of(f"{folder}/test*/*.jsonl") == files_of(f"{folder}/test/x.jsonl") == ["x.jsonl"], "named as such"
+    with pytest.raises(UsageError, match="has no split train; its splits are test"):
+        files_of(f"{folder}/*/*.jsonl")
+    with pytest.raises(UsageError, match=r"no split foo; its splits are train, validation, test\n.*data\.split=all"):
+        files_of(folder, split="foo")
+    assert files_of(make(tmp_path / "unnamed", "a.jsonl", "test.jsonl")) == ["a.jsonl"]
+    with pytest.raises(UsageError, match="has no split train; its splits are test"):
+        files_of(make(tmp_path / "tests only", "test.jsonl"))
+    with pytest.raises(UsageError, match="no name of a file or folder in it is that of a split"):
+        files_of(make(tmp_path / "none", "a.jsonl"), split="test")
+
+
+def test_files_that_do_not_count_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard with an unknown suffix would be missed by nobody, and one that is there twice would count twice."""
+    folder = tmp_path / "d"
+    make(folder, "a.jsonl", "b.jsonl", "c.jsonl.part", ".d.jsonl", "notes.txt", "part-00000", ".git/x.jsonl")
+    make(folder, "README.md", "LICENSE", "dataset_infos.json", "._a.jsonl", "picture.png")
+    make(folder, "run/.hydra/config.yaml", "run/metrics.jsonl", "run/final/tokenizer.json", "run/final/config.json")
+    make(folder, "model/config.json", "model/tokenizer.json", "cache/k/meta.json", "cache/k/input_ids.npy")
+    make(tmp_path, "far/linked.jsonl")
+    write(folder / "a.jsonl.gz", gzip.compress((folder / "a.jsonl").read_bytes()))
+    write(folder / "copy.jsonl", (folder / "b.jsonl").read_bytes())
+    (folder / "link.jsonl").symlink_to("a.jsonl")
+    (folder / "loop").symlink_to(folder)
+    (folder / "far").symlink_to("../far")
+    os.mkfifo(folder / "pipe.jsonl")
+    assert files_of(str(folder)) == ["a.jsonl", "b.jsonl", "copy.jsonl", "linked.jsonl"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: data.path={folder}: not read: model (a model), run (a run's output), notes.txt (a text next to rows), "
+        ".d.jsonl (hidden), pipe.jsonl (not a file), loop (the same folder as .), "
+        "a.jsonl.gz, link.jsonl (the same rows as a.jsonl), cache/k (tokenised data), "
+        "c.jsonl.part, part-00000 (unknown suffix)",
+        f"warning: data.path={folder}: b.jsonl, copy.jsonl hold the same bytes; are rows in there twice?",
+    ]
+
+
+def test_several_forms_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with the original and the converted file has each row twice."""
+    folder = make(tmp_path, "a.jsonl", "b.jsonl", "a.csv")
+    write(tmp_path / "c.jsonl.xz", lzma.compress(JSONL))
+    assert files_of(folder) == ["a.csv", "a.jsonl", "b.jsonl", "c.jsonl.xz"]
+    forms = "a.csv; a.jsonl, b.jsonl; c.jsonl.xz"
+    expected = f"warning: data.path={folder}: files in 3 forms are read: {forms}; are rows in there twice?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_list_of_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make(tmp_path, "b.jsonl", "c/a.jsonl", "c/test.jsonl")
+    assert files_of([f"{folder}/c", f"{folder}/b.jsonl", f"{folder}/c/*.jsonl"]) == ["a.jsonl", "b.jsonl", "a.jsonl"]
+    assert f"warning: data.path names {folder}/c/a.jsonl more than once\n" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"^data\.path=nowhere: there is no such file"):
+        files_of([f"{folder}/b.jsonl", "nowhere"])
+
+
+@pytest.mark.parametrize("folder", ["plain", "a[1]", "[/b]", "new\nline", os.fsdecode(b"latin-\xe9")])
+def test_odd_names(tmp_path: Path, folder: str) -> None:
+    """They are read, and shown on one line that every terminal takes."""
+    make(tmp_path / folder, "a.jsonl")
+    for path in (tmp_path / folder, tmp_path / folder / "*.jsonl", tmp_path / folder / "a.jsonl"):
+        ((where, row),) = read(str(path))
+        assert row == {"text": "a.jsonl"}
+        assert where.encode().decode().isprintable()
+
+
+def test_documents(tmp_path: Path) -> None:
+    make(tmp_path, "README.md")
+    for name, text in (("b.txt", "One.\r\nTwo."), ("a.txt", "\ufeffÄ\n")):
+        write(tmp_path / name, text.encode())
+    for path in ("", "*.txt"):
+        assert [row["text"] for row in rows_of(str(tmp_path / path))] == ["Ä\n", "One.\r\nTwo."]
+    write(tmp_path / "b.txt", b"\xff")
+    with pytest.raises(BadRowError, match="not valid UTF-8 at byte 1 of the file"):
+        rows_of(str(tmp_path / "b.txt"))
+
+
+def test_csv_rows(tmp_path: Path) -> None:
+    """Cells stay text (007 is no number), and a row with too many cells is a bad row, which `skip` can skip."""
+    path = write(tmp_path / "a.csv", b'prompt,completion\n1 + 1 =,007\n"a, ""b""\nc",\nx,y,z\n\xff,y\nlast,row\n')
+    (batch,) = open_source(path).batches()
+    assert batch.lines == [2, 3, 5, 6, 7]
+    assert batch.rows[:2] == [{"prompt": "1 + 1 =", "completion": "007"}, {"prompt": 'a, "b"\nc', "completion": None}]
+    for row, reason in zip(
+        batch.rows[2:4], ["has 3 fields, and the first line names 2", "not valid UTF-8"], strict=True
+    ):
+        with pytest.raises(BadRowError, match=reason):
+            decode_row(row)
+
+
+@pytest.mark.torch
+def test_saved_data_sets(tmp_path: Path) -> None:
+    """`datasets` writes values of mixed types as text of Arrow's type json: they are objects again."""
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"text": "a", "tools": [{"x": 1}]}, {"text": "b", "tools": [{"x": "y"}]}]
+    data = Dataset.from_list(rows, on_mixed_types="use_json")
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    DatasetDict({"train_sft": data, "test_sft": data.select([0])}).save_to_disk(tmp_path / "both")
+    data.to_parquet(tmp_path / "a.parquet")
+    assert rows_of(str(tmp_path / "one")) == rows_of(str(tmp_path / "a.parquet")) == rows
+    assert files_of(str(tmp_path / "both"), split="test_sft") == ["data-00000-of-00001.arrow"]
+    with pytest.raises(UsageError, match="its splits are test_sft, train_sft"):
+        rows_of(str(tmp_path / "both"))
+
+
+def test_subsets_of_a_repository(tmp_path: Path) -> None:
+    """A copy of a repository holds all subsets, often the same rows in several forms."""
+    folder = make(tmp_path, "main/train-0.jsonl", "main/test-0.jsonl", "other/train-0.jsonl")
+    with pytest.raises(UsageError, match="has no subset none; its subsets are main, other"):
+        files_of(folder, subset="none")
+    assert len(files_of(folder, subset="other")) == 1, "a subfolder"
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        for name in ("main", "other")
+    )
+    write(tmp_path / "README.md", f"---\nconfigs:\n{configs}---\n# Data\n".encode())
+    with pytest.raises(UsageError, match=r"has several subsets: main, other\n  choose one with data\.subset"):
+        files_of(folder)
+    assert files_of(folder, subset="main") == ["train-0.jsonl"]
+    marked = configs.replace("config_name: other", "config_name: other\n  default: true")
+    write(tmp_path / "README.md", f"---\nconfigs:\n{marked}---\n".encode())
+    assert [read(folder)[0][0], read(folder)[0][1]] == [
+        f"{folder}/other/train-0.jsonl:1",
+        {"text": "other/train-0.jsonl"},
+    ]
+    assert files_of(folder, subset="other") == ["train-0.jsonl"]
+
+
+# Size
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.jsonl.gz", "a.json", "a.csv"])
+def test_a_row_that_would_fill_the_memory_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few hundred kilobytes of .zst can hold a line of gigabytes."""
+    monkeypatch.setattr(readers, "ROW_BYTES", 3 << 20)
+    content = b'{"text": "a"}\n{"text": "' + b" " * (8 << 20) + b'"}\n'
+    if name == "a.json":
+        content = b"[" + content.replace(b"\n{", b"\n,{") + b"]"
+    if name == "a.csv":
+        content = b'text\n"' + (b" " * 1023 + b"\n") * (8 << 10) + b'"\n'
+    pack = {".zst": zstandard.compress, ".gz": gzip.compress}.get(Path(name).suffix, bytes)
+    path = write(tmp_path / name, pack(content))
+    with pytest.raises(UsageError, match=rf"{name}:2: .*(larger than 3 MiB|more than 3 MiB|field larger)"):
+        rows_of(path)
+
+
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(
+    rows=st.lists(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+            max_leaves=8,
+        ),
+        max_size=6,
+    ),
+    indent=st.none() | st.integers(0, 2),
+    window=st.integers(1, 40),
+    ascii=st.booleans(),
+)
+def test_arrays_are_read_in_parts(rows: list[Any], indent: int | None, window: int, ascii: bool) -> None:
+    """Wherever the window ends, in a number, an escape or a character, the elements are those of `json.loads`."""
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "WINDOW_BYTES", window)
+        found = list(json_array.json_elements(io.BytesIO(text), largest=1 << 20))
+    assert [json.loads(element.decode("utf-8", "surrogatepass")) for element in found] == rows
+
+
+# Changes while reading
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("change", ["edit", "append"])
+def test_a_change_after_the_fingerprint_is_noticed(tmp_path: Path, name: str, change: str) -> None:
+    """Other rows under this fingerprint would be believed for good. Size and time of the file need not change."""
+    if name == "a.parquet":
+        path = Path(write_parquet(tmp_path / name, [{"text": f"row {number}"} for number in range(2000)]))
+    else:
+        rows = [{"text": f"row {number}"} for number in range(2000)]
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        content = json.dumps(rows).encode() if name == "a.json" else content
+        content = b"text\n" + b"row\n" * 2000 if name == "a.csv" else content
+        path = Path(write(tmp_path / name, gzip.compress(content, 0) if name.endswith(".gz") else content))
+    opened = open_source(str(path))
+    assert isinstance(opened, LocalFiles)
+    before = opened.fingerprint()
+    assert sum(len(batch.rows) for batch in opened.batches()) == 2000
+    with path.open("r+b") as file:
+        if change == "edit":
+            position = file.read().rindex(b"row") + 1
+            file.seek(position)
+            file.write(b"O")
+        else:
+            file.seek(0, 2)
+            file.write(b" ")
+    with pytest.raises(UsageError, match=r"changed while it was read|cannot be read|invalid JSON"):
+        list(opened.batches())
+    assert LocalFiles(opened.files).fingerprint() != before
+
+
 # Hugging Face data sets
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, load: Callable[[str], Any]) -> None:
+def hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
     monkeypatch.setattr("datasets.load_dataset", load)
 
 
@@ -247,21 +523,39 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"messages": [{"role": "user", "content": str(number)}]} for number in range(300)]
     one, two = Dataset.from_list(rows), Dataset.from_list(rows[:5])
-    for splits, expected in (({"test": two, "train": one}, 300), ({"validation": two}, 5)):
-        hub(monkeypatch, lambda _, splits=splits: DatasetDict(splits))
-        opened = open_source("someone/chats")
-        assert isinstance(opened, HubDataset)
-        assert rows_of("someone/chats") == rows[:expected]
-    assert read("someone/chats")[3][0] == "someone/chats (validation) row 4"
-    hub(monkeypatch, lambda _: DatasetDict({"a": one, "b": two}))
-    with pytest.raises(UsageError, match="has no split named train; its splits are a, b"):
+    hub(monkeypatch, lambda *_: DatasetDict({"test": two, "train": one, "train_sft": two}))
+    assert isinstance(open_source("someone/chats"), HubDataset)
+    assert rows_of("someone/chats") == rows
+    for split, name in (("train_sft", "train_sft"), (None, "test")):
+        opened = open_source("someone/chats", split=split)
+        assert (opened.names, opened.size) == ((f"someone/chats ({name})",), 5)
+    hub(monkeypatch, lambda *_: DatasetDict({"a": one, "b": two}))
+    with pytest.raises(UsageError, match=r"has no split train; its splits are a, b\n  choose one with data.split"):
         open_source("someone/chats")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample ...",
+        "BuilderConfig 'other' not found. Available: ['main', 'socratic']",
+    ],
+)
+def test_subsets_of_a_hub_data_set_are_listed(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages are those of datasets 4 and 5."""
+
+    def load(_: str, name: str | None) -> Any:
+        raise ValueError(message)
+
+    hub(monkeypatch, load)
+    with pytest.raises(UsageError, match=r"subsets(:| are) main, socratic\n"):
+        open_source("openai/gsm8k", subset=None if message.startswith("Config") else "other")
 
 
 def test_datasets_may_import_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`chunkflow analyze` keeps torch out, by an entry in `sys.modules` that `datasets` takes for the module."""
     monkeypatch.chdir(tmp_path)
-    hub(monkeypatch, lambda _: pytest.fail("torch is kept out") if "torch" in sys.modules else {"train": [1]})
+    hub(monkeypatch, lambda *_: pytest.fail("torch is kept out") if "torch" in sys.modules else {"train": [1]})
     monkeypatch.setitem(sys.modules, "torch", None)
     assert open_source("someone/chats").size == 1
 
@@ -269,12 +563,12 @@ def test_datasets_may_import_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_local_path_goes_before_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "someone" / "chats" / "a.jsonl", JSONL)
-    hub(monkeypatch, lambda _: pytest.fail("the hub was asked"))
+    hub(monkeypatch, lambda *_: pytest.fail("the hub was asked"))
     assert isinstance(open_source("someone/chats"), LocalFiles)
 
 
 def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(_: str) -> Any:
+    def load(*_: object) -> Any:
         raise ConnectionError("Couldn't reach 'someone/chats' on the Hub\nand a page of details")
 
     hub(monkeypatch, load)

@@ -1,7 +1,7 @@
 """`chunkflow analyze`: measure the samples of a data set, and what padding, packing or truncating them would cost.
 
 With a tokenizer (`recipe=` or `model.path=`) lengths are exact, and this builds the token cache that `train` reads.
-Without one they are estimated from bytes. Rows of `data.format=tokens` are always counted exactly.
+Without one they are estimated from the text. Rows of `data.format=tokens` are always counted exactly.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.cli.screens.analysis import print_analyses
 from chunkflow_cli.cli.screens.plots import check_plot_path, plot_lengths
+from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, DataFormat, ModelConfig, TrainOn
 from chunkflow_cli.console import progress_bar, stdout_console
-from chunkflow_cli.data.dataset import tokenize_source
+from chunkflow_cli.data.dataset import open_data, tokenize_source
 from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.formats import detect_format
 from chunkflow_cli.data.lengths import LengthStatistics, describe, idle_share, padding_share, truncation
-from chunkflow_cli.data.source import Location, open_source
+from chunkflow_cli.data.names import printable
+from chunkflow_cli.data.source import Location
 from chunkflow_cli.data.tokenizer import has_tokenizer
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config, position_limit
@@ -73,14 +75,13 @@ def run(
         UsageError: the data, the tokenizer or the name of the plot is wrong.
     """
     config = loaded.config
-    paths = list(paths) or ([config.data.path] if config.data.path else [])
-    if not paths:
+    if not paths and not config.data.path:
         raise UsageError(
             "no data to analyze\n  name it, as in chunkflow analyze data.jsonl, or set data.path or a recipe"
         )
     if plot is not None:
         check_plot_path(plot)
-    measured = [measure(path, config) for path in paths]
+    measured = [measure(path, config) for path in list(paths) or [config.data.path]]
     analyses = [analysis(data, config) for data in measured]
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
@@ -92,18 +93,19 @@ def run(
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
 
 
-def measure(path: str, config: Config) -> MeasuredData:
+def measure(paths: str | list[str], config: Config) -> MeasuredData:
     """Return the lengths of a data set: exact if a model is configured, otherwise estimated.
 
     Raises:
         UsageError: the data cannot be read or has no usable sample, or the model has no tokenizer.
     """
-    source = open_source(path)
-    format = detect_format(source) if config.data.format is DataFormat.auto else config.data.format
+    data_config, path = replace(config.data, path=paths), printable(as_written(paths))
+    source = open_data(data_config)
+    format = detect_format(source) if data_config.format is DataFormat.auto else data_config.format
     if config.model.path:
         vocab_size, limit = _vocabulary_and_limit(config.model)
         data = tokenize_source(
-            replace(config.data, path=path, format=format),
+            replace(data_config, format=format),
             model_path=config.model.path,
             vocab_size=vocab_size,
             trust_remote_code=config.model.trust_remote_code,

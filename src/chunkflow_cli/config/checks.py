@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 
-from chunkflow_cli.config.keys import as_written, walk_keys
+from chunkflow_cli.config.keys import as_written, walk_keys, wrong_value
 from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread
 from chunkflow_cli.errors import UsageError
 
@@ -44,9 +44,24 @@ def _check_optim(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    path, fraction = config.data.eval_path, config.data.eval_fraction
-    if path is not None and fraction > 0:
-        raise UsageError(f"data.eval_path={path} and data.eval_fraction={fraction} are both set: remove one of them")
+    data = config.data
+    for key, paths in (("data.path", data.path), ("data.eval_path", data.eval_path or "")):
+        is_list = isinstance(paths, list) and paths and all(isinstance(path, str) and path for path in paths)
+        if not (isinstance(paths, str) or is_list):
+            raise UsageError(wrong_value(key, paths))
+    is_held_out = data.eval_path is not None or data.eval_split is not None
+    if is_held_out and data.eval_fraction > 0:
+        key = "data.eval_path" if data.eval_path is not None else "data.eval_split"
+        value = as_written(data.eval_path if data.eval_path is not None else data.eval_split)
+        raise UsageError(f"{key}={value} and data.eval_fraction={data.eval_fraction} are both set: remove one of them")
+    if data.eval_path is None and data.eval_split == data.split:
+        raise UsageError(f"data.eval_split={data.eval_split} is the split that is trained on\n  name another split")
+    names = list(data.columns.values())
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            f"data.columns={as_written(data.columns)} gives two columns the name {twice}\n  name one column {twice}"
+        )
 
 
 def _check_model(config: Config) -> None:

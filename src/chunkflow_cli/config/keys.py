@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from chunkflow_cli.config import schema
 from chunkflow_cli.config.schema import Config
@@ -62,11 +62,17 @@ def describe_keys() -> dict[str, Key]:
         owner = type(section)
         described[name] = Key(
             name=name,
-            kind=get_type_hints(owner)[entry.name],
+            kind=_kind(owner, entry.name),
             default=as_written(getattr(section, entry.name)),
             help=documentation[owner.__name__, entry.name],
         )
     return described
+
+
+def _kind(owner: type, name: str) -> Any:
+    """Return the type of a key's value. One that OmegaConf does not have is written `Annotated[Any, type]`."""
+    kind = get_type_hints(owner, include_extras=True)[name]
+    return get_args(kind)[1] if get_origin(kind) is Annotated else kind
 
 
 def walk_keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
@@ -97,6 +103,8 @@ def as_written(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(as_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{as_written(each)}' for name, each in value.items())}}}"
     if isinstance(value, Enum):
         return str(value.value)
     return "null" if value is None else str(value)
@@ -151,7 +159,7 @@ def _expected(key: Key, *, is_element: bool) -> str:
         return f"one of {', '.join(key.choices)}"
     if get_origin(key.kind) is dict:
         return "a mapping such as {key: value}"
-    return " or ".join(words[part] for part in get_args(key.kind) or (key.kind,))
+    return " or ".join(words.get(part, "a list in brackets") for part in get_args(key.kind) or (key.kind,))
 
 
 def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chunkflow_cli.config.checks import check
 from chunkflow_cli.config.keys import did_you_mean, unknown_key, wrong_value
-from chunkflow_cli.config.overrides import DEEPSPEED, check_overrides
+from chunkflow_cli.config.overrides import MAPPINGS, check_overrides
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
 from chunkflow_cli.config.schema import FULL_LEARNING_RATE, LORA_LEARNING_RATE, Config
 from chunkflow_cli.errors import UsageError
@@ -166,7 +166,7 @@ def _take_recipe_path(overrides: Sequence[str], recipes: Collection[str]) -> tup
     recipe, words = "default", []
     for word in overrides:
         key, separator, value = word.partition("=")
-        if key.startswith(DEEPSPEED):
+        if key.startswith(MAPPINGS):
             word = f"++{word}"  # its keys are new to Hydra
         if key.lstrip("+") != "recipe" or not separator:
             words.append(word)

@@ -13,8 +13,8 @@ from chunkflow_cli.errors import UsageError
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-DEEPSPEED = "engine.deepspeed"
-"""The key that takes any keys below it."""
+MAPPINGS = ("engine.deepspeed", "data.columns")
+"""The keys that take any keys below them."""
 
 
 def parse_overrides(words: Sequence[str]) -> list[Override]:
@@ -59,7 +59,7 @@ def _check_override(override: Override, folders: Sequence[Path]) -> None:
             f"{word} has several values\n"
             f"  write a list as {name}=[a,b], a string as '{name}=\"a,b\"'; to run each: chunkflow train --multirun"
         )
-    if name == "recipe" or override.is_hydra_override() or name.startswith(f"{DEEPSPEED}."):
+    if name == "recipe" or override.is_hydra_override() or name.startswith(tuple(f"{key}." for key in MAPPINGS)):
         return
     if name and any((folder / name).is_dir() for folder in folders):
         if value is None and not override.is_delete():
@@ -71,5 +71,5 @@ def _check_override(override: Override, folders: Sequence[Path]) -> None:
         raise UsageError(unknown_key(name))
     if override.is_delete():
         raise UsageError(f"{word}: a configuration key cannot be removed\n  set its value instead")
-    if override.is_add() and name != DEEPSPEED:
+    if override.is_add() and name not in MAPPINGS:
         raise UsageError(f"{word}: the key exists\n  leave out the +")

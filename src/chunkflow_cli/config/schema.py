@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 Value = TypeVar("Value")
 
@@ -179,9 +179,16 @@ class ModelConfig:
 class DataConfig:
     """The data set: where it is, how its rows are read, and which tokens the loss counts."""
 
-    path: str = ""
-    """File, folder, glob or Hugging Face data set id. Required. Files are .jsonl, .json or .parquet, also .gz or
-    .zst."""
+    path: Annotated[Any, str | list[str]] = ""  # OmegaConf has no such type: checks.py checks the value
+    """File, folder, glob or Hugging Face data set id, or a list of files, folders and globs. Required. Files are
+    .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt."""
+    split: str = "train"
+    """Split to train on, of a folder whose files are named after splits or of a Hugging Face data set. Several are
+    joined by `+`; `all` is all of them."""
+    subset: str | None = None
+    """Subset of a Hugging Face data set, or of a folder with subsets. Null takes the only or the default one."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """New names for columns of the rows, as in {question: prompt, answer: completion}."""
     format: DataFormat = DataFormat.auto
     """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant
@@ -193,8 +200,11 @@ class DataConfig:
     bad_rows: BadRows = BadRows.error
     """What to do with a row that cannot be used. `error` stops the run and names it, `skip` lists it in
     rejected.jsonl."""
-    eval_path: str | None = None
-    """Held-out data, given as in `data.path`. Use either this or `data.eval_fraction`."""
+    eval_path: Annotated[Any, str | list[str] | None] = None
+    """Held-out data, given as in `data.path`. Of data with splits, validation or else test is read. Use either this or
+    `data.eval_fraction`."""
+    eval_split: str | None = None
+    """Split to evaluate on, of `data.eval_path`, or of `data.path` if that is null."""
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
     """Fraction of the samples in `data.path` to hold out, drawn with `train.seed`."""
     cache_dir: str | None = None

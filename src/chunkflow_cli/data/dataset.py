@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache as once
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
+from chunkflow_cli.data.columns import rename_columns
 from chunkflow_cli.data.encoding import Encoder
 from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data.names import printable
 from chunkflow_cli.data.notes import announce
 from chunkflow_cli.data.parallel import encode_source
 from chunkflow_cli.data.sample import IGNORED, RejectedRow, TokenizedSample
-from chunkflow_cli.data.source import Location, Source, open_source
+from chunkflow_cli.data.source import Location, Source, open_source, warn_once
 from chunkflow_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
 
@@ -36,6 +37,11 @@ class TokenizedSource:
     entry: CacheEntry
     named: str
     """Key and path, for messages."""
+
+    @property
+    def key(self) -> str:
+        """Key of the cache's entry: a hash of the rows and of everything that decides which tokens they become."""
+        return self.entry.folder.name
 
     def location(self, sample: int) -> Location:
         """Return where a sample of the cache is in the user's data."""
@@ -69,6 +75,11 @@ class TokenizedData:
     @property
     def format(self) -> DataFormat:
         return self.whole.format
+
+    @property
+    def key(self) -> str:
+        """Key of the cache's entry, as in `TokenizedSource`. Policies and `select` do not change it."""
+        return self.whole.key
 
     @property
     def samples_rejected(self) -> int:
@@ -109,10 +120,30 @@ class TokenizedData:
         )
 
 
+def has_evaluation_data(config: DataConfig) -> bool:
+    """Return whether the configuration names data to evaluate on: a path, or a split of `data.path`."""
+    return config.eval_path is not None or config.eval_split is not None
+
+
+def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
+    """Return the rows of `data.path`, or those to evaluate on, under the names of columns that formats know.
+
+    Raises:
+        UsageError: they cannot be found or read.
+    """
+    path, key, subset = config.path, "data.path", config.subset
+    split, split_key = (config.eval_split, "data.eval_split") if for_evaluation else (config.split, "data.split")
+    if for_evaluation and config.eval_path is not None:
+        subset = subset if config.eval_path == path else None
+        path, key = config.eval_path, "data.eval_path"
+    source = open_source(path, key=key, split=split, split_key=split_key, subset=subset)
+    return rename_columns(source, config.columns, key) if config.columns else source
+
+
 def tokenize(
     config: DataConfig,
     *,
-    path: str | None = None,
+    for_evaluation: bool = False,
     model_path: str,
     model_limit: int | None,
     vocab_size: int | None,
@@ -121,7 +152,7 @@ def tokenize(
     """Return the samples of `data.path`, tokenised once (see `data.cache`) and selected by the policies.
 
     Args:
-        path: read this instead of `data.path` (for `data.eval_path`).
+        for_evaluation: read the data to evaluate on instead (`data.eval_path`, `data.eval_split`).
         model_limit: the longest sequence that the model supports, in tokens; None is no limit.
         vocab_size: ids of the model; None does not check ids.
 
@@ -130,25 +161,33 @@ def tokenize(
             no sample is left; or the model's tokenizer does not fit the data or the model.
     """
     whole = tokenize_source(
-        config, path=path, model_path=model_path, vocab_size=vocab_size, trust_remote_code=trust_remote_code
+        config,
+        for_evaluation=for_evaluation,
+        model_path=model_path,
+        vocab_size=vocab_size,
+        trust_remote_code=trust_remote_code,
     )
     return _apply_policies(config, whole, model_limit)
 
 
 def tokenize_source(
-    config: DataConfig, *, path: str | None = None, model_path: str, vocab_size: int | None, trust_remote_code: bool
+    config: DataConfig,
+    *,
+    for_evaluation: bool = False,
+    model_path: str,
+    vocab_size: int | None,
+    trust_remote_code: bool,
 ) -> TokenizedSource:
-    """Return all samples of `data.path` (or of `path`) from the cache, which is built first if necessary.
+    """Return all samples of `data.path`, or those to evaluate on, from the cache, which is built first if necessary.
 
     Raises:
         UsageError: the data cannot be read, or the model's tokenizer does not fit the data or the model.
         RunError: a worker process was killed.
     """
-    key = "data.path" if path is None else "data.eval_path"
-    path = config.path if path is None else path
-    source = open_source(path, key=key)
+    key = "data.eval_path" if for_evaluation and config.eval_path is not None else "data.path"
+    source = open_data(config, for_evaluation=for_evaluation)
     format = detect_format(source, key=key) if config.format is DataFormat.auto else config.format
-    named = f"{key}={path}"
+    named = f"{key}={printable(as_written(config.eval_path if key == 'data.eval_path' else config.path))}"
     are_ids = format is DataFormat.tokens
     tokenizer = None if are_ids else load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     ingredients = Ingredients(
@@ -215,13 +254,8 @@ def _length_limit(max_length: int | None, model_limit: int | None) -> int | None
     if max_length is None:
         return model_limit
     if model_limit is not None and max_length > model_limit:
-        _warn_once(f"data.max_length={max_length} is longer than the {model_limit} tokens that the model supports")
+        warn_once(f"data.max_length={max_length} is longer than the {model_limit} tokens that the model supports")
     return max_length
-
-
-@once
-def _warn_once(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: int, named: str) -> str:

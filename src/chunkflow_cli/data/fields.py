@@ -139,7 +139,9 @@ def _check_weight(key: str, value: Any) -> None:
 
 def _check_prompt(row: Mapping[str, Any], prompt: object) -> None:
     """Raise unless a conversation holds its row's `prompt`, which data sets like to repeat (ultrachat_200k)."""
-    turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])
+    turns: list[Any] = next(
+        (row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), []
+    )
     is_beginning = isinstance(prompt, list) and turns[: len(prompt)] == prompt
     if not is_beginning and not (isinstance(prompt, str) and any(prompt.strip() in text for text in _strings(turns))):
         raise BadRowError(f"prompt is not part of the messages; write it as a message, or {_REMOVE}")

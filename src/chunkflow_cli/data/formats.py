@@ -109,7 +109,11 @@ def _no_one_format(
         )
     places = "".join(f"\n  {location}: the keys {keys}{_hint(keys)}" for keys, (_, location) in seen.items())
     known = " | ".join(" + ".join(keys) for keys in REQUIRED_KEYS.values())
-    return f"{key} holds rows of no known format{places}\n  rename the keys to those of a format: {known}"
+    columns = next(filter(None, (_columns_to_rename(keys.split(", ")) for keys in seen if not _hint(keys))), None)
+    remedy = "give the keys the names of a format"
+    if columns is not None:
+        remedy = f"give them the names of a format, as in 'data.columns={columns}'"
+    return f"{key} holds rows of no known format{places}\n  {remedy}: {known}"
 
 
 _HINTS = (
@@ -119,12 +123,8 @@ _HINTS = (
     (("body",), "a batch of API requests; take messages and tools out of body, and append the answers"),
     (("request",), "a log of API requests; take messages and tools out of request, and append the answer"),
     (("contents",), "Gemini's form; write messages: the role model is assistant, the text of parts is content"),
-    (("instruction", "response"), "rename response to output"),
-    (("prompt", "response"), "rename response to completion"),
-    (("question", "answer"), "rename them to prompt and completion"),
-    (("query", "response"), "rename them to prompt and completion"),
+    (("instruction", "response"), "write 'data.columns={response:output}'"),
     (("tokens",), "if they are ids, rename tokens to input_ids"),
-    (("content",), "if it is a document, rename content to text"),
 )
 """Keys of rows that people have, and what to do about them."""
 
@@ -144,6 +144,28 @@ REQUIRED_KEYS = {
 }
 _CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 """Where rows keep a conversation. The last four belong to the format `messages`."""
+
+
+OTHER_NAMES = {
+    "prompt": ("question", "query", "problem", "input", "instruction", "user", "source", "inputs"),
+    "completion": ("answer", "response", "solution", "output", "assistant", "target", "targets", "completions"),
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "chosen"),
+    "text": ("content", "document", "body", "code", "story"),
+}
+"""Names that data sets have for columns of the formats."""
+
+
+def _columns_to_rename(keys: Sequence[str]) -> str | None:
+    """Return a value of `data.columns` that makes a format of rows with these keys, or None if none is likely.
+
+    It can be pasted: shells and Hydra take it as it is, in single quotes.
+    """
+    ours = {ours: next((name for name in (ours, *names) if name in keys), None) for ours, names in OTHER_NAMES.items()}
+    for wanted in (("prompt", "completion"), ("messages",), ("text",)):
+        found = {theirs: name for name in wanted if (theirs := ours[name]) is not None}
+        if len(found) == len(wanted):
+            return "{" + ",".join(f"{theirs}:{name}" for theirs, name in found.items() if theirs != name) + "}"
+    return None
 
 
 def _format_by_keys(row: Mapping[str, Any], keys: str, key: str) -> DataFormat | None:
@@ -240,7 +262,8 @@ def _flags(row: Mapping[str, Any], key: str, length: int) -> NDArray[np.bool_]:
         place = int(wrong.argmax())
         packed = "; if it numbers packed sequences, write one row per sequence" if key == "attention_mask" else ""
         raise BadRowError(f"{key}[{place}] is {values[place]}, and must be 0 or 1{packed}")
-    return values == 1
+    flags: NDArray[np.bool_] = values == 1
+    return flags
 
 
 def _attended(row: Mapping[str, Any], length: int) -> slice:

@@ -185,7 +185,7 @@ def _arguments(value: object, place: str) -> object:
 def _calls_in(content: str) -> tuple[Mapping[str, Any], ...]:
     """Return the calls that a turn writes as JSON, or none if it is other text, which then stays as it is."""
     value = _strict_json(content)
-    calls = value if isinstance(value, list) else [value]
+    calls: list[Any] = value if isinstance(value, list) else [value]
     if not calls or not all(isinstance(call, dict) and set(call) == {"name", "arguments"} for call in calls):
         return ()
     return tuple(_call(call, "function_call") for call in calls)

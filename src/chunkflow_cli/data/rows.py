@@ -11,6 +11,7 @@ not have. `drop_filled_nulls` removes them. A null that the row did have looks t
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -21,12 +22,21 @@ from chunkflow_cli.data.values import kind
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadableRow:
+    """A row that cannot be parsed, in a file of which the others can."""
+
+    reason: str
+
+
 def decode_row(raw: object) -> dict[str, Any]:
     """Return the JSON object of a row.
 
     Raises:
         BadRowError: the row is not valid UTF-8, not valid JSON, not an object, or has a key twice.
     """
+    if isinstance(raw, UnreadableRow):
+        raise BadRowError(raw.reason)
     row = parse_json(raw) if isinstance(raw, bytes) else raw
     if not isinstance(row, dict):
         hint = " (a file that holds one JSON array must be named .json)" if isinstance(row, list) else ""

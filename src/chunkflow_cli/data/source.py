@@ -1,40 +1,31 @@
-"""Rows from a file, a folder, a glob or a Hugging Face data set, read in batches of bounded size.
+"""Rows from files, folders, globs or a Hugging Face data set, read in batches of bounded size.
 
-`open_source` finds the files and checks the head of each, so that a file that cannot be data (binary, empty, another
-compression than its name says) is rejected before anything else starts. JSON lines, compressed or not, and parquet are
-streamed. A `.json` file that holds one array is read whole, because JSON cannot be parsed in parts: use `.jsonl` for
-large data.
+`open_source` finds the files (`data.finding`), chooses those of the split (`data.splits`) and checks the head of each
+(`data.heads`), so that a file that cannot be data (binary, empty, another compression than its name says) is rejected
+before anything else starts. `data.readers` reads them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from glob import glob, has_magic
+from dataclasses import dataclass, field
+from functools import cache as once
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-import orjson
-
-from chunkflow_cli.data.rows import drop_filled_nulls, repeated_key
-from chunkflow_cli.data.streams import explain_read_errors, open_stream
-from chunkflow_cli.data.tokenizer import let_torch_in
+from chunkflow_cli.data.choosing import Chosen, Wish, choose_files
+from chunkflow_cli.data.heads import SourceFile, look_at, no_rows
+from chunkflow_cli.data.hub_dataset import is_hub_id, load_from_hub
+from chunkflow_cli.data.names import printable
+from chunkflow_cli.data.readers import BATCH_ROWS, read_rows
+from chunkflow_cli.data.rows import drop_filled_nulls
+from chunkflow_cli.data.splits import TRAIN
+from chunkflow_cli.data.streams import HashedFile, explain_read_errors
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.hub import go_offline_if_unreachable
-
-BATCH_ROWS = 256
-"""Maximum rows of a batch. A batch of JSON lines also ends at `BATCH_BYTES`."""
-BATCH_BYTES = 1 << 20
-SNIFF_BYTES = 1 << 16
-
-UTF8_BOM = b"\xef\xbb\xbf"
-OTHER_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
-SUFFIXES = ".jsonl, .ndjson, .json (each also with .gz or .zst), .parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +49,38 @@ class RowBatch:
     lines: list[int]
     """Line or row number of each row, counted from 1."""
     rows: list[object]
-    """`bytes` are a line of JSON that is not parsed yet. Other values were parsed with the file."""
+    """`bytes` are JSON that is not parsed yet. Other values were parsed with the file."""
     position: int
     """How much of `Source.size` has been read after this batch."""
 
 
-class FileKind(str, Enum):
-    lines = "lines"
-    """One JSON object per line."""
-    array = "array"
-    """One JSON array of objects."""
-    parquet = "parquet"
+class Source(Protocol):
+    """Rows in a fixed order."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Files, as messages show them."""
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A data file and how to read it."""
+    @property
+    def size(self) -> int:
+        """What `RowBatch.position` reaches."""
 
-    path: Path
-    kind: FileKind
-    size: int
-    """Bytes on disk."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, about."""
+
+    def location(self, file: int, line: int) -> Location:
+        """Return where a row is in the user's data."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of the rows and their order."""
+
+    def batches(self) -> Iterator[RowBatch]:
+        """Yield all rows in order.
+
+        Raises:
+            UsageError: they cannot be read, or are not those that the fingerprint was taken of.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,12 @@ class LocalFiles:
     """Data files on this machine, in the order in which they are read."""
 
     files: tuple[SourceFile, ...]
+    _hashes: dict[int, str] = field(default_factory=dict, compare=False)
+    """Hash of each file's bytes, once the fingerprint was taken."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(str(file.path) for file in self.files)
+        return tuple(file.shown for file in self.files)
 
     @property
     def size(self) -> int:
@@ -102,34 +106,43 @@ class LocalFiles:
 
     def location(self, file: int, line: int) -> Location:
         found = self.files[file]
-        return Location(str(found.path), line, "line" if found.kind is FileKind.lines else "row")
+        return Location(found.shown, line, "line" if found.kind.has_lines else "row")
 
     def fingerprint(self) -> str:
-        """Return a hash of the contents in order, and of nothing else: a renamed or copied file is the same data."""
-        digest = hashlib.blake2b(digest_size=20)
-        for file in self.files:
-            digest.update(f"{file.kind.value} {file.size}\n".encode())
-            with explain_read_errors(file.path), file.path.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
+        """Return a hash of the contents in order, and of nothing else: a renamed or copied file is the same data.
+
+        From then on, `batches` checks that it reads the same bytes.
+        """
+        for index, file in enumerate(self.files):
+            with explain_read_errors(file.path), HashedFile(file.path) as stream:
+                self._hashes[index] = stream.finish()
+        parts = (f"{file.kind.value} {self._hashes[index]}\n" for index, file in enumerate(self.files))
+        return hashlib.blake2b("".join(parts).encode(), digest_size=20).hexdigest()
 
     def batches(self) -> Iterator[RowBatch]:
         """Yield all rows in order.
 
         Raises:
-            UsageError: a file cannot be decompressed or parsed as a whole, or has no rows.
+            UsageError: a file cannot be parsed, has no rows, or changed since the fingerprint was taken.
         """
         start = 0
         for index, file in enumerate(self.files):
-            rows = 0
+            finished = partial(self._check_hash, index) if index in self._hashes else None
+            count = 0
             with explain_read_errors(file.path):
-                for batch in _READERS[file.kind](index, file, start):
-                    rows += len(batch.rows)
-                    yield batch
-            if rows == 0:
-                raise UsageError(_no_rows(file.path))
+                for found in read_rows(file, finished):
+                    count += len(found.rows)
+                    yield RowBatch(index, found.numbers, found.rows, start + min(found.position, file.size))
+            if count == 0:
+                raise no_rows(file.path)
             start += file.size
+
+    def _check_hash(self, index: int, found: str) -> None:
+        if found != self._hashes[index]:
+            raise UsageError(
+                f"{self.files[index].shown} changed while it was read\n"
+                "  run the command again when nothing writes to the data any more"
+            )
 
 
 @dataclass(frozen=True)
@@ -165,221 +178,61 @@ class HubDataset:
         line = 1
         for columns in self.dataset.iter(batch_size=BATCH_ROWS):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            filled = [drop_filled_nulls(row, self.dataset.features) for row in rows]
+            filled: list[object] = [drop_filled_nulls(row, self.dataset.features) for row in rows]
             yield RowBatch(0, list(range(line, line + len(rows))), filled, line + len(rows) - 1)
             line += len(rows)
 
 
-Source = LocalFiles | HubDataset
+def open_source(
+    path: str | Sequence[str],
+    *,
+    key: str = "data.path",
+    split: str | None = TRAIN,
+    split_key: str = "data.split",
+    subset: str | None = None,
+) -> Source:
+    """Return the data at a path, or at several, one after the other. Local files come before the Hugging Face hub.
 
-
-def open_source(path: str, *, key: str = "data.path") -> Source:
-    """Return the data at a path. Local files come before the Hugging Face hub.
-
-    A folder is searched with its subfolders, in sorted order. Names that start with a dot are skipped.
+    What is left out, and what may be in there twice, is said on stderr, once.
 
     Args:
-        path: a file, a folder, a glob or a data set id.
+        path: a file, a folder, a glob or a data set id; or a list of files, folders and globs.
         key: the configuration key that the path comes from, for messages.
+        split: the split to read; None is validation or else test, of data that has splits.
+        split_key: the configuration key that the split comes from.
+        subset: the subset of a data set that has several.
 
     Raises:
-        UsageError: nothing exists at the path, or it is not data.
+        UsageError: nothing exists at the path, it is not data, or it has no such split or subset.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        found = _walk(local)
-        if not found:
-            raise UsageError(f"{key}={path} is a folder without data files\n  data files are {SUFFIXES}")
-    elif local.exists():
-        if _kind_of_name(local) is None:
-            raise UsageError(f"{key}={path}: unknown file type\n  data files are {SUFFIXES}")
-        found = [local]
-    elif has_magic(path):
-        matches = [Path(match) for match in sorted(glob(str(local), recursive=True))]
-        found = [match for match in matches if match.is_file() and _kind_of_name(match) is not None]
-        if not found:
-            what = f"{len(matches)} files match, but none is a data file" if matches else "no file matches"
-            raise UsageError(f"{key}={path}: {what}\n  data files are {SUFFIXES}")
-    elif path.startswith((".", "/", "~")) or _kind_of_name(local) is not None or not _is_hub_id(path):
-        raise UsageError(f"{key}={path}: there is no such file or folder (looked from {Path.cwd()})")
-    else:
-        return _load_from_hub(path, key)
-    return LocalFiles(tuple(_look_at(file) for file in found))
+    if isinstance(path, str):
+        wish = Wish(f"{key}={printable(path)}", split, split_key, subset)
+        chosen = choose_files(path, wish)
+        if chosen is None and is_hub_id(path):
+            return HubDataset(*load_from_hub(path, wish))
+        return _local_files([(wish, chosen)])
+    wishes = [Wish(f"{key}={printable(each)}", split, split_key, subset) for each in path]
+    source = _local_files([(wish, choose_files(each, wish)) for each, wish in zip(path, wishes, strict=True)])
+    for repeated in [file for file, count in Counter(file.shown for file in source.files).items() if count > 1]:
+        warn_once(f"{key} names {repeated} more than once")
+    return source
 
 
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if _kind_of_name(path) is not None)
-
-
-def _kind_of_name(path: Path) -> str | None:
-    """Return `jsonl`, `json` or `parquet`, or None if no reader handles this name."""
-    match = re.search(r"\.(jsonl|ndjson|json)(\.gz|\.zst)?$|\.(parquet)$", path.name.lower())
-    if match is None:
-        return None
-    return match.group(3) or match.group(1).replace("ndjson", "jsonl")
-
-
-def _look_at(path: Path) -> SourceFile:
-    """Check the head of a file and return how to read it.
-
-    Raises:
-        UsageError: the content is not what the name says.
-    """
-    name_kind = _kind_of_name(path)
-    with explain_read_errors(path):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            raw_head = stream.read(SNIFF_BYTES)
-        if size == 0:
-            raise UsageError(f"{path} is empty\n  delete it, or download it again if it should hold data")
-        suffix = next((suffix for magic, suffix in MAGIC.items() if raw_head.startswith(magic)), None)
-        if suffix is not None and path.suffix.lower() != suffix:
+def _local_files(parts: Sequence[tuple[Wish, Chosen | None]]) -> LocalFiles:
+    files: list[SourceFile] = []
+    for wish, chosen in parts:
+        if chosen is None:
+            a_list = " A data set of the hub cannot be part of a list." if len(parts) > 1 else ""
             raise UsageError(
-                f"{path} holds {suffix} data, but its name says otherwise\n  rename it so that it ends in {suffix}"
+                f"{wish.named}: there is no such file or folder (looked from {printable(Path.cwd())}){a_list}"
             )
-        if name_kind == "parquet":
-            if suffix is None:
-                raise UsageError(f"{path} is not a parquet file\n  download it again, or give it the right suffix")
-            return SourceFile(path, FileKind.parquet, size)
-        with open_stream(path) as (text, _):
-            head = text.read(SNIFF_BYTES)
-    is_whole = len(head) < SNIFF_BYTES
-    for bom, encoding in OTHER_BOMS.items():
-        if head.startswith(bom):
-            raise UsageError(
-                f"{path} is {encoding}, but must be UTF-8\n  convert it: iconv -f {encoding} -t UTF-8 {path}"
-            )
-    if b"\0" in head:
-        raise UsageError(f"{path} is a binary file\n  data files are {SUFFIXES}")
-    head = head.removeprefix(UTF8_BOM).lstrip()
-    if not head and is_whole:
-        raise UsageError(_no_rows(path))
-    if name_kind == "json" and head.startswith(b"["):
-        return SourceFile(path, FileKind.array, size)
-    if name_kind == "json" and head.startswith(b"{"):
-        _reject_single_object(path)
-    return SourceFile(path, FileKind.lines, size)
+        for note in chosen.notes:
+            warn_once(f"{wish.named}: {note}")
+        files += map(look_at, chosen.files)
+    return LocalFiles(tuple(files))
 
 
-def _reject_single_object(path: Path) -> None:
-    """Raise if a `.json` file is one object over many lines. JSON lines under that name are accepted."""
-    with explain_read_errors(path), open_stream(path) as (stream, _):
-        line = stream.readline().removeprefix(UTF8_BOM)
-        while not line.strip():
-            line = stream.readline()
-        if _is_json(line) or not _is_json(line + stream.read()):
-            return
-    raise UsageError(
-        f"{path} is one JSON object, not rows\n  write an array of objects, or one object per line (.jsonl)"
-    )
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return False
-    return True
-
-
-def _no_rows(path: Path) -> str:
-    return f"{path} has no rows\n  delete it, or download it again if it should hold data"
-
-
-def _read_lines(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
-    lines: list[int] = []
-    rows: list[object] = []
-    size = 0
-    with open_stream(file.path) as (stream, raw):
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
-                line = line.removeprefix(UTF8_BOM)
-            line = line.strip()
-            if not line:
-                continue
-            lines.append(number)
-            rows.append(line)
-            size += len(line)
-            if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
-                yield RowBatch(index, lines, rows, start + raw.tell())
-                lines, rows, size = [], [], 0
-    if rows:
-        yield RowBatch(index, lines, rows, start + file.size)
-
-
-def _read_array(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
-    with open_stream(file.path) as (stream, _):
-        text = stream.read().removeprefix(UTF8_BOM)
-    try:
-        rows: list[object] = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise UsageError(
-            f"{file.path}:{error.lineno}: invalid JSON in the array: {error.msg}\n"
-            "  fix it, or write one object per line (.jsonl), where data.bad_rows=skip can skip bad rows"
-        ) from error
-    if (repeated := repeated_key(text, rows)) is not None:
-        raise UsageError(f"{file.path}: the key {repeated!r} occurs twice in one object; keep the one that counts")
-    del text
-    yield from _slices(index, rows, 1, start, file.size, len(rows))
-
-
-def _read_parquet(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(file.path) as table:
-            first, total = 1, table.metadata.num_rows
-            for batch in table.iter_batches(batch_size=BATCH_ROWS):
-                rows = [drop_filled_nulls(row) for row in batch.to_pylist()]
-                yield from _slices(index, rows, first, start, file.size, total)
-                first += len(rows)
-    except ArrowException as error:
-        raise OSError(str(error)) from error
-
-
-def _slices(index: int, rows: Sequence[object], first: int, start: int, size: int, total: int) -> Iterator[RowBatch]:
-    """Yield batches of parsed rows, numbered from `first`. The file has `total` rows and `size` bytes."""
-    for begin in range(0, len(rows), BATCH_ROWS):
-        part = list(rows[begin : begin + BATCH_ROWS])
-        line = first + begin
-        after = line + len(part)
-        yield RowBatch(index, list(range(line, after)), part, start + size * (after - 1) // total)
-
-
-_READERS = {FileKind.lines: _read_lines, FileKind.array: _read_array, FileKind.parquet: _read_parquet}
-
-
-def _is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
-
-
-def _load_from_hub(path: str, key: str) -> HubDataset:
-    let_torch_in()
-    go_offline_if_unreachable()  # before the import of datasets, which reads this setting only once
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(path)
-    except (OSError, ValueError) as error:  # unreachable, unknown, gated, or a subset has to be named
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"{key}={path} is not a local file or folder, and could not be loaded from the Hugging Face hub\n"
-            f"  {reason}\n"
-            f"  check the spelling and the network, or download the files and set {key} to their folder"
-        ) from error
-    if "train" in splits:
-        split = "train"
-    elif len(splits) == 1:
-        split = next(iter(splits))
-    else:
-        raise UsageError(
-            f"{key}={path} has no split named train; its splits are {', '.join(sorted(map(str, splits)))}\n"
-            f"  download the files of one of them and set {key} to their folder"
-        )
-    if len(splits[split]) == 0:
-        raise UsageError(f"{key}={path}: its split {split} has no rows")
-    return HubDataset(f"{path} ({split})", splits[split])
+@once
+def warn_once(message: str) -> None:
+    """Print a warning on stderr, if it has not been printed yet."""
+    print(f"warning: {message}", file=sys.stderr)

@@ -12,6 +12,7 @@ import torch
 
 from chunkflow_cli.config.schema import DataConfig
 from chunkflow_cli.console import working
+from chunkflow_cli.data.dataset import has_evaluation_data
 from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
@@ -110,8 +111,8 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
 
 
 def _samples(data: RunData, config: DataConfig) -> dict[str, int]:
-    """Return what became of the rows that were read; rows of `data.eval_path` are counted on their own."""
-    has_file = config.eval_path is not None
+    """Return what became of the rows that were read; rows of evaluation data are counted on their own."""
+    has_file = has_evaluation_data(config)
     words = ("read", "rejected", "dropped", "truncated")
     return {
         **{f"samples_{word}": getattr(data.read, f"samples_{word}") for word in words},

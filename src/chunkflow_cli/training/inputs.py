@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, LossWeighting
-from chunkflow_cli.data.dataset import TokenizedData, tokenize
+from chunkflow_cli.data.dataset import TokenizedData, has_evaluation_data, tokenize
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.planning.batches import held_out
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
@@ -23,7 +23,7 @@ class RunData:
     """All samples of `data.path`, with the counts of rejected and dropped rows."""
     train: TokenizedData
     evaluation: TokenizedData
-    """Samples held out of `data.path`, or those of `data.eval_path`; may be empty."""
+    """Samples held out of `data.path`, or those of `data.eval_path` or `data.eval_split`; may be empty."""
 
 
 def load_run_data(config: Config, hf_config: Any | None) -> RunData:
@@ -36,10 +36,10 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
         UsageError: see `data.dataset.tokenize`.
     """
 
-    def read(path: str | None) -> TokenizedData:
+    def read(*, for_evaluation: bool = False) -> TokenizedData:
         return tokenize(
             config.data,
-            path=path,
+            for_evaluation=for_evaluation,
             model_path=config.model.path,
             model_limit=None if hf_config is None else position_limit(hf_config),
             vocab_size=None if hf_config is None else int(hf_config.get_text_config().vocab_size),
@@ -50,9 +50,9 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
         from chunkflow_cli.model.positions import check_positions  # imports torch
 
         check_positions(config, hf_config)
-    data = read(None)
-    if config.data.eval_path is not None:
-        return RunData(data, data, read(config.data.eval_path))
+    data = read()
+    if has_evaluation_data(config.data):
+        return RunData(data, data, read(for_evaluation=True))
     train, evaluation = held_out(len(data), config.data.eval_fraction, config.train.seed)
     return RunData(data, data.select(train), data.select(evaluation))
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import counted, working
+from chunkflow_cli.data.dataset import has_evaluation_data
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
@@ -176,7 +177,7 @@ def _prove_parity(
 
 def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: Console) -> None:
     """List the rows that are skipped, each with its reason, in rejected.jsonl."""
-    rejected = [*data.read.rejected, *(data.evaluation.rejected if config.data.eval_path is not None else ())]
+    rejected = [*data.read.rejected, *(data.evaluation.rejected if has_evaluation_data(config.data) else ())]
     if not rejected:
         return
     rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in rejected]

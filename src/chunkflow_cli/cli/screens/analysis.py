@@ -39,7 +39,8 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
     if any(found["estimated"] for _, found in analyses):
         console.print()
         console.print(
-            "[bold]Lengths are estimated[/] from bytes (4 per token) and may be off by a quarter.\n"
+            "[bold]Lengths are estimated[/] from the text and may be off by a quarter, "
+            "in other languages than English by a factor of two.\n"
             "For exact lengths, name a tokenizer: [bold]model.path=MODEL[/] or [bold]recipe=NAME[/]."
         )
 
