@@ -15,7 +15,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import written_aside
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.training.run_folder import CONFIG
+from chunkflow_cli.training.saved_config import CONFIG
 
 
 def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool = False) -> dict[str, Any]:
