@@ -30,9 +30,9 @@ def how_to_go_on(config: Config, run_folder: Path, checkpoint: Path, typed: Sequ
     if config.train.output_dir is None:
         added.append(override("train.output_dir", str(run_folder)))
     if environment.is_started_by_launcher() and environment.worker_folder() is None:
-        return f"It is saved in {checkpoint}. To go on, add to the same command: {shlex.join(added)}"
+        return f"Saved {checkpoint}\n  To go on, add to the same command: {shlex.join(added)}"
     words = [word for word in typed if RESUME.match(word) is None and word != "--json"]
-    return f"It is saved in {checkpoint}. To go on: {shlex.join(['chunkflow', *words, *added])}"
+    return f"Saved {checkpoint}\n  To go on: {shlex.join(['chunkflow', *words, *added])}"
 
 
 def override(key: str, value: str) -> str:

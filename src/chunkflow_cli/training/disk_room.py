@@ -21,13 +21,13 @@ def warning_of_little_room(config: Config, shape: ModelShape, *, free: int, chec
     saved = shape.trainable_parameters if config.model.lora.enabled else shape.parameters
     final = saved * ELEMENT_BYTES[config.model.dtype.value]
     checkpoint = shape.trainable_parameters * 4 * (1 + STATES.get(config.optim.name, 2))
-    # An old checkpoint is deleted when the new one is complete. Without `every`, one is saved if the run is interrupted.
+    # An old checkpoint is deleted when the new one is complete. Without `every`, an interruption saves one.
     most = 1 if config.checkpoint.every is None else config.checkpoint.keep + 1
     needed = final + checkpoint * max(1, most - checkpoints)
     if free >= needed:
         return None
     return (
-        f"the disk of the run's folder has {human_bytes(free)} of room, and this run needs up to {human_bytes(needed)}: "
+        f"the disk of the run's folder has {human_bytes(free)} free, and this run needs up to {human_bytes(needed)}: "
         f"{human_bytes(final)} for final/ and {human_bytes(checkpoint)} for each checkpoint "
         f"(checkpoint.keep={config.checkpoint.keep})"
     )

@@ -69,9 +69,10 @@ def differing_keys(run_folder: Path, tree: Any) -> list[Difference]:
 def _read(path: Path) -> Any:
     try:
         tree = OmegaConf.create(path.read_text(encoding="utf-8"))
-        if isinstance(OmegaConf.to_container(tree, resolve=True), dict) and tree:
+        content = OmegaConf.to_container(tree, resolve=True)
+        if isinstance(content, dict) and {"model", "data", "train"} <= content.keys():
             return tree
-        reason = "it holds no keys"
+        reason = "it is not the configuration of a run"
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
     raise UsageError(f"{path} is damaged: {reason}")
