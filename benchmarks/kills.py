@@ -109,9 +109,9 @@ def main() -> None:
         runs = 0
         while victims.total() < arguments.kills:
             place = Place(folder / f"kills-{runs}", words)
-            while victims.total() < arguments.kills and (victim := kill_one(place, generator, seconds)) is not None:
-                victims[victim] += 1
-                say(f"{victims.total():>3} killed: {victim}")
+            while victims.total() < arguments.kills and (killed := kill_one(place, generator, seconds)) is not None:
+                victims[killed[0]] += 1
+                say(f"{victims.total():>3} killed: {killed[0]}, after {killed[1]:.0%} of its time")
             finish(place)
             check(place, expected)
             runs += 1
@@ -144,10 +144,14 @@ def write_data(folder: Path) -> list[str]:
     return [f"data.path={folder / 'train.jsonl'}", f"data.eval_path={folder / 'held_out.jsonl'}"]
 
 
-def kill_one(place: Place, generator: random.Random, seconds: float) -> str | None:
-    """Kill one process of a run at a random moment, and say which and when; return None if the run ended first."""
+def kill_one(place: Place, generator: random.Random, seconds: float) -> tuple[str, float] | None:
+    """Kill one process of a run at a random moment; return which, and when as a share of the time of a run left alone.
+
+    None if the run ended first.
+    """
     run = place.start()
-    deadline = time.monotonic() + generator.uniform(0.02, 1.1) * seconds
+    share = generator.uniform(0.02, 1.1)
+    deadline = time.monotonic() + share * seconds
     while time.monotonic() < deadline:
         if run.poll() is not None:
             expect(place, run.returncode == 0, f"undisturbed, it ends with {run.returncode}")
@@ -155,13 +159,13 @@ def kill_one(place: Place, generator: random.Random, seconds: float) -> str | No
         time.sleep(0.005)
     family = {run.pid: "the command", **descendants(run.pid)}
     victim = generator.choice(sorted(family))
-    what, when = family[victim], f"after {max(0, place.rows())} steps"
+    what = family[victim]
     with suppress(ProcessLookupError):
         os.kill(victim, signal.SIGKILL)
     code = wait(run)
-    expect(place, code in (0, 1, -signal.SIGKILL), f"{what} was killed {when}: exit {code}")
+    expect(place, code in (0, 1, -signal.SIGKILL), f"{what} was killed: exit {code}")
     nobody_left(place, family)
-    return f"{what}, {when}"
+    return what, share
 
 
 def stop_one(place: Place, phase: str, number: signal.Signals) -> tuple[int, float]:
