@@ -1,15 +1,18 @@
-"""`kill -9` of any one rank at any moment, many times over: does the run always say so, and always end the same?
+"""Kill and stop a run at any moment, many times over: does it always end the same?
 
-    python benchmarks/kills.py                                        until twenty kills; about ten minutes
-    python benchmarks/kills.py --words parallel.pipeline=2            another layout
-    python benchmarks/kills.py --processes 4 --kills 50 --seed 1
+    python benchmarks/kills.py                                  40 kills, and each signal in each phase; half an hour
+    python benchmarks/kills.py --kills 10 --signals TERM        shorter
+    python benchmarks/kills.py --processes 2 --words engine.zero_stage=2
 
-A small run (tiny_random, 120 steps, a checkpoint after every tenth, held-out loss after every 15th) is started, one of
-its ranks is killed after a random time, and the same command is given again, until it has ended by itself. Then it
-begins anew, until there were enough kills. Each time: exit 1 within seconds, the rank is named, no traceback, nobody is
-left behind. Each run that ends: the losses of all steps are those of a run left alone, to the bit, and every sample
-counts.
-Prints one JSON object on stdout: where the victims stood. Anything else is an error.
+A small run (40 steps, a checkpoint after every fifth, held-out loss after every tenth) is disturbed, and the same
+command is given again until it has ended by itself.
+
+Kills: `kill -9` of any process of the run (the command itself, a rank, a worker that tokenises) at a random moment.
+Signals: INT, TERM and HUP to the command, in each phase: tokenising, guard, evaluation, steps, checkpoint, final.
+
+Each time: no traceback, nobody left behind. Each run that ends: the losses of all steps are those of a run left alone,
+to the bit, every sample counts, and nothing half written is left. Anything else is an error.
+Prints a table on stderr and one JSON object on stdout.
 """
 
 from __future__ import annotations
@@ -18,129 +21,228 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chunkflow_cli.processes.heartbeat import read_place
-from chunkflow_cli.processes.watch_folder import WatchFolder
 from common import emit, hardware, say
 
-STEPS = 120
+STEPS = 40
+ROWS, HELD_OUT_ROWS = 20_000, 150
 RUN = (
-    "recipe=tiny_random", f"train.steps={STEPS}", "checkpoint.every=10", "checkpoint.keep=1", "train.guard=false",
-    "train.global_batch_size=8", "data.eval_fraction=0.2", "eval.every=15", "data.num_workers=1",
+    "recipe=tiny_random", f"train.steps={STEPS}", "checkpoint.every=5", "checkpoint.keep=2",
+    "train.global_batch_size=8", "data.eval_fraction=0", "eval.every=10", "data.num_workers=2",
 )  # fmt: skip
+SIGNALS = ("INT", "TERM", "HUP")
+LEAVING_SECONDS = 10.0
+"""Longest wait for the processes of a run to be gone after the command has ended."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The files of one disturbed run."""
+
+    folder: Path
+    words: tuple[str, ...]
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "stderr"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.folder.mkdir(exist_ok=True)
+        words = [*self.words, f"train.output_dir={self.run}", f"data.cache_dir={self.folder / 'cache'}"]
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "chunkflow_cli", "train", *words], stdout=subprocess.DEVNULL, stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            )  # fmt: skip
+
+    def rows(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else -1
+
+
+PHASES: dict[str, Callable[[Place], bool]] = {
+    "tokenising": lambda place: any((place.folder / "cache" / "tokens").glob(".*")),
+    "guard": lambda place: b"attention" in place.log.read_bytes(),
+    "evaluation": lambda place: place.rows() == 0,
+    "steps": lambda place: place.rows() >= 7,
+    "checkpoint": lambda place: any((place.run / "checkpoints").glob(".step-*.writing")),
+    "final": lambda place: (place.run / ".final.writing").exists(),
+}
+"""How each phase is seen from outside, while the one before it is over."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--signals", nargs="*", default=SIGNALS, choices=SIGNALS)
+    parser.add_argument("--phases", nargs="*", default=list(PHASES), choices=list(PHASES))
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--words", nargs="*", default=["engine.zero_stage=2"], help="overrides, such as the layout")
+    parser.add_argument("--words", nargs="*", default=[], help="overrides, such as the layout")
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
-    words = [*RUN, f"launch.processes={arguments.processes}", *arguments.words]
     generator = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        alone = Path(folder, "alone")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = (*RUN, *write_data(folder), f"launch.processes={arguments.processes}", *arguments.words)
+        alone = Place(folder / "alone", words)
         began = time.monotonic()
-        end(start(words, alone), 0)
-        seconds, expected = time.monotonic() - began, losses(alone)
-        samples = json.loads((alone / "report.json").read_text())["samples_trained"]
+        finish(alone)
+        seconds, expected = time.monotonic() - began, results(alone)
         say(f"left alone it takes {seconds:.1f} s")
-        places: Counter[str] = Counter()
-        latest, runs = 0.0, 0
-        while places.total() < arguments.kills:
-            run_folder = Path(folder, f"run-{runs}")
-            while (killed := kill_one(words, run_folder, generator, seconds)) is not None:
-                place, until_end = killed
-                places[place] += 1
-                latest = max(latest, until_end)
-                say(f"{places.total():>3} killed while {place}: ended {until_end:.1f} s later")
+        victims: Counter[str] = Counter()
+        runs = 0
+        while victims.total() < arguments.kills:
+            place = Place(folder / f"kills-{runs}", words)
+            while victims.total() < arguments.kills and (killed := kill_one(place, generator, seconds)) is not None:
+                victims[killed[0]] += 1
+                say(f"{victims.total():>3} killed: {killed[0]}, after {killed[1]:.0%} of its time")
+            finish(place)
+            check(place, expected)
             runs += 1
-            if losses(run_folder) != expected:
-                raise SystemExit(f"losses differ: {losses(run_folder)}, left alone {expected}")
-            report = json.loads((run_folder / "report.json").read_text())
-            if report["samples_trained"] != samples:
-                raise SystemExit(f"{report['samples_trained']} samples were trained on, not {samples}")
+        table = []
+        for phase in arguments.phases:
+            for number in arguments.signals:
+                place = Place(folder / f"{phase}-{number}", words)
+                code, after = stop_one(place, phase, signal.Signals[f"SIG{number}"])
+                finish(place)
+                check(place, expected)
+                table.append({"phase": phase, "signal": number, "exit": code, "seconds": round(after, 1)})
+                say(f"{phase:<11} SIG{number:<5} exit {code:>4}, {after:4.1f} s later; ended the same")
     emit(
         {
             "benchmark": "kills", "hardware": hardware(), "processes": arguments.processes, "words": arguments.words,
-            "kills": places.total(), "runs_that_ended": runs, "longest_until_the_end_seconds": round(latest, 1),
-            "victims_stood_at": dict(places.most_common()),
+            "kills": victims.total(), "victims": dict(victims.most_common()), "runs_that_ended": runs + len(table),
+            "signals": table,
         },
         arguments.out,
     )  # fmt: skip
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "chunkflow_cli", "train", *words, f"train.output_dir={folder}"]
-    return subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+def write_data(folder: Path) -> list[str]:
+    """Write rows of ids: many, so that tokenising takes a moment; the long ones are cut into chunks."""
+    generator = random.Random(1)
+    for name, rows in (("train", ROWS), ("held_out", HELD_OUT_ROWS)):
+        lengths = (generator.choice((20, 40, 80, 400) if row % 50 == 0 else (20, 40, 80)) for row in range(rows))
+        lines = (json.dumps({"input_ids": generator.choices(range(3, 256), k=length)}) for length in lengths)
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return [f"data.path={folder / 'train.jsonl'}", f"data.eval_path={folder / 'held_out.jsonl'}"]
 
 
-def end(run: subprocess.Popen[str], code: int) -> str:
-    """What it printed on stderr."""
-    _, err = run.communicate(timeout=300)
-    if run.returncode != code or "Traceback" in err:
-        raise SystemExit(f"exit {run.returncode}, expected {code}:\n{err}")
-    return err
+def kill_one(place: Place, generator: random.Random, seconds: float) -> tuple[str, float] | None:
+    """Kill one process of a run at a random moment; return which, and when as a share of the time of a run left alone.
 
-
-def kill_one(words: list[str], folder: Path, generator: random.Random, seconds: float) -> tuple[str, float] | None:
-    """Where the victim stood, and the seconds until the launcher had ended; None where the run ended first."""
-    run = start(words, folder)
-    deadline = time.monotonic() + generator.uniform(0.1, 1.2) * seconds
-    while time.monotonic() < deadline or not children(run.pid):
+    None if the run ended first.
+    """
+    run = place.start()
+    share = generator.uniform(0.02, 1.1)
+    deadline = time.monotonic() + share * seconds
+    while time.monotonic() < deadline:
         if run.poll() is not None:
-            end(run, 0)
+            expect(place, run.returncode == 0, f"undisturbed, it ends with {run.returncode}")
             return None
-        time.sleep(0.01)
-    ranks = children(run.pid)
-    rank, victim = generator.choice(sorted(ranks.items()))
-    os.kill(victim, signal.SIGKILL)
-    killed = time.monotonic()
-    place = read_place(WatchFolder(folder).heartbeat(rank)).doing
-    _, err = run.communicate(timeout=120)
-    if run.returncode == 0 and (folder / "report.json").exists():
-        return None  # it had done all of its work, and nobody waits for a rank that has nothing left to do
-    if run.returncode != 1 or "Traceback" in err or f"rank {rank} was killed by SIGKILL" not in err.replace("\n", " "):
-        raise SystemExit(f"rank {rank}, killed while {place}: exit {run.returncode}\n{err}")
-    if left := [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]:
-        raise SystemExit(f"rank {rank}, killed while {place}: processes {left} are left behind")
-    is_operation = re.fullmatch(r"[SFRB](\d+|-).*", place) is not None
-    return "an operation of a step" if is_operation else place, time.monotonic() - killed
+        time.sleep(0.005)
+    family = {run.pid: "the command", **descendants(run.pid)}
+    victim = generator.choice(sorted(family))
+    what = family[victim]
+    with suppress(ProcessLookupError):
+        os.kill(victim, signal.SIGKILL)
+    code = wait(run)
+    expect(place, code in (0, 1, -signal.SIGKILL), f"{what} was killed: exit {code}")
+    nobody_left(place, family)
+    return what, share
 
 
-def children(launcher: int) -> dict[int, int]:
-    """Rank -> process id, by the kernel's word."""
-    found = {}
+def stop_one(place: Place, phase: str, number: signal.Signals) -> tuple[int, float]:
+    """Send a signal in a phase; return the exit code, and the seconds until the command had ended."""
+    run, is_there = place.start(), PHASES[phase]
+    while not is_there(place):
+        expect(place, run.poll() is None, f"ended with {run.returncode} before {phase}")
+        time.sleep(0.0005)
+    family = {run.pid: "the command", **descendants(run.pid)}
+    run.send_signal(number)
+    sent = time.monotonic()
+    code = wait(run)
+    # Before it can save, a run may die of the signal; when all its steps are done, it may finish.
+    allowed = {130, -number, 128 + number} | ({0} if phase in ("checkpoint", "final") else set())
+    expect(place, code in allowed, f"SIG{number.name} in {phase}: exit {code}")
+    nobody_left(place, family)
+    return code, time.monotonic() - sent
+
+
+def finish(place: Place) -> None:
+    """Give the same command until it ends by itself: at once, because nobody disturbs it."""
+    run = place.start()
+    expect(place, wait(run) == 0, f"the same command ends with {run.returncode}")
+
+
+def wait(run: subprocess.Popen[bytes]) -> int:
+    return run.wait(timeout=600)
+
+
+def check(place: Place, expected: Any) -> None:
+    found = results(place)
+    expect(place, found == expected, f"other losses or samples: {found}, left alone {expected}")
+    half = [*place.run.rglob(".step*"), *place.run.rglob(".final*"), *place.run.rglob("*.tmp")]
+    half += (place.folder / "cache" / "tokens").glob(".[0-9a-f]*")
+    expect(place, not half, f"half written: {half}")
+
+
+def results(place: Place) -> Any:
+    """Return the losses of all steps, the number of samples, and the held-out losses."""
+    rows = [json.loads(line) for line in (place.run / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((place.run / "report.json").read_text())
+    losses = [(row["step"], row["loss"], row.get("eval_loss")) for row in rows]
+    return losses, report["samples_trained"], report["eval_loss_start"], report["eval_loss_end"]
+
+
+def expect(place: Place, is_so: bool, otherwise: str) -> None:
+    printed = place.log.read_text(errors="replace")
+    if not is_so or "Traceback" in printed:
+        raise SystemExit(f"{place.folder.name}: {otherwise}\n{printed[-3000:]}")
+
+
+def nobody_left(place: Place, family: dict[int, str]) -> None:
+    deadline = time.monotonic() + LEAVING_SECONDS
+    while left := [f"{pid} ({what})" for pid, what in family.items() if is_alive(pid)]:
+        expect(place, time.monotonic() < deadline, f"left behind: {', '.join(left)}")
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
     try:
-        for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-            environment = dict(
-                entry.split(b"=", 1)
-                for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-                if b"=" in entry
-            )
-            if b"RANK" in environment:
-                found[int(environment[b"RANK"])] = int(child)
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
-        return {}
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Return the process ids of all children of a process and of theirs, each with what it is."""
+    found: dict[int, str] = {}
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        for child in children:
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            found[child] = "a rank" if any(entry.startswith(b"RANK=") for entry in environment) else "a worker"
+            found |= descendants(child)
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has just ended
+        return found
     return found
-
-
-def losses(folder: Path) -> list[Any]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row.get("eval_loss")) for row in rows]
 
 
 if __name__ == "__main__":

@@ -30,10 +30,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `folder` at the end; if the block raises, `folder` stays as it was."""
-    temporary = folder.with_name(f".{folder.name}.writing")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    """Yield a temporary folder that becomes `folder` at the end; if the block raises, `folder` stays as it was.
+
+    If `folder` is a link, the folder that it leads to is written.
+    """
+    folder = folder.resolve()
+    temporary = _aside(folder)
+    delete_aside(folder)
     temporary.mkdir(parents=True)
     yield temporary
     for file in temporary.rglob("*"):  # on the disk before the folder gets its name
@@ -55,6 +58,16 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return f"{crc:08x}"
+
+
+def delete_aside(folder: Path) -> None:
+    """Delete what a killed or failed `written_aside` has left of a folder."""
+    if (temporary := _aside(folder.resolve())).exists():
+        shutil.rmtree(temporary)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.writing")
 
 
 @contextmanager

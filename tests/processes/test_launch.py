@@ -502,14 +502,15 @@ def test_deepspeeds_launcher_starts_the_ranks_of_a_hostfile(scenario: str, start
 def joined(arguments: Any) -> Any:
     """Open the run's folder as `train` does, and once more while it is open; return the results. Runs on each rank."""
     from chunkflow_cli.engine import close_process_group
-    from chunkflow_cli.training.joining import open_folder, watched
+    from chunkflow_cli.training.joining import load_data, open_folder, watched
 
     loaded = launch.with_processes(load(arguments["words"]))
-    folder = open_folder(loaded, None)
+    data = load_data(loaded.config, None)
+    folder = open_folder(loaded, data)
     with watched(folder.path, hang_seconds=0):
         print(f"from rank {os.environ['RANK']}", flush=True)
     try:
-        open_folder(loaded, None)
+        open_folder(loaded, data)
         error = ""
     except UsageError as raised:
         error = str(raised)

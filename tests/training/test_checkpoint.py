@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,22 @@ from torch import Tensor, nn
 
 from chunkflow_cli.config.schema import Dtype, EngineConfig, OptimConfig, OptimizerName
 from chunkflow_cli.engine import Engine, EngineSettings, StateFiles, state_files
+from chunkflow_cli.engine.partitions import kept_partitions
 from chunkflow_cli.engine.state_files import Part, write_parts
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.training import checkpoint as checkpoints
+from chunkflow_cli.training import checkpoint_folder
 from chunkflow_cli.training.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint
-from chunkflow_cli.training.run_folder import newest_checkpoint
+from chunkflow_cli.training.checkpoint_folder import (
+    check_files,
+    describe_file,
+    newest_checkpoint,
+    read_state,
+    set_aside,
+    steps_of,
+    write_state,
+)
+from chunkflow_cli.training.identity import FileShare, RunIdentity
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -230,9 +244,14 @@ class Engineless:
         self.loaded = whole(StateFiles(folder), "weight")
 
 
+IDENTITY = RunIdentity((FileShare("a.jsonl", 3, 12, "0f"),), (), {"train.global_batch_size": 2}, {}, {})
+
+
 def save(folder: Path, step: int, *, keep: int = 2, rank: int = 0, ranks: int = 1) -> Path:
     engine: Any = Engineless(float(step), rank, ranks)
-    return save_checkpoint(folder, engine, Progress(step=step), random_states(), layout="one process", keep=keep)
+    return save_checkpoint(
+        folder, engine, Progress(step=step), random_states(), layout="one process", keep=keep, identity=IDENTITY
+    )
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -260,9 +279,9 @@ def die_while_saving(arguments: tuple[str, int, str]) -> None:
 
             state_files.save_file = write_one
         elif moment == "before state.json":
-            checkpoints.write_json = die
+            checkpoints.write_state = die
         elif moment == "before the new name":
-            checkpoints._sync_folder = die
+            checkpoint_folder._sync_folder = die
         else:
             assert moment == "between two names"
             rename = Path.rename
@@ -351,6 +370,28 @@ def test_the_same_step_again_and_the_oldest_deleted(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["step-100000000"]
 
 
+def test_what_was_just_saved_is_never_deleted(tmp_path: Path) -> None:
+    """Checkpoints of higher steps, which a run from an earlier one leaves behind, do not count as newer."""
+    for step in (90, 100):
+        save(tmp_path, step)
+    assert save(tmp_path, 11, keep=1).is_dir()
+    assert [path.name for path in steps_of(tmp_path)] == ["step-00000011"]
+
+
+def test_steps_that_are_trained_again_are_moved_aside_with_their_metrics(tmp_path: Path) -> None:
+    folder, metrics = tmp_path / "checkpoints", tmp_path / "metrics.jsonl"
+    metrics.write_text("rows")
+    for step in (1, 2, 3):
+        save(folder, step, keep=9)
+    aside = set_aside(folder, steps_of(folder)[1:], metrics)
+    assert aside is not None
+    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000002", "step-00000003"]
+    check_files(aside / "step-00000003", read_state(aside / "step-00000003").files)
+    assert [path.name for path in steps_of(folder)] == ["step-00000001"]
+    assert newest_checkpoint(tmp_path) == folder / "step-00000001"
+    assert set_aside(folder, [], metrics) is None
+
+
 def test_random_states_are_restored_or_reseeded(tmp_path: Path) -> None:
     """A rank restores its own state; if the number of ranks has changed, seed, step and rank give a new one."""
     engine: Any = Engineless(0.0)
@@ -360,8 +401,7 @@ def test_random_states_are_restored_or_reseeded(tmp_path: Path) -> None:
     resumed = load_checkpoint(saved, engine, seed=0)
     assert torch.equal(torch.rand(3), expected)
     assert not resumed.is_reseeded
-    state = json.loads((saved / "state.json").read_text())
-    (saved / "state.json").write_text(json.dumps({**state, "processes": 4}))
+    write_state(saved, replace(read_state(saved), processes=4))
     drawn = []
     for seed in (0, 0, 1):
         assert load_checkpoint(saved, engine, seed=seed).is_reseeded
@@ -377,6 +417,7 @@ def test_random_numbers_of_another_kind_of_device_are_not_taken_over(tmp_path: P
     states = torch.load(path, weights_only=True)
     here = states["cuda"]
     torch.save({**states, "cuda": torch.zeros(16, dtype=torch.uint8) if here is None else None}, path)
+    write_state(saved, replace(read_state(saved), files={f.name: describe_file(f) for f in saved.glob("*-*")}))
     assert load_checkpoint(saved, engine, seed=0).is_reseeded
 
 
@@ -390,8 +431,80 @@ def test_an_older_format_is_refused_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has format 1(.|\n)*checkpoint\.resume=never"):
         load_checkpoint(saved, engine, seed=0)
     (saved / "state.json").unlink()
-    with pytest.raises(RunError, match="not a complete checkpoint"):
+    with pytest.raises(RunError, match=r"is damaged: state\.json is missing"):
         load_checkpoint(saved, engine, seed=0)
+
+
+def damage(path: Path, kind: str, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    at = rng.randrange(len(content))
+    if kind == "a flipped bit":
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == "zeros":
+        content[at : at + 64] = bytes(len(content[at : at + 64]))
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "longer":
+        content += b"\n"
+    elif kind == "empty":
+        content.clear()
+    elif kind == "another file":
+        content[:] = b"[]"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["a flipped bit", "zeros", "cut", "longer", "empty", "another file", "missing"])
+def test_any_damage_of_any_file_is_found_and_named(kind: str, tmp_path: Path) -> None:
+    """At random places of every file: nothing is loaded, the file and the checkpoint before it are named."""
+    engine: Any = Engineless(0.0)
+    before, saved = save(tmp_path, 1), save(tmp_path, 2)
+    rng = random.Random(5)
+    for path in sorted(saved.iterdir()):
+        whole_content = path.read_bytes()
+        for _ in range(40 if kind in ("a flipped bit", "zeros", "cut") else 1):
+            damage(path, kind, rng)
+            if kind == "missing":
+                path.unlink()
+            elif path.read_bytes() == whole_content or (path.name == "state.json" and same_json(path, whole_content)):
+                continue
+            with pytest.raises(RunError) as error:
+                load_checkpoint(saved, engine, seed=0)
+            assert f"the checkpoint {saved} is damaged" in str(error.value)
+            assert path.name in str(error.value)
+            assert f"checkpoint.resume={before}" in str(error.value)
+            assert engine.loaded is None
+            path.write_bytes(whole_content)
+    load_checkpoint(saved, engine, seed=0)
+    assert torch.equal(engine.loaded, torch.full((10, 100), 2.0))
+
+
+def same_json(path: Path, content: bytes) -> bool:
+    """Return whether a change was in white space only."""
+    try:
+        return bool(json.loads(path.read_bytes()) == json.loads(content))
+    except ValueError:
+        return False
+
+
+def test_files_of_another_checkpoint_are_named(tmp_path: Path) -> None:
+    """Each is whole, and together they would be taken for one checkpoint."""
+    engine: Any = Engineless(0.0)
+    one, two = save(tmp_path, 1), save(tmp_path, 2)
+    name = "state-00000-00000.safetensors"
+    (two / name).write_bytes((one / name).read_bytes())
+    with pytest.raises(RunError, match=rf"{name}: its content is not what was written"):
+        load_checkpoint(two, engine, seed=0)
+    two = save(tmp_path, 2)
+    (two / "state-00001-00000.safetensors").write_bytes((one / name).read_bytes())
+    with pytest.raises(RunError, match=r"state-00001-00000\.safetensors does not belong to it"):
+        load_checkpoint(two, engine, seed=0)
+
+
+@pytest.mark.parametrize("named", [{}, {"optimizer": "sgd"}, {"optimizer": "sgd", "parameters": "[1]"}])
+def test_a_file_that_is_no_part_of_a_checkpoint_is_named(named: dict[str, str], tmp_path: Path) -> None:
+    state_files.save_file({"weight:0:x": torch.ones(3)}, tmp_path / "state-00000-00000.safetensors", named or None)
+    with pytest.raises(RunError, match=r"state-00000-00000\.safetensors is damaged, or not a file of a checkpoint"):
+        StateFiles(tmp_path)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,6 +575,39 @@ def refusals(root: str) -> dict[str, str]:
             engine(model, optim).load(folder)
         said[name] = str(error.value)
     return said
+
+
+def spoilt_on_one_rank(_: Any) -> dict[str, str | None]:
+    """Return what each engine says of its numbers when all are finite, and when one of the last rank's is not."""
+    said: dict[str, str | None] = {}
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    for stage, dtype in ((0, "float32"), (2, "float32"), (1, "bfloat16"), (3, "bfloat16")):
+        engine = engine_of(stage, dtype, OPTIMIZERS["adamw"], seed=0)
+        train(engine, range(1))
+        said[f"ZeRO-{stage} {dtype} finite"] = engine.first_not_finite()
+        part = kept_partitions(engine._engine, engine._trained)[-1]
+        weight, state = part.of(part.stepped), part.of(engine._optimizer.state[part.stepped]["exp_avg_sq"])
+        for numbers, what, bad in (
+            (weight, "nan", math.nan), (weight, "inf", -math.inf), (weight, "large", 3.4e38), (state, "state", math.inf),
+        ):  # fmt: skip
+            good = float(numbers[-1])
+            if is_last:
+                numbers[-1] = bad
+            said[f"ZeRO-{stage} {dtype} {what}"] = engine.first_not_finite()
+            numbers[-1] = good
+    return said
+
+
+def test_a_number_that_is_not_finite_is_found_wherever_it_is() -> None:
+    """On one rank's part: all ranks learn of it. 3.4e38 is a number in float32, and infinity in bfloat16."""
+    first, second = run_ranks(2, "test_checkpoint:spoilt_on_one_rank")
+    assert first == second
+    for case, said in first.items():
+        if case.endswith((" finite", "float32 large")):
+            assert said is None, case
+        else:
+            assert said is not None, case
+            assert said.startswith("the exp avg sq of " if case.endswith("state") else "the weight of "), case
 
 
 def test_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_a_run_goes_on_in_another_layout_with_other_chunks(uninterrupted: Path, 
     mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
     assert all(float((mine[name] - theirs[name]).abs().max()) < 1e-4 for name in theirs)
     refused = train(*RECIPE, "optim.lr=0.5", cwd=tmp_path, code=2)
-    assert "different: optim.lr" in refused.stderr
+    assert "optim.lr was 0.001 and is 0.5" in refused.stderr
 
 
 def test_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.saving import save_model, save_tokenizer
 from chunkflow_cli.training.adapters import BASE
-from chunkflow_cli.training.run_folder import CONFIG
+from chunkflow_cli.training.saved_config import CONFIG
 
 
 def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from chunkflow_cli.config.load import load, read_overrides
 from chunkflow_cli.config.overrides import parse_overrides
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import RunError
-from chunkflow_cli.processes import worker
+from chunkflow_cli.processes import environment, worker
 
 
 def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Result:
@@ -81,8 +82,14 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
         options = ["--config-dir", config_dir] if config_dir is not None else []
         kept = [word for word in words if not word.startswith("train.output_dir=")]
         command = [sys.executable, "-m", "chunkflow_cli", "train", *options, *kept, f"train.output_dir={folder}"]
-        code = _wait_for(subprocess.Popen(command, stdout=sys.stderr if json_output else None))
+        marked = {**os.environ, environment.SWEEP: str(number)}
+        code = _wait_for(subprocess.Popen(command, env=marked, stdout=sys.stderr if json_output else None))
         if code == 130:
+            console.print(
+                f"To go on with all runs, give the same command with train.output_dir={root}",
+                markup=False,
+                soft_wrap=True,
+            )
             raise KeyboardInterrupt
         runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code})
         if code != 0:

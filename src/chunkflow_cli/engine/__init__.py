@@ -1,6 +1,6 @@
 """The training engine: the only room that imports deepspeed."""
 
-from chunkflow_cli.engine.agreement import all_or_none, own_rank, process_count
+from chunkflow_cli.engine.agreement import all_or_none, gather, own_rank, process_count
 from chunkflow_cli.engine.data_parallel import Engine
 from chunkflow_cli.engine.distributed import (
     PATIENCE,
@@ -30,6 +30,7 @@ __all__ = [
     "check_settings",
     "close_process_group",
     "deepspeed_config",
+    "gather",
     "import_deepspeed",
     "init_process_group",
     "join_processes",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
 
 from torch import distributed
 
 from chunkflow_cli.errors import RunError, UsageError
+
+Value = TypeVar("Value")
 
 
 def own_rank() -> int:
@@ -18,6 +21,15 @@ def own_rank() -> int:
 def process_count() -> int:
     """Return the number of processes in the run; 1 outside of a process group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def gather(value: Value) -> list[Value]:
+    """Return the value that each process gives, by rank; any object that can be pickled. Every rank calls it."""
+    if process_count() == 1:
+        return [value]
+    values: list[Value | None] = [None] * process_count()
+    distributed.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from chunkflow_cli.engine import internals
-from chunkflow_cli.engine.agreement import all_or_none, own_rank
+from chunkflow_cli.engine.agreement import all_or_none, gather, own_rank
 from chunkflow_cli.engine.distributed import import_deepspeed, quiet
 from chunkflow_cli.engine.interface import TrainingEngine
 from chunkflow_cli.engine.partitions import check_fits, equal_share, kept_partitions, parts_to_write, read_partitions
 from chunkflow_cli.engine.settings import EngineSettings
-from chunkflow_cli.engine.state_files import StateFiles, write_parts
+from chunkflow_cli.engine.state_files import WEIGHT, StateFiles, write_parts
 from chunkflow_cli.errors import RunError
 
 
@@ -110,6 +110,15 @@ class BaseEngine(TrainingEngine):
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
+    def first_not_finite(self) -> str | None:
+        found = None
+        for part in parts_to_write(kept_partitions(self._engine, self._trained), self._optimizer):
+            for kind, tensor in part.tensors.items():
+                dtype = self._trained[part.parameter].dtype if kind == WEIGHT else tensor.dtype
+                if found is None and not _is_finite(tensor, dtype):
+                    found = f"the {kind.replace('_', ' ')} of {part.parameter}"
+        return next((answer for answer in gather(found) if answer is not None), None)
+
     def save(self, folder: Path) -> None:
         elsewhere = self._saved_elsewhere()
         kept = [part for part in kept_partitions(self._engine, self._trained) if part.parameter not in elsewhere]
@@ -127,3 +136,8 @@ class BaseEngine(TrainingEngine):
     def _saved_elsewhere(self) -> frozenset[str]:
         """Return the names of the parameters that another stage holds too, and saves."""
         return frozenset()
+
+
+def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether all numbers of a tensor are finite, and stay so in a data type. Takes no memory of its size."""
+    return bool(torch.stack(torch.aminmax(tensor)).to(dtype).isfinite().all())

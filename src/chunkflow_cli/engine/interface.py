@@ -68,6 +68,14 @@ class TrainingEngine(Protocol):
         """
 
     @abstractmethod
+    def first_not_finite(self) -> str | None:
+        """Return the first weight or optimizer state that is NaN or infinite, in words; None if all are finite.
+
+        Weights are looked at in the data type of the model as well, which may hold smaller numbers than the optimizer.
+        The answer is the same on every rank. All ranks call it.
+        """
+
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights and optimizer states into an existing folder. All ranks call it."""
 

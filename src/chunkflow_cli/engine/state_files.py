@@ -144,20 +144,23 @@ class StateFiles:
     def _index(self, path: Path) -> None:
         try:
             file = safe_open(path, framework="pt")  # memory-mapped: keeps no file open
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{path} is damaged: {error}") from error
+            metadata = file.metadata()
+            optimizer, parameters = metadata["optimizer"], json.loads(metadata["parameters"])
+            for parameter, described in parameters.items():
+                self.shapes[parameter] = tuple(described["shape"])
+                self.scalars[parameter] = described["scalars"]
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                kind, start, parameter = key.split(":", 2)
+                (count,) = file.get_slice(key).get_shape()
+                self._pieces[parameter, kind].append(_Piece(int(start), int(start) + count, path, key))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{path} is damaged, or not a file of a checkpoint: {error}") from error
         self._files[path] = file
-        metadata = file.metadata()
-        self.optimizer = metadata["optimizer"]
-        for parameter, described in json.loads(metadata["parameters"]).items():
-            self.shapes[parameter] = tuple(described["shape"])
-            self.scalars[parameter] = described["scalars"]
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            kind, start, parameter = key.split(":", 2)
-            (count,) = file.get_slice(key).get_shape()
-            self._pieces[parameter, kind].append(_Piece(int(start), int(start) + count, path, key))
+        self.optimizer = optimizer
 
     def _check_whole(self, parameter: str, kind: str, pieces: list[_Piece]) -> None:
+        if parameter not in self.shapes:
+            raise RunError(f"{pieces[0].file} is damaged: it holds the {kind} of {parameter}, and not its shape")
         numbers, reached = math.prod(self.shapes[parameter]), 0
         for piece in pieces:
             if piece.start != reached:

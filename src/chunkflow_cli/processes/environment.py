@@ -20,6 +20,8 @@ RUN_FOLDER = "CHUNKFLOW_RUN_FOLDER"
 """Environment variable of a worker: the folder of its run."""
 LAUNCHER_PID = "CHUNKFLOW_LAUNCHER_PID"
 """Environment variable of a worker that our launcher started as its own child: the launcher's process id."""
+SWEEP = "CHUNKFLOW_SWEEP"
+"""Environment variable of a run that `train --multirun` started."""
 THREADS_OF_USER = "CHUNKFLOW_OMP_NUM_THREADS"
 """Environment variable: the user's OMP_NUM_THREADS, before the cores were divided among ranks; empty if unset."""
 
@@ -56,6 +58,11 @@ def worker_folder() -> Path | None:
     """Return the run folder that our launcher opened and locked for this worker; None in any other process."""
     path = os.environ.get(RUN_FOLDER)
     return None if path is None else Path(path)
+
+
+def is_run_of_sweep() -> bool:
+    """Return whether `train --multirun` started this run."""
+    return SWEEP in os.environ
 
 
 def is_started_by_launcher() -> bool:

@@ -4,39 +4,45 @@ A checkpoint is a folder step-<step> with
 
     state-<rank>-<number>.safetensors   weights and optimizer states, independent of the layout (engine/state_files.py)
     random-<rank>.pt                    the random states of each rank
-    state.json                          format, layout, and how far the run has come
+    state.json                          how far the run has come, over which data, and the checksums of these files
 
 All ranks write it under another name, and the first rank renames it when every file of every rank is on the disk. So a
-folder of that name is complete, no matter when a process dies.
+folder of that name is complete, no matter when a process dies. `checkpoint_folder.py` knows names and checksums.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 
 from chunkflow_cli.config.schema import EngineConfig, Offload
-from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, own_rank, process_count
-from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.files import write_json, written_aside
+from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, gather, own_rank, process_count
+from chunkflow_cli.errors import RunError
+from chunkflow_cli.files import written_aside
 from chunkflow_cli.model.adapters import save_adapters
 from chunkflow_cli.model.saving import save_model, save_tokenizer
 from chunkflow_cli.planning.topology import Topology
+from chunkflow_cli.training.checkpoint_folder import (
+    SavedState,
+    check_files,
+    damaged,
+    delete_old,
+    describe_file,
+    put_in_place,
+    read_state,
+    write_state,
+)
+from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.progress import Progress
-from chunkflow_cli.training.run_folder import REPLACED
 
 AnyEngine = Engine | PipelineEngine
-
-FORMAT = 2
-"""The format of the folder. Format 1, which had no number, held DeepSpeed's own files, and only the layout that wrote
-them could read them."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,9 @@ def describe_layout(topology: Topology, engine: EngineConfig) -> str:
 
 
 def save_checkpoint(
-    folder: Path, engine: AnyEngine, progress: Progress, generators: dict[str, Any], *, layout: str, keep: int
-) -> Path:
+    folder: Path, engine: AnyEngine, progress: Progress, generators: dict[str, Any], *, layout: str, keep: int,
+    identity: RunIdentity | None,
+) -> Path:  # fmt: skip
     """Write `folder`/step-<step>, complete or not at all, and return it; then delete all but the newest `keep`.
 
     Every rank calls it.
@@ -68,9 +75,10 @@ def save_checkpoint(
         generators: the random states after `progress.step` steps; an interrupted step has drawn more numbers since.
         layout: the current layout in words.
         keep: number of checkpoints to keep, at least 1.
+        identity: what the run is made of; the first rank gives it.
 
     Raises:
-        RunError: a rank could not write; earlier checkpoints are untouched.
+        RunError: a number is not finite, or a rank could not write; earlier checkpoints are untouched.
     """
     target = folder / f"step-{progress.step:08d}"
     temporary = folder / f".{target.name}.writing"
@@ -84,18 +92,23 @@ def save_checkpoint(
             raise RunError(f"{temporary} does not exist here: train.output_dir must be on a disk that all nodes share")
         engine.save(temporary)
         _save_random_states(temporary / _random_name(own_rank()), generators)
+    own = [*temporary.glob(f"state-{own_rank():05d}-*"), temporary / _random_name(own_rank())]
+    files = gather({path.name: describe_file(path) for path in own})
     with all_or_none(what):
         if own_rank() == 0:
+            assert identity is not None
             StateFiles(temporary)  # raises an error if a number is missing
-            state = {"format": FORMAT, "layout": layout, "processes": process_count(), "progress": asdict(progress)}
-            write_json(temporary / "state.json", state)
-            _put_in_place(temporary, target)
-            _delete_old(folder, keep)
+            listed = {name: described for of_rank in files for name, described in of_rank.items()}
+            write_state(temporary, SavedState(progress, layout, process_count(), identity, listed))
+            put_in_place(temporary, target)
+            delete_old(folder, target, keep)
     return target
 
 
 def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resumed:
     """Load what `save_checkpoint` saved, on any number of ranks and any layout. Every rank calls it.
+
+    Every file is compared with its checksum before anything is loaded; the ranks share this work.
 
     Args:
         seed: the seed of the run. If the number of ranks has changed, random states are drawn from this seed, the step
@@ -105,22 +118,15 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
         RunError: a file of it is missing or damaged.
         UsageError: it has an earlier format, or belongs to another model or optimizer.
     """
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{checkpoint} is not a complete checkpoint: {error}") from error
-    if state.get("format", 1) != FORMAT:
-        raise UsageError(
-            f"{checkpoint} has format {state.get('format', 1)}, and this version reads format {FORMAT}\n"
-            "  finish that run with the version that started it, or start a new one with checkpoint.resume=never"
-        )
+    with all_or_none(f"reading {checkpoint}"):
+        state = read_state(checkpoint)
+        check_files(checkpoint, state.files, share=slice(own_rank(), None, process_count()))
     engine.load(checkpoint)
-    progress = Progress(**state["progress"])
-    random_path = checkpoint / _random_name(own_rank())
-    is_reseeded = state["processes"] != process_count() or not _load_random_states(random_path)
+    progress = state.progress
+    is_reseeded = state.processes != process_count() or not _load_random_states(checkpoint, own_rank())
     if is_reseeded:
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, own_rank()]).generate_state(1)[0]))
-    return Resumed(progress, state["layout"], is_reseeded)
+    return Resumed(progress, state.layout, is_reseeded)
 
 
 def save_final(
@@ -165,46 +171,19 @@ def _save_random_states(path: Path, generators: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _load_random_states(path: Path) -> bool:
+def _load_random_states(checkpoint: Path, rank: int) -> bool:
     """Restore random states, and return True; return False if they belong to another kind of device.
 
     A GPU cannot continue the numbers that a CPU has drawn.
     """
+    path = checkpoint / _random_name(rank)
     try:
         generators = torch.load(path, weights_only=True)
-    except OSError as error:
-        raise RunError(f"{path.parent} is not a complete checkpoint: {error}") from error
-    if (generators["cuda"] is not None) != torch.cuda.is_available():
-        return False
-    torch.set_rng_state(generators["cpu"])
-    if generators["cuda"] is not None:
+        is_same_device = (generators["cuda"] is not None) == torch.cuda.is_available()
+        if is_same_device:
+            torch.set_rng_state(generators["cpu"])
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, UnpicklingError) as error:
+        raise damaged(checkpoint, f"{path.name} holds no random states: {error}") from error
+    if is_same_device and generators["cuda"] is not None:
         torch.cuda.set_rng_state(generators["cuda"])
-    return True
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Give a checkpoint its name. An earlier one of the same step keeps a findable name until then."""
-    _sync_folder(temporary)
-    aside = target.with_name(f".{target.name}{REPLACED}")
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    temporary.rename(target)
-    _sync_folder(target.parent)
-
-
-def _delete_old(folder: Path, keep: int) -> None:
-    """Delete old checkpoints. Each is renamed first, so that one half deleted is never taken for a complete one."""
-    for old in sorted(folder.glob("step-[0-9]*[0-9]"))[:-keep]:
-        old.rename(old.with_name(f".{old.name}.deleting"))
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return is_same_device

@@ -5,7 +5,12 @@ Nothing is lost silently: the report accounts for every sample and every target,
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +21,19 @@ from chunkflow_cli.data.dataset import has_evaluation_data
 from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
-from chunkflow_cli.files import write_json
+from chunkflow_cli.files import delete_aside, write_json
 from chunkflow_cli.model.adapters import adapter_card
 from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.training.checkpoint import save_final
+from chunkflow_cli.training.checkpoint_folder import delete_leftovers, newest_checkpoint
 from chunkflow_cli.training.hardware import agreed_peak_flops, peak_memory_bytes
 from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
 from chunkflow_cli.training.recorder import merge
-from chunkflow_cli.training.steps import save_progress
+from chunkflow_cli.training.steps import refuse_spoilt_weights, save_progress
 from chunkflow_cli.training.stopping import stop_where_answers_end
 
 
@@ -35,14 +41,22 @@ def finish(run: Prepared, state: RunState) -> dict[str, Any]:
     """Write the trace, the model and the report, and return the content of report.json. Every process calls it.
 
     Raises:
-        RunError: the model could not be saved, or the accounting does not add up.
+        RunError: a weight is not finite, the model could not be saved, or the accounting does not add up.
     """
+    refuse_spoilt_weights(run, state)
     _write_trace(run)
     _save_model(run, state)
     report = _make_report(run, state.progress)
     _check_accounting(report, run.plan.batches)
     if run.processes.is_first:
-        write_json(run.folder.report, report)
+        delete_leftovers(run.folder.checkpoints)
+        try:
+            write_json(run.folder.report, report)
+        except OSError as error:
+            raise RunError(
+                f"{run.folder.report} could not be written: {error.strerror}\n"
+                f"  the model is in {run.folder.final}; make room, and give the same command again"
+            ) from error
     return report
 
 
@@ -57,7 +71,14 @@ def _write_trace(run: Prepared) -> None:
 
 
 def _save_model(run: Prepared, state: RunState) -> None:
-    """Save the model into `final/`. If that fails (a full disk), save a checkpoint, so that no training is lost."""
+    """Save the model into `final/`. If that fails (a full disk), save what was learned in another way.
+
+    A checkpoint comes first, because the same command then finishes the run. It takes three times the room, so the next
+    is the model itself in the folder for temporary files, which is often on another disk.
+
+    Raises:
+        RunError: names final/, why it could not be saved, and where to find what was learned.
+    """
     model = run.config.model
     state.at("saving the model")
     tokenizer = None
@@ -70,13 +91,58 @@ def _save_model(run: Prepared, state: RunState) -> None:
     is_whole = not run.parts.engine.is_stage
     whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
     card = adapter_card(model, run.parts.model) if model.lora.enabled else ""
-    try:
+
+    def save(folder: Path) -> None:
         with working(run.console, "saving the model"):
-            save_final(run.folder.final, run.parts.model, tokenizer, run.parts.engine, skeleton=whole, card=card)
-    except Exception:
+            save_final(folder, run.parts.model, tokenizer, run.parts.engine, skeleton=whole, card=card)
+
+    try:
+        save(run.folder.final)
+    except Exception as error:
+        if run.processes.is_first:
+            delete_aside(run.folder.final)  # its half would take the room that the checkpoint needs
+        raise RunError(
+            f"the model could not be saved to {run.folder.final}: {_reason(error)}\n  {_rescue(run, state, save)}"
+        ) from error
+
+
+def _rescue(run: Prepared, state: RunState, save: Callable[[Path], None]) -> str:
+    """Save what was learned, and say where. Every process calls it."""
+    try:
         path = save_progress(run, state)
-        run.console.print(f"The model could not be saved; its weights are in {path}", soft_wrap=True)
-        raise
+        return f"what was learned is in {path}: make room, and the same command finishes the run"
+    except Exception as error:
+        no_checkpoint = _reason(error)
+    if run.processes.is_first:
+        shutil.rmtree(run.folder.checkpoints / f".step-{state.progress.step:08d}.writing", ignore_errors=True)
+    elsewhere = run.processes.gather(_folder_elsewhere(run))[0]
+    try:
+        save(elsewhere)
+        return (
+            f"the model is in {elsewhere} instead: move it away from there\n"
+            f"  a checkpoint could not be saved either: {no_checkpoint}"
+        )
+    except Exception as error:
+        newest = newest_checkpoint(run.folder.path)
+        lost = "all steps are lost" if newest is None else f"the steps after {newest} are lost"
+        return (
+            f"a checkpoint could not be saved either ({no_checkpoint}), nor the model in {elsewhere} "
+            f"({_reason(error)}): {lost}"
+        )
+
+
+def _folder_elsewhere(run: Prepared) -> Path:
+    """Return a new folder for temporary files on the first process, which is the one that saves; any path on others."""
+    try:
+        folder = tempfile.mkdtemp(prefix="chunkflow-") if run.processes.is_first else tempfile.gettempdir()
+    except OSError:
+        folder = os.devnull  # the save will fail and say why
+    return Path(folder, "final")
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return text.partition("\n")[0]
 
 
 def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
@@ -97,7 +163,6 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
         "steps": progress.step,
         "epochs": progress.step / batches.steps_per_epoch,
         "longest_sample": longest,
-        "chunk_size": config.chunk.size,
         "k": config.chunk.k,
         "lora": config.model.lora.enabled,
         "tokens_per_second": progress.tokens_trained / seconds,

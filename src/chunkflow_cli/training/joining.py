@@ -19,31 +19,36 @@ from chunkflow_cli.processes.hang_watch import watched_together
 from chunkflow_cli.processes.heartbeat import Heartbeat
 from chunkflow_cli.processes.watch_folder import WatchFolder
 from chunkflow_cli.processes.worker import heartbeat, redirect_output
+from chunkflow_cli.training.identity import identify
 from chunkflow_cli.training.inputs import RunData, load_run_data
 from chunkflow_cli.training.run_folder import RunFolder, open_run_folder, shared_run_folder
 
 
-def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> RunFolder:
+def open_folder(loaded: LoadedConfig, data: RunData | None) -> RunFolder:
     """Return the folder of the run, opened and locked once for all ranks.
 
     If torchrun or deepspeed started the ranks, rank 0 opens the folder and sends its path to the others. That needs a
     process group, whose collectives would not wait for tokenisation, so the data is tokenised first.
 
+    Args:
+        data: None in a worker of our launcher, which has opened the folder.
+
     Raises:
-        UsageError: the folder or the data is wrong; on all ranks.
+        UsageError: the folder is wrong; on all ranks.
+        RunError: the checkpoint to continue from is damaged; on all ranks.
     """
     resume = loaded.config.checkpoint.resume
     if (given := worker_folder()) is not None:
         return shared_run_folder(given, resume)
+    assert data is not None
     if processes() == 1:
-        return open_run_folder(loaded)
-    load_data(loaded.config, hf_config)
+        return open_run_folder(loaded, identify(loaded.config, data))
     init_process_group(training_device())
     opened: RunFolder | None = None
     answer: Path | ChunkflowError | None = None
     if rank() == 0:
         try:
-            opened = open_run_folder(loaded)
+            opened = open_run_folder(loaded, identify(loaded.config, data))
             answer = opened.path
             WatchFolder(answer).prepare()
         except ChunkflowError as error:

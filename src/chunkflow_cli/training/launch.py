@@ -75,6 +75,7 @@ def run(
 
     from chunkflow_cli.console import stdout_console
     from chunkflow_cli.training.display import print_training_summary
+    from chunkflow_cli.training.identity import identify
     from chunkflow_cli.training.inputs import load_run_data
     from chunkflow_cli.training.requirements import check_requirements
     from chunkflow_cli.training.run_folder import open_run_folder
@@ -86,8 +87,8 @@ def run(
     _check_devices(config.launch.processes, hosts, gpus)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
-    load_run_data(config, hf_config)  # tokenises once, into the cache in which every rank finds it
-    folder = open_run_folder(loaded)
+    data = load_run_data(config, hf_config)  # tokenises once, into the cache in which every rank finds it
+    folder = open_run_folder(loaded, identify(config, data))
     try:
         report = folder.report_of_finished()
         if report is None:

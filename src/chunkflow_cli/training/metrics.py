@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from chunkflow_cli.config.schema import LogBackend
+from chunkflow_cli.errors import RunError
 from chunkflow_cli.files import write_atomically
 
 
@@ -35,30 +38,36 @@ class StepMetrics:
 
 @contextmanager
 def metric_files(
-    backends: Sequence[LogBackend], run_folder: Path, first_step: int
+    backends: Sequence[LogBackend], path: Path, first_step: int
 ) -> Iterator[Callable[[StepMetrics], None]]:
     """Open the metric files of a run, and yield a function that writes a row to all of them.
 
     Args:
+        path: metrics.jsonl in the run's folder.
         first_step: rows of this step and later ones, which an earlier attempt has left, are dropped.
+
+    Raises:
+        RunError: metrics.jsonl holds something else, or cannot be written.
     """
     with ExitStack() as opened:
         jsonl = tensorboard = None
         if LogBackend.jsonl in backends:
-            path = run_folder / "metrics.jsonl"
-            _keep_rows_before(path, first_step)
-            jsonl = opened.enter_context(path.open("a", encoding="utf-8"))
+            with _explained(path):
+                _keep_rows_before(path, first_step)
+                jsonl = opened.enter_context(path.open("ab", buffering=0))
         if LogBackend.tensorboard in backends:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
             tensorboard = opened.enter_context(closing(writer))
 
         def write(row: StepMetrics) -> None:
             values = {name: value for name, value in asdict(row).items() if value is not None}
             if jsonl is not None:
-                jsonl.write(json.dumps(values) + "\n")
-                jsonl.flush()
+                line = json.dumps(values).encode() + b"\n"
+                with _explained(path):
+                    if jsonl.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if tensorboard is not None:
                 for name, value in values.items():
                     if name != "step":
@@ -67,17 +76,46 @@ def metric_files(
         yield write
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block as a RunError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written: {error.strerror}\n"
+            "  make room, or make it writable; the same command goes on from the last checkpoint"
+        ) from error
+
+
 def _keep_rows_before(path: Path, first_step: int) -> None:
-    """Drop the rows that a killed run wrote after its last checkpoint, and a last line that is half written."""
+    """Drop the rows that a killed run wrote after its last checkpoint, and an end that is half written.
+
+    Raises:
+        RunError: another line is not a row.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        step = _step_of(line)
+        if step is None:
+            raise RunError(
+                f"{path}:{number} is not a row of metrics: the file is damaged, or of something else\n"
+                "  move it away: the run goes on without the rows in it"
+            )
+        if step >= first_step:
             break
-        if row["step"] >= first_step:
-            break
-        kept.append(line + "\n")
+        kept.append(line.decode() + "\n")
     write_atomically(path, "".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a row; None if the line is not a row."""
+    try:
+        row = json.loads(line.decode())
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None

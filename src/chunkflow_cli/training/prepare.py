@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from chunkflow_cli.console import counted, working
 from chunkflow_cli.data.dataset import has_evaluation_data
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.engine import Processes, join_processes
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import BackendChoice, choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
@@ -29,13 +32,16 @@ from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.adapters import begin_with_adapters
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
+from chunkflow_cli.training.checkpoint_folder import set_aside, steps_of
+from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.hardware import agreed_peak_flops
+from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.recorder import Recorder
-from chunkflow_cli.training.run_folder import RunFolder
+from chunkflow_cli.training.run_folder import RunFolder, abandoned_checkpoints
 from chunkflow_cli.training.setup import RunSetup, described_device, planned_topology, read_setup
 
 PROBE_TOKENS = 256
@@ -57,6 +63,8 @@ class Prepared:
     shape: ModelShape
     parts: Assembly
     """The model with its engine and its runner."""
+    identity: RunIdentity | None
+    """What the run is made of; on the first process, which saves it with each checkpoint."""
     learning_rate: Callable[[int], float]
     """The learning rate of each step, counted from 0."""
     peak_flops: float
@@ -81,10 +89,13 @@ class Prepared:
         return _operations_wait(self.plan, self.topology)
 
 
-def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console, state: RunState) -> Prepared:
+def prepare(
+    config: Config, hf_config: Any, data: RunData | None, folder: RunFolder, console: Console, state: RunState
+) -> Prepared:
     """Load everything that the steps of a run need, its last checkpoint included. Every process calls it.
 
     Args:
+        data: None if it is still to be read.
         console: where messages go.
         state: receives the progress of the checkpoint. Later operations ask it whether to stop, and report to it.
 
@@ -102,8 +113,9 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
             begin_with_adapters(config, hf_config, folder, console)
         _prove_parity(config, hf_config, device, dtype, console, state)
 
-    state.at("reading the data")
-    data = load_data(config, hf_config)
+    if data is None:
+        state.at("reading the data")
+        data = load_data(config, hf_config)
     if processes.is_first:
         _write_rejected(config, data, folder, console)
 
@@ -133,11 +145,16 @@ def prepare(config: Config, hf_config: Any, folder: RunFolder, console: Console,
         shape=shape,
         parts=parts,
         peak_flops=agreed_peak_flops(processes, device, dtype),
+        identity=folder.read_identity() if processes.is_first else None,
         learning_rate=learning_rate_schedule(config.optim, plan.steps),
         activation_bytes=_measure_activations(data, parts),
         recorder=Recorder(processes.rank) if config.train.trace else None,
     )
+    if folder.checkpoint is None:
+        _refuse_spoilt_model(prepared, state)
     _resume(prepared, state)
+    if processes.is_first:
+        _warn_of_little_room(prepared)
     return prepared
 
 
@@ -210,16 +227,60 @@ def _measure_activations(data: RunData, parts: Assembly) -> float | None:
 
 
 def _resume(run: Prepared, state: RunState) -> None:
-    """Load the checkpoint that the run continues from, if there is one."""
+    """Load the checkpoint that the run continues from, if there is one.
+
+    Raises:
+        UsageError: it has done more steps than the plan has.
+        RunError: it is damaged.
+    """
     if run.folder.checkpoint is None:
         return
+    state.at("loading the checkpoint")
     resumed = load_checkpoint(run.folder.checkpoint, run.parts.engine, seed=run.config.train.seed)
     state.progress = resumed.progress
     step = resumed.progress.step
-    run.console.print(f"Continuing after step {step} from {run.folder.checkpoint}", soft_wrap=True)
+    if step > run.plan.steps:
+        raise UsageError(
+            f"checkpoint.resume={run.config.checkpoint.resume}: the checkpoint is from after step {step}, and this run "
+            f"has {counted(run.plan.steps, 'step')}\n  raise train.steps or train.epochs, or name an earlier checkpoint"
+        )
+    run.console.print(f"Continuing after step {step} from {run.folder.checkpoint}", markup=False, soft_wrap=True)
+    if run.processes.is_first:
+        _set_later_aside(run, step)
     if resumed.saved_on != run.layout:
         run.console.print(f"  saved on {resumed.saved_on}, continued on {run.layout}", soft_wrap=True)
     if resumed.is_reseeded:
         run.console.print(
             f"  random numbers (dropout) are drawn anew, seeded by train.seed and step {step}", soft_wrap=True
         )
+
+
+def _set_later_aside(run: Prepared, step: int) -> None:
+    """Move the checkpoints of the steps that are about to be trained again out of the way."""
+    abandoned = abandoned_checkpoints(run.folder, step)
+    if (aside := set_aside(run.folder.checkpoints, abandoned, run.folder.metrics)) is not None:
+        names = ", ".join(path.name for path in abandoned)
+        run.console.print(
+            f"  {names}: moved to {aside}, with a copy of the metrics; delete it when you no longer need it",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _refuse_spoilt_model(run: Prepared, state: RunState) -> None:
+    """Refuse a model that holds NaN or infinity: what is trained from it would, too. Every process calls it.
+
+    Raises:
+        UsageError: names the parameter.
+    """
+    state.at("looking for numbers that are not finite")
+    if (found := run.parts.engine.first_not_finite()) is not None:
+        raise UsageError(
+            f"model.path={run.config.model.path}: {found} holds NaN or infinity\n"
+            "  download the model again, or take another one"
+        )
+
+
+def _warn_of_little_room(run: Prepared) -> None:
+    free, saved = shutil.disk_usage(run.folder.path).free, len(steps_of(run.folder.checkpoints))
+    if (warning := warning_of_little_room(run.config, run.shape, free=free, checkpoints=saved)) is not None:
+        print(f"warning: {warning}", file=sys.stderr)

@@ -21,6 +21,8 @@ class Progress:
     target_tokens_trained: int = 0
     tokens_trained: int = 0
     chunks: int = 0
+    chunk_size: int = 0
+    """The largest `chunk.size` of the steps done: a run may go on with another one."""
     recomputed_chunks: int = 0
     train_seconds: float = 0.0
     loss_first: float | None = None
@@ -30,8 +32,9 @@ class Progress:
     eval_step: int | None = None
     """The step after which `eval_loss_end` was measured."""
 
-    def add(self, step: StepPlan, result: StepResult, seconds: float) -> None:
+    def add(self, step: StepPlan, result: StepResult, seconds: float, *, chunk_size: int) -> None:
         """Count a step that is done; `result` holds the loss and the targets of all ranks."""
+        self.chunk_size = max(self.chunk_size, chunk_size)
         self.step += 1
         self.samples_trained += len(step.samples)
         self.target_tokens_planned += step.target_tokens

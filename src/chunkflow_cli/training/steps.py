@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,8 @@ from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.planning.proof import validate_step
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 from chunkflow_cli.training.checkpoint import random_states, save_checkpoint
+from chunkflow_cli.training.checkpoint_folder import newest_checkpoint
+from chunkflow_cli.training.continuation import how_to_go_on
 from chunkflow_cli.training.display import training_display
 from chunkflow_cli.training.hardware import peak_memory_bytes
 from chunkflow_cli.training.held_out import held_out_loss
@@ -23,7 +26,7 @@ from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metric_files
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
-from chunkflow_cli.training.run_folder import CONFIG
+from chunkflow_cli.training.saved_config import CONFIG
 
 NOTHING = StepResult(0.0, 0, 0, ())
 """The result of a process that adds nothing to the loss."""
@@ -33,7 +36,7 @@ def run_steps(run: Prepared, state: RunState) -> None:
     """Train until every step of the plan is done.
 
     Raises:
-        RunError: a loss or a gradient is not finite, or the plan of a step breaks a rule of exact training.
+        RunError: a loss, a gradient or a weight is not finite, or the plan of a step breaks a rule of exact training.
         KeyboardInterrupt: a process was asked to stop, and a checkpoint was saved.
     """
     config, progress, steps = run.config, state.progress, run.plan.steps
@@ -41,13 +44,13 @@ def run_steps(run: Prepared, state: RunState) -> None:
     backends = config.log.backends if run.processes.is_first else []
     with (
         training_display(run.console, steps) as display,
-        metric_files(backends, run.folder.path, progress.step + 1) as write,
+        metric_files(backends, run.folder.metrics, progress.step + 1) as write,
     ):
         display.begin(_tokens_before(steps, run), _tokens_before(progress.step, run))
         try:
             if progress.eval_loss_start is None and progress.step == 0 and len(run.data.evaluation):
                 display.phase("held-out loss")
-                progress.eval_loss_start = held_out_loss(run, state)
+                progress.eval_loss_start = _finite_held_out_loss(run, state)
             while progress.step < steps:
                 _stop_together(run, state)
                 row = _run_step(run, state, display.advance)
@@ -62,14 +65,13 @@ def run_steps(run: Prepared, state: RunState) -> None:
                     save_progress(run, state)
             _stop_together(run, state)
             if len(run.data.evaluation) and progress.eval_step != steps:  # the run was stopped while it was measured
-                progress.eval_loss_end = held_out_loss(run, state)
+                progress.eval_loss_end = _finite_held_out_loss(run, state)
         except Interrupted:
             run.parts.engine.discard_gradients()
             display.phase("saving a checkpoint")
             path = save_progress(run, state)
-            run.console.print(
-                f"Stopped after step {progress.step}. The same command goes on from {path}", soft_wrap=True
-            )
+            going_on = how_to_go_on(config, run.folder.path, path, sys.argv[1:])
+            run.console.print(f"Stopped after step {progress.step}. {going_on}", markup=False, soft_wrap=True)
             raise KeyboardInterrupt from None
 
 
@@ -98,7 +100,7 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
     norm = run.parts.engine.step()
     state.random_states = random_states()
     seconds = time.perf_counter() - start
-    progress.add(step, result, seconds)
+    progress.add(step, result, seconds, chunk_size=run.config.chunk.size)
     flops = training_flops(run.data.train.lengths[step.samples], run.shape)
     return StepMetrics(
         step=progress.step,
@@ -191,23 +193,60 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
 def _with_held_out_loss(row: StepMetrics, run: Prepared, state: RunState) -> StepMetrics:
     """Return the row with the held-out loss, or without it if the user stops the run meanwhile: the step is done."""
     try:
-        loss = held_out_loss(run, state)
+        loss = _finite_held_out_loss(run, state)
     except Interrupted:
         return row
     state.progress.eval_loss_end, state.progress.eval_step = loss, row.step
     return replace(row, eval_loss=loss)
 
 
+def _finite_held_out_loss(run: Prepared, state: RunState) -> float:
+    """Return `held_out_loss`. Every process calls it.
+
+    Raises:
+        RunError: it is not finite.
+        Interrupted: a process was asked to stop.
+    """
+    loss = held_out_loss(run, state)
+    if not np.isfinite(loss):
+        step = state.progress.step
+        when = f"after step {step} is not finite: the step has spoilt the weights" if step else "is not finite"
+        raise RunError(f"the held-out loss {when}\n  {_remedy_of_spoilt_numbers(run)}")
+    return loss
+
+
+def refuse_spoilt_weights(run: Prepared, state: RunState) -> None:
+    """Fail if a weight or an optimizer state is not finite: nothing spoilt is ever saved. Every process calls it.
+
+    Raises:
+        RunError: names the first one; the same on all processes.
+    """
+    state.at("looking for numbers that are not finite")
+    found = run.parts.engine.first_not_finite()
+    if found is not None:
+        raise RunError(
+            f"after step {state.progress.step}, {found} is not finite: it is not saved\n"
+            f"  {_remedy_of_spoilt_numbers(run)}"
+        )
+
+
+def _remedy_of_spoilt_numbers(run: Prepared) -> str:
+    newest = newest_checkpoint(run.folder.path)
+    last = "no checkpoint was saved before" if newest is None else f"the last good checkpoint is {newest}"
+    return f"lower optim.lr, or look at the data of the last steps; {last}"
+
+
 def save_progress(run: Prepared, state: RunState) -> Path:
     """Save a checkpoint after the last whole step, and return its folder. Every process calls it.
 
     Raises:
-        RunError: a rank could not write; earlier checkpoints are untouched.
+        RunError: a number is not finite, or a rank could not write; earlier checkpoints are untouched.
     """
+    refuse_spoilt_weights(run, state)
     state.at("saving a checkpoint")
     return save_checkpoint(
         run.folder.checkpoints, run.parts.engine, state.progress, state.random_states,
-        layout=run.layout, keep=run.config.checkpoint.keep,
+        layout=run.layout, keep=run.config.checkpoint.keep, identity=run.identity,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from chunkflow_cli.processes.failures import failures_recorded
 from chunkflow_cli.processes.stop_signals import stop_on_signals
 from chunkflow_cli.training.display import print_training_summary
 from chunkflow_cli.training.finish import finish
-from chunkflow_cli.training.joining import open_folder, watched
+from chunkflow_cli.training.joining import load_data, open_folder, watched
 from chunkflow_cli.training.prepare import Prepared, prepare
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.requirements import check_requirements
@@ -29,13 +29,15 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     """
     config = loaded.config
     hf_config = check_requirements(loaded)
-    folder = open_folder(loaded, hf_config)
+    # A worker's launcher has checked the data before it opened the folder.
+    data = None if environment.worker_folder() is not None else load_data(config, hf_config)
+    folder = open_folder(loaded, data)
     try:
         with failures_recorded(), watched(folder.path, config.launch.hang_seconds) as heartbeat:
             report = folder.report_of_finished()
             if report is None:
                 state = RunState(heartbeat)
-                prepared = prepare(config, hf_config, folder, stderr_console(), state)
+                prepared = prepare(config, hf_config, data, folder, stderr_console(), state)
                 report = _train(prepared, state)
     finally:
         folder.close()

@@ -1,0 +1,43 @@
+"""The command that goes on with a run that was stopped."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from chunkflow_cli.config.schema import Config
+from chunkflow_cli.processes import environment
+
+RESUME = re.compile(r"\+{0,2}checkpoint\.resume=")
+PLAIN = re.compile(r"[\w./+@-]+")
+"""A value that Hydra takes as it is."""
+
+
+def how_to_go_on(config: Config, run_folder: Path, checkpoint: Path, typed: Sequence[str]) -> str:
+    """Return how a run that was stopped goes on from a checkpoint, in words or as a command.
+
+    The same command does, unless it names a checkpoint, begins a run anew (`checkpoint.resume`), or is one of a sweep.
+
+    Args:
+        typed: the words of this process's command line, after the program.
+    """
+    is_sweep = environment.is_run_of_sweep()
+    if config.checkpoint.resume == "auto" and not is_sweep:
+        return f"The same command goes on from {checkpoint}"
+    added = ["checkpoint.resume=auto"]
+    if config.train.output_dir is None:
+        added.append(override("train.output_dir", str(run_folder)))
+    if environment.is_started_by_launcher() and environment.worker_folder() is None:
+        return f"Saved {checkpoint}\n  To go on, add to the same command: {shlex.join(added)}"
+    words = [word for word in typed if RESUME.match(word) is None and word != "--json"]
+    return f"Saved {checkpoint}\n  To go on: {shlex.join(['chunkflow', *words, *added])}"
+
+
+def override(key: str, value: str) -> str:
+    """Return an override, with its value in quotes where Hydra would read it as syntax."""
+    if PLAIN.fullmatch(value):
+        return f"{key}={value}"
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{quoted}"'

@@ -1,0 +1,33 @@
+"""How much room a run needs on the disk of its folder."""
+
+from __future__ import annotations
+
+from chunkflow_cli.config.schema import Config, OptimizerName
+from chunkflow_cli.console import human_bytes
+from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES
+
+STATES = {OptimizerName.adamw: 2, OptimizerName.sgd: 1}
+"""float32 numbers that an optimizer keeps for each weight, at most."""
+
+
+def warning_of_little_room(config: Config, shape: ModelShape, *, free: int, checkpoints: int) -> str | None:
+    """Return a warning if the disk has no room for the model and the checkpoints that the run will save.
+
+    Args:
+        free: bytes that are free on the disk.
+        checkpoints: number of checkpoints that the folder holds already.
+    """
+    saved = shape.trainable_parameters if config.model.lora.enabled else shape.parameters
+    final = saved * ELEMENT_BYTES[config.model.dtype.value]
+    checkpoint = shape.trainable_parameters * 4 * (1 + STATES.get(config.optim.name, 2))
+    # An old checkpoint is deleted when the new one is complete. Without `every`, an interruption saves one.
+    most = 1 if config.checkpoint.every is None else config.checkpoint.keep + 1
+    needed = final + checkpoint * max(1, most - checkpoints)
+    if free >= needed:
+        return None
+    return (
+        f"the disk of the run's folder has {human_bytes(free)} free, and this run needs up to {human_bytes(needed)}: "
+        f"{human_bytes(final)} for final/ and {human_bytes(checkpoint)} for each checkpoint "
+        f"(checkpoint.keep={config.checkpoint.keep})"
+    )

@@ -1,0 +1,201 @@
+"""What a run is made of: the samples it trains on, their order, and the model that it starts from.
+
+A run that goes on must go on with the same, or the position in its data means nothing. So the identity of a run is
+kept in its folder (identity.json) and in each checkpoint (state.json), and compared before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chunkflow_cli.config.schema import Config, Init
+from chunkflow_cli.data.dataset import TokenizedData
+from chunkflow_cli.errors import RunError
+from chunkflow_cli.training.inputs import RunData
+
+SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
+"""Of each file of weights, so many blocks of this size are hashed: enough to tell two models apart, without reading
+gigabytes."""
+SHOWN = 5
+"""Maximum number of files that a refusal lists."""
+
+
+@dataclass(frozen=True)
+class FileShare:
+    """The samples of one file of the data."""
+
+    file: str
+    samples: int
+    tokens: int
+    content: str
+    """Hash of their tokens and targets, in order."""
+
+    def __str__(self) -> str:
+        return f"{self.samples:,} samples, {self.tokens:,} tokens (fingerprint {self.content[:8]})"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must stay the same from the first step of a run to its last."""
+
+    trained_on: tuple[FileShare, ...]
+    held_out: tuple[FileShare, ...]
+    order: dict[str, Any]
+    """The keys that decide which samples a step takes, and their values."""
+    ingredients: dict[str, str | None]
+    """Hashes of the data's bytes and of the tokenizer: they explain a difference, and are not compared themselves."""
+    model: dict[str, str]
+    """File of the model -> its size and hash; of weights, a part is hashed."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples to train on in an epoch."""
+        return sum(share.samples for share in self.trained_on)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, file: Path) -> RunIdentity:
+        """Return the identity that was written to a file.
+
+        Raises:
+            RunError: it is damaged; names the file.
+        """
+        try:
+            shares = {name: tuple(FileShare(**share) for share in value[name]) for name in ("trained_on", "held_out")}
+            return cls(**{**value, **shares})
+        except (TypeError, KeyError) as error:
+            raise RunError(f"{file} is damaged: it does not hold the identity of a run") from error
+
+
+def identify(config: Config, data: RunData) -> RunIdentity:
+    """Return the identity of the run with this configuration over this data."""
+    train = config.train
+    order: dict[str, Any] = {"train.global_batch_size": train.global_batch_size, "train.shuffle": train.shuffle}
+    if train.shuffle:
+        order["train.seed"] = train.seed
+    return RunIdentity(
+        trained_on=_shares(data.train),
+        held_out=_shares(data.evaluation),
+        order=order,
+        ingredients=_ingredients(data.read),
+        model=_model_files(config),
+    )
+
+
+def differences(was: RunIdentity, now: RunIdentity) -> list[str]:
+    """Return what differs between the run that began and the one that is to go on, a line each with both values.
+
+    A continuation may hold out samples where the run before did not.
+    """
+    lines = [
+        f"{key} was {was.order.get(key)} and is {now.order.get(key)}"
+        for key in sorted(was.order.keys() | now.order.keys())
+        if was.order.get(key) != now.order.get(key)
+    ]
+    changed = list(_changed(was.trained_on, now.trained_on))
+    if changed:
+        lines += [f"data.path has changed: {_reason(was, now)}", *_at_most(changed)]
+    if was.held_out and (changed := list(_changed(was.held_out, now.held_out))):
+        lines += ["the held-out data has changed", *_at_most(changed)]
+    for file in sorted(was.model.keys() | now.model.keys()):
+        before, after = was.model.get(file, "not there"), now.model.get(file, "not there")
+        if before != after:
+            lines.append(f"model.path has changed: {file} was {before} and is {after}")
+    return lines
+
+
+def _shares(data: TokenizedData) -> tuple[FileShare, ...]:
+    """Return the samples of each file, in the order in which they are read."""
+    if not len(data):
+        return ()
+    entry = data.whole.entry
+    files, digests = entry.files[data.indices], np.asarray(entry.digests[data.indices])
+    starts = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
+    shares = []
+    for start, stop in itertools.pairwise(starts):
+        lengths = np.ascontiguousarray(data.lengths[start:stop], np.int64)
+        content = hashlib.blake2b(np.ascontiguousarray(digests[start:stop]).tobytes(), digest_size=8)
+        content.update(lengths.tobytes())
+        name = data.location(start).file
+        shares.append(FileShare(name, stop - start, int(lengths.sum()), content.hexdigest()))
+    return tuple(shares)
+
+
+def _ingredients(data: TokenizedData) -> dict[str, str | None]:
+    meta = json.loads((data.whole.entry.folder / "meta.json").read_text(encoding="utf-8"))
+    return {name: meta.get(name) for name in ("source", "tokenizer")}
+
+
+def _reason(was: RunIdentity, now: RunIdentity) -> str:
+    """Say why the samples differ, as far as the hashes of what they were made from tell."""
+    same = {name for name, value in now.ingredients.items() if was.ingredients.get(name) == value}
+    if "source" not in same:
+        return "its files hold something else"
+    if "tokenizer" not in same:
+        return "its files are the same, the tokenizer or its chat template is not"
+    return "its files and the tokenizer are the same, the tokens are not (other data.* keys, or a template with a date)"
+
+
+def _changed(was: Sequence[FileShare], now: Sequence[FileShare]) -> Iterator[str]:
+    if [share.content for share in was] == [share.content for share in now]:
+        return  # files may have been renamed or moved
+    before, after = ({share.file: share for share in shares} for shares in (was, now))
+    found = False
+    for file in [*before, *(file for file in after if file not in before)]:
+        old, new = before.get(file), after.get(file)
+        if old is None or new is None or old.content != new.content:
+            found = True
+            yield f"  {file}: was {old or 'not there'}, is {new or 'not there'}"
+    if not found:
+        yield f"  its files are read in another order: {', '.join(after)}"
+
+
+def _at_most(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"  and {len(lines) - SHOWN} more files"]
+
+
+def _model_files(config: Config) -> dict[str, str]:
+    """Return size and hash of the files that the model is made from: its configuration, and weights unless drawn."""
+    folder = _model_folder(config.model.path)
+    if folder is None:
+        return {}
+    if folder.is_file():
+        return {folder.name: _sampled(folder)}
+    suffixes = () if config.model.init is Init.random else (".safetensors", ".bin", ".gguf")
+    files = (path for path in folder.iterdir() if path.name == "config.json" or path.suffix in suffixes)
+    return {path.name: _sampled(path) for path in sorted(files) if path.is_file()}
+
+
+def _model_folder(path: str) -> Path | None:
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _sampled(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as stream:
+        for block in range(SAMPLED_BLOCKS):
+            stream.seek(max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
+            digest.update(stream.read(BLOCK_BYTES))
+    return f"{size:,} bytes ({digest.hexdigest()[:8]})"
