@@ -371,7 +371,11 @@ def test_where_answers_end(tmp_path: Path) -> None:
     for number, (template, ends, notes) in enumerate(
         [
             (CHATML, {258: 2}, []),
-            (body + "{{ '<s>' }}" + end, {259: 2}, []),
+            (
+                body + "{{ '<s>' }}" + end,
+                {259: 2},
+                ["answers end with <s>, not with the tokenizer's EOS (<|im_end|>): generation has to stop there too"],
+            ),
             (body + end, {}, [NO_END.text]),
             (body + "{{ '\n' }}" + end, {}, [NO_END.text]),
         ]

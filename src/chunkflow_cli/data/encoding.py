@@ -207,9 +207,19 @@ class Encoder:
             last = int(ids[max(first_token_from(encoding, text.answer_end) - 1, 0)])
             if last in self._special_ids:
                 ends.add(last)
+                remarks += self._on_end(last)
             else:
                 remarks.append(NO_END)
         return _Labelled(TokenRow(ids, labels), remarks, ends)
+
+    def _on_end(self, token: int) -> list[Remark]:
+        """Return a remark if an answer ends with a token at which only some programs stop."""
+        if token == self._eos or self._backend is None:
+            return []
+        name = self._backend.id_to_token(token)
+        eos = "none" if self._eos is None else self._backend.id_to_token(self._eos)
+        text = f"answers end with {name}, not with the tokenizer's EOS ({eos}): generation has to stop there too"
+        return [Remark(text, is_warning=False)]
 
     def _label_text(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
         labels, remarks = _labels(text, ids, encoding)

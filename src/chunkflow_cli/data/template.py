@@ -13,11 +13,6 @@ templates (Qwen3) write more into the last turn (an empty `<think>` block) than 
 then contain the turn as its content followed by what the template writes after that content. If only some of the
 assistant's turns are targets (`prompt_completion` with messages), prefixes are used even if there are marks.
 
-**Templates without tools.** A template that never mentions `tools`, `tool_calls` or the role `tool` would silently drop
-the first two and may reject the third. Then the definitions are written into the system message (which, like any system
-message, replaces a default one), calls become the text of the assistant's turn (as JSON, one per line), and a tool's
-answer becomes a user turn. Each of the three is decided independently, from the template's text alone.
-
 **Turns without an end of their own.** Some templates (GLM) end a turn with the token that begins the next one. That
 token is then a target as well: the model has to generate it to stop.
 
@@ -31,26 +26,21 @@ run than yesterday's, and nothing that a cache could hold or a stopped run could
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.omissions import Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
+from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOOLS_HEADER = (
-    "You have access to the following functions. "
-    "To call one, answer with a JSON object that has its name and arguments."
-)
 REMEDY = "data.train_on=all makes every token a target instead"
 TEMPLATE_DATE = datetime(2024, 7, 26)
 
@@ -66,42 +56,6 @@ class MarkedText:
     """Where the last answer of a conversation ends, its end-of-turn token included; None: it ends with no answer."""
     borrowed_ends: frozenset[str] = frozenset()
     """Tokens that begin a turn and thereby end the answer before it."""
-    remarks: tuple[Remark, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateTraits:
-    """Facts about a chat template, read from its text."""
-
-    marks_answers: bool
-    """True if it has `{% generation %}` marks."""
-    names_tools: bool
-    names_tool_calls: bool
-    writes_date: bool
-    """True if it asks for today's date."""
-    role_names: frozenset[str]
-    """Roles that it quotes. It may render or reject other roles."""
-
-
-@lru_cache(maxsize=16)
-def template_traits(template: str) -> TemplateTraits:
-    """Return the traits of a Jinja template, found by searching its text."""
-    return TemplateTraits(
-        marks_answers=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
-        names_tools=re.search(r"\btools\b", template) is not None,
-        names_tool_calls=re.search(r"\btool_calls\b", template) is not None,
-        writes_date=re.search(r"\bstrftime_now\b", template) is not None,
-        role_names=frozenset(re.findall(r"""['"](\w+)['"]""", template)),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateInput:
-    """A conversation in the form that `apply_chat_template` expects."""
-
-    messages: list[dict[str, Any]]
-    are_targets: list[bool]  # (messages,)
-    tools: list[Any] | None
     remarks: tuple[Remark, ...] = ()
 
 
@@ -315,47 +269,3 @@ def _not_stable(index: int) -> str:
         f"the chat template writes turn {index + 1} differently within the whole conversation, "
         f"so its targets cannot be found; {REMEDY}"
     )
-
-
-def as_template_input(conversation: Conversation, traits: TemplateTraits) -> TemplateInput:
-    """Return messages and tools for a template. Tools become text if the template does not support them."""
-    messages: list[dict[str, Any]] = []
-    for message in conversation.messages:
-        role = message.role if message.role in traits.role_names else UNNAMED_ROLES.get(message.role, message.role)
-        turn: dict[str, Any] = {**message.extra, "role": role, "content": message.content}
-        if message.tool_calls and traits.names_tool_calls:
-            turn["tool_calls"] = [dict(call) for call in message.tool_calls]
-        elif message.tool_calls:
-            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
-            turn["content"] = "\n".join(filter(None, [message.content, *calls]))
-        messages.append(turn)
-    are_targets = [message.is_target for message in conversation.messages]
-    remarks = tuple(_rewritten(conversation, traits))
-    if not conversation.tools or traits.names_tools:
-        return TemplateInput(messages, are_targets, [dict(tool) for tool in conversation.tools] or None, remarks)
-    definitions = [json.dumps(tool["function"], ensure_ascii=False) for tool in conversation.tools]
-    text = "\n".join([TOOLS_HEADER, *definitions])
-    if messages[0]["role"] == "system":
-        messages[0]["content"] = f"{messages[0]['content']}\n\n{text}"
-        return TemplateInput(messages, are_targets, None, remarks)
-    return TemplateInput([{"role": "system", "content": text}, *messages], [False, *are_targets], None, remarks)
-
-
-def _rewritten(conversation: Conversation, traits: TemplateTraits) -> Iterator[Remark]:
-    """Yield remarks on what is written otherwise than the row has it, because the template has no place for it."""
-    roles = {message.role for message in conversation.messages} - traits.role_names
-    parts = []
-    if conversation.tools and not traits.names_tools:
-        parts.append(f'their definitions stand in the system message, after "{TOOLS_HEADER}"')
-    if any(message.tool_calls for message in conversation.messages) and not traits.names_tool_calls:
-        parts.append("calls stand in the answer, as JSON")
-    if "tool" in roles:
-        parts.append(f"results are {UNNAMED_ROLES['tool']} messages")
-    if parts:
-        yield Remark(f"the chat template knows no tools: {'; '.join(parts)}; write the same when you use the model")
-    if "developer" in roles:
-        yield Remark("the chat template knows no developer messages: they are written as system messages")
-
-
-UNNAMED_ROLES = {"tool": "user", "developer": "system"}
-"""Replacements of roles that a template does not mention."""

@@ -1,0 +1,105 @@
+"""What a chat template gets of a conversation.
+
+A template that never mentions `tools`, `tool_calls` or the role `tool` would silently drop the first two and may reject
+the third. Then the definitions are written into the system message (which, like any system message, replaces a default
+one), calls become the text of the assistant's turn (as JSON, one per line), and a tool's answer becomes a user turn.
+Each of the three is decided independently, from the template's text alone. A remark says so, because nobody else does
+the same at inference.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from chunkflow_cli.data.notes import Remark
+from chunkflow_cli.data.sample import Conversation
+
+TOOLS_HEADER = (
+    "You have access to the following functions. "
+    "To call one, answer with a JSON object that has its name and arguments."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateTraits:
+    """Facts about a chat template, read from its text."""
+
+    marks_answers: bool
+    """True if it has `{% generation %}` marks."""
+    names_tools: bool
+    names_tool_calls: bool
+    writes_date: bool
+    """True if it asks for today's date."""
+    role_names: frozenset[str]
+    """Roles that it quotes. It may render or reject other roles."""
+
+
+@lru_cache(maxsize=16)
+def template_traits(template: str) -> TemplateTraits:
+    """Return the traits of a Jinja template, found by searching its text."""
+    return TemplateTraits(
+        marks_answers=re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None,
+        names_tools=re.search(r"\btools\b", template) is not None,
+        names_tool_calls=re.search(r"\btool_calls\b", template) is not None,
+        writes_date=re.search(r"\bstrftime_now\b", template) is not None,
+        role_names=frozenset(re.findall(r"""['"](\w+)['"]""", template)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateInput:
+    """A conversation in the form that `apply_chat_template` expects."""
+
+    messages: list[dict[str, Any]]
+    are_targets: list[bool]  # (messages,)
+    tools: list[Any] | None
+    remarks: tuple[Remark, ...] = ()
+
+
+def as_template_input(conversation: Conversation, traits: TemplateTraits) -> TemplateInput:
+    """Return messages and tools for a template. Tools become text if the template does not support them."""
+    messages: list[dict[str, Any]] = []
+    for message in conversation.messages:
+        role = message.role if message.role in traits.role_names else UNNAMED_ROLES.get(message.role, message.role)
+        turn: dict[str, Any] = {**message.extra, "role": role, "content": message.content}
+        if message.tool_calls and traits.names_tool_calls:
+            turn["tool_calls"] = [dict(call) for call in message.tool_calls]
+        elif message.tool_calls:
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
+            turn["content"] = "\n".join(filter(None, [message.content, *calls]))
+        messages.append(turn)
+    are_targets = [message.is_target for message in conversation.messages]
+    remarks = tuple(_rewritten(conversation, traits))
+    if not conversation.tools or traits.names_tools:
+        return TemplateInput(messages, are_targets, [dict(tool) for tool in conversation.tools] or None, remarks)
+    definitions = [json.dumps(tool["function"], ensure_ascii=False) for tool in conversation.tools]
+    text = "\n".join([TOOLS_HEADER, *definitions])
+    if messages[0]["role"] == "system":
+        messages[0]["content"] = f"{messages[0]['content']}\n\n{text}"
+        return TemplateInput(messages, are_targets, None, remarks)
+    return TemplateInput([{"role": "system", "content": text}, *messages], [False, *are_targets], None, remarks)
+
+
+def _rewritten(conversation: Conversation, traits: TemplateTraits) -> Iterator[Remark]:
+    """Yield remarks on what is written otherwise than the row has it, because the template has no place for it."""
+    roles = {message.role for message in conversation.messages} - traits.role_names
+    parts = []
+    if conversation.tools and not traits.names_tools:
+        parts.append(f'their definitions stand in the system message, after "{TOOLS_HEADER}"')
+    if any(message.tool_calls for message in conversation.messages) and not traits.names_tool_calls:
+        parts.append("calls stand in the answer, as JSON")
+    if "tool" in roles:
+        parts.append(f"results are {UNNAMED_ROLES['tool']} messages")
+    if parts:
+        yield Remark(f"the chat template knows no tools: {'; '.join(parts)}; write the same when you use the model")
+    if "developer" in roles:
+        yield Remark("the chat template knows no developer messages: they are written as system messages")
+
+
+UNNAMED_ROLES = {"tool": "user", "developer": "system"}
+"""Replacements of roles that a template does not mention."""
