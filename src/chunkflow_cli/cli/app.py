@@ -317,8 +317,13 @@ def _is_override(word: str) -> bool:
 
 def main() -> None:
     """Run the command line. A worker leaves without the end of the interpreter, which its threads could abort."""
+    from chunkflow_cli import streams
     from chunkflow_cli.processes import environment, worker
 
+    streams.prepare()
+    worker.end_with_parent()
+    environment.forget_other_ranks()
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process that we or a library start imports files of the current folder
     try:
         app()
     except SystemExit as end:

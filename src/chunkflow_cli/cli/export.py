@@ -40,7 +40,7 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
         else:
             shutil.copytree(final, temporary, dirs_exist_ok=True)
     if not json_output:
-        stdout_console().print(str(target), markup=False, soft_wrap=True)
+        stdout_console().print(str(target), soft_wrap=True)
     return {"output": str(target), "merged": merge}
 
 

@@ -18,7 +18,8 @@ names are not part of it: they are looked up when a location is needed. Policies
 again.
 
 An entry is written to a temporary folder and renamed, so it is complete or absent. If two processes build the same one,
-the first to rename wins and the other uses the winner's. What a killed process leaves (`.<key>.<pid>-*`) is never read.
+the first to rename wins and the other uses the winner's. What a killed process leaves is never read, and removed by the
+next one that builds an entry (`building.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ import orjson
 from numpy.typing import DTypeLike, NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
+from chunkflow_cli.data.building import folder_to_build_in
 from chunkflow_cli.data.encoding import EncodedBatch
 from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
@@ -153,17 +153,13 @@ def build_entry(
     Raises:
         UsageError: the cache cannot be written.
     """
-    building = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        building.mkdir(parents=True)
-        try:
+        with folder_to_build_in(folder.parent, folder.name) as building:
             _write_entry(building, batches, ingredients, file_names, progress)
             for file in building.iterdir():  # the rename must not survive a power cut that the content does not
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             _rename_unless_taken(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise UsageError(
             f"tokenised data cannot be written to {folder.parent}: {error}\n"

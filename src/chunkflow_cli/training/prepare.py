@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import counted, working
@@ -147,9 +147,13 @@ def _print_what_runs(
 ) -> None:  # fmt: skip
     processes = "" if topology.processes == 1 else f", {topology.processes} processes ({topology})"
     console.print(
-        f"[bold]{escape(str(folder.path))}[/]  {device.type}{processes}, {config.model.dtype.value}, "
-        f"attention {attention.backend.name} ({attention.reason})", soft_wrap=True,
-    )  # fmt: skip
+        Text.assemble(
+            (str(folder.path), "bold"),
+            f"  {device.type}{processes}, {config.model.dtype.value}, "
+            f"attention {attention.backend.name} ({attention.reason})",
+        ),
+        soft_wrap=True,
+    )
 
 
 def _prove_parity(

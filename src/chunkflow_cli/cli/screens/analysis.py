@@ -39,9 +39,11 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
     if any(found["estimated"] for _, found in analyses):
         console.print()
         console.print(
-            "[bold]Lengths are estimated[/] from bytes (4 per token) and may be off by a quarter.\n"
-            "For exact lengths, name a tokenizer: [bold]model.path=MODEL[/] or [bold]recipe=NAME[/]."
-        )
+            Text.assemble(
+                ("Lengths are estimated", "bold"), " from bytes (4 per token) and may be off by a quarter.\n"
+                "For exact lengths, name a tokenizer: ", ("model.path=MODEL", "bold"), " or ", ("recipe=NAME", "bold"), ".",
+            )
+        )  # fmt: skip
 
 
 def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> Iterator[RenderableType]:
@@ -113,7 +115,7 @@ def _cumulative(found: dict[str, Any]) -> Table:
     table.add_row("their tokens", *(percent(share) for share in found["cdf_tokens"].values()))
     cuts = {cut["limit"]: cut for cut in found["truncation"]}
     table.add_row("", *("" for _ in found["cdf"]))
-    table.add_row("[bold]cut off at[/]", *(f"[bold]{short_count(limit)}[/]" for limit in cuts))
+    table.add_row("cut off at", *(short_count(limit) for limit in cuts), style="bold")
     table.add_row("samples cut", *(f"{cut['samples_cut']:,}" for cut in cuts.values()))
     table.add_row("tokens lost", *(percent(cut["tokens_lost"] / found["tokens"]) for cut in cuts.values()))
     return table
