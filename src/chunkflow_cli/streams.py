@@ -14,7 +14,7 @@ import select
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from chunkflow_cli.errors import RunError
 
@@ -111,7 +111,7 @@ class _Output(io.FileIO):
         os.close(opened)
 
 
-def _text_stream(old: io.TextIOBase | None, descriptor: int) -> io.TextIOWrapper:
+def _text_stream(old: TextIO | None, descriptor: int) -> io.TextIOWrapper:
     if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", None), _Output):
         return old
     if old is not None:

@@ -38,12 +38,11 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
         console.print(_side_by_side([found for _, found in analyses]))
     if any(found["estimated"] for _, found in analyses):
         console.print()
-        console.print(
-            Text.assemble(
-                ("Lengths are estimated", "bold"), " from bytes (4 per token) and may be off by a quarter.\n"
-                "For exact lengths, name a tokenizer: ", ("model.path=MODEL", "bold"), " or ", ("recipe=NAME", "bold"), ".",
-            )
-        )  # fmt: skip
+        title, tokenizer, recipe = (
+            (words, "bold") for words in ("Lengths are estimated", "model.path=MODEL", "recipe=NAME")
+        )
+        console.print(Text.assemble(title, " from bytes (4 per token) and may be off by a quarter."))
+        console.print(Text.assemble("For exact lengths, name a tokenizer: ", tokenizer, " or ", recipe, "."))
 
 
 def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> Iterator[RenderableType]:
