@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Host:
 
 
 _LINE = re.compile(r"(\S+)\s+slots=([1-9]\d{0,3})", re.ASCII)
-_NAME = re.compile(r"(\w[\w.-]*@)?(\w[\w.-]*|[0-9a-f:]+:[0-9a-f:.]*(%\w+)?)", re.ASCII | re.IGNORECASE)
+_NAME = re.compile(r"(?:\w[\w.-]*@)?(\w[\w.-]*|[0-9a-f.]*:[0-9a-f:.]*(?:%\w+)?)", re.ASCII | re.IGNORECASE)
 """A host's name or address, perhaps with a user: nothing that is an option for ssh or a command for a shell."""
 
 
@@ -53,7 +54,7 @@ def read_hostfile(path: str) -> list[Host]:
         if match is None:
             raise UsageError(f"{where}: {text!r} does not have the form: node-1 slots=8")
         name = match.group(1)
-        if _NAME.fullmatch(name) is None:
+        if not _is_host(name):
             raise UsageError(
                 f"{where}: {name!r} is not the name or address of a host\n"
                 "  a name has letters, digits, dots, hyphens and underscores: node-1.example.org, or user@node-1"
@@ -64,3 +65,14 @@ def read_hostfile(path: str) -> list[Host]:
     if not hosts:
         raise UsageError(f"launch.hostfile={path} names no host\n  write lines such as: node-1 slots=8")
     return hosts
+
+
+def _is_host(text: str) -> bool:
+    match = _NAME.fullmatch(text)
+    if match is None or ":" not in text:
+        return match is not None
+    try:
+        ipaddress.ip_address(match.group(1))
+    except ValueError:
+        return False
+    return True
