@@ -120,8 +120,7 @@ def _text_stream(old: TextIO | None, descriptor: int) -> io.TextIOWrapper:
         io.BufferedWriter(_Output(descriptor)),
         encoding=getattr(old, "encoding", None) or "utf-8",
         errors=_ERRORS,
-        line_buffering=descriptor == STDERR or os.isatty(descriptor),
-        write_through=getattr(old, "write_through", False),
+        line_buffering=descriptor == STDERR or os.isatty(descriptor) or getattr(old, "write_through", False),
     )
 
 

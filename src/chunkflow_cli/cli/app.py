@@ -333,7 +333,11 @@ def _output_complete() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line. A worker leaves without the end of the interpreter, which its threads could abort."""
+    """Run the command line.
+
+    A worker leaves without the end of the interpreter, which its threads could abort; so does an interrupted command,
+    for which the interpreter may take another exit code.
+    """
     from chunkflow_cli import streams
     from chunkflow_cli.processes import environment, worker
 
@@ -345,6 +349,6 @@ def main() -> None:
         with _output_complete():
             app()
     except SystemExit as end:
-        if environment.is_started_by_launcher() and not isinstance(end.code, str):
+        if (environment.is_started_by_launcher() or end.code == 130) and not isinstance(end.code, str):
             worker.leave(end.code or 0)
         raise

@@ -131,8 +131,7 @@ def run_command(function: Callable[[], Result], json_output: bool, debug: bool) 
         elif debug and not isinstance(error, KeyboardInterrupt):
             raise
         else:
-            rank = f"rank {environment.rank()}: " if environment.is_started_by_launcher() else ""
-            print(_in_a_few_lines(error, rank), file=sys.stderr)
+            print(_in_a_few_lines(error, environment.rank_in_messages()), file=sys.stderr)
         raise typer.Exit(exit_code_of(error)) from None
     return result
 

@@ -58,7 +58,7 @@ def _folder_of(lock: Path) -> Path:
 
 def remove_leftovers(parent: Path) -> None:
     """Remove the folders below `parent` that no process builds any more."""
-    for lock in parent.glob(f".*{_LOCK}"):
+    for lock in parent.glob(f".*.*-????????{_LOCK}"):
         folder = _folder_of(lock)
         is_ours = f".{_host()}-" in folder.name
         try:

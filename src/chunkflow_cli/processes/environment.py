@@ -40,7 +40,19 @@ def processes() -> int:
     Raises:
         UsageError: the launcher's number is not one.
     """
-    return 1 if os.environ.get("WORLD_SIZE", "1") == "1" else _number("WORLD_SIZE")
+    return 1 if _is_world_of_one() else _number("WORLD_SIZE")
+
+
+def rank_in_messages() -> str:
+    """Return `rank 3: ` in a rank, and nothing in another process or if a launcher has not said which rank it is."""
+    try:
+        return f"rank {rank()}: " if is_started_by_launcher() else ""
+    except UsageError:
+        return ""
+
+
+def _is_world_of_one() -> bool:
+    return (os.environ.get("WORLD_SIZE") or "1") == "1"
 
 
 def _number(name: str) -> int:
@@ -114,7 +126,7 @@ def is_started_by_launcher() -> bool:
 
     A world of one rank does not count: the engine of a process on its own sets the same variables.
     """
-    return worker_folder() is not None or os.environ.get("WORLD_SIZE", "1") != "1"
+    return worker_folder() is not None or not _is_world_of_one()
 
 
 def threads_of_user() -> str:

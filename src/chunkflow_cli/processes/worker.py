@@ -87,8 +87,8 @@ def end_with_parent() -> None:
 
 
 def has_parent() -> bool:
-    """Return whether `end_with_parent` has found a process of ours, which passes on signals."""
-    return _parent is not None
+    """Return whether `end_with_parent` has found a process of ours, which still lives and passes on signals."""
+    return _parent is not None and os.getppid() == _parent
 
 
 def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
