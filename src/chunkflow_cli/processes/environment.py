@@ -40,7 +40,10 @@ def processes() -> int:
     Raises:
         UsageError: the launcher's number is not one.
     """
-    return 1 if _is_world_of_one() else _number("WORLD_SIZE")
+    count = 1 if _is_world_of_one() else _number("WORLD_SIZE")
+    if count < 1:
+        raise _wrong("that is not a number of ranks")
+    return count
 
 
 def rank_in_messages() -> str:
