@@ -50,8 +50,7 @@ def prepare() -> None:
 def fall_back_to(log: Path) -> None:
     """From now on, write to this file, made if needed, what cannot be written to stdout or stderr."""
     for stream in (sys.stdout, sys.stderr):
-        output = getattr(getattr(stream, "buffer", None), "raw", None)
-        if isinstance(output, _Output):
+        if (output := _output_of(stream)) is not None:
             output.fall_back_to(log)
 
 
@@ -64,18 +63,17 @@ class _Output(io.FileIO):
         self._lost: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        try:
-            return self._write(data)
-        except OSError as error:
-            self._lose(error)
-            return self.write(data)
-
-    def _write(self, data: Any) -> int:
-        while True:
-            written: int | None = super().write(data)
-            if written is not None:
-                return written
-            select.select([], [self], [])  # another program left the terminal in non-blocking mode
+        rest = memoryview(data).cast("B")
+        while rest:  # a signal may cut a write
+            try:
+                written: int | None = super().write(rest)
+            except OSError as error:
+                self._lose(error)
+            else:
+                if written is None:
+                    select.select([], [self], [])  # another program left the terminal in non-blocking mode
+                rest = rest[written or 0 :]
+        return memoryview(data).nbytes
 
     def fall_back_to(self, log: Path) -> None:
         self._log = log
@@ -98,7 +96,7 @@ class _Output(io.FileIO):
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._replace_by(log)
-            self._write(f"{name} cannot be written ({error.strerror}); it goes on in this file\n".encode())
+            super().write(f"{name} cannot be written ({error.strerror}); it goes on in this file\n".encode())
         except OSError:
             self._replace_by(Path(os.devnull))  # the disk of the log is full, too
         else:
@@ -111,16 +109,26 @@ class _Output(io.FileIO):
         os.close(opened)
 
 
-def _text_stream(old: TextIO | None, descriptor: int) -> io.TextIOWrapper:
-    if isinstance(old, io.TextIOWrapper) and isinstance(getattr(old.buffer, "raw", None), _Output):
-        return old
+def _output_of(stream: TextIO | None) -> _Output | None:
+    buffer = getattr(stream, "buffer", None)
+    output = getattr(buffer, "raw", buffer)
+    return output if isinstance(output, _Output) else None
+
+
+def _text_stream(old: TextIO | None, descriptor: int) -> TextIO:
     if old is not None:
+        if _output_of(old) is not None:
+            return old
         old.flush()
+    output = _Output(descriptor)
+    # A buffered stream cannot be written by a signal handler while it is being written, which a paused pager prolongs.
+    buffer: Any = output if descriptor == STDERR else io.BufferedWriter(output)
     return io.TextIOWrapper(
-        io.BufferedWriter(_Output(descriptor)),
+        buffer,
         encoding=getattr(old, "encoding", None) or "utf-8",
         errors=_ERRORS,
         line_buffering=descriptor == STDERR or os.isatty(descriptor) or getattr(old, "write_through", False),
+        write_through=descriptor == STDERR,
     )
 
 

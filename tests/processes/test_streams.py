@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,36 @@ def test_a_run_goes_on_without_any_place_to_print_to(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         ended = run(code, tmp_path, stdout=full, stderr=full)
     assert ended.returncode == 0
+
+
+HANDLER = """
+import signal, threading
+said = []
+def handle(number, frame):
+    print("stopping", file=sys.stderr)
+    said.append(number)
+signal.signal(signal.SIGINT, handle)
+threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+print("x" * (1 << 17), file=sys.stderr)
+print(len(said))
+"""
+
+
+def test_a_signal_handler_may_print_while_a_paused_pager_holds_up_a_print(tmp_path: Path) -> None:
+    """In a buffered stream its print would raise an error, and the run would end without saving."""
+    reader, writer = os.pipe()
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", PREPARED + HANDLER], env=environment, stdout=subprocess.PIPE, stderr=writer
+    )
+    os.close(writer)
+    time.sleep(0.8)
+    with os.fdopen(reader, "rb") as pager:
+        shown = pager.read()
+    out, _ = child.communicate(timeout=60)
+    assert (child.returncode, out) == (0, b"1\n"), shown[-500:]
+    assert sorted(shown.replace(b"x", b"").split()) == [b"stopping"]
+    assert shown.count(b"x") == 1 << 17
 
 
 COMMAND = """
