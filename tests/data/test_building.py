@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from chunkflow_cli.data import building
-from chunkflow_cli.data.building import folder_to_build_in
+from chunkflow_cli.data.building import folder_to_build_in, remove_leftovers
 
 SRC = Path(__file__).parents[2] / "src"
 KILLED = """
@@ -28,26 +28,26 @@ def hidden(folder: Path) -> set[str]:
 
 
 @pytest.mark.processes
-def test_the_next_build_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(SRC)})
     assert ended.returncode == -9
     assert len(hidden(tmp_path)) == 2
-    with folder_to_build_in(tmp_path, "key") as folder:
-        assert hidden(tmp_path) == {folder.name, f"{folder.name}.lock"}
+    remove_leftovers(tmp_path)
     assert not hidden(tmp_path)
 
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     """Each has a lock of its own, and the kernel knows it also from another one of the same process."""
+    (tmp_path / ".ranks.lock").touch()  # a lock that ranks share
     with folder_to_build_in(tmp_path, "key") as first:
         (first / "input_ids.npy").write_text("first")
         with folder_to_build_in(tmp_path, "key") as second:
             assert first != second
             assert (first / "input_ids.npy").read_text() == "first"
             second.rename(tmp_path / "key")
-        with folder_to_build_in(tmp_path, "other"):
-            assert (first / "input_ids.npy").read_text() == "first"
-    assert {path.name for path in tmp_path.iterdir()} == {"key"}
+        remove_leftovers(tmp_path)
+        assert (first / "input_ids.npy").read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {"key", ".ranks.lock"}
 
 
 def test_a_folder_of_another_machine_is_left_until_it_is_a_day_old(
@@ -58,17 +58,17 @@ def test_a_folder_of_another_machine_is_left_until_it_is_a_day_old(
     theirs.mkdir()
     lock = Path(f"{theirs}.lock")
     lock.touch()
-    with folder_to_build_in(tmp_path, "other"):
-        assert theirs.is_dir()
+    remove_leftovers(tmp_path)
+    assert theirs.is_dir()
     for path in (theirs, lock):
         os.utime(path, (0, 0))
     (theirs / "input_ids.npy").write_text("growing")
-    with folder_to_build_in(tmp_path, "other"):
-        assert theirs.is_dir()
+    remove_leftovers(tmp_path)
+    assert theirs.is_dir()
     monkeypatch.setattr(building, "QUIET_SECONDS", -1.0)
-    with folder_to_build_in(tmp_path, "other"):
-        assert not theirs.exists()
-        assert not lock.exists()
+    remove_leftovers(tmp_path)
+    assert not theirs.exists()
+    assert not lock.exists()
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:

@@ -31,7 +31,6 @@ def folder_to_build_in(parent: Path, name: str) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(parent)
     with _new_lock(parent, name) as held:
         lock = Path(held.name)
         folder = _folder_of(lock)

@@ -19,7 +19,7 @@ again.
 
 An entry is written to a temporary folder and renamed, so it is complete or absent. If two processes build the same one,
 the first to rename wins and the other uses the winner's. What a killed process leaves is never read, and removed by the
-next one that builds an entry (`building.py`).
+next one that looks for an entry (`building.py`).
 """
 
 from __future__ import annotations
