@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -25,16 +24,17 @@ QUIET_SECONDS = 1.0
 
 
 def stderr_console() -> Console:
-    """Return a console on stderr, for messages and progress."""
-    return Console(stderr=True, highlight=False)
+    """Return a console on stderr, for messages and progress. It prints text as it is: brackets are no markup."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def stdout_console() -> Console:
-    """Return a console on stdout, for results.
+    """Return a console on stdout, for results. It prints text as it is, as `stderr_console` does.
 
     It breaks lines at the width of the terminal, or at COLUMNS. In a pipe without COLUMNS lines stay whole.
     """
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty() and "COLUMNS" not in os.environ)
+    is_whole = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=is_whole)
 
 
 def counted(count: int, word: str) -> str:
@@ -78,9 +78,15 @@ def working(console: Console, text: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with Progress(SpinnerColumn(), TextColumn(text), TimeElapsedColumn(), console=console, transient=True) as progress:
-        progress.add_task("")
+    columns = (SpinnerColumn(), plain_column("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(text)
         yield
+
+
+def plain_column(template: str) -> TextColumn:
+    """Return a column of a progress display that shows text as it is; `template` is as for `TextColumn`."""
+    return TextColumn(template, markup=False)
 
 
 @contextmanager
@@ -89,9 +95,9 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
     The bar appears after `QUIET_SECONDS`, and only if stderr is a terminal.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (plain_column("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=stderr_console(), transient=True)
-    task = progress.add_task(escape(what), total=total)
+    task = progress.add_task(what, total=total)
     started, is_shown = time.monotonic(), False
 
     def update(done: int) -> None:

@@ -13,8 +13,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from chunkflow_cli.cli.app import app
-from chunkflow_cli.config.load import read_overrides
+from chunkflow_cli.config.load import load, read_overrides
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.planning.costs import DEVICES
+from chunkflow_cli.training.setup import calibration_path, read_setup
 
 pytestmark = pytest.mark.processes
 
@@ -257,6 +260,19 @@ def test_this_machine_is_measured_once_and_the_best_pairs_run_a_step(monkeypatch
     assert ranks.returncode == 0, ranks.stderr
     other_model = CliRunner().invoke(app, [*plan, "model.dtype=bfloat16"])
     assert other_model.exit_code == 2, "timings of another dtype do not count for this model"
+
+
+def test_half_a_calibration_is_measured_again() -> None:
+    """A full disk may have cut it: it must not stop every later search."""
+    config = load(["recipe=tiny_random"]).config
+    hf_config, device = load_config(config.model), DEVICES["cpu"]
+    path = calibration_path(config, hf_config, device)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"version": 3, "costs": {"sou')
+    measured = []
+    with pytest.raises(UsageError, match="has not been measured"):  # the function under test measures with this one
+        read_setup(config, hf_config, device, measure=measured.append)
+    assert measured == [path]
 
 
 def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> None:

@@ -152,9 +152,12 @@ def test_an_entry_of_a_killed_process_is_never_read(tmp_path: Path) -> None:
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert entries(data) == []
-    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1, (
-        "an incomplete entry is left under a temporary name"
-    )
+    left = {path.name for path in (tmp_path / "cache" / "tokens").iterdir()}
+    assert all(name.startswith(".") for name in left), "an incomplete entry is left under a temporary name"
+    again = start_python(BUILD.format(cache=str(tmp_path / "cache"), data=str(data), meddle="pass"))
+    assert again.communicate(timeout=120)[0] == "50 [7, 0]\n"
+    assert [path.name[0] for path in (tmp_path / "cache" / "tokens").iterdir()] != ["."]
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1, "the next process removes it"
     assert load(data, vocab=10).lengths.tolist() == [2] * 50
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ class Failing:
         raise ZeroDivisionError(f"at line {batch.lines[0]}")
 
 
+class Sleeping:
+    """An encoder that is at work for long, and says which process it is in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def encode(self, batch: Any) -> Any:
+        (self.folder / f"pid-{os.getpid()}").touch()
+        time.sleep(60)
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     path = tmp_path / "ids.jsonl"
@@ -77,3 +89,25 @@ def test_an_error_in_a_worker_is_raised_with_its_traceback(source: Source, monke
     with pytest.raises(ZeroDivisionError, match="at line 1") as raised:
         list(encode_source(source, Failing(), num_workers=2))  # type: ignore[arg-type]
     assert "in encode" in "".join(raised.value.__notes__)
+
+
+def test_workers_end_with_a_killed_parent(source: Source, tmp_path: Path) -> None:
+    """One that is at work does not look at its connection, and would hold its memory until it is done."""
+    code = (
+        "from chunkflow_cli.data import parallel; from chunkflow_cli.data.source import open_source\n"
+        "from pathlib import Path; from test_parallel import Sleeping\nparallel.BYTES_PER_WORKER = 1\n"
+        f"list(parallel.encode_source(open_source({source.names[0]!r}), Sleeping(Path({str(tmp_path)!r})), num_workers=2))"
+    )
+    paths = os.pathsep.join([str(SRC), str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    deadline = time.monotonic() + 60
+    while not (found := list(tmp_path.glob("pid-*"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    workers = [Path("/proc", path.name.removeprefix("pid-")) for path in found]
+    while any(worker.exists() and "(zombie)" not in (worker / "status").read_text() for worker in workers):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.02)

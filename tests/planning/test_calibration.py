@@ -130,6 +130,29 @@ def test_a_calibration_comes_back_from_its_file(tmp_path: Path) -> None:
     assert Calibration.load(path) is None, "a calibration of another version is measured again"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 1', '"x"', "\xff\xfe"])
+def test_a_damaged_calibration_is_none(text: str, tmp_path: Path) -> None:
+    """It is measured again; a file that was cut must not stop every later search."""
+    path = tmp_path / "calibration.json"
+    path.write_text(text, encoding="latin-1")
+    assert Calibration.load(path) is None
+
+
+def test_a_calibration_without_one_of_its_parts_is_none(tmp_path: Path) -> None:
+    cost = OperationCost(1e-3, 1e-5, 1e-9)
+    costs = CostModel("here", cost, cost, cost, cost, 1e-6, 0.25)
+    path = tmp_path / "calibration.json"
+    Calibration("a device", SHAPE, costs, MeasuredMemory(1, 2, 3.5, 0.5), 0.1).save(path)
+    whole = json.loads(path.read_text())
+    for part in whole:
+        for wrong in (None, "text", 3, {}):
+            if part in ("device", "worst_error") and wrong is not None:
+                continue
+            damaged = {**whole, part: wrong} if wrong is not None else {k: v for k, v in whole.items() if k != part}
+            path.write_text(json.dumps(damaged))
+            assert Calibration.load(path) is None, (part, wrong)
+
+
 def test_an_operation_that_was_disturbed_once_does_not_count() -> None:
     """Other work on the machine only adds time, so the faster of two equal operations counts."""
     cost = OperationCost(1e-3, 1e-5, 1e-9)

@@ -5,29 +5,34 @@ The ranks are those of tests/support/launch_worker.py: they need no torch and st
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from chunkflow_cli.cli.app import app
 from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.processes.deepspeed_launcher import deepspeed_command, exported_environment
-from chunkflow_cli.processes.environment import local_environment, threads_of_user
-from chunkflow_cli.processes.failures import FailureRecord
+from chunkflow_cli.processes import watch_folder
+from chunkflow_cli.processes.deepspeed_launcher import deepspeed_command, exported_environment, launcher_environment
+from chunkflow_cli.processes.environment import forget_other_ranks, local_environment, processes, rank, threads_of_user
+from chunkflow_cli.processes.failures import FailureRecord, read_failure
 from chunkflow_cli.processes.first_cause import first_cause
 from chunkflow_cli.processes.hang_watch import watched_together
 from chunkflow_cli.processes.heartbeat import STARTING, Heartbeat, Place, Watchdog, read_place
 from chunkflow_cli.processes.hostfile import Host, read_hostfile
-from chunkflow_cli.processes.watch_folder import WatchFolder
+from chunkflow_cli.processes.watch_folder import Order, WatchFolder, follow_orders, write_order
 from chunkflow_cli.training import launch
 from support.ranks import run_ranks
 
@@ -114,6 +119,7 @@ def log(folder: Path, rank: int) -> str:
 
 def test_each_rank_knows_its_number_and_the_terminal_shows_rank_0(start: Start, tmp_path: Path) -> None:
     """Nobody can read sixteen progress bars in one terminal; the output of the other ranks must still be kept."""
+    (tmp_path / "json.py").write_text("raise SystemExit('a file of the current folder ran')")
     launcher = start("fine", 2)
     out, err = launcher.communicate(timeout=30)
     assert (launcher.returncode, out, err) == (0, "", "stderr of rank 0\n")
@@ -273,7 +279,9 @@ def test_a_crash_after_the_checkpoint_is_no_failure(start: Start, tmp_path: Path
     assert ended(launcher, 130, within=20) == "interrupted\n"
 
 
-@pytest.mark.parametrize("how", ["SIGTERM to the launcher", "Ctrl-C in its terminal", "SIGTERM to one rank"])
+@pytest.mark.parametrize(
+    "how", ["SIGTERM to the launcher", "Ctrl-C in its terminal", "a terminal that is closed", "SIGTERM to one rank"]
+)
 def test_every_rank_is_asked_to_stop_once_and_the_exit_code_is_130(how: str, start: Start, tmp_path: Path) -> None:
     """A second signal would stop a rank at once, without a checkpoint: Ctrl-C must not reach it twice."""
     launcher = start("stopping")
@@ -282,6 +290,10 @@ def test_every_rank_is_asked_to_stop_once_and_the_exit_code_is_130(how: str, sta
         os.kill(ranks[0], signal.SIGTERM)
     elif how == "SIGTERM to the launcher":
         launcher.terminate()
+    elif how == "a terminal that is closed":
+        for _ in range(2):  # from the shell, and from the kernel
+            os.killpg(launcher.pid, signal.SIGHUP)
+            time.sleep(0.1)
     else:
         os.killpg(launcher.pid, signal.SIGINT)
     assert ended(launcher, 130, within=10) == "interrupted\n"
@@ -363,6 +375,47 @@ def test_a_repeated_operation_counts_as_movement(tmp_path: Path) -> None:
 # The number of ranks, and their nodes
 
 
+@pytest.mark.parametrize(("given", "said"), [
+    ({"RANK": None}, "RANK is not set"),
+    ({"RANK": "abc"}, "RANK=abc is not a number"),
+    ({"RANK": "-1"}, "RANK=-1 is not a number"),
+    ({"RANK": "2"}, "RANK=2 is not below it"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two is not a number"),
+    ({"WORLD_SIZE": "0"}, "that is not a number of ranks"),
+    ({"LOCAL_RANK": None}, "LOCAL_RANK is not set"),
+    ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number"),
+    ({"LOCAL_WORLD_SIZE": "1.5"}, "LOCAL_WORLD_SIZE=1.5 is not a number"),
+    ({"MASTER_ADDR": None}, "MASTER_ADDR is not set"),
+    ({"MASTER_PORT": "x"}, "MASTER_PORT=x is not a number"),
+    ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
+])  # fmt: skip
+def test_wrong_variables_of_a_launcher_are_named(
+    given: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """Otherwise the ranks wait for each other, or DeepSpeed looks for MPI."""
+    monkeypatch.setenv("CHUNKFLOW_OMP_NUM_THREADS", "")  # `worker.enter` would set them
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    right = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**right, **given}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, ["train", "recipe=tiny_random"])
+    assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize("given", [
+    {"RANK": "abc"}, {"RANK": "3"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1", "RANK": "3", "LOCAL_RANK": "7"}, {"MASTER_PORT": "x"},
+])  # fmt: skip
+def test_a_process_on_its_own_ignores_what_scripts_left(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert (rank(), processes()) == (0, 1)
+    forget_other_ranks()
+    assert not any(name in os.environ for name in LAUNCHER_VARIABLES)  # DeepSpeed and torch look there, too
+
+
 def test_the_number_of_ranks_is_the_launchers(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     """torchrun and `launch.processes` both say it; a plan for another number of ranks would hang."""
     alone = load(["recipe=tiny_random"])
@@ -374,7 +427,8 @@ def test_the_number_of_ranks_is_the_launchers(monkeypatch: pytest.MonkeyPatch, e
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="RANK"):
         launch.with_processes(alone)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "node-1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     joined = launch.with_processes(alone)
     assert (joined.config.launch.processes, joined.tree.launch.processes) == (4, 4)
     assert not launch.is_needed(joined)
@@ -401,6 +455,34 @@ def test_a_hostfile_gives_the_number_of_ranks(tmp_path: Path, environment: dict[
         ("node-1 slots=0\n", "line 1"),
         ("a slots=1\na slots=2\n", "line 2: a is listed twice"),
         ("# nothing\n", "names no host"),
+        ("", "names no host"),
+        ("Node-1 slots=1\nnode-1 slots=2\n", "line 2: node-1 is listed twice"),
+        ("a slots=" + "9" * 5000, "line 1"),
+        ("a slots=-1\n", "line 1"),
+        ("a slots=\u0663\n", "line 1"),
+        *(
+            (f"a slots=1\n{name} slots=2\n", f"line 2: {name!r} is not the name or address of a host")
+            for name in (
+                "-oProxyCommand=touch${IFS}x",
+                "x;id",
+                "$(id)",
+                "`id`",
+                "a|b",
+                "a,b",
+                "node[1-4]",
+                "a@-ob",
+                "-l@b",
+                "a@b@c",
+                "a/b",
+                "..",
+                "%h",
+                "'a'",
+                "n\u00f6de",
+                "a:b",
+                "-1::2",
+                "[::1]",
+            )
+        ),
     ],
 )
 def test_a_wrong_hostfile_is_named_with_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -409,6 +491,79 @@ def test_a_wrong_hostfile_is_named_with_its_line(text: str, message: str, tmp_pa
         read_hostfile(str(tmp_path / "hosts"))
     with pytest.raises(UsageError, match="no such file"):
         read_hostfile(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", [
+    "localhost", "node-1.example.org", "10.0.0.7", "gpu_3", "me@node-1", "fe80::1%eth0", "2001:db8::7", "::1", "7",
+])  # fmt: skip
+def test_names_and_addresses_of_hosts_are_taken(name: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(f"\ufeff{name} slots=2\r\n".encode())
+    assert read_hostfile(str(tmp_path / "hosts")) == [Host(name, 2)]
+
+
+# What others leave in the watch folder
+
+
+def test_garbage_among_the_orders_does_not_end_the_thread_that_follows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that thread, a rank on another machine outlives its launcher."""
+    watch, obeyed, ended = WatchFolder(tmp_path), [], threading.Event()
+    watch.prepare()
+    monkeypatch.setattr(watch_folder, "ORDERS_SECONDS", 0.005)
+    monkeypatch.setattr("os.kill", lambda pid, number: obeyed.append(number))
+    thread = threading.Thread(target=follow_orders, args=(watch, ended, 60.0))
+    thread.start()
+    watch.lease.write_bytes(b"\xff\xfe")
+    for garbage in (b"\xff\xfe\x00", b"name", b"__class__", b"STOP\n" * 2, b"9", b""):
+        watch.order.write_bytes(garbage)
+        time.sleep(0.03)
+    watch.order.unlink()
+    (watch.order / "inside").mkdir(parents=True)
+    time.sleep(0.03)
+    write_order(watch, Order.STOP)
+    time.sleep(0.1)
+    ended.set()
+    thread.join()
+    assert obeyed == [signal.SIGTERM]
+
+
+def test_garbage_among_the_records_is_no_record(tmp_path: Path) -> None:
+    """Such as half a file; the rank's exit code says that it failed."""
+    path = tmp_path / "record"
+    good = {"exit_code": 1, "message": "m", "is_follower": False, "at": 1.0, "log_bytes": 0}
+    for text in (
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        '"text"',
+        json.dumps({**good, "more": 1}),
+        json.dumps({**good, "at": "x"}),
+    ):
+        path.write_text(text)
+        assert read_failure(path) is None
+        assert read_place(path) == STARTING
+    path.write_bytes(b"\xff\xfe")
+    assert read_failure(path) is None
+    path.write_text(json.dumps(good))
+    assert read_failure(path) == FailureRecord(**good)  # type: ignore[arg-type]
+    assert read_place(tmp_path) == STARTING  # a folder
+
+
+def test_a_link_in_a_strangers_run_folder_deletes_nothing(tmp_path: Path) -> None:
+    """The watch folder is emptied before a run: not what a link in its place points to."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis").touch()
+    watch = WatchFolder(tmp_path / "run")
+    watch.run_folder.mkdir()
+    watch.path.symlink_to(precious)
+    watch.prepare()
+    assert (precious / "thesis").exists()
+    assert watch.path.is_dir()
+    assert not watch.path.is_symlink()
 
 
 # DeepSpeed's launcher
@@ -429,8 +584,8 @@ def test_words_reach_other_nodes_unchanged(tmp_path: Path, environment: dict[str
 
     hosts = [Host("node-1", 8), Host("node-2", 8)]
     command = deepspeed_command(hosts, hostfile=tmp_path / "hostfile", module="echo", words=AWKWARD_WORDS)
-    assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
-    arguments = runner.parse_args(command[3:])
+    assert command[1:4] == ["-P", "-m", "deepspeed.launcher.runner"]
+    arguments = runner.parse_args(command[4:])
     assert (arguments.hostfile, arguments.module, arguments.no_local_rank) == (str(tmp_path / "hostfile"), True, True)
     arguments.master_addr = "10.0.0.1"
     remote = PDSHRunner(arguments, "d29ybGQ=")
@@ -449,8 +604,38 @@ def test_other_nodes_get_the_variables_of_the_user_and_ours(tmp_path: Path, monk
     (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
     text = exported_environment({"OMP_NUM_THREADS": "3"}, WatchFolder(Path("/shared/run")))
     assert text == (
-        "NCCL_SOCKET_IFNAME=eth0\nCHUNKFLOW_RUN_FOLDER=/shared/run\nCHUNKFLOW_OMP_NUM_THREADS=3\nOMP_NUM_THREADS=3\n"
+        f"NCCL_SOCKET_IFNAME=eth0\nCHUNKFLOW_RUN_FOLDER=/shared/run\nCHUNKFLOW_WORKING_FOLDER={tmp_path}\n"
+        "CHUNKFLOW_OMP_NUM_THREADS=3\nOMP_NUM_THREADS=3\n"
     )
+
+
+def test_folders_reach_other_nodes_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's own code writes the commands for the other node, where a shell would run what is in a name."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+
+    folder = tmp_path / 'my $(touch pwned) `touch pwned` "run" \\ $HOME'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    text = exported_environment({}, WatchFolder(folder / "run"))
+    remote = PDSHRunner(argparse.Namespace(user_args=[], user_script=""), "d29ybGQ=")
+    for line in text.splitlines():
+        remote.add_export(*line.split("=", maxsplit=1))
+    exports = "".join(f"export {name}={value}; " for name, value in remote.exports.items())
+    shown = 'printf "%s\\n" "$CHUNKFLOW_RUN_FOLDER" "$CHUNKFLOW_WORKING_FOLDER"'
+    out = subprocess.run(["bash", "-c", exports + shown], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert out.splitlines() == [str(folder / "run"), str(folder)]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_workers_on_other_nodes_import_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher puts its own current folder on the workers' path; the paths of the user stay."""
+    monkeypatch.chdir(tmp_path)
+    given = {"PYTHONPATH": os.pathsep.join(["mine", "", "/theirs"])}
+    made = launcher_environment(given, WatchFolder(tmp_path / "run"), tmp_path / "environment")
+    assert made["PYTHONPATH"] == os.pathsep.join([str(tmp_path / "mine"), "/theirs"])
+    assert made["PYTHONSAFEPATH"] == "1"
 
 
 def hang_under_a_foreign_launcher(folder: str) -> None:
@@ -472,8 +657,8 @@ def test_ranks_of_a_foreign_launcher_find_a_hang_themselves(tmp_path: Path) -> N
         end.value
     )
     assert "  rank 1: step 3, B5, for 2." in str(end.value)
-    for rank in range(2):
-        assert "in hang_under_a_foreign_launcher" in log(tmp_path, rank)
+    for number in range(2):
+        assert "in hang_under_a_foreign_launcher" in log(tmp_path, number)
 
 
 @pytest.mark.slow
@@ -481,6 +666,8 @@ def test_ranks_of_a_foreign_launcher_find_a_hang_themselves(tmp_path: Path) -> N
 def test_deepspeeds_launcher_starts_the_ranks_of_a_hostfile(scenario: str, start: Start, tmp_path: Path) -> None:
     """The real launcher, on one machine. It answers a signal or a dead rank by killing the ranks: the request to save
     must bypass it, and a rank's error must get through."""
+    for name in ("json", "datasets", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the current folder ran')")
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
     launcher = start(scenario, 2, hostfile=hosts)

@@ -237,14 +237,23 @@ def test_kill_and_same_command_give_the_same_losses(uninterrupted: Path, tmp_pat
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_saves_and_exits_130(number: signal.Signals, uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "a connection that is lost"])
+def test_a_signal_saves_and_exits_130(how: str, uninterrupted: Path, tmp_path: Path) -> None:
     """A checkpoint is saved even if checkpoint.every is not set: users expect to keep what they stop by hand."""
     with subprocess.Popen(command(*RECIPE), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         wait_for_rows(process, tmp_path / "run", 3)
-        process.send_signal(number)
-        _, printed = process.communicate(timeout=300)
+        if how == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+            _, printed = process.communicate(timeout=300)
+        else:
+            assert process.stderr is not None
+            process.stderr.close()
+            for _ in range(2):  # from the shell, and from the kernel
+                process.send_signal(signal.SIGHUP)
+            process.wait(timeout=300)
+            printed = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert process.returncode == 130, printed
+    assert "Stopped after step" in printed
     assert "Traceback" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
     assert not (tmp_path / "run" / "final").exists()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -10,6 +13,7 @@ import typer
 from chunkflow_cli import __version__
 from chunkflow_cli.cli.command import Request, Result, command
 from chunkflow_cli.cli.completion import complete_override, complete_recipe
+from chunkflow_cli.errors import RunError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -315,13 +319,36 @@ def _is_override(word: str) -> bool:
     return ("=" in word or word.startswith("~")) and not os.path.exists(word)
 
 
+@contextmanager
+def _output_complete() -> Iterator[None]:
+    """Print the error, and exit, if what the block printed cannot be written, such as help to a full disk."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 def main() -> None:
-    """Run the command line. A worker leaves without the end of the interpreter, which its threads could abort."""
+    """Run the command line.
+
+    A worker leaves without the end of the interpreter, which its threads could abort; so does an interrupted command,
+    for which the interpreter may take another exit code.
+    """
+    from chunkflow_cli import streams
     from chunkflow_cli.processes import environment, worker
 
+    streams.prepare()
+    worker.end_with_parent()
+    environment.forget_other_ranks()
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process that we or a library start imports files of the current folder
     try:
-        app()
+        with _output_complete():
+            app()
     except SystemExit as end:
-        if environment.is_started_by_launcher() and not isinstance(end.code, str):
+        if (environment.is_started_by_launcher() or end.code == 130) and not isinstance(end.code, str):
             worker.leave(end.code or 0)
         raise

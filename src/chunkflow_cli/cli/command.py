@@ -113,9 +113,14 @@ def run_command(function: Callable[[], Result], json_output: bool, debug: bool) 
         typer.Exit: the command failed, or has nothing more to do.
     """
     from chunkflow_cli.processes import environment
+    from chunkflow_cli.processes.stop_signals import interruptible
 
     try:
-        result = function()
+        with interruptible():
+            result = function()
+            if json_output and result is not None:
+                print(json.dumps(result))
+            sys.stdout.flush()
     except typer.Exit:
         raise
     except (KeyboardInterrupt, Exception) as error:
@@ -126,11 +131,8 @@ def run_command(function: Callable[[], Result], json_output: bool, debug: bool) 
         elif debug and not isinstance(error, KeyboardInterrupt):
             raise
         else:
-            rank = f"rank {environment.rank()}: " if environment.is_started_by_launcher() else ""
-            print(_in_a_few_lines(error, rank), file=sys.stderr)
+            print(_in_a_few_lines(error, environment.rank_in_messages()), file=sys.stderr)
         raise typer.Exit(exit_code_of(error)) from None
-    if json_output and result is not None:
-        print(json.dumps(result))
     return result
 
 

@@ -53,7 +53,7 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
         notes.append("It has no tokenizer, because the model of the run has none")
     _explain(target, notes, is_adapter=has_adapters and not merge)
     if not json_output:
-        stdout_console().print(str(target), markup=False, soft_wrap=True)
+        stdout_console().print(str(target), soft_wrap=True)
     return {"output": str(target), "merged": merge}
 
 
@@ -67,7 +67,7 @@ def _explain(target: Path, notes: list[str], *, is_adapter: bool) -> None:
         f'  model = {loader}.from_pretrained("{target}")',
     ]
     for line in [*notes, *lines]:
-        stderr_console().print(line, markup=False, soft_wrap=True)
+        stderr_console().print(line, soft_wrap=True)
 
 
 def _merge(source: Path, final: Path, target: Path) -> list[str]:

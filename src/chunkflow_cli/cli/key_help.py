@@ -29,12 +29,12 @@ class CommandWithKeys(TyperCommand):
 
 
 def _print_keys(names: tuple[str, ...]) -> None:
-    from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
     from chunkflow_cli.config.keys import describe_keys
+    from chunkflow_cli.console import stdout_console
 
     described = describe_keys()
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False, expand=True)
@@ -45,6 +45,6 @@ def _print_keys(names: tuple[str, ...]) -> None:
         text = Text(key.help.replace("`", ""))
         text.append(f" [default: {key.default}]" if key.default not in ("", "null") else "", style="dim")
         table.add_row(name, text)
-    console = Console(highlight=False)
-    console.print(Panel(table, title="Common keys", title_align="left", border_style="dim"))
+    console = stdout_console()
+    console.print(Panel(table, title="Common keys", title_align="left", border_style="dim"), soft_wrap=False)
     console.print(" To print all keys: --cfg job. To complete keys with TAB: --install-completion")

@@ -96,8 +96,8 @@ def copy(name: str, destination: str | None, config_dir: str | None, *, json_out
         command += " data.path=YOUR_DATA"
     if not json_output:
         console = stdout_console()
-        console.print(f"{target}", markup=False, soft_wrap=True)
-        console.print(f"  run it:  {command}", markup=False, soft_wrap=True)
+        console.print(f"{target}", soft_wrap=True)
+        console.print(f"  run it:  {command}", soft_wrap=True)
     return {"recipe": name, "path": str(target), "command": command}
 
 

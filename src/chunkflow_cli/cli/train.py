@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from rich.text import Text
 
 from chunkflow_cli.cli.command import Request, Result
 from chunkflow_cli.config.load import load, read_overrides
 from chunkflow_cli.config.overrides import parse_overrides
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import RunError
-from chunkflow_cli.processes import environment, worker
+from chunkflow_cli.processes import worker
+from chunkflow_cli.processes.environment import SWEEP, child_environment, module_command
+from chunkflow_cli.processes.stop_signals import is_second, stop_signals_handled
 
 
 def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Result:
@@ -78,19 +83,18 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
     runs, failed = [], []
     for number, words in enumerate(jobs):
         folder = root / str(number)
-        console.print(f"[bold]run {number + 1} of {len(jobs)}[/] {' '.join(words)}", soft_wrap=True)
+        console.print(
+            Text.assemble((f"run {number + 1} of {len(jobs)}", "bold"), f" {' '.join(words)}"), soft_wrap=True
+        )
         options = ["--config-dir", config_dir] if config_dir is not None else []
         kept = [word for word in words if not word.startswith("train.output_dir=")]
-        command = [sys.executable, "-m", "chunkflow_cli", "train", *options, *kept, f"train.output_dir={folder}"]
-        marked = {**os.environ, environment.SWEEP: str(number)}
-        code = _wait_for(subprocess.Popen(command, env=marked, stdout=sys.stderr if json_output else None))
-        if code == 130:
-            console.print(
-                f"To go on with all runs, give the same command with train.output_dir={root}",
-                markup=False,
-                soft_wrap=True,
+        try:
+            code = _run_job(
+                ["train", *options, *kept, f"train.output_dir={folder}"], number, show_output=not json_output
             )
-            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            console.print(f"To go on with all runs, give the same command with train.output_dir={root}", soft_wrap=True)
+            raise
         runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code})
         if code != 0:
             failed.append(folder)
@@ -99,10 +103,30 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
     return {"runs": runs}
 
 
-def _wait_for(job: subprocess.Popen[bytes]) -> int:
-    """Wait for the exit code. Ctrl-C also reaches the run, which saves a checkpoint and exits by itself."""
-    while True:
-        try:
-            return job.wait()
-        except KeyboardInterrupt:
-            continue
+def _run_job(words: Sequence[str], number: int, *, show_output: bool) -> int:
+    """Run `chunkflow WORDS` in a process of its own and return its exit code. Stop signals are passed on to it.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop, and has saved a checkpoint; or it was asked twice, and was killed.
+    """
+    job: subprocess.Popen[bytes] | None = None
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if job is not None:
+            job.send_signal(signal.SIGKILL if is_second(received) else signal.SIGTERM)
+
+    with stop_signals_handled(pass_on):
+        job = subprocess.Popen(
+            module_command("chunkflow_cli", words),
+            env={**child_environment(), SWEEP: str(number)},
+            stdout=None if show_output else sys.stderr,
+            start_new_session=True,  # so that Ctrl-C in a terminal reaches it once, from here
+        )
+        if received:  # before there was a process to pass it on to
+            job.send_signal(signal.SIGTERM)
+        code = job.wait()
+    if received or code == 130:
+        raise KeyboardInterrupt
+    return code

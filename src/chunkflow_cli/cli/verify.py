@@ -124,6 +124,6 @@ def _print(console: Console, result: dict[str, Any], config: Config) -> None:
         "worst": f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})",
     }
     console.print(facts((name, Text(sentence)) for name, sentence in rows.items()))
-    passed = "[green]passed[/]: chunked training of this model is exact"
-    failed = "[red]failed[/]: chunked training of this model differs from whole-sequence training"
+    passed = Text.assemble(("passed", "green"), ": chunked training of this model is exact")
+    failed = Text.assemble(("failed", "red"), ": chunked training of this model differs from whole-sequence training")
     console.print(passed if result["passed"] else failed)

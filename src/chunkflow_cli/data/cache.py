@@ -20,7 +20,7 @@ again.
 
 An entry is written to a temporary folder and renamed, so it is complete or absent. If two processes build the same one,
 the first to rename wins and the other uses the winner's. If the data changes while it is read, no entry is made. What a
-killed process leaves (`.<key>.<pid>-*`) is never read.
+killed process leaves is never read, and removed by the next one that looks for an entry (`building.py`).
 
 Whenever an entry is opened, its files are compared with their checksums, so that damage is found before it is trained
 on. A core checks 4 GB/s of what is in memory, a thousand times faster than it tokenises. The rest has to be read once,
@@ -34,8 +34,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -47,6 +45,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn
+from chunkflow_cli.data.building import folder_to_build_in
 from chunkflow_cli.data.encoding import EncodedBatch
 from chunkflow_cli.data.notes import Note, merged
 from chunkflow_cli.data.sample import RejectedRow
@@ -172,17 +171,13 @@ def build_entry(
     Raises:
         UsageError: the cache cannot be written.
     """
-    building = folder.parent / f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        building.mkdir(parents=True)
-        try:
+        with folder_to_build_in(folder.parent, folder.name) as building:
             _write_entry(building, batches, ingredients, file_names, progress)
             for file in building.iterdir():  # the rename must not survive a power cut that the content does not
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             _rename_unless_taken(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise UsageError(
             f"tokenised data cannot be written to {folder.parent}: {error}\n"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn
 from chunkflow_cli.console import progress_bar
+from chunkflow_cli.data.building import remove_leftovers
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.columns import rename_columns
 from chunkflow_cli.data.encoding import Encoder
@@ -198,6 +199,7 @@ def tokenize_source(
         vocab_size=vocab_size if are_ids else None,
     )
     folder = cache_root(config.cache_dir) / ingredients.key()
+    remove_leftovers(folder.parent)
     entry = open_entry(folder)
     if entry is None:
         encoder = Encoder(tokenizer, format=format, train_on=config.train_on, vocab_size=vocab_size)

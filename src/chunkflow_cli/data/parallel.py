@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from chunkflow_cli.data.encoding import EncodedBatch, Encoder
 from chunkflow_cli.data.source import RowBatch, Source
 from chunkflow_cli.errors import RunError
-from chunkflow_cli.processes.environment import cores
+from chunkflow_cli.processes.environment import child_environment, cores, module_command
 
 BYTES_PER_WORKER = 4_000_000
 """Data per worker process that makes its start worthwhile: importing and loading a tokenizer takes seconds."""
@@ -69,10 +69,12 @@ class _Worker:
         self._unsent: Encoder | None = encoder
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "chunkflow_cli.data.worker", str(theirs.fileno())],
+                module_command("chunkflow_cli.data.worker", [str(theirs.fileno())]),
                 pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in a terminal is for this process, which ends its workers
                 env={
-                    **os.environ,
+                    **child_environment(),
                     "PYTHONPATH": os.pathsep.join(sys.path),
                     "TOKENIZERS_PARALLELISM": "false",  # the other workers use the other cores
                 },

@@ -3,7 +3,7 @@
     python -P -m chunkflow_cli.data.worker FILE_DESCRIPTOR
 
 reads a pickled `Encoder` from the inherited connection, then batches of rows. It answers each batch with the
-`EncodedBatch`, or with the exception that encoding raised, and exits when the connection is closed.
+`EncodedBatch`, or with the exception that encoding raised, and exits when the connection is closed or its parent ends.
 
 The workers of `multiprocessing` would import the program's main file again: a program without `if __name__ ==
 "__main__"` would restart itself in each of them, and one that is read from standard input could not be read twice. A
@@ -12,13 +12,13 @@ forked process is no alternative either: the threads of torch and of the tokeniz
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from chunkflow_cli.data.tokenizer import keep_torch_out
+from chunkflow_cli.processes.worker import end_with_parent
 
 if TYPE_CHECKING:
     from chunkflow_cli.data.encoding import EncodedBatch, Encoder
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Encode batches until the parent closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt, and ends its workers
+    end_with_parent()
     keep_torch_out()  # rendering a chat template imports transformers
     with Connection(int(sys.argv[1])) as connection:
         try:

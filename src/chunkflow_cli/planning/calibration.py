@@ -92,23 +92,24 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration | None:
-        """Read a calibration; None if the file does not exist or has another version."""
-        if not path.exists():
+        """Read a calibration; None if the file does not exist, is damaged or has another version."""
+        try:
+            saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if saved.pop("version", None) != CALIBRATION_VERSION:
+                return None
+            costs = saved["costs"]
+            costs["shape"] = None if costs["shape"] is None else ModelShape(**costs["shape"])
+            for kind in ("forward", "backward", "recompute", "state_pass"):
+                costs[kind] = OperationCost(**costs[kind])
+            return cls(
+                device=saved["device"],
+                shape=ModelShape(**saved["shape"]),
+                costs=CostModel(**costs),
+                memory=MeasuredMemory(**saved["memory"]),
+                worst_error=saved["worst_error"],
+            )
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if saved.pop("version", None) != CALIBRATION_VERSION:
-            return None
-        costs = saved["costs"]
-        costs["shape"] = None if costs["shape"] is None else ModelShape(**costs["shape"])
-        for kind in ("forward", "backward", "recompute", "state_pass"):
-            costs[kind] = OperationCost(**costs[kind])
-        return cls(
-            device=saved["device"],
-            shape=ModelShape(**saved["shape"]),
-            costs=CostModel(**costs),
-            memory=MeasuredMemory(**saved["memory"]),
-            worst_error=saved["worst_error"],
-        )
 
 
 def fit_costs(

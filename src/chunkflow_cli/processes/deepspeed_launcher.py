@@ -8,13 +8,12 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chunkflow_cli.files import write_atomically
-from chunkflow_cli.processes.environment import RUN_FOLDER, THREADS_OF_USER, free_port
+from chunkflow_cli.processes.environment import RUN_FOLDER, THREADS_OF_USER, WORKING_FOLDER, free_port, module_command
 from chunkflow_cli.processes.failures import read_failure
 from chunkflow_cli.processes.hostfile import Host
 from chunkflow_cli.processes.watch_folder import Order, WatchFolder, write_order
@@ -44,7 +43,8 @@ class DeepSpeedWorkers:
         exported.write_text(exported_environment(environment, watch), encoding="utf-8")
         self._launcher = subprocess.Popen(
             deepspeed_command(hosts, hostfile=hostfile, module=module, words=words),
-            env={**environment, RUN_FOLDER: str(watch.run_folder), "DS_ENV_FILE": str(exported)},
+            env=launcher_environment(environment, watch, exported),
+            cwd="/",  # the launcher adds its current folder to PYTHONPATH; workers go back to ours (`worker.enter`)
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
@@ -79,10 +79,29 @@ class DeepSpeedWorkers:
             self._launcher.wait(REAP_SECONDS)
 
 
+def launcher_environment(environment: Mapping[str, str], watch: WatchFolder, exported: Path) -> dict[str, str]:
+    """Return the environment of DeepSpeed's launcher, which passes variables that begin with PYTHON to other nodes.
+
+    Args:
+        environment: of this process.
+        exported: the file with the other variables for other nodes.
+    """
+    own = {
+        RUN_FOLDER: str(watch.run_folder),
+        WORKING_FOLDER: os.getcwd(),
+        "DS_ENV_FILE": str(exported),
+        "PYTHONSAFEPATH": "1",  # workers import nothing from their current folder
+    }
+    if "PYTHONPATH" in environment:
+        paths = [os.path.abspath(path) for path in environment["PYTHONPATH"].split(os.pathsep) if path]
+        own["PYTHONPATH"] = os.pathsep.join(paths)
+    return {**environment, **own}
+
+
 def deepspeed_command(hosts: Sequence[Host], *, hostfile: Path, module: str, words: Sequence[str]) -> list[str]:
     """Return the command line of DeepSpeed's launcher, which runs `python -m MODULE WORDS` for each rank of `hosts`."""
     is_here = len(hosts) == 1 and hosts[0].is_here
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--quiet"]
+    command = module_command("deepspeed.launcher.runner", [f"--hostfile={hostfile}", "--quiet"])
     if is_here:
         command += ["--no_ssh_check", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     elif len(hosts) == 1:
@@ -102,6 +121,11 @@ def _quoted_for_remote_shell(word: str) -> str:
     return shlex.quote(word)
 
 
+def _in_double_quotes(value: str) -> str:
+    """Quote a variable's value, which the launcher puts in double quotes if it has unusual characters, and no more."""
+    return re.sub(r'([\\$`"])', r"\\\1", value)
+
+
 def exported_environment(environment: Mapping[str, str], watch: WatchFolder) -> str:
     """Return the text of the file that lists the variables for other nodes.
 
@@ -115,7 +139,8 @@ def exported_environment(environment: Mapping[str, str], watch: WatchFolder) -> 
                 key, separator, value = line.partition("=")
                 if separator:
                     lines[key.strip()] = value
-    lines[RUN_FOLDER] = str(watch.run_folder)
+    lines[RUN_FOLDER] = _in_double_quotes(str(watch.run_folder))
+    lines[WORKING_FOLDER] = _in_double_quotes(os.getcwd())
     lines[THREADS_OF_USER] = environment.get("OMP_NUM_THREADS", "")
     if "OMP_NUM_THREADS" in environment:
         lines["OMP_NUM_THREADS"] = environment["OMP_NUM_THREADS"]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chunkflow_cli.errors import UsageError
@@ -22,36 +23,101 @@ LAUNCHER_PID = "CHUNKFLOW_LAUNCHER_PID"
 """Environment variable of a worker that our launcher started as its own child: the launcher's process id."""
 SWEEP = "CHUNKFLOW_SWEEP"
 """Environment variable of a run that `train --multirun` started."""
+PARENT_PID = "CHUNKFLOW_PARENT_PID"
+"""Environment variable of a process that another one of ours started and waits for: that one's process id."""
+WORKING_FOLDER = "CHUNKFLOW_WORKING_FOLDER"
+"""Environment variable of a worker that DeepSpeed's launcher started: the folder in which the user started the run."""
 THREADS_OF_USER = "CHUNKFLOW_OMP_NUM_THREADS"
 """Environment variable: the user's OMP_NUM_THREADS, before the cores were divided among ranks; empty if unset."""
 
 
 def rank() -> int:
     """Return the rank of this process; 0 if it is on its own."""
-    return int(os.environ.get("RANK", "0"))
+    return 0 if processes() == 1 else _number("RANK")
 
 
 def processes() -> int:
     """Return the number of ranks that the launcher started; 1 without a launcher.
 
     Raises:
-        UsageError: some of a launcher's variables are set and others are missing.
+        UsageError: the launcher's number is not one.
     """
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count == "1":
-        return 1
-    if "RANK" not in os.environ or not count.isdigit() or int(count) < 1:
-        raise UsageError(
-            f"WORLD_SIZE={count} and RANK={os.environ.get('RANK', '')} in the environment say that a launcher started "
-            "this process, but not which rank it is\n  unset them, or start the run with torchrun or deepspeed"
-        )
-    return int(count)
+    count = 1 if _is_world_of_one() else _number("WORLD_SIZE")
+    if count < 1:
+        raise _wrong("that is not a number of ranks")
+    return count
+
+
+def rank_in_messages() -> str:
+    """Return `rank 3: ` in a rank, and nothing in another process or if a launcher has not said which rank it is."""
+    try:
+        return f"rank {rank()}: " if is_started_by_launcher() else ""
+    except UsageError:
+        return ""
+
+
+def _is_world_of_one() -> bool:
+    return (os.environ.get("WORLD_SIZE") or "1") == "1"
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise _wrong(f"{name}={text} is not a number" if text else f"{name} is not set")
+    return int(text)
+
+
+def _wrong(what: str) -> UsageError:
+    return UsageError(
+        f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} in the environment says that a launcher has started this process, "
+        f"but {what}\n  unset WORLD_SIZE, or start the run with torchrun or deepspeed"
+    )
+
+
+def check_variables() -> None:
+    """Check what a launcher has said in the environment; all of it is needed to find the other ranks.
+
+    Raises:
+        UsageError: a variable is missing or wrong.
+    """
+    if processes() == 1:
+        return
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if os.environ.get(name):
+            _number(name)
+    _number("LOCAL_RANK")
+    if rank() >= processes():
+        raise _wrong(f"RANK={rank()} is not below it")
+    if not os.environ.get("MASTER_ADDR"):
+        raise _wrong("MASTER_ADDR is not set")
+    if not 0 < _number("MASTER_PORT") < 2**16:
+        raise _wrong(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port")
+
+
+def forget_other_ranks() -> None:
+    """Delete the variables of a rank from the environment of a process on its own, for which libraries look there.
+
+    They may be left from a script, or belong to the process that started this one.
+    """
+    if not is_started_by_launcher() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        for name in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "LOCAL_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        ):
+            os.environ.pop(name, None)
 
 
 def processes_here() -> int:
     """Return the number of ranks on this machine."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # LOCAL_SIZE: deepspeed
-    return int(local or processes())
+    name = next(
+        (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if os.environ.get(name)), None
+    )  # the 2nd: deepspeed
+    return processes() if name is None else max(1, _number(name))
 
 
 def worker_folder() -> Path | None:
@@ -70,7 +136,7 @@ def is_started_by_launcher() -> bool:
 
     A world of one rank does not count: the engine of a process on its own sets the same variables.
     """
-    return worker_folder() is not None or os.environ.get("WORLD_SIZE", "1") != "1"
+    return worker_folder() is not None or not _is_world_of_one()
 
 
 def threads_of_user() -> str:
@@ -108,6 +174,16 @@ def local_environment(environment: Mapping[str, str], processes: int) -> dict[st
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
+
+
+def module_command(module: str, words: Sequence[str] = ()) -> list[str]:
+    """Return the command line that runs a module in a new process, which imports nothing from the current folder."""
+    return [sys.executable, "-P", "-m", module, *words]
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a process that ends with this one (`worker.end_with_parent`)."""
+    return {**os.environ, PARENT_PID: str(os.getpid())}
 
 
 def free_port() -> int:

@@ -84,11 +84,12 @@ def record_failure(error: BaseException) -> None:
 
 
 def read_failure(path: Path) -> FailureRecord | None:
-    """Return the record of a rank; None if it has written none."""
+    """Return the record of a rank; None if it has written none, or if the file holds something else."""
     try:
-        return FailureRecord(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        record = FailureRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return None
+    return record if type(record.exit_code) is int and type(record.at) is float else None
 
 
 def _is_follower(error: BaseException) -> bool:

@@ -52,14 +52,15 @@ STARTING = Place(0, 0, "starting")
 
 
 def read_place(path: Path) -> Place:
-    """Return the last record of a rank; `STARTING` if it has written none."""
+    """Return the last record of a rank; `STARTING` if it has written none, or if it cannot be read."""
     try:
-        record = path.read_bytes()
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            record = file.read(RECORD.size)
+    except OSError:
         return STARTING
     if len(record) < RECORD.size:
         return STARTING
-    beats, step, doing = RECORD.unpack(record[: RECORD.size])
+    beats, step, doing = RECORD.unpack(record)
     return Place(beats, step, doing.rstrip(b"\0").decode(errors="replace"))
 
 

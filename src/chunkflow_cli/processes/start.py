@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from chunkflow_cli.processes.deepspeed_launcher import DeepSpeedWorkers
-from chunkflow_cli.processes.environment import local_environment
+from chunkflow_cli.processes.environment import local_environment, module_command
 from chunkflow_cli.processes.hostfile import Host
 from chunkflow_cli.processes.stop_signals import stop_signals_handled
 from chunkflow_cli.processes.supervisor import Limits, Supervision
@@ -46,8 +46,9 @@ def run_workers(
     watch.prepare()
     start: Callable[[], Workers]
     if hosts is None:
-        command = [sys.executable, "-m", module, *words]
-        start = partial(LocalWorkers, command, watch, processes, local_environment(os.environ, processes))
+        start = partial(
+            LocalWorkers, module_command(module, words), watch, processes, local_environment(os.environ, processes)
+        )
     else:
         start = partial(DeepSpeedWorkers, module, words, watch, hosts, os.environ)
     received: list[int] = []

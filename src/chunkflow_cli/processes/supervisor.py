@@ -17,7 +17,9 @@ from chunkflow_cli.processes.failures import FailureRecord, read_failure
 from chunkflow_cli.processes.first_cause import explained, first_cause, silent_failure
 from chunkflow_cli.processes.hang_watch import STACKS_SECONDS, hang_message, look_every, places
 from chunkflow_cli.processes.heartbeat import Watchdog
+from chunkflow_cli.processes.stop_signals import is_second
 from chunkflow_cli.processes.watch_folder import Order
+from chunkflow_cli.processes.worker import has_parent
 from chunkflow_cli.processes.workers import GONE, Workers
 
 POLL_SECONDS = 0.05
@@ -110,7 +112,7 @@ class Supervision:
     def _pass_on_signals(self) -> None:
         if self._received:
             self._ask_to_stop()
-        if len(self._received) > 1:
+        if is_second(self._received) and not has_parent():
             raise KeyboardInterrupt
 
     def _ask_to_stop(self) -> None:

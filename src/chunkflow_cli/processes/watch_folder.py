@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -66,13 +67,17 @@ class WatchFolder:
     def prepare(self) -> None:
         """Make the folders, and delete all files of an earlier run except its logs. Call it before any rank starts."""
         self.log(0).parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(exist_ok=True)
-        for file in self.path.iterdir():
-            file.unlink()
+        if self.path.is_symlink() or self.path.is_file():
+            self.path.unlink()  # never what a link in a stranger's folder points to
+        elif self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir()
 
 
 def write_order(watch: WatchFolder, order: Order) -> None:
     """Give an order to all workers that follow orders."""
+    if watch.order.is_dir():  # not ours, and in the way
+        shutil.rmtree(watch.order)
     write_atomically(watch.order, order.name)
 
 
@@ -89,7 +94,7 @@ def follow_orders(watch: WatchFolder, ended: threading.Event, lease_seconds: flo
     lease, renewed = "", time.monotonic()
     while not ended.wait(ORDERS_SECONDS):
         order = _read(watch.order)
-        if order and order != obeyed:
+        if order in Order.__members__ and order != obeyed:  # anything else is no order of a launcher
             obeyed = order
             os.kill(os.getpid(), Order[order].value)
         text = _read(watch.lease)
@@ -100,8 +105,8 @@ def follow_orders(watch: WatchFolder, ended: threading.Event, lease_seconds: flo
 
 
 def _read(path: Path) -> str:
-    """Return the text of a file; empty if it does not exist or a network file system cannot read it at the moment."""
+    """Return the text of a file; empty if it is no text, does not exist, or cannot be read at the moment."""
     try:
         return path.read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return ""

@@ -46,6 +46,15 @@ def enter() -> None:
 
 
 def _enter_as_worker(watch: WatchFolder, rank: int) -> None:
+    started_in = os.environ.pop(environment.WORKING_FOLDER, None)
+    if started_in is not None:
+        try:
+            os.chdir(started_in)
+        except OSError as error:
+            raise UsageError(
+                f"rank {rank}: the folder {started_in}, where the run was started, cannot be used on this node: "
+                f"{error.strerror}\n  start the run in a folder that all nodes share"
+            ) from error
     if not watch.path.is_dir():
         raise UsageError(
             f"rank {rank}: the run's folder {watch.run_folder} does not exist on this node\n"
@@ -65,11 +74,28 @@ def _enter_as_worker(watch: WatchFolder, rank: int) -> None:
     faulthandler.register(Order.STACKS.value, stacks)
 
 
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent exits, however it exits. Has an effect on Linux only."""
+_parent: int | None = None
+
+
+def end_with_parent() -> None:
+    """Stop this process when the process of ours that started it ends, however that one ends."""
+    global _parent
+    parent = os.environ.pop(environment.PARENT_PID, None)  # popped: it is not the parent of this process's children
+    if parent is not None:
+        _parent = int(parent)
+        die_with(_parent, signal.SIGTERM)  # a run saves a checkpoint
+
+
+def has_parent() -> bool:
+    """Return whether `end_with_parent` has found a process of ours, which still lives and passes on signals."""
+    return _parent is not None and os.getppid() == _parent
+
+
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send a signal to this process when its parent exits, however it exits. For Linux only."""
     if sys.platform != "linux":
         return
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # the parent exited before the call
         os._exit(1)

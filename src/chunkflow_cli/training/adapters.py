@@ -41,7 +41,7 @@ def begin_with_adapters(config: Config, hf_config: Any, folder: RunFolder, conso
         warnings.append("engine.offload=optimizer suits a full fine-tune: the optimizer state of adapters is small")
     lines += [f"warning: {warning}" for warning in warnings if warning is not None]
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     _record_base(config, hf_config, folder)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.console import counted, human_bytes, human_seconds
+from chunkflow_cli.console import counted, human_bytes, human_seconds, plain_column
 from chunkflow_cli.training.metrics import StepMetrics
 
 
@@ -80,9 +80,9 @@ def training_display(console: Console, steps: int) -> Iterator[_Bar | _Lines]:
         return
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        plain_column("{task.description}"),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[numbers]}"),
+        plain_column("{task.fields[numbers]}"),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, expand=True) as progress:
@@ -119,8 +119,8 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
     console.print(table)
     package, loader = ("peft", "AutoPeft") if report["lora"] else ("transformers", "Auto")
     loader += "ModelForCausalLM"
-    console.print(f"\nLoad it:  from {package} import {loader}", markup=False, soft_wrap=True)
-    console.print(f'          model = {loader}.from_pretrained("{run_folder / "final"}")', markup=False, soft_wrap=True)
+    console.print(f"\nLoad it:  from {package} import {loader}", soft_wrap=True)
+    console.print(f'          model = {loader}.from_pretrained("{run_folder / "final"}")', soft_wrap=True)
 
 
 def _samples(report: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def _save_model(run: Prepared, state: RunState) -> None:
         ends, generation = run.data.read.whole.entry.ends, run.parts.model.generation_config
         line = stop_where_answers_end(generation, ends, tokenizer, is_adapter=model.lora.enabled)
         if line is not None:
-            run.console.print(line, markup=False, soft_wrap=True)
+            run.console.print(line, soft_wrap=True)
     is_whole = not run.parts.engine.is_stage
     whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
     card = adapter_card(model, run.parts.model) if model.lora.enabled else ""

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+from chunkflow_cli import streams
 from chunkflow_cli.config.load import LoadedConfig, convert
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.processes import environment
@@ -38,6 +39,7 @@ def with_processes(loaded: LoadedConfig) -> LoadedConfig:
     """
     launch = loaded.config.launch
     if environment.is_started_by_launcher():
+        environment.check_variables()
         count, source = environment.processes(), "the launcher has started"
     elif launch.hostfile is not None:
         count, source = sum(host.slots for host in read_hostfile(launch.hostfile)), f"{launch.hostfile} has slots for"
@@ -89,6 +91,7 @@ def run(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
     data = load_run_data(config, hf_config)  # tokenises once, into the cache in which every rank finds it
     folder = open_run_folder(loaded, identify(config, data))
+    streams.fall_back_to(folder.path / "logs" / "launcher.log")
     try:
         report = folder.report_of_finished()
         if report is None:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from chunkflow_cli import streams
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import progress_bar
@@ -46,6 +47,7 @@ from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, state_bytes
 from chunkflow_cli.planning.schedule import Op, plan
+from chunkflow_cli.processes.worker import end_with_parent
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.inputs import load_run_data
 from chunkflow_cli.training.setup import described_device, read_setup
@@ -232,6 +234,8 @@ def main() -> None:
     parser.add_argument("--config-dir")
     parser.add_argument("--overrides", nargs="*", default=[])
     arguments = parser.parse_args()
+    streams.prepare()
+    end_with_parent()
     os.environ.setdefault("TQDM_DISABLE", "1")
     config = load(arguments.overrides, arguments.config_dir, require=("model.path",)).config
     try:

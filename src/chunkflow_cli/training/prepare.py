@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import counted, working
@@ -168,9 +168,13 @@ def _print_what_runs(
 ) -> None:  # fmt: skip
     processes = "" if topology.processes == 1 else f", {topology.processes} processes ({topology})"
     console.print(
-        f"[bold]{escape(str(folder.path))}[/]  {device.type}{processes}, {config.model.dtype.value}, "
-        f"attention {attention.backend.name} ({attention.reason})", soft_wrap=True,
-    )  # fmt: skip
+        Text.assemble(
+            (str(folder.path), "bold"),
+            f"  {device.type}{processes}, {config.model.dtype.value}, "
+            f"attention {attention.backend.name} ({attention.reason})",
+        ),
+        soft_wrap=True,
+    )
 
 
 def _prove_parity(
@@ -244,7 +248,7 @@ def _resume(run: Prepared, state: RunState) -> None:
             f"checkpoint.resume={run.config.checkpoint.resume}: the checkpoint is from after step {step}, and this run "
             f"has {counted(run.plan.steps, 'step')}\n  raise train.steps or train.epochs, or name an earlier checkpoint"
         )
-    run.console.print(f"Continuing after step {step} from {run.folder.checkpoint}", markup=False, soft_wrap=True)
+    run.console.print(f"Continuing after step {step} from {run.folder.checkpoint}", soft_wrap=True)
     if run.processes.is_first:
         _set_later_aside(run, step)
     if resumed.saved_on != run.layout:
@@ -262,7 +266,7 @@ def _set_later_aside(run: Prepared, step: int) -> None:
         names = ", ".join(path.name for path in abandoned)
         run.console.print(
             f"  {names}: moved to {aside}, with a copy of the metrics; delete it when you no longer need it",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class RunFolder:
         report = self.read_report()
         stderr_console().print(
             f"This run is finished already. To run it again: checkpoint.resume=never\n  {self.path}",
-            markup=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
         return report
 

@@ -103,8 +103,8 @@ def read_setup(
 
     Args:
         hf_config: the model's configuration; None if no model is named. Time is then proportional to tokens.
-        measure: measures the model on this device and saves the calibration to a file; called if the file does not
-            exist. Costs and memory then come from the calibration.
+        measure: measures the model on this device and saves the calibration to a file; called if there is no
+            whole file. Costs and memory then come from the calibration.
 
     Raises:
         UsageError: `plan.cost_model=measured`, and this model has not been measured on this device.
@@ -124,9 +124,10 @@ def read_setup(
     if hf_config is None:
         raise UsageError("plan.cost_model=measured needs a model: set model.path")
     path = calibration_path(config, hf_config, device)
-    if measure is not None and not path.exists():
-        measure(path)
     calibration = Calibration.load(path)
+    if calibration is None and measure is not None:
+        measure(path)
+        calibration = Calibration.load(path)
     if calibration is None:
         raise UsageError(
             f"plan.cost_model=measured: this model, as configured, has not been measured on {device.name}\n"

@@ -71,7 +71,7 @@ def run_steps(run: Prepared, state: RunState) -> None:
             display.phase("saving a checkpoint")
             path = save_progress(run, state)
             going_on = how_to_go_on(config, run.folder.path, path, sys.argv[1:])
-            run.console.print(f"Stopped after step {progress.step}. {going_on}", markup=False, soft_wrap=True)
+            run.console.print(f"Stopped after step {progress.step}. {going_on}", soft_wrap=True)
             raise KeyboardInterrupt from None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from chunkflow_cli import streams
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.console import stderr_console, stdout_console
 from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.processes import environment
 from chunkflow_cli.processes.failures import failures_recorded
 from chunkflow_cli.processes.stop_signals import stop_on_signals
+from chunkflow_cli.processes.watch_folder import WatchFolder
 from chunkflow_cli.training.display import print_training_summary
 from chunkflow_cli.training.finish import finish
 from chunkflow_cli.training.joining import load_data, open_folder, watched
@@ -32,6 +34,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     # A worker's launcher has checked the data before it opened the folder.
     data = None if environment.worker_folder() is not None else load_data(config, hf_config)
     folder = open_folder(loaded, data)
+    streams.fall_back_to(WatchFolder(folder.path).log(environment.rank()))
     try:
         with failures_recorded(), watched(folder.path, config.launch.hang_seconds) as heartbeat:
             report = folder.report_of_finished()
@@ -48,7 +51,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
 
 
 def _train(run: Prepared, state: RunState) -> dict[str, Any]:
-    """Run the remaining steps, and return the report. Ctrl-C and SIGTERM stop the steps and save a checkpoint."""
+    """Run the remaining steps, and return the report. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop the run."""
 
     def request_stop() -> None:
         state.stop_requested = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.choices import Choices, Search, lay_out
 from chunkflow_cli.planning.search import Candidate
 from chunkflow_cli.planning.topology import Topology
+from chunkflow_cli.processes.environment import child_environment, module_command
 from chunkflow_cli.training.inputs import load_run_data
 from chunkflow_cli.training.setup import RunSetup, calibration_path, planned_device, planned_topology, read_setup
 
@@ -214,11 +215,16 @@ def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str
         RunError: the process failed or was killed.
     """
     folder = ["--config-dir", config_dir] if config_dir is not None else []
-    command = [
-        sys.executable, "-m", "chunkflow_cli.training.measure", *arguments, *folder, "--overrides", *loaded.overrides,
-    ]  # fmt: skip
-    code = subprocess.run(command, stdout=2, check=False).returncode  # stdout may carry JSON, so print to stderr
-    if code in (130, -2):
+    words = [*arguments, *folder, "--overrides", *loaded.overrides]
+    code = subprocess.run(
+        module_command("chunkflow_cli.training.measure", words),
+        env=child_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # stdout may carry JSON
+        start_new_session=True,  # Ctrl-C in a terminal is for this process, which ends the other one
+        check=False,
+    ).returncode
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if code == 2:
         raise UsageError("the model cannot be measured on this machine; the reason is printed above")

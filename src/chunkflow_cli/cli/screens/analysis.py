@@ -38,11 +38,12 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
         console.print(_side_by_side([found for _, found in analyses]))
     if any(found["estimated"] for _, found in analyses):
         console.print()
-        console.print(
-            "[bold]Lengths are estimated[/] from the text and may be off by a quarter, "
-            "in other languages than English by a factor of two.\n"
-            "For exact lengths, name a tokenizer: [bold]model.path=MODEL[/] or [bold]recipe=NAME[/]."
+        title, tokenizer, recipe = (
+            (words, "bold") for words in ("Lengths are estimated", "model.path=MODEL", "recipe=NAME")
         )
+        text = " from the text and may be off by a quarter, in other languages than English by a factor of two."
+        console.print(Text.assemble(title, text))
+        console.print(Text.assemble("For exact lengths, name a tokenizer: ", tokenizer, " or ", recipe, "."))
 
 
 def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> Iterator[RenderableType]:
@@ -114,7 +115,7 @@ def _cumulative(found: dict[str, Any]) -> Table:
     table.add_row("their tokens", *(percent(share) for share in found["cdf_tokens"].values()))
     cuts = {cut["limit"]: cut for cut in found["truncation"]}
     table.add_row("", *("" for _ in found["cdf"]))
-    table.add_row("[bold]cut off at[/]", *(f"[bold]{short_count(limit)}[/]" for limit in cuts))
+    table.add_row("cut off at", *(short_count(limit) for limit in cuts), style="bold")
     table.add_row("samples cut", *(f"{cut['samples_cut']:,}" for cut in cuts.values()))
     table.add_row("tokens lost", *(percent(cut["tokens_lost"] / found["tokens"]) for cut in cuts.values()))
     return table

@@ -16,7 +16,8 @@ STYLES = {"ok": "green", "missing": "yellow", "too old": "yellow", "too new": "y
 
 def print_findings(console: Console, findings: dict[str, Any]) -> None:
     """Print what `doctor.examine` found."""
-    console.print(f"[bold]chunkflow {findings['chunkflow']}[/], Python {findings['python']}, {findings['platform']}\n")
+    machine = f", Python {findings['python']}, {findings['platform']}\n"
+    console.print(Text.assemble((f"chunkflow {findings['chunkflow']}", "bold"), machine))
     packages = columns("package", "version", "state")
     packages.add_column("", overflow="fold")
     for name, package in findings["packages"].items():

@@ -51,7 +51,8 @@ def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, mea
     console.print()
     _print_step(console, result, timeline)
     if measured is not None:
-        console.print(f"\n[bold]step {result['step']['step']} as it ran[/]: {human_seconds(measured.makespan)}")
+        title = (f"\nstep {result['step']['step']} as it ran", "bold")
+        console.print(Text.assemble(title, f": {human_seconds(measured.makespan)}"))
         _print_timeline(console, measured)
         console.print(f"ranks were idle for {percent(measured.bubble_ratio)} of the time")
 
@@ -116,21 +117,22 @@ def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:
     table = columns(f"memory per {place}", ">", "")
     for name, value in parts.items():
         table.add_row(name, human_bytes(value), Text(bar_of(value, max(parts.values()), width), style="cyan"))
-    table.add_row("[bold]at its peak[/]", f"[bold]{human_bytes(memory['total_bytes'])}[/]", "")
+    table.add_row("at its peak", human_bytes(memory["total_bytes"]), "", style="bold")
     console.print(table)
     if memory["host_bytes"]:
         console.print(f"and {human_bytes(memory['host_bytes'])} of host memory (engine.offload)")
-    where = f"the {human_bytes(memory['device_bytes'])} of {memory['device']}"
-    verdict = "fits into" if memory["fits"] else "[bold red]does not fit[/] into"
-    console.print(f"{verdict} {where}" + ("" if memory["fits"] else f": {memory['remedy']}"))
+    where = f" into the {human_bytes(memory['device_bytes'])} of {memory['device']}"
+    verdict = ("fits", "") if memory["fits"] else ("does not fit", "bold red")
+    console.print(Text.assemble(verdict, where, "" if memory["fits"] else f": {memory['remedy']}"))
 
 
 def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) -> None:
     step = result["step"]
-    console.print(
-        f"[bold]step {step['step']}[/]: {counted(step['samples'], 'sample')}, {step['tokens']:,} tokens, "
-        f"{counted(step['chunks'], 'chunk')}, {step['recomputed_chunks']:,} recomputed"
+    content = (
+        f": {counted(step['samples'], 'sample')}, {step['tokens']:,} tokens, {counted(step['chunks'], 'chunk')}, "
+        f"{step['recomputed_chunks']:,} recomputed"
     )
+    console.print(Text.assemble((f"step {step['step']}", "bold"), content))
     line = step["schedules"][0][0]
     shown = line if len(line) <= SHOWN_OPERATIONS else line[:SHOWN_OPERATIONS].rpartition(" ")[0] + " ..."
     console.print(Text(shown))
