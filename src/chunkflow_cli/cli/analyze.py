@@ -6,6 +6,7 @@ Without one they are estimated from bytes. Rows of `data.format=tokens` are alwa
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -81,7 +82,7 @@ def run(
     if plot is not None:
         check_plot_path(plot)
     measured = [measure(path, config) for path in paths]
-    analyses = [analysis(data, config) for data in measured]
+    analyses = [{**analysis(data, config), "next_command": _next_command(data.path, loaded)} for data in measured]
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
     if not json_output:
@@ -90,6 +91,16 @@ def run(
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
+
+
+def _next_command(path: str, loaded: LoadedConfig) -> str | None:
+    """Return the command that tunes the chunk size to this data, with the user's own words."""
+    words = [word for word in loaded.overrides if not word.startswith("data.path=")]
+    if path != loaded.config.data.path or f"data.path={path}" in loaded.overrides:
+        words.append(f"data.path={path}")
+    if not loaded.config.model.path:
+        words.insert(0, "model.path=MODEL")
+    return shlex.join(["chunkflow", "tune-chunk-size", *words])
 
 
 def measure(path: str, config: Config) -> MeasuredData:
@@ -224,8 +235,14 @@ def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> d
     return {
         "packing": {
             "global_batch_size": config.train.global_batch_size,
+            "configured_chunk_size": config.chunk.size,
             "to_longest": {"size": longest, "bins": bins, "waste": 1 - tokens / (bins * longest)},
             "chunks": rows,
         },
-        "ranks": {"ranks": RANKS, "idle_as_dealt": idle_share(dealt), "idle_balanced": idle_share(balanced)},
+        "ranks": {
+            "ranks": RANKS,
+            "configured": config.launch.processes,
+            "idle_as_dealt": idle_share(dealt),
+            "idle_balanced": idle_share(balanced),
+        },
     }
