@@ -142,7 +142,7 @@ def _costs(found: dict[str, Any]) -> Table:
     table.add_row("padding, as they come", percent(padding["as_they_come"]), "", batch)
     table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, not shuffled")
     longest = packing["to_longest"]
-    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} bins as long as the longest sample")
+    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} bins of {longest['size']:,} tokens")
     for chunk in packing["chunks"]:
         recomputed = chunk["recomputed_token_share"]
         table.add_row(f"chunks of {short_count(chunk['chunk_size'])}", percent(chunk["waste"]),
@@ -161,7 +161,7 @@ def _conclusion(found: dict[str, Any]) -> Text:
         lost = percent(cut["tokens_lost"] / found["tokens"])
         text.append(f"Truncating at {short_count(cut['limit'])} would lose {lost} of all tokens. ")
     text.append(f"Chunks of {short_count(chunk['chunk_size'])} lose none, and {percent(chunk['waste'])} is padding.\n")
-    if found["next_command"] is not None:
+    if found.get("next_command"):
         text.append(f"Next:  {found['next_command']}", style="bold")
     text.rstrip()
     return text
