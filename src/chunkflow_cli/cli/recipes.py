@@ -17,7 +17,7 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import stdout_console
 from chunkflow_cli.errors import UsageError
 
-ONE_LINE_COLUMNS = 190
+ONE_LINE_COLUMNS = 210
 """A terminal of this width shows a recipe on one line, a narrower one on a few lines."""
 
 
