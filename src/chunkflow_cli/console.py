@@ -37,9 +37,9 @@ def stdout_console() -> Console:
     return Console(highlight=False, markup=False, emoji=False, soft_wrap=is_whole)
 
 
-def counted(count: int, word: str) -> str:
-    """Return `1 sample` or `1,234 samples`."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
+def counted(count: int, word: str, plural: str | None = None) -> str:
+    """Return `1 sample` or `1,234 samples`; `plural` is for words that take more than an s."""
+    return f"{count:,} {word if count == 1 else plural or word + 's'}"
 
 
 def shortened(path: str, width: int) -> str:
@@ -57,7 +57,9 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Return a duration as `1.5 s`, `2 min 5 s` or `3 h 4 min`."""
+    """Return a duration as `7.2 ms`, `1.5 s`, `2 min 5 s` or `3 h 4 min`."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms"
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     if hours:

@@ -334,7 +334,8 @@ def test_crlf_and_bom_change_nothing(tmp_path: Path) -> None:
     crlf = found(write(tmp_path / "crlf.jsonl", rows, end=b"\r\n"))
     bom = found(write(tmp_path / "bom.jsonl", [b"\xef\xbb\xbf" + json.dumps(rows[0]).encode(), *rows[1:]]))
     for result in (crlf, bom):
-        assert {**result, "data": "", "longest": ""} == {**plain, "data": "", "longest": ""}
+        names = {"data": "", "longest": "", "next_command": ""}
+        assert result | names == plain | names
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_a_7b_model_is_planned_within_two_gigabytes(qwen7b: Path, tmp_path: Path
     """A laptop can plan samples of 256K tokens without the weights, including every part of the memory."""
     path = write_ids(tmp_path / "a.jsonl", [1000] * 50 + [262144])
     words = ["recipe=qwen7b_256k", f"model.path={qwen7b}", "model.init=random", f"data.path={path}",
-             "data.format=tokens", f"data.cache_dir={tmp_path}", "--json"]  # fmt: skip
+             "data.format=tokens", f"data.cache_dir={tmp_path}", "tune.device=h100", "--json"]  # fmt: skip
     code = (
         "import sys; from chunkflow_cli.cli.app import app\n"
         f"try: app(['plan', *{words!r}])\n"

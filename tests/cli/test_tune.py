@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -132,10 +133,31 @@ def test_the_screen_fits_and_names_the_next_command() -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert "Train with it:  chunkflow train recipe=tiny_random --overrides outputs/tiny_random/tuned.yaml" in lines
+    assert lines[1].startswith("predicted for H100 SXM, from its data sheet; nothing was run")
     sentences = [line for line in lines if line.startswith(("A step is predicted", "Train with it"))]
     assert max(len(line) for line in lines if line not in sentences) <= 80
     assert "\x1b" not in result.stdout
     assert Path("grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_printed_command_trains_what_was_searched_for() -> None:
+    """It keeps the user's words, quoted, but not those of the search, nor those that would hide what it has found."""
+    words = [PROFILE, SIZES, "chunk.k=3", "optim.lr=0.002", "train.output_dir='my run'"]
+    command = shlex.split(tuned(*words)["command"])
+    assert command[:2] == ["chunkflow", "train"]
+    assert command[2:-2] == ["recipe=tiny_random", "optim.lr=0.002", "train.output_dir='my run'"]
+    assert command[-2] == "--overrides"
+    found = tuned(*words)["best"]
+    config = CliRunner().invoke(app, [*command[1:], "--cfg", "job"]).stdout
+    assert f"size: {found['chunk_size']}\n  k: {found['k']}\n" in config
+    assert "output_dir: my run" in config
+
+
+def test_only_differences_are_explained() -> None:
+    """Where samples are shorter than all chunk sizes tried, none of these is faster."""
+    found = tuned(PROFILE, "tune.chunk_sizes=[2048,4096]", "tune.ks=[1]")
+    assert "take as long" in found["explanation"]
+    assert "1.00 times" not in found["explanation"]
 
 
 # Layouts of a cluster
@@ -200,7 +222,7 @@ def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() ->
     sentences = tuned(PROFILE, SIZES, *CLUSTER)["explanation"]
     number, waits = r"[0-9.e+-]+", "with the wait for the slowest rank, devices are idle"
     assert re.match(
-        rf"A step is predicted to take {number} s, of which .* % .*; {waits} \d+ % of the time\. ", sentences
+        rf"A step is predicted to take {number} m?s, of which .* % .*; {waits} \d+ % of the time\. ", sentences
     )
     assert re.search(
         rf"\d (ranks without a pipeline|pipelines of \d stages) would take {number} times as long \(", sentences

@@ -6,6 +6,7 @@ Without one they are estimated from the text. Rows of `data.format=tokens` are a
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,7 +83,7 @@ def run(
     if plot is not None:
         check_plot_path(plot)
     measured = [measure(path, config) for path in list(paths) or [config.data.path]]
-    analyses = [analysis(data, config) for data in measured]
+    analyses = [{**analysis(data, config), "next_command": _next_command(paths, loaded)} for data in measured]
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
     if not json_output:
@@ -91,6 +92,16 @@ def run(
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
+
+
+def _next_command(paths: Sequence[str], loaded: LoadedConfig) -> str:
+    """Return the command that tunes the chunk size to the data, with the user's own words."""
+    words = [word for word in loaded.overrides if not (paths and word.startswith("data.path="))]
+    if not loaded.config.model.path:
+        words.insert(0, "model.path=MODEL")
+    if paths:
+        words.append(f"data.path={paths[0] if len(paths) == 1 else '[' + ','.join(paths) + ']'}")
+    return shlex.join(["chunkflow", "tune-chunk-size", *words])
 
 
 def measure(paths: str | list[str], config: Config) -> MeasuredData:
@@ -226,8 +237,14 @@ def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> d
     return {
         "packing": {
             "global_batch_size": config.train.global_batch_size,
+            "configured_chunk_size": config.chunk.size,
             "to_longest": {"size": longest, "bins": bins, "waste": 1 - tokens / (bins * longest)},
             "chunks": rows,
         },
-        "ranks": {"ranks": RANKS, "idle_as_dealt": idle_share(dealt), "idle_balanced": idle_share(balanced)},
+        "ranks": {
+            "ranks": RANKS,
+            "configured": config.launch.processes,
+            "idle_as_dealt": idle_share(dealt),
+            "idle_balanced": idle_share(balanced),
+        },
     }

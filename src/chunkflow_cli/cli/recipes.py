@@ -17,8 +17,8 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import stdout_console
 from chunkflow_cli.errors import UsageError
 
-ONE_LINE_COLUMNS = 170
-"""A terminal of this width shows a recipe on one line, a narrower one on three, so that nothing wraps."""
+ONE_LINE_COLUMNS = 210
+"""A terminal of this width shows a recipe on one line, a narrower one on a few lines."""
 
 
 @dataclass(frozen=True)
@@ -166,26 +166,27 @@ def _first_sentence(text: str) -> str:
 
 def _print(recipes: list[Recipe]) -> None:
     console = stdout_console()
-    if not console.is_terminal:
-        console.width = 1000  # a pipe has no width: nothing is cut
     if console.width >= ONE_LINE_COLUMNS:
-        table = columns("recipe", "model", ">size/K", ">longest", "made for", "")
+        table = columns("recipe", "model", ">chunk.size", ">K", ">longest", "made for", "")
         for recipe in recipes:
             table.add_row(*_cells(recipe), _made_for(recipe), Text(recipe.description))
     else:
-        table = columns("recipe", "model, size/K, longest sample")
+        table = columns("recipe", "what it trains, and on what")
+        table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
         for recipe in recipes:
-            name, *cells = _cells(recipe)
-            table.add_row(name, Text("\n".join([", ".join(cells), f"for {_made_for(recipe)}", recipe.description])))
+            name, _, size, k, longest = _cells(recipe)
+            up_to = f", samples up to {longest}" if longest else ""
+            facts = f"chunk.size={size} chunk.k={k}{up_to}; for {_made_for(recipe)}"
+            table.add_row(name, Text(f"{recipe.description}\n{facts}"))
     table.columns[0].style = "cyan"
     console.print(table, soft_wrap=False)
 
 
-def _cells(recipe: Recipe) -> tuple[str, str, str, str]:
+def _cells(recipe: Recipe) -> tuple[str, str, str, str, str]:
     model = recipe.model.rstrip("}").rpartition("/")[2] or "(yours)"  # of `Qwen/NAME` and `${package_file:.../NAME}`
     tokens = recipe.max_length
     longest = "" if tokens is None else f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
-    return recipe.name, model, f"{recipe.chunk_size}/{recipe.k}", longest
+    return recipe.name, model, str(recipe.chunk_size), str(recipe.k), longest
 
 
 def _made_for(recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ they were measured, the best few pairs then run a real step.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from chunkflow_cli.cli.screens.explanation import explain, nothing_fits
 from chunkflow_cli.cli.screens.plots import check_plot_path, plot_grid
 from chunkflow_cli.cli.screens.tuning import print_tuning
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Device
+from chunkflow_cli.config.schema import Config, Device
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.search import Candidate, best_first, best_of_layouts, search
@@ -66,7 +67,7 @@ def run(
     setup = tuning.setup
     result: dict[str, Any] = {
         "best": _row(best, measured),
-        "explanation": explain(best, candidates, layouts),
+        "explanation": explain(best, candidates, layouts, measured.get(_pair(best))),
         "layouts": [_row(candidate, measured) for candidate in layouts],
         "candidates": [_row(candidate, measured) for candidate in candidates],
         "device": setup.device.name,
@@ -76,13 +77,15 @@ def run(
         "memory_limit_bytes": tuning.memory_limit_bytes,
         "longest": tuning.longest,
         "steps_planned": len(tuning.search.steps),
-        "overrides_file": str(_write_overrides(best, loaded, output)),
     }
+    sections = _overrides(best, config)
+    path = _write_overrides(sections, loaded.recipe, output)
+    result |= {"overrides_file": str(path), "command": _train_command(loaded, config_dir, sections, path)}
     if plot is not None:
         alike = [_row(candidate, measured) for candidate in candidates if candidate.is_like(best)]
         plot_grid(alike, result["best"], Path(plot))
     if not json_output:
-        print_tuning(stdout_console(), result, loaded.recipe)
+        print_tuning(stdout_console(), result)
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return result
@@ -96,9 +99,8 @@ def _row(candidate: Candidate, measured: Mapping[Pair, float]) -> dict[str, Any]
     return {**asdict(candidate), "measured_step_seconds": measured.get(_pair(candidate))}
 
 
-def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) -> Path:
-    path = Path(output) if output is not None else Path("outputs", loaded.recipe, "tuned.yaml")
-    config = loaded.config
+def _overrides(best: Candidate, config: Config) -> dict[str, dict[str, Any]]:
+    """Return the keys that `train` needs for the best pair, by section."""
     sections: dict[str, dict[str, Any]] = {"chunk": {"size": best.chunk_size, "k": best.k}, "parallel": {}}
     if best.cuts != config.chunk.cuts.value:
         sections["chunk"]["cuts"] = best.cuts
@@ -106,14 +108,32 @@ def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) 
         sections["parallel"]["sequence"] = best.sequence
     if best.stages != config.parallel.pipeline:
         sections["parallel"]["pipeline"] = best.stages
-    head = (
-        f"# Written by chunkflow tune-chunk-size for recipe {loaded.recipe}; "
-        f"chunkflow train recipe=... --overrides {path}\n"
-    )
-    text = head + OmegaConf.to_yaml({name: keys for name, keys in sections.items() if keys})
+    return {name: keys for name, keys in sections.items() if keys}
+
+
+def _write_overrides(sections: dict[str, dict[str, Any]], recipe: str, output: str | None) -> Path:
+    path = Path(output) if output is not None else Path("outputs", recipe, "tuned.yaml")
+    head = f"# Written by chunkflow tune-chunk-size for recipe {recipe}; chunkflow train ... --overrides {path}\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(head + OmegaConf.to_yaml(sections), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--output={path} cannot be written: {error}\n  name another file") from error
     return path
+
+
+def _train_command(
+    loaded: LoadedConfig, config_dir: str | None, sections: dict[str, dict[str, Any]], path: Path
+) -> str:
+    """Return the command that trains with the best pair and otherwise as this search was configured.
+
+    Keys that only a search has are left out, and those that the file sets, because the command line wins over it.
+    """
+    found = {f"{name}.{key}" for name, keys in sections.items() for key in keys}
+    words = []
+    for word in loaded.overrides:
+        key = word.partition("=")[0].lstrip("+~")
+        if key not in found and key.partition(".")[0] not in ("tune", "plan", "cluster"):
+            words.append(word)
+    options = ["--config-dir", config_dir] if config_dir is not None else []
+    return shlex.join(["chunkflow", "train", *words, *options, "--overrides", str(path)])

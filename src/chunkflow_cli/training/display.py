@@ -8,102 +8,123 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from chunkflow_cli.config.schema import TrainConfig
 from chunkflow_cli.console import counted, human_bytes, human_seconds, plain_column
+from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.training.metrics import StepMetrics
 
 
-class _Bar:
-    """A progress bar over the tokens of all steps, for a terminal."""
+class TrainingDisplay:
+    """A line for each logged step; on a terminal, with a progress bar over the tokens of all steps below them."""
 
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self._progress = progress
-        self._steps = steps
-        self._task = progress.add_task("step", total=None, numbers="")
-
-    def begin(self, total_tokens: int, done_tokens: int) -> None:
-        self._progress.update(self._task, total=total_tokens, completed=done_tokens)
-
-    def advance(self, tokens: float) -> None:
-        self._progress.advance(self._task, tokens)
-
-    def phase(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
-
-    def step(self, row: StepMetrics) -> None:
-        self._progress.update(
-            self._task,
-            description=f"step {row.step}/{self._steps}",
-            numbers=(
-                f"loss {row.loss:.3f}  {row.tokens_per_second:,.0f} tok/s  MFU {100 * row.mfu:.0f}%  "
-                f"{human_bytes(row.peak_memory_bytes)}"
-            ),
-        )
-
-
-class _Lines:
-    """One line per step, for logs and pipes."""
-
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, steps: int, device_type: str, bar: Progress | None) -> None:
+        """
+        Args:
+            steps: the steps of the whole run.
+            device_type: "cuda", or "cpu", whose MFU is left out: no data sheet says what a CPU can do.
+            bar: None where the output is not a terminal.
+        """
         self._console = console
         self._steps = steps
+        self._device_type = device_type
+        self._bar = bar
+        self._task = None if bar is None else bar.add_task("", total=None)
         self._tokens_left = 0.0
 
     def begin(self, total_tokens: int, done_tokens: int) -> None:
+        """Start to count tokens."""
         self._tokens_left = total_tokens - done_tokens
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total_tokens, completed=done_tokens)
 
     def advance(self, tokens: float) -> None:
+        """Count tokens whose backward pass is done."""
         self._tokens_left -= tokens
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, tokens)
 
     def phase(self, text: str) -> None:
-        """Show nothing: a log has steps only."""
+        """Say what the run is doing, next to the bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=text)
+
+    def held_out_before(self, loss: float) -> None:
+        """Print the held-out loss of the model as it came."""
+        self._print(f"held-out loss {loss:.4f} before the first step")
 
     def step(self, row: StepMetrics) -> None:
+        """Print a logged step."""
         left = max(0.0, self._tokens_left) / max(row.tokens_per_second, 1e-9)  # a rounded sum may end below zero
         held_out = "" if row.eval_loss is None else f"  held-out {row.eval_loss:.4f}"
-        self._console.print(
-            f"step {row.step}/{self._steps}  loss {row.loss:.4f}{held_out}  grad norm {row.grad_norm:.3g}  "
-            f"{row.tokens_per_second:,.0f} tok/s  MFU {100 * row.mfu:.0f}%  "
-            f"{human_bytes(row.peak_memory_bytes)}  {human_seconds(left)} left",
-            soft_wrap=True,
+        mfu = "" if self._device_type == "cpu" else f"  MFU {100 * row.mfu:.0f} %"
+        time_left = "" if self._bar is not None else f"  {human_seconds(round(left))} left"  # the bar shows it
+        self._print(
+            f"step {row.step}/{self._steps}  loss {row.loss:.4f}{held_out}  lr {row.lr:.3g}  "
+            f"grad norm {row.grad_norm:.3g}  {row.tokens_per_second:,.0f} tokens/s{mfu}  "
+            f"{human_bytes(row.peak_memory_bytes)}{time_left}"
         )
+        self.phase(f"step {row.step}/{self._steps}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
 
 
 @contextmanager
-def training_display(console: Console, steps: int) -> Iterator[_Bar | _Lines]:
-    """Yield a display of the run: a live bar on a terminal, lines elsewhere."""
+def training_display(console: Console, steps: int, device_type: str) -> Iterator[TrainingDisplay]:
+    """Yield the display of a run. The bar disappears at the end; the lines stay."""
     if not console.is_terminal:
-        yield _Lines(console, steps)
+        yield TrainingDisplay(console, steps, device_type, None)
         return
     columns = (
         SpinnerColumn(),
         plain_column("{task.description}"),
         BarColumn(bar_width=None),
-        plain_column("{task.fields[numbers]}"),
+        TaskProgressColumn(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, expand=True) as progress:
-        yield _Bar(progress, steps)
+    with Progress(*columns, console=console, expand=True, transient=True) as progress:
+        yield TrainingDisplay(console, steps, device_type, progress)
+
+
+FEW_STEPS = 20
+"""Optimizer steps below which a warning is printed: the learning rate has hardly risen when it falls again."""
+
+
+def few_steps_warning(plan: RunPlan, config: TrainConfig) -> str | None:
+    """Return a warning if `train.epochs` gives so few steps that the model hardly trains; None if not.
+
+    It says nothing about a run whose number of steps is set.
+    """
+    if config.steps is not None or plan.steps >= FEW_STEPS:
+        return None
+    batch = len(plan.lengths) * config.epochs // FEW_STEPS
+    smaller = f"lower train.global_batch_size={config.global_batch_size} (to {batch}), or " if batch else ""
+    return (
+        f"warning: the run has only {counted(plan.steps, 'optimizer step')}, which hardly changes a model\n"
+        f"  {smaller}raise train.epochs={config.epochs}"
+    )
 
 
 def print_training_summary(console: Console, report: dict[str, Any], run_folder: Path) -> None:
     """Print the closing table of a run, from the content of its report.json."""
     rows = {
         "samples": _samples(report),
-        "targets": f"{report['target_tokens_trained']:,} of {report['target_tokens_planned']:,} planned",
+        "targets": f"all {report['target_tokens_trained']:,} that were planned",
     }
     if report["eval_loss_start"] is not None:
         rows["held-out loss"] = f"{report['eval_loss_start']:.4f} before, {report['eval_loss_end']:.4f} after"
     whole = report.get("whole_sequence_peak_bytes_predicted")
     longest = f"whole sequences ({report['longest_sample']:,} tokens)"
     against = f"; {longest} would take about {human_bytes(whole)}" if whole else ""
+    mfu = "" if report["device"] == "cpu" else f", MFU {100 * report['mfu']:.0f} %"
     rows |= {
         "training loss": f"{report['loss_first']:.4f} first step, {report['loss_last']:.4f} last",
-        "speed": f"{report['tokens_per_second']:,.0f} tokens/s, MFU {100 * report['mfu']:.0f} %, "
-        f"{human_seconds(report['train_seconds'])} in {counted(report['steps'], 'step')}",
+        "speed": f"{report['tokens_per_second']:,.0f} tokens/s{mfu}, "
+        f"{human_seconds(report['train_seconds'])} for {counted(report['steps'], 'step')}",
         "chunks": f"{report['chunks']:,} of at most {report['chunk_size']:,} tokens; "
         f"{report['recomputed_chunks']:,} recomputed "
         f"({100 * report['recomputed_chunks'] / max(1, report['chunks']):.1f} %, K = {report['k']})",
@@ -124,7 +145,13 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
 
 
 def _samples(report: dict[str, Any]) -> str:
-    parts = [f"{report['samples_trained']:,} trained on"]
+    """Return `64 read; 58 trained on in 5 epochs (290 passes), 6 held out`."""
+    passes, trained = report["samples_trained"], report["samples_to_train"]
+    if passes > trained:
+        again = f"{trained:,} trained on in {report['epochs']:.3g} epochs ({passes:,} passes)"
+    else:
+        again = f"{passes:,} trained on" + (f" of {trained:,}" if passes < trained else "")
+    parts = [again]
     for word in ("held out", "rejected", "dropped", "truncated"):
         count = report["samples_" + word.replace(" ", "_")]
         if count:

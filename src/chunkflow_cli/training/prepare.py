@@ -34,6 +34,7 @@ from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.checkpoint_folder import set_aside, steps_of
 from chunkflow_cli.training.disk_room import warning_of_little_room
+from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.inputs import RunData
@@ -129,6 +130,8 @@ def prepare(
             config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
             stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,
         )  # fmt: skip
+    if processes.is_first and (warning := few_steps_warning(plan, config.train)) is not None:
+        console.print(warning, soft_wrap=True)
     assert plan.layout.join_retained == parts.engine.needs_joined_retained_chunks
     if processes.rank:  # all weights are drawn: from here on, dropout differs between ranks
         torch.manual_seed(int(np.random.SeedSequence((config.train.seed, processes.rank)).generate_state(1)[0]))
@@ -191,8 +194,8 @@ def _prove_parity(
             activation_checkpointing=config.model.activation_checkpointing, is_pipeline=config.parallel.pipeline > 1,
         )  # fmt: skip
     console.print(
-        f"Parity guard: chunked and whole-sequence gradients of a small {hf_config.model_type} agree to "
-        f"{parity.grad_rel_error:.0e}", soft_wrap=True,
+        f"Parity check passed: a small {hf_config.model_type} has the same gradients in chunks as whole "
+        f"({parity.grad_rel_error:.0e} apart)", soft_wrap=True,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def run_steps(run: Prepared, state: RunState) -> None:
     state.random_states = random_states()
     backends = config.log.backends if run.processes.is_first else []
     with (
-        training_display(run.console, steps) as display,
+        training_display(run.console, steps, run.device.type) as display,
         metric_files(backends, run.folder.metrics, progress.step + 1) as write,
     ):
         display.begin(_tokens_before(steps, run), _tokens_before(progress.step, run))
@@ -51,6 +51,7 @@ def run_steps(run: Prepared, state: RunState) -> None:
             if progress.eval_loss_start is None and progress.step == 0 and len(run.data.evaluation):
                 display.phase("held-out loss")
                 progress.eval_loss_start = _finite_held_out_loss(run, state)
+                display.held_out_before(progress.eval_loss_start)
             while progress.step < steps:
                 _stop_together(run, state)
                 row = _run_step(run, state, display.advance)

@@ -15,7 +15,7 @@ from typing import Any
 
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Cuts, Device
-from chunkflow_cli.console import stderr_console
+from chunkflow_cli.console import human_seconds, stderr_console
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.layouts import check_layouts
@@ -186,6 +186,8 @@ def measure_best(
     if tuning.setup.calibration is None or config.tune.measure == 0:
         return {}
     best = ranked[: config.tune.measure]
+    if len(best) < 2:
+        return {}  # there is nothing to compare
     totals = itertools.accumulate(candidate.step_seconds for candidate in best)
     pairs = [
         f"{each.chunk_size}:{each.k}"
@@ -194,8 +196,8 @@ def measure_best(
     ]
     if len(pairs) < 2:
         stderr_console().print(
-            f"Not measured: a step takes about {ranked[0].step_seconds:,.0f} s, and tune.budget_seconds="
-            f"{config.tune.budget_seconds:g} has no room for two"
+            f"Not measured: a step takes about {human_seconds(ranked[0].step_seconds)}, and half of "
+            f"tune.budget_seconds={config.tune.budget_seconds:g} has no room for two"
         )
         return {}
     with tempfile.TemporaryDirectory() as folder:

@@ -52,10 +52,14 @@ def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> It
     yield _histogram(min(width, WIDEST), lengths)
     yield _cumulative(found)
     yield _longest(found, width)
-    yield Group(_costs(found), Text("* tokens whose forward pass runs twice with chunk.k=1", style="dim"))
-    yield _ranks(found)
+    batches = f"chunks are made within steps of train.global_batch_size={found['packing']['global_batch_size']} samples"
+    notes = f"* tokens whose forward pass runs twice with chunk.k=1; {batches}"
+    yield Group(_costs(found), Text(notes, style="dim"))
+    if found["ranks"]["configured"] > 1:
+        yield _ranks(found)
     if found["rejected"]["rows"]:
         yield _rejected(found["rejected"], width)
+    yield _conclusion(found)
 
 
 def _headline(found: dict[str, Any], width: int) -> Text:
@@ -64,6 +68,9 @@ def _headline(found: dict[str, Any], width: int) -> Text:
     text = Text()
     text.append(shortened(found["data"], width - len(found["format"]) - 2), style="bold")
     text.append(f"  {found['format']}\n")
+    if rejected := found["rejected"]["rows"]:
+        rows = f"{rejected:,} of {counted(found['samples'] + rejected, 'row')} cannot be trained on (reasons below)\n"
+        text.append(rows, style="bold red")
     text.append(
         f"{counted(found['samples'], 'sample')}, {about}{counted(found['tokens'], 'token')}, {found['targets']:,} of "
         f"them targets ({percent(found['target_share'])})\n"
@@ -132,17 +139,34 @@ def _longest(found: dict[str, Any], width: int) -> Table:
 def _costs(found: dict[str, Any]) -> Table:
     """Show what each way of making batches wastes."""
     padding, packing = found["padding"], found["packing"]
-    table = columns("batches made by", ">empty", ">recomputed*", "")
+    table = columns("batches made by", ">padding", ">recomputed*", "")
     batch = f"micro-batches of {padding['batch_size']}"
     table.add_row("padding, as they come", percent(padding["as_they_come"]), "", batch)
     table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, not shuffled")
     longest = packing["to_longest"]
-    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} bins as long as the longest sample")
+    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} bins of {longest['size']:,} tokens")
     for chunk in packing["chunks"]:
         recomputed = chunk["recomputed_token_share"]
         table.add_row(f"chunks of {short_count(chunk['chunk_size'])}", percent(chunk["waste"]),
                       percent(recomputed) if recomputed else "", counted(chunk["chunks"], "chunk"))  # fmt: skip
     return table
+
+
+def _conclusion(found: dict[str, Any]) -> Text:
+    """Say what truncation would lose and what chunks waste, and name the next command."""
+    packing = found["packing"]
+    chunk = next(row for row in packing["chunks"] if row["chunk_size"] == packing["configured_chunk_size"])
+    text = Text()
+    cuts = [cut for cut in found["truncation"] if cut["tokens_lost"]]
+    if cuts:
+        cut = cuts[-1]
+        lost = percent(cut["tokens_lost"] / found["tokens"])
+        text.append(f"Truncating at {short_count(cut['limit'])} would lose {lost} of all tokens. ")
+    text.append(f"Chunks of {short_count(chunk['chunk_size'])} lose none, and {percent(chunk['waste'])} is padding.\n")
+    if found.get("next_command"):
+        text.append(f"Next:  {found['next_command']}", style="bold")
+    text.rstrip()
+    return text
 
 
 def _ranks(found: dict[str, Any]) -> Table:

@@ -11,6 +11,8 @@ from rich.text import Text
 from chunkflow_cli.cli.screens.tables import columns, facts
 from chunkflow_cli.console import counted, human_bytes
 
+NAMED = ("torch", "transformers", "deepspeed")
+"""Packages whose versions are printed although they are fine: every report of a problem needs them."""
 STYLES = {"ok": "green", "missing": "yellow", "too old": "yellow", "too new": "yellow", "broken": "red"}
 
 
@@ -18,15 +20,14 @@ def print_findings(console: Console, findings: dict[str, Any]) -> None:
     """Print what `doctor.examine` found."""
     machine = f", Python {findings['python']}, {findings['platform']}\n"
     console.print(Text.assemble((f"chunkflow {findings['chunkflow']}", "bold"), machine))
-    packages = columns("package", "version", "state")
-    packages.add_column("", overflow="fold")
-    for name, package in findings["packages"].items():
-        state = package["state"]
-        remark = "" if state == "ok" else package["error"] or f"for {package['purpose']}"
-        packages.add_row(name, package["version"] or "", Text(state, style=STYLES[state]), Text(remark))
-    console.print(packages)
-    console.print()
-    rows = [("GPU" if device["kind"] == "cuda" else "CPU", _device(device)) for device in findings["devices"]]
+    _print_problems(console, "Training cannot work until you fix this:", "bold red", findings["problems"], True)
+    if findings["ready"]:
+        console.print(Text("Training can work here. Try: chunkflow train recipe=tiny_random\n", style="green"))
+    packages = findings["packages"]
+    fine = [f"{name} {package['version']}" for name, package in packages.items() if package["state"] == "ok"]
+    named = [entry for entry in fine if entry.partition(" ")[0] in NAMED]
+    rows = [("packages", f"{', '.join(named)} and {len(fine) - len(named)} others: ok" if fine else "none is ok")]
+    rows += [("GPU" if device["kind"] == "cuda" else "CPU", _device(device)) for device in findings["devices"]]
     rows += _attention(findings["attention"], findings["backends"])
     cache = findings["cache"]
     if "raised" not in cache:
@@ -34,10 +35,16 @@ def print_findings(console: Console, findings: dict[str, Any]) -> None:
         rows.append(("token cache", f"{cache['path']}, {free}"))
     console.print(facts((name, Text(sentence)) for name, sentence in rows))
     console.print()
-    _print_problems(console, "Training cannot work until you fix this:", "bold red", findings["problems"], True)
+    others = columns("package", "version", "state")
+    others.add_column("", overflow="fold")
+    for name, package in packages.items():
+        if (state := package["state"]) != "ok":
+            remark = package["error"] or f"for {package['purpose']}"
+            others.add_row(name, package["version"] or "", Text(state, style=STYLES[state]), Text(remark))
+    if others.row_count:
+        console.print(others)
+        console.print()
     _print_problems(console, "Training does not need this:", "bold", findings["problems"], False)
-    if findings["ready"]:
-        console.print(Text("Training can work here. Try: chunkflow train recipe=tiny_random", style="green"))
 
 
 def _device(device: dict[str, Any]) -> str:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from chunkflow_cli.console import human_seconds
 from chunkflow_cli.planning.search import Candidate
 
+ALIKE = 0.01
+"""Relative difference between two times below which they are called equal: predictions are not better than that."""
 
-def explain(best: Candidate, candidates: Sequence[Candidate], best_of_layouts: Sequence[Candidate]) -> str:
-    """Return two sentences: where the best pair's time goes, and what its neighbours would cost."""
+
+def explain(
+    best: Candidate,
+    candidates: Sequence[Candidate],
+    best_of_layouts: Sequence[Candidate],
+    measured_seconds: float | None = None,
+) -> str:
+    """Return two sentences: where the best pair's time goes, and what its neighbours would cost.
+
+    Args:
+        measured_seconds: of a step with the best pair, if it has run.
+    """
     neighbours = _and(list(_neighbours(best, candidates, best_of_layouts)))
-    return _where_time_goes(best) + (f" {neighbours[0].upper()}{neighbours[1:]}." if neighbours else "")
+    return _where_time_goes(best, measured_seconds) + (
+        f" {neighbours[0].upper()}{neighbours[1:]}." if neighbours else ""
+    )
 
 
 def nothing_fits(candidates: Sequence[Candidate], limit_bytes: int, longest: int) -> str:
@@ -26,7 +41,7 @@ def nothing_fits(candidates: Sequence[Candidate], limit_bytes: int, longest: int
     )
 
 
-def _where_time_goes(best: Candidate) -> str:
+def _where_time_goes(best: Candidate, measured_seconds: float | None) -> str:
     total = best.step_seconds
     shares = {
         "second forwards of long samples": best.recompute_seconds,
@@ -35,7 +50,10 @@ def _where_time_goes(best: Candidate) -> str:
         "the optimizer step": best.optimizer_seconds,
     }
     named = [f"{100 * seconds / total:.0f} % is {name}" for name, seconds in shares.items() if seconds > 0.005 * total]
-    text = f"A step is predicted to take {total:.3g} s" + (f", of which {_and(named)}" if named else "")
+    text = f"A step is predicted to take {human_seconds(total)}"
+    if measured_seconds is not None:
+        text = f"A step took {human_seconds(measured_seconds)} when it ran; {human_seconds(total)} were predicted"
+    text += f", of which {_and(named)}" if named else ""
     if best.data_parallel > 1 and best.bubble_ratio > 0.005:
         text += f"; with the wait for the slowest rank, devices are idle {100 * best.bubble_ratio:.0f} % of the time"
     return f"{text}."
@@ -78,7 +96,8 @@ def _layout(candidate: Candidate) -> str:
 
 
 def _times(other: Candidate, best: Candidate) -> str:
-    return f"{other.step_seconds / best.step_seconds:.2f} times as long ({_why(other, best)})"
+    ratio = other.step_seconds / best.step_seconds
+    return "as long" if abs(ratio - 1) < ALIKE else f"{ratio:.2f} times as long ({_why(other, best)})"
 
 
 def _why(other: Candidate, best: Candidate) -> str:

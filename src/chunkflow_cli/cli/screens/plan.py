@@ -70,11 +70,23 @@ def _headline(result: dict[str, Any]) -> Text:
         layout.append(counted(result["pipeline"]["stages"], "pipeline stage"))
     if layout:
         text.append("\n" + ", ".join(layout))
+    text.append(f"\n{_outlook(result)}", style="bold")
     text.append(
         f"\n{counted(result['steps'], 'step')} of up to {counted(result['global_batch_size'], 'sample')}: "
         f"{result['samples']:,} samples, {result['tokens']:,} tokens, {result['target_tokens']:,} of them targets"
     )
     return text
+
+
+def _outlook(result: dict[str, Any]) -> str:
+    """Return what matters most: how long the run takes, and whether it fits."""
+    seconds, memory = result["predicted_seconds"], result["memory"]
+    parts = [] if seconds is None else [f"about {human_seconds(seconds)}"]
+    if memory is not None:
+        fits = "fits" if memory["fits"] else "does not fit"
+        have = f"{human_bytes(memory['device_bytes'])} of {memory['device']}"
+        parts.append(f"{human_bytes(memory['total_bytes'])} of the {have}: {fits}")
+    return ", ".join(parts) or "neither time nor memory is known without a model"
 
 
 def _chunks(result: dict[str, Any]) -> Table:
@@ -85,8 +97,8 @@ def _chunks(result: dict[str, Any]) -> Table:
         samples, tails = counted(result["long_samples"], "long sample"), counted(result["filled_tails"], "tail")
         dependent = f"{result['dependent']:,} from {samples} (longest: {longest}); {tails} filled"
     rows = {
-        "chunks": f"{result['chunks']:,}, {percent(result['fill'])} full; no plan has fewer than "
-        f"{result['lower_bound_chunks']:,}",
+        "chunks": f"{result['chunks']:,}, {percent(result['fill'])} full (lower bound: "
+        f"{result['lower_bound_chunks']:,} chunks)",
         "standalone": f"{result['standalone']:,}",
         "dependent": dependent,
         "recomputed": f"{counted(result['recomputed_chunks'], 'chunk')} ({percent(result['recompute_share'])})",
@@ -121,9 +133,11 @@ def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:
     console.print(table)
     if memory["host_bytes"]:
         console.print(f"and {human_bytes(memory['host_bytes'])} of host memory (engine.offload)")
-    where = f" into the {human_bytes(memory['device_bytes'])} of {memory['device']}"
-    verdict = ("fits", "") if memory["fits"] else ("does not fit", "bold red")
-    console.print(Text.assemble(verdict, where, "" if memory["fits"] else f": {memory['remedy']}"))
+    if "CPU" in memory["device"]:
+        console.print("On a CPU, train reports about 0.5 GiB more: Python and its libraries.")
+    if not memory["fits"]:
+        where = f"the {human_bytes(memory['device_bytes'])} of {memory['device']}"
+        console.print(Text.assemble(("does not fit", "bold red"), f" into {where}: {memory['remedy']}"))
 
 
 def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkflow_cli.cli.screens.tables import columns
-from chunkflow_cli.console import human_bytes, percent
+from chunkflow_cli.console import counted, human_bytes, human_seconds, percent
 from chunkflow_cli.data.lengths import short_count
 
 SHADES = ((1.02, "black on green"), (1.10, "black on bright_green"), (1.25, "black on yellow"), (1e9, "black on red"))
@@ -19,19 +19,21 @@ LAYOUT = ("sequence", "stages", "cuts")
 """What two candidates of the same pair may differ in."""
 
 
-def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
-    """Print the screen of a search.
-
-    Args:
-        result: the search as JSON.
-        recipe: the recipe to name in the next command.
-    """
+def print_tuning(console: Console, result: dict[str, Any]) -> None:
+    """Print the screen of a search, given as JSON."""
     best = result["best"]
     console.print(Text(f"chunk.size={best['chunk_size']} chunk.k={best['k']}{_layout(best)}", style="bold"))
-    console.print(result["explanation"])
     error = result["cost_model_worst_error"]
-    basis = result["cost_model"] + ("" if error is None else f", fitted to within {percent(error)}")
-    console.print(f"costs: {basis}; {result['steps_planned']} global batches planned for each pair")
+    is_measured = error is not None
+    source = "measured on" if is_measured else "predicted for"
+    note = f" (fitted to within {percent(error)})" if is_measured else ", from its data sheet; nothing was run"
+    console.print(
+        Text.assemble(
+            (f"{source} {result['device']}", "bold"), f"{note}; ",
+            f"{counted(result['steps_planned'], 'global batch', 'global batches')} planned for each pair",
+        )
+    )  # fmt: skip
+    console.print(Text(result["explanation"]))
     console.print()
     _print_heat_map(console, result)
     console.print()
@@ -40,8 +42,7 @@ def print_tuning(console: Console, result: dict[str, Any], recipe: str) -> None:
         console.print()
     console.print(_ranking(result["candidates"]))
     console.print()
-    named = f"recipe={recipe} " if recipe != "default" else ""
-    console.print(f"Train with it:  chunkflow train {named}--overrides {result['overrides_file']}", soft_wrap=True)
+    console.print(Text(f"Train with it:  {result['command']}"), soft_wrap=True)
 
 
 def _layout(row: dict[str, Any]) -> str:
@@ -52,7 +53,7 @@ def _layout(row: dict[str, Any]) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.3g} s"
+    return "" if seconds is None else human_seconds(seconds)
 
 
 def _layouts(rows: list[dict[str, Any]]) -> Table:
@@ -70,13 +71,14 @@ def _layouts(rows: list[dict[str, Any]]) -> Table:
 
 
 def _print_heat_map(console: Console, result: dict[str, Any]) -> None:
-    """Print the seconds of every pair with the layout of the best one."""
+    """Print the time of every pair with the layout of the best one."""
     best = result["best"]
     rows = [row for row in result["candidates"] if all(row[name] == best[name] for name in LAYOUT)]
     candidates = {(row["chunk_size"], row["k"]): row for row in rows}
     ks = sorted({row["k"] for row in rows})
     fastest = min(row["step_seconds"] for row in rows if row["fits"])
-    table = columns("seconds per step", *(f">K={k}" for k in ks), gap=1)
+    unit, scale = ("ms", 1000.0) if max(row["step_seconds"] for row in rows if row["fits"]) < 1 else ("s", 1.0)
+    table = columns(f"{unit} per step", *(f">K={k}" for k in ks), gap=1)
     notes = []
     if len(result["layouts"]) > 1:
         notes += [f"groups of {best['sequence']}"] if best["sequence"] > 1 else []
@@ -84,22 +86,23 @@ def _print_heat_map(console: Console, result: dict[str, Any]) -> None:
     if len(candidates) < len(ks) * len({row["chunk_size"] for row in rows}):
         notes.append("=: the same as with a smaller K, because no sample has more chunks")
     if not all(row["fits"] for row in rows):
-        notes.append(f"dim: does not fit into {human_bytes(result['memory_limit_bytes'])}")
+        notes.append(f"-: does not fit into {human_bytes(result['memory_limit_bytes'])}")
     for size in sorted({row["chunk_size"] for row in rows}):
-        cells = [_cell(candidates.get((size, k)), fastest) for k in ks]
+        cells = [_cell(candidates.get((size, k)), fastest, scale) for k in ks]
         table.add_row(f"chunk.size {short_count(size)}", *cells)
     console.print(table)
     if notes:
         console.print(Text("; ".join(notes), style="italic"))
 
 
-def _cell(row: dict[str, Any] | None, fastest: float) -> Text:
+def _cell(row: dict[str, Any] | None, fastest: float, scale: float) -> Text:
     if row is None:
         return Text("=")
     if not row["fits"]:
-        return Text(human_bytes(row["memory_bytes"]), style="dim")
+        return Text("-")
     style = next(style for most, style in SHADES if row["step_seconds"] / fastest <= most)
-    return Text(f"{row['step_seconds']:8.3g}", style=style)
+    value = scale * row["step_seconds"]
+    return Text(f" {value:,.0f}" if value >= 1000 else f" {value:#.3g}".rstrip("."), style=style)
 
 
 def _ranking(candidates: list[dict[str, Any]]) -> Table:

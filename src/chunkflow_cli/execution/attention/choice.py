@@ -21,6 +21,7 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 """All backends by name, the fastest first."""
 
+NO_GPU = "it needs a CUDA GPU"
 LARGEST_FLASH_HEAD_DIM = 256
 """Limit of FlashAttention-2's kernels, including those inside torch."""
 
@@ -48,8 +49,10 @@ def choose_backend(requested: Attention, hf_config: Any, device: torch.device, d
             raise UsageError(f"model.attention={requested.value}: {objection}\n  possible here: {possible}")
         return BackendChoice(BACKENDS[requested.value](), "as configured")
     name = next(name for name, objection in objections.items() if objection is None)
-    against = "; ".join(f"{other}: {objections[other]}" for other in takewhile(lambda other: other != name, objections))
-    return BackendChoice(BACKENDS[name](), against or "the fastest there is")
+    faster = {other: objections[other] for other in takewhile(lambda other: other != name, objections)}
+    against = [f"{other}: {objection}" for other, objection in faster.items() if objection != NO_GPU]
+    against = ["no GPU" for objection in [*faster.values()][:1] if objection == NO_GPU] + against
+    return BackendChoice(BACKENDS[name](), "; ".join(against) or "the fastest there is")
 
 
 def _objection(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -65,7 +68,7 @@ def _objection(name: str, config: Any, device: torch.device, dtype: torch.dtype)
             return "it runs on the CPU only"
         return "it does not support soft-capped scores" if softcap else None
     if device.type != "cuda":
-        return "it needs a CUDA GPU"
+        return NO_GPU
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim > LARGEST_FLASH_HEAD_DIM or head_dim % 8:
         return f"it supports head_dim up to {LARGEST_FLASH_HEAD_DIM} in steps of 8, and the model's is {head_dim}"
