@@ -15,9 +15,12 @@ from typing import Any
 from rich.text import Text
 
 from chunkflow_cli.cli.command import Request, Result
+from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig, load, read_overrides
 from chunkflow_cli.config.overrides import parse_overrides
 from chunkflow_cli.console import stderr_console
+from chunkflow_cli.data.dataset import check_data
+from chunkflow_cli.data.names import printable
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.processes import environment, worker
 from chunkflow_cli.processes.environment import SWEEP, child_environment, module_command
@@ -44,7 +47,7 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     from chunkflow_cli.training import launch
 
     loaded = launch.with_processes(request.load(overrides))
-    _announce(loaded)
+    _announce_and_check(loaded)
     if launch.is_needed(loaded):
         return launch.run(loaded, config_dir=request.config_dir, debug=request.debug, json_output=request.json_output)
     from chunkflow_cli.training import train
@@ -52,14 +55,17 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     return train.run(loaded, json_output=request.json_output)
 
 
-def _announce(loaded: LoadedConfig) -> None:
-    """Print what is about to be trained, before the import of torch, which takes seconds."""
+def _announce_and_check(loaded: LoadedConfig) -> None:
+    """Print what is about to be trained, and check the data, before the import of torch, which takes seconds."""
     if environment.worker_folder() is not None or environment.rank() != 0:
         return
     config = loaded.config
+    if not config.model.path or not config.data.path:
+        return  # one error says later what is missing
     recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
-    words = f"{recipe}{config.model.path or 'no model'} on {config.data.path or 'no data'}"
-    stderr_console().print(words, soft_wrap=True)
+    data = printable(as_written(config.data.path))
+    stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)
+    check_data(config.data)
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:

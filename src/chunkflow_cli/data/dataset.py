@@ -15,11 +15,12 @@ from chunkflow_cli.data.building import remove_leftovers
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.columns import rename_columns
 from chunkflow_cli.data.encoding import Encoder
-from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data.formats import detect_format, parse_sample
 from chunkflow_cli.data.names import printable
 from chunkflow_cli.data.notes import announce
 from chunkflow_cli.data.parallel import encode_source
-from chunkflow_cli.data.sample import IGNORED, RejectedRow, TokenizedSample
+from chunkflow_cli.data.rows import decode_row
+from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow, TokenizedSample
 from chunkflow_cli.data.source import Location, Source, open_source, warn_once
 from chunkflow_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
@@ -139,6 +140,37 @@ def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
         path, key = config.eval_path, "data.eval_path"
     source = open_source(path, key=key, split=split, split_key=split_key, subset=subset)
     return rename_columns(source, config.columns, key) if config.columns else source
+
+
+CHECKED_ROWS = 1000
+"""Rows whose form is checked before anything slow begins."""
+
+
+def check_data(config: DataConfig) -> None:
+    """Check that the data is there and that its first rows have a format, in a fraction of a second.
+
+    Whether each row can be trained on under the model's tokenizer and template is only known after `tokenize`.
+
+    Raises:
+        UsageError: the data cannot be found or read, or has bad rows and `data.bad_rows` is `error`.
+    """
+    if has_evaluation_data(config):
+        open_data(config, for_evaluation=True)
+    source = open_data(config)
+    format = detect_format(source) if config.format is DataFormat.auto else config.format
+    rejected: list[tuple[Location, str]] = []
+    rows = 0
+    for batch in source.batches():
+        for line, row in zip(batch.lines, batch.rows, strict=True):
+            try:
+                parse_sample(decode_row(row), format)
+            except BadRowError as error:
+                rejected.append((source.location(batch.file, line), str(error)))
+        rows += len(batch.rows)
+        if rows >= CHECKED_ROWS:
+            break
+    if rejected and config.bad_rows is BadRows.error:
+        raise UsageError(_bad_rows_message(rejected, rows, f"data.path={printable(as_written(config.path))}"))
 
 
 def tokenize(
