@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -103,13 +107,12 @@ def test_a_run_goes_on_without_any_place_to_print_to(tmp_path: Path) -> None:
 
 
 HANDLER = """
-import signal, threading
+import signal
 said = []
 def handle(number, frame):
     print("stopping", file=sys.stderr)
     said.append(number)
 signal.signal(signal.SIGINT, handle)
-threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 print("x" * (1 << 17), file=sys.stderr)
 print(len(said))
 """
@@ -123,7 +126,12 @@ def test_a_signal_handler_may_print_while_a_paused_pager_holds_up_a_print(tmp_pa
         [sys.executable, "-c", PREPARED + HANDLER], env=environment, stdout=subprocess.PIPE, stderr=writer
     )
     os.close(writer)
-    time.sleep(0.8)
+    deadline = time.monotonic() + 60
+    while struct.unpack("i", fcntl.ioctl(reader, termios.FIONREAD, bytes(4)))[0] < 1 << 16:  # until the pipe is full
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.2)
     with os.fdopen(reader, "rb") as pager:
         shown = pager.read()
     out, _ = child.communicate(timeout=60)
