@@ -196,9 +196,10 @@ class Encoder:
 
     def _label_conversation(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
         labels, remarks = _labels(text, ids, encoding)
-        ends = (
-            {self._backend.token_to_id(token) for token in text.borrowed_ends} if self._backend is not None else set()
-        )
+        ends: set[int] = set()
+        if self._backend is not None:
+            numbers = map(self._backend.token_to_id, text.borrowed_ends)
+            ends.update(number for number in numbers if number is not None)
         if text.answer_end is not None and encoding is not None:
             last = int(ids[max(first_token_from(encoding, text.answer_end) - 1, 0)])
             if last in self._special_ids:
