@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import orjson
 
-from chunkflow_cli.data.rows import drop_filled_nulls, repeated_key
+from chunkflow_cli.data.rows import check_keys, drop_filled_nulls
+from chunkflow_cli.data.sample import BadRowError
 from chunkflow_cli.data.streams import explain_read_errors, open_stream
 from chunkflow_cli.data.tokenizer import let_torch_in
 from chunkflow_cli.errors import UsageError
@@ -166,7 +167,7 @@ class HubDataset:
         for columns in self.dataset.iter(batch_size=BATCH_ROWS):
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             filled = [drop_filled_nulls(row, self.dataset.features) for row in rows]
-            yield RowBatch(0, list(range(line, line + len(rows))), filled, line + len(rows) - 1)
+            yield RowBatch(0, list(range(line, line + len(rows))), list(filled), line + len(rows) - 1)
             line += len(rows)
 
 
@@ -321,8 +322,10 @@ def _read_array(index: int, file: SourceFile, start: int) -> Iterator[RowBatch]:
             f"{file.path}:{error.lineno}: invalid JSON in the array: {error.msg}\n"
             "  fix it, or write one object per line (.jsonl), where data.bad_rows=skip can skip bad rows"
         ) from error
-    if (repeated := repeated_key(text, rows)) is not None:
-        raise UsageError(f"{file.path}: the key {repeated!r} occurs twice in one object; keep the one that counts")
+    try:
+        check_keys(text, rows)
+    except BadRowError as error:
+        raise UsageError(f"{file.path}: {error}") from error
     del text
     yield from _slices(index, rows, 1, start, file.size, len(rows))
 
