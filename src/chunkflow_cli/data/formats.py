@@ -101,7 +101,7 @@ def _no_one_format(
 ) -> str:
     if formats:
         names = " and ".join(format.value for format in formats)
-        first = {format: location for format, location in reversed(seen.values())}
+        first = dict(reversed(list(seen.values())))
         places = "".join(f"\n  {format.value}: first in {first[format]}" for format in formats)
         return (
             f"{key} holds rows of more than one format: {names}{places}\n"
