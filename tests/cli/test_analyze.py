@@ -280,7 +280,7 @@ BAD_ROWS = [
     ({"chat": []}, "no key 'messages' (keys: chat)"),
     ({"messages": []}, "messages is empty"),
     ({"messages": "Hi"}, "messages is a string, not a list"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "no targets"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "there is no assistant message"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role is 'wizard'"),
     ({"messages": [{"role": "assistant", "content": 5}]}, "messages[0].content is a number, not a string"),
     ({"messages": [{"role": "assistant"}]}, "messages[0] has no key 'content'"),

@@ -243,7 +243,7 @@ def test_a_thinking_template_that_keeps_answers_is_exact(tmp_path: Path) -> None
         ),
         (CHATML.replace("in messages", "in messages | reverse"), chat("Q", "A"), "writes turn 2 differently"),
         (CHATML, chat("A", "Q", "A", roles=("assistant", "user")), "begins with an assistant turn"),
-        (CHATML, chat("Q"), "nothing to train on"),
+        (CHATML, chat("Q"), "there is no assistant message"),
         (
             STRICT,
             chat("S", "Q", "A", roles=("system", "user", "assistant")),

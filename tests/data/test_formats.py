@@ -366,6 +366,7 @@ def test_text_and_tokens() -> None:
         ("alpaca", {"instruction": "a"}, "no key 'output'"),
         ("alpaca", {"instruction": "a", "output": None}, "output is null, not a string"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["x"]]}, "history[0] is not a pair of strings"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": 5}, "history is a number, not a list"),
         ("prompt_completion", {"prompt": "a"}, "no key 'completion'"),
         ("prompt_completion", {"prompt": "a", "completion": CHAT}, "prompt is a string and completion is a list"),
         ("text", {"text": ""}, "text is empty"),
@@ -419,7 +420,7 @@ def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
     assert "a.jsonl:1: the keys question, answer\n" in str(unknown.value)
     assert "as in 'data.columns={question:prompt,answer:completion}': messages | conversations | " in str(unknown.value)
     with pytest.raises(UsageError) as mixed:
-        detect(tmp_path, {"text": "a"}, {"messages": CHAT})
+        detect(tmp_path, {"text": "a"}, {"messages": CHAT}, {"text": "a", "id": 1})
     assert "rows of more than one format: text and messages\n  text: first in " in str(mixed.value)
     assert "a.jsonl:2\n" in str(mixed.value)
     with pytest.raises(UsageError, match=r"fit several formats\n  choose one: data.format=text or data.format=tokens"):

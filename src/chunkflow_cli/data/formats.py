@@ -101,8 +101,8 @@ def _no_one_format(
 ) -> str:
     if formats:
         names = " and ".join(format.value for format in formats)
-        first = (location for wanted in formats for format, location in seen.values() if format is wanted)
-        places = "".join(f"\n  {format.value}: first in {next(first)}" for format in formats)
+        first = dict(reversed(list(seen.values())))
+        places = "".join(f"\n  {format.value}: first in {first[format]}" for format in formats)
         return (
             f"{key} holds rows of more than one format: {names}{places}\n"
             "  split the data, or name one with data.format and leave the other rows out with data.bad_rows=skip"
@@ -202,6 +202,8 @@ def _parse_conversation(row: Mapping[str, Any], key: str) -> Conversation:
 
 def _parse_alpaca(row: Mapping[str, Any]) -> Instruction:
     history = []
+    if not isinstance(row.get("history") or [], list):
+        raise BadRowError(f"history is {kind(row['history'])}, not a list")
     for index, exchange in enumerate(row.get("history") or ()):
         if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
             raise BadRowError(f"history[{index}] is not a pair of strings")

@@ -114,7 +114,9 @@ def _part(part: object, place: str) -> str:
         raise BadRowError(f"{place} is {kind(part)}, not a text part")
     type_ = part.get("type", "text")
     if type_ not in _TEXT_PARTS:
-        raise BadRowError(f"{place} has type {type_!r}, and only text parts can be trained on{_PARTS.get(type_, '')}")
+        raise BadRowError(
+            f"{place} has type {type_!r}, and only text parts can be trained on{_PARTS.get(str(type_), '')}"
+        )
     for name, value in part.items():
         if name not in _NOTES_OF_PARTS and not is_absent(value):
             raise BadRowError(f"{place}.{name} is not read; only text parts can be trained on")

@@ -57,23 +57,25 @@ def parse_json(line: bytes) -> Any:
         if b"NaN" not in line and b"Infinity" not in line:
             raise BadRowError(_why_not_json(line, error)) from error
         return _parse_with_nan(line, error)
-    if (repeated := repeated_key(line, value)) is not None:
-        raise BadRowError(f"the key {repeated!r} occurs twice in one object; keep the one that counts")
+    check_keys(line, value)
     return value
 
 
-def repeated_key(text: bytes, value: object) -> str | None:
-    """Return a key that an object in a JSON text has twice, or None.
+def check_keys(text: bytes, value: object) -> None:
+    """Raise if an object in a JSON text has a key twice.
 
     Args:
         value: what orjson made of the text. Every key that it lost took two quotation marks along.
+
+    Raises:
+        BadRowError: it has, or the value is nested too deeply to tell.
     """
     try:
         written = orjson.dumps(value)
     except orjson.JSONEncodeError as error:
         raise BadRowError("the row is nested too deeply (more than 254 levels)") from error
     if written.count(b'"') == text.count(b'"') and b"\\u0022" not in text:
-        return None
+        return
     found: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> None:
@@ -81,7 +83,12 @@ def repeated_key(text: bytes, value: object) -> str | None:
         found.extend(name for name in set(names) if names.count(name) > 1)
 
     json.loads(text, object_pairs_hook=note, parse_int=float)
-    return found[0] if found else None
+    if found:
+        raise BadRowError(_repeated(found[0]))
+
+
+def _repeated(key: str) -> str:
+    return f"the key {key!r} occurs twice in one object; keep the one that counts"
 
 
 def _parse_with_nan(line: bytes, error: orjson.JSONDecodeError) -> Any:
@@ -90,8 +97,7 @@ def _parse_with_nan(line: bytes, error: orjson.JSONDecodeError) -> Any:
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            repeated = next(name for name in value if sum(name == other for other, _ in pairs) > 1)
-            raise BadRowError(f"the key {repeated!r} occurs twice in one object; keep the one that counts")
+            raise BadRowError(_repeated(next(name for name in value if sum(name == other for other, _ in pairs) > 1)))
         return value
 
     try:
