@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.cli.command import Request, Result
-from chunkflow_cli.config.load import load, read_overrides
-from chunkflow_cli.config.overrides import parse_overrides
+from chunkflow_cli.config.load import load
+from chunkflow_cli.config.overrides import sweep
+from chunkflow_cli.config.texts import quoted
+from chunkflow_cli.config.words import as_word
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.processes import worker
@@ -22,7 +24,7 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     """Train, and return the run's report.
 
     Args:
-        overrides_file: YAML file of keys; those on the command line come after them and win.
+        overrides_file: YAML file of keys. They win over the recipe, and the words of the command line over them.
         multirun: run every combination of the values in the overrides.
 
     Raises:
@@ -32,7 +34,7 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     worker.enter()  # before anything imports torch: it divides the machine's cores among the ranks
     overrides = request.overrides or []
     if overrides_file is not None:
-        overrides = [*read_overrides(overrides_file), *overrides]
+        overrides = [f"overrides={quoted(overrides_file)}", *overrides]
     if multirun:
         return run_sweep(overrides, config_dir=request.config_dir, json_output=request.json_output)
     from chunkflow_cli.training import launch
@@ -51,15 +53,7 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         UsageError: an override cannot be parsed.
     """
-    choices = []
-    for override in parse_overrides(overrides):
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            assert override.input_line is not None
-            choices.append([override.input_line])
-    return [list(words) for words in itertools.product(*choices)]
+    return [list(words) for words in itertools.product(*sweep(overrides))]
 
 
 def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
@@ -80,7 +74,8 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
         console.print(f"[bold]run {number + 1} of {len(jobs)}[/] {' '.join(words)}", soft_wrap=True)
         options = ["--config-dir", config_dir] if config_dir is not None else []
         kept = [word for word in words if not word.startswith("train.output_dir=")]
-        command = [sys.executable, "-m", "chunkflow_cli", "train", *options, *kept, f"train.output_dir={folder}"]
+        command = [sys.executable, "-m", "chunkflow_cli", "train", *options, *kept]
+        command.append(as_word("train.output_dir", str(folder)))
         code = _wait_for(subprocess.Popen(command, stdout=sys.stderr if json_output else None))
         if code == 130:
             raise KeyboardInterrupt

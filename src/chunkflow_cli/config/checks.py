@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Mapping
+from typing import Any
 
-from chunkflow_cli.config.keys import as_written, walk_keys
+from chunkflow_cli.config.deepspeed_keys import check_deepspeed
+from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys
 from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread
 from chunkflow_cli.errors import UsageError
 
@@ -18,20 +22,32 @@ def check(config: Config) -> None:
     Raises:
         UsageError: names the key, the value and what it may be.
     """
-    _check_bounds(config)
-    for check_section in (_check_optim, _check_data, _check_model, _check_parallel, _check_plan):
+    for name, section, entry in walk_keys(config):
+        value = getattr(section, entry.name)
+        bounds = {bound: limit for bound, limit in entry.metadata.items() if bound in _COMPARISONS}
+        _check_number(name, value, bounds, can_be_null=entry.default is None)
+        if entry.metadata.get("path"):
+            _check_path(name, value)
+    for check_section in (_check_optim, _check_data, _check_model, _check_engine, _check_parallel, _check_plan):
         check_section(config)
 
 
-def _check_bounds(config: Config) -> None:
-    for name, section, entry in walk_keys(config):
-        value = getattr(section, entry.name)
-        numbers = value if isinstance(value, list) else [] if value is None else [value]
-        for bound, limit in entry.metadata.items():
-            if not all(_COMPARISONS[bound](number, limit) for number in numbers):
-                bounds = " and ".join(f"{bound.replace('_', ' ')} {limit}" for bound, limit in entry.metadata.items())
-                or_null = " or null" if entry.default is None else ""
-                raise UsageError(f"{name}={as_written(value)} must be {bounds}{or_null}")
+def _check_number(name: str, value: Any, bounds: Mapping[str, float], *, can_be_null: bool) -> None:
+    numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
+    is_finite = all(map(math.isfinite, numbers))
+    if is_finite and all(_COMPARISONS[bound](number, limit) for bound, limit in bounds.items() for number in numbers):
+        return
+    words = [] if is_finite else ["a finite number"]
+    words += [f"{bound.replace('_', ' ')} {limit:,}" for bound, limit in bounds.items()]
+    raise UsageError(f"{name}={as_written(value)} must be {' and '.join(words)}{' or null' if can_be_null else ''}")
+
+
+def _check_path(name: str, value: Any) -> None:
+    for path in value if isinstance(value, list) else [value]:
+        if isinstance(path, str) and "\0" in path:
+            raise UsageError(f"{name}={path!r} has a zero byte, which no path can have")
+        if path == "" and describe_keys()[name].default != "":
+            raise UsageError(f"{name} is empty\n  name a path, or leave the key out")
 
 
 def _check_optim(config: Config) -> None:
@@ -53,6 +69,10 @@ def _check_model(config: Config) -> None:
         raise UsageError(
             f"model.attention={attention.value} does not support model.dtype=float64\n  set model.attention=reference"
         )
+
+
+def _check_engine(config: Config) -> None:
+    check_deepspeed(config.engine)
 
 
 def _check_parallel(config: Config) -> None:
