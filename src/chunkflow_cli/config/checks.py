@@ -14,6 +14,8 @@ from chunkflow_cli.errors import UsageError
 
 _COMPARISONS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 """How a value compares with each bound that a field of schema.py can have. NaN is outside of every bound."""
+LIMIT_SHOWN = 1000
+"""Larger limits only keep numbers within what machines can count. They are named when a value exceeds them."""
 
 
 def check(config: Config) -> None:
@@ -35,10 +37,13 @@ def check(config: Config) -> None:
 def _check_number(name: str, value: Any, bounds: Mapping[str, float], *, can_be_null: bool) -> None:
     numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
     is_finite = all(map(math.isfinite, numbers))
-    if is_finite and all(_COMPARISONS[bound](number, limit) for bound, limit in bounds.items() for number in numbers):
+    broken = [bound for bound, limit in bounds.items() if not all(_COMPARISONS[bound](n, limit) for n in numbers)]
+    if is_finite and not broken:
         return
     words = [] if is_finite else ["a finite number"]
-    words += [f"{bound.replace('_', ' ')} {limit:,}" for bound, limit in bounds.items()]
+    for bound, limit in bounds.items():
+        if bound in broken or limit < LIMIT_SHOWN:
+            words.append(f"{bound.replace('_', ' ')} {limit:,}")
     raise UsageError(f"{name}={as_written(value)} must be {' and '.join(words)}{' or null' if can_be_null else ''}")
 
 

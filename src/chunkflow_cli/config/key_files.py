@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chunkflow_cli.config.foreign import foreign_name
 from chunkflow_cli.config.keys import GONE, describe_keys, known_keys, unknown_key, wrong_value
 from chunkflow_cli.errors import UsageError
 
@@ -184,11 +185,10 @@ def _problems(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             elif value is not None:
                 yield full, wrong_value(full, value)
         elif full not in HYDRAS:
-            unknown = unknown_key(full)
-            if isinstance(value, dict) and value and "\n" not in unknown:  # its keys say more than it does
+            if isinstance(value, dict) and value and foreign_name(full) is None:  # its keys say more than it does
                 yield from _problems(value, f"{full}.")
             else:
-                yield full, unknown
+                yield full, unknown_key(full)
 
 
 def _is_section(name: str) -> bool:

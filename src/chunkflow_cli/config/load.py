@@ -210,9 +210,11 @@ def _describe(error: BaseException) -> tuple[str, str]:
     for cause in causes:
         name = getattr(cause, "full_key", None)
         if isinstance(cause, InterpolationResolutionError):
-            where = f"{name}: " if name else ""
+            what, is_resolver, _ = str(cause).splitlines()[0].partition(" raised while resolving interpolation: ")
+            if is_resolver:
+                what = "an interpolation cannot be resolved"
             return (
-                f"{where}{str(cause).splitlines()[0]}\n  write the name of another key, such as ${{chunk.size}}",
+                f"{f'{name}: ' if name else ''}{what}\n  write the name of another key, such as ${{chunk.size}}",
                 name or "",
             )
         if name and isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
