@@ -23,6 +23,7 @@ from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Device
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import to_be_writable, write_atomically
 from chunkflow_cli.planning.search import Candidate, best_first, best_of_layouts, search
 from chunkflow_cli.training.tuning import Pair, check_measurable, measure_best, prepare_tuning
 
@@ -111,9 +112,7 @@ def _write_overrides(best: Candidate, loaded: LoadedConfig, output: str | None) 
         f"chunkflow train recipe=... --overrides {path}\n"
     )
     text = head + OmegaConf.to_yaml({name: keys for name, keys in sections.items() if keys})
-    try:
+    with to_be_writable(f"--output={path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--output={path} cannot be written: {error}\n  name another file") from error
+        write_atomically(path, text)
     return path

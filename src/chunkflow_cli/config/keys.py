@@ -56,6 +56,11 @@ class Key:
         return int in self._kinds
 
     @property
+    def is_mapping(self) -> bool:
+        """Whether the value is a mapping, which takes keys that the schema does not list."""
+        return get_origin(self.kind) is dict
+
+    @property
     def can_be_null(self) -> bool:
         """Whether `key=null` on the command line is no value."""
         return type(None) in self._kinds and not self.null_is_a_name

@@ -133,7 +133,8 @@ def _read_files(words: Sequence[Word], config_dir: str | None) -> tuple[str, lis
     Raises:
         UsageError: there is no such file, it cannot be read, or there are two of a kind.
     """
-    recipe, files = "default", []
+    recipe = "default"
+    files: list[KeyFile] = []
     for word in words:
         if word.name not in FILES or word.value is None:
             continue

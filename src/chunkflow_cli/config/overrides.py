@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from chunkflow_cli.config.keys import GONE, describe_keys, known_keys, unknown_key, wrong_value
 from chunkflow_cli.config.recipe_files import shipped_folder
 from chunkflow_cli.config.texts import for_the_shell, unquoted
-from chunkflow_cli.config.words import FILES, Word, choices, hydra_form, read_words, text_problem
+from chunkflow_cli.config.words import FILES, Word, choices, hydra_form, mapping_of, read_words, text_problem
 from chunkflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-DEEPSPEED = "engine.deepspeed"
-"""The key that takes keys of DeepSpeed below it."""
 MOST_SHOWN = 12
 
 
@@ -89,7 +87,8 @@ def in_one(problems: Sequence[str]) -> str:
 
 def _problem(word: Word, folders: Sequence[Path]) -> str | None:
     name, value = word.name, word.value
-    if name.startswith(("hydra.", "hydra/", f"{DEEPSPEED}.")):
+    mapping = mapping_of(name)
+    if name.startswith(("hydra.", "hydra/")) or (mapping is not None and mapping.name != name):
         parse_override(word)
         return None
     if any((folder / name).is_dir() for folder in folders):
@@ -105,7 +104,7 @@ def _problem(word: Word, folders: Sequence[Path]) -> str | None:
             return wrong_value(name, value)
     if word.sign == "~":
         return f"{word.typed}: a configuration key cannot be removed\n  set its value instead"
-    if word.sign == "+" and name != DEEPSPEED:
+    if word.sign == "+" and mapping is None:
         return f"{word.typed}: the key exists\n  leave out the +"
     return _several_values(word)
 

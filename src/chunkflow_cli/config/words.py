@@ -75,10 +75,17 @@ def hydra_form(word: Word) -> str:
     """Return a word as Hydra's grammar takes it, with the texts quoted that it would read otherwise."""
     if word.value is None:
         return word.typed
-    sign, key = word.sign, describe_keys().get(word.name)
-    if word.name.startswith("engine.deepspeed"):
-        sign = "++"  # its keys are new to Hydra
+    key = describe_keys().get(word.name)
+    sign = "++" if mapping_of(word.name) else word.sign  # its keys are new to Hydra
     return f"{sign}{word.name}={word.value if key is None else _value(key, word.value)}"
+
+
+def mapping_of(name: str) -> Key | None:
+    """Return the key that holds a mapping and that a name is, or is below of: `engine.deepspeed.dump_state`."""
+    for key in describe_keys().values():
+        if key.is_mapping and f"{name}.".startswith(f"{key.name}."):
+            return key
+    return None
 
 
 def choices(word: Word) -> list[str] | None:
