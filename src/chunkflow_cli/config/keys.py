@@ -43,17 +43,17 @@ class Key:
     @property
     def is_text(self) -> bool:
         """Whether the value can be a text. The text is then taken as it is typed."""
-        return str in self._kinds or (self.is_path and Any in self._kinds)
+        return str in self.kinds or (self.is_path and Any in self.kinds)
 
     @property
     def is_text_list(self) -> bool:
         """Whether the value can be a list of texts."""
-        return list[str] in self._kinds or (self.is_path and Any in self._kinds)
+        return list[str] in self.kinds or (self.is_path and Any in self.kinds)
 
     @property
     def is_integer(self) -> bool:
         """Whether the value is an integer."""
-        return int in self._kinds
+        return int in self.kinds
 
     @property
     def is_mapping(self) -> bool:
@@ -63,10 +63,11 @@ class Key:
     @property
     def can_be_null(self) -> bool:
         """Whether `key=null` on the command line is no value."""
-        return type(None) in self._kinds and not self.null_is_a_name
+        return type(None) in self.kinds and not self.null_is_a_name
 
     @property
-    def _kinds(self) -> tuple[Any, ...]:
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that its value can have."""
         return get_args(self.kind) if get_origin(self.kind) in (Union, UnionType) else (self.kind,)
 
     @property
