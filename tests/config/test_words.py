@@ -151,7 +151,7 @@ def test_whole_numbers_in_any_notation(value: str, expected: int, tmp_path: Path
 
 def test_a_word_as_text_can_be_read_back() -> None:
     for text in ("plain", "'q'", "null", "a,b", "[a]", '"', "1.10"):
-        assert load([as_word("data.eval_path", text)]).config.data.eval_path == text
+        assert load([as_word("data.cache_dir", text)]).config.data.cache_dir == text
 
 
 def test_commas_are_several_runs_only_in_a_sweep(tmp_path: Path) -> None:
