@@ -2,7 +2,17 @@
 
 A `UsageError` is for the user to fix: a command, a configuration key, a row of the data. A `RunError` is a run that
 failed although it was requested correctly. Both are printed without a traceback: what is wrong, where, and what to do.
+A path that the file system refuses is for the user to fix, too.
 """
+
+from __future__ import annotations
+
+import errno
+
+_REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 class ChunkflowError(Exception):
@@ -27,7 +37,9 @@ def exit_code_of(error: BaseException) -> int:
     """Return the exit code of a command that an error ends; 130 for Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return error.exit_code if isinstance(error, ChunkflowError) else 1
+    if isinstance(error, ChunkflowError):
+        return error.exit_code
+    return 2 if _is_refused_by_file_system(error) else 1
 
 
 def describe(error: BaseException) -> str:
@@ -42,13 +54,22 @@ def describe(error: BaseException) -> str:
             f"out of memory. {text[0] if text else ''}\n"
             "  memory follows chunk.size x chunk.k: lower them, or set model.activation_checkpointing=full"
         )
+    if _is_refused_by_file_system(error):
+        assert isinstance(error, OSError)
+        return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
 def is_unexpected(error: BaseException) -> bool:
     """Return whether you need the traceback to understand an error."""
-    return not isinstance(error, (ChunkflowError, KeyboardInterrupt)) and not _is_out_of_memory(error)
+    is_told = isinstance(error, (ChunkflowError, KeyboardInterrupt)) or _is_refused_by_file_system(error)
+    return not is_told and not _is_out_of_memory(error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+
+
+def _is_refused_by_file_system(error: BaseException) -> bool:
+    """Whether a path was refused for what it is or where it is: not writable, full, too long, no folder, a loop."""
+    return isinstance(error, OSError) and error.filename is not None and error.errno in _REFUSED

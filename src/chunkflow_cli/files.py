@@ -12,6 +12,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from chunkflow_cli.errors import UsageError
+
+
+@contextmanager
+def to_be_writable(what: str, remedy: str) -> Iterator[None]:
+    """Run a block that writes files; what the file system refuses is the user's to mend.
+
+    Args:
+        what: what is written, with the key or option that decides where: `--output=exported`.
+        remedy: what to set instead.
+
+    Raises:
+        UsageError: the folder cannot be made or written to, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{what} cannot be written: {error.strerror or error}\n  {remedy}") from error
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the content of a file. Readers, and a machine that loses power, see the old text or the new one."""

@@ -11,22 +11,27 @@ from typing import Annotated
 import typer
 
 from chunkflow_cli import __version__
-from chunkflow_cli.cli.command import Request, Result, command
+from chunkflow_cli.cli.command import Request, Result, command, home_expanded
 from chunkflow_cli.cli.completion import complete_override, complete_recipe
+from chunkflow_cli.cli.mistakes import Commands
 from chunkflow_cli.errors import RunError
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(no_args_is_help=True)
+recipes_app = typer.Typer(cls=Commands, no_args_is_help=True)
 
 CONFIGURATION = ("overrides", "cfg", "resolve")
 """What a command does not take if it composes no configuration."""
 
-Plot = Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Draw a plot to a .png, .svg or .pdf file.")]
+Plot = Annotated[
+    str | None,
+    typer.Option("--plot", metavar="FILE", help="Draw a plot to a .png, .svg or .pdf file.", callback=home_expanded),
+]
 RecipeName = Annotated[
     str,
     typer.Argument(
@@ -61,7 +66,10 @@ def train(
     overrides_file: Annotated[
         str | None,
         typer.Option(
-            "--overrides", metavar="FILE", help="YAML file of configuration keys, such as tune-chunk-size writes."
+            "--overrides",
+            metavar="FILE",
+            help="YAML file of configuration keys, such as tune-chunk-size writes. It wins over the recipe.",
+            callback=home_expanded,
         ),
     ] = None,
     multirun: Annotated[
@@ -108,7 +116,10 @@ def export(
         str, typer.Argument(metavar="RUN_DIR", help="Directory of a finished run (its train.output_dir).")
     ],
     output: Annotated[
-        str | None, typer.Option("--output", metavar="DIR", help="Directory to write. Default: RUN_DIR/export.")
+        str | None,
+        typer.Option(
+            "--output", metavar="DIR", help="Directory to write. Default: RUN_DIR/export.", callback=home_expanded
+        ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the model's weights.")] = False,
 ) -> Result:
@@ -178,8 +189,10 @@ def analyze(
       chunkflow analyze recipe=tiny_random --plot lengths.png
       chunkflow analyze recipe=tiny_random data.train_on=all --json
     """
-    paths = [word for word in words or [] if not _is_override(word)]
-    loaded = request.load([word for word in words or [] if _is_override(word)])
+    from chunkflow_cli.config.words import is_override
+
+    paths = [word for word in words or [] if not is_override(word)]
+    loaded = request.load([word for word in words or [] if is_override(word)])
     if not loaded.config.model.path.lower().endswith(".gguf"):  # transformers reads those with torch
         from chunkflow_cli.data.tokenizer import keep_torch_out
 
@@ -200,6 +213,7 @@ def plan(
             "--trace",
             metavar="RUN_DIR",
             help="Directory of a run with train.trace=true. Shows its operations next to the predicted ones.",
+            callback=home_expanded,
         ),
     ] = None,
 ) -> Result:
@@ -213,6 +227,11 @@ def plan(
       chunkflow plan recipe=tiny_random launch.processes=4 tune.device=h100
     """
     loaded = request.load()
+    from chunkflow_cli.config.load import check_set
+    from chunkflow_cli.config.schema import DataFormat
+
+    needs_model = loaded.config.data.format is not DataFormat.tokens
+    check_set(loaded.tree, ("model.path", "data.path") if needs_model else ("data.path",))
     from chunkflow_cli.cli import plan
 
     return plan.run(loaded, step=step, plot=plot, trace=trace, json_output=request.json_output)
@@ -227,6 +246,7 @@ def tune_chunk_size(
             "--output",
             metavar="FILE",
             help="File for the overrides of the best pair. Default: outputs/RECIPE/tuned.yaml.",
+            callback=home_expanded,
         ),
     ] = None,
     plot: Plot = None,
@@ -242,7 +262,7 @@ def tune_chunk_size(
       chunkflow tune-chunk-size recipe=tiny_random tune.chunk_sizes=[64,128,256] \
         --output tuned.yaml
     """
-    loaded = request.load(require=("model.path",))
+    loaded = request.load(require=("model.path", "data.path"))
     from chunkflow_cli.cli import tune
 
     return tune.run(loaded, config_dir=request.config_dir, output=output, plot=plot, json_output=request.json_output)
@@ -312,11 +332,6 @@ def copy_recipe(
     from chunkflow_cli.cli import recipes
 
     return recipes.copy(name, destination, request.config_dir, json_output=request.json_output)
-
-
-def _is_override(word: str) -> bool:
-    """Return True for `key=value`, `+key=value` and `~key`, but not for a path that exists."""
-    return ("=" in word or word.startswith("~")) and not os.path.exists(word)
 
 
 @contextmanager

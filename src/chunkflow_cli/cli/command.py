@@ -19,6 +19,16 @@ from chunkflow_cli.errors import UsageError, describe, exit_code_of, is_unexpect
 if TYPE_CHECKING:
     from chunkflow_cli.config.load import LoadedConfig
 
+
+def home_expanded(param: typer.CallbackParam, value: str | None) -> str | None:
+    """Expand `~` in the value of an option: the shell does not, in `--output=~/x`."""
+    if value is None or not value.startswith("~"):
+        return value
+    from chunkflow_cli.config.home import expand_home
+
+    return expand_home(value, param.opts[0])
+
+
 Result = dict[str, Any] | None
 """What `--json` prints; None if a command has nothing to report, or another process has printed it."""
 
@@ -30,7 +40,7 @@ class Request:
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="OVERRIDES", help="recipe=NAME, group.key=value, +key=value, ~key", autocompletion=complete_override
+            metavar="OVERRIDES", help="group.key=value, recipe=NAME, or FILE.yaml", autocompletion=complete_override
         ),
     ] = None
     json_output: Annotated[
@@ -43,7 +53,10 @@ class Request:
     config_dir: Annotated[
         str | None,
         typer.Option(
-            "--config-dir", metavar="DIR", help="Directory to search first: recipes in DIR/recipes, groups in DIR."
+            "--config-dir",
+            metavar="DIR",
+            help="Directory to search first: recipes in DIR/recipes, groups in DIR.",
+            callback=home_expanded,
         ),
     ] = None
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False
@@ -59,18 +72,17 @@ class Request:
             UsageError: the configuration or the value of `--cfg` is wrong.
             typer.Exit: `--cfg` has printed the configuration.
         """
-        from chunkflow_cli.config.load import compose, convert
+        from chunkflow_cli.config.load import load
 
         overrides = (self.overrides or []) if overrides is None else overrides
-        recipe, tree = compose(overrides, self.config_dir)
-        if self.cfg is not None:
-            from omegaconf import OmegaConf
+        if self.cfg is None:
+            return load(overrides, self.config_dir, require=require)
+        if self.cfg != "job":
+            raise UsageError(f"--cfg={self.cfg} is not supported: use --cfg job to print the configuration")
+        from omegaconf import OmegaConf
 
-            if self.cfg != "job":
-                raise UsageError(f"--cfg={self.cfg} is not supported: use --cfg job to print the configuration")
-            print(OmegaConf.to_yaml(tree, resolve=self.resolve), end="")
-            raise typer.Exit
-        return convert(tree, recipe=recipe, overrides=overrides, require=require)
+        print(OmegaConf.to_yaml(load(overrides, self.config_dir).tree, resolve=self.resolve), end="")
+        raise typer.Exit
 
 
 def command(

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.files import written_aside
+from chunkflow_cli.files import to_be_writable, written_aside
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.base_identity import difference, identify_base
@@ -37,13 +37,18 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
     if not final.is_dir():
         raise UsageError(f"{source} is not the directory of a finished run: it has no {final}")
     target = Path(output) if output is not None else source / "export"
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"--output={target} is not empty: choose another directory")
+    with to_be_writable(f"--output={target}", "name another directory"):
+        if target.exists() and any(target.iterdir()):
+            raise UsageError(f"--output={target} is not empty: choose another directory")
     has_adapters = (final / ADAPTER_CONFIG).is_file()
     if merge and not has_adapters:
         raise UsageError(f"--merge: {final} has no LoRA adapters: export it without --merge")
     notes: list[str] = []
-    with working(stderr_console(), "writing the model"), written_aside(target) as temporary:
+    with (
+        working(stderr_console(), "writing the model"),
+        to_be_writable(f"--output={target}", "name another directory"),
+        written_aside(target) as temporary,
+    ):
         if merge:
             notes = _merge(source, final, temporary)
         else:

@@ -6,6 +6,8 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from chunkflow_cli.cli.mistakes import options_explained
+
 KEYS = {
     "train": (
         "model.path", "data.path", "data.max_length", "chunk.size", "chunk.k", "model.lora.enabled", "optim.lr",
@@ -21,6 +23,10 @@ KEYS = {
 
 class CommandWithKeys(TyperCommand):
     """A command whose help shows its keys, if it has any in `KEYS`, below its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with options_explained(self, args):
+            return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)

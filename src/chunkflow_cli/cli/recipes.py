@@ -11,6 +11,8 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from chunkflow_cli.cli.screens.tables import columns
+from chunkflow_cli.config.home import expand_home
+from chunkflow_cli.config.key_files import read_key_file
 from chunkflow_cli.config.keys import did_you_mean
 from chunkflow_cli.config.recipe_files import recipe_files
 from chunkflow_cli.config.schema import Config
@@ -74,7 +76,7 @@ def copy(name: str, destination: str | None, config_dir: str | None, *, json_out
         UsageError: there is no such recipe, or the file exists, cannot be written, or does not end in .yaml.
     """
     path = find(name, config_dir)
-    target = Path(destination or f"{name}.yaml")
+    target = Path(expand_home(destination or f"{name}.yaml", "DEST"))
     if target.is_dir():
         target /= f"{name}.yaml"
     if target.suffix not in (".yaml", ".yml"):
@@ -140,13 +142,8 @@ def describe(name: str, path: Path) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    tree = OmegaConf.to_container(read_key_file(path, str(path)).tree)
     if not isinstance(tree, dict) or not all(
         isinstance(tree.get(key) or {}, dict) for key in ("model", "data", "chunk")
     ):

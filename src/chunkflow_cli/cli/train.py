@@ -16,8 +16,10 @@ from rich.text import Text
 
 from chunkflow_cli.cli.command import Request, Result
 from chunkflow_cli.config.keys import as_written
-from chunkflow_cli.config.load import LoadedConfig, load, read_overrides
-from chunkflow_cli.config.overrides import parse_overrides
+from chunkflow_cli.config.load import LoadedConfig, load
+from chunkflow_cli.config.overrides import sweep
+from chunkflow_cli.config.texts import quoted
+from chunkflow_cli.config.words import as_word
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.data.dataset import check_data
 from chunkflow_cli.data.names import printable
@@ -31,7 +33,7 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     """Train, and return the run's report.
 
     Args:
-        overrides_file: YAML file of keys; those on the command line come after them and win.
+        overrides_file: YAML file of keys. They win over the recipe, and the words of the command line over them.
         multirun: run every combination of the values in the overrides.
 
     Raises:
@@ -41,7 +43,7 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     worker.enter()  # before anything imports torch: it divides the machine's cores among the ranks
     overrides = request.overrides or []
     if overrides_file is not None:
-        overrides = [*read_overrides(overrides_file), *overrides]
+        overrides = [f"overrides={quoted(overrides_file)}", *overrides]
     if multirun:
         return run_sweep(overrides, config_dir=request.config_dir, json_output=request.json_output)
     from chunkflow_cli.training import launch
@@ -74,15 +76,7 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         UsageError: an override cannot be parsed.
     """
-    choices = []
-    for override in parse_overrides(overrides):
-        if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            assert override.input_line is not None
-            choices.append([override.input_line])
-    return [list(words) for words in itertools.product(*choices)]
+    return [list(words) for words in itertools.product(*sweep(overrides))]
 
 
 def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
@@ -105,10 +99,9 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
         )
         options = ["--config-dir", config_dir] if config_dir is not None else []
         kept = [word for word in words if not word.startswith("train.output_dir=")]
+        train = ["train", *options, *kept, as_word("train.output_dir", str(folder))]
         try:
-            code = _run_job(
-                ["train", *options, *kept, f"train.output_dir={folder}"], number, show_output=not json_output
-            )
+            code = _run_job(train, number, show_output=not json_output)
         except KeyboardInterrupt:
             console.print(f"To go on with all runs, give the same command with train.output_dir={root}", soft_wrap=True)
             raise

@@ -24,6 +24,7 @@ from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Device
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import to_be_writable, write_atomically
 from chunkflow_cli.planning.search import Candidate, best_first, best_of_layouts, search
 from chunkflow_cli.training.tuning import Pair, check_measurable, measure_best, prepare_tuning
 
@@ -114,11 +115,9 @@ def _overrides(best: Candidate, config: Config) -> dict[str, dict[str, Any]]:
 def _write_overrides(sections: dict[str, dict[str, Any]], recipe: str, output: str | None) -> Path:
     path = Path(output) if output is not None else Path("outputs", recipe, "tuned.yaml")
     head = f"# Written by chunkflow tune-chunk-size for recipe {recipe}; chunkflow train ... --overrides {path}\n"
-    try:
+    with to_be_writable(f"--output={path}", "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + OmegaConf.to_yaml(sections), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--output={path} cannot be written: {error}\n  name another file") from error
+        write_atomically(path, head + OmegaConf.to_yaml(sections))
     return path
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
+from typing import Any
 
-from chunkflow_cli.config.keys import as_written, walk_keys, wrong_value
+from chunkflow_cli.config.deepspeed_keys import check_deepspeed
+from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys, wrong_value
 from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread
 from chunkflow_cli.errors import UsageError
 
 _COMPARISONS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 """How a value compares with each bound that a field of schema.py can have. NaN is outside of every bound."""
+LIMIT_SHOWN = 1000
+"""Larger limits only keep numbers within what machines can count. They are named when a value exceeds them."""
 
 
 def check(config: Config) -> None:
@@ -19,22 +24,35 @@ def check(config: Config) -> None:
     Raises:
         UsageError: names the key, the value and what it may be.
     """
-    _check_bounds(config)
-    for check_section in (_check_optim, _check_data, _check_model, _check_parallel, _check_plan):
+    for name, section, entry in walk_keys(config):
+        value = getattr(section, entry.name)
+        bounds = {bound: limit for bound, limit in entry.metadata.items() if bound in _COMPARISONS}
+        _check_number(name, value, bounds, can_be_null=entry.default is None)
+        if entry.metadata.get("path"):
+            _check_path(name, value)
+    for check_section in (_check_optim, _check_data, _check_model, _check_engine, _check_parallel, _check_plan):
         check_section(config)
 
 
-def _check_bounds(config: Config) -> None:
-    for name, section, entry in walk_keys(config):
-        value = getattr(section, entry.name)
-        numbers = value if isinstance(value, list) else [] if value is None else [value]
-        is_finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
-        is_within = all(_COMPARISONS[bound](n, limit) for bound, limit in entry.metadata.items() for n in numbers)
-        if not is_finite or not is_within:
-            bounds = [f"{bound.replace('_', ' ')} {limit}" for bound, limit in entry.metadata.items()]
-            or_null = " or null" if entry.default is None else ""
-            demands = bounds if is_finite else ["finite", *bounds]
-            raise UsageError(f"{name}={as_written(value)} must be {' and '.join(demands)}{or_null}")
+def _check_number(name: str, value: Any, bounds: Mapping[str, float], *, can_be_null: bool) -> None:
+    numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
+    is_finite = all(map(math.isfinite, numbers))
+    broken = [bound for bound, limit in bounds.items() if not all(_COMPARISONS[bound](n, limit) for n in numbers)]
+    if is_finite and not broken:
+        return
+    words = [] if is_finite else ["a finite number"]
+    for bound, limit in bounds.items():
+        if bound in broken or limit < LIMIT_SHOWN:
+            words.append(f"{bound.replace('_', ' ')} {limit:,}")
+    raise UsageError(f"{name}={as_written(value)} must be {' and '.join(words)}{' or null' if can_be_null else ''}")
+
+
+def _check_path(name: str, value: Any) -> None:
+    for path in value if isinstance(value, list) else [value]:
+        if isinstance(path, str) and "\0" in path:
+            raise UsageError(f"{name}={path!r} has a zero byte, which no path can have")
+        if path == "" and describe_keys()[name].default != "":
+            raise UsageError(f"{name} is empty\n  name a path, or leave the key out")
 
 
 def _check_optim(config: Config) -> None:
@@ -74,6 +92,10 @@ def _check_model(config: Config) -> None:
     lora = config.model.lora
     if lora.path is not None and not lora.enabled:
         raise UsageError(f"model.lora.path={lora.path} with model.lora.enabled=false\n  set model.lora.enabled=true")
+
+
+def _check_engine(config: Config) -> None:
+    check_deepspeed(config.engine)
 
 
 def _check_parallel(config: Config) -> None:

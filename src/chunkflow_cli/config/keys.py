@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from chunkflow_cli.config import schema
+from chunkflow_cli.config.foreign import foreign_name
 from chunkflow_cli.config.schema import Config
 
 
@@ -28,11 +30,45 @@ class Key:
     """Default in the syntax of an override."""
     help: str
     """Documentation on one line: the string below its field."""
+    is_path: bool = False
+    """Whether its text, or each text of its list, is a path."""
+    null_is_a_name: bool = False
+    """Whether `key=null` on the command line is a text."""
 
     @property
     def is_list(self) -> bool:
         """Whether the value is a list, written in brackets."""
         return get_origin(self.kind) is list
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the value can be a text. The text is then taken as it is typed."""
+        return str in self.kinds or (self.is_path and Any in self.kinds)
+
+    @property
+    def is_text_list(self) -> bool:
+        """Whether the value can be a list of texts."""
+        return list[str] in self.kinds or (self.is_path and Any in self.kinds)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the value is an integer."""
+        return int in self.kinds
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether the value is a mapping, which takes keys that the schema does not list."""
+        return get_origin(self.kind) is dict
+
+    @property
+    def can_be_null(self) -> bool:
+        """Whether `key=null` on the command line is no value."""
+        return type(None) in self.kinds and not self.null_is_a_name
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that its value can have."""
+        return get_args(self.kind) if get_origin(self.kind) in (Union, UnionType) else (self.kind,)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -65,6 +101,8 @@ def describe_keys() -> dict[str, Key]:
             kind=_kind(owner, entry.name),
             default=as_written(getattr(section, entry.name)),
             help=documentation[owner.__name__, entry.name],
+            is_path=bool(entry.metadata.get("path")),
+            null_is_a_name=bool(entry.metadata.get("null_is_a_name")),
         )
     return described
 
@@ -127,10 +165,22 @@ GONE = {
 
 
 def unknown_key(name: str) -> str:
-    """Return the error for a key that does not exist: what became of it, or the nearest key that exists."""
+    """Return the error for a key that does not exist: what became of it, or which key it may be meant for."""
     if name in GONE:
         return f"{name} is gone: {GONE[name]}"
-    return f"there is no configuration key {name!r}{did_you_mean(name, known_keys())}"
+    return f"there is no configuration key {name!r}{_hint(name)}"
+
+
+def _hint(name: str) -> str:
+    """Return a line that leads from a wrong key to the right one, or an empty string."""
+    foreign = foreign_name(name)
+    if foreign is not None:
+        return f"\n  {foreign}" if " " in foreign else f"\n  did you mean {foreign}?"
+    section, _, last = name.rpartition(".")
+    namesakes = [known for known in known_keys() if known.rpartition(".")[2] == last]
+    if len(namesakes) == 1 and section not in {known.rpartition(".")[0] for known in known_keys()} - {""}:
+        return f"\n  did you mean {namesakes[0]}?"
+    return did_you_mean(name, known_keys())
 
 
 def wrong_value(name: str, value: Any) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chunkflow_cli.config.checks import check
+from chunkflow_cli.config.home import expand_home, expand_homes
+from chunkflow_cli.config.key_files import KeyFile, read_key_file
 from chunkflow_cli.config.keys import did_you_mean, unknown_key, wrong_value
-from chunkflow_cli.config.overrides import MAPPINGS, check_overrides
+from chunkflow_cli.config.overrides import check_words, in_one
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
 from chunkflow_cli.config.schema import FULL_LEARNING_RATE, LORA_LEARNING_RATE, Config
+from chunkflow_cli.config.texts import quoted, unquoted
+from chunkflow_cli.config.words import FILES, Word, hydra_form, read_words
 from chunkflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,22 +64,31 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if config_dir is not None:
+        config_dir = expand_home(config_dir, "--config-dir")
+    words, problems = read_words(overrides)
+    recipe, files = _read_files(words, config_dir)
+    problems += [problem for file in files for problem in file.problems()] + check_words(words, config_dir)
+    if problems:
+        raise UsageError(in_one(problems))
     if not OmegaConf.has_resolver("package_file"):
         OmegaConf.register_new_resolver("package_file", _package_file)
         OmegaConf.register_new_resolver("usual_learning_rate", usual_learning_rate)
     ConfigStore.instance().store(name="schema", node=Config)
-    recipes = recipe_files(config_dir)
-    for name, path in recipes.items():
-        _store_recipe(path, name)
-    recipe, words = _take_recipe_path(overrides, recipes)
-    check_overrides(words, config_dir)
-    search_path = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir is not None else []
+    for file in files:
+        node = file.with_types_of_keys()
+        ConfigStore.instance().store(group=file.group, name=file.group, node=node, package="_global_")
+    composed = [hydra_form(word) for word in words if word.name not in FILES]
+    composed += [f"{group}={group}" for group in FILES if any(file.group == group for file in files)]
+    if config_dir is not None:
+        composed.append(f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]")
     try:
         with initialize_config_dir(str(shipped_folder("conf")), version_base="1.3", job_name="chunkflow"):
-            tree = hydra_compose("config", overrides=[*words, *search_path])
+            tree = hydra_compose("config", overrides=composed)
         OmegaConf.resolve(tree.copy())
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_explain(error)) from error
+        raise UsageError(_explain(error, files)) from error
+    expand_homes(tree)
     return recipe, tree
 
 
@@ -90,50 +103,75 @@ def convert(tree: DictConfig, *, recipe: str, overrides: Sequence[str], require:
     """
     from omegaconf import OmegaConf
 
-    for key in require:
-        if not OmegaConf.select(tree, key):
-            raise UsageError(f"{key} is not set\n  write {key}=PATH, or take a recipe that sets it")
+    check_set(tree, [*require, *sorted(OmegaConf.missing_keys(tree) - set(require))])
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     check(config)
     return LoadedConfig(config, recipe, tuple(overrides), tree)
 
 
-def read_overrides(path: str) -> list[str]:
-    """Return the keys of a YAML file as overrides: `{chunk: {size: 512}}` gives `chunk.size=512`.
+def check_set(tree: DictConfig, names: Sequence[str]) -> None:
+    """Refuse a configuration that leaves a required key without a value.
 
     Raises:
-        UsageError: there is no such file, or it holds no keys.
+        UsageError: names all of them, with an example that sets them.
     """
-    from omegaconf import DictConfig
+    from omegaconf import OmegaConf
 
-    if not Path(path).is_file():
-        raise UsageError(f"--overrides={path}: there is no such file\n  chunkflow tune-chunk-size writes one")
-
-    def words(node: DictConfig, prefix: str) -> Iterator[str]:
-        for name, value in node.items():
-            key = f"{prefix}{name!s}"
-            if isinstance(value, DictConfig):
-                yield from words(value, f"{key}.")
-            else:
-                yield f"{key}={'null' if value is None else value}"
-
-    return list(words(_read_yaml(path, f"--overrides={path}"), ""))
+    unset = [name for name in names if OmegaConf.is_missing(tree, name) or not OmegaConf.select(tree, name)]
+    if unset:
+        examples = {"model.path": "Qwen/Qwen2.5-0.5B-Instruct", "data.path": "chats.jsonl"}
+        words = " ".join(f"{name}={examples.get(name, 'VALUE')}" for name in unset)
+        raise UsageError(
+            f"{' and '.join(unset)} {'is' if len(unset) == 1 else 'are'} not set\n"
+            f"  add, for example: {words}\n  or try it with a recipe that needs nothing: recipe=tiny_random"
+        )
 
 
-def _read_yaml(path: str | Path, source: str) -> DictConfig:
-    """Read the keys of a YAML file. Errors begin with `source`."""
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+def _read_files(words: Sequence[Word], config_dir: str | None) -> tuple[str, list[KeyFile]]:
+    """Return the recipe's name, and the YAML files that the words name.
 
-    try:
-        tree = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UsageError(f"{source} is not valid YAML: {error}") from error
-    if not isinstance(tree, DictConfig) or not tree:
-        raise UsageError(f"{source} holds no keys\n  write keys such as `chunk: {{size: 4096}}`")
-    return tree
+    Raises:
+        UsageError: there is no such file, it cannot be read, or there are two of a kind.
+    """
+    recipe = "default"
+    files: list[KeyFile] = []
+    for word in words:
+        if word.name not in FILES or word.value is None:
+            continue
+        if any(file.group == word.name for file in files):
+            raise UsageError(
+                f"{word.typed} is the second of its kind\n  give one recipe, and one file with --overrides"
+            )
+        value = unquoted(word.value)
+        if word.name == "overrides":
+            path, source = Path(expand_home(value, "--overrides")), f"--overrides={value}"
+        else:
+            recipe, path, source = _find_recipe(value, config_dir)
+        files.append(read_key_file(path, source, word.name))
+    for word in words:  # a file of a group in the user's folder may come from a stranger, too
+        path = Path(config_dir or "", word.name, f"{word.value}.yaml")
+        if config_dir is not None and word.name not in FILES and path.is_file():
+            read_key_file(path, str(path), word.name)
+    return recipe, files
+
+
+def _find_recipe(value: str, config_dir: str | None) -> tuple[str, Path, str]:
+    """Return the name of a recipe, its file, and how errors name it."""
+    recipes = recipe_files(config_dir)
+    if value.endswith((".yaml", ".yml")):
+        path = Path(expand_home(value, "recipe"))
+        if not path.exists():
+            raise UsageError(f"recipe={value}: there is no such file\n  to list the recipes: chunkflow recipes list")
+        return re.sub(r"[^A-Za-z0-9_-]", "_", path.stem), path, f"recipe {value}"
+    if value in recipes:
+        return value, recipes[value], f"recipe {recipes[value]}"
+    hint = did_you_mean(value, list(recipes), "recipe=")
+    if "," in value:
+        hint = "\n  give one recipe; to run each of several: chunkflow train --multirun"
+    raise UsageError(
+        f"there is no recipe {value!r}{hint}\n  recipes: {', '.join(recipes)}; or a path that ends in .yaml"
+    )
 
 
 def _package_file(name: str) -> str:
@@ -154,43 +192,20 @@ def usual_learning_rate(has_adapters: bool) -> float:
     return LORA_LEARNING_RATE if has_adapters else FULL_LEARNING_RATE
 
 
-def _store_recipe(path: Path, name: str) -> None:
-    from hydra.core.config_store import ConfigStore
+def _explain(error: BaseException, files: Sequence[KeyFile]) -> str:
+    """Describe what Hydra or OmegaConf rejected, by the attributes of the errors that led to it.
 
-    node = _read_yaml(path, f"recipe {path}")
-    ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_")
-
-
-def _take_recipe_path(overrides: Sequence[str], recipes: Collection[str]) -> tuple[str, list[str]]:
-    """Return the recipe's name, and the overrides as Hydra takes them: `recipe=path/file.yaml` becomes that name."""
-    recipe, words = "default", []
-    for word in overrides:
-        key, separator, value = word.partition("=")
-        if key.startswith(MAPPINGS):
-            word = f"++{word}"  # its keys are new to Hydra
-        if key.lstrip("+") != "recipe" or not separator:
-            words.append(word)
-            continue
-        recipe = value
-        if value.endswith((".yaml", ".yml")):
-            path = Path(value)
-            if not path.is_file():
-                raise UsageError(
-                    f"recipe={value}: there is no such file\n  to list the recipes: chunkflow recipes list"
-                )
-            recipe = re.sub(r"[^A-Za-z0-9_-]", "_", path.stem)
-            _store_recipe(path, recipe)
-        elif value not in recipes and "," not in value:
-            raise UsageError(
-                f"there is no recipe {value!r}{did_you_mean(value, list(recipes), 'recipe=')}\n"
-                f"  recipes: {', '.join(recipes)}; or a path that ends in .yaml"
-            )
-        words.append(f"recipe={recipe}")
-    return recipe, words
+    Args:
+        error: of Hydra or OmegaConf.
+        files: in one of which the rejected value may stand.
+    """
+    problem, name = _describe(error)
+    file = next((file for file in files if name.partition("[")[0] in file.lines), None)
+    return problem if file is None else f"{file.where(name)}: {problem}"
 
 
-def _explain(error: BaseException) -> str:
-    """Describe what Hydra or OmegaConf rejected, by the attributes of the errors that led to it."""
+def _describe(error: BaseException) -> tuple[str, str]:
+    """Return what is wrong, and the name of the key."""
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, ValidationError
 
     causes = [error]
@@ -198,15 +213,20 @@ def _explain(error: BaseException) -> str:
         causes.append(cause)
     for cause in causes:
         if isinstance(cause, UsageError):  # from the resolver
-            return str(cause)
+            return str(cause), ""
     for cause in causes:
         name = getattr(cause, "full_key", None)
         if isinstance(cause, InterpolationResolutionError):
-            where = f"{name}: " if name else ""
-            return f"{where}{str(cause).splitlines()[0]}\n  write the name of another key, such as ${{chunk.size}}"
+            what, is_resolver, _ = str(cause).splitlines()[0].partition(" raised while resolving interpolation: ")
+            if is_resolver:
+                what = "an interpolation cannot be resolved"
+            return (
+                f"{f'{name}: ' if name else ''}{what}\n  write the name of another key, such as ${{chunk.size}}",
+                name or "",
+            )
         if name and isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
-            return unknown_key(name)
+            return unknown_key(name), name
         if name and isinstance(cause, ValidationError):
-            return wrong_value(name, cause.value)
+            return wrong_value(name, cause.value), name
     text = re.split("Config search path|full_key:", str(error))[0]
-    return "\n  ".join(line.strip() for line in text.splitlines() if line.strip())
+    return "\n  ".join(line.strip() for line in text.splitlines() if line.strip()), ""

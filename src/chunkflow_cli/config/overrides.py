@@ -6,70 +6,128 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chunkflow_cli.config.keys import GONE, known_keys, unknown_key, wrong_value
+from chunkflow_cli.config.keys import GONE, describe_keys, known_keys, unknown_key, wrong_value
 from chunkflow_cli.config.recipe_files import shipped_folder
+from chunkflow_cli.config.texts import for_the_shell, unquoted
+from chunkflow_cli.config.words import FILES, Word, choices, hydra_form, mapping_of, read_words, text_problem
 from chunkflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-MAPPINGS = ("engine.deepspeed", "data.columns")
-"""The keys that take any keys below them."""
+MOST_SHOWN = 12
 
 
-def parse_overrides(words: Sequence[str]) -> list[Override]:
-    """Parse overrides with Hydra's parser.
+def parse_override(word: Word) -> Override:
+    """Parse a word with Hydra's parser.
 
     Raises:
-        UsageError: a word is not an override.
+        UsageError: its value is not what its key takes, or the word is not an override.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
     try:
-        parsed: list[Override] = OverridesParser.create().parse_overrides(list(words))
+        (parsed,) = OverridesParser.create().parse_overrides([hydra_form(word)])
     except OverrideParseException as error:
-        raise UsageError(
-            f"{error.override!r} does not have the form key=value\n"
-            "  put a value with special characters in quotes, for the shell and for Hydra: 'key=\"a=b\"'"
-        ) from error
+        raise UsageError(_does_not_parse(word)) from error
     return parsed
 
 
-def check_overrides(words: Sequence[str], config_dir: str | None = None) -> None:
-    """Reject what Hydra would accept without a word, or would explain in its own terms.
-
-    Args:
-        config_dir: folder that can hold more groups of configuration files than `conf`.
+def sweep(words: Sequence[str]) -> list[list[str]]:
+    """Return the choices of each word of a sweep: `["a=1,2", "b=x"]` gives `[["a=1", "a=2"], ["b=x"]]`.
 
     Raises:
-        UsageError: a word is not an override; its key is unknown or gone, or cannot be added or removed; or it has
-            several values.
+        UsageError: a word is not an override.
+    """
+    read, problems = read_words(words)
+    if problems:
+        raise UsageError(in_one(problems))
+    found = []
+    for word in read:
+        texts = choices(word)
+        if texts is None:
+            override = parse_override(word)
+            swept = override.sweep_string_iterator() if override.is_sweep_override() else None
+            texts = [_typed(word)] if swept is None else [f"{word.sign}{word.name}={value}" for value in swept]
+        found.append(texts)
+    return found
+
+
+def check_words(words: Sequence[Word], config_dir: str | None = None) -> list[str]:
+    """Return an error for each word that Hydra would accept without a word, or would explain in its own terms.
+
+    Args:
+        words: as `read_words` returns them.
+        config_dir: folder that can hold more groups of configuration files than `conf`.
     """
     folders = [shipped_folder("conf"), *([Path(config_dir)] if config_dir is not None else [])]
-    for override in parse_overrides(words):
-        _check_override(override, folders)
+    problems = []
+    for word in words:
+        if word.name in FILES and word.value is not None:
+            continue
+        try:
+            problem = text_problem(word) or _problem(word, folders)
+        except UsageError as error:
+            problem = str(error)
+        if problem is not None:
+            problems.append(problem)
+    return problems
 
 
-def _check_override(override: Override, folders: Sequence[Path]) -> None:
-    word, value = override.input_line, override.value()
-    name = override.get_key_element().lstrip("+~")
-    if override.is_sweep_override():
-        raise UsageError(
-            f"{word} has several values\n"
-            f"  write a list as {name}=[a,b], a string as '{name}=\"a,b\"'; to run each: chunkflow train --multirun"
-        )
-    if name == "recipe" or override.is_hydra_override() or name.startswith(tuple(f"{key}." for key in MAPPINGS)):
-        return
-    if name and any((folder / name).is_dir() for folder in folders):
-        if value is None and not override.is_delete():
-            raise UsageError(f"{word} is not a file in {name}/\n  write {name}=NAME, or leave it out")
-        return
-    if f"{name}={value}" in GONE:
-        raise UsageError(wrong_value(name, value))
-    if not any(key == name or key.startswith(f"{name}.") for key in known_keys()):
-        raise UsageError(unknown_key(name))
-    if override.is_delete():
-        raise UsageError(f"{word}: a configuration key cannot be removed\n  set its value instead")
-    if override.is_add() and name not in MAPPINGS:
-        raise UsageError(f"{word}: the key exists\n  leave out the +")
+def in_one(problems: Sequence[str]) -> str:
+    """Return several errors as the text of one, a line for each."""
+    if len(problems) == 1:
+        return problems[0]
+    lines = [problem.replace("\n  ", "; ") for problem in problems[:MOST_SHOWN]]
+    if len(problems) > MOST_SHOWN:
+        lines.append(f"and {len(problems) - MOST_SHOWN} more")
+    return "\n  ".join([f"{len(problems)} things are wrong:", *lines])
+
+
+def _problem(word: Word, folders: Sequence[Path]) -> str | None:
+    name, value = word.name, word.value
+    mapping = mapping_of(name)
+    if name.startswith(("hydra.", "hydra/")) or (mapping is not None and mapping.name != name):
+        parse_override(word)
+        return None
+    if any((folder / name).is_dir() for folder in folders):
+        if value is not None and value.lower() in ("", "null"):
+            return f"{word.typed} is not a file in {name}/\n  write {name}=NAME, or leave it out"
+        return None if value is None else _several_values(word)
+    if value is not None and f"{name}={value}" in GONE:
+        return wrong_value(name, value)
+    if name not in describe_keys():
+        if not any(key.startswith(f"{name}.") for key in known_keys()):
+            return unknown_key(name)
+        if value is not None and word.sign != "~":
+            return wrong_value(name, value)
+    if word.sign == "~":
+        return f"{word.typed}: a configuration key cannot be removed\n  set its value instead"
+    if word.sign == "+" and mapping is None:
+        return f"{word.typed}: the key exists\n  leave out the +"
+    return _several_values(word)
+
+
+def _several_values(word: Word) -> str | None:
+    if not parse_override(word).is_sweep_override():
+        return None
+    key = describe_keys().get(word.name)
+    as_list = f"write a list as {word.name}=[a,b]; " if key is not None and key.is_list else ""
+    return f"{_typed(word)} has several values\n  {as_list}to run each of them: chunkflow train --multirun"
+
+
+def _does_not_parse(word: Word) -> str:
+    key = describe_keys().get(word.name)
+    value = unquoted(word.value or "")
+    if key is not None:
+        return wrong_value(word.name, value)
+    if any(known.startswith(f"{word.name}.") for known in known_keys()):
+        return f"{word.typed} cannot be read\n  set one key at a time, as in {word.name}.KEY=VALUE"
+    form = for_the_shell(word.name, value)
+    return f"{word.typed} cannot be read\n  put a value with special characters in quotes: {form}"
+
+
+def _typed(word: Word) -> str:
+    """Return the word; a part of a section in braces is written as a word of its own."""
+    return word.typed if word.value is None else f"{word.sign}{word.name}={word.value}"

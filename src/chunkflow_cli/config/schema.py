@@ -1,7 +1,8 @@
 """Every configuration key: its type, its default and its documentation.
 
 The string below a field is the documentation of its key: `--help` and docs/configuration.md show it. The metadata of a
-field holds the bounds of its value (`bounded`), which `checks.py` reads.
+field holds the bounds of its value (`bounded`), which `checks.py` reads, and whether its value is a path (`a_path`).
+Every number has bounds, and every text is either a path or listed in tests/config/test_words.py as none.
 """
 
 from __future__ import annotations
@@ -14,11 +15,25 @@ Value = TypeVar("Value")
 
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 2e-4
 """Default of `optim.lr`. Adapters begin at zero and are few: at the rate of a full fine-tune they hardly move."""
+MOST = 2**31 - 1
+"""The largest count of anything: tokens, samples, steps."""
+LARGEST_SEED = 2**63 - 1
+MOST_RANKS = 65536
+MOST_SECONDS = 1e7
 
 
 def bounded(default: Value, **bounds: float) -> Value:
     """Declare a field whose value has bounds: `at_least`, `at_most`, `above`, `below`. A null value has none."""
     return field(default=default, metadata=bounds)  # type: ignore[no-any-return]
+
+
+def a_path(default: Value, *, null_is_a_name: bool = False) -> Value:
+    """Declare a field whose text is a path: a leading `~` is the home folder.
+
+    Args:
+        null_is_a_name: `key=null` on the command line means a folder called null. In YAML, null stays no value.
+    """
+    return field(default=default, metadata={"path": True, "null_is_a_name": null_is_a_name})  # type: ignore[no-any-return]
 
 
 class Init(str, Enum):
@@ -139,7 +154,7 @@ class LoraConfig:
 
     enabled: bool = False
     """Train low-rank adapters (peft) and freeze the model."""
-    r: int = bounded(16, at_least=1)
+    r: int = bounded(16, at_least=1, at_most=65536)
     """Rank of the adapters. A higher rank has more parameters to train."""
     alpha: float = bounded(32.0, above=0)
     """Scale of the adapters, which are multiplied by alpha / r."""
@@ -151,7 +166,7 @@ class LoraConfig:
     target_parameters: list[str] = field(default_factory=list)
     """Names of parameters that get an adapter, for experts that a model stores as one tensor:
     `[experts.gate_up_proj,experts.down_proj]`. Each forward makes a merged copy of such a tensor."""
-    path: str | None = None
+    path: str | None = a_path(None)
     """Folder of an adapter to go on training. Its rank, alpha, dropout and targets are taken from there."""
 
 
@@ -159,7 +174,7 @@ class LoraConfig:
 class ModelConfig:
     """The model: its weights, data type, attention and activation checkpointing."""
 
-    path: str = ""
+    path: str = a_path("")
     """Hugging Face model id, local folder or GGUF file. Required."""
     init: Init = Init.pretrained
     """Where the weights come from. `random` reads only the model's configuration: for tests and benchmarks."""
@@ -179,7 +194,7 @@ class ModelConfig:
 class DataConfig:
     """The data set: where it is, how its rows are read, and which tokens the loss counts."""
 
-    path: Annotated[Any, str | list[str]] = ""  # OmegaConf has no such type: checks.py checks the value
+    path: Annotated[Any, str | list[str]] = a_path("")  # OmegaConf has no such type: checks.py checks the value
     """File, folder, glob or Hugging Face data set id, or a list of files, folders and globs. Required. Files are
     .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt."""
     split: str = "train"
@@ -193,23 +208,23 @@ class DataConfig:
     """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant
     """Tokens that the loss counts: those of the assistant's replies, or all of them."""
-    max_length: int | None = bounded(None, at_least=2)
+    max_length: int | None = bounded(None, at_least=2, at_most=MOST)
     """Most tokens in a sample. Null takes the model's own limit."""
     overlong: Overlong = Overlong.error
     """What to do with a sample of more than `data.max_length` tokens. `error` stops the run and names the sample."""
     bad_rows: BadRows = BadRows.error
     """What to do with a row that cannot be used. `error` stops the run and names it, `skip` lists it in
     rejected.jsonl."""
-    eval_path: Annotated[Any, str | list[str] | None] = None
+    eval_path: Annotated[Any, str | list[str] | None] = a_path(None)
     """Held-out data, given as in `data.path`. Of data with splits, validation or else test is read. Use either this or
     `data.eval_fraction`."""
     eval_split: str | None = None
     """Split to evaluate on, of `data.eval_path`, or of `data.path` if that is null."""
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
     """Fraction of the samples in `data.path` to hold out, drawn with `train.seed`."""
-    cache_dir: str | None = None
+    cache_dir: str | None = a_path(None)
     """Folder for tokenised data. Null is ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow."""
-    num_workers: int | None = bounded(None, at_least=1)
+    num_workers: int | None = bounded(None, at_least=1, at_most=1024)
     """Number of processes that tokenise. Null starts one per core."""
 
 
@@ -217,10 +232,10 @@ class DataConfig:
 class ChunkConfig:
     """Chunks: how samples are packed and split. This sets memory and speed, but never the result."""
 
-    size: int = bounded(8192, at_least=1)
+    size: int = bounded(8192, at_least=1, at_most=MOST)
     """Most tokens in a chunk. Every forward and backward pass runs one chunk, so this sets peak memory. Lower it if you
     run out of memory; `chunkflow tune-chunk-size` finds the best value."""
-    k: int = bounded(1, at_least=1)
+    k: int = bounded(1, at_least=1, at_most=MOST)
     """K, the number of chunks of a long sample that keep their activations. The other chunks run forward twice. A
     larger K takes more memory and less computation."""
     fill_tails: bool = True
@@ -242,7 +257,7 @@ class OptimConfig:
     """Decay of weight matrices. Biases and norms do not decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"at_least": 0, "below": 1})
     """Decay rates of AdamW's running averages of gradients and of their squares."""
-    eps: float = bounded(1e-8, at_least=0)
+    eps: float = bounded(1e-8, above=0)
     """Term that AdamW adds to its denominator for numerical stability."""
     momentum: float = bounded(0.0, at_least=0, below=1)
     """Momentum of SGD."""
@@ -258,20 +273,20 @@ class OptimConfig:
 class TrainConfig:
     """The run: its length, batches, order, loss and output folder."""
 
-    steps: int | None = bounded(None, at_least=1)
+    steps: int | None = bounded(None, at_least=1, at_most=MOST)
     """Number of optimizer steps. Null trains for `train.epochs`."""
-    epochs: int = bounded(1, at_least=1)
+    epochs: int = bounded(1, at_least=1, at_most=MOST)
     """Number of passes over the data. Ignored if `train.steps` is set."""
-    global_batch_size: int = bounded(256, at_least=1)
+    global_batch_size: int = bounded(256, at_least=1, at_most=MOST)
     """Number of samples in an optimizer step, over all ranks."""
     shuffle: bool = True
     """Shuffle each epoch. The order depends only on `train.seed` and the number of the epoch."""
-    seed: int = bounded(0, at_least=0)
+    seed: int = bounded(0, at_least=0, at_most=LARGEST_SEED)
     """Seed of sample order, dropout, held-out samples and random weights."""
     loss_weighting: LossWeighting = LossWeighting.token
     """What counts equally in the loss: every target `token` of the global batch, or every sample (`sequence`)."""
-    output_dir: str | None = None
-    """Folder of the run. Null is outputs/<recipe>/<date-time>."""
+    output_dir: str | None = a_path(None, null_is_a_name=True)
+    """Folder of the run. The default is outputs/<recipe>/<date-time>."""
     trace: bool = False
     """Record when each rank ran each operation since the last start, and write trace.json at the end, for Perfetto and
     `plan --trace`. The run waits for the GPU after each operation, which costs time."""
@@ -283,7 +298,7 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation on held-out data."""
 
-    every: int | None = bounded(None, at_least=1)
+    every: int | None = bounded(None, at_least=1, at_most=MOST)
     """Steps between evaluations. Null evaluates only at the start and at the end."""
 
 
@@ -291,11 +306,11 @@ class EvalConfig:
 class CheckpointConfig:
     """Checkpoints, from which an interrupted run continues."""
 
-    every: int | None = bounded(None, at_least=1)
+    every: int | None = bounded(None, at_least=1, at_most=MOST)
     """Steps between checkpoints. Null saves one only on interruption; set it to survive kill -9 and power cuts."""
-    keep: int = bounded(2, at_least=1)
+    keep: int = bounded(2, at_least=1, at_most=MOST)
     """Number of checkpoints to keep. Older ones are deleted."""
-    resume: str = "auto"
+    resume: str = a_path("auto")
     """Checkpoint to continue from. `auto` continues an unfinished run of the same configuration, `never` starts a new
     run, and a path names a checkpoint."""
 
@@ -304,7 +319,7 @@ class CheckpointConfig:
 class LogConfig:
     """Metrics and where they go."""
 
-    every: int = bounded(1, at_least=1)
+    every: int = bounded(1, at_least=1, at_most=MOST)
     """Steps between rows of metrics."""
     backends: list[LogBackend] = field(default_factory=lambda: [LogBackend.jsonl])
     """Where metrics go. `jsonl` writes metrics.jsonl in the folder of the run."""
@@ -319,20 +334,20 @@ class EngineConfig:
     offload: Offload = Offload.none
     """What to keep in host memory: the optimizer state, or the parameters as well. Needs a GPU."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Keys of DeepSpeed's own configuration. They override the generated ones."""
+    """Keys of DeepSpeed's own configuration, for buffers and overlap. Those that chunkflow sets itself are refused."""
 
 
 @dataclass
 class LaunchConfig:
     """Processes: how many ranks run, where, and when they are stopped."""
 
-    processes: int = bounded(1, at_least=1)
+    processes: int = bounded(1, at_least=1, at_most=MOST_RANKS)
     """Number of ranks. `train` starts them on this machine; `plan` divides each global batch among them."""
-    hostfile: str | None = None
+    hostfile: str | None = a_path(None)
     """File with lines of `HOST slots=N`. `train` starts N ranks on each of these nodes with DeepSpeed's launcher."""
-    grace_seconds: float = bounded(300.0, at_least=0)
+    grace_seconds: float = bounded(300.0, at_least=0, at_most=MOST_SECONDS)
     """Seconds that ranks get to save a checkpoint after Ctrl-C or SIGTERM."""
-    hang_seconds: float = bounded(1800.0, at_least=0)
+    hang_seconds: float = bounded(1800.0, at_least=0, at_most=MOST_SECONDS)
     """Seconds without a new operation on any rank after which a run counts as hung and is killed. 0 disables this."""
 
 
@@ -340,17 +355,17 @@ class LaunchConfig:
 class ParallelConfig:
     """Sequence and pipeline parallelism. With neither, all ranks are data parallel."""
 
-    sequence: int = bounded(1, at_least=1)
+    sequence: int = bounded(1, at_least=1, at_most=MOST_RANKS)
     """Ranks per sequence-parallel group. They split each chunk; every rank holds `chunk.size` tokens of it."""
     spread: Spread = Spread.auto
     """Which samples are split over a sequence-parallel group. `auto` splits those that other ranks would wait for, and
     those whose state exceeds a rank's part of the longest sample's state; single ranks run the others. `all` splits
     every chunk, which ZeRO-3 and pipelines always do."""
-    pipeline: int = bounded(1, at_least=1)
+    pipeline: int = bounded(1, at_least=1, at_most=MOST_RANKS)
     """Number of pipeline stages to divide the model's layers into. `plan` shows their schedules."""
     schedule: PipelineSchedule = PipelineSchedule.state_aware_1f1b
     """Order of forward and backward passes in the stages of a pipeline."""
-    warmup_extra: int = bounded(0, at_least=0)
+    warmup_extra: int = bounded(0, at_least=0, at_most=MOST)
     """Warm-up forward passes per stage beyond those of 1F1B. Each one shortens the idle time of the stages, and keeps
     the activations of about one more chunk."""
 
@@ -370,19 +385,22 @@ class TuneConfig:
 
     device: Device = Device.measured
     """Device to plan for. `measured` is the one of this machine."""
-    memory_gib: float | None = bounded(None, at_least=0)
+    memory_gib: float | None = bounded(None, above=0)
     """Memory of a rank's device, in GiB. Null is all of it, less the twentieth that allocators waste."""
-    chunk_sizes: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
+    chunk_sizes: list[int] = field(
+        default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
+        metadata={"at_least": 1, "at_most": MOST},
+    )
     """Values of `chunk.size` to try."""
-    ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    ks: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"at_least": 1, "at_most": MOST})
     """Values of `chunk.k` to try."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
     """Values of `chunk.cuts` to try in pipelines, where they matter. An empty list takes `chunk.cuts`."""
-    samples: int = bounded(1024, at_least=1)
+    samples: int = bounded(1024, at_least=1, at_most=MOST)
     """Number of samples planned for each (size, K) pair, rounded to whole global batches."""
-    measure: int = bounded(3, at_least=0)
+    measure: int = bounded(3, at_least=0, at_most=MOST)
     """Number of the best pairs that run a real step, if this machine has the device. 0 trusts the prediction."""
-    budget_seconds: float = bounded(300.0, at_least=0)
+    budget_seconds: float = bounded(300.0, at_least=0, at_most=MOST_SECONDS)
     """Seconds for everything that runs on the device: timing chunks, and the steps of the best pairs."""
 
 
@@ -390,16 +408,16 @@ class TuneConfig:
 class ClusterConfig:
     """The cluster that `plan` and `tune-chunk-size` assume."""
 
-    gpus_per_node: int = bounded(8, at_least=1)
+    gpus_per_node: int = bounded(8, at_least=1, at_most=MOST_RANKS)
     """GPUs per node. Sequence-parallel groups within a node use its own links."""
     node_gb_per_second: float | None = bounded(None, above=0)
     """One-way bandwidth between two GPUs of a node, in 10^9 bytes per second. Null takes the device's data sheet."""
     network_gb_per_second: float | None = bounded(None, above=0)
     """One-way bandwidth between nodes for each GPU, in 10^9 bytes per second. Pipeline stages and gradients use it too.
     Null is 50, or 25 for an A100."""
-    pipelines: list[int] = field(default_factory=list)
+    pipelines: list[int] = field(default_factory=list, metadata={"at_least": 1, "at_most": MOST_RANKS})
     """Numbers of stages that tune-chunk-size tries on `launch.processes` devices. Empty takes `parallel.pipeline`."""
-    sequences: list[int] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list, metadata={"at_least": 1, "at_most": MOST_RANKS})
     """Group sizes that tune-chunk-size tries on `launch.processes` devices. Empty takes `parallel.sequence`."""
 
 
@@ -407,7 +425,7 @@ class ClusterConfig:
 class VerifyConfig:
     """The comparison that `chunkflow verify` makes."""
 
-    length: int | None = bounded(None, at_least=8)
+    length: int | None = bounded(None, at_least=8, at_most=MOST)
     """Number of tokens in the long test sequence. Null is three and a half chunks, at most 2048."""
     dtype: Dtype | None = None
     """Data type of the comparison. Null is float32, or float64 if `model.dtype` is: the rounding of bfloat16 would hide

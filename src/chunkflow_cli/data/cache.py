@@ -111,11 +111,20 @@ class CacheEntry:
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Return the folder of all entries: below `data.cache_dir`, or below the user's cache folder."""
+    """Return the folder of all entries: below `data.cache_dir`, or below the user's cache folder.
+
+    Raises:
+        UsageError: `data.cache_dir` is not set, and the user has no home folder.
+    """
     if cache_dir is not None:
         return Path(cache_dir).expanduser() / "tokens"
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "chunkflow" / "tokens"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~") or (os.environ.get("HOME") == "" and "XDG_CACHE_HOME" not in os.environ):
+        raise UsageError(
+            "there is no folder for tokenised data: HOME is not set, and this user has no home folder\n"
+            "  set data.cache_dir=DIR, or HOME"
+        )
+    return Path(home) / "chunkflow" / "tokens"
 
 
 def open_entry(folder: Path) -> CacheEntry | None:
@@ -124,8 +133,14 @@ def open_entry(folder: Path) -> CacheEntry | None:
     Raises:
         UsageError: the entry is damaged.
     """
-    if not folder.is_dir():
-        return None
+    try:
+        if not folder.is_dir():
+            return None
+    except OSError as error:
+        raise UsageError(
+            f"tokenised data in {folder.parent} cannot be read: {error.strerror}\n"
+            "  set data.cache_dir to a folder of your own"
+        ) from error
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         for name, expected in meta.pop("checksums").items():

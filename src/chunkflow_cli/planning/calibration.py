@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.files import write_json
+from chunkflow_cli.files import to_be_writable, write_json
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 
 CALIBRATION_VERSION = 4
@@ -86,9 +86,14 @@ class Calibration:
     """Largest relative error of the fitted seconds among the timed operations."""
 
     def save(self, path: Path) -> None:
-        """Write the calibration to a file, which is complete or absent at any time."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"version": CALIBRATION_VERSION, **asdict(self)})
+        """Write the calibration to a file, which is complete or absent at any time.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        with to_be_writable(f"the calibration {path}", "set data.cache_dir to a folder that you can write to"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"version": CALIBRATION_VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration | None:

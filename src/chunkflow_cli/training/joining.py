@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.data.cache import cache_root
 from chunkflow_cli.engine import broadcast_from_first, init_process_group
 from chunkflow_cli.errors import ChunkflowError
-from chunkflow_cli.files import one_at_a_time
+from chunkflow_cli.files import one_at_a_time, to_be_writable
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.processes.environment import processes, rank, worker_folder
 from chunkflow_cli.processes.hang_watch import watched_together
@@ -81,6 +81,11 @@ def watched(run_folder: Path, hang_seconds: float) -> Iterator[Heartbeat]:
 
 def load_data(config: Config, hf_config: Any | None) -> RunData:
     """Load the data as `load_run_data` does; one of the ranks that share a cache folder tokenises, the others wait."""
-    lock = cache_root(config.data.cache_dir) / ".ranks.lock"
-    with one_at_a_time(lock) if processes() > 1 else nullcontext():
+    if processes() == 1:
+        return load_run_data(config, hf_config)
+    root = cache_root(config.data.cache_dir)
+    with to_be_writable(f"the token cache {root}", "set data.cache_dir to a folder that you can write to"):
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ".ranks.lock").touch()
+    with one_at_a_time(root / ".ranks.lock"):
         return load_run_data(config, hf_config)

@@ -17,6 +17,7 @@ from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Cuts, Device
 from chunkflow_cli.console import human_seconds, stderr_console
 from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.files import to_be_writable
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.choices import Choices, Search, lay_out
@@ -163,6 +164,10 @@ def _measure_chunks(loaded: LoadedConfig, config_dir: str | None, path: Path) ->
     timed = sorted({size for size in tried if size <= LARGEST_TIMED} | set(tried[:2]))
     if len(timed) < 2:
         timed = [max(16, timed[0] // 2), *timed]
+    with to_be_writable(f"the calibration {path}", "set data.cache_dir to a folder that you can write to"):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the minutes that measuring takes
+        path.with_suffix(".tmp").touch()
+        path.with_suffix(".tmp").unlink()
     stderr_console().print("Timing chunks of this model on this machine; the result is kept for the next time.")
     _run_measurement(
         ["--out", str(path), "--budget", str(loaded.config.tune.budget_seconds / 2), "--sizes", *map(str, timed)],

@@ -1,0 +1,138 @@
+"""Mistakes that Typer finds, such as an unknown command or option, told in the style of all other errors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from chunkflow_cli.errors import ChunkflowError, UsageError
+
+TyperMistake = cast("type[Exception]", typer.BadParameter.__base__)
+"""Every mistake in a command line. Typer exports only this subclass of it."""
+
+OTHER_NAMES = {
+    **dict.fromkeys(("tune", "tune_chunk_size", "tune-chunk", "search", "autotune"), "tune-chunk-size"),
+    **dict.fromkeys(("finetune", "fine-tune", "sft", "fit", "run", "launch", "tune-model"), "train"),
+    **dict.fromkeys(("stats", "lengths", "preprocess", "inspect", "data"), "analyze"),
+    **dict.fromkeys(("merge", "merge-lora", "convert", "save"), "export"),
+    **dict.fromkeys(("check", "info", "env", "diagnose"), "doctor"),
+    **dict.fromkeys(("recipe", "ls", "list", "cp", "copy", "init"), "recipes"),
+    **dict.fromkeys(("dry-run", "schedule", "simulate", "estimate"), "plan"),
+    **dict.fromkeys(("test", "parity", "prove"), "verify"),
+}
+"""Commands by the names that other tools give them."""
+
+
+class Commands(TyperGroup):
+    """A group of commands that prints a mistake as `error: ...` and exits with code 2."""
+
+    def main(self, *args: Any, **words: Any) -> Any:
+        try:
+            code = super().main(*args, **(words | {"standalone_mode": False}))
+        except TyperMistake as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                print(error.ctx.get_help(), end="")  # type: ignore[attr-defined]
+            else:
+                print(f"error: {_explain(error)}", file=sys.stderr)
+            code = 2
+        except ChunkflowError as error:  # in an option
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        except typer.Abort:
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise UsageError(_no_such_command(args[0], ctx.command_path, list(self.list_commands(ctx))))
+        return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def options_explained(command: TyperCommand, args: Sequence[str]) -> Iterator[None]:
+    """Turn the error for an unknown option into one that names all of them, with the keys that are meant.
+
+    Raises:
+        UsageError: an option is unknown.
+    """
+    given = list(args)  # Typer takes words out of its list
+    try:
+        yield
+    except TyperMistake as error:
+        problems = _option_problems(command, given) if type(error).__name__ == "NoSuchOption" else []
+        if not problems:
+            raise
+        from chunkflow_cli.config.overrides import in_one
+
+        raise UsageError(in_one(problems)) from error
+
+
+def _option_problems(command: TyperCommand, args: Sequence[str]) -> list[str]:
+    """Return an error for each unknown option, and if the command takes overrides, for each wrong word."""
+    takes_value = {
+        name: not getattr(p, "is_flag", False) for p in command.params for name in (*p.opts, *p.secondary_opts)
+    }
+    takes_overrides = any(param.name in ("overrides", "words") for param in command.params)
+    problems, words, rest = [], [], list(args)
+    while rest:
+        word = rest.pop(0)
+        name, _, value = word.partition("=")
+        if not word.startswith("-") or word == "-":
+            words.append(word)
+        elif name in takes_value:
+            if takes_value[name] and "=" not in word and rest:
+                rest.pop(0)
+        else:
+            if "=" not in word and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+                value = rest.pop(0)
+            problems.append(_no_such_option(name, value, [*takes_value], takes_overrides=takes_overrides))
+    if takes_overrides and command.name != "analyze":
+        from chunkflow_cli.config.overrides import check_words
+        from chunkflow_cli.config.words import read_words
+
+        read, wrong = read_words(words)
+        problems += wrong + check_words(read)
+    return problems
+
+
+def _no_such_option(name: str, value: str, options: Sequence[str], *, takes_overrides: bool) -> str:
+    from chunkflow_cli.config.foreign import foreign_name
+    from chunkflow_cli.config.keys import known_keys, unknown_key
+
+    error, plain = f"there is no option {name!r}", name.lstrip("-")
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
+    if not takes_overrides:
+        return f"{error}\n  did you mean {near[0]}?" if near else error
+    if plain in known_keys() or plain == "recipe":
+        return f"{error}\n  write keys without dashes: {shlex.quote(plain + '=' + (value or 'VALUE'))}"
+    if plain in ("config", "config_file", "config-file", "recipe-file") or value.endswith((".yaml", ".yml")):
+        return f"{error}\n  did you mean {shlex.quote('recipe=' + (value or 'FILE.yaml'))}?"
+    if near and foreign_name(plain) is None:
+        return f"{error}\n  did you mean {near[0]}?"
+    meant = re.fullmatch(r"there is .*\n  did you mean ([\w.]+)\?", unknown_key(plain))
+    if meant:
+        return f"{error}\n  did you mean {shlex.quote(f'{meant[1]}={value}' if value else meant[1])}?"
+    return error + (unknown_key(plain).partition("\n")[2] and "\n" + unknown_key(plain).partition("\n")[2])
+
+
+def _no_such_command(word: str, path: str, commands: Sequence[str]) -> str:
+    if word.endswith((".yaml", ".yml")) or "=" in word:
+        return f"there is no command {word!r}\n  did you mean {path} train {shlex.quote(word)}?"
+    meant = OTHER_NAMES.get(word.lower())
+    near = [meant] if meant in commands else difflib.get_close_matches(word, commands, n=1, cutoff=0.6)
+    hint = f"did you mean {path} {near[0]}?" if near else f"commands: {', '.join(commands)}"
+    return f"there is no command {word!r}\n  {hint}"
+
+
+def _explain(error: Any) -> str:
+    message = error.format_message().rstrip(".")
+    path = error.ctx.command_path if error.ctx is not None else "chunkflow"
+    return f"{message[:1].lower()}{message[1:]}\n  to see what it takes: {path} --help"

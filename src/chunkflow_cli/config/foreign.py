@@ -1,0 +1,144 @@
+"""Names that other tools give to what chunkflow has under another name, or does not need.
+
+They come from the documentation of TRL and the Hugging Face trainer, Axolotl, LLaMA-Factory, Unsloth, torchtune and
+DeepSpeed. docs/comparison.md has a table for readers.
+"""
+
+from __future__ import annotations
+
+_PACKED = "not needed: chunkflow always packs short samples, and they never see each other"
+_NO_PADDING = "not needed: chunkflow never pads"
+_FOUND = "not needed: it is found from the model"
+_BATCH = "set train.global_batch_size: the samples of an optimizer step, over all GPUs"
+_LENGTH = "set data.max_length, with data.overlong=truncate to cut longer samples; chunk.size is another thing"
+_LOGGER = "metrics go where log.backends says"
+_QUANTISED = "chunkflow has no such key; model.lora.enabled=true trains adapters on the unquantised model"
+_EVALUATE = "set eval.every to a number of steps, and data.eval_path or data.eval_fraction"
+
+FOREIGN = {
+    # the model
+    **dict.fromkeys(
+        ("base_model", "model_name_or_path", "model_name", "model_id", "model", "pretrained_model_name_or_path",
+         "checkpointer.checkpoint_dir", "model.name", "model.name_or_path", "model.id", "tokenizer", "tokenizer_path",
+         "tokenizer_name", "tokenizer_name_or_path", "tokenizer_config"),
+        "model.path",
+    ),
+    **dict.fromkeys(("model_type", "tokenizer_type", "is_llama_derived_model", "fan_in_fan_out"), _FOUND),
+    **dict.fromkeys(("torch_dtype", "dtype", "precision", "mixed_precision"), "model.dtype"),
+    **dict.fromkeys(("bf16", "bfloat16", "pure_bf16"), "set model.dtype=bfloat16, which is the default"),
+    **dict.fromkeys(("fp16", "float16", "half"), "float16 is not supported: set model.dtype=bfloat16 or float32"),
+    **dict.fromkeys(("fp32", "float32"), "set model.dtype=float32"),
+    **dict.fromkeys(
+        ("attn_implementation", "flash_attention", "flash_attn", "use_flash_attention_2", "sdp_attention",
+         "xformers_attention", "sdpa_attention"),
+        "model.attention",
+    ),
+    **dict.fromkeys(
+        ("gradient_checkpointing", "use_gradient_checkpointing", "enable_activation_checkpointing",
+         "recompute_activations"),
+        "set model.activation_checkpointing=full or selective; chunks often make it unnecessary",
+    ),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_method", "qlora"), _QUANTISED),
+    # adapters
+    **dict.fromkeys(("adapter", "use_peft", "use_lora", "finetuning_type", "lora", "peft"),
+                    "set model.lora.enabled=true to train LoRA adapters; false trains all weights"),
+    **dict.fromkeys(("lora_r", "lora_rank", "peft_r", "rank"), "model.lora.r"),
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    **dict.fromkeys(("lora_target_modules", "lora_target", "target_modules", "lora_attn_modules"),
+                    "model.lora.target_modules"),
+    "lora_target_linear": "set model.lora.target_modules=[all-linear], which is the default",
+    # the data
+    **dict.fromkeys(
+        ("dataset", "datasets", "dataset_name", "dataset_path", "data", "data_path", "data_files", "train_file",
+         "train_data", "training_data", "train_dataset", "dataset.source", "datasets.path", "data.name", "data.file",
+         "data.files", "data.train", "data.train_path"),
+        "data.path",
+    ),
+    **dict.fromkeys(("dataset_type", "dataset_format", "datasets.type", "data.type"), "data.format"),
+    **dict.fromkeys(("test_file", "validation_file", "eval_file", "eval_data", "eval_dataset", "test_datasets",
+                     "val_file", "dataset_test"), "data.eval_path"),
+    **dict.fromkeys(("val_set_size", "val_size", "eval_split_ratio", "test_size", "validation_split"),
+                    "data.eval_fraction"),
+    **dict.fromkeys(
+        ("max_length", "max_seq_length", "max_seq_len", "sequence_len", "sequence_length", "seq_length", "seq_len",
+         "cutoff_len", "model_max_length", "block_size", "context_length", "train.max_length"),
+        _LENGTH,
+    ),
+    **dict.fromkeys(("excess_length_strategy", "truncation", "truncation_mode"), "data.overlong"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt", "assistant_only_loss", "completion_only_loss",
+                     "train_on_responses_only", "mask_inputs"),
+                    "set data.train_on=assistant (the default) or all"),
+    **dict.fromkeys(("dataset_prepared_path", "tokenized_path", "cache_path", "cache_dir"), "data.cache_dir"),
+    **dict.fromkeys(("preprocessing_num_workers", "dataset_num_proc", "dataset_processes", "dataloader_num_workers",
+                     "num_proc", "num_workers"), "data.num_workers"),
+    **dict.fromkeys(("packing", "sample_packing", "neat_packing", "eval_packing", "eval_sample_packing",
+                     "packing_strategy", "multipack_real_batches", "group_by_length", "flash_attn_packing"), _PACKED),
+    **dict.fromkeys(("pad_to_sequence_len", "pad_to_multiple_of", "padding_free", "padding", "pad_token"), _NO_PADDING),
+    "chunk_size": "chunk.size",
+    # the optimizer
+    **dict.fromkeys(("learning_rate", "lr", "max_lr", "peak_lr", "base_lr"), "optim.lr"),
+    **dict.fromkeys(("optimizer", "optimizer_type", "optim.type", "optimizer.type", "optimizer_name"), "optim.name"),
+    "weight_decay": "optim.weight_decay",
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "beta1", "beta2", "betas"), "set both: optim.betas=[0.9,0.999]"),
+    **dict.fromkeys(("adam_epsilon", "epsilon", "adam_eps"), "optim.eps"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "scheduler", "schedule", "lr_schedule", "optim.scheduler"),
+                    "optim.schedule"),
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps", "lr_warmup_steps", "warmup"),
+                    "set optim.warmup_ratio, the fraction of the steps"),
+    "warmup_ratio": "optim.warmup_ratio",
+    **dict.fromkeys(("max_grad_norm", "gradient_clipping", "clip_grad", "clip_grad_norm", "gradient_clip_val",
+                     "grad_clip"), "optim.grad_clip"),
+    # the run
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "n_epochs", "epochs", "max_epochs"), "train.epochs"),
+    **dict.fromkeys(("max_steps", "num_steps", "total_steps", "train_steps", "max_train_steps", "train_iters",
+                     "max_steps_per_epoch"), "train.steps"),
+    **dict.fromkeys(("micro_batch_size", "per_device_train_batch_size", "per_gpu_train_batch_size", "batch_size",
+                     "train_batch_size", "gradient_accumulation_steps", "grad_accum", "global_batch_size",
+                     "train_micro_batch_size_per_gpu", "accumulate_grad_batches", "effective_batch_size",
+                     "auto_find_batch_size", "eval_batch_size", "per_device_eval_batch_size"), _BATCH),
+    **dict.fromkeys(("output_dir", "output", "save_dir", "output_path", "save_path", "logging_dir", "run_dir"),
+                    "train.output_dir"),
+    **dict.fromkeys(("overwrite_output_dir", "overwrite"), "set checkpoint.resume=never to move an old run aside"),
+    **dict.fromkeys(("seed", "random_seed", "data_seed"), "train.seed"),
+    **dict.fromkeys(("shuffle_dataset", "shuffle"), "train.shuffle"),
+    **dict.fromkeys(("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy", "do_eval",
+                     "eval_every", "eval_interval"), _EVALUATE),
+    **dict.fromkeys(("save_steps", "saves_per_epoch", "save_strategy", "save_every", "save_interval",
+                     "checkpoint_every", "checkpointing_steps"), "checkpoint.every"),
+    **dict.fromkeys(("save_total_limit", "save_limit", "keep_checkpoints"), "checkpoint.keep"),
+    **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints", "resume"), "checkpoint.resume"),
+    **dict.fromkeys(("logging_steps", "log_every_n_steps", "logging_interval", "log_every", "log_interval"),
+                    "log.every"),
+    **dict.fromkeys(("report_to", "log_with", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id",
+                     "wandb_watch", "wandb_log_model", "use_wandb", "wandb", "use_tensorboard", "mlflow_tracking_uri",
+                     "metric_logger"), _LOGGER),
+    "run_name": "name the folder of the run: train.output_dir",
+    # processes
+    **dict.fromkeys(("deepspeed", "deepspeed_config", "ds_config"),
+                    "set engine.zero_stage, engine.offload, and for buffers engine.deepspeed"),
+    **dict.fromkeys(("zero_stage", "zero", "stage", "zero_optimization"), "engine.zero_stage"),
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_final_state_dict_type"),
+                    "set engine.zero_stage=3, which divides the weights among the GPUs as FSDP does"),
+    **dict.fromkeys(("cpu_offload", "offload", "offload_optimizer", "fsdp_cpu_offload"), "engine.offload"),
+    **dict.fromkeys(("nproc_per_node", "num_processes", "num_gpus", "n_gpus", "world_size", "nproc", "gpus", "devices"),
+                    "launch.processes"),
+    **dict.fromkeys(("sequence_parallel_size", "sequence_parallel_degree", "context_parallel_size", "cp_size",
+                     "ulysses_sequence_parallel_size", "context_parallel_degree"), "parallel.sequence"),
+    **dict.fromkeys(("pipeline_parallel_size", "pipeline_model_parallel_size", "pp_size", "pipeline_stages",
+                     "num_stages"), "parallel.pipeline"),
+    **dict.fromkeys(("tensor_parallel_size", "tensor_model_parallel_size", "tp_size"),
+                    "tensor parallelism is not supported; parallel.sequence and engine.zero_stage=3 save memory"),
+    **dict.fromkeys(("local_rank", "ddp_timeout", "ddp_find_unused_parameters", "strict", "do_train", "stage_sft"),
+                    "not needed: leave it out"),
+    # files
+    **dict.fromkeys(("config", "config_file", "config_path", "recpie", "receipe", "recipie", "reciep"),
+                    "did you mean recipe=NAME, or recipe=PATH of a YAML file?"),
+}  # fmt: skip
+"""What to write instead, by name: a key, or a sentence."""
+
+
+def foreign_name(name: str) -> str | None:
+    """Return what to write instead of another tool's name, which may have a section in front; None if it is unknown."""
+    plain = name.lower().replace("-", "_")
+    return FOREIGN.get(plain) or (FOREIGN.get(plain.rpartition(".")[2]) if "." in plain else None)
