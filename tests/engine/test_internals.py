@@ -99,3 +99,18 @@ def test_only_one_file_uses_them() -> None:
         else:
             assert not private, path.name
             assert not used & listed, path.name
+
+
+def test_the_keys_that_are_passed_on_are_deepspeeds() -> None:
+    """DeepSpeed takes unknown keys in silence, so a renamed one would be without effect."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from chunkflow_cli.config.deepspeed_keys import KEYS
+
+    fields = DeepSpeedZeroConfig.model_fields
+    names = set(fields) | {str(field.alias) for field in fields.values()}
+    assert set(KEYS["zero_optimization"]) <= names
+    assert set(KEYS["comms_logger"]) <= set(CommsLoggerConfig.model_fields)
+    assert {constants.DUMP_STATE, constants.MEMORY_BREAKDOWN} == {"dump_state", "memory_breakdown"}
