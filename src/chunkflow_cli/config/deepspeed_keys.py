@@ -1,7 +1,7 @@
 """The keys of DeepSpeed that `engine.deepspeed` takes: those that change speed or memory and that a run passes on.
 
 DeepSpeed itself accepts unknown keys in silence, and chunkflow would override others. Both would be without effect, so
-they are refused. tests/engine/test_settings.py compares the names and types with DeepSpeed's own.
+they are refused. tests/engine/test_internals.py compares the names with DeepSpeed's own.
 """
 
 from __future__ import annotations

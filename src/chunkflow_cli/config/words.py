@@ -118,6 +118,8 @@ def text_problem(word: Word) -> str | None:
     if key.is_text_list and not key.is_text:
         is_list = (value.startswith("[") and value.endswith("]")) or value.startswith("${")
         return None if is_list else f"{word.typed} must be a list in brackets\n  write '{word.name}=[{value}]'"
+    if key.is_text_list and value.startswith("[") and value.endswith("]"):
+        return None
     if word.name in _READ and "," in value and _plain(key, value) and not _exists(value):
         parts = ",".join(split_list(value.strip("{}")))
         remedy = f"write a list: '{word.name}=[{parts}]'" if key.is_text_list else "name their folder, or a glob"
