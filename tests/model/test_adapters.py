@@ -22,9 +22,10 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import compare, random_sequences, use_float64_experts
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters, summarize
-from chunkflow_cli.model.base_identity import BLOCK_BYTES, BLOCKS, difference, identify_base
 from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.identity import BLOCK_BYTES, BLOCKS, changed_files, model_files
 from chunkflow_cli.model.loading import check_adapters
+from chunkflow_cli.training.identity import RunIdentity
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXED = ("qwen3_moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2})
@@ -121,7 +122,7 @@ def test_all_linear_reaches_dense_layers_beside_experts(tiny_model: Callable[...
 MERGES: dict[str, tuple[str, dict[str, Any], LoraConfig]] = {
     "head, tied": ("llama", {"tie_word_embeddings": True}, lora("q_proj", "lm_head")),
     "embedding, tied and scaled": (
-        "gemma3_text", {"tie_word_embeddings": True, "head_dim": 16}, lora("embed_tokens"),
+        "gemma3_text", {"tie_word_embeddings": True, "head_dim": 16}, lora("q_proj", "embed_tokens"),
     ),
     "head and embedding": ("llama", {}, lora("lm_head", "embed_tokens")),
     "dense layers and experts": (*MIXED, lora("all-linear", target_parameters=BOTH)),
@@ -236,28 +237,21 @@ def test_the_base_is_named_for_any_folder(
     assert check_adapters(config, load_config(config)).trained == 2 * 2 * 4 * 64  # layers, matrices, rank, width
 
 
-def test_a_base_with_other_weights_is_told_from_the_recorded_one(tmp_path: Path) -> None:
+def test_a_model_with_other_weights_is_told_from_the_recorded_one(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
-    weights = folder / "model.safetensors"
-    weights.write_bytes(bytes(3 * BLOCK_BYTES * BLOCKS))
-    recorded = identify_base(ModelConfig(path=str(folder)), None)
-    assert recorded is not None
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(3 * BLOCK_BYTES * BLOCKS))
+    recorded = model_files(ModelConfig(path=str(folder)))
     moved = folder.rename(tmp_path / "moved")
-    found = identify_base(ModelConfig(path=str(moved)), None)
-    assert found is not None
-    assert difference(json.loads(json.dumps(recorded)), found) is None
+    assert changed_files(recorded, model_files(ModelConfig(path=str(moved)))) == []
     for change in (b"\x01" * (3 * BLOCK_BYTES * BLOCKS), bytes(3 * BLOCK_BYTES * BLOCKS + 1)):
         (moved / "model.safetensors").write_bytes(change)
-        now = identify_base(ModelConfig(path=str(moved)), None)
-        assert now is not None
-        assert difference(recorded, now) == "model.safetensors holds other weights"
+        (line,) = changed_files(recorded, model_files(ModelConfig(path=str(moved))))
+        assert line.startswith("model.safetensors was 12,582,912 bytes (")
     (moved / "model.safetensors").rename(moved / "other.safetensors")
-    gone = identify_base(ModelConfig(path=str(moved)), None)
-    assert gone is not None
-    assert difference(recorded, gone) == "model.safetensors is gone"
-    assert difference({"path": "a/b", "commit": "1"}, {"path": "a/b", "commit": "2"}) is not None
-    assert identify_base(ModelConfig(path=str(folder), init=Init.random), None) is None
+    assert len(changed_files(recorded, model_files(ModelConfig(path=str(moved))))) == 2
+    assert set(model_files(ModelConfig(path=str(moved), init=Init.random))) == {"config.json"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -274,8 +268,8 @@ def test_a_merge_finds_its_base_from_anywhere(
     (run / ".hydra" / "config.yaml").write_text(
         "model: {path: base, dtype: float32, init: pretrained}\ntrain: {seed: 0, output_dir: runs/one}\n"
     )
-    recorded = identify_base(ModelConfig(path=str(project / "base")), None)
-    (run / "base.json").write_text(json.dumps(recorded))
+    identity = RunIdentity((), (), {}, {}, model_files(ModelConfig(path=str(project / "base"))))
+    (run / "identity.json").write_text(json.dumps(identity.to_json()))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     export.run(str(run), output="merged", merge=True)
@@ -290,7 +284,7 @@ def test_a_merge_finds_its_base_from_anywhere(
     one, two = (AutoModelForCausalLM.from_pretrained(name).state_dict() for name in ("merged", "merged-2"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     tiny_model("llama", seed=1).save_pretrained(project / "base")
-    with pytest.raises(UsageError, match=r"not the base model of this run any more: model\.safetensors holds other"):
+    with pytest.raises(UsageError, match=r"not the base model of this run any more: model\.safetensors was "):
         export.run(str(run), output="merged-3", merge=True)
     settings.write_text(text)
     (project / "base").rename(project / "away")

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from chunkflow_cli.config.schema import Init, ModelConfig
+from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import to_be_writable, written_aside
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
 from chunkflow_cli.model.adapter_merge import merge_adapters
-from chunkflow_cli.model.base_identity import difference, identify_base
 from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.saving import save_model, save_tokenizer
-from chunkflow_cli.training.adapters import BASE
+from chunkflow_cli.training.identity import RunIdentity
+from chunkflow_cli.training.run_folder import IDENTITY
 from chunkflow_cli.training.saved_config import CONFIG
 
 
@@ -82,7 +83,7 @@ def _merge(source: Path, final: Path, target: Path) -> list[str]:
     config, seed = _saved_model(source, final)
     dtype: torch.dtype = getattr(torch, config.dtype.value)
     hf_config = load_config(config)
-    _check_base(source, config, hf_config)
+    _check_base(source, config)
     base = load_model(config, hf_config, dtype=dtype, attention="sdpa", seed=seed)
     try:
         merged, is_separated = merge_adapters(base, final)
@@ -132,19 +133,18 @@ def _base_path(typed: str, output_dir: str | None, source: Path, final: Path) ->
     return typed
 
 
-def _check_base(source: Path, config: ModelConfig, hf_config: Any) -> None:
+def _check_base(source: Path, config: ModelConfig) -> None:
     """Check that the base model has the weights that the adapters were trained on.
 
     Raises:
-        UsageError: names the file that differs.
+        UsageError: names each file that differs.
     """
-    if config.init is Init.random or not (source / BASE).is_file():
-        return
-    recorded = json.loads((source / BASE).read_text(encoding="utf-8"))
-    found = identify_base(config, hf_config)
-    changed = None if found is None else difference(recorded, found)
-    if changed is not None:
+    if not (source / IDENTITY).is_file():
+        return  # a run of an earlier version
+    was = RunIdentity.from_json(json.loads((source / IDENTITY).read_text(encoding="utf-8")), source / IDENTITY).model
+    now = model_files(config)
+    if was and now and (changed := changed_files(was, now)):
         raise UsageError(
-            f"{config.path} is not the base model of this run any more: {changed}\n"
+            f"{config.path} is not the base model of this run any more: {'; '.join(changed)}\n"
             "  the adapters fit only the weights that they were trained on: put those back"
         )

@@ -1,33 +1,22 @@
-"""What a run with adapters says and records at its start: what it trains, at which rate, and on which base."""
+"""What a run with adapters says at its start: what it trains, at which rate, and on which base."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from chunkflow_cli.config.schema import LORA_LEARNING_RATE, Config, Offload, OptimizerName
-from chunkflow_cli.errors import UsageError
-from chunkflow_cli.files import write_json
 from chunkflow_cli.model.adapter_folder import read_adapter_config
-from chunkflow_cli.model.base_identity import difference, identify_base
 from chunkflow_cli.model.loading import check_adapters
-from chunkflow_cli.training.run_folder import RunFolder
 
-BASE = "base.json"
-"""File of a run with adapters: the identity of the weights that they belong to."""
 SMALL = LORA_LEARNING_RATE / 4
 """Learning rates of AdamW below this one are named as small for adapters."""
 
 
-def begin_with_adapters(config: Config, hf_config: Any, folder: RunFolder, console: Console) -> None:
-    """Say what the adapters train and at which rate, and record their base. The first process calls it.
-
-    Raises:
-        UsageError: the run continues, and its base has changed since it began.
-    """
+def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
+    """Say what the adapters train, and at which rate. The first process calls it."""
     summary = check_adapters(config.model, hf_config)
     rate, is_adamw = config.optim.lr, config.optim.name is OptimizerName.adamw
     usual = ", the default for LoRA" if is_adamw and rate == LORA_LEARNING_RATE else ""
@@ -42,22 +31,6 @@ def begin_with_adapters(config: Config, hf_config: Any, folder: RunFolder, conso
     lines += [f"warning: {warning}" for warning in warnings if warning is not None]
     for line in lines:
         console.print(line, soft_wrap=True)
-    _record_base(config, hf_config, folder)
-
-
-def _record_base(config: Config, hf_config: Any, folder: RunFolder) -> None:
-    found, path = identify_base(config.model, hf_config), folder.path / BASE
-    if found is None:
-        return
-    if folder.checkpoint is not None and path.is_file():
-        changed = difference(json.loads(path.read_text(encoding="utf-8")), found)
-        if changed is not None:
-            raise UsageError(
-                f"model.path={config.model.path} has changed since this run began: {changed}\n"
-                "  adapters fit only the weights that they were trained on\n"
-                "  put the old weights back, or begin anew with checkpoint.resume=never"
-            )
-    write_json(path, found)
 
 
 def _other_base(config: Config) -> str | None:

@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from chunkflow_cli.config.schema import Config, Init
+from chunkflow_cli.config.schema import Config
 from chunkflow_cli.data.dataset import TokenizedData
 from chunkflow_cli.errors import RunError
+from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.training.inputs import RunData
 
-SAMPLED_BLOCKS, BLOCK_BYTES = 16, 1 << 16
-"""Of each file of weights, so many blocks of this size are hashed: enough to tell two models apart, without reading
-gigabytes."""
 SHOWN = 5
 """Maximum number of files that a refusal lists."""
 
@@ -89,7 +87,7 @@ def identify(config: Config, data: RunData) -> RunIdentity:
         held_out=_shares(data.evaluation),
         order=order,
         ingredients=_ingredients(data.read),
-        model=_model_files(config),
+        model=model_files(config.model),
     )
 
 
@@ -108,11 +106,7 @@ def differences(was: RunIdentity, now: RunIdentity) -> list[str]:
         lines += [f"data.path has changed: {_reason(was, now)}", *_at_most(changed)]
     if was.held_out and (changed := list(_changed(was.held_out, now.held_out))):
         lines += ["the held-out data has changed", *_at_most(changed)]
-    for file in sorted(was.model.keys() | now.model.keys()):
-        before, after = was.model.get(file, "not there"), now.model.get(file, "not there")
-        if before != after:
-            lines.append(f"model.path has changed: {file} was {before} and is {after}")
-    return lines
+    return [*lines, *(f"model.path has changed: {line}" for line in changed_files(was.model, now.model))]
 
 
 def _shares(data: TokenizedData) -> tuple[FileShare, ...]:
@@ -163,39 +157,3 @@ def _changed(was: Sequence[FileShare], now: Sequence[FileShare]) -> Iterator[str
 
 def _at_most(lines: list[str]) -> list[str]:
     return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"  and {len(lines) - SHOWN} more files"]
-
-
-def _model_files(config: Config) -> dict[str, str]:
-    """Return size and hash of the files that the model is made from: its configuration, and weights unless drawn."""
-    folder = _model_folder(config.model.path)
-    if folder is None:
-        return {}
-    if folder.is_file():
-        return {folder.name: _sampled(folder)}
-    suffixes = () if config.model.init is Init.random else (".safetensors", ".bin", ".gguf")
-    files = (path for path in folder.iterdir() if path.name == "config.json" or path.suffix in suffixes)
-    return {path.name: _sampled(path) for path in sorted(files) if path.is_file()}
-
-
-def _model_folder(path: str) -> Path | None:
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _sampled(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.blake2b(digest_size=8)
-    with path.open("rb") as stream:
-        for block in range(SAMPLED_BLOCKS):
-            stream.seek(max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
-            digest.update(stream.read(BLOCK_BYTES))
-    return f"{size:,} bytes ({digest.hexdigest()[:8]})"

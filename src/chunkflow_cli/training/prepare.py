@@ -29,7 +29,7 @@ from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
-from chunkflow_cli.training.adapters import begin_with_adapters
+from chunkflow_cli.training.adapters import announce_adapters
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.checkpoint_folder import set_aside, steps_of
@@ -111,7 +111,7 @@ def prepare(
     if processes.is_first:
         _print_what_runs(config, topology, device, attention, folder, console)
         if config.model.lora.enabled:
-            begin_with_adapters(config, hf_config, folder, console)
+            announce_adapters(config, hf_config, console)
         _prove_parity(config, hf_config, device, dtype, console, state)
 
     if data is None:
