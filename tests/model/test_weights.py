@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.loading import load_model, on_meta_device
 
 Weights = dict[str, torch.Tensor]
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -116,6 +116,38 @@ def test_weights_that_are_not_the_models_are_refused_by_name(
         load(folder)
     assert str(folder) in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_new_rows_are_drawn_only_if_asked_for(published: Callable[..., Path]) -> None:
+    """`model.vocab_size` adds rows to embedding and head, tied or not, and leaves the others as they are."""
+    for settings in ({}, {"tie_word_embeddings": True}):
+        folder = published("qwen2", **settings)
+        before = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+        one, two = (load(folder, vocab_size=101) for _ in range(2))
+        for rows in (one.model.embed_tokens.weight, one.lm_head.weight):
+            assert rows.shape == (101, 64)
+        assert torch.equal(one.model.embed_tokens.weight[:96], before)
+        assert torch.equal(one.model.embed_tokens.weight, two.model.embed_tokens.weight), "drawn with the seed"
+        assert (one.lm_head.weight is one.model.embed_tokens.weight) == bool(settings)
+        assert one.config.vocab_size == 101
+        config = ModelConfig(path=str(folder), vocab_size=101)
+        assert on_meta_device(config, load_config(config)).lm_head.weight.shape == (101, 64), "what plan counts"
+    with pytest.raises(UsageError, match=r"model\.vocab_size=95: the model has 96 tokens already"):
+        load(folder, vocab_size=95)
+
+
+def test_new_weights_are_drawn_only_if_named(published: Callable[..., Path], tmp_path: Path) -> None:
+    folder = changed(published("llama"), tmp_path / "m", without("lm_head"))
+    heads = [load(folder, new_weights=["lm_head"]).lm_head.weight for _ in range(2)]
+    assert torch.equal(*heads), "drawn with the seed"
+    assert float(heads[0].detach().std()) > 0
+    with pytest.raises(UsageError, match=r"no weight that the checkpoint lacks has the name lm_haed"):
+        load(folder, new_weights=["lm_head", "lm_haed"])
+    with pytest.raises(UsageError, match=r"not in its files: lm_head\.weight"):
+        load(folder)
+    holed = changed(published("llama"), tmp_path / "n", without("lm_head", DOWN))
+    with pytest.raises(UsageError, match=f"1 of the model's 21 tensors are not in its files: {DOWN}"):
+        load(holed, new_weights=["lm_head.weight"])
 
 
 TAKEN: dict[str, tuple[str, dict[str, Any], Callable[[Weights], Weights | None]]] = {

@@ -90,6 +90,12 @@ def _check_model(config: Config) -> None:
             f"model.attention={attention.value} does not support model.dtype=float64\n  set model.attention=reference"
         )
     lora = config.model.lora
+    for key, value in (("vocab_size", config.model.vocab_size), ("new_weights", config.model.new_weights)):
+        if lora.enabled and value:
+            raise UsageError(
+                f"model.{key}={as_written(value)} with model.lora.enabled=true: adapters leave the model as it is, so "
+                "its new weights would stay random\n  train them first, with model.lora.enabled=false"
+            )
     if lora.path is not None and not lora.enabled:
         raise UsageError(f"model.lora.path={lora.path} with model.lora.enabled=false\n  set model.lora.enabled=true")
 

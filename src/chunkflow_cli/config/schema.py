@@ -185,6 +185,11 @@ class ModelConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """What each layer keeps for its backward pass. `none` keeps everything, `full` only the layer's input, `selective`
     also the results of matrix products and attention. Less kept means less memory and more computation."""
+    vocab_size: int | None = bounded(None, at_least=1, at_most=MOST)
+    """Rows of the embedding and the head, for a tokenizer with more tokens than the checkpoint. New rows are drawn
+    around the mean of the others."""
+    new_weights: list[str] = field(default_factory=list)
+    """Names of weights that the checkpoint lacks on purpose, such as [lm_head]. They are drawn with `train.seed`."""
     trust_remote_code: bool = False
     """Allow the model folder to run its own Python code. Set it only for a source that you trust."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -242,7 +242,7 @@ def tokenize_source(
         raise UsageError(
             f"the tokenizer of model.path={model_path} gives id {entry.largest_id}, "
             f"but the model has {vocab_size} ids\n  use the tokenizer that belongs to the model; if tokens were added "
-            "to it, resize the model's embedding first (docs/models.md)"
+            f"to it, set model.vocab_size={entry.largest_id + 1} or more"
         )
     announce(entry.notes, named, source.location)
     return TokenizedSource(source, format, entry, named)

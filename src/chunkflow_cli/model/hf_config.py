@@ -82,6 +82,13 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             "router is not supported\n  set it to false there to train without that loss"
         )
     refuse_length_dependent_rope(text)
+    if config.vocab_size is not None:
+        if config.vocab_size < text.vocab_size:
+            raise UsageError(
+                f"model.vocab_size={config.vocab_size}: the model has {text.vocab_size} tokens already\n"
+                "  leave it out, or set the number of tokens that your tokenizer has"
+            )
+        text.vocab_size = config.vocab_size
     if not extra:  # a GGUF file is converted to floating point
         _settle_quantisation(config, hf_config)
     _reset_switches(hf_config)

@@ -27,7 +27,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model in train mode, on the CPU, without adapters.
 
-    `attention` is the name of an implementation in transformers. With model.init=random, `seed` decides the weights.
+    `attention` is the name of an implementation in transformers. `seed` decides the weights that are drawn: all of them
+    with model.init=random, otherwise those of model.new_weights and the new rows of model.vocab_size.
 
     Raises:
         UsageError: the weights cannot be found or read, or are not exactly those that the model needs.
@@ -42,7 +43,11 @@ def load_model(
             trust_remote_code=config.trust_remote_code,
         )  # fmt: skip
     else:
+        torch.manual_seed(seed)  # of weights that are new
         model = _pretrained(config, hf_config, dtype=dtype, attention=attention)
+        if config.vocab_size is not None:
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(config.vocab_size)
     model.train()
     return model
 
@@ -79,9 +84,9 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     with loading_report() as report:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                name, config=None if extra else hf_config, dtype=dtype, attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
-                **extra,
+                name, config=None if extra else _as_saved(config, hf_config), dtype=dtype,
+                attn_implementation=attention, trust_remote_code=config.trust_remote_code, output_loading_info=True,
+                ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
         except (OSError, ValueError, LookupError, ImportError, SafetensorError, UnpicklingError, EOFError) as error:
             raise unreadable(config, "weights", error) from error
@@ -95,13 +100,25 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 f"model.path={config.path}: parts of {listed(groups)} are missing in its files, or have other shapes "
                 "than the rest\n  download the model again"
             ) from error
-    check_loaded(model, info, f"model.path={config.path}")
+    check_loaded(model, info, f"model.path={config.path}", new=config.new_weights)
     if extra:
         # Loading has dequantized the weights: from here on, a float model is trained and saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration with the vocabulary size of the checkpoint, which `model.vocab_size` replaces later."""
+    if config.vocab_size is None:
+        return hf_config
+    from transformers import AutoConfig
+
+    saved = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    own = copy.deepcopy(hf_config)
+    own.get_text_config().vocab_size = saved.get_text_config().vocab_size
+    return own
 
 
 def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 
+from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.console import counted
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import listed
@@ -31,7 +32,7 @@ QUANTISED = re.compile(
 """Ends of the names of tensors that only quantised weights have."""
 
 
-def check_loaded(model: Any, info: dict[str, Any], named: str) -> None:
+def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[str] = ()) -> None:
     """Check what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` has loaded.
 
     Tied weights that a file holds once are no fault, nor are tensors that the model's class declares to be left out.
@@ -39,6 +40,7 @@ def check_loaded(model: Any, info: dict[str, Any], named: str) -> None:
 
     Args:
         named: the key and its value, for messages.
+        new: `model.new_weights`: names of tensors, or of the modules that hold them, which may be missing.
 
     Raises:
         UsageError: names the tensors that are missing, have other shapes, are unknown or are not finite.
@@ -46,8 +48,18 @@ def check_loaded(model: Any, info: dict[str, Any], named: str) -> None:
     unknown = {name for name in info["unexpected_keys"] if not CONSTANTS.search(name)}
     if info["mismatched_keys"]:
         raise UsageError(_other_shapes(info["mismatched_keys"], named))
-    if info["missing_keys"]:
-        raise UsageError(_missing(model, info["missing_keys"], unknown, named))
+    drawn = {name: {key for key in info["missing_keys"] if f".{key}.".find(f".{name}.") >= 0} for name in new}
+    for name, keys in drawn.items():
+        if not keys:
+            raise UsageError(
+                f"model.new_weights={as_written(list(new))}: no weight that the checkpoint lacks has the name {name}\n"
+                "  leave it out: weights that are there are loaded"
+            )
+    missing = set(info["missing_keys"]).difference(*drawn.values())
+    if missing:
+        raise UsageError(_missing(model, missing, unknown, named))
+    if new:
+        _warn_once(f"{named}: new, drawn with train.seed: {listed(set().union(*drawn.values()))}")
     inside = {name for name in unknown if _is_inside(model, name)}
     if inside:
         raise UsageError(
@@ -98,7 +110,7 @@ def _missing(model: Any, missing: set[str], unknown: set[str], named: str) -> st
             f"{what}\n  the files hold them with the prefix {min(prefixes)!r}, which a wrapper around the model left: "
             "rename them, or save the unwrapped model with save_pretrained"
         )
-    remedy = "they would start from random numbers: download the model again"
+    remedy = "they would start from random numbers: download the model again, or name them in model.new_weights"
     head = model.get_output_embeddings()
     if head is not None and any(model.get_submodule(name.rpartition(".")[0]) is head for name in missing):
         remedy += "; if its head is tied to the embedding, set tie_word_embeddings=true in config.json"
