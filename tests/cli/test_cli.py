@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -66,6 +67,32 @@ def test_missing_model_and_data_are_named_together(tmp_path: Path) -> None:
     assert "model.path=./weights" in run.stderr
     assert "data.path is not set" in run.stderr
     assert len(run.stderr.splitlines()) <= 8
+
+
+def test_what_is_missing_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "A document."}\n')
+    for words in (["model.path=no/such-model", "data.path=rows.jsonl"], ["data.path=rows.jsonl"]):
+        code = (
+            "import sys; from chunkflow_cli.cli.app import app\n"
+            f"try: app({['train', *words]!r})\n"
+            "except SystemExit as end: assert end.code == 2\n"
+            "heavy = {'torch', 'transformers', 'deepspeed'} & set(sys.modules)\n"
+            "assert not heavy, heavy"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert "error: model.path" in run.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["recipes"]])
+def test_a_command_without_words_prints_its_help_once(words: list[str], tmp_path: Path) -> None:
+    run = chunkflow(*words, cwd=tmp_path)
+    assert run.returncode == 2
+    assert run.stdout.count("Usage:") == 1
+    assert run.stderr == ""
 
 
 def test_verify_prints_one_json_object_and_nothing_else(tmp_path: Path) -> None:

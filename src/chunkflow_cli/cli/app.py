@@ -288,6 +288,8 @@ def recipes() -> None:
 def list_recipes(request: Request) -> Result:
     """List the recipes with model, chunk size, K, longest sample and hardware.
 
+    Those in DIR/recipes of --config-dir are listed, too.
+
     [bold]Examples[/]
       chunkflow recipes list
       chunkflow recipes list --json
@@ -301,6 +303,8 @@ def list_recipes(request: Request) -> Result:
 @command(recipes_app, "show", without=CONFIGURATION)
 def show_recipe(request: Request, name: RecipeName) -> Result:
     """Print the file of a recipe.
+
+    The keys that it leaves out keep their defaults.
 
     [bold]Examples[/]
       chunkflow recipes show tiny_random

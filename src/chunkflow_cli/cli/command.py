@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import sys
+import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -141,7 +142,7 @@ def run_command(function: Callable[[], Result], json_output: bool, debug: bool) 
 
             record_failure(error)
         elif debug and not isinstance(error, KeyboardInterrupt):
-            raise
+            traceback.print_exc()
         else:
             print(_in_a_few_lines(error, environment.rank_in_messages()), file=sys.stderr)
         raise typer.Exit(exit_code_of(error)) from None

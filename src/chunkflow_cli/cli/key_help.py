@@ -13,6 +13,18 @@ KEYS = {
         "model.path", "data.path", "data.max_length", "chunk.size", "chunk.k", "model.lora.enabled", "optim.lr",
         "train.epochs", "train.global_batch_size", "train.output_dir",
     ),
+    "analyze": (
+        "model.path", "data.format", "data.columns", "data.split", "data.subset", "data.train_on",
+        "train.global_batch_size",
+    ),
+    "plan": (
+        "model.path", "data.path", "data.max_length", "chunk.size", "chunk.k", "train.global_batch_size",
+        "launch.processes", "tune.device",
+    ),
+    "tune-chunk-size": (
+        "model.path", "data.path", "data.max_length", "train.global_batch_size", "launch.processes", "tune.device",
+        "tune.chunk_sizes", "tune.ks", "tune.memory_gib", "tune.budget_seconds",
+    ),
     "verify": (
         "model.path", "model.dtype", "model.attention", "chunk.size", "chunk.k", "verify.length", "verify.dtype",
     ),
@@ -49,7 +61,7 @@ def _print_keys(names: tuple[str, ...]) -> None:
     for name in names:
         key = described[name]
         text = Text(key.help.replace("`", ""))
-        text.append(f" [default: {key.default}]" if key.default not in ("", "null") else "", style="dim")
+        text.append(f" [default: {key.default}]" if key.default not in ("", "null", "{}") else "", style="dim")
         table.add_row(name, text)
     console = stdout_console()
     console.print(Panel(table, title="Common keys", title_align="left", border_style="dim"), soft_wrap=False)

@@ -38,9 +38,7 @@ class Commands(TyperGroup):
         try:
             code = super().main(*args, **(words | {"standalone_mode": False}))
         except TyperMistake as error:
-            if type(error).__name__ == "NoArgsIsHelpError":
-                print(error.ctx.get_help(), end="")  # type: ignore[attr-defined]
-            else:
+            if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
                 print(f"error: {_explain(error)}", file=sys.stderr)
             code = 2
         except ChunkflowError as error:  # in an option

@@ -27,6 +27,7 @@ from chunkflow_cli.errors import RunError
 from chunkflow_cli.processes import environment, worker
 from chunkflow_cli.processes.environment import SWEEP, child_environment, module_command
 from chunkflow_cli.processes.stop_signals import is_second, stop_signals_handled
+from chunkflow_cli.training.required_inputs import check_inputs
 
 
 def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Result:
@@ -58,15 +59,15 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
 
 
 def _announce_and_check(loaded: LoadedConfig) -> None:
-    """Print what is about to be trained, and check the data, before the import of torch, which takes seconds."""
+    """Print what is about to be trained, and check that it is there, before torch is imported."""
     if environment.worker_folder() is not None or environment.rank() != 0:
         return
     config = loaded.config
-    if not config.model.path or not config.data.path:
-        return  # one error says later what is missing
-    recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
-    data = printable(as_written(config.data.path))
-    stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)
+    if config.model.path and config.data.path:
+        recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
+        data = printable(as_written(config.data.path))
+        stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)
+    check_inputs(loaded)
     check_data(config.data)
 
 

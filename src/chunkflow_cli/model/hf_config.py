@@ -32,24 +32,45 @@ def pretrained_arguments(path: str) -> tuple[str, dict[str, str]]:
     return path, {}
 
 
+def check_is_there(config: ModelConfig) -> None:
+    """Check that a model can be found, before the import of transformers, which takes seconds.
+
+    Raises:
+        UsageError: it is neither here nor on the hub, or it is an adapter, or its config.json is not sound.
+    """
+    pretrained_arguments(config.path)
+    if adapter := explain_adapter_folder(config.path):
+        raise UsageError(adapter)
+    if Path(config.path).exists():
+        check_settings(Path(config.path), f"model.path={config.path}")
+        return
+    go_offline_if_unreachable()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(config.path, "config.json")
+    except LocalEntryNotFoundError as error:
+        raise unreadable(config, "config.json", error) from error
+    except EntryNotFoundError:
+        return  # the repository is there: transformers knows other files that describe a model
+    except (OSError, ValueError) as error:  # no such repository, no access to it, or no name of one
+        raise unreadable(config, "config.json", error) from error
+
+
 def load_config(config: ModelConfig) -> PretrainedConfig:
     """Return the Hugging Face configuration of a model, without the settings that chunkflow decides itself.
 
     Raises:
         UsageError: the model cannot be found or read, or uses something that chunks cannot train exactly.
     """
+    check_is_there(config)
     from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # silences advice about calls that the user did not make; errors still raise
     logging.disable_progress_bar()
     name, extra = pretrained_arguments(config.path)
-    if adapter := explain_adapter_folder(config.path):
-        raise UsageError(adapter)
-    if not Path(config.path).exists():
-        go_offline_if_unreachable()
-    else:
-        check_settings(Path(config.path), f"model.path={config.path}")
     try:
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -150,7 +150,7 @@ def _samples(report: dict[str, Any]) -> str:
     if passes > trained:
         again = f"{trained:,} trained on in {report['epochs']:.3g} epochs ({passes:,} passes)"
     else:
-        again = f"{passes:,} trained on" + (f" of {trained:,}" if passes < trained else "")
+        again = (f"{passes:,} of {trained:,}" if passes < trained else f"{passes:,}") + " trained on"
     parts = [again]
     for word in ("held out", "rejected", "dropped", "truncated"):
         count = report["samples_" + word.replace(" ", "_")]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_settings
 from chunkflow_cli.errors import UsageError
@@ -13,6 +11,7 @@ from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import check_adapters, check_files
 from chunkflow_cli.model.positions import check_positions
+from chunkflow_cli.training.required_inputs import check_inputs
 from chunkflow_cli.training.setup import checked_topology
 
 
@@ -23,7 +22,10 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         UsageError: something is missing (one error names everything that is), or settings do not fit together.
     """
     config = loaded.config
-    hf_config = _check_inputs(loaded)
+    check_inputs(loaded)
+    hf_config = load_config(config.model)
+    check_files(config.model)
+    check_positions(config, hf_config)
     processes = checked_topology(config, hf_config).processes
     if config.launch.processes < processes:
         raise UsageError(
@@ -38,30 +40,4 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         check_settings(settings)
     else:
         check_pipeline_settings(settings, config.parallel.pipeline)
-    return hf_config
-
-
-def _check_inputs(loaded: LoadedConfig) -> Any:
-    """Check that model, data and hardware are there, and return the Hugging Face configuration."""
-    config = loaded.config
-    missing: list[str] = []
-    hf_config = None
-    if not config.model.path:
-        missing.append("model.path is not set: a Hugging Face id, a folder or a GGUF file")
-    else:
-        try:
-            hf_config = load_config(config.model)
-            check_files(config.model)
-            check_positions(config, hf_config)
-        except UsageError as error:
-            missing.append(str(error))
-    if not config.data.path:
-        missing.append("data.path is not set: your training data (.jsonl, .json, .parquet, a folder, or a data set id)")
-    if missing and config.hardware and not torch.cuda.is_available():
-        missing.append(f"a GPU: this machine has none, and the recipe is made for {config.hardware}")
-    if len(missing) == 1:
-        raise UsageError(missing[0])
-    if missing:
-        lines = "\n".join(f"- {text}" for text in missing)
-        raise UsageError(f"recipe {loaded.recipe} cannot run here yet. Missing:\n{lines}")
     return hf_config
