@@ -38,7 +38,7 @@ def error_of(line: str) -> str:
         ("'my run.yml' -m", "my run.yml", "chunkflow train 'my run.yml'"),
         ("recipe=tiny_random", "recipe=tiny_random", "chunkflow train recipe=tiny_random"),
         ("recipes cp tiny_random", "cp", "chunkflow recipes copy"),
-        ("recipes shwo tiny_random", "shwo", "chunkflow recipes show"),
+        ("recipes lst", "lst", "chunkflow recipes list"),
     ],
 )
 def test_an_unknown_command_leads_to_the_one_that_is_meant(line: str, word: str, meant: str) -> None:
