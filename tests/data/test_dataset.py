@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong
 from chunkflow_cli.data.dataset import CHECKED_ROWS, check_data, open_data, tokenize
-from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data.formats import detect_format, parse_sample
+from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.errors import UsageError
 from support.tokenized import load, write_rows
 
@@ -254,6 +255,10 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
         ({"input": "Q", "output": "A"}, "{input:prompt,output:completion}"),
         ({"id": 1, "query": "Q", "response": "A"}, "{query:prompt,response:completion}"),
         ({"prompt": "Q", "response": "A"}, "{response:completion}"),
+        ({"instruction": "I", "context": "", "response": "R"}, "{context:input,response:output}"),
+        ({"system_prompt": "S", "question": "Q", "response": "A"}, "{question:instruction,response:output}"),
+        ({"system": "S", "query": "Q", "response": "A", "history": []}, "{query:instruction,response:output}"),
+        ({"dialogue": "A: Hi", "content": "A document."}, "{content:text}"),
         ({"conversation": []}, "{conversation:messages}"),
         ({"content": "A document."}, "{content:text}"),
     ],
@@ -265,7 +270,10 @@ def test_names_of_columns_are_suggested(tmp_path: Path, row: dict[str, object], 
         detect_format(open_data(DataConfig(path=str(path))))
     assert f"as in 'data.columns={columns}'" in str(error.value)
     mapping = dict(pair.split(":") for pair in columns.strip("{}").split(","))
-    detect_format(open_data(DataConfig(path=str(path), columns=mapping)))
+    renamed = open_data(DataConfig(path=str(path), columns=mapping))
+    format = detect_format(renamed)
+    if row != {"conversation": []}:
+        parse_sample(decode_row(next(renamed.batches()).rows[0]), format)
 
 
 @pytest.mark.parametrize(
