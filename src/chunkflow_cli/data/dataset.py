@@ -176,7 +176,7 @@ def _check_first_rows(source: Source, named: str, config: DataConfig) -> None:
                 rejected.append((source.location(batch.file, line), str(error)))
         rows += len(batch.rows)
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, f"{rows} rows" if is_whole else f"the first {rows} rows", named))
+        raise UsageError(_bad_rows_message(rejected, str(rows) if is_whole else f"the first {rows}", named))
 
 
 def _named(config: DataConfig, *, for_evaluation: bool) -> str:
@@ -285,7 +285,7 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
     rejected = whole.locate(bad_rows)
     samples_read, dropped = len(entry) + len(entry.rejected), int(is_dropped.sum())
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, f"{samples_read} rows", whole.named))
+        raise UsageError(_bad_rows_message(rejected, str(samples_read), whole.named))
     if limit is not None and is_long.any() and config.overlong is Overlong.error:
         whose = "data.max_length" if config.max_length is not None else "the model's own limit"
         raise UsageError(_overlong_message(whole, is_long, f"{limit} tokens ({whose})"))
@@ -311,7 +311,7 @@ def _length_limit(max_length: int | None, model_limit: int | None) -> int | None
 
 def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named: str) -> str:
     return (
-        f"{named}: {len(rejected)} of {rows} cannot be trained on{_listed(rejected)}\n"
+        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(rejected)}\n"
         "  fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
     )
 
