@@ -14,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong
-from chunkflow_cli.data.dataset import CHECKED_ROWS, check_data, open_data, tokenize
+from chunkflow_cli.data import readers
+from chunkflow_cli.data.dataset import CHECKED_BATCHES, CHECKED_ROWS, check_data, open_data, tokenize
 from chunkflow_cli.data.formats import detect_format, parse_sample
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.errors import UsageError
@@ -320,6 +321,14 @@ def test_bad_rows_are_told_before_anything_slow(tmp_path: Path) -> None:
     assert checked(write_rows(tmp_path / "good.jsonl", [good] * 3)) == ""
     assert "there is no such file" in checked(tmp_path / "missing.jsonl")
     assert "no known format" in checked(write_rows(tmp_path / "odd.jsonl", [{"x": 1}]))
+
+
+def test_long_rows_are_checked_as_fast_as_short_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 1)  # as if each row had a mebibyte
+    rows: list[object] = [{"text": "a"}] * CHECKED_BATCHES
+    assert checked(write_rows(tmp_path / "a.jsonl", [*rows, b"{"])) == ""
+    error = checked(write_rows(tmp_path / "b.jsonl", [*rows[1:], b"{", rows[0]]))
+    assert f"1 of the first {CHECKED_BATCHES} rows cannot be trained on" in error
 
 
 def test_data_to_evaluate_on_is_checked_too(tmp_path: Path) -> None:
