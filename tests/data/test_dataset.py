@@ -249,10 +249,10 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({"question": "Q", "answer": "A"}, "{question:prompt,answer:completion}"),
-        ({"input": "Q", "output": "A"}, "{input:prompt,output:completion}"),
-        ({"id": 1, "query": "Q", "response": "A"}, "{query:prompt,response:completion}"),
-        ({"prompt": "Q", "response": "A"}, "{response:completion}"),
+        ({"question": "Q", "answer": "A"}, "{question:instruction,answer:output}"),
+        ({"input": "Q", "output": "A"}, "{input:instruction}"),
+        ({"id": 1, "query": "Q", "response": "A"}, "{query:instruction,response:output}"),
+        ({"prompt": "Q", "response": "A"}, "{prompt:instruction,response:output}"),
         ({"conversation": []}, "{conversation:messages}"),
         ({"content": "A document."}, "{content:text}"),
     ],

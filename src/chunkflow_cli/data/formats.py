@@ -147,8 +147,8 @@ _CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "
 
 
 OTHER_NAMES = {
-    "prompt": ("question", "query", "problem", "input", "instruction", "user", "source", "inputs"),
-    "completion": ("answer", "response", "solution", "output", "assistant", "target", "targets", "completions"),
+    "instruction": ("question", "query", "problem", "input", "prompt", "user", "source", "inputs"),
+    "output": ("answer", "response", "solution", "completion", "assistant", "target", "targets", "completions"),
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "chosen"),
     "text": ("content", "document", "body", "code", "story"),
 }
@@ -158,10 +158,11 @@ OTHER_NAMES = {
 def _columns_to_rename(keys: Sequence[str]) -> str | None:
     """Return a value of `data.columns` that makes a format of rows with these keys, or None if none is likely.
 
-    It can be pasted: shells and Hydra take it as it is, in single quotes.
+    It can be pasted: shells and Hydra take it as it is, in single quotes. Questions become instructions, which pass
+    through the chat template; as prompts they would be joined to their answers with nothing in between.
     """
     ours = {ours: next((name for name in (ours, *names) if name in keys), None) for ours, names in OTHER_NAMES.items()}
-    for wanted in (("prompt", "completion"), ("messages",), ("text",)):
+    for wanted in (("instruction", "output"), ("messages",), ("text",)):
         found = {theirs: name for name in wanted if (theirs := ours[name]) is not None}
         if len(found) == len(wanted):
             return "{" + ",".join(f"{theirs}:{name}" for theirs, name in found.items() if theirs != name) + "}"
