@@ -178,3 +178,23 @@ def test_another_configuration_does_not_overwrite_a_run(tmp_path: Path) -> None:
     anew = chunkflow(*words, "optim.lr=0.5", "checkpoint.resume=never", cwd=tmp_path)
     assert anew.returncode == 0
     assert len(list(tmp_path.glob("run.before-*/final"))) == 1
+
+
+def test_train_names_what_it_trains_and_checks_the_data_before_torch(tmp_path: Path) -> None:
+    """The import of torch takes seconds. Here it fails, and is not missed; stdout stays for the result."""
+    code = (
+        "import sys; sys.modules['torch'] = None; from chunkflow_cli.cli.app import main\n"
+        "sys.argv = ['chunkflow', 'train', 'recipe=tiny_random', 'model.path=a [b]', *sys.argv[1:]]; main()"
+    )
+    (tmp_path / "my [bold]chats.jsonl").write_text('{"input_ids": [5, 6]}\n{"input_ids"\n')
+    words = ["data.path=my [bold]chats.jsonl", "data.format=tokens", "--json"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    said, error, place, remedy = run.stderr.splitlines()
+    assert said == "tiny_random: a [b] on my [bold]chats.jsonl"
+    assert error == "error: data.path=my [bold]chats.jsonl: 1 of 2 rows cannot be trained on"
+    assert place.startswith("  my [bold]chats.jsonl:2: not valid JSON")
+    assert "data.bad_rows=skip" in remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["my [bold]chats.jsonl"]

@@ -324,6 +324,16 @@ def test_hostile_recipes_are_refused_in_no_time(content: bytes, expected: str, t
     assert key_files.MOST_VALUES == 10_000
 
 
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """Opening a pipe without a writer never ends, nor does reading /dev/zero."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.yaml", tmp_path / "folder.yaml", tmp_path / "zero.yaml"):
+        assert error_of(f"recipe={path}") == f"recipe {path} is not a file\n  name a YAML file of keys"
+        assert error_of(f"overrides={path}") == f"--overrides={path} is not a file\n  name a YAML file of keys"
+
+
 def test_a_folder_of_configurations_may_have_any_name(tmp_path: Path) -> None:
     folder = tmp_path / "a, b=c [1]"
     (folder / "optim").mkdir(parents=True)

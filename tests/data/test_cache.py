@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import textwrap
@@ -226,6 +228,58 @@ def test_cache_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2]}])
     with pytest.raises(UsageError, match=r"cannot be written to(.|\n)*set data\.cache_dir"):
         load(data, cache_dir=str(tmp_path / "file"))
+
+
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container: no HOME and no entry of the user; an empty HOME; a HOME that is not there."""
+
+    def nameless(_: int) -> None:
+        raise KeyError("uid not found")
+
+    data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [1, 2]}])
+    monkeypatch.setattr("pwd.getpwuid", nameless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    for home in (None, ""):
+        if home is not None:
+            monkeypatch.setenv("HOME", home)
+        with pytest.raises(
+            UsageError, match=r"HOME is not set, and this user (.|\n)*  set data\.cache_dir=DIR, or HOME$"
+        ):
+            load(data, cache_dir=None)
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    with pytest.raises(UsageError, match=r"/proc/nobody/\.cache/chunkflow/tokens: (.|\n)*set data\.cache_dir"):
+        load(data, cache_dir=None)
+    assert len(load(data)) == 1, "with data.cache_dir there is no need of a home"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_or_read_only_disk_is_told_by_its_key(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the disk says, once, and the key to set. Nothing half written is left, and an entry that is there is read."""
+    rows = [{"input_ids": [1, 2, 3]}] * 4
+    data = write_rows(tmp_path / "a.jsonl", rows)
+    append = token_cache._ArrayFiles.append
+
+    def refuse(files: Any, name: str, values: Any) -> None:
+        if files.counts["lines"]:
+            raise OSError(number, os.strerror(number))
+        append(files, name, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cache._ArrayFiles, "append", refuse)
+        with pytest.raises(UsageError) as error:
+            load(write_rows(tmp_path / "b.jsonl", rows * 300), vocab=10)
+    assert str(error.value) == (
+        f"tokenised data cannot be written to {tmp_path}/cache/tokens: {os.strerror(number)}\n"
+        "  set data.cache_dir to a writable folder with enough space"
+    )
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+    load(data)
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cache._ArrayFiles, "append", refuse)
+        assert len(load(data)) == 4
 
 
 def test_samples_stay_on_disk(tmp_path: Path) -> None:

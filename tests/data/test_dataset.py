@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong
-from chunkflow_cli.data.dataset import open_data, tokenize
+from chunkflow_cli.data.dataset import CHECKED_ROWS, check_data, open_data, tokenize
 from chunkflow_cli.data.formats import detect_format
 from chunkflow_cli.errors import UsageError
 from support.tokenized import load, write_rows
@@ -280,3 +281,61 @@ def test_progress_is_shown_for_slow_work_on_a_terminal(
     monkeypatch.setattr("chunkflow_cli.console.QUIET_SECONDS", quiet_seconds)
     load(lengths_file)
     assert ("tokenising" in stream.getvalue()) is is_shown
+
+
+# The check before anything slow begins
+
+
+def checked(path: Path, **config: Any) -> str:
+    """Return the error of `check_data`; empty if there is none."""
+    try:
+        check_data(DataConfig(path=str(path), **config))
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_bad_rows_are_told_before_anything_slow(tmp_path: Path) -> None:
+    """Among the first rows only: the rest is read with the tokenizer, and the error says how many it stands for."""
+    good = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    early = write_rows(tmp_path / "early.jsonl", [good, b"{", {"messages": []}, *[good] * 5 * CHECKED_ROWS])
+    error = checked(early)
+    read = int(error.split(" ")[5])
+    assert CHECKED_ROWS <= read < 2 * CHECKED_ROWS
+    first, *places, remedy = error.splitlines()
+    assert first == f"data.path={early}: 2 of the first {read} rows cannot be trained on"
+    assert [place.split(": ")[0] for place in places] == [f"  {early}:2", f"  {early}:3"]
+    assert "data.bad_rows=skip" in remedy
+    assert checked(early, bad_rows=BadRows.skip) == ""
+    few = write_rows(tmp_path / "few.jsonl", [good, b"{"])
+    assert checked(few).startswith(f"data.path={few}: 1 of 2 rows cannot be trained on\n  {few}:2: not valid JSON")
+    assert checked(write_rows(tmp_path / "good.jsonl", [good] * 3)) == ""
+    assert "there is no such file" in checked(tmp_path / "missing.jsonl")
+    assert "no known format" in checked(write_rows(tmp_path / "odd.jsonl", [{"x": 1}]))
+
+
+def test_data_to_evaluate_on_is_checked_too(tmp_path: Path) -> None:
+    """It is tokenised last, after an hour of the other data."""
+    good = write_rows(tmp_path / "a.jsonl", [{"question": "Q", "answer": "A"}])
+    bad = write_rows(tmp_path / "b.jsonl", [{"question": "Q", "answer": "A"}, {"question": "Q", "answer": 5}])
+    columns = {"question": "prompt", "answer": "completion"}
+    assert checked(good, columns=columns, eval_path=str(good)) == ""
+    error = checked(good, columns=columns, eval_path=str(bad))
+    assert error.startswith(f"data.eval_path={bad}: 1 of 2 rows cannot be trained on\n  {bad}:2: ")
+    assert checked(good, columns=columns, eval_path="nowhere.jsonl").startswith(
+        "data.eval_path=nowhere.jsonl: there is"
+    )
+    write_rows(tmp_path / "d" / "train.jsonl", [{"text": "a"}])
+    write_rows(tmp_path / "d" / "test.jsonl", [{"text": 5}])
+    assert checked(tmp_path / "d") == ""
+    error = checked(tmp_path / "d", eval_split="test")
+    assert error.startswith(f"data.path={tmp_path}/d: 1 of 1 rows cannot be trained on\n  {tmp_path}/d/test.jsonl:1: ")
+
+
+def test_the_check_refuses_nothing_that_tokenising_accepts(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 2]}, *(row for row, _ in BAD_TOKEN_ROWS)]
+    for number, row in enumerate(rows):
+        data = write_rows(tmp_path / f"{number}.jsonl", [row, {"input_ids": [1, 2]}])
+        if checked(data, format=DataFormat.tokens):
+            with pytest.raises(UsageError, match="1 of 2 rows"):
+                load(data, vocab=10, format=DataFormat.tokens)

@@ -224,3 +224,46 @@ def test_remarks_are_the_same_words_for_all_rows() -> None:
     two = rendered(user("other"), answer("yes", reasoning_content="gills"), text=CHATML)
     assert one.remarks == two.remarks
     assert dataclasses.asdict(one.remarks[0])["is_warning"]
+
+
+HOSTILE = {
+    "leaves the sandbox": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "leaves it by a format": "{{ '{0.__class__.__mro__}'.format(1) }}",
+    "runs a command": "{{ raise_exception.__globals__['os'].system('touch PWNED') }}",
+    "runs a command by name": "{{ self.__init__.__globals__.__builtins__.__import__('os').system('touch PWNED') }}",
+    "reads a file": "{% include '/etc/passwd' %}",
+    "imports a file": "{% import '/etc/passwd' as x %}",
+    "changes the row": "{{ messages.append(messages[0]) }}",
+    "is torn": "{% for %}",
+    "divides by zero": "{{ 1 / 0 }}",
+    "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "is nested too deeply": "{{ " + "(" * 3000,
+    "counts too far": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "repeats too often": "{{ 'x' * 10 ** 30 }}",
+    "uses an unknown encoding": "{{ 'a'.encode('nowhere') }}",
+    "raises what it likes": "{{ cycler() }}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_a_strangers_template_that_fails_is_a_bad_row(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template is a program of a stranger: nothing of it runs outside, and no failure of it is a traceback."""
+    monkeypatch.chdir(tmp_path)
+    for mark_targets in (True, False):
+        with pytest.raises(BadRowError, match="the chat template rejects the conversation: ") as error:
+            rendered(user("Q"), answer("A"), text=text + CHATML, mark_targets=mark_targets)
+        assert "root:" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_memory_is_no_fault_of_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same row is fine on another day. As a bad row, it would be left out of the cache for good."""
+
+    def no_room(**_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.render_jinja_template", no_room)
+    with pytest.raises(MemoryError):
+        rendered(user("Q"), answer("A"), text=CHATML)

@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 
 from chunkflow_cli.cli.app import app
 from chunkflow_cli.config.load import load
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.processes import watch_folder
 from chunkflow_cli.processes.deepspeed_launcher import deepspeed_command, exported_environment, launcher_environment
 from chunkflow_cli.processes.environment import forget_other_ranks, local_environment, processes, rank, threads_of_user
 from chunkflow_cli.processes.failures import FailureRecord, read_failure
-from chunkflow_cli.processes.first_cause import first_cause
+from chunkflow_cli.processes.first_cause import explained, first_cause, silent_failure
 from chunkflow_cli.processes.hang_watch import watched_together
 from chunkflow_cli.processes.heartbeat import STARTING, Heartbeat, Place, Watchdog, read_place
 from chunkflow_cli.processes.hostfile import Host, read_hostfile
@@ -227,6 +227,19 @@ def test_a_killed_rank_counts_before_ranks_that_lost_their_connection() -> None:
     killed = FailureRecord(-9, None, False, 10.2, None)
     later = FailureRecord(1, "assertion", False, 11.0, 0)
     assert first_cause({0: follower, 1: killed, 2: later}) == 1
+
+
+def test_an_end_without_words_says_what_it_usually_means(tmp_path: Path) -> None:
+    endings = {
+        -signal.SIGKILL: "was killed by SIGKILL: out of memory? (dmesg shows the kernel's log)",
+        -signal.SIGBUS: "was killed by SIGBUS: is shared memory (/dev/shm) full?",
+        -signal.SIGSEGV: "was killed by SIGSEGV: a crash in native code",
+        3: "exited with code 3",
+    }
+    for code, ending in endings.items():
+        failures = {1: silent_failure(code, 1.0, tmp_path / "none.log")}
+        error = explained(1, failures, 2, STARTING, tmp_path / "none.log", show_traceback=False)
+        assert (type(error), str(error)) == (RunError, f"rank 1 {ending}")
 
 
 # No orphans

@@ -37,7 +37,7 @@ class CommandWithKeys(TyperCommand):
     """A command whose help shows its keys, if it has any in `KEYS`, below its options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        with options_explained(self, args):
+        with options_explained(ctx, args):
             return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

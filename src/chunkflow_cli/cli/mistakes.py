@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from chunkflow_cli.errors import ChunkflowError, UsageError
 
@@ -55,8 +55,12 @@ class Commands(TyperGroup):
 
 
 @contextmanager
-def options_explained(command: TyperCommand, args: Sequence[str]) -> Iterator[None]:
+def options_explained(ctx: Any, args: Sequence[str]) -> Iterator[None]:
     """Turn the error for an unknown option into one that names all of them, with the keys that are meant.
+
+    Args:
+        ctx: Typer's context of the command.
+        args: its words.
 
     Raises:
         UsageError: an option is unknown.
@@ -65,16 +69,19 @@ def options_explained(command: TyperCommand, args: Sequence[str]) -> Iterator[No
     try:
         yield
     except TyperMistake as error:
-        problems = _option_problems(command, given) if type(error).__name__ == "NoSuchOption" else []
+        problems = _option_problems(ctx, given) if type(error).__name__ == "NoSuchOption" else []
         if not problems:
+            if error.ctx is None:  # type: ignore[attr-defined]
+                error.ctx = ctx  # type: ignore[attr-defined]  # whose help `_explain` names
             raise
         from chunkflow_cli.config.overrides import in_one
 
         raise UsageError(in_one(problems)) from error
 
 
-def _option_problems(command: TyperCommand, args: Sequence[str]) -> list[str]:
+def _option_problems(ctx: Any, args: Sequence[str]) -> list[str]:
     """Return an error for each unknown option, and if the command takes overrides, for each wrong word."""
+    command = ctx.command
     takes_value = {
         name: not getattr(p, "is_flag", False) for p in command.params for name in (*p.opts, *p.secondary_opts)
     }
@@ -91,7 +98,8 @@ def _option_problems(command: TyperCommand, args: Sequence[str]) -> list[str]:
         else:
             if "=" not in word and rest and not rest[0].startswith("-") and "=" not in rest[0]:
                 value = rest.pop(0)
-            problems.append(_no_such_option(name, value, [*takes_value], takes_overrides=takes_overrides))
+            hint = _meant_by_option(name, value, [*takes_value], takes_overrides=takes_overrides)
+            problems.append(f"there is no option {name!r}\n  {hint or _see_help(ctx)}")
     if takes_overrides and command.name != "analyze":
         from chunkflow_cli.config.overrides import check_words
         from chunkflow_cli.config.words import read_words
@@ -101,24 +109,27 @@ def _option_problems(command: TyperCommand, args: Sequence[str]) -> list[str]:
     return problems
 
 
-def _no_such_option(name: str, value: str, options: Sequence[str], *, takes_overrides: bool) -> str:
+def _meant_by_option(name: str, value: str, options: Sequence[str], *, takes_overrides: bool) -> str:
+    """Return what to write instead of an unknown option; empty if nothing is like it."""
     from chunkflow_cli.config.foreign import foreign_name
     from chunkflow_cli.config.keys import known_keys, unknown_key
 
-    error, plain = f"there is no option {name!r}", name.lstrip("-")
+    plain = name.lstrip("-")
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     if not takes_overrides:
-        return f"{error}\n  did you mean {near[0]}?" if near else error
+        return f"did you mean {near[0]}?" if near else ""
     if plain in known_keys() or plain == "recipe":
-        return f"{error}\n  write keys without dashes: {shlex.quote(plain + '=' + (value or 'VALUE'))}"
-    if plain in ("config", "config_file", "config-file", "recipe-file") or value.endswith((".yaml", ".yml")):
-        return f"{error}\n  did you mean {shlex.quote('recipe=' + (value or 'FILE.yaml'))}?"
+        return f"write keys without dashes: {shlex.quote(plain + '=' + (value or 'VALUE'))}"
+    recipe = f"did you mean {shlex.quote('recipe=' + (value or 'FILE.yaml'))}?"
+    if plain in ("config", "config_file", "config-file", "recipe-file"):
+        return recipe
     if near and foreign_name(plain) is None:
-        return f"{error}\n  did you mean {near[0]}?"
-    meant = re.fullmatch(r"there is .*\n  did you mean ([\w.]+)\?", unknown_key(plain))
-    if meant:
-        return f"{error}\n  did you mean {shlex.quote(f'{meant[1]}={value}' if value else meant[1])}?"
-    return error + (unknown_key(plain).partition("\n")[2] and "\n" + unknown_key(plain).partition("\n")[2])
+        return f"did you mean {near[0]}?"
+    if value.endswith((".yaml", ".yml")):
+        return recipe
+    hint = unknown_key(plain).partition("\n")[2].strip()
+    meant = re.fullmatch(r"did you mean ([\w.]+)\?", hint)
+    return f"did you mean {shlex.quote(f'{meant[1]}={value}')}?" if meant and value else hint
 
 
 def _no_such_command(word: str, path: str, commands: Sequence[str]) -> str:
@@ -132,5 +143,8 @@ def _no_such_command(word: str, path: str, commands: Sequence[str]) -> str:
 
 def _explain(error: Any) -> str:
     message = error.format_message().rstrip(".")
-    path = error.ctx.command_path if error.ctx is not None else "chunkflow"
-    return f"{message[:1].lower()}{message[1:]}\n  to see what it takes: {path} --help"
+    return f"{message[:1].lower()}{message[1:]}\n  {_see_help(error.ctx)}"
+
+
+def _see_help(ctx: Any) -> str:
+    return f"to see what it takes: {'chunkflow' if ctx is None else ctx.command_path} --help"

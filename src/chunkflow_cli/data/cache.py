@@ -195,7 +195,7 @@ def build_entry(
             _rename_unless_taken(building, folder)
     except OSError as error:
         raise UsageError(
-            f"tokenised data cannot be written to {folder.parent}: {error}\n"
+            f"tokenised data cannot be written to {folder.parent}: {error.strerror or error}\n"
             "  set data.cache_dir to a writable folder with enough space"
         ) from error
     entry = open_entry(folder)

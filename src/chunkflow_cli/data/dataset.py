@@ -152,25 +152,44 @@ def check_data(config: DataConfig) -> None:
     Whether each row can be trained on under the model's tokenizer and template is only known after `tokenize`.
 
     Raises:
-        UsageError: the data cannot be found or read, or has bad rows and `data.bad_rows` is `error`.
+        UsageError: the data, or the data to evaluate on, cannot be found or read, or has bad rows and `data.bad_rows`
+            is `error`.
     """
-    if has_evaluation_data(config):
-        open_data(config, for_evaluation=True)
-    source = open_data(config)
-    format = detect_format(source) if config.format is DataFormat.auto else config.format
+    parts = (False, True) if has_evaluation_data(config) else (False,)
+    sources = [open_data(config, for_evaluation=part) for part in parts]
+    for source, part in zip(sources, parts, strict=True):
+        _check_first_rows(source, _named(config, for_evaluation=part), config)
+
+
+def _check_first_rows(source: Source, named: str, config: DataConfig) -> None:
+    format = _format_of(source, named, config)
     rejected: list[tuple[Location, str]] = []
-    rows = 0
+    rows, is_whole = 0, True
     for batch in source.batches():
+        if rows >= CHECKED_ROWS:
+            is_whole = False
+            break
         for line, row in zip(batch.lines, batch.rows, strict=True):
             try:
                 parse_sample(decode_row(row), format)
             except BadRowError as error:
                 rejected.append((source.location(batch.file, line), str(error)))
         rows += len(batch.rows)
-        if rows >= CHECKED_ROWS:
-            break
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, rows, f"data.path={printable(as_written(config.path))}"))
+        raise UsageError(_bad_rows_message(rejected, f"{rows} rows" if is_whole else f"the first {rows} rows", named))
+
+
+def _named(config: DataConfig, *, for_evaluation: bool) -> str:
+    """Return key and path of the data, or of the data to evaluate on, for messages."""
+    if for_evaluation and config.eval_path is not None:
+        return f"data.eval_path={printable(as_written(config.eval_path))}"
+    return f"data.path={printable(as_written(config.path))}"
+
+
+def _format_of(source: Source, named: str, config: DataConfig) -> DataFormat:
+    if config.format is not DataFormat.auto:
+        return config.format
+    return detect_format(source, key=named.partition("=")[0])
 
 
 def tokenize(
@@ -217,10 +236,8 @@ def tokenize_source(
         UsageError: the data cannot be read, or the model's tokenizer does not fit the data or the model.
         RunError: a worker process was killed.
     """
-    key = "data.eval_path" if for_evaluation and config.eval_path is not None else "data.path"
-    source = open_data(config, for_evaluation=for_evaluation)
-    format = detect_format(source, key=key) if config.format is DataFormat.auto else config.format
-    named = f"{key}={printable(as_written(config.eval_path if key == 'data.eval_path' else config.path))}"
+    source, named = open_data(config, for_evaluation=for_evaluation), _named(config, for_evaluation=for_evaluation)
+    format = _format_of(source, named, config)
     are_ids = format is DataFormat.tokens
     tokenizer = None if are_ids else load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     ingredients = Ingredients(
@@ -268,7 +285,7 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
     rejected = whole.locate(bad_rows)
     samples_read, dropped = len(entry) + len(entry.rejected), int(is_dropped.sum())
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, samples_read, whole.named))
+        raise UsageError(_bad_rows_message(rejected, f"{samples_read} rows", whole.named))
     if limit is not None and is_long.any() and config.overlong is Overlong.error:
         whose = "data.max_length" if config.max_length is not None else "the model's own limit"
         raise UsageError(_overlong_message(whole, is_long, f"{limit} tokens ({whose})"))
@@ -292,9 +309,9 @@ def _length_limit(max_length: int | None, model_limit: int | None) -> int | None
     return max_length
 
 
-def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: int, named: str) -> str:
+def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named: str) -> str:
     return (
-        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(rejected)}\n"
+        f"{named}: {len(rejected)} of {rows} cannot be trained on{_listed(rejected)}\n"
         "  fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
     )
 

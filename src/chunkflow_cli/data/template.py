@@ -83,25 +83,18 @@ class ChatTemplate:
             BadRowError: the template rejects the conversation, its targets cannot be found, or it writes nothing of
                 what is to be learnt.
         """
-        from jinja2.exceptions import TemplateError
-
-        try:
-            template = self._template_for(conversation)
-            traits = template_traits(template)
-            given = as_template_input(conversation, traits)
-            answers = [turn["role"] == "assistant" for turn in given.messages]
-            if not mark_targets:
-                text = self._rendered(template, [given.messages], given.tools)[0][0]
-                end = len(text.rstrip()) if answers[-1] else None
-                turns = [Turn(turn, True, text, None) for turn in given.messages]
-                return self._remarked(MarkedText(text, None, end), given, turns, template)
-            if traits.marks_answers and given.are_targets == answers:
-                return self._render_with_marks(template, given)
-            return self._render_with_prefixes(template, given)
-        except (TemplateError, TypeError, ValueError) as error:
-            if isinstance(error, BadRowError):
-                raise
-            raise BadRowError(f"the chat template rejects the conversation: {error}") from error
+        template = self._template_for(conversation)
+        traits = template_traits(template)
+        given = as_template_input(conversation, traits)
+        answers = [turn["role"] == "assistant" for turn in given.messages]
+        if not mark_targets:
+            text = self._rendered(template, [given.messages], given.tools)[0][0]
+            end = len(text.rstrip()) if answers[-1] else None
+            turns = [Turn(turn, True, text, None) for turn in given.messages]
+            return self._remarked(MarkedText(text, None, end), given, turns, template)
+        if traits.marks_answers and given.are_targets == answers:
+            return self._render_with_marks(template, given)
+        return self._render_with_prefixes(template, given)
 
     def _template_for(self, conversation: Conversation) -> str:
         """Return the template to use. A tokenizer may have several by name; the choice follows transformers."""
@@ -120,13 +113,23 @@ class ChatTemplate:
 
         `apply_chat_template` calls this too, but maps characters to tokens by trimmed offsets: an answer that begins
         with a space loses its mask, and so do all later turns.
+
+        Raises:
+            BadRowError: the template fails.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with _fixed_date(template):
-            rendered: tuple[list[str], Any] = render_jinja_template(
-                conversations=conversations, tools=tools, chat_template=template, **options, **self._special_tokens
-            )
+        try:
+            with _fixed_date(template):
+                rendered: tuple[list[str], Any] = render_jinja_template(
+                    conversations=conversations, tools=tools, chat_template=template, **options, **self._special_tokens
+                )
+        except (MemoryError, ImportError):  # of this machine
+            raise
+        except Exception as error:  # a template is a program, and may fail in any way: 1 / 0, a macro without an end
+            raise BadRowError(
+                f"the chat template rejects the conversation: {str(error) or type(error).__name__}"
+            ) from error
         return rendered
 
     def _render_with_marks(self, template: str, given: TemplateInput) -> MarkedText:
@@ -207,12 +210,10 @@ class ChatTemplate:
 
     def _inserted_prose(self, template: str, roles: list[str]) -> str | None:
         """Return the lines of prose that the template writes around a conversation's contents, or None."""
-        from jinja2.exceptions import TemplateError
-
         probe = [{"role": role, "content": f"<{role[::-1]}>"} for role in roles]
         try:
             text = self._rendered(template, [probe], None)[0][0]
-        except (TemplateError, TypeError, ValueError):
+        except BadRowError:
             return None  # it may reject a conversation that no row has
         for words in (*self._end_tokens, *(turn["content"] for turn in probe)):
             text = text.replace(words, "\n")
