@@ -307,6 +307,8 @@ def test_bad_rows_are_told_before_anything_slow(tmp_path: Path) -> None:
     assert [place.split(": ")[0] for place in places] == [f"  {early}:2", f"  {early}:3"]
     assert "data.bad_rows=skip" in remedy
     assert checked(early, bad_rows=BadRows.skip) == ""
+    alike = checked(write_rows(tmp_path / "alike.jsonl", [good, {"messages": []}, {"messages": []}]))
+    assert [place.partition(": ")[2] for place in alike.splitlines()[1:3]] == ["messages is empty", "the same"]
     few = write_rows(tmp_path / "few.jsonl", [good, b"{"])
     assert checked(few).startswith(f"data.path={few}: 1 of 2 rows cannot be trained on\n  {few}:2: not valid JSON")
     assert checked(write_rows(tmp_path / "good.jsonl", [good] * 3)) == ""
