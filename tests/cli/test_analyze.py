@@ -480,6 +480,7 @@ def test_several_data_sets_side_by_side(chats: str, tmp_path: Path, capsys: pyte
     result = analyze.run([chats, other], load([]))
     assert [data["data"] for data in result["datasets"]] == [chats, other]
     assert [data["samples"] for data in result["datasets"]] == [4, 1]
+    assert result["datasets"][0]["next_command"].endswith(f"data.path={chats}")  # a run reads one format only
     table = capsys.readouterr().out.split("data ")[-1].splitlines()
     assert table[0].split() == ["samples", "tokens", "mean", "longest", "<1K", "<8K", "<32K"]
     assert [line.split()[:2] for line in table[1:3]] == [["chats.jsonl", "4"], ["texts.jsonl", "1"]]

@@ -252,10 +252,10 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({"question": "Q", "answer": "A"}, "{question:prompt,answer:completion}"),
-        ({"input": "Q", "output": "A"}, "{input:prompt,output:completion}"),
-        ({"id": 1, "query": "Q", "response": "A"}, "{query:prompt,response:completion}"),
-        ({"prompt": "Q", "response": "A"}, "{response:completion}"),
+        ({"question": "Q", "answer": "A"}, "{question:instruction,answer:output}"),
+        ({"input": "Q", "output": "A"}, "{input:instruction}"),
+        ({"id": 1, "query": "Q", "response": "A"}, "{query:instruction,response:output}"),
+        ({"prompt": "Q", "response": "A"}, "{prompt:instruction,response:output}"),
         ({"instruction": "I", "context": "", "response": "R"}, "{context:input,response:output}"),
         ({"system_prompt": "S", "question": "Q", "response": "A"}, "{question:instruction,response:output}"),
         ({"system": "S", "query": "Q", "response": "A", "history": []}, "{query:instruction,response:output}"),
@@ -316,6 +316,8 @@ def test_bad_rows_are_told_before_anything_slow(tmp_path: Path) -> None:
     assert [place.split(": ")[0] for place in places] == [f"  {early}:2", f"  {early}:3"]
     assert "data.bad_rows=skip" in remedy
     assert checked(early, bad_rows=BadRows.skip) == ""
+    alike = checked(write_rows(tmp_path / "alike.jsonl", [good, {"messages": []}, {"messages": []}]))
+    assert [place.partition(": ")[2] for place in alike.splitlines()[1:3]] == ["messages is empty", "the same"]
     few = write_rows(tmp_path / "few.jsonl", [good, b"{"])
     assert checked(few).startswith(f"data.path={few}: 1 of 2 rows cannot be trained on\n  {few}:2: not valid JSON")
     assert checked(write_rows(tmp_path / "good.jsonl", [good] * 3)) == ""

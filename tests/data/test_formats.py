@@ -447,7 +447,9 @@ def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as unknown:
         detect(tmp_path, {"question": "a", "answer": "b"})
     assert "a.jsonl:1: the keys question, answer\n" in str(unknown.value)
-    assert "as in 'data.columns={question:prompt,answer:completion}': messages | conversations | " in str(unknown.value)
+    assert "as in 'data.columns={question:instruction,answer:output}': messages | conversations | " in str(
+        unknown.value
+    )
     with pytest.raises(UsageError) as mixed:
         detect(tmp_path, {"text": "a"}, {"messages": CHAT}, {"text": "a", "id": 1})
     assert "rows of more than one format: text and messages\n  text: first in " in str(mixed.value)

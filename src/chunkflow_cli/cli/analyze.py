@@ -87,7 +87,8 @@ def run(
     if plot is not None:
         check_plot_path(plot)
     measured = [measure(path, config) for path in list(paths) or [config.data.path]]
-    analyses = [{**analysis(data, config), "next_command": _next_command(paths, loaded)} for data in measured]
+    trained = paths if len({data.format for data in measured}) == 1 else paths[:1]  # a run reads one format
+    analyses = [{**analysis(data, config), "next_command": _next_command(trained, loaded)} for data in measured]
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
     if not json_output:

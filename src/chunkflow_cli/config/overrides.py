@@ -15,7 +15,7 @@ from chunkflow_cli.errors import UsageError
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-MOST_SHOWN = 12
+MOST_SHOWN = 40
 
 
 def parse_override(word: Word) -> Override:

@@ -208,7 +208,7 @@ class DataConfig:
     subset: str | None = None
     """Subset of a Hugging Face data set, or of a folder with subsets. Null takes the only or the default one."""
     columns: dict[str, str] = field(default_factory=dict)
-    """New names for columns of the rows, as in {question: prompt, answer: completion}."""
+    """New names for columns of the rows, as in {question: instruction, answer: output}."""
     format: DataFormat = DataFormat.auto
     """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant

@@ -313,7 +313,7 @@ def _length_limit(max_length: int | None, model_limit: int | None) -> int | None
 
 def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named: str) -> str:
     return (
-        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(rejected)}\n"
+        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(_told_once(rejected))}\n"
         "  fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
     )
 
@@ -326,6 +326,14 @@ def _overlong_message(whole: TokenizedSource, is_long: NDArray[np.bool_], limit:
         f"{whole.named}: {count} of {len(lengths)} samples are longer than {limit}{shown}\n"
         f"  allow them with data.max_length={lengths[longest[0]]}, or set data.overlong=drop or data.overlong=truncate"
     )
+
+
+def _told_once(rejected: Sequence[tuple[Location, str]]) -> list[tuple[Location, str]]:
+    """Return bad rows with the same reason as the row before them marked as such: a reason may be long."""
+    before = [None, *(reason for _, reason in rejected)]
+    return [
+        (row, "the same" if reason == last else reason) for (row, reason), last in zip(rejected, before, strict=False)
+    ]
 
 
 def _listed(places: Sequence[tuple[Location, str]]) -> str:

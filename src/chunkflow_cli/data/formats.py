@@ -153,8 +153,8 @@ _CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialogue", "
 
 
 OTHER_NAMES = {
-    "prompt": ("question", "query", "problem", "input", "instruction", "user", "source", "inputs"),
-    "completion": ("answer", "response", "solution", "output", "assistant", "target", "targets", "completions"),
+    "instruction": ("question", "query", "problem", "input", "prompt", "user", "source", "inputs"),
+    "output": ("answer", "response", "solution", "completion", "assistant", "target", "targets", "completions"),
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns", "chosen"),
     "text": ("content", "document", "body", "code", "story"),
 }
@@ -164,16 +164,14 @@ OTHER_NAMES = {
 def _columns_to_rename(row: Mapping[str, Any]) -> str | None:
     """Return a value of `data.columns` that makes a format of rows like this one, or None if none is likely.
 
-    It can be pasted: shells and Hydra take it as it is, in single quotes.
+    It can be pasted: shells and Hydra take it as it is, in single quotes. Questions become instructions, which pass
+    through the chat template; as prompts they would be joined to their answers with nothing in between.
     """
-    asked, answered = _column(row, "prompt", str), _column(row, "completion", str)
+    asked, answered = _column(row, "instruction", str), _column(row, "output", str)
     if asked and answered:
-        found = {asked: "prompt", answered: "completion"}
-        beside = [name for name in ("context", "instruction", "history", *SYSTEM) if name in row]
-        if beside:  # a prompt that is a string has no place for them, and alpaca has one
-            asked = "instruction" if "instruction" in row else asked
-            context = {"context": "input"} if "context" in row and "input" not in row else {}
-            found = {asked: "instruction", **context, answered: "output"}
+        asked = "instruction" if "instruction" in row else asked
+        context = {"context": "input"} if "context" in row and "input" not in row else {}
+        found = {asked: "instruction", **context, answered: "output"}
     elif turns := _column(row, "messages", list):
         found = {turns: "messages"}
     elif document := _column(row, "text", str):

@@ -65,14 +65,15 @@ def _neighbours(
     """Yield a clause for the next smaller and larger chunk size, another layout, and the other way to cut."""
     alike = [each for each in candidates if each.is_like(best)]
     smaller = [each for each in alike if each.chunk_size < best.chunk_size and each.fits]
-    if smaller:
-        near = min(smaller, key=lambda each: (-each.chunk_size, each.step_seconds))
-        yield f"chunks of {near.chunk_size} take {_times(near, best)}"
     larger = [each for each in alike if each.chunk_size > best.chunk_size]
+    compared = []
+    if smaller:
+        compared.append(min(smaller, key=lambda each: (-each.chunk_size, each.step_seconds)))
     if fitting := [each for each in larger if each.fits]:
-        near = min(fitting, key=lambda each: (each.chunk_size, each.step_seconds))
-        yield f"chunks of {near.chunk_size} take {_times(near, best)}"
-    elif larger:
+        compared.append(min(fitting, key=lambda each: (each.chunk_size, each.step_seconds)))
+    for times, sizes in _by_times(compared, best).items():
+        yield f"chunks of {' and '.join(map(str, sizes))} take {times}"
+    if larger and not fitting:
         near = min(larger, key=lambda each: (each.chunk_size, each.k))
         yield f"chunks of {near.chunk_size} would need {_gib(near)}"
     others = [each for each in best_of_layouts if each.layout != best.layout]
@@ -93,6 +94,13 @@ def _layout(candidate: Candidate) -> str:
     several = candidate.data_parallel > 1
     pipelines = f"{candidate.data_parallel} pipelines of " if several else "a pipeline of "
     return f"{pipelines}{candidate.stages} stages{grouped}"
+
+
+def _by_times(compared: Sequence[Candidate], best: Candidate) -> dict[str, list[int]]:
+    sizes: dict[str, list[int]] = {}
+    for each in compared:
+        sizes.setdefault(_times(each, best), []).append(each.chunk_size)
+    return sizes
 
 
 def _times(other: Candidate, best: Candidate) -> str:
