@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 REMEDY = "data.train_on=all makes every token a target instead"
 TEMPLATE_DATE = datetime(2024, 7, 26)
+_FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""Errors of a template's own expressions: jinja lets Python raise them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class ChatTemplate:
             if traits.marks_answers and given.are_targets == answers:
                 return self._render_with_marks(template, given)
             return self._render_with_prefixes(template, given)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, *_FAULTS) as error:
             if isinstance(error, BadRowError):
                 raise
             raise BadRowError(f"the chat template rejects the conversation: {error}") from error
@@ -212,7 +214,7 @@ class ChatTemplate:
         probe = [{"role": role, "content": f"<{role[::-1]}>"} for role in roles]
         try:
             text = self._rendered(template, [probe], None)[0][0]
-        except (TemplateError, TypeError, ValueError):
+        except (TemplateError, *_FAULTS):
             return None  # it may reject a conversation that no row has
         for words in (*self._end_tokens, *(turn["content"] for turn in probe)):
             text = text.replace(words, "\n")
