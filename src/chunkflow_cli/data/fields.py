@@ -132,6 +132,8 @@ PREFERENCE = (
 def _check_weight(key: str, value: Any) -> None:
     if key in ("loss", "training") and not isinstance(value, bool):
         return  # a measurement or a note; only messages have them as switches
+    if isinstance(value, str):  # of a table without types
+        value = {"1": 1, "1.0": 1, "true": True, "0": 0, "0.0": 0, "false": False}.get(value.strip().lower(), value)
     if not isinstance(value, (int, float)) or value not in (0, 1):
         raise BadRowError(f"{key} is {_shown(value)}, and all rows count equally; {_REMOVE}")
     if value == 0:
