@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 REMEDY = "data.train_on=all makes every token a target instead"
 TEMPLATE_DATE = datetime(2024, 7, 26)
 
+
 @dataclass(frozen=True, slots=True)
 class MarkedText:
     """A text, and the parts of it that are targets."""
