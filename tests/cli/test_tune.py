@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from chunkflow_cli.cli.app import app
 from chunkflow_cli.config.load import load
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.planning.costs import DEVICES
 from chunkflow_cli.training.setup import calibration_path, read_setup
@@ -96,7 +97,7 @@ def test_candidates_above_the_memory_limit_are_listed_with_their_bytes() -> None
     [
         (["tune.memory_gib=0.000001", PROFILE, SIZES], "no pair fits into 0.0 GiB: the smallest, chunk.size="),
         (["tune.chunk_sizes=[]", PROFILE], "tune.chunk_sizes is empty"),
-        (["tune.ks=[0]", PROFILE], "tune.ks=[0] must be positive numbers"),
+        (["tune.ks=[0]", PROFILE], "tune.ks=[0] must be at least 1"),
         (["cluster.network_gb_per_second=0", PROFILE], "cluster.network_gb_per_second=0.0 must be above 0"),
         (["tune.device=h900"], "tune.device=h900 must be one of"),
         (["data.path=", PROFILE], "data.path is not set"),
