@@ -124,8 +124,8 @@ _WHERE = {
     "tool_call_id": "put it into the tool's message",
 }
 PREFERENCE = (
-    "preference data (DPO), and chunkflow trains on one answer (SFT); "
-    "rename chosen to messages or completion, and remove the rejected answer"
+    "preference data (DPO), and chunkflow trains on one answer (SFT); to imitate the chosen one, write "
+    "'data.columns={chosen:messages,rejected:unused}', or chosen:completion if it is a string"
 )
 
 
