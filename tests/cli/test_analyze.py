@@ -369,6 +369,10 @@ def test_unreadable_data_is_refused(name: str, content: bytes, message: str, tmp
 def test_nothing_to_analyze_says_what_to_type() -> None:
     with pytest.raises(UsageError, match=r"chunkflow analyze data\.jsonl"):
         analyze.run([], load([]))
+    with pytest.raises(UsageError, match=r"the name of the data is empty"):
+        analyze.run([""], load([]))  # as a path it would be the current folder
+    with pytest.raises(UsageError, match="has no user nobody-here"):
+        analyze.run(["~nobody-here/a.jsonl"], load([]))
 
 
 @pytest.mark.parametrize("end", [b'"}', b""], ids=["whole", "cut off"])

@@ -56,6 +56,12 @@ def test_wrong_key_exits_2_in_a_few_lines(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_terminal_without_a_size_gets_all_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some set COLUMNS=0, in which rich prints nothing."""
+    monkeypatch.setenv("COLUMNS", "0")
+    assert "tiny_random" in chunkflow("recipes", "list", cwd=tmp_path).stdout
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in chunkflow("train", "chunk.sise=4", "--debug", cwd=tmp_path).stderr
 

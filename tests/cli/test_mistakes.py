@@ -15,6 +15,7 @@ from chunkflow_cli.cli.app import app
 from chunkflow_cli.cli.mistakes import OTHER_NAMES
 from chunkflow_cli.config.keys import known_keys
 from chunkflow_cli.config.load import load
+from chunkflow_cli.config.words import FILES
 
 COMMANDS: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -39,6 +40,9 @@ def error_of(line: str) -> str:
         ("recipe=tiny_random", "recipe=tiny_random", "chunkflow train recipe=tiny_random"),
         ("recipes cp tiny_random", "cp", "chunkflow recipes copy"),
         ("recipes lst", "lst", "chunkflow recipes list"),
+        ("help train", "help", "chunkflow --help"),
+        ("version", "version", "chunkflow --version"),
+        ("recipes help", "help", "chunkflow recipes --help"),
     ],
 )
 def test_an_unknown_command_leads_to_the_one_that_is_meant(line: str, word: str, meant: str) -> None:
@@ -68,6 +72,7 @@ def test_names_of_other_tools_lead_to_commands_that_exist() -> None:
         ("train --recipe tiny_random", "--recipe", "write keys without dashes: recipe=tiny_random"),
         ("train --config my.yaml", "--config", "did you mean recipe=my.yaml?"),
         ("train --accelerate_config my.yaml", "--accelerate_config", "did you mean recipe=my.yaml?"),
+        ("plan --overrides tuned.yaml", "--overrides", "write keys without dashes: overrides=tuned.yaml"),
         ("train --overides tuned.yaml", "--overides", "did you mean --overrides?"),
         ("train --config_dir x", "--config_dir", "did you mean --config-dir?"),
         ("plan --jsn recipe=tiny_random", "--jsn", "did you mean --json?"),
@@ -82,8 +87,8 @@ def test_an_unknown_option_leads_to_the_key_that_is_meant(line: str, option: str
     assert error_of(line) == f"there is no option {option!r}\n  {hint}"
     for word in re.findall(r"(?:mean|dashes:) ([\w.]+=\S+?)\??$", hint):
         key = word.partition("=")[0]
-        assert key in (*known_keys(), "recipe")
-        if key != "recipe" and "VALUE" not in word:
+        assert key in (*known_keys(), *FILES)
+        if key not in FILES and "VALUE" not in word:
             load([word])
 
 

@@ -14,8 +14,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong
-from chunkflow_cli.data.dataset import CHECKED_ROWS, check_data, open_data, tokenize
-from chunkflow_cli.data.formats import detect_format
+from chunkflow_cli.data import readers
+from chunkflow_cli.data.dataset import CHECKED_BATCHES, CHECKED_ROWS, check_data, open_data, tokenize
+from chunkflow_cli.data.formats import detect_format, parse_sample
+from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.errors import UsageError
 from support.tokenized import load, write_rows
 
@@ -254,6 +256,10 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
         ({"input": "Q", "output": "A"}, "{input:instruction}"),
         ({"id": 1, "query": "Q", "response": "A"}, "{query:instruction,response:output}"),
         ({"prompt": "Q", "response": "A"}, "{prompt:instruction,response:output}"),
+        ({"instruction": "I", "context": "", "response": "R"}, "{context:input,response:output}"),
+        ({"system_prompt": "S", "question": "Q", "response": "A"}, "{question:instruction,response:output}"),
+        ({"system": "S", "query": "Q", "response": "A", "history": []}, "{query:instruction,response:output}"),
+        ({"dialogue": "A: Hi", "content": "A document."}, "{content:text}"),
         ({"conversation": []}, "{conversation:messages}"),
         ({"content": "A document."}, "{content:text}"),
     ],
@@ -265,7 +271,10 @@ def test_names_of_columns_are_suggested(tmp_path: Path, row: dict[str, object], 
         detect_format(open_data(DataConfig(path=str(path))))
     assert f"as in 'data.columns={columns}'" in str(error.value)
     mapping = dict(pair.split(":") for pair in columns.strip("{}").split(","))
-    detect_format(open_data(DataConfig(path=str(path), columns=mapping)))
+    renamed = open_data(DataConfig(path=str(path), columns=mapping))
+    format = detect_format(renamed)
+    if row != {"conversation": []}:
+        parse_sample(decode_row(next(renamed.batches()).rows[0]), format)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +323,14 @@ def test_bad_rows_are_told_before_anything_slow(tmp_path: Path) -> None:
     assert checked(write_rows(tmp_path / "good.jsonl", [good] * 3)) == ""
     assert "there is no such file" in checked(tmp_path / "missing.jsonl")
     assert "no known format" in checked(write_rows(tmp_path / "odd.jsonl", [{"x": 1}]))
+
+
+def test_long_rows_are_checked_as_fast_as_short_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 1)  # as if each row had a mebibyte
+    rows: list[object] = [{"text": "a"}] * CHECKED_BATCHES
+    assert checked(write_rows(tmp_path / "a.jsonl", [*rows, b"{"])) == ""
+    error = checked(write_rows(tmp_path / "b.jsonl", [*rows[1:], b"{", rows[0]]))
+    assert f"1 of the first {CHECKED_BATCHES} rows cannot be trained on" in error
 
 
 def test_data_to_evaluate_on_is_checked_too(tmp_path: Path) -> None:

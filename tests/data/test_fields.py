@@ -163,6 +163,7 @@ def test_fields_that_say_nothing_or_describe_the_row_are_ignored(
         "timestamp": "t",
         "label": 3,
         "loss": 2.5,
+        "reasoning": "off",
     }
     neutral = {"weight": 1, "train": True, "images": [], "rejected": "", "tool_choice": "auto", "score_chosen": 1.0}
     row = ROWS[format] | empty | notes | neutral | {"nan": float("nan")}
@@ -174,7 +175,14 @@ def test_fields_that_say_nothing_or_describe_the_row_are_ignored(
 
 @pytest.mark.parametrize(
     ("key", "off", "on"),
-    [("weight", 0, 1), ("weight", 0.0, 1.0), ("train", False, True), ("training", False, None), ("loss", False, True)],
+    [
+        ("weight", 0, 1),
+        ("weight", 0.0, 1.0),
+        ("train", False, True),
+        ("training", False, None),
+        ("trainable", False, True),
+        ("loss", False, True),
+    ],
 )
 def test_a_message_that_asks_not_to_be_counted_is_no_target(key: str, off: object, on: object) -> None:
     sample = chat({**USER, key: off}, {**ANSWER, key: off}, USER, {**ANSWER, key: on}, USER, ANSWER)

@@ -148,6 +148,35 @@ def test_a_turn_may_hold_nothing_but_reasoning() -> None:
     assert sample.messages[1].extra == {"reasoning_content": "hm"}
 
 
+def test_a_conversation_may_be_a_json_string() -> None:
+    """In CSV nothing else is possible, and data sets of agents' steps have it."""
+    row = {"prompt": "Q", "messages": json.dumps(CHAT)}
+    assert parse_sample(row, DataFormat.messages) == parse_sample({"messages": CHAT}, DataFormat.messages)
+    with pytest.raises(BadRowError, match="messages is a string that is not JSON"):
+        parse_sample({"messages": str(CHAT)}, DataFormat.messages)
+    with pytest.raises(BadRowError, match="'role' occurs twice"):
+        parse_sample({"messages": '[{"role": "user", "role": "assistant", "content": "A"}]'}, DataFormat.messages)
+
+
+def test_labels_that_are_shifted_already_are_refused() -> None:
+    """They would teach the model to predict the token after the next one."""
+    for labels in ([2, 3, 4, 9], [2, 3, 4, -100], [-100, 3, 4, -100]):
+        with pytest.raises(BadRowError, match="labels are shifted"):
+            parse_sample({"input_ids": [1, 2, 3, 4], "labels": labels}, DataFormat.tokens)
+    for ids, labels in (([5, 5, 5], [5, 5, 5]), ([1, 2], [-100, -100]), ([1, 2, 3], [7, 8, 9]), ([1, 2], [-100, 9])):
+        parse_sample({"input_ids": ids, "labels": labels}, DataFormat.tokens)
+
+
+def test_nan_is_no_value() -> None:
+    """pandas writes it for the empty cells of a table."""
+    nan = float("nan")
+    row = {"instruction": "I", "input": nan, "output": "O", "history": nan, "system": nan}
+    assert parse_sample(row, DataFormat.alpaca) == Instruction("I", "", "O", "", ())
+    sample = parse_sample({"messages": [CHAT[1] | {"name": nan}, CHAT[2]]}, DataFormat.messages)
+    assert isinstance(sample, Conversation)
+    assert sample.messages[0].extra == {}
+
+
 @pytest.mark.parametrize("format", [DataFormat.messages, DataFormat.sharegpt])
 def test_both_names_of_roles_and_texts_are_read(format: DataFormat) -> None:
     row = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
@@ -288,7 +317,7 @@ def test_text_and_tokens() -> None:
         ("messages", {"text": "a"}, "no key 'messages' (keys: text)"),
         ("messages", {}, "no key 'messages' (keys: none)"),
         ("messages", {"messages": []}, "messages is empty"),
-        ("messages", {"messages": "hi"}, "messages is a string, not a list"),
+        ("messages", {"messages": "hi"}, "messages is a string that is not JSON"),
         ("messages", {"messages": None}, "messages is null, not a list"),
         ("messages", {"messages": [CHAT[0], "hi"]}, "messages[1] is a string, not an object"),
         ("messages", {"messages": [{"role": "user"}]}, "messages[0] has no key 'content' (keys: role)"),
@@ -441,7 +470,6 @@ def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
         ),
         ({"custom_id": "a", "method": "POST", "url": "u", "body": {}}, "take messages and tools out of body"),
         ({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "Gemini's form; write messages"),
-        ({"instruction": "I", "context": "", "response": "R"}, "data.columns={response:output}"),
     ],
 )
 def test_rows_that_people_have_are_explained(tmp_path: Path, row: dict[str, Any], hint: str) -> None:

@@ -200,16 +200,23 @@ def a_link_to_nothing(path: Path) -> Path:
     return path
 
 
+def a_loop(path: Path) -> Path:
+    path.symlink_to(path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (a_loop, "it is a link that leads nowhere"),
+        (lambda path: a_loop(path) / "run", "Too many levels of symbolic links"),
         (a_file, "is a file"),
         (lambda path: a_file(path) / "run", "is a file"),
         (a_link_to_nothing, "it is a link that leads nowhere"),
         (lambda path: Path("/proc/run"), "No such file"),
         (lambda path: path / ("x" * 256), "File name too long"),
     ],
-    ids=["a file", "below a file", "a link to nothing", "no real folder", "too long"],
+    ids=["a loop", "below a loop", "a file", "below a file", "a link to nothing", "no real folder", "too long"],
 )
 def test_a_folder_that_cannot_be_used_is_the_user_s_to_change(
     make: Callable[[Path], Path], reason: str, tmp_path: Path

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.cli.screens.analysis import print_analyses
 from chunkflow_cli.cli.screens.plots import check_plot_path, plot_lengths
+from chunkflow_cli.config.home import expand_home
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, DataFormat, ModelConfig, TrainOn
@@ -80,6 +81,9 @@ def run(
         raise UsageError(
             "no data to analyze\n  name it, as in chunkflow analyze data.jsonl, or set data.path or a recipe"
         )
+    if "" in paths:
+        raise UsageError("the name of the data is empty\n  name it, as in chunkflow analyze data.jsonl")
+    paths = [expand_home(path, "data.path") for path in paths]
     if plot is not None:
         check_plot_path(plot)
     measured = [measure(path, config) for path in list(paths) or [config.data.path]]

@@ -363,6 +363,8 @@ def main() -> None:
     streams.prepare()
     worker.end_with_parent()
     environment.forget_other_ranks()
+    if os.environ.get("COLUMNS", "").strip("0") == "":
+        os.environ.pop("COLUMNS", None)  # terminals without a size set 0, in which rich would print nothing
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that we or a library start imports files of the current folder
     try:
         with _output_complete():

@@ -50,6 +50,9 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            option = f"--{args[0].lower()}"
+            if option in (*ctx.help_option_names, *(name for param in self.params for name in param.opts)):
+                raise UsageError(f"there is no command {args[0]!r}\n  did you mean {ctx.command_path} {option}?")
             raise UsageError(_no_such_command(args[0], ctx.command_path, list(self.list_commands(ctx))))
         return super().resolve_command(ctx, args)
 
@@ -98,7 +101,8 @@ def _option_problems(ctx: Any, args: Sequence[str]) -> list[str]:
         else:
             if "=" not in word and rest and not rest[0].startswith("-") and "=" not in rest[0]:
                 value = rest.pop(0)
-            hint = _meant_by_option(name, value, [*takes_value], takes_overrides=takes_overrides)
+            options = [option for option in takes_value if option.startswith("-")]
+            hint = _meant_by_option(name, value, options, takes_overrides=takes_overrides)
             problems.append(f"there is no option {name!r}\n  {hint or _see_help(ctx)}")
     if takes_overrides and command.name != "analyze":
         from chunkflow_cli.config.overrides import check_words
@@ -113,12 +117,13 @@ def _meant_by_option(name: str, value: str, options: Sequence[str], *, takes_ove
     """Return what to write instead of an unknown option; empty if nothing is like it."""
     from chunkflow_cli.config.foreign import foreign_name
     from chunkflow_cli.config.keys import known_keys, unknown_key
+    from chunkflow_cli.config.words import FILES
 
     plain = name.lstrip("-")
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     if not takes_overrides:
         return f"did you mean {near[0]}?" if near else ""
-    if plain in known_keys() or plain == "recipe":
+    if plain in known_keys() or plain in FILES:
         return f"write keys without dashes: {shlex.quote(plain + '=' + (value or 'VALUE'))}"
     recipe = f"did you mean {shlex.quote('recipe=' + (value or 'FILE.yaml'))}?"
     if plain in ("config", "config_file", "config-file", "recipe-file"):

@@ -144,6 +144,8 @@ def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
 
 CHECKED_ROWS = 1000
 """Rows whose form is checked before anything slow begins."""
+CHECKED_BATCHES = 32
+"""Batches in which they must be: a batch ends at a mebibyte, so that long samples take no longer than short ones."""
 
 
 def check_data(config: DataConfig) -> None:
@@ -165,8 +167,8 @@ def _check_first_rows(source: Source, named: str, config: DataConfig) -> None:
     format = _format_of(source, named, config)
     rejected: list[tuple[Location, str]] = []
     rows, is_whole = 0, True
-    for batch in source.batches():
-        if rows >= CHECKED_ROWS:
+    for number, batch in enumerate(source.batches()):
+        if rows >= CHECKED_ROWS or number == CHECKED_BATCHES:
             is_whole = False
             break
         for line, row in zip(batch.lines, batch.rows, strict=True):
@@ -176,7 +178,7 @@ def _check_first_rows(source: Source, named: str, config: DataConfig) -> None:
                 rejected.append((source.location(batch.file, line), str(error)))
         rows += len(batch.rows)
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, f"{rows} rows" if is_whole else f"the first {rows} rows", named))
+        raise UsageError(_bad_rows_message(rejected, str(rows) if is_whole else f"the first {rows}", named))
 
 
 def _named(config: DataConfig, *, for_evaluation: bool) -> str:
@@ -285,7 +287,7 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
     rejected = whole.locate(bad_rows)
     samples_read, dropped = len(entry) + len(entry.rejected), int(is_dropped.sum())
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, f"{samples_read} rows", whole.named))
+        raise UsageError(_bad_rows_message(rejected, str(samples_read), whole.named))
     if limit is not None and is_long.any() and config.overlong is Overlong.error:
         whose = "data.max_length" if config.max_length is not None else "the model's own limit"
         raise UsageError(_overlong_message(whole, is_long, f"{limit} tokens ({whose})"))
@@ -311,7 +313,7 @@ def _length_limit(max_length: int | None, model_limit: int | None) -> int | None
 
 def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named: str) -> str:
     return (
-        f"{named}: {len(rejected)} of {rows} cannot be trained on{_listed(_told_once(rejected))}\n"
+        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(_told_once(rejected))}\n"
         "  fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
     )
 

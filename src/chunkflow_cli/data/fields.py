@@ -21,8 +21,8 @@ SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a row's system prompt."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names that chat templates give to an assistant's reasoning."""
-SWITCHES = ("weight", "train", "training", "loss", "loss_weight", "loss_scale")
-"""Names of 0 or 1, which says if the loss counts a turn: OpenAI and Mistral, Axolotl, ms-swift."""
+SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
+"""Names of 0 or 1, which says if the loss counts a turn: OpenAI and Mistral, Axolotl, Tinker, ms-swift."""
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "response_mask")
 """Lists of 0 and 1 which say if the loss counts a token: TRL, transformers, ms-swift, verl."""
 
@@ -55,8 +55,9 @@ _FREE_VALUES: dict[str, tuple[object, ...]] = {
     "tool_choice": ("auto", "none"),
     "function_call": ("auto", "none"),
     "response_format": ("text", {"type": "text"}),
+    "reasoning": ("on", "off"),
 }
-"""Values that ask for nothing: of JSON strings, and of parameters of API requests."""
+"""Values that ask for nothing: of JSON strings, of parameters of API requests, and of notes (Nemotron)."""
 _ANSWERS = ("completion", "response", "output", "answer", "answers", "choices")
 _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
 """Lists that tokenizers add and no trainer reads."""

@@ -33,7 +33,7 @@ from chunkflow_cli.data.fields import (
     check_lists_of_tokens,
     check_row,
 )
-from chunkflow_cli.data.messages import parse_messages, parse_tools, system_prompt, with_system
+from chunkflow_cli.data.messages import parse_messages, parse_tools, system_prompt, with_system, with_turns
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -59,6 +59,8 @@ def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:
         BadRowError: a key is missing, holds a value that the format does not allow, or might change what is learnt and
             is not read.
     """
+    if format in (DataFormat.messages, DataFormat.sharegpt):
+        row = with_turns(row)
     check_row(row, format)
     return _PARSERS[format](row)
 
@@ -73,6 +75,7 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
         UsageError: no format fits, or more than one does. The message lists the keys found and the known formats.
     """
     seen: dict[str, tuple[DataFormat | None, Location]] = {}
+    firsts: list[dict[str, Any]] = []
     reasons: list[str] = []
     rows = (
         (source.location(batch.file, line), row)
@@ -88,16 +91,20 @@ def detect_format(source: Source, *, key: str = "data.path") -> DataFormat:
         keys = ", ".join(map(str, row)) or "none"
         if keys not in seen:
             seen[keys] = _format_by_keys(row, keys, key), location
+            firsts.append(row)
     formats = list(dict.fromkeys(format for format, _ in seen.values() if format is not None))
     if len(formats) == 1:
         return formats[0]
     if not seen:
         raise UsageError(f"{key}: none of the first {len(reasons)} rows is a JSON object\n  {reasons[0]}")
-    raise UsageError(_no_one_format(seen, formats, key))
+    raise UsageError(_no_one_format(seen, firsts, formats, key))
 
 
 def _no_one_format(
-    seen: Mapping[str, tuple[DataFormat | None, Location]], formats: Sequence[DataFormat], key: str
+    seen: Mapping[str, tuple[DataFormat | None, Location]],
+    firsts: Sequence[Mapping[str, Any]],
+    formats: Sequence[DataFormat],
+    key: str,
 ) -> str:
     if formats:
         names = " and ".join(format.value for format in formats)
@@ -109,7 +116,7 @@ def _no_one_format(
         )
     places = "".join(f"\n  {location}: the keys {keys}{_hint(keys)}" for keys, (_, location) in seen.items())
     known = " | ".join(" + ".join(keys) for keys in REQUIRED_KEYS.values())
-    columns = next(filter(None, (_columns_to_rename(keys.split(", ")) for keys in seen if not _hint(keys))), None)
+    columns = next(filter(None, (_columns_to_rename(row) for row in firsts if not _hint(", ".join(row)))), None)
     remedy = "give the keys the names of a format"
     if columns is not None:
         remedy = f"give them the names of a format, as in 'data.columns={columns}'"
@@ -123,7 +130,6 @@ _HINTS = (
     (("body",), "a batch of API requests; take messages and tools out of body, and append the answers"),
     (("request",), "a log of API requests; take messages and tools out of request, and append the answer"),
     (("contents",), "Gemini's form; write messages: the role model is assistant, the text of parts is content"),
-    (("instruction", "response"), "write 'data.columns={response:output}'"),
     (("tokens",), "if they are ids, rename tokens to input_ids"),
 )
 """Keys of rows that people have, and what to do about them."""
@@ -155,18 +161,29 @@ OTHER_NAMES = {
 """Names that data sets have for columns of the formats."""
 
 
-def _columns_to_rename(keys: Sequence[str]) -> str | None:
-    """Return a value of `data.columns` that makes a format of rows with these keys, or None if none is likely.
+def _columns_to_rename(row: Mapping[str, Any]) -> str | None:
+    """Return a value of `data.columns` that makes a format of rows like this one, or None if none is likely.
 
     It can be pasted: shells and Hydra take it as it is, in single quotes. Questions become instructions, which pass
     through the chat template; as prompts they would be joined to their answers with nothing in between.
     """
-    ours = {ours: next((name for name in (ours, *names) if name in keys), None) for ours, names in OTHER_NAMES.items()}
-    for wanted in (("instruction", "output"), ("messages",), ("text",)):
-        found = {theirs: name for name in wanted if (theirs := ours[name]) is not None}
-        if len(found) == len(wanted):
-            return "{" + ",".join(f"{theirs}:{name}" for theirs, name in found.items() if theirs != name) + "}"
-    return None
+    asked, answered = _column(row, "instruction", str), _column(row, "output", str)
+    if asked and answered:
+        asked = "instruction" if "instruction" in row else asked
+        context = {"context": "input"} if "context" in row and "input" not in row else {}
+        found = {asked: "instruction", **context, answered: "output"}
+    elif turns := _column(row, "messages", list):
+        found = {turns: "messages"}
+    elif document := _column(row, "text", str):
+        found = {document: "text"}
+    else:
+        return None
+    return "{" + ",".join(f"{theirs}:{ours}" for theirs, ours in found.items() if theirs != ours) + "}"
+
+
+def _column(row: Mapping[str, Any], ours: str, kind: type) -> str | None:
+    """Return the name of the column that is probably ours under another name."""
+    return next((name for name in (ours, *OTHER_NAMES[ours]) if isinstance(row.get(name), kind)), None)
 
 
 def _format_by_keys(row: Mapping[str, Any], keys: str, key: str) -> DataFormat | None:
@@ -203,13 +220,14 @@ def _parse_conversation(row: Mapping[str, Any], key: str) -> Conversation:
 
 def _parse_alpaca(row: Mapping[str, Any]) -> Instruction:
     history = []
-    if not isinstance(row.get("history") or [], list):
-        raise BadRowError(f"history is {kind(row['history'])}, not a list")
-    for index, exchange in enumerate(row.get("history") or ()):
+    exchanges = [] if is_absent(row.get("history")) else row["history"]
+    if not isinstance(exchanges, list):
+        raise BadRowError(f"history is {kind(exchanges)}, not a list")
+    for index, exchange in enumerate(exchanges):
         if not (isinstance(exchange, list) and len(exchange) == 2 and all(isinstance(text, str) for text in exchange)):
             raise BadRowError(f"history[{index}] is not a pair of strings")
         history.append((exchange[0], exchange[1]))
-    asked = "" if row.get("input") is None else text(row, "input")
+    asked = "" if is_absent(row.get("input")) else text(row, "input")
     return Instruction(text(row, "instruction"), asked, text(row, "output"), system_prompt(row), tuple(history))
 
 
@@ -241,7 +259,7 @@ def _parse_tokens(row: Mapping[str, Any]) -> TokenRow:
     length = len(input_ids)
     if length == 0:
         raise BadRowError("input_ids is empty")
-    labels = input_ids if row.get("labels") is None else _per_token(row, "labels", length)
+    labels = input_ids if row.get("labels") is None else _labels(row, input_ids)
     for name in MASKS:
         if row.get(name) is not None:
             labels = np.where(_flags(row, name, length), labels, IGNORED)
@@ -249,6 +267,15 @@ def _parse_tokens(row: Mapping[str, Any]) -> TokenRow:
     _check_is_one_sequence(row, attended, length)
     check_lists_of_tokens(row, length)
     return TokenRow(input_ids[attended], labels[attended])
+
+
+def _labels(row: Mapping[str, Any], input_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    labels = _per_token(row, "labels", len(input_ids))
+    own, counted = input_ids[:-1], labels[:-1] != IGNORED
+    following = np.where(counted, input_ids[1:], IGNORED)
+    if np.array_equal(labels[:-1], following) and not np.array_equal(own[counted], following[counted]):
+        raise BadRowError("labels are shifted: each is the id after its own; write the id itself, as in Hugging Face")
+    return labels
 
 
 def _per_token(row: Mapping[str, Any], key: str, length: int) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from typing import Any
 import orjson
 
 from chunkflow_cli.data.fields import REASONING, SWITCHES, SYSTEM, check_message, is_trained
+from chunkflow_cli.data.rows import check_keys
 from chunkflow_cli.data.sample import BadRowError, Message
 from chunkflow_cli.data.values import is_absent, kind, list_of_objects, required, text
 
@@ -32,10 +33,15 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
+    "ipython": "tool",
     "observation": "tool",
     "tool_response": "tool",
 }
@@ -61,6 +67,16 @@ def parse_messages(value: object, key: str, *, are_targets: bool) -> tuple[Messa
     return tuple(_message(turn, f"{key}[{index}]", are_targets) for index, turn in enumerate(turns))
 
 
+def with_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its conversation as a list: tables, and some data sets, hold it as a JSON string.
+
+    Raises:
+        BadRowError: the string is not JSON.
+    """
+    written = {key: row[key] for key in ("messages", "conversations") if isinstance(row.get(key), str)}
+    return row | {key: _from_json(value, key) for key, value in written.items()} if written else row
+
+
 def _message(turn: Mapping[str, Any], place: str, are_targets: bool) -> Message:
     role_key = _one_of(turn, "role", "from", place)
     speaker = text(turn, role_key, place)
@@ -72,7 +88,7 @@ def _message(turn: Mapping[str, Any], place: str, are_targets: bool) -> Message:
     if calls and role != "assistant":
         key = "function_call" if is_absent(turn.get("tool_calls")) else "tool_calls"
         raise BadRowError(f"{place}.{key}: the role {role} makes no calls; only an assistant's message does")
-    extra = {name: value for name, value in turn.items() if name not in _READ and value is not None}
+    extra = {name: value for name, value in turn.items() if name not in _READ and value is not None and value == value}
     content = _content(
         turn,
         _one_of(turn, "content", "value", place),
@@ -210,6 +226,15 @@ def _strict_json(value: str) -> object:
         return None
 
 
+def _from_json(value: str, key: str) -> Any:
+    try:
+        parsed = orjson.loads(value)
+        check_keys(value.encode(), parsed)
+    except orjson.JSONDecodeError as error:
+        raise BadRowError(f"{key} is a string that is not JSON: {error.msg}") from error
+    return parsed
+
+
 def _check_json(value: object, place: str) -> None:
     """Raise if a value holds NaN, or something that JSON has no form for (parquet's dates and bytes)."""
     try:
@@ -232,10 +257,7 @@ def parse_tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 def _tools(value: object, key: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str):
-        try:
-            value = orjson.loads(value) if value.strip() else None
-        except orjson.JSONDecodeError as error:
-            raise BadRowError(f"{key} is a string that is not JSON: {error.msg}") from error
+        value = _from_json(value, key) if value.strip() else None
     if is_absent(value):
         return ()
     tools = list_of_objects(value, key)

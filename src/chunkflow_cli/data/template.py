@@ -155,7 +155,7 @@ class ChatTemplate:
         ends = [index + 1 for index in targets if index + 1 < len(messages)]
         (whole, *throughs), _ = self._rendered(template, [messages, *(messages[:end] for end in ends)], tools)
         if 0 in targets:
-            raise BadRowError(f"the conversation begins with an assistant turn; {REMEDY}")
+            raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
         prefixes, _ = self._rendered(template, [messages[:end] for end in targets], tools, add_generation_prompt=True)
         regions: dict[int, tuple[int, int]] = {}
         spans, borrowed = [], set()
