@@ -39,12 +39,6 @@ def invoke(*words: str) -> Result:
     return CliRunner().invoke(app, ["tune-chunk-size", "recipe=tiny_random", *words])
 
 
-def keys_of(file: str) -> list[str]:
-    """Return the keys of a YAML file as words: `chunk.size=512`."""
-    sections = yaml.safe_load(Path(file).read_text())
-    return [f"{section}.{name}={value}" for section, keys in sections.items() for name, value in keys.items()]
-
-
 def tuned(*words: str) -> dict[str, Any]:
     result = invoke(*words, "--json")
     assert result.exit_code == 0, result.stderr
@@ -73,9 +67,15 @@ def test_train_reads_the_file_that_tune_writes() -> None:
     assert "  k: 7" in CliRunner().invoke(app, [*words, "chunk.k=7"]).stdout
 
 
+def written_words(found: dict[str, Any]) -> list[str]:
+    """Return the keys of the file of overrides as words of a command line."""
+    tree = yaml.safe_load(Path(found["overrides_file"]).read_text())
+    return [f"{section}.{name}={value}" for section, keys in tree.items() for name, value in keys.items()]
+
+
 def test_by_default_the_file_is_in_the_outputs_of_the_recipe() -> None:
     found = tuned(PROFILE, SIZES)
-    assert keys_of(found["overrides_file"]) == [
+    assert written_words(found) == [
         f"chunk.size={found['best']['chunk_size']}",
         f"chunk.k={found['best']['k']}",
     ]
@@ -120,6 +120,22 @@ def test_bad_input_is_a_clear_line_and_exit_2(words: list[str], message: str) ->
     assert message in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_a_file_without_overrides_is_refused(tmp_path: Path) -> None:
+    def read(name: str) -> Any:
+        return load(["recipe=tiny_random", f"overrides={tmp_path / name}"]).config
+
+    with pytest.raises(UsageError, match=r"--overrides=.*no\.yaml is not a file"):
+        read("no.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UsageError, match="holds no keys"):
+        read("list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        read("broken.yaml")
+    (tmp_path / "nested.yaml").write_text("chunk: {size: 64}\ndata: {max_length: null}\n")
+    assert (read("nested.yaml").chunk.size, read("nested.yaml").data.max_length) == (64, None)
 
 
 def test_the_screen_fits_and_names_the_next_command() -> None:
@@ -198,10 +214,10 @@ def test_the_configured_cluster_is_planned_for() -> None:
 
 def test_the_file_sets_the_stages_if_they_differ_from_the_recipe() -> None:
     found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", "launch.processes=16", "cluster.pipelines=[4]")
-    assert "parallel.pipeline=4" in keys_of(found["overrides_file"])
+    assert "parallel.pipeline=4" in written_words(found)
     back = ["launch.processes=16", "parallel.pipeline=2", "cluster.pipelines=[1]"]
     found = tuned(PROFILE, "tune.chunk_sizes=[128]", "tune.ks=[1]", *back)
-    assert "parallel.pipeline=1" in keys_of(found["overrides_file"])
+    assert "parallel.pipeline=1" in written_words(found)
 
 
 def test_the_screen_of_a_cluster_fits_and_its_sentences_compare_the_layouts() -> None:
@@ -299,7 +315,7 @@ def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> No
     assert layouts == [(1, 1, 8), (1, 4, 2), (2, 1, 8), (2, 4, 2), (4, 1, 8)]
     words = ["launch.processes=8", "cluster.sequences=[2]", "cluster.pipelines=[4]", "tune.cuts=[time]"]
     found = tuned(PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", *words)
-    written = keys_of(found["overrides_file"])
+    written = written_words(found)
     assert {"parallel.sequence=2", "parallel.pipeline=4", "chunk.cuts=time"} <= set(written)
     plan = CliRunner().invoke(app, ["plan", "recipe=tiny_random", "launch.processes=8", PROFILE, *written, "--json"])
     planned = json.loads(plan.stdout)

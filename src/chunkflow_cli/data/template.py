@@ -177,11 +177,9 @@ class ChatTemplate:
 
     def _opens_with_answer(self, template: str, whole: str, tools: list[Any] | None) -> bool:
         """Return True if the template can write a generation prompt before the first turn, as this text has it."""
-        from jinja2.exceptions import TemplateError
-
         try:
             (prompt,), _ = self._rendered(template, [[]], tools, add_generation_prompt=True)
-        except (TemplateError, *_FAULTS):
+        except BadRowError:
             return False  # most templates look at the first message
         return bool(prompt) and whole.startswith(prompt)
 
