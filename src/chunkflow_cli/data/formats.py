@@ -126,7 +126,10 @@ def _no_one_format(
 
 _HINTS = (
     (("chosen",), PREFERENCE),
-    (("preferred_output",), PREFERENCE),
+    (
+        ("preferred_output",),
+        "preference data (DPO); append preferred_output to the messages of input, for one answer (SFT)",
+    ),
     (("choices",), "an API's answer without its request; append choices[0].message to the request's messages"),
     (("body",), "a batch of API requests; take messages and tools out of body, and append the answers"),
     (("request",), "a log of API requests; take messages and tools out of request, and append the answer"),
