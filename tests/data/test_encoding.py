@@ -232,6 +232,17 @@ def test_a_thinking_template_that_keeps_answers_is_exact(tmp_path: Path) -> None
     )
 
 
+def test_a_conversation_may_begin_with_an_answer(tmp_path: Path) -> None:
+    """Parts of long ShareGPT conversations do, and greetings of characters."""
+    model = make_tokenizer(tmp_path / "model", template=CHATML)
+    messages = chat("Hello", "Q", "A", roles=("assistant", "user"))
+    data = load(write_rows(tmp_path / "a.jsonl", [{"messages": messages}]), model)
+    assert only(data, model) == (
+        "<|im_start|>assistant\n[Hello<|im_end|>]\n<|im_start|>user\nQ<|im_end|>\n"
+        "<|im_start|>assistant\n[A<|im_end|>]\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
@@ -242,7 +253,16 @@ def test_a_thinking_template_that_keeps_answers_is_exact(tmp_path: Path) -> None
             "the chat template writes turn 2 differently within",
         ),
         (CHATML.replace("in messages", "in messages | reverse"), chat("Q", "A"), "writes turn 2 differently"),
-        (CHATML, chat("A", "Q", "A", roles=("assistant", "user")), "begins with an assistant turn"),
+        (
+            "{% if messages[0].role != 'system' %}{{ 'Be kind.' }}{% endif %}" + CHATML,
+            chat("A", "Q", "A", roles=("assistant", "user")),
+            "begins with an assistant turn",
+        ),
+        (
+            CHATML.replace("{{ '<|im_start|>' +", "{{ ('Be kind.' if loop.first else '') + '<|im_start|>' +"),
+            chat("A", "Q", "A", roles=("assistant", "user")),
+            "begins with an assistant turn",
+        ),
         (CHATML, chat("Q"), "there is no assistant message"),
         (
             STRICT,

@@ -170,6 +170,15 @@ def test_fields_that_say_nothing_or_describe_the_row_are_ignored(
     assert learnt(encoders[format], row) == learnt(encoders[format], ROWS[format])
 
 
+def test_a_weight_in_a_table_without_types() -> None:
+    """All cells of CSV are strings."""
+    for one in ("1", "1.0", "True"):
+        parse_sample({"text": "a", "weight": one}, DataFormat.text)
+    for zero in ("0", "0.0", "false"):
+        with pytest.raises(BadRowError, match="asks not to be trained on"):
+            parse_sample({"text": "a", "weight": zero}, DataFormat.text)
+
+
 # Which turns count
 
 

@@ -469,6 +469,7 @@ def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
             "append choices[0].message to the request's messages",
         ),
         ({"custom_id": "a", "method": "POST", "url": "u", "body": {}}, "take messages and tools out of body"),
+        ({"prompt;completion": "a;b"}, "fields are separated by commas in .csv"),
         ({"contents": [{"role": "user", "parts": [{"text": "a"}]}]}, "Gemini's form; write messages"),
     ],
 )

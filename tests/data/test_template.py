@@ -207,6 +207,14 @@ GLM = (
 )
 
 
+@pytest.mark.parametrize(
+    "fault", ["{{ 1 / 0 }}", "{{ range(999999) }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"]
+)
+def test_a_fault_of_the_template_is_a_bad_row(fault: str) -> None:
+    with pytest.raises(BadRowError, match="the chat template rejects the conversation"):
+        rendered(user("Q"), answer("A"), text=chatml("{{ m.content }}", before=fault))
+
+
 def test_a_turn_that_the_next_one_ends() -> None:
     """The model has to generate the next role's token to stop: without it as a target, it never learns to."""
     found = rendered(user("Q"), answer("blue"), user("R"), answer("green"), text=GLM)

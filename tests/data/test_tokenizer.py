@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,19 @@ def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
     assert not has_tokenizer("/no/such/folder")
     with pytest.raises(UsageError, match=r"^model\.path=/no/such/folder: its tokenizer cannot be loaded"):
         load_tokenizer("/no/such/folder", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", "[]"), ("tokenizer_config.json", '{"eos_token": 5}'),
+     ("tokenizer_config.json", '{"added_tokens_decoder": "x"}')],
+)  # fmt: skip
+def test_a_broken_tokenizer_is_explained(name: str, content: str, chatml: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(chatml, broken)
+    (broken / name).write_text(content)
+    with pytest.raises(UsageError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(str(broken), trust_remote_code=False)
 
 
 @pytest.mark.torch

@@ -17,7 +17,7 @@ from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import check_settings, check_weights, tensors_of
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import check_files
+from chunkflow_cli.model.loading import check_files, on_meta_device
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 5\n"
 
@@ -93,6 +93,25 @@ def test_pointers_of_files_that_are_not_read_do_not_matter(tmp_path: Path) -> No
         (folder / name).write_text(POINTER)
     check_settings(folder, "m")
     check_weights(folder, "m")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vocab_size": "512"}, {"vocab_size": None}, {"hidden_size": 33, "num_attention_heads": 2},
+        {"num_attention_heads": 0}, {"hidden_act": "nonsense"}, {"pad_token_id": 99999}, {"model_type": "t5"},
+        {"rope_scaling": {"type": "weird", "factor": 2}},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)),
+)  # fmt: skip
+def test_a_configuration_of_no_possible_model_is_explained(settings: dict[str, object], tmp_path: Path) -> None:
+    """Libraries raise anything from KeyError to ZeroDivisionError for it."""
+    sizes = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    values = {"model_type": "llama", "num_attention_heads": 2, **sizes, **settings}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = ModelConfig(path=str(tmp_path))
+    with pytest.raises(UsageError, match=r"^model\.path=.*(no usable config\.json|no causal language model)"):
+        on_meta_device(config, load_config(config))
 
 
 OTHERS: dict[str, tuple[str, list[str], str]] = {

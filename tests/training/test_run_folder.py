@@ -248,6 +248,24 @@ def test_a_damaged_report_is_named(tmp_path: Path) -> None:
             run.report_of_finished()
 
 
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [({}, "has no weights"), ({"model.safetensors": b"x" * 9}, "not a complete safetensors file"),
+     ({"adapter_config.json": b"{}"}, "adapter_model.safetensors is missing")],
+    ids=["no weights", "half a file", "no adapter"],
+)  # fmt: skip
+def test_a_finished_run_without_its_weights_is_not_called_finished(
+    files: dict[str, bytes], reason: str, tmp_path: Path
+) -> None:
+    run = RunFolder(began(tmp_path), None, None)
+    run.report.write_text('{"steps": 3}')
+    run.final.mkdir()
+    for name, content in {"config.json": b"{}", **files}.items():
+        (run.final / name).write_bytes(content)
+    with pytest.raises(RunError, match=rf"is a finished run, but its result is damaged: .*{reason}(.|\n)*delete"):
+        run.report_of_finished()
+
+
 # The same run
 
 

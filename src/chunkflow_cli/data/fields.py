@@ -124,14 +124,16 @@ _WHERE = {
     "tool_call_id": "put it into the tool's message",
 }
 PREFERENCE = (
-    "preference data (DPO), and chunkflow trains on one answer (SFT); "
-    "rename chosen to messages or completion, and remove the rejected answer"
+    "preference data (DPO), and chunkflow trains on one answer (SFT); to imitate the chosen one, write "
+    "'data.columns={chosen:messages,rejected:unused}', or chosen:completion if it is a string"
 )
 
 
 def _check_weight(key: str, value: Any) -> None:
     if key in ("loss", "training") and not isinstance(value, bool):
         return  # a measurement or a note; only messages have them as switches
+    if isinstance(value, str):  # of a table without types
+        value = {"1": 1, "1.0": 1, "true": True, "0": 0, "0.0": 0, "false": False}.get(value.strip().lower(), value)
     if not isinstance(value, (int, float)) or value not in (0, 1):
         raise BadRowError(f"{key} is {_shown(value)}, and all rows count equally; {_REMOVE}")
     if value == 0:

@@ -17,6 +17,7 @@ chat template. The reason for rejecting a row (`BadRowError`) names the key, as 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -136,6 +137,8 @@ _HINTS = (
 
 
 def _hint(keys: str) -> str:
+    if ", " not in keys and re.search(r"[;\t|]", keys):
+        return " (is that several? fields are separated by commas in .csv, by tabs in .tsv)"
     present = set(keys.split(", "))
     return next((f" ({hint})" for needed, hint in _HINTS if present.issuperset(needed)), "")
 

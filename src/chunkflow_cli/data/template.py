@@ -154,7 +154,7 @@ class ChatTemplate:
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
         ends = [index + 1 for index in targets if index + 1 < len(messages)]
         (whole, *throughs), _ = self._rendered(template, [messages, *(messages[:end] for end in ends)], tools)
-        if 0 in targets:
+        if 0 in targets and not self._opens_with_answer(template, whole, tools):
             raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
         prefixes, _ = self._rendered(template, [messages[:end] for end in targets], tools, add_generation_prompt=True)
         regions: dict[int, tuple[int, int]] = {}
@@ -174,6 +174,14 @@ class ChatTemplate:
         turns = [Turn(turn, index in regions, whole, regions.get(index)) for index, turn in enumerate(messages)]
         answer_end = spans[-1][1] if spans else None
         return self._remarked(MarkedText(whole, tuple(spans), answer_end, frozenset(borrowed)), given, turns, template)
+
+    def _opens_with_answer(self, template: str, whole: str, tools: list[Any] | None) -> bool:
+        """Return True if the template can write a generation prompt before the first turn, as this text has it."""
+        try:
+            (prompt,), _ = self._rendered(template, [[]], tools, add_generation_prompt=True)
+        except BadRowError:
+            return False  # most templates look at the first message
+        return bool(prompt) and whole.startswith(prompt)
 
     def _end_of_turn(self, through: str, start: int) -> tuple[int, bool]:
         """Return the end of the targets of a turn that begins at `start`, and whether a token of its own ends it."""

@@ -93,6 +93,7 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> PreTrainedTok
             f"model.path={model_path} has no tokenizer\n"
             "  copy the tokenizer's files (tokenizer.json ...) there, or use tokenised data: data.format=tokens"
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     if not path.exists():
@@ -106,7 +107,8 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> PreTrainedTok
             name = str(path) if path.is_dir() else model_path
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        if not isinstance(error, (OSError, ValueError, KeyError, ImportError)) and type(error) is not Exception:
+        faults = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
+        if not isinstance(error, faults) and type(error) is not Exception:
             raise  # a broken tokenizer.json is a plain Exception
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"model.path={model_path}: its tokenizer cannot be loaded\n  {reason}") from error

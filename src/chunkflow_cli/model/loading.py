@@ -15,7 +15,7 @@ from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 from chunkflow_cli.model.folder import check_weights, listed
-from chunkflow_cli.model.hf_config import pretrained_arguments, unreadable
+from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
 
 if TYPE_CHECKING:
@@ -38,10 +38,11 @@ def load_model(
     _quiet_peft()
     if config.init is Init.random:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(hf_config), dtype=dtype, attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        with config_errors(config):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), dtype=dtype, attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
     else:
         torch.manual_seed(seed)  # of weights that are new
         model = _pretrained(config, hf_config, dtype=dtype, attention=attention)
@@ -88,7 +89,8 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 attn_implementation=attention, trust_remote_code=config.trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
-        except (OSError, ValueError, LookupError, ImportError, SafetensorError, UnpicklingError, EOFError) as error:
+        except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
+                EOFError) as error:  # fmt: skip
             raise unreadable(config, "weights", error) from error
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
@@ -128,7 +130,7 @@ def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
     _quiet_peft()
     own_config = copy.deepcopy(hf_config)  # setting a model's attention changes its configuration
     dtype, trusts = getattr(torch, config.dtype.value), config.trust_remote_code
-    with torch.device("meta"):
+    with config_errors(config), torch.device("meta"):
         return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trusts)
 
 

@@ -17,6 +17,7 @@ from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.console import counted, stderr_console
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import write_json
+from chunkflow_cli.model.folder import check_weights, tensors_of
 from chunkflow_cli.training.checkpoint_folder import NAME, STATE, newest_checkpoint, read_state, steps_of
 from chunkflow_cli.training.identity import RunIdentity, differences
 from chunkflow_cli.training.saved_config import CONFIG, OVERRIDES, differing_keys, save_config
@@ -76,15 +77,35 @@ class RunFolder:
         return RunIdentity.from_json(_read_object(self.path / IDENTITY), self.path / IDENTITY)
 
     def report_of_finished(self) -> dict[str, Any] | None:
-        """Return the report if the run is finished, and print how to run it again; otherwise return None."""
+        """Return the report if the run is finished, and print how to run it again; otherwise return None.
+
+        Raises:
+            RunError: the report or the weights in `final/` are damaged.
+        """
         if not self.report.exists():
             return None
         report = self.read_report()
+        self._check_final()
         stderr_console().print(
             f"This run is finished already. To run it again: checkpoint.resume=never\n  {self.path}",
             soft_wrap=True,
         )  # fmt: skip
         return report
+
+    def _check_final(self) -> None:
+        """Raise if the weights of a finished run are no longer there, or not whole."""
+        adapter = self.final / "adapter_model.safetensors"
+        try:
+            if (self.final / "adapter_config.json").exists():
+                tensors_of(adapter, str(self.final))
+            else:
+                check_weights(self.final, str(self.final))
+        except (UsageError, OSError) as error:
+            reason = f"{adapter} is missing" if isinstance(error, OSError) else str(error).partition("\n")[0]
+            raise RunError(
+                f"{self.path} is a finished run, but its result is damaged: {reason}\n"
+                f"  delete {self.report}, and the same command writes {self.final} again, from the last checkpoint on"
+            ) from error
 
     def close(self) -> None:
         """Release the folder. If the run has left nothing in it, delete what was made for it."""
