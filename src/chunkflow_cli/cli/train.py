@@ -67,8 +67,8 @@ def _announce_and_check(loaded: LoadedConfig) -> None:
         recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
         data = printable(as_written(config.data.path))
         stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)
+        check_data(config.data)
     check_inputs(loaded)
-    check_data(config.data)
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
