@@ -96,7 +96,7 @@ def _test_size(config: Config, hf_config: Any, console: Console) -> tuple[int, i
     if chunk_size * 2 > length:
         smaller = max(1, length * 2 // 7)
         console.print(
-            f"{length:,} tokens do not fill two chunks of chunk.size={chunk_size:,}: using chunks of {smaller:,}",
+            f"chunk.size={chunk_size:,} is too large for a test of {length:,} tokens: testing chunks of {smaller:,}",
             soft_wrap=True,
         )
         chunk_size = smaller
@@ -121,7 +121,7 @@ def _print(console: Console, result: dict[str, Any], config: Config) -> None:
         f"{result['dtype']}, attention {result['attention']}",
         "loss": f"{loss} ({result['loss_rel_error']:.1e} relative difference)",
         "gradient": f"{result['grad_rel_error']:.1e} relative difference, {result['tolerance']:.0e} allowed",
-        "worst": f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})",
+        "worst weight": f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})",
     }
     console.print(facts((name, Text(sentence)) for name, sentence in rows.items()))
     passed = Text.assemble(("passed", "green"), ": chunked training of this model is exact")
