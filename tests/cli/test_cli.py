@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
+
+from chunkflow_cli.cli.app import app
 
 pytestmark = pytest.mark.processes
 
@@ -165,24 +168,24 @@ def test_multirun_runs_each_combination(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
-    words = ["train", "recipe=tiny_random", "train.steps=1", "train.output_dir=run", "train.guard=false"]
-    first = chunkflow(*words, cwd=tmp_path)
+def test_a_finished_run_is_neither_run_again_nor_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, because four starts would import torch four times."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(*words: str) -> Result:
+        return CliRunner().invoke(app, ["train", "recipe=tiny_random", "train.steps=1", "train.output_dir=run",
+                                        "train.guard=false", *words])  # fmt: skip
+
+    assert train().exit_code == 0
     start = time.time()
-    second = chunkflow(*words, cwd=tmp_path)
-    assert (first.returncode, second.returncode) == (0, 0)
-    assert "finished already" in second.stderr
-    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime < start
-
-
-def test_another_configuration_does_not_overwrite_a_run(tmp_path: Path) -> None:
-    words = ["train", "recipe=tiny_random", "train.steps=1", "train.output_dir=run", "train.guard=false"]
-    assert chunkflow(*words, cwd=tmp_path).returncode == 0
-    other = chunkflow(*words, "optim.lr=0.5", cwd=tmp_path)
-    assert other.returncode == 2
-    assert "optim.lr" in other.stderr
-    anew = chunkflow(*words, "optim.lr=0.5", "checkpoint.resume=never", cwd=tmp_path)
-    assert anew.returncode == 0
+    again = train()
+    assert again.exit_code == 0
+    assert "finished already" in again.stderr
+    assert Path("run/metrics.jsonl").stat().st_mtime < start
+    other = train("optim.lr=0.5")
+    assert other.exit_code == 2
+    assert "optim.lr was 0.001 and is 0.5" in other.stderr
+    assert train("optim.lr=0.5", "checkpoint.resume=never").exit_code == 0
     assert len(list(tmp_path.glob("run.before-*/final"))) == 1
 
 
