@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from chunkflow_cli.cli.app import app
 
@@ -169,23 +169,19 @@ def test_multirun_runs_each_combination(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_neither_run_again_nor_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, because four starts would import torch four times."""
+    """The commands that do not train run in this process."""
     monkeypatch.chdir(tmp_path)
-
-    def train(*words: str) -> Result:
-        return CliRunner().invoke(app, ["train", "recipe=tiny_random", "train.steps=1", "train.output_dir=run",
-                                        "train.guard=false", *words])  # fmt: skip
-
-    assert train().exit_code == 0
+    words = ["train", "recipe=tiny_random", "train.steps=1", "train.output_dir=run", "train.guard=false"]
+    assert chunkflow(*words, cwd=tmp_path).returncode == 0
     start = time.time()
-    again = train()
+    again = CliRunner().invoke(app, words)
     assert again.exit_code == 0
     assert "finished already" in again.stderr
     assert Path("run/metrics.jsonl").stat().st_mtime < start
-    other = train("optim.lr=0.5")
+    other = CliRunner().invoke(app, [*words, "optim.lr=0.5"])
     assert other.exit_code == 2
     assert "optim.lr was 0.001 and is 0.5" in other.stderr
-    assert train("optim.lr=0.5", "checkpoint.resume=never").exit_code == 0
+    assert chunkflow(*words, "optim.lr=0.5", "checkpoint.resume=never", cwd=tmp_path).returncode == 0
     assert len(list(tmp_path.glob("run.before-*/final"))) == 1
 
 
