@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -468,6 +468,7 @@ def test_a_row_that_would_fill_the_memory_is_refused(
     window=st.integers(1, 40),
     ascii=st.booleans(),
 )
+@example(rows=[0.0, -1e-7], indent=None, window=1, ascii=False)
 def test_arrays_are_read_in_parts(rows: list[Any], indent: int | None, window: int, ascii: bool) -> None:
     """Wherever the window ends, in a number, an escape or a character, the elements are those of `json.loads`."""
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")

@@ -89,7 +89,9 @@ class _Window:
             except RecursionError as error:
                 raise self.error(self.at, "nested too deeply") from error
             else:
-                if not (is_number and end == len(self._text) and self._grow()):
+                # Of `0.5`, the window may end after `0` or after `0.`, both of which begin with a number.
+                is_cut = is_number and not self._text[end:].strip("0123456789.eE+-")
+                if not (is_cut and self._grow()):
                     break
             if len(self._text) - self.at > self._largest:
                 raise self.error(self.at, f"an element of more than {self._largest >> 20} MiB")

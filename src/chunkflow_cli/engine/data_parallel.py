@@ -14,6 +14,9 @@ from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
 
+_open_coalescing: list[AbstractContextManager[Any]] = []
+"""Contexts that collect gradients and are not finished. When a step fails they are left as they are: a context that is
+garbage-collected would reduce its gradients, together with ranks that may be gone."""
 WRAPPER = "causal_lm."
 """Prefix of a parameter's name where the engine drives a module around the Hugging Face model."""
 
@@ -96,6 +99,7 @@ class Engine(BaseEngine):
         """Collect the gradients of all backwards; ZeRO-2 otherwise keeps those of the last one only."""
         if self._coalescing is None:
             self._coalescing = self._engine.coalesce_grad_reduction()
+            _open_coalescing.append(self._coalescing)
             self._coalescing.__enter__()
 
     def _reduce(self) -> None:
@@ -108,6 +112,7 @@ class Engine(BaseEngine):
             self._coalesce()
             assert self._coalescing is not None
             self._coalescing.__exit__(None, None, None)
+            _open_coalescing.remove(self._coalescing)
             self._coalescing = None
 
     def _update(self) -> None:
