@@ -334,7 +334,7 @@ def test_crlf_and_bom_change_nothing(tmp_path: Path) -> None:
     crlf = found(write(tmp_path / "crlf.jsonl", rows, end=b"\r\n"))
     bom = found(write(tmp_path / "bom.jsonl", [b"\xef\xbb\xbf" + json.dumps(rows[0]).encode(), *rows[1:]]))
     for result in (crlf, bom):
-        names = {"data": "", "longest": "", "next_command": ""}
+        names = {"data": "", "longest": ""}
         assert result | names == plain | names
 
 
@@ -480,8 +480,9 @@ def test_several_data_sets_side_by_side(chats: str, tmp_path: Path, capsys: pyte
     result = analyze.run([chats, other], load([]))
     assert [data["data"] for data in result["datasets"]] == [chats, other]
     assert [data["samples"] for data in result["datasets"]] == [4, 1]
-    assert result["datasets"][0]["next_command"].endswith(f"data.path={chats}")  # a run reads one format only
-    table = capsys.readouterr().out.split("data ")[-1].splitlines()
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith(f"data.path={chats}"), "the next command names one: a run reads one format only"
+    table = out.split("data ")[-1].splitlines()
     assert table[0].split() == ["samples", "tokens", "mean", "longest", "<1K", "<8K", "<32K"]
     assert [line.split()[:2] for line in table[1:3]] == [["chats.jsonl", "4"], ["texts.jsonl", "1"]]
     both = chunkflow("analyze", chats, "chunk.size=512", other, "--json", cwd=tmp_path)

@@ -88,12 +88,12 @@ def run(
         check_plot_path(plot)
     measured = [measure(path, config) for path in list(paths) or [config.data.path]]
     trained = paths if len({data.format for data in measured}) == 1 else paths[:1]  # a run reads one format
-    analyses = [{**analysis(data, config), "next_command": _next_command(trained, loaded)} for data in measured]
+    analyses = [analysis(data, config) for data in measured]
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
     if not json_output:
         lengths = [data.lengths for data in measured]
-        print_analyses(stdout_console(), list(zip(lengths, analyses, strict=True)))
+        print_analyses(stdout_console(), list(zip(lengths, analyses, strict=True)), _next_command(trained, loaded))
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}

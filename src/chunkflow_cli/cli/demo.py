@@ -13,8 +13,8 @@ import argparse
 import ast
 import json
 import random
-import sys
 import sysconfig
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def _pairs_of(tree: ast.Module, source: str, module: str) -> Iterator[Pair]:
             kind, answer = f"the module {module}", source
         else:
             kind = f"{'class' if isinstance(node, ast.ClassDef) else 'function'} {node.name} of the module {module}"
-            answer = "".join(lines[node.lineno - 1 : node.end_lineno])
+            answer = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
         yield Pair(f"Write the Python source of {kind}.\n\n{documentation}", answer)
 
 
@@ -127,9 +127,11 @@ def main() -> None:
 
     command = ["train", f"recipe={RECIPE}", *arguments.overrides]
     print("\n$ chunkflow " + " ".join(command), flush=True)
-    exit_code = app(command, standalone_mode=False)
-    if exit_code:
-        sys.exit(exit_code)
+    try:
+        app(command)
+    except SystemExit as end:
+        if end.code:
+            raise
     final = max(Path("outputs", RECIPE).glob("*/final"), key=lambda path: path.stat().st_mtime)
     print(f"\nIt still answers general questions:\n  > {QUESTION}\n  {ask(str(final), QUESTION)}")
 

@@ -22,11 +22,14 @@ WIDEST = 140
 SHOWN_REASONS = 5
 
 
-def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64], dict[str, Any]]]) -> None:
+def print_analyses(
+    console: Console, analyses: Sequence[tuple[NDArray[np.int64], dict[str, Any]]], next_command: str = ""
+) -> None:
     """Print the screen of each data set, and a comparison if there are several.
 
     Args:
         analyses: (samples,) lengths of each data set, and what `analyze.analysis` found.
+        next_command: the command to go on with, printed last.
     """
     for index, (lengths, found) in enumerate(analyses):
         for place, block in enumerate(_blocks(console.width, lengths, found)):
@@ -44,6 +47,8 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
         text = " from the text and may be off by a quarter, in other languages than English by a factor of two."
         console.print(Text.assemble(title, text))
         console.print(Text.assemble("For exact lengths, name a tokenizer: ", tokenizer, " or ", recipe, "."))
+    if next_command:
+        console.print(Text(f"Next:  {next_command}", style="bold"), soft_wrap=True)
 
 
 def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> Iterator[RenderableType]:
@@ -153,7 +158,7 @@ def _costs(found: dict[str, Any]) -> Table:
 
 
 def _conclusion(found: dict[str, Any]) -> Text:
-    """Say what truncation would lose and what chunks waste, and name the next command."""
+    """Say what truncation would lose, and what chunks waste."""
     packing = found["packing"]
     chunk = next(row for row in packing["chunks"] if row["chunk_size"] == packing["configured_chunk_size"])
     text = Text()
@@ -162,10 +167,7 @@ def _conclusion(found: dict[str, Any]) -> Text:
         cut = cuts[-1]
         lost = percent(cut["tokens_lost"] / found["tokens"])
         text.append(f"Truncating at {short_count(cut['limit'])} would lose {lost} of all tokens. ")
-    text.append(f"Chunks of {short_count(chunk['chunk_size'])} lose none, and {percent(chunk['waste'])} is padding.\n")
-    if found.get("next_command"):
-        text.append(f"Next:  {found['next_command']}", style="bold")
-    text.rstrip()
+    text.append(f"Chunks of {short_count(chunk['chunk_size'])} lose none, and {percent(chunk['waste'])} is padding.")
     return text
 
 
