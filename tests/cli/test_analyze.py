@@ -469,7 +469,11 @@ def test_screen_in_a_pipe(chats: str, tmp_path: Path) -> None:
     run = chunkflow("analyze", chats, cwd=tmp_path, COLUMNS="80", TERM="xterm-256color")
     assert run.returncode == 0, run.stderr
     assert "\x1b" not in run.stdout
-    assert max(cell_len(line) for line in run.stdout.splitlines()) <= 80
+    *lines, next_command = run.stdout.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    assert next_command.startswith("Next:  chunkflow tune-chunk-size model.path=MODEL "), (
+        "whole, so that it can be copied"
+    )
     assert "Lengths are estimated" in run.stdout
     assert "model.path=" in run.stdout
 
