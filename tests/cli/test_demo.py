@@ -34,8 +34,8 @@ def test_every_documented_definition_becomes_a_pair(tmp_path: Path) -> None:
         "Write the Python source of function add of the module numbers_.",
     ]
     assert pairs[0].answer == SOURCE
-    assert pairs[2].answer == 'def add(self, n):\n    """Add n."""\n    return n\n'
     messages = json.loads(pairs[2].to_json())["messages"]
+    assert messages[1]["content"] == 'def add(self, n):\n    """Add n."""\n    return n\n'
     assert [message["role"] for message in messages] == ["user", "assistant"]
 
 

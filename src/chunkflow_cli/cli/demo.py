@@ -43,7 +43,8 @@ class Pair:
         return len(self.request) + len(self.answer)
 
     def to_json(self) -> str:
-        messages = [{"role": "user", "content": self.request}, {"role": "assistant", "content": self.answer}]
+        answer = textwrap.dedent(self.answer)  # white space at its beginning would join the template's last token
+        messages = [{"role": "user", "content": self.request}, {"role": "assistant", "content": answer}]
         return json.dumps({"messages": messages}, ensure_ascii=False)
 
 
@@ -77,7 +78,7 @@ def _pairs_of(tree: ast.Module, source: str, module: str) -> Iterator[Pair]:
             kind, answer = f"the module {module}", source
         else:
             kind = f"{'class' if isinstance(node, ast.ClassDef) else 'function'} {node.name} of the module {module}"
-            answer = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
+            answer = "".join(lines[node.lineno - 1 : node.end_lineno])
         yield Pair(f"Write the Python source of {kind}.\n\n{documentation}", answer)
 
 
