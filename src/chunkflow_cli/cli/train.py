@@ -50,7 +50,8 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     from chunkflow_cli.training import launch
 
     loaded = launch.with_processes(request.load(overrides))
-    _announce_and_check(loaded)
+    if environment.worker_folder() is None:  # the launcher of a worker has checked all this
+        _announce_and_check(loaded)
     if launch.is_needed(loaded):
         return launch.run(loaded, config_dir=request.config_dir, debug=request.debug, json_output=request.json_output)
     from chunkflow_cli.training import train
@@ -60,10 +61,8 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
 
 def _announce_and_check(loaded: LoadedConfig) -> None:
     """Print what is about to be trained, and check that it is there, before torch is imported."""
-    if environment.worker_folder() is not None or environment.rank() != 0:
-        return
     config = loaded.config
-    if config.model.path and config.data.path:
+    if config.model.path and config.data.path and environment.rank() == 0:
         recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
         data = printable(as_written(config.data.path))
         stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)

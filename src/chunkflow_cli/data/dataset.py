@@ -21,9 +21,10 @@ from chunkflow_cli.data.notes import announce
 from chunkflow_cli.data.parallel import encode_source
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow, TokenizedSample
-from chunkflow_cli.data.source import Location, Source, open_source, warn_once
+from chunkflow_cli.data.source import Location, Source, open_source
 from chunkflow_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.processes.notices import warn_once
 
 SHOWN = 5
 """Maximum number of samples or rows that an error lists."""

@@ -6,14 +6,12 @@ rows, so a run that finds its tokens in the cache says the same as the one that 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache as once
 
 from chunkflow_cli.console import counted
 from chunkflow_cli.data.source import Location
-from chunkflow_cli.processes.environment import rank
+from chunkflow_cli.processes.notices import say_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +60,7 @@ def announce(notes: Iterable[Note], named: str, location: Callable[[int, int], L
         named: key and path of the data.
         location: `Source.location`.
     """
-    if rank():
-        return
     for note in sorted(notes, key=lambda note: not note.is_warning):
         kind = "warning" if note.is_warning else "note"
         where = f"({counted(note.rows, 'row')}, first {location(note.file, note.line)})"
-        _print_once(f"{kind}: {named}: {note.text} {where}")
-
-
-@once
-def _print_once(line: str) -> None:
-    print(line, file=sys.stderr)
+        say_once(f"{kind}: {named}: {note.text} {where}")

@@ -8,11 +8,9 @@ before anything else starts. `data.readers` reads them.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache as once
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,6 +24,7 @@ from chunkflow_cli.data.rows import drop_filled_nulls
 from chunkflow_cli.data.splits import TRAIN
 from chunkflow_cli.data.streams import HashedFile, explain_read_errors
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.processes.notices import warn_once
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +229,3 @@ def _local_files(parts: Sequence[tuple[Wish, Chosen | None]]) -> LocalFiles:
             warn_once(f"{wish.named}: {note}")
         files += map(look_at, chosen.files)
     return LocalFiles(tuple(files))
-
-
-@once
-def warn_once(message: str) -> None:
-    """Print a warning on stderr, if it has not been printed yet."""
-    print(f"warning: {message}", file=sys.stderr)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.console import counted
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import listed
-from chunkflow_cli.processes.environment import rank
+from chunkflow_cli.processes.notices import warn_once
 
 CONSTANTS = re.compile(
     r"rotary_emb\.|(^|\.)(inv_freq|position_ids|rope_freqs\.weight|decoder\.version|_extra_state)$"
@@ -59,7 +57,7 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
     if missing:
         raise UsageError(_missing(model, missing, unknown, named))
     if new:
-        _warn_once(f"{named}: new, drawn with train.seed: {listed(set().union(*drawn.values()))}")
+        warn_once(f"{named}: new, drawn with train.seed: {listed(set().union(*drawn.values()))}")
     inside = {name for name in unknown if _is_inside(model, name)}
     if inside:
         raise UsageError(
@@ -69,7 +67,7 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
     _check_tied(model, named)
     _check_finite(model, named)
     if unknown:
-        _warn_once(
+        warn_once(
             f"{named}: not trained and not saved, because {type(model).__name__} has no such part: {listed(unknown)}"
         )
 
@@ -175,9 +173,3 @@ def _check_finite(model: Any, named: str) -> None:
             f"{named}: {counted(len(spoilt), 'tensor')} with numbers that are not finite (nan, inf): {listed(spoilt)}\n"
             "  the training that made them failed, or the files are damaged: take an earlier checkpoint"
         )
-
-
-@cache
-def _warn_once(message: str) -> None:
-    if rank() == 0:
-        print(f"warning: {message}", file=sys.stderr)

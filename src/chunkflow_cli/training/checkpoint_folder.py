@@ -14,14 +14,13 @@ import os
 import re
 import shutil
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.files import write_json
+from chunkflow_cli.files import checksum, write_json
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.progress import Progress
 
@@ -32,7 +31,6 @@ STATE = "state.json"
 REPLACED = ".replaced"
 """Suffix of a checkpoint that another one of the same step is about to replace."""
 NAME = re.compile(r"step-\d+")
-BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,7 @@ class SavedState:
 
 def describe_file(path: Path) -> str:
     """Return size and CRC-32 of a file, as state.json lists them."""
-    size = checksum = 0
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            checksum, size = zlib.crc32(block, checksum), size + len(block)
-    return f"{size} {checksum:08x}"
+    return f"{path.stat().st_size} {checksum(path)}"
 
 
 def write_state(checkpoint: Path, state: SavedState) -> None:

@@ -1,4 +1,4 @@
-"""Check before a run begins that everything it needs is there and fits together."""
+"""Check before a run begins that its model, its settings and this machine fit together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import check_adapters, check_files
 from chunkflow_cli.model.positions import check_positions
-from chunkflow_cli.training.required_inputs import check_inputs
 from chunkflow_cli.training.setup import checked_topology
 
 
@@ -19,10 +18,9 @@ def check_requirements(loaded: LoadedConfig) -> Any:
     """Check that the run can start, and return the Hugging Face configuration of its model.
 
     Raises:
-        UsageError: something is missing (one error names everything that is), or settings do not fit together.
+        UsageError: the model cannot be read, or settings do not fit together.
     """
     config = loaded.config
-    check_inputs(loaded)
     hf_config = load_config(config.model)
     check_files(config.model)
     check_positions(config, hf_config)
