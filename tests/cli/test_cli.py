@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from chunkflow_cli.cli import train
 from chunkflow_cli.cli.app import app
+from chunkflow_cli.errors import RunError
 
 pytestmark = pytest.mark.processes
 
@@ -158,14 +160,43 @@ def test_train_in_any_directory_with_json(tmp_path: Path) -> None:
 
 def test_multirun_runs_each_combination(tmp_path: Path) -> None:
     run = chunkflow(
-        "train", "recipe=tiny_random", "-m", "chunk.size=64,128", "train.steps=1", "train.guard=false", "--json",
+        "train", "recipe=tiny_random", "-m", "chunk.size=64,128", "train.steps=1", "train.guard=false",
         "train.output_dir=sweep", cwd=tmp_path,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    runs = json.loads(run.stdout)["runs"]
-    assert [words["overrides"][1] for words in runs] == ["chunk.size=64", "chunk.size=128"]
+    table = [line.split() for line in run.stdout.splitlines()[-3:]]
+    assert table[0] == ["run", "with", "loss", "held-out"]
+    assert [row[:2] for row in table[1:]] == [["sweep/0", "chunk.size=64"], ["sweep/1", "chunk.size=128"]]
+    assert all(float(loss) > 0 for row in table[1:] for loss in row[2:])
     losses = [json.loads((tmp_path / "sweep" / n / "metrics.jsonl").read_text())["loss"] for n in ("0", "1")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_multirun_reports_every_run_also_if_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = iter([0, 1])
+
+    def run_job(words: list[str], number: int, *, show_output: bool) -> int:
+        code = next(codes)
+        if code == 0:
+            Path(f"sweep/{number}").mkdir(parents=True, exist_ok=True)
+            Path(f"sweep/{number}/report.json").write_text('{"loss_last": 1.5, "eval_loss_end": null}')
+        return code
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_run_job", run_job)
+    words = ["recipe=tiny_random", "chunk.size=64,128", "train.output_dir=sweep"]
+    with pytest.raises(RunError, match="1 of 2 runs failed: sweep/1"):
+        train.run_sweep(words, config_dir=None, json_output=False)
+    one, two = capsys.readouterr().out.splitlines()[1:]
+    assert one.split() == ["sweep/0", "chunk.size=64", "1.5000"]
+    assert two.split() == ["sweep/1", "chunk.size=128", "failed,", "exit", "code", "1"]
+    codes = iter([0])
+    found = train.run_sweep([*words[:1], "chunk.size=32", "train.output_dir=sweep2"], config_dir=None, json_output=True)
+    assert capsys.readouterr().out == ""
+    assert [run["overrides"][1] for run in found["runs"]] == ["chunk.size=32"]
+    assert found["runs"][0]["exit_code"] == 0
 
 
 def test_a_finished_run_is_neither_run_again_nor_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

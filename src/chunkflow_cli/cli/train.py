@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -12,15 +13,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 
 from chunkflow_cli.cli.command import Request, Result
+from chunkflow_cli.cli.screens.tables import columns
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig, load
 from chunkflow_cli.config.overrides import sweep
 from chunkflow_cli.config.texts import quoted
 from chunkflow_cli.config.words import as_word
-from chunkflow_cli.console import stderr_console
+from chunkflow_cli.console import stderr_console, stdout_console
 from chunkflow_cli.data.dataset import check_data
 from chunkflow_cli.data.names import printable
 from chunkflow_cli.errors import RunError
@@ -105,12 +108,38 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
         except KeyboardInterrupt:
             console.print(f"To go on with all runs, give the same command with train.output_dir={root}", soft_wrap=True)
             raise
-        runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code})
+        runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code, **_losses(folder)})
         if code != 0:
             failed.append(folder)
+    if not json_output:
+        stdout_console().print(_table_of_runs(runs))
     if failed:
         raise RunError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(map(str, failed))}")
     return {"runs": runs}
+
+
+def _losses(folder: Path) -> dict[str, float | None]:
+    """Return the last training loss and the last held-out loss of a run; nothing of one that has no report."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {name: report[name] for name in ("loss_last", "eval_loss_end")}
+
+
+def _table_of_runs(runs: Sequence[dict[str, Any]]) -> Table:
+    """Return a table of the runs of a sweep: what sets each apart, and how it ended."""
+    common = set.intersection(*(set(run["overrides"]) for run in runs))
+    table = columns("run", "with", ">loss", ">held-out", "")
+    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
+    for run in runs:
+        words = " ".join(word for word in run["overrides"] if word not in common)
+        losses = (run.get(name) for name in ("loss_last", "eval_loss_end"))
+        table.add_row(
+            Text(run["output_dir"]), Text(words), *("" if loss is None else f"{loss:.4f}" for loss in losses),
+            "" if run["exit_code"] == 0 else f"failed, exit code {run['exit_code']}",
+        )  # fmt: skip
+    return table
 
 
 def _run_job(words: Sequence[str], number: int, *, show_output: bool) -> int:
