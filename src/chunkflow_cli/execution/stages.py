@@ -11,6 +11,9 @@ Adapters are added to the whole model before it is cut, so their random numbers 
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,12 +127,13 @@ class _Elsewhere(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         for name, value in vars(layer).items():
-            # Some models read the kind of attention from the layer.
-            if name in ("attention_type", "layer_idx", "layer_type"):
+            # Some models read the kind of a layer from it.
+            if name in ("attention_type", "block_type", "layer_idx", "layer_type"):
                 setattr(self, name, value)
+        self._returns_tuple = _returns_tuple(layer)
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if self._returns_tuple else hidden_states
 
 
 class _Entry(_Elsewhere):
@@ -138,10 +142,17 @@ class _Entry(_Elsewhere):
     received: Tensor | None = None
     """Set before each forward and handed on in it, so that nothing keeps it alive after its backward."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
         received, self.received = self.received, None
         assert received is not None
-        return received
+        return super().forward(received)
+
+
+def _returns_tuple(layer: nn.Module) -> bool:
+    """Return true if the layer's forward returns its hidden states in a tuple (falcon_h1), read from its source."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(layer).forward)))
+    returned = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return)]
+    return bool(returned) and all(isinstance(value, ast.Tuple) for value in returned)
 
 
 def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
