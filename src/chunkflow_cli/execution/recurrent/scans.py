@@ -87,7 +87,7 @@ class _Call:
             start = chunk.enter(name, needs_gradient=needs_gradient)
             outputs[0], last = self._run(self._slice(spans[0]), start, wants_last=chunk.continues)
             spans = spans[1:]
-        for batch in similar_lengths(spans) if self._device.type == "cuda" else [[span] for span in spans]:
+        for batch in [[span] for span in spans] if self._runs_one_by_one else similar_lengths(spans):
             longest = max(span.stop - span.start for span in batch)
             rows = [self._slice(span, padded_to=longest) for span in batch]
             out, _ = self._run({key: torch.cat([row[key] for row in rows]) for key in self._of_tokens})
@@ -95,6 +95,11 @@ class _Call:
                 outputs[span.start] = out[row : row + 1].narrow(self._scan.axis, 0, span.stop - span.start)
         joined = torch.cat([outputs[start] for start in sorted(outputs)], dim=self._scan.axis)
         return joined if last is None else chunk.leave(name, last, joined)
+
+    @property
+    def _runs_one_by_one(self) -> bool:
+        """True on a CPU, where batches gain nothing."""
+        return self._device.type == "cpu"
 
     def _slice(self, span: slice, padded_to: int = 0) -> dict[int | str, Tensor]:
         """Return the arguments of a segment, with zeros behind it up to a length."""
