@@ -21,7 +21,7 @@ SCANS = {
     "torch_chunk_gated_delta_rule": _DELTA_RULE,
     "chunk_kimi_delta_attention": _DELTA_RULE,
     "mamba2_chunk_scan": Scan(1, "initial_states", "return_final_states", block=256),
-    "mamba_selective_scan": Scan(2, "initial_state", "return_last_state"),
+    "mamba_selective_scan": Scan(2, "initial_state", "return_last_state", of_all_heads=(3, 4)),  # B, C
 }
 FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
 """Convolution, scan and projection in one kernel. Where one returns None, models call convolution and scan."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
@@ -127,40 +126,3 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return gradient, ctx.state.take_edge_gradient(ctx.key), None, None
-
-
-def all_tokens(tensor: Tensor, group: SequenceGroup | None, axis: int) -> Tensor:
-    """Return the tokens of all ranks of a group, along `axis`, from the slice of this rank."""
-    if group is None:
-        return tensor
-    gathered: Tensor = _Gather.apply(tensor.movedim(axis, 0), group)
-    return gathered.movedim(0, axis)
-
-
-def own_tokens(tensor: Tensor, group: SequenceGroup | None, axis: int) -> Tensor:
-    """Return this rank's slice of all tokens along `axis`."""
-    if group is None:
-        return tensor
-    mine = group.slice_of(tensor.shape[axis])
-    return tensor.narrow(axis, mine.start, mine.stop - mine.start)
-
-
-class _Gather(torch.autograd.Function):
-    """The tokens (tokens, ...) of all ranks. In backward, their gradients are summed over the ranks.
-
-    Each rank computes with all tokens and uses its slice of the result. The gradients that it computes, those of
-    states included, are therefore its share, as everywhere in sequence parallelism.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: SequenceGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size)]
-        torch.distributed.all_gather(parts, tensor.contiguous(), group=group.process_group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = gradient.contiguous().clone()
-        torch.distributed.all_reduce(total, group=ctx.group.process_group)
-        return total[ctx.group.slice_of(len(total))], None

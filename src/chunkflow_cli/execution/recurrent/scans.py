@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from chunkflow_cli.execution.recurrent.running import RunningChunk, all_tokens, own_tokens, running_chunk
+from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
+from chunkflow_cli.execution.recurrent.sharing import Sharing
 
 FULL_ENOUGH = 0.7
 """A batch takes segments that are at least this long, as a share of its longest."""
@@ -35,8 +36,8 @@ Arguments: TypeAlias = dict[int | str, Any]
 class Scan:
     """How a function that scans tokens is called."""
 
-    axis: int
-    """Of the tokens, in all arguments that have them: 1 for (1, tokens, ...), 2 for (1, channels, tokens)."""
+    tokens: int
+    """Axis of tokens in the arguments that have them: 1 for (1, tokens, heads, ...), 2 for (1, channels, tokens)."""
     start: str
     """The argument for the state to begin with."""
     wants_last: str
@@ -45,6 +46,8 @@ class Scan:
     """True if it returns a pair also when no last state is wanted."""
     block: int | None = None
     """Default of `chunk_size`, the tokens that it computes at once; None if it has no such argument."""
+    of_all_heads: tuple[int, ...] = ()
+    """Places of arguments with tokens but without heads."""
     packing_package: str | None = None
     """The package whose kernel, which transformers calls if it is installed, takes a packed chunk."""
 
@@ -60,27 +63,56 @@ def scan_in_chunks(function: Callable[..., Any], scan: Scan) -> Callable[..., An
         assert options.pop(scan.start, None) is None, "the state comes from the store"
         assert not options.pop(scan.wants_last, False), "the state goes to the store"
         options.pop("chunk", None)
-        call = _Call(function, scan, dict(enumerate(args)) | options, chunk)
-        out = own_tokens(call.over_segments(), chunk.group, scan.axis)
+        out = _scan_chunk(function, scan, dict(enumerate(args)) | options, chunk)
         return (out, None) if scan.always_pair else out
 
     return scan_chunk
 
 
+def _scan_chunk(function: Callable[..., Any], scan: Scan, arguments: Arguments, chunk: RunningChunk) -> Tensor:
+    """Run a scan of a chunk; if ranks share its tokens, run this rank's heads for all of them."""
+    here = chunk.tokens // (1 if chunk.group is None else chunk.group.size)
+    of_tokens = {  # all arguments that have a batch
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == 1 and value.shape[scan.tokens] == here
+    }
+    if chunk.group is None:
+        return _Call(function, scan, arguments, list(of_tokens), chunk).over_segments()
+    sharing = Sharing(chunk.group, tokens=scan.tokens, heads=3 - scan.tokens)
+    counts = {name: value.shape[sharing.heads] for name, value in of_tokens.items()}
+    split = [name for name, count in counts.items() if count > 1 and name not in scan.of_all_heads]
+    if not split or not sharing.divides([counts[name] for name in split]):
+        whole = {name: sharing.all_tokens(value) for name, value in of_tokens.items()}
+        return sharing.own_tokens(_Call(function, scan, arguments | whole, list(whole), chunk).over_segments())
+    own = sharing.to_heads({name: of_tokens[name] for name in split})
+    own |= {name: sharing.all_tokens(value) for name, value in of_tokens.items() if name not in split}
+    heads = max(counts[name] for name in split)
+    weights = {
+        name: sharing.own_heads(value)
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and name not in of_tokens and value.ndim and len(value) == heads
+    }
+    return sharing.to_tokens(_Call(function, scan, arguments | own | weights, list(own), chunk).over_segments())
+
+
 class _Call:
     """One call of a scan, for all tokens of a chunk."""
 
-    def __init__(self, function: Callable[..., Any], scan: Scan, arguments: Arguments, chunk: RunningChunk) -> None:
-        self._function, self._scan, self._chunk = function, scan, chunk
-        self._arguments = arguments
-        group, axis = chunk.group, scan.axis
-        here = chunk.tokens // (1 if group is None else group.size)
-        self._of_tokens = {
-            name: all_tokens(value, group, axis)
-            for name, value in arguments.items()
-            if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == 1 and value.shape[axis] == here
-        }
-        """The arguments with an entry for each token: all that have a batch."""
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        scan: Scan,
+        arguments: Arguments,
+        of_tokens: Sequence[int | str],
+        chunk: RunningChunk,
+    ) -> None:
+        """
+        Args:
+            of_tokens: the arguments with an entry for each token of the chunk.
+        """
+        self._function, self._scan, self._arguments, self._chunk = function, scan, arguments, chunk
+        self._of_tokens: dict[int | str, Tensor] = {name: arguments[name] for name in of_tokens}
         self._device = next(iter(self._of_tokens.values())).device
 
     def over_segments(self) -> Tensor:
@@ -105,7 +137,7 @@ class _Call:
 
     def _in_turns(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Run the piece and then the other segments; return the output, and the last state if it is wanted."""
-        spans, axis = self._chunk.spans, self._scan.axis
+        spans, axis = self._chunk.spans, self._scan.tokens
         outputs: dict[int, Tensor] = {}
         last = None
         if self._chunk.has_piece:
@@ -121,7 +153,7 @@ class _Call:
 
     def _slice(self, span: slice, padded_to: int = 0) -> dict[int | str, Tensor]:
         """Return the arguments of a segment, with zeros behind it up to a length."""
-        axis, tokens = self._scan.axis, span.stop - span.start
+        axis, tokens = self._scan.tokens, span.stop - span.start
         cut = {name: value.narrow(axis, span.start, tokens) for name, value in self._of_tokens.items()}
         if padded_to <= tokens:
             return cut
@@ -141,7 +173,7 @@ class _Call:
         if wants_last:
             given[scan.wants_last] = True
         if scan.block is not None and self._device.type == "cpu":
-            length = next(iter(tokens.values())).shape[scan.axis]
+            length = next(iter(tokens.values())).shape[scan.tokens]
             given["chunk_size"] = block_for(length, given.get("chunk_size", scan.block))
         positional = [given[place] for place in sorted(key for key in given if isinstance(key, int))]
         named = {name: value for name, value in given.items() if isinstance(name, str)}
