@@ -288,6 +288,13 @@ def test_models_without_recurrent_layers_have_none(tiny_model: Any) -> None:
     assert prepare_recurrent_layers(tiny_model("llama")) == ()
 
 
+def test_a_layer_with_a_state_of_its_own_is_refused(tiny_model: Any) -> None:
+    """minimax and zaya hand a state to the cache without the known functions: it would be dropped between chunks."""
+    model = tiny_model("minimax", layer_types=["linear_attention", "full_attention"], block_size=8, num_local_experts=4)
+    with pytest.raises(UsageError, match="MiniMaxLightningAttention keeps a state between tokens by means of its own"):
+        ChunkModel(model, ReferenceBackend())
+
+
 # State in the store.
 
 
