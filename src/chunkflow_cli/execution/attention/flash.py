@@ -17,7 +17,9 @@ from chunkflow_cli.execution.attention.backend import (
     Packing,
     Saved,
     Sight,
+    narrowed,
     repeat_heads,
+    same_width,
     sum_heads,
 )
 
@@ -69,15 +71,16 @@ class _VariableLengthBackend(Backend):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
         kernel = _Kernel.of(queries, keys, sight)
-        out, log_sum_exp = self._forward(_tokens_first(queries), _tokens_first(keys), _tokens_first(values), kernel)
-        return _heads_first(out), log_sum_exp.unsqueeze(0)
+        out, log_sum_exp = self._forward(*map(_tokens_first, same_width(queries, keys, values)), kernel)
+        return _heads_first(narrowed(out, values.shape[3])), log_sum_exp.unsqueeze(0)
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         kernel = _Kernel.of(saved.queries, saved.keys, sight)
-        queries, keys, values, out = map(_tokens_first, saved[:4])
+        grad_out, queries, keys, values, out = map(_tokens_first, same_width(grad_out, *saved[:4]))
         flat = Saved(queries, keys, values, out, saved.log_sum_exp[0].contiguous())
-        grad_queries, grad_keys, grad_values = map(_heads_first, self._backward(_tokens_first(grad_out), flat, kernel))
-        return grad_queries, grad_keys, grad_values
+        grad_queries, grad_keys, grad_values = map(_heads_first, self._backward(grad_out, flat, kernel))
+        key_dim, value_dim = saved.keys.shape[3], saved.values.shape[3]
+        return grad_queries[..., :key_dim], grad_keys[..., :key_dim], grad_values[..., :value_dim]
 
 
 class TorchFlashBackend(_VariableLengthBackend):
@@ -88,8 +91,6 @@ class TorchFlashBackend(_VariableLengthBackend):
     def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
         if kernel.rule.softcap is not None:
             raise self.unsupported("soft-capped attention scores")
-        if values.shape[-1] != queries.shape[-1]:
-            raise self.unsupported("values of another head_dim than keys")
         if queries.dtype is torch.float32:
             if kernel.rule.window is not None:
                 raise self.unsupported("sliding windows in float32")
@@ -120,8 +121,6 @@ class FlashAttnBackend(_VariableLengthBackend):
     def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        if values.shape[-1] != queries.shape[-1]:
-            raise self.unsupported("values of another head_dim than keys")
         out, log_sum_exp, *_ = _flash_attn_varlen_forward(
             queries, keys, values, *kernel.bounds, dropout_p=0.0, softmax_scale=kernel.rule.scale,
             causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0, **kernel.window,
