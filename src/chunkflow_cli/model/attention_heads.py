@@ -7,7 +7,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -25,6 +25,13 @@ class AttentionHeads:
     """Channels of a value head."""
     owns_keys: bool = True
     """False if the layer attends to the keys and values of an earlier layer instead of its own (Gemma 3n, Gemma 4)."""
+    window: int | None = None
+    """Most keys that a query attends to, if the layer has a sliding window."""
+
+    @property
+    def widest(self) -> int:
+        """Channels of a query, key or value head, whichever is widest: what an attention kernel must support."""
+        return max(self.key_dim, self.value_dim)
 
     @property
     def state_elements_per_token(self) -> int:
@@ -43,21 +50,27 @@ def attention_heads(hf_config: Any) -> tuple[AttentionHeads, ...]:
     if not getattr(by_layer[0], "num_attention_heads", None):
         return ()
     modes = getattr(config, "kv_sharing_modes", None) or [None] * layers
-    return tuple(_heads_of(by_layer[layer], layer, modes[layer] != "reuse") for layer in range(layers))
+    return tuple(
+        replace(_heads_of(by_layer[i], i), owns_keys=modes[i] != "reuse", window=_window_of(by_layer[i], i))
+        for i in range(layers)
+    )
 
 
-def largest_head_dim(hf_config: Any) -> int:
-    """Return the channels of the widest query, key or value head of the model; 0 if it has no attention."""
-    return max((max(heads.key_dim, heads.value_dim) for heads in attention_heads(hf_config)), default=0)
+def _window_of(config: Any, layer: int) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    return int(window) if kinds is None or kinds[layer] == "sliding_attention" else None
 
 
-def _heads_of(config: Any, layer: int, owns_keys: bool) -> AttentionHeads:
+def _heads_of(config: Any, layer: int) -> AttentionHeads:
     per_layer = getattr(config, "num_attention_heads_per_layer", None)  # laguna
     queries = int(per_layer[layer] if per_layer else config.num_attention_heads)
     value_dim = getattr(config, "v_head_dim", None)
     rotated, rest = getattr(config, "qk_rope_head_dim", None), getattr(config, "qk_nope_head_dim", None)
     if value_dim and rotated is not None and rest is not None:  # latent attention: one key per query head
-        return AttentionHeads(queries, queries, int(rotated) + int(rest), int(value_dim), owns_keys)
+        return AttentionHeads(queries, queries, int(rotated) + int(rest), int(value_dim))
     keys = int(getattr(config, "num_key_value_heads", None) or queries)
     key_dim = int(getattr(config, "head_dim", None) or config.hidden_size // int(config.num_attention_heads))
-    return AttentionHeads(queries, keys, key_dim, int(value_dim or key_dim), owns_keys)
+    return AttentionHeads(queries, keys, key_dim, int(value_dim or key_dim))

@@ -2,7 +2,7 @@
 
 Shapes, as Hugging Face models pass them:
     queries, out       (1, heads, queries, head_dim)
-    keys, values       (1, kv_heads, keys, head_dim); the head_dim of values, and so of out, may differ from that of keys
+    keys, values       (1, kv_heads, keys, head_dim); values, and so out, may have another head_dim than keys
     log_sum_exp        (1, heads, queries), float32 (float64 in float64)
 
 A backend computes two kinds of attention. *Own*: causal attention within each segment of a packed chunk. *Past*:

@@ -23,6 +23,9 @@ from chunkflow_cli.execution.attention.backend import (
     sum_heads,
 )
 
+LARGEST_FLASH_HEAD_DIM = 256
+"""Limit of FlashAttention-2's kernels, including those inside torch."""
+
 
 @dataclass(frozen=True)
 class _Kernel:
@@ -84,16 +87,24 @@ class _VariableLengthBackend(Backend):
 
 
 class TorchFlashBackend(_VariableLengthBackend):
-    """The flash kernels inside torch, for bfloat16 on CUDA; float32 goes through its memory-efficient kernels."""
+    """The flash kernels inside torch, for bfloat16 on CUDA.
+
+    float32 and heads that are too wide for them go through torch's memory-efficient kernels, without sliding windows.
+    """
 
     name = "torch_flash"
+
+    @staticmethod
+    def supports_windows(dtype: torch.dtype, head_dim: int) -> bool:
+        """Return whether a layer of this head_dim may have a sliding window."""
+        return dtype is not torch.float32 and head_dim <= LARGEST_FLASH_HEAD_DIM
 
     def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
         if kernel.rule.softcap is not None:
             raise self.unsupported("soft-capped attention scores")
-        if queries.dtype is torch.float32:
+        if not self.supports_windows(queries.dtype, queries.shape[-1]):
             if kernel.rule.window is not None:
-                raise self.unsupported("sliding windows in float32")
+                raise self.unsupported(f"sliding windows in {queries.dtype} at head_dim {queries.shape[-1]}")
             return _efficient_forward(queries, keys, values, kernel)
         out, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
             queries, keys, values, *kernel.bounds, 0.0, kernel.is_causal, False, scale=kernel.rule.scale,
@@ -102,7 +113,7 @@ class TorchFlashBackend(_VariableLengthBackend):
         return out, log_sum_exp
 
     def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
-        if saved.queries.dtype is torch.float32:
+        if not self.supports_windows(saved.queries.dtype, saved.queries.shape[-1]):
             return _efficient_backward(grad_out, saved, kernel)
         no_random_state = torch.zeros(2, dtype=torch.uint64, device=grad_out.device)  # read only under dropout
         unused = torch.empty(0, dtype=torch.uint64, device=grad_out.device)
@@ -139,7 +150,7 @@ class FlashAttnBackend(_VariableLengthBackend):
         return grads
 
 
-# torch's memory-efficient attention, one call per segment: the only fused kernel for float32 on CUDA.
+# torch's memory-efficient attention, one call per segment: its only fused kernel for float32 or wide heads on CUDA.
 
 LOG_SUM_EXP_ALIGNMENT = 32
 """The kernel pads the rows of its log-sum-exp to a multiple of this."""

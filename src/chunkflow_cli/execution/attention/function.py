@@ -140,6 +140,19 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
+def require_attention_interface(model: Any) -> None:
+    """Check that a Hugging Face model takes its attention from `AttentionInterface`, where `attend` is registered.
+
+    Raises:
+        UsageError: it computes its attention itself.
+    """
+    if not model._can_set_attn_implementation():
+        raise UsageError(
+            f"{type(model).__name__} computes its attention itself, not through transformers' AttentionInterface: it "
+            "cannot be trained in chunks\n  some older models do, among them those with ALiBi (bloom, mpt, falcon)"
+        )
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
     """Return no mask: the attention function knows the segments, and a mask tensor would be quadratic."""
     return
