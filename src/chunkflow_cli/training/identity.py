@@ -48,9 +48,8 @@ class RunIdentity:
     held_out: tuple[FileShare, ...]
     order: dict[str, Any]
     """The keys that decide which samples a step takes, and their values."""
-    ingredients: dict[str, Any]
-    """Hashes of the data's bytes and of the tokenizer, and the arguments of its chat template: they explain a
-    difference, and are not compared themselves."""
+    ingredients: dict[str, str | None]
+    """Hashes of the data's bytes and of the tokenizer: they explain a difference, and are not compared themselves."""
     model: dict[str, str]
     """File of the model -> its size and hash; of weights, a part is hashed."""
 
@@ -127,9 +126,9 @@ def _shares(data: TokenizedData) -> tuple[FileShare, ...]:
     return tuple(shares)
 
 
-def _ingredients(data: TokenizedData) -> dict[str, Any]:
+def _ingredients(data: TokenizedData) -> dict[str, str | None]:
     meta = json.loads((data.whole.entry.folder / "meta.json").read_text(encoding="utf-8"))
-    return {name: meta.get(name) for name in ("source", "tokenizer", "template_arguments")}
+    return {name: meta.get(name) for name in ("source", "tokenizer")}
 
 
 def _reason(was: RunIdentity, now: RunIdentity) -> str:
