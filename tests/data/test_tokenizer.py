@@ -148,6 +148,10 @@ def test_a_template_for_rows_that_none_writes(chatml: Path, tmp_path: Path) -> N
         ):
             load(data, chatml, template_arguments={"a": 1})
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+    given = {"chat_template": str(tmp_path / "a.jinja"), "template_arguments": {"tone": "."}}
+    assert [note.text for note in load(pairs, chatml, **given).whole.entry.notes] == [
+        "the prompt is a string, which no chat template writes, so data.template_arguments has no effect"
+    ]
     with pytest.raises(UsageError, match=r"has no effect: the tokenizer of .* has no chat template"):
         load(pairs, make_tokenizer(tmp_path / "bare", template=None), template_arguments={"a": 1})
 
