@@ -30,7 +30,9 @@ from chunkflow_cli.execution.attention.function import ChunkAttention, ChunkAtte
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.layer import LayerAttention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.execution.recurrent import RunningChunk
 from chunkflow_cli.execution.state import SequenceState, StatePiece
+from chunkflow_cli.model.forward_scope import ForwardScope
 from support.models import MLA
 
 CPU = torch.device("cpu")
@@ -700,7 +702,9 @@ def called(module: nn.Module | None = None, *, tokens: int = 6, batch: int = 1, 
     queries, keys, values = (draw(batch, heads, tokens, HEAD_DIM, seed=heads) for heads in (6, 2, 3))
     context = ChunkAttentionContext(Packing((0, 6), CPU), options.pop("backend", ReferenceBackend()))
     mask = options.pop("attention_mask", None)
-    return attend(module or Layer(), queries, keys, values[:, :2], mask, **{"chunk": context, **options})[0]
+    scope = ForwardScope(RunningChunk(context) if options.pop("in_chunk", True) else None)
+    with scope:
+        return attend(module or Layer(), queries, keys, values[:, :2], mask, **options)[0]
 
 
 def test_keywords_that_change_nothing_are_taken() -> None:
@@ -722,7 +726,7 @@ def test_scaling_defaults_to_the_head_dim_and_is_used() -> None:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no keyword arguments": ({"chunk": None}, "Layer does not pass keyword arguments to its attention"),
+    "no chunk": ({"in_chunk": False}, "Layer runs outside of a chunk's forward"),
     "dropout": ({"dropout": 0.1}, "attention dropout is 0.1.*\n.*set attention_dropout to 0"),
     "no layer index": ({"module": Layer(None)}, "Layer does not know its layer"),
     "batch of two": ({"batch": 2}, "Layer reshapes its tokens before attention"),
