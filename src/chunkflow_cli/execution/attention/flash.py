@@ -74,8 +74,10 @@ class _VariableLengthBackend(Backend):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
         kernel = _Kernel.of(queries, keys, sight)
-        out, log_sum_exp = self._forward(*map(_tokens_first, same_width(queries, keys, values)), kernel)
-        return _heads_first(narrowed(out, values.shape[3])), log_sum_exp.unsqueeze(0)
+        value_dim = values.shape[3]
+        queries, keys, values = map(_tokens_first, same_width(queries, keys, values))
+        out, log_sum_exp = self._forward(queries, keys, values, kernel)
+        return _heads_first(narrowed(out, value_dim)), log_sum_exp.unsqueeze(0)
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         kernel = _Kernel.of(saved.queries, saved.keys, sight)

@@ -60,8 +60,8 @@ def describe_layer(module: nn.Module, rule: AttentionRule) -> LayerAttention:
         raise UsageError(
             f"{type(module).__name__} does not know its layer, so the state of its layers cannot be kept apart"
         )
-    config: Any = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None)
+    config: Any = getattr(module, "config", object())
+    kinds: Any = getattr(config, "layer_types", None)
     block = int(config.attention_chunk_size) if kinds and kinds[index] == "chunked_attention" else None
     if not getattr(module, "is_kv_shared_layer", False):
         return LayerAttention(index, rule, block)
@@ -112,4 +112,5 @@ def correct_temperature(module: Any, queries: Tensor, positions: Tensor) -> Tens
         return in_float32.double()
 
     correction = (scale(positions) / scale(counted)).to(accumulation_dtype(queries.dtype))
-    return (queries * correction[:, None]).to(queries.dtype)
+    corrected: Tensor = (queries * correction[:, None]).to(queries.dtype)
+    return corrected
