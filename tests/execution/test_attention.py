@@ -726,7 +726,7 @@ def test_scaling_defaults_to_the_head_dim_and_is_used() -> None:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no chunk": ({"in_chunk": False}, "Layer runs outside of a chunk's forward"),
+    "no chunk": ({"in_chunk": False}, "Layer runs outside of a chunk, whose attention"),
     "dropout": ({"dropout": 0.1}, "attention dropout is 0.1.*\n.*set attention_dropout to 0"),
     "no layer index": ({"module": Layer(None)}, "Layer does not know its layer"),
     "batch of two": ({"batch": 2}, "Layer reshapes its tokens before attention"),

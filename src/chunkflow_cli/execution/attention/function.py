@@ -106,7 +106,7 @@ def attend(
     """
     chunk = getattr(about(), "context", None)
     if not isinstance(chunk, ChunkAttentionContext):
-        raise UsageError(f"{type(module).__name__} runs outside of a chunk's forward: it cannot be trained in chunks")
+        raise UsageError(f"{type(module).__name__} runs outside of a chunk, whose attention it was loaded with")
     if dropout != 0.0:
         raise UsageError(
             f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"
