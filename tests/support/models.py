@@ -244,3 +244,47 @@ def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any
     use_float64_experts(model, dtype)
     model.config.use_cache = False
     return model.train()
+
+
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+DEEPSEEK_EXPERTS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+}  # fmt: skip
+SHARED_KEYS = {
+    "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "num_hidden_layers": 6, "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": SHORT_WINDOW,
+}  # fmt: skip
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": SHORT_WINDOW}
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v3, narrow values": ("deepseek_v3", {**MLA, **DEEPSEEK_EXPERTS, "v_head_dim": 16}),
+    "minicpm3, wide values": ("minicpm3", {**MLA, "v_head_dim": 40}),
+    "mimo_v2_flash, narrow values, sinks, heads by kind": (
+        "mimo_v2_flash", {**TWO_KINDS, **DEEPSEEK_EXPERTS, "n_group": 1, "head_dim": 24, "v_head_dim": 16},
+    ),
+    "granite_swa, sinks": ("granite_swa", TWO_KINDS),
+    "gemma3n, shared keys": (
+        "gemma3n_text",
+        {
+            **SHARED_KEYS, "num_kv_shared_layers": 2, "laurel_rank": 4, "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0, 0.0],
+        },
+    ),
+    "gemma4, shared keys, head_dim by kind": (
+        "gemma4_text", {**SHARED_KEYS, "num_kv_shared_layers": 3, "global_head_dim": 24},
+    ),
+    "llama4, blocks, temperature": (
+        "llama4_text",
+        {
+            "num_hidden_layers": 4, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "attention_chunk_size": 10, "floor_scale": 8,
+        },
+    ),
+    "ministral3, temperature": (
+        "ministral3",
+        {"rope_parameters": {**YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}},
+    ),
+    "afmoe, a view of the output": ("afmoe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+}  # fmt: skip
+"""Attention of other shapes than plain ones: widths, heads and kinds of layers, sharing, blocks."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.backend import Backend, Packing
-from chunkflow_cli.execution.attention.function import ChunkAttentionContext
+from chunkflow_cli.execution.attention.function import ChunkAttentionContext, require_attention_interface
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
 from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attention, prepare_recurrent_layers
@@ -33,13 +33,18 @@ class ChunkCall:
 
 
 class ChunkModel(nn.Module):
-    """Wraps a Hugging Face causal LM. `forward` returns the summed, weighted loss of its chunks."""
+    """Wraps a Hugging Face causal LM. `forward` returns the summed, weighted loss of its chunks.
+
+    Raises:
+        UsageError: the model computes its attention itself, where chunks cannot reach it.
+    """
 
     def __init__(self, causal_lm: nn.Module, backend: Backend) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.backend = backend
         base = base_model(causal_lm)
+        require_attention_interface(base)
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base.config.get_text_config())
         self.recurrent_layers = prepare_recurrent_layers(base)
@@ -66,7 +71,7 @@ class ChunkModel(nn.Module):
         decoder = decoder_of(base_model(self.causal_lm))
         chunk = RunningChunk(context, is_evaluated=not state_pass and not torch.is_grad_enabled())
         with ForwardScope(chunk):
-            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
+            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
