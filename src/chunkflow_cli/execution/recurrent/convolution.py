@@ -47,7 +47,8 @@ def _convolve_segments(run: Convolution, inputs: Tensor, reach: int, chunk: Runn
 
     They are the last inputs of the chunk before, for a piece that has a past, and zeros for other segments.
     """
-    before = chunk.enter("conv", needs_gradient=inputs.requires_grad)
+    name = chunk.begin_call("conv")
+    before = chunk.enter(name, needs_gradient=inputs.requires_grad)
     nothing = inputs.new_zeros(1, inputs.shape[1], reach)
     columns: list[Tensor] = []
     for index, span in enumerate(chunk.spans):
@@ -59,5 +60,5 @@ def _convolve_segments(run: Convolution, inputs: Tensor, reach: int, chunk: Runn
     out = torch.cat(parts, dim=-1)
     if chunk.continues:
         tokens = chunk.context.dependent_tokens
-        out = chunk.leave("conv", padded[..., tokens : tokens + reach], out)
+        out = chunk.leave(name, padded[..., tokens : tokens + reach], out)
     return out

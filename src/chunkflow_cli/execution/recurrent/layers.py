@@ -74,7 +74,7 @@ def _names_in_code(cls: type) -> set[str]:
     names: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         functions = (inspect.unwrap(value) for value in vars(base).values() if inspect.isfunction(value))
-        names |= {name for function in functions for name in function.__code__.co_names}
+        names |= {name for function in functions if inspect.isfunction(function) for name in function.__code__.co_names}
     return names
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class RunningChunk:
     """True if this is the only forward of the chunk, and no backward follows."""
     layer: str | None = None
     """Name of the recurrent layer that is running, or that was the last one to run."""
-    scans: int = 0
-    """Scans that it has begun: some models scan each head alone."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """Convolutions and scans that it has begun: some models scan each head alone."""
 
     @property
     def spans(self) -> list[slice]:
@@ -50,12 +51,13 @@ class RunningChunk:
 
     def begin_layer(self, name: str) -> None:
         """Note the recurrent layer that now runs."""
-        self.layer, self.scans = name, 0
+        self.layer = name
+        self.calls.clear()
 
-    def begin_scan(self) -> str:
-        """Return the name of the layer's next scan."""
-        self.scans += 1
-        return f"scan{self.scans - 1}"
+    def begin_call(self, kind: str) -> str:
+        """Return the name of what the layer's next convolution or scan leaves."""
+        self.calls[kind] += 1
+        return f"{kind}{self.calls[kind] - 1}"
 
     def enter(self, part: str, *, needs_gradient: bool) -> Tensor | None:
         """Return what the chunk before has left; None at the beginning of a sequence.

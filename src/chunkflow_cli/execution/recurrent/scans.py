@@ -117,7 +117,7 @@ class _Call:
     def over_segments(self) -> Tensor:
         """Return the output for all tokens."""
         chunk = self._chunk
-        name = chunk.begin_scan()
+        name = chunk.begin_call("scan")
         start = None
         if chunk.has_piece:
             needs_gradient = any(isinstance(v, Tensor) and v.requires_grad for v in self._arguments.values())
