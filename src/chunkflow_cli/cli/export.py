@@ -15,9 +15,9 @@ from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import to_be_writable, written_aside
-from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
+from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, adapter_loader, read_adapter_config
 from chunkflow_cli.model.adapter_merge import merge_adapters
-from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.hf_config import load_config, model_loader
 from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.saving import save_model, save_tokenizer
@@ -66,7 +66,7 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
 def _explain(target: Path, notes: list[str], *, is_adapter: bool) -> None:
     """Say on stderr what was written and how to load it; stdout has the path alone."""
     what = "A LoRA adapter without its base model" if is_adapter else "A whole model"
-    package, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    package, loader = ("peft", adapter_loader(target)) if is_adapter else ("transformers", model_loader(target))
     lines = [
         f"{what}. Load it:",
         f"  from {package} import {loader}",

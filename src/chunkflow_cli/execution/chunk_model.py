@@ -14,6 +14,7 @@ from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
+from chunkflow_cli.model.language_part import decoder_of
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,6 @@ def base_model(causal_lm: nn.Module) -> Any:
     """Return the Hugging Face model itself, unwrapped from a peft model."""
     unwrap = getattr(causal_lm, "get_base_model", None)
     return causal_lm if unwrap is None else unwrap()
-
-
-def decoder_of(base: Any) -> Any:
-    """Return the model without its head."""
-    decoder = base.get_decoder()
-    return base.model if decoder is base else decoder  # llama4 returns itself
 
 
 def logit_transform(config: Any) -> LogitTransform:

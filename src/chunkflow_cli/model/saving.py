@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chunkflow_cli.model.towers import copy_processor, copy_tensors, drop_old_template
+
 OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """What transformers 4 calls settings of the rotary embedding in models that do not use the common names."""
 
 
 def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton: Any = None) -> None:
-    """Write the model into an existing folder.
+    """Write the model into an existing folder; of a multimodal model, the parts that were not trained, too.
 
     Args:
         model: the model, or the part of it that this pipeline stage holds.
@@ -28,11 +30,15 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     _rewrite(folder / "config.json", lambda settings: config_for_both(settings, whole.config))
+    if (original := getattr(model, "original", None)) is not None:
+        copy_tensors(original, folder)
+        copy_processor(original, folder)
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write a tokenizer into an existing folder."""
     tokenizer.save_pretrained(str(folder))
+    drop_old_template(folder)
     given = {
         name: tokenizer.init_kwargs[name]
         for name in ("add_bos_token", "add_eos_token")
