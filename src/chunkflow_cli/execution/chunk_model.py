@@ -103,5 +103,7 @@ def logit_transform(config: Any) -> LogitTransform:
         scale = 1.0 / float(config.logits_scaling)
     if getattr(config, "logit_scale", None) is not None:  # cohere multiplies
         scale = float(config.logit_scale)
+    if getattr(config, "output_multiplier", None) is not None:  # muse_glimmer multiplies
+        scale = float(config.output_multiplier)
     softcap = getattr(config, "final_logit_softcapping", None)  # gemma2, gemma3
     return LogitTransform(scale, None if softcap is None else float(softcap))

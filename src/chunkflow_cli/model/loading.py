@@ -18,7 +18,7 @@ from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
-from chunkflow_cli.model.towers import find_original
+from chunkflow_cli.model.towers import copyable_files, find_original
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
 from chunkflow_cli.processes.notices import warn_once
 
@@ -106,8 +106,11 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     from transformers import AutoModelForCausalLM
 
     check_files(config)
+    named = f"model.path={config.path}"
     name, extra = pretrained_arguments(config.path)
     language = None if extra else language_class(hf_config)
+    if language is not None and Path(config.path).exists():
+        copyable_files(Path(config.path), named)
     with loading_report() as report:
         try:
             model, info = (language or AutoModelForCausalLM).from_pretrained(
@@ -129,7 +132,6 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 f"model.path={config.path}: parts of {listed(groups)} are missing in its files, or have other shapes "
                 "than the rest\n  download the model again"
             ) from error
-    named = f"model.path={config.path}"
     check_loaded(model, info, named, new=config.new_weights)
     if language is not None and (folder := local_folder(config.path)) is not None:
         model.original = find_original(model, folder, named)

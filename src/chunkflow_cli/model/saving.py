@@ -11,6 +11,8 @@ from chunkflow_cli.model.towers import copy_processor, copy_tensors, drop_old_te
 
 OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """What transformers 4 calls settings of the rotary embedding in models that do not use the common names."""
+KINDS_OF_4 = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3"})
+"""Kinds of rotary embedding that transformers 4 has."""
 
 
 def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton: Any = None) -> None:
@@ -65,8 +67,8 @@ def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
             both[name] = settings[now]
     rope = settings.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
-    if not isinstance(full, dict) or "rope_theta" not in full:
-        return both
+    if not isinstance(full, dict) or "rope_theta" not in full or full.get("rope_type", "default") not in KINDS_OF_4:
+        return both  # version 4 has no such model
     names = OTHER_NAMES.get(str(settings.get("model_type")), {})
     rest = dict(full)
     for key in ("rope_theta", "partial_rotary_factor"):

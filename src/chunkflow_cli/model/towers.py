@@ -30,6 +30,22 @@ class Original:
     """File name -> names of its tensors to copy."""
 
 
+def copyable_files(folder: Path, named: str) -> list[Path]:
+    """Return the files of a multimodal model's weights.
+
+    Raises:
+        UsageError: they are no safetensors files.
+    """
+    files = weight_files(folder, named)
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise UsageError(
+                f"{named}: {file.name} is no safetensors file, from which the parts of a multimodal model that are not "
+                "trained could be copied\n  load the model with transformers, and save it anew with save_pretrained"
+            )
+    return files
+
+
 def find_original(model: Any, folder: Path, named: str) -> Original:
     """Return which tensors of a folder were not loaded into `model`, the language part with its weights.
 
@@ -37,7 +53,7 @@ def find_original(model: Any, folder: Path, named: str) -> Original:
         named: the key and its value, for messages.
 
     Raises:
-        UsageError: the weights are no safetensors files.
+        UsageError: as `copyable_files`.
     """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -51,12 +67,7 @@ def find_original(model: Any, folder: Path, named: str) -> Original:
         return renamed in loaded or name in loaded
 
     tensors = {}
-    for file in weight_files(folder, named):
-        if file.suffix != ".safetensors":
-            raise UsageError(
-                f"{named}: {file.name} is no safetensors file, and the parts of a multimodal model that are not "
-                "trained are copied from such files\n  save the model anew with transformers' save_pretrained"
-            )
+    for file in copyable_files(folder, named):
         if others := tuple(name for name in tensors_of(file, named) if not is_loaded(name)):
             tensors[file.name] = others
     return Original(folder, tensors)
