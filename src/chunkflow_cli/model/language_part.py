@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.folder import listed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,6 +64,15 @@ def is_language_part(model: Any) -> bool:
 def left_out(model: Any) -> LeftOut:
     """Return what a model of this module leaves out; of any other model, nothing."""
     return model.left_out if is_language_part(model) else LeftOut((), frozenset())
+
+
+def what_is_trained(model: Any) -> str | None:
+    """Return a line that says what of a multimodal model is trained; None for any other model."""
+    parts = left_out(model).parts
+    if not parts:
+        return None
+    rest = "stays as it is" if len(parts) == 1 else "stay as they are"
+    return f"Training the language part of {type(model).__name__}; {listed(parts)} {rest}"
 
 
 def decoder_of(model: Any) -> Any:
