@@ -162,6 +162,7 @@ def test_deepspeed_section_is_open() -> None:
         (["model.path=${data.pth}"], ["'data.pth'", "the name of another key"]),
         (["chunk.size=${model.path}"], ["chunk.size", "${model.path}"]),
         (["data.path=${package_file:no_such_package/x}"], ["no-such-package", "pip install"]),
+        (["data.path=${package_file:no_such_package/x,make demo}"], ["run `make demo` in chunkflow's folder"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
