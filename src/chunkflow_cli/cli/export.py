@@ -17,10 +17,10 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import to_be_writable, written_aside
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, adapter_loader, read_adapter_config
 from chunkflow_cli.model.adapter_merge import merge_adapters
-from chunkflow_cli.model.hf_config import load_config, model_loader
+from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.model.saving import save_model, save_tokenizer
+from chunkflow_cli.model.saving import model_loader, save_model, save_tokenizer
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.run_folder import IDENTITY
 from chunkflow_cli.training.saved_config import CONFIG

@@ -5,7 +5,6 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,13 +125,6 @@ def refuse_length_dependent_rope(hf_config: Any) -> None:
             "would differ between the chunks of a sequence\n"
             "  set rope_type in config.json to a fixed kind (default, linear, yarn, llama3)"
         )
-
-
-def model_loader(folder: Path) -> str:
-    """Return the name of the class of transformers that loads a saved model: of a multimodal one, its own."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    architectures = settings.get("architectures")
-    return str(architectures[0]) if architectures and "text_config" in settings else "AutoModelForCausalLM"
 
 
 def position_limit(hf_config: Any) -> int | None:

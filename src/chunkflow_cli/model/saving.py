@@ -49,6 +49,13 @@ def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     _rewrite(folder / "tokenizer_config.json", lambda settings: tokenizer_for_both(settings) | given)
 
 
+def model_loader(folder: Path) -> str:
+    """Return the name of the class of transformers that loads a saved model: of a multimodal one, its own."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architectures = settings.get("architectures")
+    return str(architectures[0]) if architectures and "text_config" in settings else "AutoModelForCausalLM"
+
+
 def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
     """Return a config.json of transformers 5 with the names added that version 4 reads.
 
