@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import listed
+from chunkflow_cli.model.hf_config import NoLanguagePartError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -114,13 +114,16 @@ def _leave_out(model: Any) -> LeftOut:
     """Remove everything but the decoder and the head from a whole model.
 
     Raises:
-        UsageError: it has no decoder of text, or no head.
+        NoLanguagePartError: it has no decoder of text, or no head.
     """
     head, decoder = model.get_output_embeddings(), decoder_of(model)
     names = {id(module): name for name, module in model.named_modules()}
     if head is None or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         missing = "head over a vocabulary" if head is None else "decoder of text"
-        raise UsageError(f"{type(model).__name__} has no {missing}: chunkflow found no language part in it to train")
+        raise NoLanguagePartError(
+            f"{type(model).__name__} has no {missing}, so there is no language part to train\n"
+            "  set model.path to a model that generates text"
+        )
     kept = {names[id(head)], names[id(decoder)]}
     parts = dict(_parts_beside(model, "", kept))
     tensors = []

@@ -18,7 +18,7 @@ from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
-from chunkflow_cli.model.towers import copyable_files, find_original
+from chunkflow_cli.model.towers import Original, copyable_files, find_original
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
 from chunkflow_cli.processes.notices import warn_once
 
@@ -133,14 +133,29 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 "than the rest\n  download the model again"
             ) from error
     check_loaded(model, info, named, new=config.new_weights)
-    if language is not None and (folder := local_folder(config.path)) is not None:
-        model.original = find_original(model, folder, named)
+    if language is not None:
+        model.original = _find_original(model, config.path, named)
     if extra:
         # Loading has dequantized the weights: from here on, a float model is trained and saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def _find_original(model: Any, path: str, named: str) -> Original:
+    """Return where a multimodal model was loaded from: its own folder, or the cache of the hub.
+
+    Raises:
+        UsageError: it is in neither, so the parts that are not trained could not be saved.
+    """
+    folder = local_folder(path)
+    if folder is None:
+        raise UsageError(
+            f"{named}: its files are not in the cache of the Hugging Face hub, from which the parts of a multimodal "
+            "model that are not trained are copied\n  download the model to a folder, and set model.path to it"
+        )
+    return find_original(model, folder, named)
 
 
 def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedConfig:
