@@ -25,11 +25,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def adapter_loader(folder: Path) -> str:
-    """Return the name of the class of peft that loads a saved adapter with its base."""
-    return "AutoPeftModelForCausalLM" if read_adapter_config(folder).get("task_type") else "AutoPeftModel"
-
-
 def explain_adapter_folder(path: str) -> str | None:
     """Return what to say if `model.path` is the folder of an adapter; None if it is none."""
     if not (Path(path) / ADAPTER_CONFIG).is_file():

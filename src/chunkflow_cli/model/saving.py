@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
 from chunkflow_cli.model.towers import copy_processor, copy_tensors, drop_old_template
 
+AUTO_CLASS = "AutoModelForCausalLM"
 OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """What transformers 4 calls settings of the rotary embedding in models that do not use the common names."""
 KINDS_OF_4 = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3"})
@@ -49,11 +51,15 @@ def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     _rewrite(folder / "tokenizer_config.json", lambda settings: tokenizer_for_both(settings) | given)
 
 
-def model_loader(folder: Path) -> str:
-    """Return the name of the class of transformers that loads a saved model: of a multimodal one, its own."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def loader_of(folder: Path) -> tuple[str, str]:
+    """Return the package and its class that load a saved model or adapter: of a multimodal model, the model's own."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        has_task = read_adapter_config(folder).get("task_type")
+        return "peft", "AutoPeftModelForCausalLM" if has_task else "AutoPeftModel"
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}  # a finished run's may be gone
     architectures = settings.get("architectures")
-    return str(architectures[0]) if architectures and "text_config" in settings else "AutoModelForCausalLM"
+    return "transformers", str(architectures[0]) if architectures and "text_config" in settings else AUTO_CLASS
 
 
 def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
