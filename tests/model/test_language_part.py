@@ -153,6 +153,9 @@ def test_a_trained_language_part_comes_back_within_the_original(
     assert (was["architectures"], was["model_type"]) == (now["architectures"], now["model_type"])
     for part in ("text_config", "vision_config"):
         assert was[part].items() <= now[part].items()
+    sections = was["text_config"].get("rope_parameters", {}).get("mrope_section")
+    if sections is not None:  # transformers 4 reads them here
+        assert now["text_config"]["rope_scaling"]["mrope_section"] == sections
 
 
 CUT_INTO_STAGES = dict.fromkeys(WRAPPERS, 2) | {"gemma4": 1}  # its embeddings for each layer belong to no stage

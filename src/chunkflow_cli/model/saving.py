@@ -88,7 +88,7 @@ def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
         value = rest.pop(key, None)
         if value is not None:
             both[names.get(key, key)] = value
-    if rest.get("rope_type", "default") != "default":
+    if rest.get("rope_type", "default") != "default" or "mrope_section" in rest:
         both["rope_scaling"] = rest
     local = rope.get("sliding_attention") or {}
     if "rope_theta" in local and str(settings.get("model_type")).startswith("gemma3"):
