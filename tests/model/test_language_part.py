@@ -161,14 +161,7 @@ def test_a_trained_language_part_comes_back_within_the_original(
 CUT_INTO_STAGES = dict.fromkeys(WRAPPERS, 2) | {"gemma4": 1}  # its embeddings for each layer belong to no stage
 
 
-NOT_YET = {"qwen3_5": "recurrent layers", "llama4": "chunked attention"}
-"""What chunks cannot train exactly; strict, so that an entry goes when its reason does."""
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=pytest.mark.xfail(k in NOT_YET, reason=NOT_YET.get(k, ""), strict=True)) for k in WRAPPERS],
-)
+@pytest.mark.parametrize("kind", WRAPPERS)
 def test_chunks_and_stages_train_as_the_wrapper_does(kind: str, published: Callable[[str], Path]) -> None:
     """The whole side is the wrapper's own forward of text, with the positions that it makes."""
     attention.register()

@@ -38,7 +38,7 @@ OF_GPU_GIB = {24: 23.99, 80: DEVICES["h100"].memory_bytes / GIB, 141: DEVICES["h
 FOR_GPUS = {
     name: path for name, path in recipe_files().items() if load([f"recipe={name}"]).config.hardware.count("GPU")
 }
-NOT_YET = {"qwen3_5": "recurrent layers", "gemma4": "heads of several sizes"}
+NOT_YET = {"gemma4": "heads of several sizes"}
 """What cannot be trained yet, by the name of the family; strict, so that an entry goes when its reason does."""
 SAME_SHAPE = {"unsloth/gpt-oss-20b-BF16": "openai/gpt-oss-20b"}
 

@@ -16,7 +16,7 @@ from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
-from chunkflow_cli.execution.attention.kernel_check import check_backend
+from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import (
     TOLERANCES,
@@ -60,7 +60,7 @@ def guard(
         UsageError: the gradients differ, or the architecture cannot run in chunks.
     """
     name = getattr(hf_config.get_text_config(), "model_type", type(hf_config).__name__)
-    check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype)
+    check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
     small = small_config(hf_config)
     attention_ = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
     backend = choose_backend(attention_, small, device, torch.float32).backend

@@ -111,7 +111,7 @@ def compare(
     weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
 
     model.zero_grad(set_to_none=True)
-    with _implementation(model, whole_implementation(model.config.get_text_config())):
+    with _implementation(model, whole_implementation(base_model(model))):
         loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
@@ -151,11 +151,10 @@ def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
     return StageChain([StageModel(copy.deepcopy(model), backend, layers) for layers in cut])
 
 
-def whole_implementation(config: Any) -> str:
+def whole_implementation(model: Any) -> str:
     """Return transformers' own attention for the whole-sequence side: eager where sdpa leaves something out."""
-    has_sinks = getattr(config, "model_type", "") == "gpt_oss"
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if has_sinks or softcap else "sdpa"
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not softcap else "eager"
 
 
 def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
