@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from chunkflow_cli.cli.recipes import describe
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.recipe_files import recipe_files
 from chunkflow_cli.config.schema import Config, Dtype, Init, Offload
@@ -63,7 +64,7 @@ def recipe(name: str, folder: Path, settings: dict[str, Any]) -> Config:
 
 
 def shape_of(name: str) -> dict[str, Any]:
-    path = load([f"recipe={name}"]).config.model.path
+    path = describe(name, FOR_GPUS[name]).model
     return SHAPES[SAME_SHAPE.get(path, path)]
 
 
