@@ -38,13 +38,15 @@ IDS = torch.arange(3, 43)[None]
 ADAPTER = "adapter_model.safetensors"
 MTP = "mtp.layers.0.mlp.up_proj.weight"
 """A tensor that no class of transformers loads: it predicts a token more."""
+LLAVA = [
+    ("^model.language_model", "language_model.model"), ("^lm_head", "language_model.lm_head"),
+    ("^model.vision_tower", "vision_tower"), ("^model.multi_modal_projector", "multi_modal_projector"),
+]  # fmt: skip
 OLD_NAMES = {
-    "gemma3": [
-        ("^model.language_model", "language_model.model"), ("^lm_head", "language_model.lm_head"),
-        ("^model.vision_tower", "vision_tower"), ("^model.multi_modal_projector", "multi_modal_projector"),
-    ],
+    "gemma3": LLAVA,
+    "mistral3": LLAVA,
     "qwen2_5_vl": [("^model.language_model", "model"), ("^model.visual", "visual")],
-}  # fmt: skip
+}
 """How the files on the hub name the tensors of families that transformers has renamed since."""
 
 
