@@ -27,6 +27,7 @@ from chunkflow_cli.execution.parity import (
     use_float64_experts,
 )
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.loading import random_model
 
 ROUNDING_SUSPECTED = 1e-3
 """A float32 difference below this is checked again in float64."""
@@ -168,10 +169,8 @@ def _narrow(config: Any) -> None:
 
 
 def _small_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = random_model(config, dtype=dtype)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError) as error:
         # One line, because `guard` shows only the first.
         remedy = "if `chunkflow verify` passes on the model itself, train with train.guard=false"

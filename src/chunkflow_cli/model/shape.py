@@ -12,6 +12,7 @@ from torch import nn
 
 from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.loading import on_meta_device
 from chunkflow_cli.planning.costs import ModelShape
 
@@ -74,7 +75,7 @@ def layer_activation_bytes(model: Any) -> float | None:
     positions = torch.arange(PROBE_TOKENS, device="meta")[None]
     try:
         with kept_for_backward(model) as kept:
-            hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False)
     except (NotImplementedError, RuntimeError, TypeError):
         return None
     total = sum(kept.values())
