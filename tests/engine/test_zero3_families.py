@@ -115,7 +115,7 @@ def plain_step(model: Any, sequences: list[Any], weight: float) -> None:
     """Train one step of SGD as transformers would, a whole sequence at a time."""
     from chunkflow_cli.execution.parity import whole_implementation
 
-    model.set_attn_implementation(whole_implementation(model.config))
+    model.set_attn_implementation(whole_implementation(model))
     model.zero_grad()
     for sequence in sequences:
         ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64)[None]

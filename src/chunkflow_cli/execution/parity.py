@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
@@ -44,6 +45,7 @@ class Parity:
     """The parameter whose own gradient differs most, relative to its norm."""
     grad_max_rel_error: float
     tolerance: float
+    is_float64: bool = False
 
     @property
     def loss_rel_error(self) -> float:
@@ -111,7 +113,7 @@ def compare(
     weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
 
     model.zero_grad(set_to_none=True)
-    with _implementation(model, whole_implementation(model.config.get_text_config())):
+    with use_implementation(model, whole_implementation(model)):
         loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
@@ -120,7 +122,7 @@ def compare(
         [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
     )
     batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
-    with _implementation(model, attention.NAME):
+    with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
         runner = Runner(DirectEngine(module), RunnerSettings(device, accumulation_dtype(dtype)))
         loss_chunked = runner.run((plan(chunks, k),), batch).loss
@@ -143,6 +145,7 @@ def compare(
         grad_max_rel_error_parameter=worst,
         grad_max_rel_error=relative[worst],
         tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+        is_float64=dtype is torch.float64,
     )
 
 
@@ -151,11 +154,11 @@ def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
     return StageChain([StageModel(copy.deepcopy(model), backend, layers) for layers in cut])
 
 
-def whole_implementation(config: Any) -> str:
+def whole_implementation(model: Any) -> str:
     """Return transformers' own attention for the whole-sequence side: eager where sdpa leaves something out."""
-    has_sinks = getattr(config, "model_type", "") == "gpt_oss"
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if has_sinks or softcap else "sdpa"
+    base = base_model(model)
+    softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if base._supports_sdpa and not softcap else "eager"
 
 
 def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
@@ -187,13 +190,36 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def _implementation(model: Any, name: str) -> Iterator[None]:
-    """Run the model with this attention, then restore its own."""
+def use_implementation(model: Any, name: str) -> Iterator[None]:
+    """Run the model with this attention within the block, and with its own after it.
+
+    Raises:
+        UsageError: the model's attention is not one that can be exchanged.
+    """
     attention.register()
     base = base_model(model)
     before = base.config._attn_implementation
     base.set_attn_implementation(name)
+    if name == attention.NAME and base.config._attn_implementation != name:
+        raise UsageError(
+            f"{type(base).__name__} computes attention by code of its own, not through transformers' attention interface"
+        )
     try:
         yield
     finally:
         base.set_attn_implementation(before)
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Let `torch.float32` and `Tensor.float` mean float64 within the block.
+
+    Norms, routers and the scans of recurrent layers compute in float32 whatever the model's dtype is.
+    """
+    before = torch.float32, torch.float, Tensor.float
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, Tensor.float = before  # type: ignore[misc, method-assign]

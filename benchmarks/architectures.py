@@ -1,0 +1,215 @@
+"""The guard of `train` over every causal language model of the installed transformers.
+
+    python benchmarks/architectures.py                          all, about ten minutes of one core
+    python benchmarks/architectures.py qwen3_5_text jamba       some
+    python benchmarks/architectures.py --docs                   and write the table of docs/models.md
+
+Each architecture is checked in its default configuration, or, where that has no values or leaves out a kind of layer, with
+those of a published model (`SETTINGS`). A whole model is never built. Each check is a process of its own, with a limit of
+time and memory. `--docs` keeps results in benchmarks/architectures.json: a run of some architectures replaces theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import emit, hardware, say
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+
+from chunkflow_cli.config.schema import Attention
+from chunkflow_cli.errors import ChunkflowError
+from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.guard import guard
+from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "architectures.json"
+PAGE = HERE.parent / "docs" / "models.md"
+BEGIN, END = "<!-- benchmarks/architectures.py: begin -->", "<!-- benchmarks/architectures.py: end -->"
+CAUSAL: dict[str, str] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "gemma4_text": {"num_kv_shared_layers": 20, "num_hidden_layers": 35, "final_logit_softcapping": 30.0},
+    "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "num_hidden_layers": 40},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"], "num_hidden_layers": 16},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 6, "num_hidden_layers": 24},
+    "mpt": {"attn_config": {"alibi": True}},
+}
+"""What a published model sets that the default configuration leaves out: a kind of layer, or sharing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the guard says of an architecture."""
+
+    kind: str
+    """decoder, encoder, encoder-decoder or multimodal; only decoders of text are checked."""
+    result: str
+    """exact, refused, not built, failed, or not checked."""
+    grad_rel_error: float | None = None
+    is_float64: bool = False
+    why: str = ""
+    cpu_seconds: float = 0.0
+    peak_mib: int = 0
+
+
+def kind_of(model_type: str) -> str:
+    """Tell decoders of text from other models, by the configuration and by transformers' own lists."""
+    config_class = type(_config(model_type, {})) if model_type not in _NO_DEFAULT else None
+    if config_class is None:
+        return "multimodal"
+    config = _config(model_type, {})
+    if getattr(config, "is_encoder_decoder", False) or "cross_attention" in model_type:
+        return "encoder-decoder"
+    parts = set(getattr(config, "sub_configs", ()))
+    if any(word in name for name in parts for word in ("vision", "audio", "vq", "codec")):
+        text = config.get_text_config().model_type
+        return "decoder" if CAUSAL.get(text) == CAUSAL[model_type] else "multimodal"
+    seen_whole = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if model_type in seen_whole or getattr(config, "is_decoder", None) is False and model_type.startswith("bert"):
+        return "encoder"
+    return "multimodal" if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else "decoder"
+
+
+_NO_DEFAULT = ("musicgen", "musicgen_melody")
+"""Configurations that cannot be made without those of their parts."""
+
+
+def _config(model_type: str, settings: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def check(model_type: str) -> Outcome:
+    """Run the guard on one architecture, in this process."""
+    kind = kind_of(model_type)
+    if kind != "decoder":
+        return Outcome(kind, "not checked")
+    before = time.process_time()
+    try:
+        config = _config(model_type, SETTINGS.get(model_type, {}))
+        refuse_length_dependent_rope(config.get_text_config())
+        parity = guard(config, requested=Attention.auto, device=torch.device("cpu"), dtype=torch.float32)
+    except ChunkflowError as error:
+        result, why = ("not built" if "train.guard" in str(error) else "refused"), " ".join(str(error).split())
+        error_, is_float64 = None, False
+    except Exception as error:  # noqa: BLE001 - a crash of the guard is a result, too
+        result, why, error_, is_float64 = "failed", f"{type(error).__name__}: {str(error)[:300]}", None, False
+    else:
+        result, why, error_, is_float64 = "exact", "", parity.grad_rel_error, parity.is_float64
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return Outcome(kind, result, error_, is_float64, why, round(time.process_time() - before, 1), peak)
+
+
+def check_apart(model_type: str, *, seconds: float, memory_gib: float) -> Outcome:
+    """Run the guard on one architecture, in a process that is stopped at a limit."""
+    context = multiprocessing.get_context("fork")  # the import of torch and transformers takes longer than the check
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        limit = int(memory_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        sender.send(check(model_type))
+
+    process = context.Process(target=work)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(seconds):
+            return receiver.recv()
+        return Outcome("decoder", "failed", why=f"not done within {seconds:.0f} seconds")
+    except EOFError:
+        return Outcome("decoder", "failed", why="the process was killed")
+    finally:
+        process.kill()
+        process.join()
+
+
+def write_page(outcomes: dict[str, dict[str, Any]]) -> None:
+    """Replace the generated section of docs/models.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise SystemExit(f"{PAGE} has no section between {BEGIN} and {END}")
+    PAGE.write_text(f"{before}{BEGIN}\n{section(outcomes)}\n{END}{after}", encoding="utf-8")
+
+
+def section(outcomes: dict[str, dict[str, Any]]) -> str:
+    """Return the generated section: counts, then one row for each decoder of text."""
+    decoders = {name: each for name, each in sorted(outcomes.items()) if each["kind"] == "decoder"}
+    exact = sum(each["result"] == "exact" for each in decoders.values())
+    others = [each["kind"] for each in outcomes.values() if each["kind"] != "decoder"]
+    lines = [
+        f"transformers {transformers.__version__} lists {len(outcomes)} causal language models. {len(decoders)} are "
+        f"decoders of text, of which {exact} train exactly in chunks. The others are encoders "
+        f"({others.count('encoder')}), encoder-decoders ({others.count('encoder-decoder')}) and multimodal models "
+        f"({others.count('multimodal')}).",
+        "",
+        "| `model_type` | in chunks |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {_cell(each)} |" for name, each in decoders.items()]
+    return "\n".join(lines)
+
+
+def _cell(outcome: dict[str, Any]) -> str:
+    if outcome["result"] == "exact":
+        return f"exact, {outcome['grad_rel_error']:.0e}" + (" in float64" if outcome["is_float64"] else "")
+    return f"{outcome['result']}: {outcome['why']}".replace("|", "\\|")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="MODEL_TYPE", help="architectures; by default all")
+    parser.add_argument("--seconds", type=float, default=180, help="limit for one architecture")
+    parser.add_argument("--memory-gib", type=float, default=6.0, help="limit for one architecture")
+    parser.add_argument("--docs", action="store_true", help="merge into benchmarks/architectures.json and docs/models.md")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    return parser
+
+
+def _checked(names: Iterable[str], seconds: float, memory_gib: float) -> dict[str, dict[str, Any]]:
+    outcomes = {}
+    for name in names:
+        outcome = check_apart(name, seconds=seconds, memory_gib=memory_gib)
+        outcomes[name] = asdict(outcome)
+        say(f"{name}: {outcome.kind if outcome.result == 'not checked' else _cell(asdict(outcome))}")
+    return outcomes
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    if unknown := sorted(set(args.names) - set(CAUSAL)):
+        raise SystemExit(f"no causal language models of transformers {transformers.__version__}: {', '.join(unknown)}")
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    settle_vector_math()
+    outcomes = _checked(args.names or CAUSAL, args.seconds, args.memory_gib)
+    if args.docs:
+        known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        merged = dict(sorted((known | outcomes).items()))
+        RESULTS.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+        write_page(merged)
+    results = [each["result"] for each in outcomes.values()]
+    counts = {result: results.count(result) for result in dict.fromkeys(results)}
+    versions = {"transformers": transformers.__version__, "counts": counts}
+    emit({**versions, "hardware": hardware(), "architectures": outcomes}, args.out)
+
+
+if __name__ == "__main__":
+    main()
