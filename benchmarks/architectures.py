@@ -43,12 +43,21 @@ CAUSAL: dict[str, str] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 500_000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {
+        "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy",
+        "first_k_dense_replace": 1,
+    },
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "gemma4_text": {"num_kv_shared_layers": 20, "num_hidden_layers": 35, "final_logit_softcapping": 30.0},
     "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "num_hidden_layers": 40},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"], "num_hidden_layers": 16},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 6, "num_hidden_layers": 24},
-    "mpt": {"attn_config": {"alibi": True}},
-}
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}  # fmt: skip
 """What a published model sets that the default configuration leaves out: a kind of layer, or sharing."""
 
 
@@ -67,26 +76,27 @@ class Outcome:
     peak_mib: int = 0
 
 
+KINDS = {
+    "bert-generation": "encoder", "trocr": "encoder-decoder", "musicgen": "multimodal", "musicgen_melody": "multimodal",
+    "gemma4_assistant": "drafter", "gemma4_unified_assistant": "drafter",
+}  # fmt: skip
+"""What transformers' own lists and configurations do not tell. A drafter reads keys of another model."""
+
+
 def kind_of(model_type: str) -> str:
     """Tell decoders of text from other models, by the configuration and by transformers' own lists."""
-    config_class = type(_config(model_type, {})) if model_type not in _NO_DEFAULT else None
-    if config_class is None:
-        return "multimodal"
+    if model_type in KINDS:
+        return KINDS[model_type]
     config = _config(model_type, {})
-    if getattr(config, "is_encoder_decoder", False) or "cross_attention" in model_type:
+    if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
-    parts = set(getattr(config, "sub_configs", ()))
-    if any(word in name for name in parts for word in ("vision", "audio", "vq", "codec")):
-        text = config.get_text_config().model_type
-        return "decoder" if CAUSAL.get(text) == CAUSAL[model_type] else "multimodal"
-    seen_whole = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if model_type in seen_whole or getattr(config, "is_decoder", None) is False and model_type.startswith("bert"):
+    if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
+    if any(part in name for name in config.sub_configs for part in ("vision", "audio", "vq_")):
+        text = config.get_text_config().model_type
+        is_text_part = text != model_type and CAUSAL.get(text) == CAUSAL[model_type]
+        return "decoder" if is_text_part else "multimodal"
     return "multimodal" if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else "decoder"
-
-
-_NO_DEFAULT = ("musicgen", "musicgen_melody")
-"""Configurations that cannot be made without those of their parts."""
 
 
 def _config(model_type: str, settings: dict[str, Any]) -> Any:
@@ -177,7 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="MODEL_TYPE", help="architectures; by default all")
     parser.add_argument("--seconds", type=float, default=180, help="limit for one architecture")
     parser.add_argument("--memory-gib", type=float, default=6.0, help="limit for one architecture")
-    parser.add_argument("--docs", action="store_true", help="merge into benchmarks/architectures.json and docs/models.md")
+    parser.add_argument(
+        "--docs", action="store_true", help="merge into benchmarks/architectures.json and docs/models.md"
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     return parser
 

@@ -168,9 +168,9 @@ def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
 
 
 def remove_dropout(config: Any) -> None:
-    """Set every dropout rate of a configuration to zero, because under dropout no two forwards agree."""
-    for name in list(vars(config)):
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
+    """Set every rate of dropout or noise of a configuration to zero, because under them no two forwards agree."""
+    for name, value in vars(config).copy().items():
+        if isinstance(value, float) and any(part in name for part in ("drop", "jitter", "router_noise")):
             setattr(config, name, 0.0)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ VOCABULARY = 512
 HIDDEN = 256
 WIDTH = 256
 """Of a feed-forward layer or an expert."""
+FEW_HEADS, MORE_HEADS = 2, 8
+"""Heads of keys; some models run on several at once."""
 REACH = 37
 """Tokens that windows, attention chunks and the like reach at most: fewer than in a chunk of the guard's test."""
 PICKED = 16
@@ -50,9 +53,9 @@ def small_config(hf_config: Any) -> Any:
         ImportError: its modeling file needs a package that is not installed.
     """
     errors: list[Exception] = []
-    for left_out in _attempts():
+    for left_out, key_heads in _attempts():
         try:
-            small = _shrunk(hf_config, left_out)
+            small = _shrunk(hf_config, left_out, key_heads)
             _try_out(small)
             return small
         except (ImportError, MemoryError, torch.OutOfMemoryError):
@@ -76,19 +79,23 @@ def build_small(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(device).train()
 
 
-def _attempts() -> Iterator[frozenset[str]]:
-    """Yield which sizes to leave as they are: none, one kind, what hangs together, all but the number of layers, all."""
-    yield frozenset()
+def _attempts() -> Iterator[tuple[frozenset[str], int]]:
+    """Yield which kinds of sizes to leave as they are, and the heads of keys to keep.
+
+    First none; then one kind, and the kinds that hang together most; at last all but the number of layers, and all.
+    """
+    yield frozenset(), FEW_HEADS
+    yield frozenset(), MORE_HEADS
     kinds = [*SHRINKINGS, "layers"]
     for name in reversed(kinds):
-        yield frozenset({name})
-    yield frozenset({"heads", "hidden"})
-    yield frozenset({"heads", "hidden", "recurrent"})
-    yield frozenset(SHRINKINGS)
-    yield frozenset(kinds)
+        yield frozenset({name}), FEW_HEADS
+    yield frozenset({"heads", "hidden"}), FEW_HEADS
+    yield frozenset({"heads", "hidden", "recurrent"}), FEW_HEADS
+    yield frozenset(SHRINKINGS), FEW_HEADS
+    yield frozenset(kinds), FEW_HEADS
 
 
-def _shrunk(hf_config: Any, left_out: frozenset[str]) -> Any:
+def _shrunk(hf_config: Any, left_out: frozenset[str] = frozenset(), key_heads: int = FEW_HEADS) -> Any:
     small = copy.deepcopy(hf_config)
     for config in _parts(small):
         if hasattr(config, "quantization_config"):
@@ -96,7 +103,7 @@ def _shrunk(hf_config: Any, left_out: frozenset[str]) -> Any:
     config = small.get_text_config()
     _shorten_reach(config)
     remove_dropout(config)
-    before = copy.deepcopy(config)
+    before = Before(copy.deepcopy(config), key_heads)
     for name, shrink in SHRINKINGS.items():
         if name not in left_out:
             shrink(config, before)
@@ -106,7 +113,7 @@ def _shrunk(hf_config: Any, left_out: frozenset[str]) -> Any:
     config = small.get_text_config()
     for name in ("initializer_range", "init_std"):
         if isinstance(getattr(config, name, None), float):
-            width = int(getattr(config, "hidden_size", None) or HIDDEN)
+            width = _number(config, "hidden_size") or HIDDEN
             setattr(config, name, max(float(getattr(config, name)), PROJECTION_STD / width**0.5))
     return small
 
@@ -153,6 +160,18 @@ def _try_out(config: Any) -> None:
 # --- Sizes -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Before:
+    """The configuration before any size was reduced."""
+
+    config: Any
+    few_heads: int
+    """Heads of keys to keep."""
+
+    def number(self, name: str) -> int:
+        return _number(self.config, name)
+
+
 def _number(config: Any, name: str) -> int:
     """Return a size of a configuration, by its own or its common name; 0 if it has none that holds for all layers."""
     value = vars(config).get(getattr(config, "attribute_map", {}).get(name, name))
@@ -189,7 +208,7 @@ def _is_reach(name: str) -> bool:
     return is_window or name in ("attention_chunk_size", "floor_scale", "log_scaling_n_floor", "rel_extent")
 
 
-def _shrink_vocabulary(config: Any, before: Any) -> None:
+def _shrink_vocabulary(config: Any, before: Before) -> None:
     """Few tokens; those with a meaning become token 0, which random text has, too."""
     values = vars(config)
     for name, value in list(values.items()):
@@ -207,7 +226,7 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k
 GROUPS = ("n_group", "num_expert_group")
 
 
-def _shrink_experts(config: Any, before: Any) -> None:
+def _shrink_experts(config: Any, before: Before) -> None:
     """Four experts, of which a token visits two at most. Where they are in groups: four in each of two groups."""
     is_grouped = any(_number(config, name) > 1 for name in GROUPS)
     _lower(config, CHOSEN, 2)
@@ -225,52 +244,52 @@ FEED_FORWARD = (
 )  # fmt: skip
 
 
-def _shrink_feed_forward(config: Any, before: Any) -> None:
+def _shrink_feed_forward(config: Any, before: Before) -> None:
     _lower(config, FEED_FORWARD, WIDTH)
-    width_of_mixer = _number(before, "expand") * _number(before, "hidden_size")  # Mamba
-    if not width_of_mixer or _number(before, "intermediate_size") != width_of_mixer:
+    width_of_mixer = before.number("expand") * before.number("hidden_size")  # Mamba
+    if not width_of_mixer or before.number("intermediate_size") != width_of_mixer:
         _lower(config, ("intermediate_size",), WIDTH)
 
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
-MORE_HEADS = (("num_attention_heads", "num_kv_heads"), ("swa_num_attention_heads", "swa_num_key_value_heads"))
+OTHER_HEADS = (("num_attention_heads", "num_kv_heads"), ("swa_num_attention_heads", "swa_num_key_value_heads"))
 
 
-def _shrink_heads(config: Any, before: Any) -> None:
-    """Two heads of keys at most, with their queries, eight each at most, and the width of a model that comes with them."""
-    heads, hidden = _number(before, "num_attention_heads"), _number(before, "hidden_size")
+def _shrink_heads(config: Any, before: Before) -> None:
+    """A few heads of keys, each with its queries, eight at most, and the width of a model that comes with them."""
+    heads, hidden = before.number("num_attention_heads"), before.number("hidden_size")
     if not heads or hidden <= HIDDEN:
         return
-    for names in (HEADS, *MORE_HEADS):
-        pair = [_number(before, name) for name in names]
+    for names in (HEADS, *OTHER_HEADS):
+        pair = [before.number(name) for name in names]
         if names == HEADS or all(pair):
-            for name, before_, few in zip(names, pair, _few_heads(*pair), strict=True):
+            for name, before_, few in zip(names, pair, _few_heads(*pair, before.few_heads), strict=True):
                 if before_:
                     setattr(config, name, few)
     if per_layer := vars(config).get("num_attention_heads_per_layer"):
-        key_heads = _number(before, HEADS[1])
-        config.num_attention_heads_per_layer = [_few_heads(each, key_heads)[0] for each in per_layer]
+        key_heads = before.number(HEADS[1])
+        config.num_attention_heads_per_layer = [_few_heads(each, key_heads, before.few_heads)[0] for each in per_layer]
     overrides = take_overrides(config)
     for each in overrides.values():
-        pair = [each.get(name, _number(before, name)) for name in HEADS]
-        few = dict(zip(HEADS, _few_heads(*pair), strict=True))
+        pair = [each.get(name, before.number(name)) for name in HEADS]
+        few = dict(zip(HEADS, _few_heads(*pair, before.few_heads), strict=True))
         each |= {name: number for name, number in few.items() if name in each}
     give_overrides(config, overrides)
     if hidden % heads == 0:
         _set_hidden(config, before, _number(config, "num_attention_heads") * (hidden // heads))
 
 
-def _few_heads(heads: int, key_heads: int) -> tuple[int, int]:
+def _few_heads(heads: int, key_heads: int, most: int) -> tuple[int, int]:
     key_heads = key_heads or heads
     if not heads or heads % key_heads:
-        return min(heads, 2), min(key_heads, 2)
+        return min(heads, most), min(key_heads, most)
     times = heads // key_heads
-    return min(key_heads, 2) * max(n for n in range(1, 9) if times % n == 0), min(key_heads, 2)
+    return min(key_heads, most) * max(n for n in range(1, 9) if times % n == 0), min(key_heads, most)
 
 
-def _shrink_hidden(config: Any, before: Any) -> None:
+def _shrink_hidden(config: Any, before: Before) -> None:
     """A model whose heads have a size of their own, or that has no heads, can be as narrow as we like."""
-    is_free = _number(before, "head_dim") or not _number(before, "num_attention_heads")
+    is_free = before.number("head_dim") or not before.number("num_attention_heads")
     if is_free and _number(config, "hidden_size") > HIDDEN:
         _set_hidden(config, before, HIDDEN)
 
@@ -279,8 +298,8 @@ def _set_hidden(config: Any, before: Any, hidden: int) -> None:
     """Set the width of a model, and of what is as wide, or a few times as wide."""
     config.hidden_size = hidden
     for name in ("attention_hidden_size", "lru_width", "embedding_dim", "word_embed_proj_dim", "intermediate_size"):
-        times, rest = divmod(_number(before, name), _number(before, "hidden_size"))
-        if times and not rest and (name != "intermediate_size" or times == _number(before, "expand")):
+        times, rest = divmod(before.number(name), before.number("hidden_size"))
+        if times and not rest and (name != "intermediate_size" or times == before.number("expand")):
             setattr(config, name, times * hidden)
 
 
@@ -293,19 +312,19 @@ MAMBA_2 = (
 """Names of the number of heads, their size, the number of groups and the width in times of the model's."""
 
 
-def _shrink_recurrent(config: Any, before: Any) -> None:
+def _shrink_recurrent(config: Any, before: Before) -> None:
     """Few heads and small states, and a scan in blocks so short that every sequence has several."""
     for names in (("linear_num_key_heads", "linear_num_value_heads"), ("linear_num_heads", "linear_num_heads")):
-        heads, value_heads = (_number(before, name) for name in names)
+        heads, value_heads = (before.number(name) for name in names)
         if heads:
             setattr(config, names[1], min(heads, 2) * (value_heads // heads))
             setattr(config, names[0], min(heads, 2))
     _lower(config, ("mamba_chunk_size", "chunk_size", "block_size"), SCAN_BLOCK)
     _lower(config, ("mamba_d_state", "ssm_state_size", "state_size"), 32)
     for names in MAMBA_2:
-        heads, size, groups, expand = (_number(before, name) for name in names)
+        heads, size, groups, expand = (before.number(name) for name in names)
         if heads and size and groups:
-            _shrink_mamba_2(config, names, heads, size, groups, expand * _number(before, "hidden_size"))
+            _shrink_mamba_2(config, names, heads, size, groups, expand * before.number("hidden_size"))
 
 
 def _shrink_mamba_2(config: Any, names: Sequence[str], heads: int, size: int, groups: int, width: int) -> None:
@@ -321,7 +340,7 @@ def _shrink_mamba_2(config: Any, names: Sequence[str], heads: int, size: int, gr
         config.mamba_d_ssm = few * size
 
 
-SHRINKINGS: dict[str, Callable[[Any, Any], None]] = {
+SHRINKINGS: dict[str, Callable[[Any, Before], None]] = {
     "vocabulary": _shrink_vocabulary,
     "experts": _shrink_experts,
     "feed_forward": _shrink_feed_forward,
