@@ -18,7 +18,10 @@ from typing import Any, TextIO
 
 from chunkflow_cli.errors import RunError
 
-PLAIN = {"…": "...", "–": "-", "·": ".", "×": "x", "─": "-", "━": "-", "│": "|", "┃": "|", "█": "#"}
+PLAIN = {
+    "…": "...", "–": "-", "·": ".", "×": "x", "─": "-", "━": "-", "│": "|", "┃": "|", "█": "#",
+    "⟦": "[[", "⟧": "]]", "␣": "_", "⇥": "\\t", "↵": "\\n",
+}  # fmt: skip
 """What stands for our characters in an encoding that lacks them."""
 STDIN, STDOUT, STDERR = 0, 1, 2
 """The numbers of the standard descriptors."""

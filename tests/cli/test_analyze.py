@@ -25,6 +25,7 @@ from chunkflow_cli.cli.screens.analysis import print_analyses
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data import dataset as tokenized
+from chunkflow_cli.data import template_choice
 from chunkflow_cli.data.source import Location
 from chunkflow_cli.errors import UsageError
 from support.tokenizers import make_tokenizer
@@ -193,7 +194,9 @@ def test_estimates_of_real_data_are_within_a_quarter(tmp_path: Path, monkeypatch
     """
     assert SMOLLM2 is not None
     assert SMOLLM2.origin is not None
-    monkeypatch.setattr(tokenized, "load_tokenizer", functools.cache(tokenized.load_tokenizer))  # seconds each
+    monkeypatch.setattr(
+        template_choice, "load_tokenizer", functools.cache(template_choice.load_tokenizer)
+    )  # seconds each
     model = Path(SMOLLM2.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
     for name in ("alpaca_en_demo.json", "glaive_toolcall_en_demo.json", "c4_demo.jsonl"):
         estimated = found(SHARED / name)

@@ -47,7 +47,7 @@ def tokens(**row: Any) -> tuple[list[int], list[int]]:
 # No field is without effect: a property of all formats
 
 EVERYTHING = (  # a template that writes all that it is given
-    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{{ enable_thinking }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ m['content'] }}{{ m | tojson }}"
     "{{ (m.tool_calls or []) | tojson }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.attention import flash
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Output, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.function import ChunkAttention, ChunkAttentionContext, attend
+from chunkflow_cli.execution.attention.layer import LayerAttention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.state import SequenceState, StatePiece
 
@@ -264,8 +266,9 @@ def torch_efficient(monkeypatch: pytest.MonkeyPatch) -> TorchFlashBackend:
 
     def forward(named: dict[str, Any]) -> tuple[Any, ...]:
         assert named["compute_log_sumexp"] is True
-        heads = (named[name].transpose(1, 2) for name in ("query", "key", "value"))
+        heads = (named[name].transpose(1, 2).float() for name in ("query", "key", "value"))
         out, lse = naive_attention(*heads, mask_of(named), AttentionRule(named["scale"]))
+        out = out.to(named["query"].dtype)
         count = lse.shape[2]
         padded = torch.full((1, lse.shape[1], -(-count // ALIGNMENT) * ALIGNMENT), math.inf)
         padded[:, :, :count] = lse
@@ -276,12 +279,13 @@ def torch_efficient(monkeypatch: pytest.MonkeyPatch) -> TorchFlashBackend:
         assert named["logsumexp"].shape[2] % ALIGNMENT == 0
         assert named["logsumexp"][:, :, count:].isposinf().all(), "a padded row gives no weight"
         assert (named["max_seqlen_q"], named["max_seqlen_k"]) == (count, named["key"].shape[1])
-        q, k, v, dout, out = (named[n].transpose(1, 2) for n in ("query", "key", "value", "grad_out_", "out"))
+        q, k, v, dout, out = (named[n].transpose(1, 2).float() for n in ("query", "key", "value", "grad_out_", "out"))
         scores = (q @ k.transpose(2, 3) * named["scale"]).masked_fill(~mask_of(named), -math.inf)
         weights = torch.exp(scores - named["logsumexp"][:, :, :count, None])
         dscores = weights * (dout @ v.transpose(2, 3) - (dout * out).sum(3, keepdim=True)) * named["scale"]
         grads = dscores @ k, dscores.transpose(2, 3) @ q, weights.transpose(2, 3) @ dout
-        return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2), None
+        of_queries, of_keys, of_values = (each.transpose(1, 2).to(named["query"].dtype) for each in grads)
+        return of_queries, of_keys, of_values, None
 
     for name, emulation in (("_efficient_attention_forward", forward), ("_efficient_attention_backward", backward)):
         bind = _binder(name)
@@ -345,12 +349,27 @@ def exact_backend(request: pytest.FixtureRequest) -> Backend:
 # --- One backend call ------------------------------------------------------------------------------------------------
 
 
+def inputs(group: int, rows: int, columns: int, dtype: torch.dtype, value_dim: int = HEAD_DIM) -> tuple[Tensor, ...]:
+    """Return queries, keys, values, and the gradient of the output."""
+    shapes = (
+        (2 * group, rows, HEAD_DIM),
+        (2, columns, HEAD_DIM),
+        (2, columns, value_dim),
+        (2 * group, rows, value_dim),
+    )
+    return tuple(draw(1, *shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes, start=1))
+
+
 def check_own(
-    backend: Backend, dtype: torch.dtype, group: int, rule: AttentionRule, boundaries: Sequence[int] = BOUNDARIES
+    backend: Backend,
+    dtype: torch.dtype,
+    group: int,
+    rule: AttentionRule,
+    boundaries: Sequence[int] = BOUNDARIES,
+    value_dim: int = HEAD_DIM,
 ) -> None:
     tokens = boundaries[-1]
-    queries, grad_out = (draw(1, 2 * group, tokens, HEAD_DIM, seed=seed, dtype=dtype) for seed in (1, 4))
-    keys, values = (draw(1, 2, tokens, HEAD_DIM, seed=seed, dtype=dtype) for seed in (2, 3))
+    queries, keys, values, grad_out = inputs(group, tokens, tokens, dtype, value_dim)
     sight = Sight(rule, Packing(tuple(boundaries), CPU))
     out, lse = backend.forward(queries, keys, values, sight)
     grads = backend.backward(grad_out, Saved(queries, keys, values, out, lse), sight)
@@ -361,13 +380,18 @@ def check_own(
 
 
 def check_past(
-    backend: Backend, dtype: torch.dtype, group: int, rule: AttentionRule, queries_: int, keys_: int
+    backend: Backend,
+    dtype: torch.dtype,
+    group: int,
+    rule: AttentionRule,
+    queries_: int,
+    keys_: int,
+    value_dim: int = HEAD_DIM,
 ) -> None:
     """Call the backend as the attention does: without the rows that see nothing and the keys that no row sees."""
     reach = queries_ + keys_ if rule.window is None else rule.window - 1
     rows, columns = min(queries_, reach), min(keys_, reach)
-    queries, grad_out = (draw(1, 2 * group, rows, HEAD_DIM, seed=seed, dtype=dtype) for seed in (1, 4))
-    keys, values = (draw(1, 2, columns, HEAD_DIM, seed=seed, dtype=dtype) for seed in (2, 3))
+    queries, keys, values, grad_out = inputs(group, rows, columns, dtype, value_dim)
     mask = may_see(torch.arange(rows) + columns, torch.arange(columns), rule.window)
     assert mask.any(1).all(), "a backend never sees an empty row"
     out, lse = backend.forward(queries, keys, values, Sight(rule))
@@ -392,6 +416,14 @@ def test_attention_to_the_past(exact_backend: Backend, group: int, queries: int,
     check_past(exact_backend, torch.float64, group, AttentionRule(0.3, window), queries, keys)
 
 
+@pytest.mark.parametrize("value_dim", [HEAD_DIM - 3, HEAD_DIM + 5])
+@pytest.mark.parametrize("window", [None, 5])
+def test_values_of_another_head_dim(exact_backend: Backend, window: int | None, value_dim: int) -> None:
+    """Latent attention has narrower values than keys, or wider ones. Most kernels take only one width."""
+    check_own(exact_backend, torch.float64, 3, AttentionRule(0.3, window), value_dim=value_dim)
+    check_past(exact_backend, torch.float64, 3, AttentionRule(0.3, window), 4, 6, value_dim)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [None, 5, 12])
 @pytest.mark.parametrize("group", [1, 3])
@@ -408,6 +440,15 @@ def test_float32_on_cuda_goes_through_the_efficient_kernel(torch_efficient: Torc
     """Its rows of log-sum-exp are padded, its causal mask starts at the first key, and it takes one segment per call."""
     check_own(torch_efficient, torch.float32, group, AttentionRule(0.3))
     check_past(torch_efficient, torch.float32, group, AttentionRule(0.3), 11, 40)
+
+
+def test_wide_heads_on_cuda_go_through_the_efficient_kernel(
+    torch_efficient: TorchFlashBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flash kernels inside torch end at 256 channels, and global layers of Gemma 4 have 512."""
+    monkeypatch.setattr(flash, "LARGEST_FLASH_HEAD_DIM", HEAD_DIM - 1)
+    check_own(torch_efficient, torch.bfloat16, 3, AttentionRule(0.3))
+    check_past(torch_efficient, torch.bfloat16, 3, AttentionRule(0.3), 11, 40)
 
 
 @pytest.mark.parametrize("boundaries", [(0, 1), (0, 33), (0, 1, 2, 3)], ids=str)
@@ -504,8 +545,10 @@ LENGTH, CHUNK, EXTRA = 29, 8, 3
 class Case:
     """Queries, keys and values of a long sequence and a short one, and their expected attention."""
 
-    def __init__(self, rule: AttentionRule, dtype: torch.dtype, group: int = 3, sinks: bool = False) -> None:
-        self.rule = rule
+    def __init__(
+        self, rule: AttentionRule, dtype: torch.dtype, group: int = 3, sinks: bool = False, block: int | None = None
+    ) -> None:
+        self.rule, self.layer = rule, LayerAttention(0, rule, block)
         tokens = LENGTH + EXTRA
         self.queries, self.grad_out = (draw(1, 2 * group, tokens, HEAD_DIM, seed=s, dtype=dtype) for s in (1, 4))
         self.keys, self.values = (draw(1, 2, tokens, HEAD_DIM, seed=s, dtype=dtype) for s in (2, 3))
@@ -514,7 +557,11 @@ class Case:
     def truth(self) -> list[Tensor]:
         leaves = [t.double().clone().requires_grad_() for t in (self.queries, self.keys, self.values)]
         sinks = None if self.sinks is None else self.sinks.double().clone().requires_grad_()
-        out, _ = naive_attention(*leaves, packed_mask((0, LENGTH, LENGTH + EXTRA), self.rule.window), self.rule, sinks)
+        mask = packed_mask((0, LENGTH, LENGTH + EXTRA), self.rule.window)
+        if self.layer.block is not None:
+            block = torch.cat([torch.arange(LENGTH), torch.arange(EXTRA)]) // self.layer.block
+            mask &= block[:, None] == block[None, :]
+        out, _ = naive_attention(*leaves, mask, self.rule, sinks)
         out.backward(self.grad_out.double())
         return [out.detach(), *(leaf.grad for leaf in [*leaves, sinks] if leaf is not None and leaf.grad is not None)]
 
@@ -537,7 +584,7 @@ class Case:
             sinks = None if self.sinks is None else self.sinks.clone()
             if torch.is_grad_enabled():
                 leaves[index] = [tensor.requires_grad_() for tensor in [*inputs, sinks] if tensor is not None]
-            out: Tensor = ChunkAttention.apply(*inputs, sinks, context, 0, self.rule)
+            out: Tensor = ChunkAttention.apply(*inputs, sinks, context, self.layer)
             return out
 
         retained_from = max(0, len(starts) - k)
@@ -565,6 +612,18 @@ def test_chunks_equal_the_whole_sequence(exact_backend: Backend, window: int | N
     case = Case(AttentionRule(0.3, window), torch.float64)
     truth = case.truth()
     for k in (1, 2, 4):
+        mine, state = case.chunked(exact_backend, k)
+        for part, true in zip(mine, truth, strict=True):
+            assert_close(part, true, torch.float64)
+        assert state.nbytes == 0
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 10, 16, 100])
+def test_chunks_with_attention_in_blocks(exact_backend: Backend, block: int) -> None:
+    """Blocks that divide chunks, that chunks divide, that straddle them, and one that holds everything."""
+    case = Case(AttentionRule(0.3), torch.float64, block=block)
+    truth = case.truth()
+    for k in (1, 4):
         mine, state = case.chunked(exact_backend, k)
         for part, true in zip(mine, truth, strict=True):
             assert_close(part, true, torch.float64)
@@ -616,11 +675,11 @@ def test_state_pass_ends_at_the_last_layer() -> None:
     piece = StatePiece(state, 0, True)
     context = ChunkAttentionContext(Packing((0, CHUNK), CPU), Unused(), piece, last_layer_of_state_pass=1)
     queries, keys, values = (draw(1, heads, CHUNK, HEAD_DIM, seed=heads) for heads in (6, 2, 2))
-    out = ChunkAttention.apply(queries, keys, values, None, context, 1, AttentionRule(0.3))
+    out = ChunkAttention.apply(queries, keys, values, None, context, LayerAttention(1, AttentionRule(0.3)))
     assert out.shape == (1, 6, CHUNK, HEAD_DIM)
     assert torch.equal(state.read(1, "keys", 0, CHUNK), keys[0].transpose(0, 1))
     with pytest.raises(AssertionError, match="attention was computed"):
-        ChunkAttention.apply(queries, keys, values, None, context, 0, AttentionRule(0.3))
+        ChunkAttention.apply(queries, keys, values, None, context, LayerAttention(0, AttentionRule(0.3)))
 
 
 # --- What transformers calls -----------------------------------------------------------------------------------------
@@ -636,7 +695,15 @@ class Layer(nn.Module):
 def called(module: nn.Module | None = None, *, tokens: int = 6, batch: int = 1, **options: Any) -> Tensor:
     queries, keys, values = (draw(batch, heads, tokens, HEAD_DIM, seed=heads) for heads in (6, 2, 3))
     context = ChunkAttentionContext(Packing((0, 6), CPU), options.pop("backend", ReferenceBackend()))
-    return attend(module or Layer(), queries, keys, values[:, :2], None, **{"chunk": context, **options})[0]
+    mask = options.pop("attention_mask", None)
+    return attend(module or Layer(), queries, keys, values[:, :2], mask, **{"chunk": context, **options})[0]
+
+
+def test_keywords_that_change_nothing_are_taken() -> None:
+    """transformers passes positions and switches on to every attention call: refusing them would refuse all models."""
+    plain = called()
+    assert torch.equal(plain, called(position_ids=torch.arange(6)[None], use_cache=False, output_attentions=False))
+    assert torch.equal(plain, called(indices=None, position_bias=None, tilt=None))
 
 
 def test_attend_returns_tokens_before_heads() -> None:
@@ -656,6 +723,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no layer index": ({"module": Layer(None)}, "Layer does not know its layer"),
     "batch of two": ({"batch": 2}, "Layer reshapes its tokens before attention"),
     "other tokens": ({"tokens": 5}, "Layer reshapes its tokens before attention"),
+    "own mask": ({"attention_mask": torch.zeros(6, 6)}, r"Layer uses a mask of its own \(attention_mask\)"),
+    "position bias": ({"position_bias": torch.zeros(6, 6)}, "Layer uses a bias on its scores that depends on pos"),
+    "indexer": ({"indices": torch.zeros(1, 6, 2)}, r"Layer uses sparse attention to the keys that an indexer picks \(DSA"),
+    "unknown keyword": ({"tilt": 0.5}, "Layer passes 'tilt' to its attention, which chunkflow does not know"),
+    "later tokens": ({"is_causal": False}, "Layer attends to later tokens"),
     "soft cap on the CPU": (
         {"softcap": 30.0, "backend": CpuBackend()}, "model.attention=cpu does not support soft-capped attention scores",
     ),
@@ -672,23 +744,11 @@ def test_what_cannot_be_exact_is_refused_by_name(options: dict[str, Any], messag
         called(options.get("module"), **{name: value for name, value in options.items() if name != "module"})
 
 
-@pytest.mark.parametrize("backend", [CpuBackend(), TorchFlashBackend(), FlashAttnBackend()], ids=lambda b: b.name)
-def test_values_of_another_head_dim(backend: Backend, flash_attn: FlashAttnBackend) -> None:
-    """Latent attention has values of another width. Fused kernels misread them and must refuse; the reference works."""
-    queries, keys, values = draw(1, 2, 5, 8), draw(1, 2, 5, 8, seed=1), draw(1, 2, 5, 4, seed=2)
-    sight = Sight(AttentionRule(1.0), Packing((0, 5), CPU))
-    with pytest.raises(UsageError, match=f"model.attention={backend.name} does not support values of another head_dim"):
-        backend.forward(queries, keys, values, sight)
-    out, _ = ReferenceBackend().forward(queries, keys, values, sight)
-    truth, _ = naive_attention(queries, keys, values, packed_mask((0, 5), None), AttentionRule(1.0))
-    assert_close(out, truth, torch.float64)
-
-
 def test_window_in_float32_on_cuda_is_refused() -> None:
     """The efficient kernel would ignore the window."""
     queries = draw(1, 2, 5, 8, dtype=torch.float32)
     sight = Sight(AttentionRule(1.0, window=3), Packing((0, 5), CPU))
-    with pytest.raises(UsageError, match="torch_flash does not support sliding windows in float32"):
+    with pytest.raises(UsageError, match="torch_flash does not support sliding windows in torch"):
         TorchFlashBackend().forward(queries, queries, queries, sight)
 
 

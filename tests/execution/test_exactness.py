@@ -29,6 +29,7 @@ from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Gr
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
+from chunkflow_cli.execution.attention.layer import LayerAttention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
@@ -42,7 +43,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Schedule, plan
-from support.models import BEYOND, LLAMA3_ROPE, MIDDLE_WINDOW, MODELS, YARN_ROPE
+from support.models import BEYOND, LLAMA3_ROPE, MIDDLE_WINDOW, MODELS, SHAPES, YARN_ROPE
 
 CPU = torch.device("cpu")
 LENGTHS = (100, 13, 9, 31)
@@ -98,7 +99,7 @@ MATRIX = covering([*MODELS])
 
 
 def build(tiny_model: Callable[..., Any], case: Case, dtype: torch.dtype) -> Any:
-    model_type, settings = {**MODELS, **BEYOND}[case.model]
+    model_type, settings = {**MODELS, **BEYOND, **SHAPES}[case.model]
     model = tiny_model(model_type, dtype=dtype, **settings)
     use_float64_experts(model, dtype)
     enable_activation_checkpointing(model, case.checkpointing)
@@ -123,7 +124,7 @@ def _everything_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     They compute in float32 for every dtype (`x.float()`, `x.to(torch.float32)`), so two orders of the same sums differ
     by 1e-8. Without that, any difference is a mistake.
     """
-    to = torch.Tensor.to
+    to, type_, softmax = torch.Tensor.to, torch.Tensor.type, nn.functional.softmax
 
     def to_float64(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.dtype is torch.float64 and torch.float32 in (*args, kwargs.get("dtype")):
@@ -134,6 +135,14 @@ def _everything_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.Tensor, "float", lambda self: self if self.dtype is torch.float64 else to(self, torch.float32)
     )
     monkeypatch.setattr(torch.Tensor, "to", to_float64)
+    monkeypatch.setattr(
+        torch.Tensor, "type", lambda self, *args: self if self.dtype is torch.float64 and args else type_(self, *args)
+    )
+    monkeypatch.setattr(
+        nn.functional,
+        "softmax",
+        lambda x, dim, dtype=None: softmax(x, dim, dtype=None if x.dtype is torch.float64 else dtype),
+    )
 
 
 @pytest.mark.parametrize("case", MATRIX, ids=str)
@@ -172,6 +181,65 @@ def test_beyond_plain_attention(tiny_model: Callable[..., Any], case: Case) -> N
     model = build(tiny_model, case, torch.float32)
     backend = choose_backend(Attention.auto, model.config, CPU, torch.float32).backend
     assert compared(model, backend, case).grad_rel_error <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.usefixtures("_everything_in_float64")
+@pytest.mark.parametrize("case", covering([*SHAPES]), ids=str)
+def test_other_shapes_of_attention(tiny_model: Callable[..., Any], case: Case) -> None:
+    """With torch's CPU kernels, which know one width, no blocks and no sharing."""
+    if case.model.startswith("llama4"):
+        case = replace(case, lora=False)  # peft cannot wrap its router, a linear layer that returns a tuple
+    parity = compared(build(tiny_model, case, torch.float64), CpuBackend(), case)
+    assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
+    assert parity.loss_rel_error <= FLOAT64_TOLERANCE, parity
+
+
+@pytest.mark.usefixtures("_everything_in_float64")
+@pytest.mark.parametrize(("model", "function"), [
+    ("llama4, blocks, temperature", "counts_positions"), ("llama4, blocks, temperature", "describe_layer"),
+    ("gemma4, shared keys, head_dim by kind", "describe_layer"),
+])  # fmt: skip
+def test_other_shapes_fail_without_their_mechanism(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model: str, function: str
+) -> None:
+    """Blocks and temperature make a difference here; a layer that only shares keys must not release them."""
+    if function == "describe_layer" and model.startswith("gemma4"):
+        find = attention.describe_layer
+        monkeypatch.setattr(attention, function, lambda *args: replace(find(*args), owns_keys=True))
+    else:
+        wrong = {
+            "counts_positions": lambda module: False,
+            "describe_layer": lambda module, rule: LayerAttention(module.layer_idx, rule),
+        }
+        monkeypatch.setattr(attention, function, wrong[function])
+    case = Case(model, 17, 2, ActivationCheckpointing.none, True, False)
+    try:
+        parity = compared(build(tiny_model, case, torch.float64), CpuBackend(), case)
+    except (KeyError, RuntimeError):
+        return  # the store has lost what was released
+    assert parity.grad_rel_error > 1e-6
+
+
+@pytest.mark.usefixtures("_everything_in_float64")
+@pytest.mark.parametrize("model", ["deepseek_v3, narrow values", "llama4, blocks, temperature", "granite_swa, sinks"])
+def test_other_shapes_through_the_stages_of_a_pipeline(tiny_model: Callable[..., Any], model: str) -> None:
+    case = Case(model, 17, 2, ActivationCheckpointing.full, True, False)
+    sequences = random_sequences(LENGTHS, VOCABULARY, seed=3)
+    built = build(tiny_model, case, torch.float64)
+    parity = compare(built, CpuBackend(), sequences, chunk_size=case.chunk_size, k=case.k, stages=2)
+    assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
+
+
+def test_shared_keys_are_stored_once(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six layers, the last three attend to keys of the third and the second."""
+    written: set[int] = set()
+    write = SequenceState.write
+    monkeypatch.setattr(
+        SequenceState, "write", lambda self, layer, *rest: written.add(layer) or write(self, layer, *rest)
+    )
+    case = Case("gemma4, shared keys, head_dim by kind", 32, 1, ActivationCheckpointing.none, True, False)
+    compared(build(tiny_model, case, torch.float32), CpuBackend(), case)
+    assert written == {0, 1, 2}
 
 
 def test_the_matrix_covers_every_pair() -> None:
@@ -522,10 +590,13 @@ LINEAR_ATTENTION = {
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3_next, recurrent": ("qwen3_next", LINEAR_ATTENTION, "'qwen3_next' cannot be trained exactly in chunks"),
     "qwen3_5, recurrent": ("qwen3_5_text", LINEAR_ATTENTION, "'qwen3_5_text' cannot be trained exactly in chunks"),
-    "llama4, chunked attention": (
-        "llama4_text", {"attention_chunk_size": 32}, "'llama4_text' cannot be trained exactly in chunks",
+    "bloom, alibi": (
+        "bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained in chunks(.|\n)*computes its attention itself",
     ),
-    "bloom, alibi": ("bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained exactly in chunks"),
+    "doge, own mask": ("doge", {}, "'doge' cannot be trained in chunks(.|\n)*DogeAttention uses a mask of its own"),
+    "inkling, position bias": (
+        "inkling_text", {"d_rel": 8}, "'inkling_text' cannot be trained in chunks(.|\n)*a bias on its scores",
+    ),
     "stablelm, no keyword arguments": ("stablelm", {}, "'stablelm' cannot be trained in chunks(.|\n)*keyword arguments"),
 }  # fmt: skip
 
@@ -537,12 +608,6 @@ def test_guard_refuses_what_is_not(
     """Silently wrong training is the worst outcome: models that mix tokens by more than attention are refused by name."""
     with pytest.raises(UsageError, match=message):
         guarded(tiny_config(model_type, **settings))
-
-
-def test_guard_refuses_llama4_at_its_own_size(tiny_config: Callable[..., Any]) -> None:
-    """With chunks of 8192 in its configuration, a short test would never reach their end: the guard must shorten them."""
-    with pytest.raises(UsageError, match="'llama4_text' cannot be trained exactly in chunks"):
-        guarded(tiny_config("llama4_text", attention_chunk_size=8192))
 
 
 def test_guard_looks_at_windows_longer_than_its_test(

@@ -96,6 +96,21 @@ def test_kernels_against_plain_products(backend: str) -> None:
     check_backend(choice.backend, CUDA, torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", BFLOAT16_BACKENDS)
+def test_kernels_with_values_of_another_width(backend: str) -> None:
+    """Heads of latent attention: 192 and 128 channels in DeepSeek, 256 and 256 in GLM-4.7-Flash."""
+    config = AutoConfig.for_model("llama", **SMALL)
+    choice = choose_backend(Attention(backend), config, CUDA, torch.bfloat16)
+    check_backend(choice.backend, CUDA, torch.bfloat16, [(192, 128), (256, 256)])
+
+
+def test_heads_too_wide_for_flash_kernels() -> None:
+    """Global layers of Gemma 4 have heads of 512 channels: torch's memory-efficient kernel takes them."""
+    config = AutoConfig.for_model("llama", **{**SMALL, "head_dim": 512})
+    choice = choose_backend(Attention.torch_flash, config, CUDA, torch.bfloat16)
+    check_backend(choice.backend, CUDA, torch.bfloat16, [(512, 512)])
+
+
 def test_torch_flash_float32_kernels() -> None:
     config = AutoConfig.for_model("llama", **SMALL)
     check_backend(choose_backend(Attention.torch_flash, config, CUDA, torch.float32).backend, CUDA, torch.float32)

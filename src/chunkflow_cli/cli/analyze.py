@@ -11,17 +11,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.cli.screens.analysis import print_analyses
+from chunkflow_cli.cli.samples import ShownSample, samples_to_show
+from chunkflow_cli.cli.screens.analysis import print_analyses, print_next_command
 from chunkflow_cli.cli.screens.plots import check_plot_path, plot_lengths
+from chunkflow_cli.cli.screens.samples import print_samples
 from chunkflow_cli.config.home import expand_home
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Config, DataFormat, ModelConfig, TrainOn
+from chunkflow_cli.config.schema import Config, DataConfig, DataFormat, ModelConfig, TrainOn
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.dataset import open_data, tokenize_source
 from chunkflow_cli.data.estimate import estimate_sizes
@@ -29,12 +31,16 @@ from chunkflow_cli.data.formats import detect_format
 from chunkflow_cli.data.lengths import LengthStatistics, describe, idle_share, padding_share, truncation
 from chunkflow_cli.data.names import printable
 from chunkflow_cli.data.source import Location
+from chunkflow_cli.data.template_choice import load_with_template, needs_tokenizer
 from chunkflow_cli.data.tokenizer import has_tokenizer
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config, position_limit
 from chunkflow_cli.planning.balance import balance, rank_loads
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import count_chunks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHUNK_SIZES = (2048, 4096, 8192, 16384, 32768)
 TRUNCATIONS = (2048, 4096, 8192, 32768)
@@ -62,19 +68,27 @@ class MeasuredData:
     rejected: list[tuple[Location, str]]
     model_limit: int | None
     """The longest sequence that the model supports; `data.max_length` without a model."""
+    shown: Sequence[ShownSample] | None = None
 
 
 def run(
-    paths: Sequence[str], loaded: LoadedConfig, *, plot: str | None = None, json_output: bool = False
+    paths: Sequence[str],
+    loaded: LoadedConfig,
+    *,
+    plot: str | None = None,
+    show: int | None = None,
+    json_output: bool = False,
 ) -> dict[str, Any]:
     """Measure data sets, print the result unless `json_output` is set, and return what `--json` prints.
 
     Args:
         paths: the data sets; `data.path` if empty.
         plot: a PNG, SVG or PDF file for a histogram and cumulative curves.
+        show: number of samples of each data set to show as they are trained on.
 
     Raises:
-        UsageError: the data, the tokenizer or the name of the plot is wrong.
+        UsageError: the data, the tokenizer or the name of the plot is wrong, or samples cannot be shown without a
+            tokenizer.
     """
     config = loaded.config
     if not paths and not config.data.path:
@@ -86,14 +100,21 @@ def run(
     paths = [expand_home(path, "data.path") for path in paths]
     if plot is not None:
         check_plot_path(plot)
-    measured = [measure(path, config) for path in list(paths) or [config.data.path]]
+    measured = [measure(path, config, show=show) for path in list(paths) or [config.data.path]]
     trained = paths if len({data.format for data in measured}) == 1 else paths[:1]  # a run reads one format
     analyses = [analysis(data, config) for data in measured]
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
     if not json_output:
-        lengths = [data.lengths for data in measured]
-        print_analyses(stdout_console(), list(zip(lengths, analyses, strict=True)), _next_command(trained, loaded))
+        console, lengths = stdout_console(), [data.lengths for data in measured]
+        print_analyses(console, list(zip(lengths, analyses, strict=True)))
+        for data in measured:
+            if data.shown is not None:
+                console.print()
+                print_samples(console, data.path, data.shown, len(data.lengths))
+        if show:
+            console.print()
+        print_next_command(console, _next_command(trained, loaded))
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
@@ -109,25 +130,40 @@ def _next_command(paths: Sequence[str], loaded: LoadedConfig) -> str:
     return shlex.join(["chunkflow", "tune-chunk-size", *words])
 
 
-def measure(paths: str | list[str], config: Config) -> MeasuredData:
+def measure(paths: str | list[str], config: Config, *, show: int | None = None) -> MeasuredData:
     """Return the lengths of a data set: exact if a model is configured, otherwise estimated.
 
+    Args:
+        show: number of samples to return as they are trained on.
+
     Raises:
-        UsageError: the data cannot be read or has no usable sample, or the model has no tokenizer.
+        UsageError: the data cannot be read or has no usable sample, or the model has no tokenizer; or samples are to be
+            shown that no tokenizer makes.
     """
     data_config, path = replace(config.data, path=paths), printable(as_written(paths))
     source = open_data(data_config)
     format = detect_format(source) if data_config.format is DataFormat.auto else data_config.format
-    if config.model.path:
-        vocab_size, limit = _vocabulary_and_limit(config.model)
+    shown = None
+    if config.model.path or (show and format is DataFormat.tokens):
+        vocab_size, limit = _vocabulary_and_limit(config.model) if config.model.path else (None, config.data.max_length)
+        tokenizer = _tokenizer(data_config, config.model, format, show=show)
         data = tokenize_source(
             replace(data_config, format=format),
             model_path=config.model.path,
             vocab_size=vocab_size,
             trust_remote_code=config.model.trust_remote_code,
+            tokenizer=tokenizer,
         )
+        most = limit if data_config.max_length is None else data_config.max_length
+        if show is not None:
+            shown = samples_to_show(data, data_config, show, limit=most, tokenizer=tokenizer)
         lengths, rejected, locate = data.entry.lengths, data.locate(data.entry.rejected), data.location
         target_counts, digests = data.entry.target_counts, data.entry.digests.view(np.int64)
+    elif show:
+        raise UsageError(
+            f"--show={show}: samples can only be shown as they are tokenised, and no tokenizer is named\n"
+            "  name one with model.path=MODEL or recipe=NAME"
+        )
     else:
         with progress_bar(f"reading {path}", source.size) as progress:
             sizes = estimate_sizes(source, format, count_all=config.data.train_on is TrainOn.all, progress=progress)
@@ -152,7 +188,18 @@ def measure(paths: str | list[str], config: Config) -> MeasuredData:
         longest=[(locate(int(sample)), int(lengths[sample])) for sample in longest],
         rejected=rejected,
         model_limit=limit,
+        shown=shown,
     )
+
+
+def _tokenizer(
+    data: DataConfig, model: ModelConfig, format: DataFormat, *, show: int | None
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that makes the samples, or else one that shows rows of ids as text."""
+    is_useful = show is not None and bool(model.path) and has_tokenizer(model.path)
+    if needs_tokenizer(data, format, model.path) or is_useful:
+        return load_with_template(data, model.path, trust_remote_code=model.trust_remote_code)
+    return None
 
 
 def _vocabulary_and_limit(model: ModelConfig) -> tuple[int | None, int | None]:
@@ -194,6 +241,7 @@ def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
             "sorted_by_length": padding_share(np.sort(data.lengths), PADDED_BATCH),
         },
         **_by_global_batch(data.path, data.lengths, config),
+        **({"shown": [sample.to_json() for sample in data.shown]} if data.shown is not None else {}),
     }
 
 

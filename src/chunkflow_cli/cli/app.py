@@ -177,6 +177,15 @@ def analyze(
             autocompletion=complete_override,
         ),
     ] = None,
+    show: Annotated[
+        int | None,
+        typer.Option(
+            "--show",
+            metavar="N",
+            help="Also print N samples, from the shortest to the longest, with the tokens marked that the loss counts.",
+            min=1,
+        ),
+    ] = None,
     plot: Plot = None,
 ) -> Result:
     """Show the lengths of the samples in a data set.
@@ -186,6 +195,7 @@ def analyze(
 
     [bold]Examples[/]
       chunkflow analyze recipe=tiny_random
+      chunkflow analyze recipe=tiny_random --show 3
       chunkflow analyze recipe=tiny_random --plot lengths.png
       chunkflow analyze recipe=tiny_random data.train_on=all --json
     """
@@ -199,7 +209,7 @@ def analyze(
         keep_torch_out()
     from chunkflow_cli.cli import analyze
 
-    return analyze.run(paths, loaded, plot=plot, json_output=request.json_output)
+    return analyze.run(paths, loaded, plot=plot, show=show, json_output=request.json_output)
 
 
 @command(app)

@@ -213,6 +213,11 @@ class DataConfig:
     """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant
     """Tokens that the loss counts: those of the assistant's replies, or all of them."""
+    chat_template: str | None = a_path(None)
+    """Chat template of conversations: a Jinja file, or the name of one of the tokenizer's own templates. It is saved
+    with the model. Null takes the tokenizer's."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Variables that the chat template gets, as in {enable_thinking: false}. Pass the same when you use the model."""
     max_length: int | None = bounded(None, at_least=2, at_most=MOST)
     """Most tokens in a sample. Null takes the model's own limit."""
     overlong: Overlong = Overlong.error

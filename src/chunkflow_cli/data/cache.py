@@ -36,8 +36,8 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,7 +52,7 @@ from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import checksum
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Increases whenever the same ingredients would give other tokens or other files."""
 ARRAYS: dict[str, DTypeLike] = {
     "input_ids": np.int32,
@@ -72,11 +72,12 @@ class Ingredients:
     source: str
     """Fingerprint of the data."""
     tokenizer: str | None
-    """Fingerprint of the tokenizer; None if the data already holds ids."""
+    """Fingerprint of the tokenizer and its chat template; None if the data already holds ids."""
     format: DataFormat
     train_on: TrainOn
     vocab_size: int | None
     """Ids of the model, if the data's ids are checked against it (`data.format=tokens`)."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     version: int = CACHE_VERSION
 
     def key(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,13 @@ from chunkflow_cli.data.parallel import encode_source
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow, TokenizedSample
 from chunkflow_cli.data.source import Location, Source, open_source
-from chunkflow_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from chunkflow_cli.data.template_choice import load_with_template, needs_tokenizer
+from chunkflow_cli.data.tokenizer import tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.processes.notices import warn_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 5
 """Maximum number of samples or rows that an error lists."""
@@ -40,6 +45,8 @@ class TokenizedSource:
     entry: CacheEntry
     named: str
     """Key and path, for messages."""
+    chat_template: str | None = None
+    """Text of `data.chat_template`, which the tokenizer is saved with; None: it keeps its own."""
 
     @property
     def key(self) -> str:
@@ -232,29 +239,44 @@ def tokenize_source(
     model_path: str,
     vocab_size: int | None,
     trust_remote_code: bool,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TokenizedSource:
     """Return all samples of `data.path`, or those to evaluate on, from the cache, which is built first if necessary.
 
+    Args:
+        tokenizer: the model's with `data.chat_template`, if it is loaded already.
+
     Raises:
-        UsageError: the data cannot be read, or the model's tokenizer does not fit the data or the model.
+        UsageError: the data or `data.chat_template` cannot be read, or the model's tokenizer does not fit the data or
+            the model.
         RunError: a worker process was killed.
     """
     source, named = open_data(config, for_evaluation=for_evaluation), _named(config, for_evaluation=for_evaluation)
     format = _format_of(source, named, config)
     are_ids = format is DataFormat.tokens
-    tokenizer = None if are_ids else load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+    if tokenizer is None and needs_tokenizer(config, format, model_path):
+        tokenizer = load_with_template(config, model_path, trust_remote_code=trust_remote_code)
+    chat_template = tokenizer.chat_template if tokenizer is not None and config.chat_template is not None else None
+    tokenizer = None if are_ids else tokenizer
     ingredients = Ingredients(
         source=source.fingerprint(),
         tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         format=format,
         train_on=TrainOn.all if format is DataFormat.text else config.train_on,
         vocab_size=vocab_size if are_ids else None,
+        template_arguments=config.template_arguments,
     )
     folder = cache_root(config.cache_dir) / ingredients.key()
     remove_leftovers(folder.parent)
     entry = open_entry(folder)
     if entry is None:
-        encoder = Encoder(tokenizer, format=format, train_on=config.train_on, vocab_size=vocab_size)
+        encoder = Encoder(
+            tokenizer,
+            format=format,
+            train_on=config.train_on,
+            vocab_size=vocab_size,
+            template_arguments=config.template_arguments,
+        )
         batches = encode_source(source, encoder, num_workers=config.num_workers)
         with progress_bar(f"tokenising {named}", source.size) as progress:
             entry = build_entry(folder, batches, ingredients, source.names, progress)
@@ -265,7 +287,7 @@ def tokenize_source(
             f"to it, set model.vocab_size={entry.largest_id + 1} or more"
         )
     announce(entry.notes, named, source.location)
-    return TokenizedSource(source, format, entry, named)
+    return TokenizedSource(source, format, entry, named, chat_template)
 
 
 def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int | None) -> TokenizedData:

@@ -22,13 +22,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import DataFormat, TrainOn
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.notes import Note, Remark, notes_of
@@ -66,7 +67,7 @@ NO_FIRST_TOKEN = Remark(
 NO_EOS = Remark("the tokenizer has no EOS token, so the model does not learn to stop")
 NO_END = Remark(
     "the chat template ends the last answer with no special token, so the model does not learn to stop; let "
-    "chat_template.jinja write {{ eos_token }} after an answer"
+    "the template write {{ eos_token }} after an answer"
 )
 
 
@@ -96,9 +97,11 @@ class Encoder:
         tokenizer: None for `data.format=tokens`.
         train_on: `assistant` keeps the labels of a `tokens` row; `all` makes every token a target.
         vocab_size: ids of `data.format=tokens` must be below it; None allows every id up to `MAX_ID`.
+        template_arguments: variables for the chat template.
 
     Raises:
-        UsageError: the tokenizer lacks what the format needs: a chat template, or character offsets.
+        UsageError: the tokenizer lacks what the format needs: a chat template, or character offsets; or the chat
+            template has no use for an argument.
     """
 
     def __init__(
@@ -108,23 +111,35 @@ class Encoder:
         format: DataFormat,
         train_on: TrainOn,
         vocab_size: int | None,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self._format = format
         self._mark_targets = train_on is TrainOn.assistant and format not in (DataFormat.text, DataFormat.tokens)
         self._train_on = train_on
         self._max_id = MAX_ID if vocab_size is None else vocab_size - 1
         self._template: ChatTemplate | None = None
+        if template_arguments and format in (DataFormat.text, DataFormat.tokens):
+            raise UsageError(
+                f"data.template_arguments={as_written(template_arguments)} has no effect: no chat template writes rows "
+                f"of data.format={format.value}\n  leave the key out"
+            )
         if tokenizer is None:
             assert format is DataFormat.tokens
             return
         if tokenizer.chat_template:
-            self._template = ChatTemplate(tokenizer)
+            self._template = ChatTemplate(tokenizer, template_arguments)
         elif format in (DataFormat.messages, DataFormat.sharegpt):
             raise UsageError(
                 f"data.format={format.value} needs a chat template, "
                 f"and the tokenizer of {tokenizer.name_or_path} has none\n"
-                "  use the model's instruct variant, put a chat_template.jinja next to its tokenizer,\n"
+                "  name one with data.chat_template=FILE.jinja, use the model's instruct variant,\n"
                 "  or convert the data to prompt_completion"
+            )
+        elif template_arguments:
+            raise UsageError(
+                f"data.template_arguments={as_written(template_arguments)} has no effect: the tokenizer of "
+                f"{tokenizer.name_or_path} has no chat template\n"
+                "  name one with data.chat_template, or leave the key out"
             )
         if self._mark_targets and not tokenizer.is_fast:
             raise UsageError(

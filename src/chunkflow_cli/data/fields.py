@@ -64,7 +64,7 @@ _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
 _SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, "sample_weight", "label", "kto_tag", "prompt"}
 _SUSPECTS_WITH_IDS = _SUSPECTS | _BESIDE_IDS
 
-_IN_CONVERSATIONS = frozenset({"tools", "functions", *SYSTEM})
+_IN_CONVERSATIONS = frozenset({"tools", "functions", "chat_template_kwargs", *SYSTEM})
 _WITHIN_WHOLE_TEXTS = frozenset({"prompt", "context", "history", "label", "kto_tag", *SYSTEM})
 """Fields that come before an answer or judge it: a text, and ids, hold everything the model sees."""
 _READ: dict[DataFormat, frozenset[str]] = {

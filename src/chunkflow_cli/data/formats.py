@@ -2,11 +2,11 @@
 
 | format | keys of a row | sample |
 |---|---|---|
-| messages | messages: [{role, content}], system, tools | Conversation; targets: assistant turns |
-| sharegpt | conversations: [{from, value}], system, tools | the same |
+| messages | messages: [{role, content}], system, tools, chat_template_kwargs | Conversation; targets: assistant turns |
+| sharegpt | conversations: [{from, value}], system, tools, chat_template_kwargs | the same |
 | alpaca | instruction, input, output, system, history | Instruction |
 | prompt_completion | prompt, completion: strings | PromptCompletion |
-| prompt_completion | the same as lists of messages, system, tools | Conversation; targets: the completion's assistant |
+| prompt_completion | the same as lists, system, tools, ... | Conversation; targets: the completion's assistant |
 | text | text | PlainText |
 | tokens | input_ids, labels, attention_mask, masks | TokenRow |
 
@@ -34,7 +34,14 @@ from chunkflow_cli.data.fields import (
     check_lists_of_tokens,
     check_row,
 )
-from chunkflow_cli.data.messages import parse_messages, parse_tools, system_prompt, with_system, with_turns
+from chunkflow_cli.data.messages import (
+    parse_messages,
+    parse_template_arguments,
+    parse_tools,
+    system_prompt,
+    with_system,
+    with_turns,
+)
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -221,7 +228,7 @@ def _parse_conversation(row: Mapping[str, Any], key: str) -> Conversation:
         key = next((other for other in _CONVERSATION_KEYS if _is_conversation(row.get(other))), key)
     messages = parse_messages(required(row, key), key, are_targets=True)
     check_ends_with_answer(row, messages[-1].role, key)
-    return Conversation(with_system(row, messages), parse_tools(row))
+    return Conversation(with_system(row, messages), parse_tools(row), parse_template_arguments(row))
 
 
 def _parse_alpaca(row: Mapping[str, Any]) -> Instruction:
@@ -241,12 +248,13 @@ def _parse_prompt_completion(row: Mapping[str, Any]) -> Conversation | PromptCom
     prompt, completion = required(row, "prompt"), required(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = with_system(row, parse_messages(prompt, "prompt", are_targets=False))
-        return Conversation((*asked, *parse_messages(completion, "completion", are_targets=True)), parse_tools(row))
+        answers = parse_messages(completion, "completion", are_targets=True)
+        return Conversation((*asked, *answers), parse_tools(row), parse_template_arguments(row))
     if not (isinstance(prompt, str) and isinstance(completion, str)):
         raise BadRowError(
             f"prompt is {kind(prompt)} and completion is {kind(completion)}: both must be strings, or lists of messages"
         )
-    for key in ("tools", "functions", *SYSTEM):
+    for key in ("tools", "functions", "chat_template_kwargs", *SYSTEM):
         if not is_absent(row.get(key)) and row[key] != "[]":
             raise BadRowError(f"a prompt that is a string has no place for {key}; write it into the prompt")
     return PromptCompletion(prompt, completion)

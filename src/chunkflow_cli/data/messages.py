@@ -277,6 +277,24 @@ def _tool(tool: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     }
 
 
+def parse_template_arguments(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a row's `chat_template_kwargs` give the chat template, an object or a JSON string of one.
+
+    Raises:
+        BadRowError: they are something else.
+    """
+    key = "chat_template_kwargs"
+    value = row.get(key)
+    if isinstance(value, str) and value.strip():
+        value = _from_json(value, key)
+    if is_absent(value):
+        return {}
+    if not isinstance(value, dict):
+        raise BadRowError(f"{key} is {kind(value)}, not an object")
+    _check_json(value, key)
+    return value
+
+
 def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Return messages that begin with the row's own system prompt, if it has one.
 

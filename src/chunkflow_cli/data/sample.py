@@ -63,6 +63,8 @@ class Conversation:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the row itself gives the chat template, which counts before `data.template_arguments`."""
 
     def why_no_targets(self) -> str | None:
         """Return why the loss would count nothing under `data.train_on=assistant`; None if it counts a turn."""

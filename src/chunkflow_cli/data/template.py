@@ -27,7 +27,7 @@ run than yesterday's, and nothing that a cache could hold or a stopped run could
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.omissions import Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
+from chunkflow_cli.data.template_arguments import TemplateArguments, unread
 from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
 
 if TYPE_CHECKING:
@@ -60,12 +61,20 @@ class MarkedText:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template."""
+    """A tokenizer's chat template.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        arguments: `data.template_arguments`.
+
+    Raises:
+        UsageError: the template cannot be given one of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> None:
         # Strings only, not the tokenizer: unpickling that in a worker process would import transformers.
         self._templates: str | dict[str, str] = tokenizer.chat_template
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._arguments = TemplateArguments.checked(arguments or {}, tokenizer)
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Some vocabularies have runs of spaces as added tokens, which end no turn.
         self._end_tokens = tuple(token for token in sorted(added) if token.strip())
@@ -85,10 +94,11 @@ class ChatTemplate:
         """
         template = self._template_for(conversation)
         traits = template_traits(template)
-        given = as_template_input(conversation, traits)
+        arguments = self._arguments.with_row(conversation.template_arguments)
+        given = replace(as_template_input(conversation, traits), arguments=arguments)
         answers = [turn["role"] == "assistant" for turn in given.messages]
         if not mark_targets:
-            text = self._rendered(template, [given.messages], given.tools)[0][0]
+            text = self._rendered(template, [given.messages], given.tools, **arguments)[0][0]
             end = len(text.rstrip()) if answers[-1] else None
             turns = [Turn(turn, True, text, None) for turn in given.messages]
             return self._remarked(MarkedText(text, None, end), given, turns, template)
@@ -107,7 +117,7 @@ class ChatTemplate:
         return self._templates["default"]
 
     def _rendered(
-        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, **options: bool
+        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, **options: Any
     ) -> tuple[list[str], Any]:
         """Return the texts, and the ranges of each that `{% generation %}` marks. One call for several is faster.
 
@@ -133,7 +143,9 @@ class ChatTemplate:
         return rendered
 
     def _render_with_marks(self, template: str, given: TemplateInput) -> MarkedText:
-        texts, found = self._rendered(template, [given.messages], given.tools, return_assistant_tokens_mask=True)
+        texts, found = self._rendered(
+            template, [given.messages], given.tools, return_assistant_tokens_mask=True, **given.arguments
+        )
         text, spans = texts[0], tuple((start, stop) for start, stop in found[0])
         marked = "".join(text[start:stop] for start, stop in spans)
         turns = [Turn(turn, is_target, marked if is_target else text, None)
@@ -150,13 +162,17 @@ class ChatTemplate:
         return replace(result, answer_end=None, remarks=(*result.remarks, left_out))
 
     def _render_with_prefixes(self, template: str, given: TemplateInput) -> MarkedText:
-        messages, tools = given.messages, given.tools
+        messages, tools, arguments = given.messages, given.tools, given.arguments
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
         ends = [index + 1 for index in targets if index + 1 < len(messages)]
-        (whole, *throughs), _ = self._rendered(template, [messages, *(messages[:end] for end in ends)], tools)
-        if 0 in targets and not self._opens_with_answer(template, whole, tools):
+        (whole, *throughs), _ = self._rendered(
+            template, [messages, *(messages[:end] for end in ends)], tools, **arguments
+        )
+        if 0 in targets and not self._opens_with_answer(template, whole, given):
             raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
-        prefixes, _ = self._rendered(template, [messages[:end] for end in targets], tools, add_generation_prompt=True)
+        prefixes, _ = self._rendered(
+            template, [messages[:end] for end in targets], tools, add_generation_prompt=True, **arguments
+        )
         regions: dict[int, tuple[int, int]] = {}
         spans, borrowed = [], set()
         for index, before, through in zip(targets, prefixes, [*throughs, whole], strict=False):
@@ -175,10 +191,10 @@ class ChatTemplate:
         answer_end = spans[-1][1] if spans else None
         return self._remarked(MarkedText(whole, tuple(spans), answer_end, frozenset(borrowed)), given, turns, template)
 
-    def _opens_with_answer(self, template: str, whole: str, tools: list[Any] | None) -> bool:
+    def _opens_with_answer(self, template: str, whole: str, given: TemplateInput) -> bool:
         """Return True if the template can write a generation prompt before the first turn, as this text has it."""
         try:
-            (prompt,), _ = self._rendered(template, [[]], tools, add_generation_prompt=True)
+            (prompt,), _ = self._rendered(template, [[]], given.tools, add_generation_prompt=True, **given.arguments)
         except BadRowError:
             return False  # most templates look at the first message
         return bool(prompt) and whole.startswith(prompt)
@@ -193,7 +209,7 @@ class ChatTemplate:
     def _remarked(self, text: MarkedText, given: TemplateInput, turns: Sequence[Turn], template: str) -> MarkedText:
         """Return the text with remarks on what the template leaves out of it and inserts into it."""
         has_system = given.messages[0]["role"] in ("system", "developer")
-        remarks = omissions(turns, text.text, template, given.tools or ())
+        remarks = [*omissions(turns, text.text, template, given.tools or ()), *unread(given.arguments, template)]
         return replace(text, remarks=(*given.remarks, *self._inserted(template, has_system), *remarks))
 
     def _inserted(self, template: str, has_system: bool) -> tuple[Remark, ...]:
@@ -220,7 +236,7 @@ class ChatTemplate:
         """Return the lines of prose that the template writes around a conversation's contents, or None."""
         probe = [{"role": role, "content": f"<{role[::-1]}>"} for role in roles]
         try:
-            text = self._rendered(template, [probe], None)[0][0]
+            text = self._rendered(template, [probe], None, **self._arguments.values)[0][0]
         except BadRowError:
             return None  # it may reject a conversation that no row has
         for words in (*self._end_tokens, *(turn["content"] for turn in probe)):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -59,6 +59,8 @@ class TemplateInput:
     are_targets: list[bool]  # (messages,)
     tools: list[Any] | None
     remarks: tuple[Remark, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables that the template gets, by name."""
 
 
 def as_template_input(conversation: Conversation, traits: TemplateTraits) -> TemplateInput:

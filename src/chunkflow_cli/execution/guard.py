@@ -17,7 +17,7 @@ from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
 from chunkflow_cli.errors import RunError, UsageError, is_out_of_memory
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
-from chunkflow_cli.execution.attention.kernel_check import check_backend
+from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import (
     TOLERANCES,
@@ -58,7 +58,7 @@ def guard(
         UsageError: the gradients differ, or the architecture cannot run in chunks.
     """
     name = getattr(hf_config.get_text_config(), "model_type", type(hf_config).__name__)
-    check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype)
+    check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
     stages = 2 if is_pipeline else 1
     how = "in chunks through the stages of a pipeline" if is_pipeline else "in chunks"
     with _explained(hf_config, name, how):

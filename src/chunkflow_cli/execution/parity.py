@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
-from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
@@ -113,7 +112,7 @@ def compare(
     weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
 
     model.zero_grad(set_to_none=True)
-    with use_implementation(model, whole_implementation(model)):
+    with use_implementation(model, whole_implementation(base_model(model))):
         loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
@@ -156,9 +155,8 @@ def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
 
 def whole_implementation(model: Any) -> str:
     """Return transformers' own attention for the whole-sequence side: eager where sdpa leaves something out."""
-    base = base_model(model)
-    softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "sdpa" if base._supports_sdpa and not softcap else "eager"
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not softcap else "eager"
 
 
 def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
@@ -191,19 +189,11 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 @contextmanager
 def use_implementation(model: Any, name: str) -> Iterator[None]:
-    """Run the model with this attention within the block, and with its own after it.
-
-    Raises:
-        UsageError: the model's attention is not one that can be exchanged.
-    """
+    """Run the model with this attention within the block, and with its own after it."""
     attention.register()
     base = base_model(model)
     before = base.config._attn_implementation
     base.set_attn_implementation(name)
-    if name == attention.NAME and base.config._attn_implementation != name:
-        raise UsageError(
-            f"{type(base).__name__} computes attention by code of its own, not through transformers' attention interface"
-        )
     try:
         yield
     finally:

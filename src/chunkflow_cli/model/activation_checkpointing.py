@@ -10,21 +10,24 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.forward_scope import recompute_contexts
 
 
 def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -> None:
     """Make the layers of a Hugging Face model keep only their inputs, or also the results of costly operations.
 
-    The recompute is not reentrant, so that the state of earlier chunks goes through it.
+    The recompute is not reentrant, so that the state of earlier chunks goes through it. It runs in the scope of its
+    forward, so that recurrent layers know their chunk.
 
     Raises:
         UsageError: the model does not support it.
     """
     if mode is ActivationCheckpointing.none:
         return
-    arguments: dict[str, Any] = {"use_reentrant": False}
+    others = None
     if mode is ActivationCheckpointing.selective:
-        arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
+        others = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
+    arguments = {"use_reentrant": False, "context_fn": functools.partial(recompute_contexts, others)}
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     except ValueError as error:

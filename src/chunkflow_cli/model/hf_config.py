@@ -82,6 +82,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             "router is not supported\n  set it to false there to train without that loss"
         )
     refuse_length_dependent_rope(text)
+    refuse_unsupported_attention(text)
     if config.vocab_size is not None:
         if config.vocab_size < text.vocab_size:
             raise UsageError(
@@ -124,6 +125,30 @@ def refuse_length_dependent_rope(hf_config: Any) -> None:
             f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position seen: it "
             "would differ between the chunks of a sequence\n"
             "  set rope_type in config.json to a fixed kind (default, linear, yarn, llama3)"
+        )
+
+
+INDEXERS = ("index_topk", "index_topk_blocks", "indexer_budget")
+"""Settings of attention that first picks keys: how many (DSA: DeepSeek, GLM; MSA: MiniMax; Qwen)."""
+
+
+def refuse_unsupported_attention(hf_config: Any) -> None:
+    """Refuse attention to keys that the model picks, and attention to later tokens.
+
+    Raises:
+        UsageError: names the setting.
+    """
+    for name in INDEXERS:
+        if getattr(hf_config, name, None):
+            raise UsageError(
+                f"the model attends only to keys that an indexer picks ({name}={getattr(hf_config, name)} in "
+                "config.json; sparse attention such as DSA), and chunks do not support that\n"
+                "  train a model whose attention is full or has sliding windows"
+            )
+    if getattr(hf_config, "use_bidirectional_attention", None) in (True, "all"):
+        raise UsageError(
+            "the model attends to later tokens (use_bidirectional_attention in config.json), and chunkflow trains "
+            "causal language models only"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 
 
@@ -19,15 +20,23 @@ def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -
         UsageError: names the key, the model's heads or layers, and the sizes that are possible.
     """
     text = hf_config.get_text_config()
-    heads, layers = int(text.num_attention_heads), int(text.num_hidden_layers)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    layers = int(text.num_hidden_layers)
+    of_layers = attention_heads(hf_config)
+    head_counts = sorted({(layer.queries, layer.keys) for layer in of_layers})
     for layout in layouts:
         try:
-            key_value_copies(heads, kv_heads, layout.sequence)
+            for heads, kv_heads in head_counts:
+                key_value_copies(heads, kv_heads, layout.sequence)
         except ValueError as error:
             key = "parallel.sequence" if layout.sequence == config.parallel.sequence else "cluster.sequences"
             name = config.model.path or text.model_type
             raise UsageError(f"{key}={layout.sequence} does not suit {name}:\n  its {error}") from error
+        if layout.pipeline > 1 and any(not layer.owns_keys for layer in of_layers):
+            key = "parallel.pipeline" if layout.pipeline == config.parallel.pipeline else "cluster.pipelines"
+            raise UsageError(
+                f"{key}={layout.pipeline}: the last layers of {config.model.path or text.model_type} attend to keys of "
+                "earlier layers, which another stage may hold\n  use one stage; parallel.sequence is possible"
+            )
         if layout.pipeline > layers:
             key = "parallel.pipeline" if layout.pipeline == config.parallel.pipeline else "cluster.pipelines"
             raise UsageError(

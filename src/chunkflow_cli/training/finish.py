@@ -84,6 +84,8 @@ def _save_model(run: Prepared, state: RunState) -> None:
     tokenizer = None
     if has_tokenizer(model.path):
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+        if (template := run.data.read.whole.chat_template) is not None:
+            tokenizer.chat_template = template
         ends, generation = run.data.read.whole.entry.ends, run.parts.model.generation_config
         line = stop_where_answers_end(generation, ends, tokenizer, is_adapter=model.lora.enabled)
         if line is not None:

@@ -22,14 +22,11 @@ WIDEST = 140
 SHOWN_REASONS = 5
 
 
-def print_analyses(
-    console: Console, analyses: Sequence[tuple[NDArray[np.int64], dict[str, Any]]], next_command: str = ""
-) -> None:
+def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64], dict[str, Any]]]) -> None:
     """Print the screen of each data set, and a comparison if there are several.
 
     Args:
         analyses: (samples,) lengths of each data set, and what `analyze.analysis` found.
-        next_command: the command to go on with, printed last.
     """
     for index, (lengths, found) in enumerate(analyses):
         for place, block in enumerate(_blocks(console.width, lengths, found)):
@@ -47,8 +44,11 @@ def print_analyses(
         text = " from the text and may be off by a quarter, in other languages than English by a factor of two."
         console.print(Text.assemble(title, text))
         console.print(Text.assemble("For exact lengths, name a tokenizer: ", tokenizer, " or ", recipe, "."))
-    if next_command:
-        console.print(Text(f"Next:  {next_command}", style="bold"), soft_wrap=True)
+
+
+def print_next_command(console: Console, command: str) -> None:
+    """Print the command to go on with, on one line, so that it can be copied."""
+    console.print(Text(f"Next:  {command}", style="bold"), soft_wrap=True)
 
 
 def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> Iterator[RenderableType]:

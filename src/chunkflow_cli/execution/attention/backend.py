@@ -2,7 +2,7 @@
 
 Shapes, as Hugging Face models pass them:
     queries, out       (1, heads, queries, head_dim)
-    keys, values       (1, kv_heads, keys, head_dim)
+    keys, values       (1, kv_heads, keys, head_dim); values, and so out, may have another head_dim than keys
     log_sum_exp        (1, heads, queries), float32 (float64 in float64)
 
 A backend computes two kinds of attention. *Own*: causal attention within each segment of a packed chunk. *Past*:
@@ -32,7 +32,7 @@ Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """The attention of a layer, beyond being causal."""
+    """The scores of a layer's attention, and the keys that a query sees, beyond being causal."""
 
     scale: float
     window: int | None = None
@@ -103,6 +103,21 @@ class Backend(ABC):
             f"model.attention={self.name} does not support {what}, which this model uses\n"
             "  use model.attention=auto or model.attention=reference"
         )
+
+
+def same_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Pad the channels of heads with zeros to the widest, for kernels that take only one head_dim.
+
+    This is exact: added channels of queries and keys add nothing to a score, because the scale is passed on, and those
+    of values only produce channels of the output that are zero. `narrowed` drops them again.
+    """
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return tuple(t if t.shape[-1] == width else torch.nn.functional.pad(t, (0, width - t.shape[-1])) for t in tensors)
+
+
+def narrowed(tensor: Tensor, width: int) -> Tensor:
+    """Return the first channels; as a copy if there are more, so that nothing keeps the others in memory."""
+    return tensor if tensor.shape[-1] == width else tensor[..., :width].contiguous()
 
 
 def repeat_heads(tensor: Tensor, group: int) -> Tensor:

@@ -13,8 +13,9 @@ from chunkflow_cli.config.schema import Attention
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
-from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
+from chunkflow_cli.execution.attention.flash import LARGEST_FLASH_HEAD_DIM, FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.model.attention_heads import attention_heads
 
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (FlashAttnBackend, TorchFlashBackend, CpuBackend, ReferenceBackend)
@@ -22,8 +23,6 @@ BACKENDS: dict[str, type[Backend]] = {
 """All backends by name, the fastest first."""
 
 NO_GPU = "it needs a CUDA GPU"
-LARGEST_FLASH_HEAD_DIM = 256
-"""Limit of FlashAttention-2's kernels, including those inside torch."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def choose_backend(requested: Attention, hf_config: Any, device: torch.device, d
     Raises:
         UsageError: the requested one cannot run here, or cannot run this model.
     """
-    objections = {name: _objection(name, hf_config.get_text_config(), device, dtype) for name in BACKENDS}
+    objections = {name: _objection(name, hf_config, device, dtype) for name in BACKENDS}
     if requested is not Attention.auto:
         objection = objections[requested.value]
         if objection is not None:
@@ -55,29 +54,30 @@ def choose_backend(requested: Attention, hf_config: Any, device: torch.device, d
     return BackendChoice(BACKENDS[name](), "; ".join(against) or "the fastest there is")
 
 
-def _objection(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def _objection(name: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why this backend cannot run this model here, or None if it can."""
     if name == "reference":
         return None
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    value_dim = getattr(config, "v_head_dim", None)
-    if value_dim is not None and value_dim != getattr(config, "qk_head_dim", value_dim):
-        return "it needs values of the same head_dim as keys"
+    softcap = getattr(hf_config.get_text_config(), "attn_logit_softcapping", None) is not None
     if name == "cpu":
         if device.type != "cpu":
             return "it runs on the CPU only"
         return "it does not support soft-capped scores" if softcap else None
     if device.type != "cuda":
         return NO_GPU
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim > LARGEST_FLASH_HEAD_DIM or head_dim % 8:
-        return f"it supports head_dim up to {LARGEST_FLASH_HEAD_DIM} in steps of 8, and the model's is {head_dim}"
+    layers = attention_heads(hf_config)
+    if odd := sorted({layer.widest for layer in layers if layer.widest % 8}):
+        return f"it supports head_dim in steps of 8, and the model's is {odd[0]}"
     if name == "torch_flash":
         if softcap:
             return "it does not support soft-capped scores"
+        windowed = [layer.widest for layer in layers if layer.window is not None]
         if dtype is torch.float32:
-            windowed = getattr(config, "sliding_window", None) is not None
             return "it does not support sliding windows in float32" if windowed else None
+        if max(windowed, default=0) > LARGEST_FLASH_HEAD_DIM:
+            return f"it supports sliding windows only up to head_dim {LARGEST_FLASH_HEAD_DIM}"
+    elif (widest := max((layer.widest for layer in layers), default=0)) > LARGEST_FLASH_HEAD_DIM:
+        return f"it supports head_dim up to {LARGEST_FLASH_HEAD_DIM}, and the model has layers of {widest}"
     elif importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed (pip install 'chunkflow-cli[flash]')"
     return None if dtype in (torch.bfloat16, torch.float16) else f"it does not support {dtype}"

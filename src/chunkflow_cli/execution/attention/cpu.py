@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkflow_cli.execution.attention.backend import AttentionRule, Gradients, Output, Saved, repeat_heads, sum_heads
+from chunkflow_cli.execution.attention.backend import (
+    AttentionRule,
+    Gradients,
+    Output,
+    Saved,
+    narrowed,
+    repeat_heads,
+    same_width,
+    sum_heads,
+)
 from chunkflow_cli.execution.attention.block import BlockBackend, visible
 from chunkflow_cli.execution.precision import accumulation_dtype
 
@@ -26,27 +35,32 @@ class CpuBackend(BlockBackend):
     def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, offset: int, rule: AttentionRule) -> Output:
         if rule.softcap is not None:
             raise self.unsupported("soft-capped attention scores")
-        if values.shape[3] != queries.shape[3]:
-            raise self.unsupported("values of another head_dim than keys")
+        value_dim = values.shape[3]
+        queries, keys, values = same_width(queries, keys, values)
         layout = _Layout.of(queries, keys, offset, rule)
         out, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             layout.of_queries(queries), layout.of_keys(keys), layout.of_keys(values), 0.0, layout.is_causal,
             **layout.options,
         )  # fmt: skip
-        return out.reshape(queries.shape), log_sum_exp.reshape(queries.shape[:3])
+        return narrowed(out.reshape(queries.shape), value_dim), log_sum_exp.reshape(queries.shape[:3])
 
     def _backward(self, grad_out: Tensor, saved: Saved, offset: int, rule: AttentionRule) -> Gradients:
         dtype = accumulation_dtype(saved.queries.dtype)
-        queries, keys, values, out = (tensor.to(dtype) for tensor in saved[:4])
+        grad_out, queries, keys, values, out = same_width(*(each.to(dtype) for each in (grad_out, *saved[:4])))
         layout = _Layout.of(queries, keys, offset, rule)
         laid_queries = layout.of_queries(queries)
         grad_queries, grad_keys, grad_values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            layout.of_queries(grad_out.to(dtype)), laid_queries, layout.of_keys(keys), layout.of_keys(values),
+            layout.of_queries(grad_out), laid_queries, layout.of_keys(keys), layout.of_keys(values),
             layout.of_queries(out), saved.log_sum_exp.reshape(1, -1, laid_queries.shape[2]), 0.0, layout.is_causal,
             **layout.options,
         )  # fmt: skip
         group = grad_keys.shape[1] // keys.shape[1]
-        return grad_queries.reshape(queries.shape), sum_heads(grad_keys, group), sum_heads(grad_values, group)
+        key_dim, value_dim = saved.keys.shape[3], saved.values.shape[3]
+        return (
+            grad_queries.reshape(queries.shape)[..., :key_dim],
+            sum_heads(grad_keys[..., :key_dim], group),
+            sum_heads(grad_values[..., :value_dim], group),
+        )
 
 
 @dataclass(frozen=True)

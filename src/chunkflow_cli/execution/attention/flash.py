@@ -17,9 +17,14 @@ from chunkflow_cli.execution.attention.backend import (
     Packing,
     Saved,
     Sight,
+    narrowed,
     repeat_heads,
+    same_width,
     sum_heads,
 )
+
+LARGEST_FLASH_HEAD_DIM = 256
+"""Limit of FlashAttention-2's kernels, including those inside torch."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +74,37 @@ class _VariableLengthBackend(Backend):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
         kernel = _Kernel.of(queries, keys, sight)
-        out, log_sum_exp = self._forward(_tokens_first(queries), _tokens_first(keys), _tokens_first(values), kernel)
-        return _heads_first(out), log_sum_exp.unsqueeze(0)
+        out, log_sum_exp = self._forward(*map(_tokens_first, same_width(queries, keys, values)), kernel)
+        return _heads_first(narrowed(out, values.shape[3])), log_sum_exp.unsqueeze(0)
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         kernel = _Kernel.of(saved.queries, saved.keys, sight)
-        queries, keys, values, out = map(_tokens_first, saved[:4])
+        grad_out, queries, keys, values, out = map(_tokens_first, same_width(grad_out, *saved[:4]))
         flat = Saved(queries, keys, values, out, saved.log_sum_exp[0].contiguous())
-        grad_queries, grad_keys, grad_values = map(_heads_first, self._backward(_tokens_first(grad_out), flat, kernel))
-        return grad_queries, grad_keys, grad_values
+        grad_queries, grad_keys, grad_values = map(_heads_first, self._backward(grad_out, flat, kernel))
+        key_dim, value_dim = saved.keys.shape[3], saved.values.shape[3]
+        return grad_queries[..., :key_dim], grad_keys[..., :key_dim], grad_values[..., :value_dim]
 
 
 class TorchFlashBackend(_VariableLengthBackend):
-    """The flash kernels inside torch, for bfloat16 on CUDA; float32 goes through its memory-efficient kernels."""
+    """The flash kernels inside torch, for bfloat16 on CUDA.
+
+    float32 and heads that are too wide for them go through torch's memory-efficient kernels, without sliding windows.
+    """
 
     name = "torch_flash"
+
+    @staticmethod
+    def supports_windows(dtype: torch.dtype, head_dim: int) -> bool:
+        """Return whether a layer of this head_dim may have a sliding window."""
+        return dtype is not torch.float32 and head_dim <= LARGEST_FLASH_HEAD_DIM
 
     def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
         if kernel.rule.softcap is not None:
             raise self.unsupported("soft-capped attention scores")
-        if values.shape[-1] != queries.shape[-1]:
-            raise self.unsupported("values of another head_dim than keys")
-        if queries.dtype is torch.float32:
+        if not self.supports_windows(queries.dtype, queries.shape[-1]):
             if kernel.rule.window is not None:
-                raise self.unsupported("sliding windows in float32")
+                raise self.unsupported(f"sliding windows in {queries.dtype} at head_dim {queries.shape[-1]}")
             return _efficient_forward(queries, keys, values, kernel)
         out, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
             queries, keys, values, *kernel.bounds, 0.0, kernel.is_causal, False, scale=kernel.rule.scale,
@@ -101,7 +113,7 @@ class TorchFlashBackend(_VariableLengthBackend):
         return out, log_sum_exp
 
     def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
-        if saved.queries.dtype is torch.float32:
+        if not self.supports_windows(saved.queries.dtype, saved.queries.shape[-1]):
             return _efficient_backward(grad_out, saved, kernel)
         no_random_state = torch.zeros(2, dtype=torch.uint64, device=grad_out.device)  # read only under dropout
         unused = torch.empty(0, dtype=torch.uint64, device=grad_out.device)
@@ -120,8 +132,6 @@ class FlashAttnBackend(_VariableLengthBackend):
     def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        if values.shape[-1] != queries.shape[-1]:
-            raise self.unsupported("values of another head_dim than keys")
         out, log_sum_exp, *_ = _flash_attn_varlen_forward(
             queries, keys, values, *kernel.bounds, dropout_p=0.0, softmax_scale=kernel.rule.scale,
             causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0, **kernel.window,
@@ -140,7 +150,7 @@ class FlashAttnBackend(_VariableLengthBackend):
         return grads
 
 
-# torch's memory-efficient attention, one call per segment: the only fused kernel for float32 on CUDA.
+# torch's memory-efficient attention, one call per segment: its only fused kernel for float32 or wide heads on CUDA.
 
 LOG_SUM_EXP_ALIGNMENT = 32
 """The kernel pads the rows of its log-sum-exp to a multiple of this."""

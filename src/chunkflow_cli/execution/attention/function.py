@@ -24,6 +24,13 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing, Saved, Sight
+from chunkflow_cli.execution.attention.layer import (
+    LayerAttention,
+    check_call,
+    correct_temperature,
+    counts_positions,
+    describe_layer,
+)
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import SequenceState, StatePiece
 
@@ -49,6 +56,34 @@ class ChunkAttentionContext:
         """Number of tokens in the piece of the long sequence."""
         return self.packing.boundaries[1]
 
+    @property
+    def positions(self) -> Tensor:
+        """The position of each token in its sequence, (tokens,)."""
+        device = self.packing.device
+        parts = [torch.arange(span.stop - span.start, device=device) for span in self.packing.spans]
+        if self.piece is not None:
+            parts[0] += self.piece.past
+        return torch.cat(parts)
+
+    def packing_of(self, layer: LayerAttention) -> Packing:
+        """Return the segments that a layer's own attention stays within: finer ones if it attends within blocks."""
+        if layer.block is None:
+            return self.packing
+        past = 0 if self.piece is None else self.piece.past
+        edges = {0, *self.packing.boundaries}
+        for index, span in enumerate(self.packing.spans):
+            to_next_block = layer.block - past % layer.block if index == 0 else layer.block
+            edges.update(range(span.start + to_next_block, span.stop, layer.block))
+        return Packing(tuple(sorted(edges)), self.packing.device)
+
+    def is_output_unused(self, layer: LayerAttention) -> bool:
+        """Return whether nothing comes of the layer's output: in a state pass, no keys of a later layer.
+
+        Layers that share keys are the last ones of a model.
+        """
+        last = self.last_layer_of_state_pass
+        return last is not None and (layer.index == last or not layer.owns_keys)
+
 
 def attend(
     module: nn.Module,
@@ -62,7 +97,7 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     chunk: ChunkAttentionContext | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers asks for it; return (1, tokens, heads, head_dim).
 
@@ -78,31 +113,44 @@ def attend(
             f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"
             "  set attention_dropout to 0 in the model's config.json"
         )
+    check_call(module, {"attention_mask": attention_mask, **others})
     group = chunk.sequence_group
-    if queries.shape[0] != 1 or queries.shape[2] * (1 if group is None else group.size) != chunk.packing.boundaries[-1]:
+    tokens = chunk.packing.boundaries[-1] // (1 if group is None else group.size)
+    if queries.shape[0] != 1 or queries.shape[2] != tokens or keys.shape[2] != tokens:
         raise UsageError(
             f"{type(module).__name__} reshapes its tokens before attention, so it cannot be trained in chunks"
         )
     scale = queries.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    rule = AttentionRule(scale, sliding_window, softcap)
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise UsageError(
-            f"{type(module).__name__} does not know its layer, so the state of its layers cannot be kept apart"
-        )
+    layer = describe_layer(module, AttentionRule(scale, sliding_window, softcap))
+    if counts_positions(module):
+        positions = chunk.positions if group is None else chunk.positions[group.slice_of(len(chunk.positions))]
+        queries = correct_temperature(module, queries, positions)
     if group is not None:
         queries, keys, values = group.tokens_to_heads(queries, keys, values)
         s_aux = None if s_aux is None else s_aux[group.slice_of(len(s_aux))]
-    out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer, rule)
+    out = ChunkAttention.apply(queries, keys, values, s_aux, chunk, layer)
     if group is not None:
         out = group.heads_to_tokens(out)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # some models take a view of it
 
 
 def register() -> None:
     """Register "chunkflow" with transformers as an attention implementation."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def require_attention_interface(model: Any) -> None:
+    """Check that a Hugging Face model takes its attention from `AttentionInterface`, where `attend` is registered.
+
+    Raises:
+        UsageError: it computes its attention itself.
+    """
+    if not model._can_set_attn_implementation():
+        raise UsageError(
+            f"{type(model).__name__} computes its attention itself, not through transformers' AttentionInterface: it "
+            "cannot be trained in chunks\n  some older models do, among them those with ALiBi (bloom, mpt, falcon)"
+        )
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -124,20 +172,20 @@ class ChunkAttention(torch.autograd.Function):
         values: Tensor,
         sinks: Tensor | None,
         chunk: ChunkAttentionContext,
-        layer: int,
-        rule: AttentionRule,
+        layer: LayerAttention,
     ) -> Tensor:
-        piece = chunk.piece
-        if piece is not None and piece.continues:
+        piece, rule = chunk.piece, layer.rule
+        if piece is not None and piece.continues and layer.owns_keys:
             own = slice(0, chunk.dependent_tokens)
-            piece.state.write(layer, piece.past, {"keys": _flat(keys[:, :, own]), "values": _flat(values[:, :, own])})
-        if chunk.last_layer_of_state_pass == layer:
+            pieces = {"keys": _flat(keys[:, :, own]), "values": _flat(values[:, :, own])}
+            piece.state.write(layer.index, piece.past, pieces)
+        if chunk.is_output_unused(layer):
             return queries.new_zeros(*queries.shape[:3], values.shape[3])
-        out, log_sum_exp = chunk.backend.forward(queries, keys, values, Sight(rule, chunk.packing))
-        seen = _PastInSight.of(chunk, rule)
+        out, log_sum_exp = chunk.backend.forward(queries, keys, values, Sight(rule, chunk.packing_of(layer)))
+        seen = _PastInSight.of(chunk, layer)
         if seen is not None:
             rows = slice(0, seen.queries)
-            past_out, past_lse = chunk.backend.forward(queries[:, :, rows], *seen.read(layer), Sight(rule))
+            past_out, past_lse = chunk.backend.forward(queries[:, :, rows], *seen.read(), Sight(rule))
             merged_out, merged_lse = _merge(out[:, :, rows], log_sum_exp[:, :, rows], past_out, past_lse)
             # New tensors: under selective checkpointing the kernel's own outputs are kept and must not change.
             out = _with_first_rows(out, merged_out)
@@ -148,32 +196,33 @@ class ChunkAttention(torch.autograd.Function):
             out = (out * torch.exp(log_sum_exp - with_sink).unsqueeze(-1)).to(queries.dtype)
             log_sum_exp = with_sink
         ctx.save_for_backward(queries, keys, values, out, log_sum_exp, sinks)
-        ctx.chunk, ctx.layer, ctx.rule = chunk, layer, rule
+        ctx.chunk, ctx.layer = chunk, layer
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *tensors, sinks = ctx.saved_tensors
         saved = Saved(*tensors)
-        chunk, layer, rule = ctx.chunk, ctx.layer, ctx.rule
-        grad_queries, grad_keys, grad_values = chunk.backend.backward(grad_out, saved, Sight(rule, chunk.packing))
-        seen = _PastInSight.of(chunk, rule)
+        chunk: ChunkAttentionContext = ctx.chunk
+        layer: LayerAttention = ctx.layer
+        own_sight = Sight(layer.rule, chunk.packing_of(layer))
+        grad_queries, grad_keys, grad_values = chunk.backend.backward(grad_out, saved, own_sight)
+        seen = _PastInSight.of(chunk, layer)
         if seen is not None:
             rows = slice(0, seen.queries)
             queries, out, log_sum_exp = (each[:, :, rows] for each in (saved.queries, saved.out, saved.log_sum_exp))
-            of_past = Saved(queries, *seen.read(layer), out, log_sum_exp)
-            from_past = chunk.backend.backward(grad_out[:, :, rows], of_past, Sight(rule))
+            of_past = Saved(queries, *seen.read(), out, log_sum_exp)
+            from_past = chunk.backend.backward(grad_out[:, :, rows], of_past, Sight(layer.rule))
             grad_queries[:, :, rows] += from_past[0]
-            seen.state.add_gradient(layer, "keys", seen.start, _flat(from_past[1]))
-            seen.state.add_gradient(layer, "values", seen.start, _flat(from_past[2]))
+            seen.add_gradient(*from_past[1:])
         piece, tokens = chunk.piece, chunk.dependent_tokens
-        if piece is not None:
+        if piece is not None and layer.owns_keys:  # its backward comes after those of the layers that share its keys
             if piece.continues:
                 for name, gradient in (("keys", grad_keys), ("values", grad_values)):
-                    from_later = piece.state.gradient(layer, name, piece.past, piece.past + tokens)
+                    from_later = piece.state.gradient(layer.index, name, piece.past, piece.past + tokens)
                     if from_later is not None:
                         gradient[:, :, :tokens] += from_later.transpose(0, 1).unsqueeze(0)
-            piece.state.release(layer, piece.past)
+            piece.state.release(layer.index, piece.past)
         grad_sinks = None
         if sinks is not None:
             dtype = saved.log_sum_exp.dtype
@@ -182,7 +231,7 @@ class ChunkAttention(torch.autograd.Function):
             grad_sinks = -(lost * delta).sum((0, 2)).to(sinks.dtype)
         return (
             grad_queries.to(saved.queries.dtype), grad_keys.to(saved.keys.dtype), grad_values.to(saved.values.dtype),
-            grad_sinks, None, None, None,
+            grad_sinks, None, None,
         )  # fmt: skip
 
 
@@ -191,24 +240,35 @@ class _PastInSight:
     """The part of the past that at least one query sees, and the number of queries that see any of it."""
 
     state: SequenceState
+    layer: int
     queries: int
     start: int
     stop: int
 
     @classmethod
-    def of(cls, chunk: ChunkAttentionContext, rule: AttentionRule) -> _PastInSight | None:
+    def of(cls, chunk: ChunkAttentionContext, layer: LayerAttention) -> _PastInSight | None:
         """Return None if no query sees any of the past."""
-        piece, tokens = chunk.piece, chunk.dependent_tokens
-        if piece is None or piece.past == 0 or rule.window == 1:
+        piece, queries = chunk.piece, chunk.dependent_tokens
+        if piece is None or piece.past == 0:
             return None
-        reach = piece.past + tokens if rule.window is None else rule.window - 1
-        return cls(piece.state, min(tokens, reach), max(0, piece.past - reach), piece.past)
+        start, window = 0, layer.rule.window
+        if window is not None:
+            start, queries = max(0, piece.past - window + 1), min(queries, window - 1)
+        if layer.block is not None:
+            in_block = piece.past % layer.block  # positions of the past in the block that the chunk begins in
+            start, queries = max(start, piece.past - in_block), min(queries, layer.block - in_block)
+        return None if start == piece.past else cls(piece.state, layer.index, queries, start, piece.past)
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+    def read(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, each (1, kv_heads, tokens, head_dim)."""
-        keys = self.state.read(layer, "keys", self.start, self.stop)
-        values = self.state.read(layer, "values", self.start, self.stop)
+        keys = self.state.read(self.layer, "keys", self.start, self.stop)
+        values = self.state.read(self.layer, "values", self.start, self.stop)
         return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+
+    def add_gradient(self, of_keys: Tensor, of_values: Tensor) -> None:
+        """Add gradients of what `read` returned to the store."""
+        self.state.add_gradient(self.layer, "keys", self.start, _flat(of_keys))
+        self.state.add_gradient(self.layer, "values", self.start, _flat(of_values))
 
 
 def _merge(own_out: Tensor, own_lse: Tensor, past_out: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
