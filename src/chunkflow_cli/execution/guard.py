@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
-from chunkflow_cli.errors import RunError, UsageError, is_out_of_memory
+from chunkflow_cli.errors import ChunkflowError, RunError, UsageError, is_out_of_memory
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
@@ -58,11 +58,12 @@ def guard(
         UsageError: the gradients differ, or the architecture cannot run in chunks.
     """
     name = getattr(hf_config.get_text_config(), "model_type", type(hf_config).__name__)
-    check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
     stages = 2 if is_pipeline else 1
     how = "in chunks through the stages of a pipeline" if is_pipeline else "in chunks"
     with _explained(hf_config, name, how):
         small = small_config(hf_config)
+    check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
+    with _explained(hf_config, name, how):
         attention_ = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
         backend = choose_backend(attention_, small, device, torch.float32).backend
         parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing, stages)
@@ -101,15 +102,16 @@ def _explained(hf_config: Any, name: str, how: str) -> Iterator[None]:
             f"train.guard: no small copy of a model of type {name!r} can be built, so it is not proved that the model "
             f"trains exactly {how}\n  {error}\n  {itself}"
         ) from error
-    except (UsageError, TypeError, AttributeError, LookupError, RuntimeError, ValueError, AssertionError,
-            MemoryError, NotImplementedError) as error:  # fmt: skip
+    except (ChunkflowError, TypeError, AttributeError, LookupError, RuntimeError, ValueError, AssertionError,
+            MemoryError) as error:  # fmt: skip
         if is_out_of_memory(error):
             raise RunError(
-                f"out of memory: before it begins, `train` trains a small copy of the model in chunks (train.guard)\n"
+                "out of memory: before it begins, `train` trains a small copy of the model in chunks (train.guard)\n"
                 f"  free some memory, or {itself}"
             ) from error
-        reason = why_not(hf_config) or f"a small one fails with\n  {_first_line(error)}"
-        raise UsageError(f"models of type {name!r} cannot be trained {how}: {reason}") from error
+        fails = f"a small one fails with {type(error).__name__}: {_first_line(error)}"
+        reason = why_not(hf_config) or (str(error) if isinstance(error, ChunkflowError) else fails)
+        raise UsageError(f"models of type {name!r} cannot be trained {how}\n  {reason}") from error
 
 
 def _first_line(error: BaseException) -> str:

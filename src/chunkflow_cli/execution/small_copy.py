@@ -44,7 +44,7 @@ class CannotBuild(Exception):
 def small_config(hf_config: Any) -> Any:
     """Return a configuration of the same architecture, of which a model was made that runs.
 
-    Kept: head_dim, the ratio of query to key heads, every multiplier and flag. Changed: few layers, one or more of
+    Kept: head_dim, whether several queries share keys, every multiplier and flag. Changed: few layers, one or more of
     each kind; a small vocabulary; windows and attention chunks shorter than the test sequences; initial weights large
     enough for scores to matter; no dropout, because two forwards could not agree under it.
 
@@ -256,7 +256,7 @@ OTHER_HEADS = (("num_attention_heads", "num_kv_heads"), ("swa_num_attention_head
 
 
 def _shrink_heads(config: Any, before: Before) -> None:
-    """A few heads of keys, each with its queries, eight at most, and the width of a model that comes with them."""
+    """A few heads of keys, each with one query or two, and the width of a model that comes with them."""
     heads, hidden = before.number("num_attention_heads"), before.number("hidden_size")
     if not heads or hidden <= HIDDEN:
         return
@@ -275,16 +275,13 @@ def _shrink_heads(config: Any, before: Before) -> None:
         few = dict(zip(HEADS, _few_heads(*pair, before.few_heads), strict=True))
         each |= {name: number for name, number in few.items() if name in each}
     give_overrides(config, overrides)
-    if hidden % heads == 0:
-        _set_hidden(config, before, _number(config, "num_attention_heads") * (hidden // heads))
+    _set_hidden(config, before, _number(config, HEADS[0]) * (hidden // heads))
 
 
 def _few_heads(heads: int, key_heads: int, most: int) -> tuple[int, int]:
-    key_heads = key_heads or heads
-    if not heads or heads % key_heads:
-        return min(heads, most), min(key_heads, most)
-    times = heads // key_heads
-    return min(key_heads, most) * max(n for n in range(1, 9) if times % n == 0), min(key_heads, most)
+    """Return numbers of heads and of heads of keys, in which a head of keys still has several queries if it had."""
+    few = min(key_heads or heads, most)
+    return few * min(heads // (key_heads or heads), 2), few
 
 
 def _shrink_hidden(config: Any, before: Before) -> None:

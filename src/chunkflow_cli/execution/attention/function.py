@@ -33,6 +33,7 @@ from chunkflow_cli.execution.attention.layer import (
 )
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import SequenceState, StatePiece
+from chunkflow_cli.model.forward_scope import about
 
 NAME = "chunkflow"
 """The attention implementation that models are loaded with."""
@@ -104,10 +105,10 @@ def attend(
     Raises:
         UsageError: the model does something that chunks cannot reproduce.
     """
+    if chunk is None:  # some models do not hand keyword arguments on to their attention
+        chunk = getattr(about(), "context", None)
     if chunk is None:
-        raise UsageError(
-            f"{type(module).__name__} does not pass keyword arguments to its attention: it cannot be trained in chunks"
-        )
+        raise UsageError(f"{type(module).__name__} runs outside of a chunk, whose attention it was loaded with")
     if dropout != 0.0:
         raise UsageError(
             f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"
