@@ -2,7 +2,9 @@
 
 It compares chunked and whole-sequence training on a small random model of the same architecture, made so that nothing
 hides: windows shorter than the test sequences, large initial weights, one layer of each kind, every multiplier of the
-configuration.
+configuration. It computes in float32, and what rounding may have caused again in float64. Kernels of the run that take
+neither are checked apart (`kernel_check.py`), or not here: those of packages for recurrent layers, which `chunkflow
+verify` runs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from chunkflow_cli.execution.parity import (
     float64_throughout,
     random_sequences,
     use_float64_experts,
+    without_kernel_packages,
 )
 from chunkflow_cli.execution.small_copy import VOCABULARY, CannotBuild, build_small, small_config
 from chunkflow_cli.execution.why_not import why_not
@@ -63,9 +66,9 @@ def guard(
     with _explained(hf_config, name, how):
         small = small_config(hf_config)
     check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
-    with _explained(hf_config, name, how):
-        attention_ = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
-        backend = choose_backend(attention_, small, device, torch.float32).backend
+    attention_ = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
+    backend = choose_backend(attention_, small, device, torch.float32).backend
+    with _explained(hf_config, name, how), without_kernel_packages():
         parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing, stages)
         if TOLERANCES[torch.float32] < parity.grad_rel_error < ROUNDING_SUSPECTED:
             # Saturated scores can lift float32's own rounding this high; in float64 only a real difference remains.

@@ -213,3 +213,19 @@ def float64_throughout() -> Iterator[None]:
         yield
     finally:
         torch.float32, torch.float, Tensor.float = before  # type: ignore[misc, method-assign]
+
+
+@contextmanager
+def without_kernel_packages() -> Iterator[None]:
+    """Let transformers run recurrent layers by its own functions within the block, not by a package's kernels.
+
+    Kernels such as those of flash-linear-attention take no float32, let alone float64.
+    """
+    from transformers.integrations import hub_kernels
+
+    before = hub_kernels.is_torchdynamo_exporting  # an export takes transformers' own functions, too
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = before

@@ -70,10 +70,7 @@ def small_config(hf_config: Any) -> Any:
 
 def build_small(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a small model in train mode, with random weights that keep recurrent states for many tokens."""
-    from transformers import AutoModelForCausalLM
-
-    # Drawn on the CPU, so that a small model is the same on every device.
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = _new_model(config, dtype)  # on the CPU: a small model has the same weights on every device
     model.config.use_cache = False
     _stir(model)
     return model.to(device).train()
@@ -137,13 +134,16 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
-def _skeleton(config: Any) -> nn.Module:
+def _skeleton(config: Any) -> Any:
     """Return the model without weights."""
+    with torch.device("meta"):
+        return _new_model(copy.deepcopy(config), torch.float32)
+
+
+def _new_model(config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    return model
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _try_out(config: Any) -> None:

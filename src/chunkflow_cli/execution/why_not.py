@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-_STATE_IN_MODULE = "its recurrent layers keep their state in the model itself, where no chunk can hand it to the next one"
+_STATE_IN_MODULE = (
+    "its recurrent layers keep their state in the model itself, where no chunk can hand it to the next one"
+)
 
 REASONS = {
     "blt": "its layers attend to patches of bytes, whose borders a second model draws, and not to tokens",
