@@ -4,9 +4,9 @@
     python benchmarks/architectures.py qwen3_5_text jamba       some
     python benchmarks/architectures.py --docs                   and write the table of docs/models.md
 
-Each architecture is checked in its default configuration, or, where that has no values or leaves out a kind of layer, with
-those of a published model (`SETTINGS`). A whole model is never built. Each check is a process of its own, with a limit of
-time and memory. `--docs` keeps results in benchmarks/architectures.json: a run of some architectures replaces theirs.
+Each architecture is checked in its default configuration; where that has no values, or leaves out a kind of layer, in
+that of a published model (`SETTINGS`). A whole model is never built. Each check is a process of its own, with a limit
+of time and memory. `--docs` keeps results in benchmarks/architectures.json; a run of some replaces theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import transformers
-from common import emit, hardware, say
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 
@@ -34,6 +33,7 @@ from chunkflow_cli.errors import ChunkflowError
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope, refuse_unsupported_attention
+from common import emit, hardware, say
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "architectures.json"
@@ -129,7 +129,7 @@ def check(model_type: str) -> Outcome:
     except ChunkflowError as error:
         result, why = ("not built" if "train.guard" in str(error) else "refused"), _shortened(str(error))
         error_, is_float64 = None, False
-    except Exception as error:  # noqa: BLE001 - a crash of the guard is a result, too
+    except Exception as error:  # a crash of the guard is a result, too
         result, why, error_, is_float64 = "failed", f"{type(error).__name__}: {str(error)[:300]}", None, False
     else:
         result, why, error_, is_float64 = "exact", "", parity.grad_rel_error, parity.is_float64

@@ -30,7 +30,8 @@ from chunkflow_cli.execution.parity import (
     use_float64_experts,
     without_kernel_packages,
 )
-from chunkflow_cli.execution.small_copy import VOCABULARY, CannotBuild, build_small, small_config
+from chunkflow_cli.execution.small_copy import CannotBuildError, build_small, small_config
+from chunkflow_cli.execution.small_sizes import VOCABULARY
 from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 
@@ -98,7 +99,7 @@ def _explained(hf_config: Any, name: str, how: str) -> Iterator[None]:
         raise UsageError(
             f"models of type {name!r} need a package that is not installed: {_first_line(error)}\n  {package}"
         ) from error
-    except CannotBuild as error:
+    except CannotBuildError as error:
         if reason := why_not(hf_config):
             raise UsageError(f"models of type {name!r} cannot be trained exactly {how}\n  {reason}") from error
         raise UsageError(

@@ -42,7 +42,7 @@ def keep_layer_kinds(config: Any, build: Build) -> Any:
         small = with_layers(config, chosen, len(layers))
         try:
             found = _layers(build(small), small)
-        except Exception:  # noqa: BLE001 - whatever a modeling file raises: this choice of layers does not fit it
+        except Exception:  # whatever a modeling file raises: this choice of layers does not fit it
             continue
         if found is not None and _kinds(found) == _renumbered([kinds[index] for index in chosen]):
             return small
@@ -95,7 +95,7 @@ def _layers(model: nn.Module, config: Any) -> nn.ModuleList | None:
 
 
 def _kinds(layers: nn.ModuleList) -> list[int]:
-    """Return the kind of each layer, numbered as they appear. Numbers in modules count unless nearly all layers differ."""
+    """Return the kind of each layer, numbered as they appear. Fractions do not count if nearly all layers differ."""
     for with_floats in (True, False):
         kinds = _renumbered(_descriptions(layers, with_floats))
         if len(set(kinds)) <= MOST_LAYERS:
@@ -133,7 +133,7 @@ def _renumbered(values: Sequence[Any]) -> list[int]:
 
 
 def _cut_list(name: str, value: Sequence[Any], keep: Sequence[int], layers: int) -> Sequence[Any] | None:
-    """Return what is left of a list that has an entry for each layer, or that holds indices of layers; None if neither."""
+    """Return what is left of a list with an entry for each layer, or of one of indices of layers; None for others."""
     is_of_indices = any(part in name for part in ("idx", "indices", "ids", "layers")) and "token" not in name
     is_rising = all(type(each) is int and 0 <= each < layers for each in value) and list(value) == sorted(set(value))
     if value and is_of_indices and is_rising:

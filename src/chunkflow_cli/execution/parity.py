@@ -29,7 +29,7 @@ from chunkflow_cli.planning.stage_cut import cut_layers
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
 """Largest relative error of the gradient that passes. Wrong attention shows as 1e-2 and more; the guard's settings
-lift even a missing soft cap to 5e-2."""
+lift even a missing soft cap to 1e-2."""
 
 
 @dataclass(frozen=True)
