@@ -21,13 +21,16 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from chunkflow_cli.cli import analyze
+from chunkflow_cli.cli.samples import ShownSample
 from chunkflow_cli.cli.screens.analysis import print_analyses
+from chunkflow_cli.cli.screens.samples import print_samples
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data import dataset as tokenized
 from chunkflow_cli.data import template_choice
 from chunkflow_cli.data.source import Location
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.streams import PLAIN
 from support.tokenizers import make_tokenizer
 
 pytestmark = pytest.mark.processes
@@ -169,7 +172,9 @@ def test_train_reads_the_cache_that_analyze_built(
 @pytest.mark.parametrize("exact", [False, True], ids=["estimated", "exact"])
 def test_no_torch_is_imported(exact: bool, chats: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     """Importing torch takes seconds, longer than the whole analysis."""
-    words = [chats, "--json", *([f"model.path={tokenizer_folder}", f"data.cache_dir={tmp_path}"] if exact else [])]
+    words = [chats, "--json"]
+    if exact:
+        words += ["--show", "2", f"model.path={tokenizer_folder}", f"data.cache_dir={tmp_path}"]
     code = (
         f"import sys; from chunkflow_cli.cli.app import app\n"
         f"try: app(['analyze', *{words}])\n"
@@ -547,6 +552,118 @@ def test_the_histogram_uses_a_wide_screen() -> None:
     for drawn in bars.values():
         assert 0.45 <= len(drawn[0]) / len(drawn[1]) <= 0.55, "30 samples to 60"
     assert len(bars[120][1]) > 1.5 * len(bars[80][1])
+
+
+# Samples as they are trained on
+
+
+def shown(path: str | Path, *words: str, show: int = 99) -> list[dict[str, Any]]:
+    result: list[dict[str, Any]] = found(path, *words, show=show)["shown"]
+    return result
+
+
+def bracketed(sample: dict[str, Any]) -> str:
+    return "".join(f"[{part['text']}]" if part["is_target"] else part["text"] for part in sample["segments"])
+
+
+def test_shown_samples_are_the_text_with_its_answers_as_targets(
+    chats: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """From the shortest to the longest, as many as asked for, and each is what the template writes."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    words = (f"model.path={tokenizer_folder}", f"data.cache_dir={tmp_path / 'cache'}")
+    samples = shown(chats, *words)
+    assert [sample["line"] for sample in samples] == [1, 3, 4, 2]
+    for sample in samples:
+        chat = CONVERSATIONS[sample["line"] - 1]
+        assert sample["file"] == chats
+        assert "".join(part["text"] for part in sample["segments"]) == tokenizer.apply_chat_template(
+            chat, tokenize=False
+        )
+        answers = [turn["content"] + "<|im_end|>" for turn in chat if turn["role"] == "assistant"]
+        assert [part["text"] for part in sample["segments"] if part["is_target"]] == answers
+        assert sample["targets"] == sum(len(answer.encode()) - 9 for answer in answers)
+        assert sample["tokens"] == len(tokenizer.apply_chat_template(chat)["input_ids"])
+    assert [sample["line"] for sample in shown(chats, *words, show=1)] == [3]
+    assert [sample["line"] for sample in shown(chats, *words, show=2)] == [1, 2]
+    assert [sample["line"] for sample in shown(chats, *words, show=3)] == [1, 4, 2]
+    whole = bracketed(samples[0])
+    cut = shown(chats, *words, "data.overlong=truncate", f"data.max_length={samples[0]['tokens'] - 4}")
+    assert [bracketed(sample) for sample in cut[:2]] == [whole.removesuffix("re<|im_end|>]\n") + "]"] * 2
+    kept = shown(chats, *words, "data.overlong=drop", f"data.max_length={samples[0]['tokens']}")
+    assert [bracketed(sample) for sample in kept] == [whole] * 2
+
+
+def test_shown_ids_are_text_if_there_is_a_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "ids.jsonl", [{"input_ids": [33, 33, 34, 35], "labels": [33, -100, 34, 35]}])
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    assert bracketed(shown(path, f"model.path={tokenizer_folder}", cache)[0]) == "BB[CD]"
+    assert bracketed(shown(path, cache)[0]) == "33 33[34 35]"
+
+
+def test_samples_are_not_shown_without_a_tokenizer(chats: str) -> None:
+    with pytest.raises(UsageError, match=r"^--show=2: samples .* no tokenizer is named\n.*model\.path=MODEL"):
+        found(chats, show=2)
+
+
+@functools.cache
+def metaspace() -> Any:
+    """Return a tokenizer which, like Llama 2's, drops the space at the beginning of what it decodes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(
+        models.WordLevel({"▁one": 0, "▁two": 1, "▁three": 2, "\x1b": 3, "\n": 4, "▁": 5, "\u202e": 6}, "▁")
+    )
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens([AddedToken("<end>")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def sample_of(ids: list[int], targets: set[int]) -> ShownSample:
+    is_target = np.array([index in targets for index in range(len(ids))])
+    return ShownSample(Location("a.jsonl", 3), np.array(ids, np.int32), is_target, 0, metaspace())
+
+
+def screen(*samples: ShownSample, **options: Any) -> str:
+    console = Console(**{"width": 80, "color_system": None, "highlight": False, "markup": False} | options)
+    with console.capture() as captured:
+        print_samples(console, "a.jsonl", samples, 9)
+    return captured.get()
+
+
+def test_a_segment_keeps_the_space_at_its_beginning() -> None:
+    assert metaspace().decode([1]) == "two"
+    parts = sample_of([0, 1, 2, 7], {1, 3}).to_json()["segments"]
+    assert [part["text"] for part in parts] == ["one", " two", " three", "<end>"]
+
+
+def test_the_screen_marks_targets_and_the_white_space_at_their_edges() -> None:
+    """An answer that ends with a space or begins with a line end is what people look for, and cannot see."""
+    text = screen(sample_of([0, 4, 1, 5, 4, 7, 2], {1, 2, 3, 4, 5}))
+    assert text.endswith("── a.jsonl:3 ── 7 tokens, 5 targets (71.4 %)\none⟦↵\n␣two␣↵<end>⟧ three\n")
+    assert "[[\\n\n_two_\\n<end>]]" in "".join(PLAIN.get(letter, letter) for letter in text)
+    assert screen(sample_of([0, 5, 4, 1], {1, 2})).endswith("one⟦␣↵⟧\n two\n")
+    coloured = screen(sample_of([0, 1], {1}), color_system="standard", force_terminal=True)
+    assert "\x1b[32m⟦␣two\x1b[0m" in coloured
+    unsafe = screen(sample_of([0, 3, 6, 1], {3}))
+    assert unsafe.endswith("one\\x1b\\u202e⟦␣two⟧\n"), "the terminal must show it, not obey it"
+
+
+def test_long_samples_are_shortened_in_the_middle() -> None:
+    """Both ends of every segment are shown, because masks go wrong at their edges."""
+    text = screen(sample_of([0] * 501 + [1] * 301 + [7], set(range(501, 803))))
+    assert text.count("one") == text.count("two") == 100
+    assert "one [… 401 tokens …] one" in " ".join(text.split())
+    assert "two [… 201 tokens …] two" in " ".join(text.split())
+    assert text.endswith("two<end>⟧\n")
+    turns = screen(sample_of([0, 1] * 500, set(range(1, 1000, 2))))
+    assert turns.count("⟦␣two⟧") == 5
+    assert "\n[… 990 tokens with 495 answers …]\n" in turns
+    assert screen(sample_of([0, 1] * 300, set(range(1, 600, 2)))).count("⟦␣two⟧") == 300
+    assert max(map(cell_len, [*text.splitlines(), *turns.splitlines()])) <= 80
 
 
 # Pictures

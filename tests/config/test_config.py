@@ -268,6 +268,7 @@ def test_keys_that_scripts_rely_on_exist() -> None:
         model.path model.init model.dtype model.attention model.activation_checkpointing model.trust_remote_code
         model.lora.enabled model.lora.r model.lora.alpha model.lora.dropout model.lora.target_modules
         data.path data.format data.train_on data.max_length data.overlong data.bad_rows data.eval_path data.eval_fraction
+        data.chat_template data.template_arguments
         data.cache_dir data.num_workers chunk.size chunk.k chunk.fill_tails optim.name optim.lr optim.weight_decay
         optim.betas optim.momentum optim.schedule optim.warmup_ratio optim.grad_clip train.steps train.epochs
         train.global_batch_size train.shuffle train.seed train.loss_weighting train.output_dir train.guard eval.every

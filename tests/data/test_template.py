@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
 from chunkflow_cli.data.template import TEMPLATE_DATE, ChatTemplate, MarkedText, template_date
 from chunkflow_cli.data.tokenizer import load_tokenizer
+from chunkflow_cli.errors import UsageError
 from support.tokenizers import CHATML, make_tokenizer
 
 
@@ -199,6 +200,83 @@ def test_today_is_a_fixed_day() -> None:
     # Elsewhere in this process, the clock is the clock.
     now = tokenizer(text).apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
     assert "26 Jul 2024" not in now
+
+
+THINKS = (
+    "{% if messages | length > 9 %}{% set depth = 1 %}{% endif %}{{ '' if tone is undefined else tone }}{{ depth }}"
+    "{% macro start() %}{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking }}{% endmacro %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m.role == 'assistant' %}{{ start() }}"
+    "{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + start() }}{% endif %}"
+)
+"""As Qwen3 does: without thinking, an empty thought stands before the answer and in the generation prompt."""
+
+
+@pytest.mark.parametrize(
+    ("configured", "own", "result"),
+    [
+        ({}, {}, {}),
+        ({"enable_thinking": False}, {}, {"enable_thinking": False}),
+        ({}, {"enable_thinking": False}, {"enable_thinking": False}),
+        (
+            {"enable_thinking": True, "tone": "dry"},
+            {"enable_thinking": False},
+            {"enable_thinking": False, "tone": "dry"},
+        ),
+        ({"enable_thinking": False}, {"enable_thinking": True}, {"enable_thinking": True}),
+    ],
+)
+@pytest.mark.parametrize("text", [THINKS, chatml("{% generation %}{{ m.content }}{% endgeneration %}{{ tone }}")])
+def test_arguments_reach_every_rendering(
+    text: str, configured: dict[str, Any], own: dict[str, Any], result: dict[str, Any]
+) -> None:
+    """The text is that of `apply_chat_template` with the same keywords, and so is the prompt before the answer."""
+    if text != THINKS:
+        configured, own, result = ({"tone": str(each)} if each else {} for each in (configured, own, result))
+        result = {**configured, **own}
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    plain = functools.partial(tokenizer(text).apply_chat_template, tokenize=False, **result)
+    for mark_targets in (True, False):
+        found = ChatTemplate(tokenizer(text), configured).render(
+            Conversation((user("Q"), answer("A")), template_arguments=own), mark_targets=mark_targets
+        )
+        assert found.text == plain(chat)
+        assert not [remark for remark in found.remarks if "never reads" in remark.text]
+        if mark_targets and text == THINKS:
+            (start, stop), = found.target_spans or ()  # fmt: skip
+            assert found.text[:start] == plain(chat[:1], add_generation_prompt=True)
+            assert found.text[start:stop] == "A<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("enable_thinkin", "the chat template never reads it\n  did you mean data.template_arguments.enable_thinking?"),
+        ("zzz", "the chat template never reads it\n  it reads: enable_thinking, tone"),
+        ("messages", "the name is reserved"),
+        ("tools", "the name is reserved"),
+        ("add_generation_prompt", "the name is reserved"),
+        ("bos_token", "the name is reserved"),
+        ("padding", "the name is reserved"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        ChatTemplate(tokenizer(THINKS), {name: True})
+    assert str(error.value).startswith(f"data.template_arguments.{name}: {message}")
+    with pytest.raises(UsageError, match="it reads none, so leave the key out"):
+        ChatTemplate(tokenizer(CHATML), {"zzz": True})
+
+
+def test_arguments_of_a_row_without_effect_are_said_and_reserved_ones_refused() -> None:
+    """Rows may be written for several models: TRL passes what a template does not read, and nothing comes of it."""
+    turns = (user("Q"), answer("A"))
+    remarks = template(CHATML).render(Conversation(turns, (), {"deep": 1}), mark_targets=True).remarks
+    assert [(remark.text, remark.is_warning) for remark in remarks] == [
+        ("the chat template never reads the argument deep, which has no effect", True)
+    ]
+    with pytest.raises(BadRowError, match=r"chat_template_kwargs\.eos_token: the name is reserved"):
+        template(CHATML).render(Conversation(turns, (), {"eos_token": "x"}), mark_targets=True)
 
 
 GLM = (

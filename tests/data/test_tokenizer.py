@@ -1,4 +1,4 @@
-"""Finding and loading a tokenizer."""
+"""Finding and loading a tokenizer, and choosing its chat template."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from chunkflow_cli.data.template_choice import chosen_template
 from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer, missing_stops
 from chunkflow_cli.errors import UsageError
-from support.tokenized import chat, load, smollm2, write_rows
-from support.tokenizers import make_tokenizer
+from support.tokenized import chat, load, only, smollm2, write_rows
+from support.tokenizers import CHATML, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,103 @@ def test_where_generation_does_not_stop_yet(
     known: int | list[int] | None, ends: dict[int, int], missing: list[int]
 ) -> None:
     assert missing_stops(known, ends) == missing
+
+
+# The chat template
+
+
+SHORT = "{{ tone }}{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+ROWS = [{"messages": chat("Q", "A")}]
+
+
+def test_a_file_makes_a_template_for_a_model_without_one(chatml: Path, tmp_path: Path) -> None:
+    """Tokens and their key in the cache are those of a model that has the template itself."""
+    data, file = write_rows(tmp_path / "a.jsonl", ROWS), tmp_path / "mine.jinja"
+    bare = make_tokenizer(tmp_path / "bare", template=None)
+    file.write_bytes(b"\xef\xbb\xbf" + CHATML.replace("\n", "\r\n").encode())
+    with pytest.raises(UsageError, match=r"needs a chat template.*\n  name one with data\.chat_template=FILE\.jinja"):
+        load(data, bare)
+    mine = load(data, bare, chat_template=str(file))
+    assert mine.key == load(data, chatml).key
+    assert mine.whole.chat_template == CHATML
+    file.write_text(SHORT)
+    short = load(data, bare, chat_template=str(file))
+    assert only(short, bare) == "user: Q<|im_end|>assistant: [A<|im_end|>]"
+    dry = load(data, bare, chat_template=str(file), template_arguments={"tone": "dry"})
+    assert len({mine.key, short.key, dry.key, load(data, bare, chat_template=str(file)).key}) == 3
+    with pytest.raises(UsageError, match=r"^data\.template_arguments\.tune: .*\n  did you mean .*\.tone\?"):
+        load(data, bare, chat_template=str(file), template_arguments={"tune": 1})
+
+
+def test_one_of_several_templates_is_chosen_by_name(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(make_tokenizer(tmp_path / "m")), trust_remote_code=False)
+    assert chosen_template("default", tokenizer) == CHATML
+    tokenizer.chat_template = {"default": CHATML, "rag": SHORT}
+    assert chosen_template("rag", tokenizer) == SHORT
+    with pytest.raises(UsageError) as error:
+        chosen_template("tool_use", tokenizer)
+    assert str(error.value) == (
+        "data.chat_template=tool_use is neither a file nor a template of the tokenizer\n"
+        "  name a .jinja file; the tokenizer has: default, rag"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{% if %}", "is not a valid chat template: line 1: Expected an expression"),
+        (b"\n{{ messages | nope }}", "is not a valid chat template: line 2: No filter named 'nope'"),
+        (b"{% for m in messages %}" * 30 + b"{% endfor %}" * 30, "is not a valid chat template: too many statically"),
+        (b"# A README", "is no chat template: it never reads messages"),
+        (b"GGUF\xff\xfe", "is no chat template: it is not a text in UTF-8 (byte 4)"),
+        (b" " * (1 << 21), "is no chat template: it has more than 1024 KiB"),
+    ],
+)
+def test_a_file_that_is_no_template_is_refused(content: bytes, message: str, chatml: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jinja").write_bytes(content)
+    tokenizer = load_tokenizer(str(chatml), trust_remote_code=False)
+    with pytest.raises(UsageError) as error:
+        chosen_template(str(tmp_path / "a.jinja"), tokenizer)
+    assert str(error.value).startswith(f"data.chat_template={tmp_path}/a.jinja {message}")
+
+
+def test_a_template_for_rows_that_none_writes(chatml: Path, tmp_path: Path) -> None:
+    """Ids were written with a template somewhere else: the model is saved with it. An argument has no such use."""
+    ids = write_rows(tmp_path / "ids.jsonl", [{"input_ids": [5, 6]}])
+    (tmp_path / "a.jinja").write_text(SHORT)
+    assert load(ids, chatml, chat_template=str(tmp_path / "a.jinja")).whole.chat_template == SHORT
+    with pytest.raises(UsageError, match=r"has no effect: the rows are ids, and model\.path=.* has no tokenizer"):
+        load(ids, tmp_path, chat_template=str(tmp_path / "a.jinja"))
+    for data in (ids, write_rows(tmp_path / "texts.jsonl", [{"text": "a"}])):
+        with pytest.raises(
+            UsageError, match=r"^data\.template_arguments=\{a:1\} has no effect: no chat template writes"
+        ):
+            load(data, chatml, template_arguments={"a": 1})
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+    given = {"chat_template": str(tmp_path / "a.jinja"), "template_arguments": {"tone": "."}}
+    assert [note.text for note in load(pairs, chatml, **given).whole.entry.notes] == [
+        "the prompt is a string, which no chat template writes, so data.template_arguments has no effect"
+    ]
+    with pytest.raises(UsageError, match=r"has no effect: the tokenizer of .* has no chat template"):
+        load(pairs, make_tokenizer(tmp_path / "bare", template=None), template_arguments={"a": 1})
+
+
+def test_arguments_of_a_row(chatml: Path, tmp_path: Path) -> None:
+    """The field of TRL, which a table holds as a JSON string."""
+    (tmp_path / "a.jinja").write_text(SHORT)
+    rows = [
+        {**ROWS[0], "chat_template_kwargs": {"tone": "!"}},
+        {**ROWS[0], "chat_template_kwargs": '{"tone": "?"}'},
+        {"prompt": chat("Q"), "completion": chat("A", roles=["assistant"]), "chat_template_kwargs": {"tone": "!"}},
+        {**ROWS[0], "chat_template_kwargs": {}},
+    ]
+    texts = []
+    for row in rows:
+        data = load(write_rows(tmp_path / "a.jsonl", [row]), chatml, chat_template=str(tmp_path / "a.jinja"),
+                    template_arguments={"tone": "."})  # fmt: skip
+        texts.append(only(data, chatml))
+    text = "user: Q<|im_end|>assistant: [A<|im_end|>]"
+    assert texts == [f"!{text}", f"?{text}", f"!{text}", f".{text}"]
+    for bad in ([1], "no", 5):
+        with pytest.raises(UsageError, match="chat_template_kwargs is"):
+            load(write_rows(tmp_path / "a.jsonl", [{**ROWS[0], "chat_template_kwargs": bad}]), chatml)

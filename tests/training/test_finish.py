@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.training import finish
+from support.tokenizers import CHATML, make_tokenizer
 
 FULL = "No space left on device"
 
@@ -75,6 +77,26 @@ def test_spoilt_weights_never_become_final(run: Any) -> None:
         "after step 7, the weight of layers.1.up is not finite: it is not saved\n"
         "  lower optim.lr, or look at the data of the last steps; no checkpoint was saved before"
     )
+
+
+def test_the_model_is_saved_with_the_template_that_wrote_its_samples(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is not read again: it may have changed since the first step, or be gone."""
+    saved = {}
+
+    def save_final(folder: Path, model: Any, tokenizer: Any, *_: Any, **__: Any) -> None:
+        saved["template"] = tokenizer.chat_template
+        full()
+
+    monkeypatch.setattr(finish, "save_final", save_final)
+    run.config.model.path = str(make_tokenizer(tmp_path / "model"))
+    run.config.data.chat_template = str(tmp_path / "gone.jinja")
+    run.parts.model = SimpleNamespace(generation_config=GenerationConfig())
+    for template, expected in (("{{ messages }}", "{{ messages }}"), (None, CHATML)):
+        run.data.read.whole.chat_template = template
+        error_of(run)
+        assert saved["template"] == expected
 
 
 def test_no_room_for_the_model_leaves_a_checkpoint(run: Any) -> None:

@@ -105,7 +105,11 @@ def run(
     analyses = [analysis(data, config) for data in measured]
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
-    if not json_output:
+    if json_output:
+        for data, found in zip(measured, analyses, strict=True):
+            if data.shown is not None:
+                found["shown"] = [sample.to_json() for sample in data.shown]
+    else:
         console, lengths = stdout_console(), [data.lengths for data in measured]
         print_analyses(console, list(zip(lengths, analyses, strict=True)))
         for data in measured:
@@ -241,7 +245,6 @@ def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
             "sorted_by_length": padding_share(np.sort(data.lengths), PADDED_BATCH),
         },
         **_by_global_batch(data.path, data.lengths, config),
-        **({"shown": [sample.to_json() for sample in data.shown]} if data.shown is not None else {}),
     }
 
 

@@ -15,7 +15,7 @@ KEYS = {
     ),
     "analyze": (
         "model.path", "data.format", "data.columns", "data.split", "data.subset", "data.train_on",
-        "train.global_batch_size",
+        "data.chat_template", "train.global_batch_size",
     ),
     "plan": (
         "model.path", "data.path", "data.max_length", "chunk.size", "chunk.k", "train.global_batch_size",

@@ -64,6 +64,7 @@ NO_FIRST_TOKEN = Remark(
     "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, and it is no "
     "target; begin the prompt with a line end"
 )
+NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
 NO_EOS = Remark("the tokenizer has no EOS token, so the model does not learn to stop")
 NO_END = Remark(
     "the chat template ends the last answer with no special token, so the model does not learn to stop; let "
@@ -118,6 +119,7 @@ class Encoder:
         self._train_on = train_on
         self._max_id = MAX_ID if vocab_size is None else vocab_size - 1
         self._template: ChatTemplate | None = None
+        self._has_arguments = bool(template_arguments)
         if template_arguments and format in (DataFormat.text, DataFormat.tokens):
             raise UsageError(
                 f"data.template_arguments={as_written(template_arguments)} has no effect: no chat template writes rows "
@@ -196,7 +198,7 @@ class Encoder:
         if isinstance(sample, PromptCompletion):
             whole = sample.prompt + sample.completion
             spans = ((len(sample.prompt), len(whole)),) if self._mark_targets else None
-            return MarkedText(whole, spans), False
+            return MarkedText(whole, spans, remarks=(NO_ARGUMENTS,) * self._has_arguments), False
         if isinstance(sample, PlainText):
             return MarkedText(sample.text, None), False
         return sample, False

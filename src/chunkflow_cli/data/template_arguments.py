@@ -104,8 +104,10 @@ def compiled_template(template: str, named: str) -> Template:
         compiled: Template = _compile_jinja_template(template)
     except TemplateSyntaxError as error:
         raise UsageError(f"{named} is not a valid chat template: line {error.lineno}: {error.message}") from error
-    except RecursionError as error:
-        raise UsageError(f"{named} is not a valid chat template: it is nested too deeply") from error
+    except MemoryError:  # of this machine
+        raise
+    except Exception as error:  # Python's own compiler has limits, too: on nested loops, on the depth of brackets
+        raise UsageError(f"{named} is not a valid chat template: {str(error) or type(error).__name__}") from error
     return compiled
 
 

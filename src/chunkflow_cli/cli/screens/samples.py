@@ -96,7 +96,7 @@ def _parts(sample: ShownSample, start: int, end: int, *, is_whole: bool) -> _Par
         return _Parts(sample.text(start, inside), "", "", last)
     head, tail = sample.text(start, start + EDGE_TOKENS), sample.text(inside - EDGE_TOKENS, inside)
     # The cut may go through a character of several tokens.
-    return _Parts(head.rstrip("\ufffd"), f"[… {counted(more, 'token')} …]", tail.lstrip("\ufffd"), last)
+    return _Parts(head.rstrip("\ufffd"), f" [… {counted(more, 'token')} …] ", tail.lstrip("\ufffd"), last)
 
 
 def _append_segment(body: Text, parts: _Parts, is_target: bool) -> None:
