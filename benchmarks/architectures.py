@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import re
 import resource
 import time
 import warnings
@@ -32,6 +33,7 @@ from chunkflow_cli.config.schema import Attention
 from chunkflow_cli.errors import ChunkflowError
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.guard import guard
+from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope, refuse_unsupported_attention
 from common import emit, hardware, say
 
@@ -127,7 +129,7 @@ def check(model_type: str) -> Outcome:
         refuse_unsupported_attention(config.get_text_config())
         parity = guard(config, requested=Attention.auto, device=torch.device("cpu"), dtype=torch.float32)
     except ChunkflowError as error:
-        result, why = ("not built" if "train.guard" in str(error) else "refused"), _shortened(str(error))
+        result, why = ("not built" if "train.guard" in str(error) else "refused"), _shortened(config, str(error))
         error_, is_float64 = None, False
     except Exception as error:  # a crash of the guard is a result, too
         result, why, error_, is_float64 = "failed", f"{type(error).__name__}: {str(error)[:300]}", None, False
@@ -137,8 +139,10 @@ def check(model_type: str) -> Outcome:
     return Outcome(kind, result, error_, is_float64, why, round(time.process_time() - before, 1), peak)
 
 
-def _shortened(message: str) -> str:
-    """Return the reason in a message of the guard, without the sentence that it is part of."""
+def _shortened(config: Any, message: str) -> str:
+    """Return what is known of the reason, or the reason in a message of the guard, without the sentence around it."""
+    if known := why_not(config):
+        return known
     _, _, reason = message.partition("in chunks")
     lines = (reason or message).strip(":\n ").splitlines()
     return " ".join(line.strip() for line in lines if "chunkflow verify" not in line)
@@ -179,27 +183,49 @@ def write_page(outcomes: dict[str, dict[str, Any]]) -> None:
 
 
 def section(outcomes: dict[str, dict[str, Any]]) -> str:
-    """Return the generated section: counts, then one row for each decoder of text."""
+    """Return the generated section: counts, what is exact and how far off, and why the others are refused."""
     decoders = {name: each for name, each in sorted(outcomes.items()) if each["kind"] == "decoder"}
-    exact = sum(each["result"] == "exact" for each in decoders.values())
-    others = [each["kind"] for each in outcomes.values() if each["kind"] != "decoder"]
+    exact = {name: _error(each) for name, each in decoders.items() if each["result"] == "exact"}
+    reasons: dict[str, list[str]] = {}
+    for name, each in decoders.items():
+        if name not in exact:
+            reasons.setdefault(_reason(each), []).append(name)
+    kinds = [each["kind"] for each in outcomes.values()]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}s" for kind in ("encoder", "encoder-decoder", "drafter"))
     lines = [
-        f"transformers {transformers.__version__} lists {len(outcomes)} causal language models. {len(decoders)} are "
-        f"decoders of text, of which {exact} train exactly in chunks. The others are encoders "
-        f"({others.count('encoder')}), encoder-decoders ({others.count('encoder-decoder')}) and multimodal models "
-        f"({others.count('multimodal')}).",
+        f"transformers {transformers.__version__} lists {len(outcomes)} causal language models: {len(decoders)} "
+        f"decoders of text, {counts} and {kinds.count('multimodal')} multimodal models.",
+        f"Of the decoders, {len(exact)} train exactly in chunks. The number is the relative difference between the",
+        "gradients of a small copy, in float32 or, where marked with *, in float64.",
         "",
-        "| `model_type` | in chunks |",
+        *_grid([f"{name} {error}" for name, error in exact.items()], 4),
+        "",
+        "| refused | why |",
         "|---|---|",
+        *(f"| {', '.join(names)} | {reason} |" for reason, names in sorted(reasons.items(), key=lambda each: each[1])),
     ]
-    lines += [f"| {name} | {_cell(each)} |" for name, each in decoders.items()]
     return "\n".join(lines)
 
 
-def _cell(outcome: dict[str, Any]) -> str:
-    if outcome["result"] == "exact":
-        return f"exact, {outcome['grad_rel_error']:.0e}" + (" in float64" if outcome["is_float64"] else "")
-    return f"{outcome['result']}: {outcome['why']}".replace("|", "\\|")
+def _error(outcome: dict[str, Any]) -> str:
+    mantissa, _, exponent = f"{outcome['grad_rel_error']:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" + ("*" if outcome["is_float64"] else "")
+
+
+def _grid(cells: list[str], columns: int) -> list[str]:
+    """Return a table that reads column by column."""
+    rows = -(-len(cells) // columns)
+    padded = cells + [""] * (rows * columns - len(cells))
+    lines = [" | ".join(padded[row::rows]) for row in range(rows)]
+    return ["|" + " exact |" * columns, "|" + "---|" * columns, *(f"| {line} |" for line in lines)]
+
+
+def _reason(outcome: dict[str, Any]) -> str:
+    """Return a reason without what differs between models: the name of a class, the value of a setting."""
+    reason = outcome["why"].partition(": it cannot be trained")[0].partition(", and chunks do not")[0]
+    reason = re.sub(r"^[A-Z]\w*(?= (computes|uses))", "it", reason)
+    reason = re.sub(r"\(\w+=\S+ in config\.json; ", "(", reason)
+    return (reason if outcome["result"] == "refused" else f"{outcome['result']}: {reason}").replace("|", "\\|")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,7 +245,7 @@ def _checked(names: Iterable[str], seconds: float, memory_gib: float) -> dict[st
     for name in names:
         outcome = check_apart(name, seconds=seconds, memory_gib=memory_gib)
         outcomes[name] = asdict(outcome)
-        say(f"{name}: {outcome.kind if outcome.result == 'not checked' else _cell(asdict(outcome))}")
+        say(f"{name}: {outcome.kind}, {outcome.result} {outcome.why or outcome.grad_rel_error or ''}")
     return outcomes
 
 

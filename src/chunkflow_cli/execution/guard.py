@@ -9,6 +9,7 @@ verify` runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -113,6 +114,8 @@ def _explained(hf_config: Any, name: str, how: str) -> Iterator[None]:
                 "out of memory: before it begins, `train` trains a small copy of the model in chunks (train.guard)\n"
                 f"  free some memory, or {itself}"
             ) from error
+        if re.match(r"[a-z_.]+=", str(error)):
+            raise  # it names a key of the run that can be set otherwise
         fails = f"a small one fails with {type(error).__name__}: {_first_line(error)}"
         reason = why_not(hf_config) or (str(error) if isinstance(error, ChunkflowError) else fails)
         raise UsageError(f"models of type {name!r} cannot be trained {how}\n  {reason}") from error
