@@ -188,8 +188,6 @@ def test_beyond_plain_attention(tiny_model: Callable[..., Any], case: Case) -> N
 @pytest.mark.parametrize("case", covering([*SHAPES]), ids=str)
 def test_other_shapes_of_attention(tiny_model: Callable[..., Any], case: Case) -> None:
     """With torch's CPU kernels, which know one width, no blocks and no sharing."""
-    if case.model.startswith("llama4"):
-        case = replace(case, lora=False)  # peft cannot wrap its router, a linear layer that returns a tuple
     parity = compared(build(tiny_model, case, torch.float64), CpuBackend(), case)
     assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
     assert parity.loss_rel_error <= FLOAT64_TOLERANCE, parity
@@ -578,9 +576,11 @@ def test_guard_passes_what_is_exact(tiny_config: Callable[..., Any], model: str)
     assert guarded(tiny_config(model_type, **settings)).grad_rel_error <= 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "phi", "exaone4", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "opt", "gpt_neox", "phi", "exaone4", "qwen3_moe", "stablelm", "nemotron"]
+)
 def test_guard_passes_more_architectures(tiny_config: Callable[..., Any], model_type: str) -> None:
-    """No code for chunks is written for an architecture: others pass too, including learned positions."""
+    """No code for chunks is written for an architecture: learned positions pass, and layers that get no keywords."""
     assert guarded(tiny_config(model_type)).grad_rel_error <= 1e-5
 
 
@@ -707,9 +707,7 @@ def test_guard_goes_through_the_stages_of_a_pipeline(
 
 
 def test_guard_names_what_cannot_be_cut(tiny_config: Callable[..., Any]) -> None:
-    with pytest.raises(
-        UsageError, match=r"cannot be trained in chunks through the stages of a pipeline(.|\n)*cut into"
-    ):
+    with pytest.raises(UsageError, match=r"^parallel\.pipeline=2: GPT2LMHeadModel cannot be cut into stages"):
         guarded(tiny_config("gpt2"), is_pipeline=True)
 
 

@@ -37,7 +37,7 @@ from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 from chunkflow_cli.training.setup import planned_topology
-from support.models import TINY
+from support.models import MLA, SHARED_KEYS, TINY
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -90,6 +90,13 @@ CASES = {
     "soft caps": Case("gemma2", {"head_dim": 16, "sliding_window": 11, "attn_logit_softcapping": 1.5,
                                  "final_logit_softcapping": 3.0}, dtype="float32"),
     "experts": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, dtype="float32"),
+    "values of another width": Case("minicpm3", {**MLA, "v_head_dim": 40}),
+    "keys shared by layers": Case("gemma4_text", {**SHARED_KEYS, "num_kv_shared_layers": 3, "global_head_dim": 24}, k=1),
+    "blocks, temperature": Case(
+        "llama4_text",
+        {"no_rope_layers": [1, 0], "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1,
+         "attention_chunk_size": 10, "floor_scale": 8}, dtype="float32",
+    ),
     "layers checkpointed": Case("qwen2", k=2, checkpointing=ActivationCheckpointing.full),
     "products kept": Case("qwen2", k=2, checkpointing=ActivationCheckpointing.selective),
     "products kept, retained chunks joined": Case(
@@ -404,3 +411,12 @@ def test_heads_that_do_not_divide_are_refused_by_name(tiny_config: Callable[...,
         config = Config(parallel=ParallelConfig(sequence=size))
         check_layouts(config, tiny_config("qwen2"), [planned_topology(config)])
         check_layouts(config, tiny_config("gpt2", n_head=4), [planned_topology(config)])
+
+
+def test_stages_that_would_part_shared_keys_are_refused_by_name(tiny_config: Callable[..., Any]) -> None:
+    """The last layers of Gemma 4's small models attend to keys of layers in the middle."""
+    model = tiny_config("gemma4_text", **SHARED_KEYS, num_kv_shared_layers=3)
+    config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(pipeline=2))
+    with pytest.raises(UsageError, match="pipeline=2: the last layers of my-model attend to keys of earlier"):
+        check_layouts(config, model, [planned_topology(config)])
+    check_layouts(config, tiny_config("gemma4_text", num_kv_shared_layers=0), [planned_topology(config)])

@@ -262,6 +262,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_chunk_size": 10, "floor_scale": 8,
         },
     ),
+    "ministral3, temperature": (
+        "ministral3",
+        {"rope_parameters": {**YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}},
+    ),
     "afmoe, a view of the output": ("afmoe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 """Attention of other shapes than plain ones: widths, heads and kinds of layers, sharing, blocks."""

@@ -71,7 +71,7 @@ class ChunkModel(nn.Module):
         decoder = decoder_of(base_model(self.causal_lm))
         chunk = RunningChunk(context, is_evaluated=not state_pass and not torch.is_grad_enabled())
         with ForwardScope(chunk):
-            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
+            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

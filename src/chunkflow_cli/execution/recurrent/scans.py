@@ -52,7 +52,6 @@ def scan_in_chunks(function: Callable[..., Any], scan: Scan) -> Callable[..., An
             return function(*args, **options)
         assert options.pop(scan.start, None) is None, "the state comes from the store"
         assert not options.pop(scan.wants_last, False), "the state goes to the store"
-        options.pop("chunk", None)
         call = _Call(function, scan, dict(enumerate(args)) | options, chunk)
         out = own_tokens(call.over_segments(), chunk.group, scan.axis)
         return (out, None) if scan.always_pair else out
