@@ -2,16 +2,16 @@
 
 It compares chunked and whole-sequence training on a small random model of the same architecture, made so that nothing
 hides: windows shorter than the test sequences, large initial weights, one layer of each kind, every multiplier of the
-configuration. It computes in float32, and what rounding may have caused again in float64. Kernels of the run that take
-neither are checked apart (`kernel_check.py`), or not here: those of packages for recurrent layers, which `chunkflow
-verify` runs.
+configuration. It computes in float32, and what rounding may have caused again in float64. The run's attention kernel is
+checked apart, in the run's dtype (`kernel_check.py`). Kernels of packages for recurrent layers are not checked here:
+`chunkflow verify verify.dtype=bfloat16` runs them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,10 +26,8 @@ from chunkflow_cli.execution.parity import (
     TOLERANCES,
     Parity,
     compare,
-    float64_throughout,
     random_sequences,
     use_float64_experts,
-    without_kernel_packages,
 )
 from chunkflow_cli.execution.small_copy import CannotBuildError, build_small, small_config
 from chunkflow_cli.execution.small_sizes import VOCABULARY
@@ -70,7 +68,7 @@ def guard(
     check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
     attention_ = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
     backend = choose_backend(attention_, small, device, torch.float32).backend
-    with _explained(hf_config, name, how), without_kernel_packages():
+    with _explained(hf_config, name, how):
         parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing, stages)
         if TOLERANCES[torch.float32] < parity.grad_rel_error < ROUNDING_SUSPECTED:
             # Saturated scores can lift float32's own rounding this high; in float64 only a real difference remains.
@@ -134,16 +132,12 @@ def _compare_small(
     checkpointing: ActivationCheckpointing,
     stages: int,
 ) -> Parity:
-    is_float64 = dtype is torch.float64
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        with float64_throughout() if is_float64 else nullcontext():
-            model = build_small(config, device, dtype)
-            use_float64_experts(model, dtype)
-            enable_activation_checkpointing(model, checkpointing)
-            sequences = random_sequences(GUARD_LENGTHS, min(VOCABULARY, config.get_text_config().vocab_size))
-            # Some kernels compute in float32 where nobody can tell them otherwise, which leaves 1e-8.
-            tolerance = 1e-6 if is_float64 else None
-            return compare(
-                model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance, stages=stages
-            )
+        model = build_small(config, device, dtype)
+        use_float64_experts(model, dtype)
+        enable_activation_checkpointing(model, checkpointing)
+        sequences = random_sequences(GUARD_LENGTHS, min(VOCABULARY, config.get_text_config().vocab_size))
+        # Where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8.
+        tolerance = 1e-6 if dtype is torch.float64 else None
+        return compare(model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance, stages=stages)

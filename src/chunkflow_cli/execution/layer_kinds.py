@@ -139,7 +139,8 @@ def _cut_list(name: str, value: Sequence[Any], keep: Sequence[int], layers: int)
     if value and is_of_indices and is_rising:
         return [keep.index(each) for each in value if each in keep]
     if len(value) == layers > 1:
-        return type(value)(value[index] for index in keep)
+        kept = [value[index] for index in keep]
+        return tuple(kept) if isinstance(value, tuple) else kept
     return None
 
 

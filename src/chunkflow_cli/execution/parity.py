@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
-from chunkflow_cli.planning.chunks import build_chunks
+from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers
 
@@ -106,6 +106,25 @@ def compare(
         tolerance: largest relative error that passes; by default that of the model's dtype.
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
     """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    with _arithmetic_of(dtype):
+        return _compare(
+            model, backend, sequences, TOLERANCES[dtype] if tolerance is None else tolerance, k, stages,
+            build_chunks(
+                [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
+            ),
+        )  # fmt: skip
+
+
+def _compare(
+    model: Any,
+    backend: Backend,
+    sequences: Sequence[TokenizedSample],
+    tolerance: float,
+    k: int,
+    stages: int,
+    chunks: Chunks,
+) -> Parity:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     dtype = next(iter(parameters.values())).dtype
@@ -117,9 +136,6 @@ def compare(
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
-    chunks = build_chunks(
-        [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
-    )
     batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
@@ -143,7 +159,7 @@ def compare(
         grad_rel_error=float(np.linalg.norm(list(errors.values()))) / total,
         grad_max_rel_error_parameter=worst,
         grad_max_rel_error=relative[worst],
-        tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+        tolerance=tolerance,
         is_float64=dtype is torch.float64,
     )
 
@@ -198,6 +214,17 @@ def use_implementation(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(before)
+
+
+@contextmanager
+def _arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let a model compute in its own dtype within the block, if that is float32 or float64."""
+    with ExitStack() as stack:
+        if dtype is torch.float64:
+            stack.enter_context(float64_throughout())
+        if dtype in (torch.float32, torch.float64):
+            stack.enter_context(without_kernel_packages())
+        yield
 
 
 @contextmanager

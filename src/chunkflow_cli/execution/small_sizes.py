@@ -125,31 +125,34 @@ OTHER_HEADS = (("num_attention_heads", "num_kv_heads"), ("swa_num_attention_head
 
 def _shrink_heads(config: Any, before: Before) -> None:
     """Keep a few heads of keys, each with one query or two, and the width of a model that comes with them."""
-    heads, hidden = before.number("num_attention_heads"), before.number("hidden_size")
+    heads, hidden = before.number(HEADS[0]), before.number("hidden_size")
     if not heads or hidden <= HIDDEN:
         return
     for names in (HEADS, *OTHER_HEADS):
-        pair = [before.number(name) for name in names]
+        pair = before.number(names[0]), before.number(names[1])
         if names == HEADS or all(pair):
-            for name, before_, few in zip(names, pair, _few_heads(*pair, before.few_heads), strict=True):
-                if before_:
+            for name, old, few in zip(names, pair, _few_heads(pair, before.few_heads), strict=True):
+                if old:
                     setattr(config, name, few)
+    key_heads = before.number(HEADS[1])
     if per_layer := vars(config).get("num_attention_heads_per_layer"):
-        key_heads = before.number(HEADS[1])
-        config.num_attention_heads_per_layer = [_few_heads(each, key_heads, before.few_heads)[0] for each in per_layer]
+        config.num_attention_heads_per_layer = [
+            _few_heads((each, key_heads), before.few_heads)[0] for each in per_layer
+        ]
     overrides = take_overrides(config)
     for each in overrides.values():
-        pair = [each.get(name, before.number(name)) for name in HEADS]
-        few = dict(zip(HEADS, _few_heads(*pair, before.few_heads), strict=True))
-        each |= {name: number for name, number in few.items() if name in each}
+        own = each.get(HEADS[0], heads), each.get(HEADS[1], key_heads)
+        kept = dict(zip(HEADS, _few_heads(own, before.few_heads), strict=True))
+        each |= {name: value for name, value in kept.items() if name in each}
     give_overrides(config, overrides)
     _set_hidden(config, before, number(config, HEADS[0]) * (hidden // heads))
 
 
-def _few_heads(heads: int, key_heads: int, most: int) -> tuple[int, int]:
+def _few_heads(pair: tuple[int, int], most: int) -> tuple[int, int]:
     """Return numbers of heads and of heads of keys, in which a head of keys still has several queries if it had."""
-    few = min(key_heads or heads, most)
-    return few * min(heads // (key_heads or heads), 2), few
+    heads, key_heads = pair[0], pair[1] or pair[0]
+    few = min(key_heads, most)
+    return few * min(heads // key_heads, 2), few
 
 
 def _shrink_hidden(config: Any, before: Before) -> None:
@@ -179,11 +182,9 @@ MAMBA_2 = (
 
 def _shrink_recurrent(config: Any, before: Before) -> None:
     """Keep few heads and small states, and scan in blocks so short that a sequence has several."""
-    for names in (("linear_num_key_heads", "linear_num_value_heads"), ("linear_num_heads", "linear_num_heads")):
-        heads, value_heads = (before.number(name) for name in names)
-        if heads:
-            setattr(config, names[1], min(heads, 2) * (value_heads // heads))
-            setattr(config, names[0], min(heads, 2))
+    if heads := before.number("linear_num_key_heads"):
+        config.linear_num_value_heads = min(heads, 2) * (before.number("linear_num_value_heads") // heads)
+    _lower(config, ("linear_num_key_heads", "linear_num_heads"), 2)
     _lower(config, ("mamba_chunk_size", "chunk_size", "block_size"), SCAN_BLOCK)
     _lower(config, ("mamba_d_state", "ssm_state_size", "state_size"), STATE)
     for names in MAMBA_2:
