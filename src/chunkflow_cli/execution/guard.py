@@ -9,6 +9,7 @@ checked apart, in the run's dtype (`kernel_check.py`). Kernels of packages for r
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,4 +141,9 @@ def _compare_small(
         sequences = random_sequences(GUARD_LENGTHS, min(VOCABULARY, config.get_text_config().vocab_size))
         # Where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8.
         tolerance = 1e-6 if dtype is torch.float64 else None
-        return compare(model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance, stages=stages)
+        parity = compare(
+            model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance, stages=stages
+        )
+        if not math.isfinite(parity.loss_whole):
+            raise CannotBuildError("with random weights its loss is not a finite number")
+        return parity
