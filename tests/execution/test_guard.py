@@ -202,7 +202,7 @@ def test_out_of_memory(tiny_config: Callable[..., Any], monkeypatch: pytest.Monk
 def test_a_missing_package(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     missing = ModuleNotFoundError("No module named 'xlstm'", name="xlstm")
     monkeypatch.setattr(small_copy, "_new_model", _raising(missing))
-    with pytest.raises(UsageError, match=r"need a package that is not installed: .*\n  pip install xlstm$"):
+    with pytest.raises(UsageError, match=r"need a package that is not installed\n  pip install xlstm$"):
         guarded(tiny_config("llama"))
 
 

@@ -61,7 +61,7 @@ def guard(
     Raises:
         UsageError: the gradients differ, or the architecture cannot run in chunks.
     """
-    name = getattr(hf_config.get_text_config(), "model_type", type(hf_config).__name__)
+    name = hf_config.model_type
     stages = 2 if is_pipeline else 1
     how = "in chunks through the stages of a pipeline" if is_pipeline else "in chunks"
     with _explained(hf_config, name, how):
@@ -95,10 +95,8 @@ def _explained(hf_config: Any, name: str, how: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        package = f"pip install {error.name}" if error.name else "install it"
-        raise UsageError(
-            f"models of type {name!r} need a package that is not installed: {_first_line(error)}\n  {package}"
-        ) from error
+        remedy = f"pip install {error.name}" if error.name else " ".join(str(error).split())[:200]
+        raise UsageError(f"models of type {name!r} need a package that is not installed\n  {remedy}") from error
     except CannotBuildError as error:
         if reason := why_not(hf_config):
             raise UsageError(f"models of type {name!r} cannot be trained exactly {how}\n  {reason}") from error

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.attention import function as attention
@@ -177,8 +178,11 @@ def whole_implementation(model: Any) -> str:
 
 def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
     """Switch a float64 model with experts to transformers' plain product: the grouped one has no float64."""
-    if dtype is torch.float64 and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
+    if dtype is not torch.float64:
+        return
+    for part in model.modules():  # the decoder of a multimodal model may have experts where the model's class has none
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")
 
 
 def remove_dropout(config: Any) -> None:

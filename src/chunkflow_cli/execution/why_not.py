@@ -24,4 +24,4 @@ REASONS = {
 
 def why_not(hf_config: Any) -> str | None:
     """Return why an architecture that the guard refuses is not exact in chunks, or None if nothing is known."""
-    return REASONS.get(getattr(hf_config.get_text_config(), "model_type", ""))
+    return REASONS.get(hf_config.model_type) or REASONS.get(hf_config.get_text_config().model_type)
