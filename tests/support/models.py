@@ -191,6 +191,25 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 8, "mamba_dt_rank": 4, "num_key_value_heads": 4, "head_dim": None,
         },
     ),
+    "qwen3_5, wide values, tied": (
+        "qwen3_5_text",
+        {
+            **_DELTA, "linear_num_key_heads": 4, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granitemoehybrid, one group, biases": (
+        "granitemoehybrid",
+        {
+            **_MAMBA2, "mamba_n_groups": 1, "mamba_proj_bias": True, "num_local_experts": 0,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"], "shared_intermediate_size": 16,
+        },
+    ),
+    "falcon_h1, gated norm": (
+        "falcon_h1",
+        {**_MAMBA2, "mamba_d_ssm": 64, "num_hidden_layers": 2, "mamba_n_groups": 1, "mamba_rms_norm": True},
+    ),
+    "lfm2, width 3, biases": ("lfm2", {**_SHORT_CONVOLUTIONS, "conv_L_cache": 3, "conv_bias": True}),
 }  # fmt: skip
 """Architectures with recurrent layers; build them with `recurrent_model`."""
 
