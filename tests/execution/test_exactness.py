@@ -33,9 +33,10 @@ from chunkflow_cli.execution.attention.layer import LayerAttention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.guard import guard, small_config
+from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences, use_float64_experts
 from chunkflow_cli.execution.runner import Runner
+from chunkflow_cli.execution.small_copy import small_config
 from chunkflow_cli.execution.state import SequenceState
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
@@ -583,13 +584,10 @@ def test_guard_passes_more_architectures(tiny_config: Callable[..., Any], model_
     assert guarded(tiny_config(model_type)).grad_rel_error <= 1e-5
 
 
-LINEAR_ATTENTION = {
-    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-}  # fmt: skip
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "qwen3_next, recurrent": ("qwen3_next", LINEAR_ATTENTION, "'qwen3_next' cannot be trained exactly in chunks"),
-    "qwen3_5, recurrent": ("qwen3_5_text", LINEAR_ATTENTION, "'qwen3_5_text' cannot be trained exactly in chunks"),
+    "recurrent_gemma, own code": (
+        "recurrent_gemma", {}, "'recurrent_gemma' cannot be trained exactly in chunks(.|\n)*keep their state in the model",
+    ),
     "bloom, alibi": (
         "bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained in chunks(.|\n)*computes its attention itself",
     ),
@@ -640,7 +638,8 @@ def test_guard_keeps_every_multiplier(tiny_config: Callable[..., Any], name: str
 def test_guard_keeps_one_layer_of_each_kind(tiny_config: Callable[..., Any]) -> None:
     """A hybrid model cut to its first two layers would be tested without its other kinds."""
     kinds = ["full_attention", "full_attention", "full_attention", "sliding_attention"] * 3
-    small = small_config(tiny_config("qwen3", num_hidden_layers=12, layer_types=kinds))
+    settings = {"use_sliding_window": True, "sliding_window": 16, "layer_types": kinds}
+    small = small_config(tiny_config("qwen3", num_hidden_layers=12, **settings))
     assert small.num_hidden_layers == 2
     assert small.layer_types == ["full_attention", "sliding_attention"]
 
@@ -708,9 +707,7 @@ def test_guard_goes_through_the_stages_of_a_pipeline(
 
 
 def test_guard_names_what_cannot_be_cut(tiny_config: Callable[..., Any]) -> None:
-    with pytest.raises(
-        UsageError, match=r"cannot be trained in chunks through the stages of a pipeline(.|\n)*cut into"
-    ):
+    with pytest.raises(UsageError, match=r"^parallel\.pipeline=2: GPT2LMHeadModel cannot be cut into stages"):
         guarded(tiny_config("gpt2"), is_pipeline=True)
 
 

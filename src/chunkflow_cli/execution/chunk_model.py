@@ -45,7 +45,7 @@ class ChunkModel(nn.Module):
         self.causal_lm = causal_lm
         self.backend = backend
         base = base_model(causal_lm)
-        require_attention_interface(base)
+        require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base.config.get_text_config())
         self.recurrent_layers = prepare_recurrent_layers(base)

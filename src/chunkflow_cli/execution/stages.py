@@ -165,7 +165,8 @@ def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
     base = base_model(causal_lm)
     decoder = decoder_of(base)
     layers, norm = _layers_and_norm(base, decoder, stage.stages)
-    assert len(layers) == base.config.get_text_config().num_hidden_layers
+    if len(layers) != base.config.get_text_config().num_hidden_layers:  # longcat_flash counts two for each
+        raise _uncuttable(base, stage.stages, f"it has {len(layers)} layers, and its configuration counts others")
     if any("original_hidden_states" in inspect.signature(layer.forward).parameters for layer in layers):  # zamba2
         raise _uncuttable(base, stage.stages, "its layers read the embeddings, which only the first stage has")
     entry = None
