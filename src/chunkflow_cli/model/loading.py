@@ -171,16 +171,24 @@ def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedCon
 
 
 def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
-    """Return the model without adapters on torch's meta device: every module and shape, but no numbers."""
+    """Return the configured model without adapters on torch's meta device."""
+    _quiet_peft()
+    with config_errors(config):
+        return empty_model(
+            hf_config, dtype=getattr(torch, config.dtype.value), trust_remote_code=config.trust_remote_code
+        )
+
+
+def empty_model(hf_config: PretrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Return a model on torch's meta device: every module and shape, but no numbers."""
     from transformers import AutoModelForCausalLM
 
-    _quiet_peft()
     own_config = copy.deepcopy(hf_config)  # setting a model's attention changes its configuration
-    dtype, trusts = getattr(torch, config.dtype.value), config.trust_remote_code
-    with config_errors(config), torch.device("meta"):
-        if (language := language_class(hf_config)) is not None:
+    language = language_class(hf_config)
+    with torch.device("meta"):
+        if language is not None:
             return language._from_config(own_config, dtype=dtype)
-        return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trusts)
+        return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def check_adapters(config: ModelConfig, hf_config: PretrainedConfig) -> AdapterSummary:
