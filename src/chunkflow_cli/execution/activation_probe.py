@@ -8,7 +8,7 @@ import torch
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
-from chunkflow_cli.model.shape import kept_for_backward
+from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.chunks import build_chunks
 
 

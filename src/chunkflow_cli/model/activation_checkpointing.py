@@ -11,6 +11,17 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.errors import UsageError
 
+COSTLY_OPERATIONS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._flash_attention_forward.default,
+    torch.ops.aten._efficient_attention_forward.default,
+]
+"""Operations whose results are small compared with the work of computing them again: selective checkpointing keeps
+them."""
+
 
 def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -> None:
     """Make the layers of a Hugging Face model keep only their inputs, or also the results of costly operations.
@@ -24,23 +35,10 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         return
     arguments: dict[str, Any] = {"use_reentrant": False}
     if mode is ActivationCheckpointing.selective:
-        arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
+        arguments["context_fn"] = functools.partial(create_selective_checkpoint_contexts, COSTLY_OPERATIONS)
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     except ValueError as error:
         raise UsageError(
             f"model.activation_checkpointing={mode.value}: {error}\n  take model.activation_checkpointing=none"
         ) from error
-
-
-def _costly_operations() -> list[Any]:
-    """Return the operations whose results are small compared with the work of computing them again."""
-    aten = torch.ops.aten
-    return [
-        aten.mm.default,
-        aten.addmm.default,
-        aten.bmm.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._flash_attention_forward.default,
-        aten._efficient_attention_forward.default,
-    ]

@@ -66,8 +66,8 @@ class MemoryParts:
 def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str, layers: int | None = None) -> float:
     """Return the bytes that `layers` layers keep for backward, for each token that holds activations.
 
-    They are counted on the model's own modules (`shape.layer_activation_bytes`) where that is possible, which it is not
-    with experts. Otherwise a formula follows transformers' Llama tensor by tensor (h = hidden, f = feed-forward, b =
+    They are counted on the model's own modules (`model.shape_probe`). For the few models whose forward cannot show
+    them, a formula follows transformers' Llama tensor by tensor (h = hidden, f = feed-forward, b =
     element bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's
     input: 4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp per head. The gated
     feed-forward keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input;
@@ -80,21 +80,28 @@ def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: s
         layers: by default, all layers of the model.
     """
     b, h, f = element_bytes, shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.attention_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layers = shape.layers if layers is None else layers
     if checkpointing == "full":
         return layers * b * h
-    if checkpointing == "selective":
-        return layers * (b * (3 * h + 2 * queries + 2 * keys + 2 * f) + 4 * shape.attention_heads)
-    if shape.layer_activation_bytes is not None:
+    if checkpointing == "selective" and shape.layer_product_bytes is not None:
+        return layers * (b * h + shape.layer_product_bytes)
+    if checkpointing == "none" and shape.layer_activation_bytes is not None:
         return layers * shape.layer_activation_bytes
-    attention = b * (2 * queries + 2 * keys) + 4 * shape.attention_heads
+    of_attention = sum(
+        b * (part.query_elements_per_token + part.kv_elements_per_token) + 4 * part.layers * part.heads
+        for part in shape.attention
+    )
+    attention = of_attention / shape.layers
+    if checkpointing == "selective":
+        return layers * (b * (3 * h + 2 * f) + attention)
     return layers * (2 * (4 * h + 2 * b * h) + attention + 4 * b * f)
 
 
 def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str) -> float:
-    """Return the extra bytes per token of the chunk that goes backward: the layer that checkpointing runs again."""
-    return 0.0 if checkpointing == "none" else kept_bytes_per_token(shape, element_bytes, "none", layers=1)
+    """Return the extra bytes per token of the chunk that goes backward: the largest layer, which runs again."""
+    if checkpointing == "none":
+        return 0.0
+    return max(kept_bytes_per_token(shape, element_bytes, "none", layers=1), shape.largest_layer_activation_bytes or 0)
 
 
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
@@ -103,8 +110,13 @@ def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
 
 
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
-    """Return the bytes of the keys and values before a sequence's last chunk, and of their gradients."""
-    return (length - 1) // chunk_size * chunk_size * state_bytes_per_token(shape, element_bytes)
+    """Return the bytes of the state before a sequence's last chunk.
+
+    These are keys and values with their gradients, and an edge of recurrent layers behind each chunk. The gradient of
+    an edge takes its place.
+    """
+    chunks = (length - 1) // chunk_size
+    return chunks * (chunk_size * state_bytes_per_token(shape, element_bytes) + shape.edge_bytes)
 
 
 def live_tokens(
@@ -131,7 +143,13 @@ def live_tokens(
 
 
 def memory_parts(
-    shape: ModelShape, settings: MemorySettings, held: StageLayers | None = None, *, live: float = 0, stored: float = 0
+    shape: ModelShape,
+    settings: MemorySettings,
+    held: StageLayers | None = None,
+    *,
+    live: float = 0,
+    stored: float = 0,
+    edges: float = 0,
 ) -> MemoryParts:
     """Predict the bytes of one rank by part.
 
@@ -145,6 +163,7 @@ def memory_parts(
         held: the layers of the rank's pipeline stage; by default, the whole model.
         live: tokens that hold activations on this rank at its peak.
         stored: tokens in its state store at that time; in a sequence-parallel group, this rank's share of them.
+        edges: chunk edges in its state store at that time. In a sequence-parallel group, each rank stores them whole.
     """
     held = held or cut_layers(shape.layers, 1)[0]
     shared = settings.data_parallel
@@ -160,6 +179,7 @@ def memory_parts(
         host, weights = host + weights, weights // max(1, held.layers)
     kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    a_token = state_bytes_per_token(shape, settings.element_bytes)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient is summed until its chunks have gone backward.
     head = TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
@@ -169,7 +189,7 @@ def memory_parts(
         optimizer=optimizer,
         activations=int(live * kept + min(live, settings.chunk_size) * again),
         head=head if held.is_last else 0,
-        state=int(stored * state_bytes_per_token(shape, settings.element_bytes) * held.layers / shape.layers),
+        state=int((stored * a_token + edges * shape.edge_bytes) * held.layers / shape.layers),
         host=host,
     )
 
