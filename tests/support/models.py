@@ -94,3 +94,134 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+
+RECURRENT_TINY: dict[str, Any] = {
+    "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2, "attention_dropout": 0.0,
+    "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+_DELTA = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+}  # fmt: skip
+_MAMBA2 = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8,
+    "mamba_d_conv": 4, "mamba_expand": 2, "num_hidden_layers": 3,
+}  # fmt: skip
+_EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+    "mlp_layer_types": ["dense", "sparse", "sparse"], "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
+_SHORT_CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
+_NO_ATTENTION = {
+    "num_attention_heads": None, "num_key_value_heads": None, "num_hidden_layers": 2, "state_size": 8,
+    "residual_in_fp32": False,
+}  # fmt: skip
+_SELECTIVE = {**_NO_ATTENTION, "head_dim": None, "time_step_rank": 4}
+
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("qwen3_5_text", _DELTA),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**_DELTA, **_EXPERTS}),
+    "qwen3_next": ("qwen3_next", {**_DELTA, **_EXPERTS}),
+    "olmo_hybrid": ("olmo_hybrid", {**_DELTA, "num_key_value_heads": 4, "linear_num_key_heads": 4}),
+    "kimi_linear": ("kimi_linear", {**_LATENT, "linear_head_dim": 8, "linear_num_heads": 4, "head_dim": None}),
+    "bailing_hybrid": ("bailing_hybrid", {**_LATENT, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0}),
+    "lfm2": ("lfm2", {**_SHORT_CONVOLUTIONS, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False}),
+    "lfm2_moe": ("lfm2_moe", {**_SHORT_CONVOLUTIONS, **_EXPERTS, "conv_L_cache": 3, "num_dense_layers": 1}),
+    "lfm3": ("lfm3", {**_SHORT_CONVOLUTIONS, "conv_L_cache": 7, "sliding_window": 9}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention", "mlp"],
+            "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8,
+            "conv_kernel": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **_MAMBA2, "mamba_d_ssm": 64, "num_hidden_layers": 2, "lm_head_multiplier": 0.7,
+            "embedding_multiplier": 1.3, "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "ssm_in_multiplier": 0.8,
+            "ssm_out_multiplier": 1.2, "key_multiplier": 1.1, "attention_in_multiplier": 0.9,
+            "attention_out_multiplier": 1.1, "mlp_multipliers": [0.9, 1.1],
+        },
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_MAMBA2, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16, "logits_scaling": 3.0,
+            "embedding_multiplier": 2.0, "residual_multiplier": 0.6, "attention_multiplier": 0.3,
+        },
+    ),
+    "bamba": ("bamba", {**_MAMBA2, "attn_layer_indices": [1]}),
+    "zamba2": (
+        "zamba2",
+        {
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "n_mamba_heads": 8,
+            "mamba_d_state": 8, "mamba_ngroups": 2, "mamba_expand": 2, "chunk_size": 8, "num_mem_blocks": 1,
+            "use_shared_attention_adapter": False, "use_mem_rope": True, "num_key_value_heads": 4, "head_dim": None,
+            "adapter_rank": 4,
+        },
+    ),
+    "mamba2": (
+        "mamba2",
+        {**_NO_ATTENTION, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8, "expand": 2},
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **_EXPERTS, "num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 1,
+            "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
+        },
+    ),
+    "mamba": ("mamba", _SELECTIVE),
+    "falcon_mamba": ("falcon_mamba", _SELECTIVE),
+    "zamba": (
+        "zamba",
+        {
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "n_mamba_heads": 2,
+            "mamba_d_state": 8, "mamba_dt_rank": 4, "num_key_value_heads": 4, "head_dim": None,
+        },
+    ),
+}  # fmt: skip
+"""Architectures with recurrent layers; build them with `recurrent_model`."""
+
+
+def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any) -> Any:
+    """Return a model of `RECURRENT` in train mode, with weights under which a lost state shows.
+
+    Its states fade slowly, and every weight, biases and norms too, differs from what would hide a mistake.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from chunkflow_cli.execution.parity import use_float64_experts
+
+    dtype = torch.float32 if dtype is None else dtype
+    model_type, changes = RECURRENT[name]
+    merged = {key: value for key, value in {**RECURRENT_TINY, **changes, **settings}.items() if value is not None}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **merged), dtype=torch.float32)
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if parameter_name.endswith(("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias")):
+                parameter.copy_(torch.rand(parameter.shape) * 2 - 1.5)
+            elif "norm" in parameter_name or parameter.ndim == 1:
+                parameter.add_(0.1 * noise)
+            elif "router" in parameter_name or "gate.weight" in parameter_name:
+                parameter.copy_(noise)
+            else:
+                parameter.add_(0.05 * noise)
+    model = model.to(dtype)
+    use_float64_experts(model, dtype)
+    model.config.use_cache = False
+    return model.train()

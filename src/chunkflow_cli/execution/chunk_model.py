@@ -12,8 +12,10 @@ from chunkflow_cli.execution.attention.backend import Backend, Packing
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
+from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attention, prepare_recurrent_layers
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
+from chunkflow_cli.model.forward_scope import ForwardScope
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ class ChunkModel(nn.Module):
         self.causal_lm = causal_lm
         self.backend = backend
         base = base_model(causal_lm)
-        self._layers = int(base.config.get_text_config().num_hidden_layers)
+        last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base.config.get_text_config())
+        self.recurrent_layers = prepare_recurrent_layers(base)
+        """Module names of the layers that pass a recurrent state from chunk to chunk."""
+        self._last_layer = None if comes_after_attention(base, last) else last
 
     def forward(self, *calls: ChunkCall, state_pass: bool = False) -> Tensor | None:
         """Return the loss of the chunks, run in this order; None for a state pass, which only fills the state store.
@@ -59,7 +64,9 @@ class ChunkModel(nn.Module):
         last_layer = self._last_layer_of_state_pass() if state_pass else None
         context = ChunkAttentionContext(packing, self.backend, call.piece, last_layer, call.sequence_group)
         decoder = decoder_of(base_model(self.causal_lm))
-        out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
+        chunk = RunningChunk(context, is_evaluated=not state_pass and not torch.is_grad_enabled())
+        with ForwardScope(chunk):
+            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -68,8 +75,8 @@ class ChunkModel(nn.Module):
         return {"input_ids": call.batch.input_ids}
 
     def _last_layer_of_state_pass(self) -> int | None:
-        """Return the layer after whose keys and values a state pass may stop."""
-        return self._layers - 1
+        """Return the layer after whose keys and values a state pass may stop; None if a later state depends on them."""
+        return self._last_layer
 
     def _loss(self, call: ChunkCall) -> Tensor:
         hidden = self.hidden(call)
@@ -108,5 +115,9 @@ def logit_transform(config: Any) -> LogitTransform:
         scale = 1.0 / float(config.logits_scaling)
     if getattr(config, "logit_scale", None) is not None:  # cohere multiplies
         scale = float(config.logit_scale)
+    if getattr(config, "lm_head_multiplier", None) is not None:  # falcon_h1 multiplies
+        scale = float(config.lm_head_multiplier)
     softcap = getattr(config, "final_logit_softcapping", None)  # gemma2, gemma3
+    if softcap is None:
+        softcap = getattr(config, "logits_soft_cap", None)  # recurrent_gemma
     return LogitTransform(scale, None if softcap is None else float(softcap))

@@ -155,7 +155,8 @@ def whole_implementation(config: Any) -> str:
     """Return transformers' own attention for the whole-sequence side: eager where sdpa leaves something out."""
     has_sinks = getattr(config, "model_type", "") == "gpt_oss"
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    return "eager" if has_sinks or softcap else "sdpa"
+    has_no_attention = getattr(config, "num_attention_heads", None) is None  # mamba: there is nothing to choose
+    return "eager" if has_sinks or softcap or has_no_attention else "sdpa"
 
 
 def use_float64_experts(model: Any, dtype: torch.dtype) -> None:

@@ -11,6 +11,9 @@ Adapters are added to the whole model before it is cut, so their random numbers 
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,12 +127,13 @@ class _Elsewhere(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         for name, value in vars(layer).items():
-            # Some models read the kind of attention from the layer.
-            if name in ("attention_type", "layer_idx", "layer_type"):
+            # Some models read the kind of a layer from it.
+            if name in ("attention_type", "block_type", "layer_idx", "layer_type"):
                 setattr(self, name, value)
+        self._results = _results(layer)
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden_states if self._results is None else (hidden_states, *[None] * (self._results - 1))
 
 
 class _Entry(_Elsewhere):
@@ -138,10 +142,21 @@ class _Entry(_Elsewhere):
     received: Tensor | None = None
     """Set before each forward and handed on in it, so that nothing keeps it alive after its backward."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         received, self.received = self.received, None
         assert received is not None
-        return received
+        return super().forward(received)
+
+
+def _results(layer: nn.Module) -> int | None:
+    """Return the length of the tuple that begins with the layer's hidden states; None if it returns only these.
+
+    It is read from the source: falcon_h1 and bamba return tuples, and annotations are often wrong.
+    """
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(layer).forward)))
+    returned = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return)]
+    lengths = {len(value.elts) if isinstance(value, ast.Tuple) else None for value in returned}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
@@ -150,6 +165,8 @@ def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
     decoder = decoder_of(base)
     layers, norm = _layers_and_norm(base, decoder, stage.stages)
     assert len(layers) == base.config.get_text_config().num_hidden_layers
+    if any("original_hidden_states" in inspect.signature(layer.forward).parameters for layer in layers):  # zamba2
+        raise _uncuttable(base, stage.stages, "its layers read the embeddings, which only the first stage has")
     entry = None
     for index, layer in enumerate(layers):
         if index == stage.first - 1:
@@ -183,9 +200,13 @@ def _layers_and_norm(base: Any, decoder: Any, stages: int) -> tuple[nn.ModuleLis
     if isinstance(layers, nn.ModuleList) and has_head and len(others) == 1 and "norm" in others[0]:
         return layers, others[0]
     reason = ", ".join(sorted(others)) or "layers"
-    raise UsageError(
-        f"parallel.pipeline={stages}: {type(base).__name__} cannot be cut into stages: it is not an embedding, a list "
-        f"of layers, a norm and a head ({reason})\n  use parallel.pipeline=1"
+    raise _uncuttable(base, stages, f"it is not an embedding, a list of layers, a norm and a head ({reason})")
+
+
+def _uncuttable(base: nn.Module, stages: int, reason: str) -> UsageError:
+    return UsageError(
+        f"parallel.pipeline={stages}: {type(base).__name__} cannot be cut into stages: {reason}\n"
+        "  use parallel.pipeline=1"
     )
 
 

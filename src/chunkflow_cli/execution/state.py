@@ -1,12 +1,16 @@
-"""The state store: keys and values of the earlier chunks of long sequences, layer by layer, and their gradients.
+"""The state store: what later chunks of long sequences read of earlier ones, layer by layer, and its gradients.
 
-The forward of a chunk writes its keys and values, and later chunks read them. Going backward, later chunks add the
-gradients that their attention computes, and the backward of the chunk that wrote them takes them from the store.
+Attention leaves keys and values, which all later chunks read. Recurrent layers leave edges, which the next chunk reads:
+the state after a chunk's last token, and the last inputs of a convolution.
+
+The forward of a chunk writes its state, and later chunks read it. Going backward, later chunks add the gradients that
+they compute, and the backward of the chunk that wrote the state takes them from the store.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +30,34 @@ class _Piece:
     gradient: Tensor | None = None  # the same shape; float32 (float64 in float64): a sum over up to hundreds of chunks
 
 
+class EdgeKey(NamedTuple):
+    """The name of an edge."""
+
+    layer: str
+    """Module name of the recurrent layer."""
+    part: str
+    """For example "conv", for the last inputs of its convolution."""
+    position: int
+    """Tokens of the sequence before the edge."""
+
+
+@dataclass
+class _Edge:
+    """An edge from the forward of the chunk before it to the backward of that chunk.
+
+    First it has a value. The backward of the chunk behind it replaces that by the gradient, and the backward of the
+    chunk before it takes the gradient. It then stays without either: the recompute of activation checkpointing may
+    write the edge once more, which must not bring it back.
+    """
+
+    value: Tensor | None
+    gradient: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.value, self.gradient) if tensor is not None)
+
+
 @dataclass
 class SequenceState:
     """The state of one long sequence. A position is a token's index in its sequence."""
@@ -33,6 +65,7 @@ class SequenceState:
     stored_tokens: int
     """Tokens whose state later chunks read: all before the last chunk."""
     _layers: dict[int, dict[str, _Piece]] = field(default_factory=dict)
+    _edges: dict[EdgeKey, _Edge] = field(default_factory=dict)
 
     def write(self, layer: int, start: int, pieces: dict[str, Tensor]) -> None:
         """Store the pieces, each (tokens, heads, head_dim), for positions from `start`.
@@ -74,13 +107,42 @@ class SequenceState:
                 if piece.gradient is not None:
                     piece.gradient = piece.gradient[:start].clone()
 
+    def write_edge(self, key: EdgeKey, value: Tensor) -> None:
+        """Store a copy of the value. An edge that was written before, as a recompute does, stays as it is."""
+        if key not in self._edges:
+            self._edges[key] = _Edge(value.detach().clone())
+
+    def read_edge(self, key: EdgeKey, *, for_the_last_time: bool = False) -> Tensor:
+        """Return the value; free it for the last time, when neither recompute nor backward follows."""
+        edge = self._edges[key]
+        value = edge.value
+        assert value is not None, f"{key} is read after its last use"
+        if for_the_last_time:
+            edge.value = None
+        return value
+
+    def put_edge_gradient(self, key: EdgeKey, gradient: Tensor) -> None:
+        """Store the gradient, and free the value: only one chunk reads an edge, and it has gone backward."""
+        self._edges[key] = _Edge(None, gradient)
+
+    def take_edge_gradient(self, key: EdgeKey) -> Tensor | None:
+        """Return the gradient and free it; None if the chunk behind the edge gave none."""
+        gradient = self._edges[key].gradient
+        self._edges[key] = _Edge(None)
+        return gradient
+
     @property
     def nbytes(self) -> int:
-        return sum(
+        return self.edge_nbytes + sum(
             piece.values.nbytes + (0 if piece.gradient is None else piece.gradient.nbytes)
             for pieces in self._layers.values()
             for piece in pieces.values()
         )
+
+    @property
+    def edge_nbytes(self) -> int:
+        """Bytes of the edges and their gradients."""
+        return sum(edge.nbytes for edge in self._edges.values())
 
 
 @dataclass(frozen=True)
@@ -91,7 +153,7 @@ class StatePiece:
     past: int
     """Tokens of the sequence in earlier chunks."""
     continues: bool
-    """True if later chunks read the keys and values of this piece."""
+    """True if later chunks read the state of this piece."""
 
 
 class StateStore:
