@@ -117,6 +117,8 @@ def _active_intermediate_size(config: Any) -> int:
     active = getattr(config, "num_experts_per_tok", None)
     expert = getattr(config, "moe_intermediate_size", None)
     dense = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    if isinstance(dense, list):  # gemma3n: one per layer
+        dense = max(dense)
     if active is None:
         return int(dense)
     return int(active) * int(expert or dense) + int(getattr(config, "shared_expert_intermediate_size", None) or 0)
