@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.costs import (
     DEVICES,
@@ -34,7 +35,7 @@ SIZES = st.integers(1, 40)
 
 
 SHAPE = ModelShape(
-    layers=3, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=50,
+    layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
     matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
 )  # fmt: skip
 DEVICE = DeviceProfile(
@@ -147,7 +148,7 @@ def test_tokens_and_pairs_of_chunks_by_counting(lengths: list[int], size: int, f
 @given(LENGTHS, SIZES, st.integers(1, 40))
 def test_a_windowed_query_sees_no_more_than_its_window(lengths: list[int], size: int, window: int) -> None:
     """By counting: in one of the three layers a query has at most `window` keys (the diagonal counts half)."""
-    shape = replace(SHAPE, layers=3, window=window, windowed_layers=1)
+    shape = replace(SHAPE, attention=(AttentionLayers(2, 4, 2, 2, 2), AttentionLayers(1, 4, 2, 2, 2, window=window)))
     chunks = build_chunks(lengths, size)
 
     def seen(query: int) -> float:
@@ -186,10 +187,10 @@ def test_costs_of_a_spread_chunk_by_hand() -> None:
     third of the tokens, and sends two thirds of their bytes.
     """
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4, link_latency_seconds=0.01)
-    shape = dataclasses.replace(SHAPE, attention_heads=3, kv_heads=1)
+    shape = dataclasses.replace(SHAPE, attention=(AttentionLayers(3, 3, 1, 2, 2),))
     alone = CostModel.profile(shape, device, checkpointed=False)
     spread = alone.spread_over(3)
-    sent = 3 * (2 * 3 + 2 * 3) * shape.head_dim * 2 / 3 * (2 / 3)
+    sent = 3 * (2 * 3 + 2 * 3) * 2 * 2 / 3 * (2 / 3)
     assert spread.forward.fixed_seconds == pytest.approx(alone.forward.fixed_seconds + 2 * 3 * 0.01)
     assert spread.forward.seconds_per_token == pytest.approx(alone.forward.seconds_per_token / 3 + sent / 0.6e4)
     assert spread.backward.seconds_per_token == pytest.approx(alone.backward.seconds_per_token / 3 + sent / 0.6e4)
@@ -213,9 +214,9 @@ def test_checkpointed_layers_exchange_again() -> None:
 def test_the_network_limits_what_leaves_the_node() -> None:
     """Eight of sixteen ranks are on the same node: half of a token's bytes go over the network, which is slower."""
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e6, link_bytes_per_second=1e4)
-    shape = dataclasses.replace(SHAPE, attention_heads=16, kv_heads=16)
+    shape = dataclasses.replace(SHAPE, attention=(AttentionLayers(3, 16, 16, 2, 2),))
     alone = CostModel.profile(shape, device, checkpointed=False)
-    sent = 3 * (2 * 16 + 2 * 16) * shape.head_dim * 2 / 16
+    sent = 3 * (2 * 16 + 2 * 16) * 2 * 2 / 16
     over_network = alone.spread_over(16).forward.seconds_per_token - alone.forward.seconds_per_token / 16
     within_node = alone.spread_over(8).forward.seconds_per_token - alone.forward.seconds_per_token / 8
     assert over_network == pytest.approx(sent / 2 / 0.6e4)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
@@ -30,7 +31,7 @@ from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 SHAPE = ModelShape(
-    layers=3, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=50,
+    layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
     matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
 )  # fmt: skip
 
@@ -40,7 +41,7 @@ SHAPE = ModelShape(
 
 def test_the_256k_tokens_of_the_design() -> None:
     """A 7B model with 4 KV heads of 128 in 28 layers: 56 KiB per token in bfloat16, 14 GiB, and 28 GiB of gradients."""
-    shape = dataclasses.replace(SHAPE, layers=28, kv_heads=4, head_dim=128)
+    shape = dataclasses.replace(SHAPE, layers=28, attention=(AttentionLayers(28, 28, 4, 128, 128),))
     assert shape.state_elements_per_token * 2 == 56 * 1024
     assert state_bytes(shape, 2**18 + 1, 4096, 2) == 42 * 2**30
 
@@ -124,9 +125,10 @@ def test_tokens_of_a_whole_run_are_those_of_its_schedules(
         for op in rank.schedule.ops:
             live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * int(tokens[op.chunks[0]])
             most = max(most, live)
-    live_most, stored = activations_and_state(run, is_planned_whole=True)
+    live_most, stored, edges = activations_and_state(run, is_planned_whole=True)
     assert live_most.max() == most
     assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
+    assert edges.max() == (max(lengths) - 1) // chunk_size
     assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
 
 
@@ -212,7 +214,7 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     and 1 with their float32 gradients, and on the second stage the hidden states that came in for both.
     """
     shape = ModelShape(
-        layers=2, hidden_size=8, intermediate_size=16, attention_heads=2, kv_heads=1, head_dim=4, vocab_size=32,
+        layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 2, 1, 4, 4),), vocab_size=32,
         matmul_parameters=1000, parameters=2000, trainable_parameters=2000,
     )  # fmt: skip
     lengths = np.array([10])
@@ -232,7 +234,7 @@ def test_peak_of_a_pipeline_by_hand() -> None:
 # Stages of a pipeline
 
 WIDE = ModelShape(
-    layers=5, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=500,
+    layers=5, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(5, 4, 2, 2, 2),), vocab_size=500,
     matmul_parameters=5000 + 4000, parameters=5000 + 2 * 4000, trainable_parameters=5000 + 2 * 4000,
 )  # fmt: skip
 FIRST, MIDDLE, LAST = StageLayers(0, 3, 0, 2), StageLayers(1, 3, 2, 4), StageLayers(2, 3, 4, 5)

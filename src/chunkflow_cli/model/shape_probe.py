@@ -21,8 +21,8 @@ from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 
 PROBE_TOKENS = 256
-"""Length of the forward: a multiple of the blocks that scans pad their tokens to. Except for a few small tables, bytes per
-token do not depend on it."""
+"""Length of the forward, a multiple of the blocks that scans pad their tokens to. Except for a few small tables, bytes
+per token do not depend on it."""
 PROBE_ATTENTION = "chunkflow_shape"
 """Name under which transformers knows the attention of the forward."""
 
