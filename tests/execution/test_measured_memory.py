@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.models import recurrent_model
 
 from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
@@ -161,6 +162,24 @@ def test_state_bytes_against_the_state_store(
     runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), settings)
     result = runner.run((plan(chunks, k),), batch)
     assert state_bytes(model_shape(model), length, size, dtype.itemsize) == result.peak_state_bytes
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "falcon_h1", "zamba2", "jamba"])
+def test_memory_of_recurrent_layers_without_a_model(name: str) -> None:
+    """The state store to the byte, with an edge behind each chunk but the last, and activations within 4 %."""
+    attention.register()
+    model = recurrent_model(name, torch.bfloat16)
+    shape = model_shape(model)
+    model.set_attn_implementation(attention.NAME)
+    chunks = build_chunks([70], 16)
+    batch = StepBatch(chunks, random_sequences([70], 67, seed=1), np.full(1, 1 / 70))
+    chunk_model = ChunkModel(model, ReferenceBackend())
+    runner = Runner(DirectEngine(chunk_model), RunnerSettings(CPU, weight_dtype=torch.float32))
+    assert state_bytes(shape, 70, 16, 2) == runner.run((plan(chunks, 1),), batch).peak_state_bytes
+    assert shape.edge_bytes > 0
+    (sample,) = random_sequences([256], 67, seed=1)
+    measured = activation_bytes_per_token(chunk_model, sample)
+    assert kept_bytes_per_token(shape, 2, "none") == pytest.approx(measured, rel=0.04)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -49,6 +49,19 @@ def test_operations_of_several_sequences_add_up() -> None:
     assert training_flops([], SHAPE) == 0
 
 
+def test_operations_of_a_hybrid_model_by_hand() -> None:
+    """Pairs cost in its one attention layer, where keys have 6 channels and values 2; scans cost per token."""
+    hybrid = replace(SHAPE, attention=(AttentionLayers(1, 4, 4, 6, 2),), scan_flops_per_token=90)
+    assert training_flops([5, 7], hybrid) == (6 * 2000 + 3 * 90) * 12 + 6 * 4 * (6 + 2) * (12.5 + 24.5)
+    costs = CostModel.profile(hybrid, DEVICE, checkpointed=False)
+    assert costs.forward.seconds_per_token == pytest.approx(2 * (2000 - 400) / 0.5e6 + 90 / 0.25e6)
+    assert costs.forward.seconds_per_pair == pytest.approx(2 * 4 * (6 + 2) / 0.25e6)
+    without_attention = replace(hybrid, attention=())
+    assert training_flops([5, 7], without_attention) == (6 * 2000 + 3 * 90) * 12
+    chunks = build_chunks([5, 7], 4)
+    assert not CostModel.profile(without_attention, DEVICE, checkpointed=False).chunk_pairs(chunks).any()
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_seconds_of_a_profile_by_hand(checkpointed: bool) -> None:
     """Products run at half of 1e6, attention at a quarter. The head costs per target. Checkpointing adds a forward."""
@@ -145,14 +158,17 @@ def test_tokens_and_pairs_of_chunks_by_counting(lengths: list[int], size: int, f
     assert found.sum() == pytest.approx(sum(length**2 / 2 for length in lengths))
 
 
-@given(LENGTHS, SIZES, st.integers(1, 40))
-def test_a_windowed_query_sees_no_more_than_its_window(lengths: list[int], size: int, window: int) -> None:
-    """By counting: in one of the three layers a query has at most `window` keys (the diagonal counts half)."""
-    shape = replace(SHAPE, attention=(AttentionLayers(2, 4, 2, 2, 2), AttentionLayers(1, 4, 2, 2, 2, window=window)))
+@given(LENGTHS, SIZES, st.integers(1, 40), st.integers(1, 40))
+def test_a_query_sees_no_more_than_its_window_or_its_block(
+    lengths: list[int], size: int, window: int, block: int
+) -> None:
+    """By counting: two layers of four have neither; layers weigh as many heads as they have."""
+    full, windowed = AttentionLayers(2, 4, 2, 2, 2), AttentionLayers(1, 4, 2, 2, 2, window=window)
+    shape = replace(SHAPE, layers=4, attention=(full, windowed, AttentionLayers(1, 12, 2, 2, 2, block=block)))
     chunks = build_chunks(lengths, size)
 
     def seen(query: int) -> float:
-        return (2 * (query + 0.5) + min(query + 0.5, window)) / 3
+        return (2 * (query + 0.5) + min(query + 0.5, window) + 3 * (query % block + 0.5)) / 6
 
     expected = [
         sum(seen(query) for part in chunk.segments for query in range(part.start, part.stop)) for chunk in chunks

@@ -46,6 +46,15 @@ def test_the_256k_tokens_of_the_design() -> None:
     assert state_bytes(shape, 2**18 + 1, 4096, 2) == 42 * 2**30
 
 
+def test_an_edge_of_recurrent_layers_is_kept_behind_each_chunk_but_the_last() -> None:
+    """It is as large behind 64 tokens as behind 4096, and keys and values are those of the attention layers alone."""
+    shape = dataclasses.replace(SHAPE, layers=24, attention=(AttentionLayers(6, 8, 2, 256, 256),), edge_bytes=10**6)
+    keys_and_values = 6 * 2 * 2 * 256 * (2 + 4)
+    assert state_bytes(shape, 4096, 64, 2) == (4096 - 64) * keys_and_values + 63 * 10**6
+    assert state_bytes(shape, 4097, 4096, 2) == 4096 * keys_and_values + 10**6
+    assert state_bytes(shape, 64, 64, 2) == 0
+
+
 # Memory by part
 
 BASE = MemorySettings(
@@ -142,35 +151,47 @@ def test_live_tokens_by_hand() -> None:
     assert live_tokens(lengths, 10, 8, 99, fill_tails=True).tolist() == [30, 10, 10]
 
 
+HYBRID = dataclasses.replace(SHAPE, edge_bytes=700)
+
+
 def fullest(lengths: list[int], **options: Any) -> MemoryParts:
     """Return the memory of a run without a pipeline that plans these samples in one step, in chunks of 16."""
     sizes = np.array(lengths)
-    costs = dataclasses.replace(CostModel.proportional(), shape=SHAPE)
+    costs = dataclasses.replace(CostModel.proportional(), shape=HYBRID)
     settings = {"chunk_size": 16, "k": 1, "costs": costs, **options}
     run = RunPlan(GlobalBatches(len(sizes), len(sizes), 0, False), 1, sizes, sizes, **settings)
-    return memory_of_fullest(SHAPE, BASE, run, [])
+    return memory_of_fullest(HYBRID, BASE, run, [])
+
+
+EQUAL_TIME = {"costs": dataclasses.replace(CostModel.profile(SHAPE, DEVICES["h100"], checkpointed=False), shape=HYBRID)}
 
 
 @pytest.mark.parametrize(
-    ("lengths", "options", "live", "stored"),
+    ("lengths", "options", "live", "stored", "edges"),
     [
-        ([40], {"k": 2}, 16 + 8, 32),
-        ([40, 9], {"k": 2}, 16 + 16, 32),  # the tail of the long one has room for the short one
-        ([40, 9], {"k": 2, "fill_tails": False}, 16 + 8, 32),
-        ([9], {"k": 50}, 9, 0),
-        ([9, 5, 2], {"k": 2}, 16, 0),  # short ones share a chunk, so the longest is not the most
-        ([40], {"k": 50}, 40, 32),
-        ([40], {"equal_time": True}, 16, 40),  # the last piece is the smallest: nearly all tokens are stored
-        # Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks; each rank has one head of state.
-        ([40], {"k": 2, "ranks": 2, "sequence": 2}, 20, 16),
-        ([40], {"k": 2, "ranks": 4, "sequence": 4}, 10, 0),
-        ([40, 20], {"ranks": 2, "sequence": 2}, 16, 16),  # a rank alone runs 20 tokens in two chunks
+        ([40], {"k": 2}, 16 + 8, 32, 2),
+        ([40, 9], {"k": 2}, 16 + 16, 32, 2),  # the tail of the long one has room for the short one
+        ([40, 9], {"k": 2, "fill_tails": False}, 16 + 8, 32, 2),
+        ([9], {"k": 50}, 9, 0, 0),
+        ([9, 5, 2], {"k": 2}, 16, 0, 0),  # short ones share a chunk, so the longest is not the most
+        ([40], {"k": 50}, 40, 32, 2),
+        # The last piece is the smallest: nearly all tokens are stored.
+        ([40], {"equal_time": True}, 16, 40, 2),
+        # A pair costs 0.04 tokens here: 160 + 0.04 x 160^2 / 2 is 31.8 times 16 + 0.04 x 16^2 / 2, so 32 pieces.
+        ([160], {"equal_time": True, **EQUAL_TIME}, 16, 160, 31),
+        # Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks. Each rank has one head of state,
+        # and all edges.
+        ([40], {"k": 2, "ranks": 2, "sequence": 2}, 20, 16, 1),
+        ([40], {"k": 2, "ranks": 4, "sequence": 4}, 10, 0, 0),
+        ([40, 20], {"ranks": 2, "sequence": 2}, 16, 16, 1),  # a rank alone runs 20 tokens in two chunks
     ],
 )  # fmt: skip
 def test_memory_of_the_fullest_rank_by_hand(
-    lengths: list[int], options: dict[str, Any], live: int, stored: int
+    lengths: list[int], options: dict[str, Any], live: int, stored: int, edges: int
 ) -> None:
-    assert fullest(lengths, **options) == memory_parts(SHAPE, BASE, live=live, stored=stored)
+    found = fullest(lengths, **options)
+    assert found == memory_parts(HYBRID, BASE, live=live, stored=stored, edges=edges)
+    assert found.state == memory_parts(SHAPE, BASE, live=live, stored=stored).state + 700 * edges
 
 
 @given(
@@ -185,15 +206,16 @@ def test_no_planned_step_exceeds_the_predicted_memory(
 ) -> None:
     """A run that is predicted to fit must fit in each of its steps, on each rank: replayed operation by operation."""
     sizes = np.array(lengths)
-    costs = CostModel.profile(SHAPE, DEVICES["h100"], checkpointed=False)
+    costs = CostModel.profile(HYBRID, DEVICES["h100"], checkpointed=False)
     ranks, sequence = groups
     run = RunPlan(
         GlobalBatches(len(sizes), batch, 0, True), -(-len(sizes) // batch), sizes, sizes, chunk_size=16, k=k,
         costs=costs, ranks=ranks, sequence=sequence, **options,
     )  # fmt: skip
-    limit = memory_of_fullest(SHAPE, BASE, run, [])
+    limit = memory_of_fullest(HYBRID, BASE, run, [])
     for step in run:
         for rank in step.ranks:
+            edges = {chunk: chunk - group.start for group in rank.chunks.dependent_groups() for chunk in group}
             live: dict[int, float] = {}
             for op in rank.schedule.ops:
                 for chunk in op.real_chunks:
@@ -203,7 +225,7 @@ def test_no_planned_step_exceeds_the_predicted_memory(
                     elif op.kind.value == "B":
                         del live[chunk]
                     stored = rank.chunks[chunk].segments[0].start / (min(sequence, SHAPE.kv_heads) if spread else 1)
-                    held = memory_parts(SHAPE, BASE, live=sum(live.values()), stored=stored)
+                    held = memory_parts(HYBRID, BASE, live=sum(live.values()), stored=stored, edges=edges.get(chunk, 0))
                     assert held.device_total <= limit.device_total
 
 
@@ -215,7 +237,7 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     """
     shape = ModelShape(
         layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 2, 1, 4, 4),), vocab_size=32,
-        matmul_parameters=1000, parameters=2000, trainable_parameters=2000,
+        matmul_parameters=1000, parameters=2000, trainable_parameters=2000, edge_bytes=60,
     )  # fmt: skip
     lengths = np.array([10])
     run = RunPlan(GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=4, k=1, pipeline=PipelineLayout(2))
@@ -226,7 +248,7 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     parts = memory_of_fullest(shape, settings, run, [SimulatedStep(run, run[0])])
     a_token = kept_bytes_per_token(shape, 2, "none")
     assert parts.activations == 4 * a_token / 2
-    assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2
+    assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2 + 2 * 60 / 2, "half of two edges"
     assert parts.weights == 1000 * 2, "half of the layers, and the embedding or the head"
     assert parts.optimizer == 1000 * 4 * 3
 
