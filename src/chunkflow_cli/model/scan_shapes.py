@@ -108,6 +108,8 @@ class RecurrentTally:
     edge_bytes: int = 0
     """Bytes of the state behind the last token: last inputs of convolutions, and states of scans."""
     flops_per_token: int = 0
+    block: int | None = None
+    """Tokens that scans compute at once; None if they do not compute in blocks."""
 
 
 @contextmanager
@@ -164,6 +166,8 @@ def _scan(
     bound = signature.bind(*args, **options)
     wants_last = bound.arguments.get(scan.wants_last, False)
     bound.arguments[scan.wants_last] = True
+    bound.apply_defaults()
+    tally.block = bound.arguments.get("chunk_size")
     with torch.set_grad_enabled(not is_fused):
         output, last = in_torch(*bound.args, **bound.kwargs)
     tally.edge_bytes += last.nbytes

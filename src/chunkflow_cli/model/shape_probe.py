@@ -35,6 +35,8 @@ class Probed:
     edge_bytes: int
     """Bytes of the state that recurrent layers hand on."""
     scan_flops_per_token: int
+    scan_block: int | None
+    """Tokens that scans compute at once."""
     activation_bytes_per_token: float
     """Bytes that all layers keep for backward."""
     largest_layer_bytes_per_token: float
@@ -108,6 +110,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         attention=seen.by_size(),
         edge_bytes=recurrent.edge_bytes,
         scan_flops_per_token=recurrent.flops_per_token,
+        scan_block=recurrent.block,
         activation_bytes_per_token=total / PROBE_TOKENS,
         largest_layer_bytes_per_token=max(kept_by_layers) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,

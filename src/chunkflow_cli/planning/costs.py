@@ -48,6 +48,8 @@ class ModelShape:
     convolutions in the model's dtype, and the states of scans in float32. They do not depend on the chunk's length."""
     scan_flops_per_token: int = 0
     """Floating-point operations of the convolutions and scans of recurrent layers in a forward."""
+    scan_block: int | None = None
+    """Tokens that the scans compute at once; None if there are none, or if they do not compute in blocks."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
