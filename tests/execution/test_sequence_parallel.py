@@ -37,7 +37,8 @@ from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 from chunkflow_cli.training.setup import planned_topology
-from support.models import TINY
+from support.exact import float64_throughout
+from support.models import TINY, recurrent_model
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -67,6 +68,8 @@ class Case:
     only_last_target: bool = False
     """The last token of each sequence is the only target: most slices of most chunks have none."""
     dtype: str = "float64"
+    recurrent: bool = False
+    """The model is one of `RECURRENT`."""
 
 
 CASES = {
@@ -97,6 +100,11 @@ CASES = {
     ),
     "adapters": Case("qwen2", k=2, lora=("all-linear",)),
     "adapters of queries": Case("qwen2", k=1, lora=("q_proj",)),
+    "delta rule": Case("qwen3_5", k=1, recurrent=True),
+    "delta rule, layers checkpointed": Case("qwen3_5", recurrent=True, checkpointing=ActivationCheckpointing.full),
+    "short convolutions": Case("lfm2", recurrent=True),
+    "mamba 2": Case("nemotron_h", recurrent=True, join_retained=True),
+    "mamba": Case("jamba", recurrent=True, lengths=(40, 13, 9, 1)),
     "cpu kernel": Case("qwen2", k=2, dtype="float32"),
     "cpu kernel, window": Case("mistral", {"sliding_window": 20}, dtype="float32"),
 }  # fmt: skip
@@ -122,6 +130,9 @@ def exact_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def within(case: Case, *rest: Any) -> Any:
+        if case.recurrent:
+            with float64_throughout():
+                return function(case, *rest)
         with pytest.MonkeyPatch.context() as patch:
             if case.dtype == "float64":
                 patch.setattr(torch.Tensor, "float", to_float)
@@ -134,6 +145,8 @@ def exact_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 def make_model(case: Case) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if case.recurrent:
+        return recurrent_model(case.model_type, getattr(torch, case.dtype), vocab_size=VOCABULARY)
     torch.manual_seed(0)
     config = AutoConfig.for_model(case.model_type, **{**TINY, "initializer_range": 0.1, **case.settings})
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))

@@ -16,9 +16,10 @@ from chunkflow_cli.execution.recurrent.running import running_chunk
 from chunkflow_cli.execution.recurrent.scans import Scan, scan_in_chunks
 
 CONVOLUTION = "causal_conv1d_fn"
+_DELTA_RULE = Scan(1, "initial_state", "output_final_state", always_pair=True, block=64, packing_package="fla")
 SCANS = {
-    "torch_chunk_gated_delta_rule": Scan(1, "initial_state", "output_final_state", always_pair=True, block=64),
-    "chunk_kimi_delta_attention": Scan(1, "initial_state", "output_final_state", always_pair=True, block=64),
+    "torch_chunk_gated_delta_rule": _DELTA_RULE,
+    "chunk_kimi_delta_attention": _DELTA_RULE,
     "mamba2_chunk_scan": Scan(1, "initial_states", "return_final_states", block=256),
     "mamba_selective_scan": Scan(2, "initial_state", "return_last_state"),
 }

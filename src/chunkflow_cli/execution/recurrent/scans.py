@@ -1,13 +1,18 @@
 """The scans of recurrent layers, over the segments of a chunk.
 
-The piece of a long sequence runs by itself, from its state. Short segments run from no state: on a CPU one after the
-other, on a GPU as padded batches, because there the number of kernel launches counts. Tokens that are padded on the
-right change nothing before them.
+The piece of a long sequence runs from its state, short segments from none. There are three ways:
+
+- On a CPU, one segment after the other.
+- On a GPU, where the number of kernel launches counts: first the piece, then the short segments as padded batches.
+  Tokens that are padded on the right change nothing before them.
+- With the kernels of flash-linear-attention, the packed chunk in one call. They take one state for each segment, and
+  their backward takes the gradients of the last states and returns those of the first ones.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -40,6 +45,8 @@ class Scan:
     """True if it returns a pair also when no last state is wanted."""
     block: int | None = None
     """Default of `chunk_size`, the tokens that it computes at once; None if it has no such argument."""
+    packing_package: str | None = None
+    """The package whose kernel, which transformers calls if it is installed, takes a packed chunk."""
 
 
 def scan_in_chunks(function: Callable[..., Any], scan: Scan) -> Callable[..., Any]:
@@ -78,23 +85,39 @@ class _Call:
 
     def over_segments(self) -> Tensor:
         """Return the output for all tokens."""
-        chunk, spans = self._chunk, self._chunk.spans
+        chunk = self._chunk
         name = chunk.begin_scan()
-        outputs: dict[int, Tensor] = {}
-        last = None
+        start = None
         if chunk.has_piece:
             needs_gradient = any(isinstance(v, Tensor) and v.requires_grad for v in self._arguments.values())
             start = chunk.enter(name, needs_gradient=needs_gradient)
-            outputs[0], last = self._run(self._slice(spans[0]), start, wants_last=chunk.continues)
+        out, last = (self._packed if takes_packed_chunks(self._scan, self._device) else self._in_turns)(start)
+        return out if last is None else chunk.leave(name, last, out)
+
+    def _packed(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run all segments in one call; return the output, and the last state of the piece if it is wanted."""
+        packing = self._chunk.context.packing
+        if start is not None:
+            start = torch.cat([start, start.new_zeros(len(packing.spans) - 1, *start.shape[1:])])
+        packed = {**self._of_tokens, "cu_seqlens": packing.cumulative}
+        out, last = self._run(packed, start, wants_last=self._chunk.continues)
+        return out, None if last is None else last[:1]
+
+    def _in_turns(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run the piece and then the other segments; return the output, and the last state if it is wanted."""
+        spans, axis = self._chunk.spans, self._scan.axis
+        outputs: dict[int, Tensor] = {}
+        last = None
+        if self._chunk.has_piece:
+            outputs[0], last = self._run(self._slice(spans[0]), start, wants_last=self._chunk.continues)
             spans = spans[1:]
-        for batch in similar_lengths(spans) if self._device.type == "cuda" else [[span] for span in spans]:
+        for batch in batches(spans, self._device):
             longest = max(span.stop - span.start for span in batch)
             rows = [self._slice(span, padded_to=longest) for span in batch]
             out, _ = self._run({key: torch.cat([row[key] for row in rows]) for key in self._of_tokens})
             for row, span in enumerate(batch):
-                outputs[span.start] = out[row : row + 1].narrow(self._scan.axis, 0, span.stop - span.start)
-        joined = torch.cat([outputs[start] for start in sorted(outputs)], dim=self._scan.axis)
-        return joined if last is None else chunk.leave(name, last, joined)
+                outputs[span.start] = out[row : row + 1].narrow(axis, 0, span.stop - span.start)
+        return torch.cat([outputs[start] for start in sorted(outputs)], dim=axis), last
 
     def _slice(self, span: slice, padded_to: int = 0) -> dict[int | str, Tensor]:
         """Return the arguments of a segment, with zeros behind it up to a length."""
@@ -126,6 +149,12 @@ class _Call:
         return result if isinstance(result, tuple) else (result, None)
 
 
+def takes_packed_chunks(scan: Scan, device: torch.device) -> bool:
+    """Return true if a kernel runs that takes a packed chunk."""
+    package = scan.packing_package
+    return package is not None and device.type == "cuda" and importlib.util.find_spec(package) is not None
+
+
 def block_for(tokens: int, block: int) -> int:
     """Return the block for a segment on a CPU: the torch scans pad each segment to whole blocks."""
     while block > SMALLEST_BLOCK and block // 2 >= tokens:
@@ -133,8 +162,13 @@ def block_for(tokens: int, block: int) -> int:
     return block
 
 
-def similar_lengths(spans: Sequence[slice]) -> list[list[slice]]:
-    """Group segments so that padding each group to its longest one wastes little."""
+def batches(spans: Sequence[slice], device: torch.device) -> list[list[slice]]:
+    """Return the segments that run together: on a CPU, where batches gain nothing, each by itself.
+
+    Elsewhere, segments of similar lengths: padding each group to its longest one wastes little.
+    """
+    if device.type == "cpu":
+        return [[span] for span in spans]
     groups: list[list[slice]] = []
     for span in sorted(spans, key=lambda span: span.start - span.stop):
         longest = groups[-1][0].stop - groups[-1][0].start if groups else 0

@@ -1,0 +1,24 @@
+"""Float64 throughout, for proofs that rounding must not blur."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Let `torch.float32` and `Tensor.float` mean float64.
+
+    Models compute norms, routers and scans in float32 whatever their dtype, so two orders of the same sums differ by
+    1e-8 to 1e-5. Within this context any larger difference is a mistake.
+    """
+    import torch
+
+    before = torch.float32, torch.float, torch.Tensor.float
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, torch.Tensor.float = before  # type: ignore[method-assign]
