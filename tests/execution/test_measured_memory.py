@@ -176,7 +176,7 @@ def test_memory_of_recurrent_layers_without_a_model(name: str) -> None:
     chunk_model = ChunkModel(model, ReferenceBackend())
     runner = Runner(DirectEngine(chunk_model), RunnerSettings(CPU, weight_dtype=torch.float32))
     assert state_bytes(shape, 70, 16, 2) == runner.run((plan(chunks, 1),), batch).peak_state_bytes
-    assert shape.edge_bytes > 0
+    assert shape.recurrent.edge_bytes > 0
     (sample,) = random_sequences([256], 67, seed=1)
     measured = activation_bytes_per_token(chunk_model, sample)
     assert kept_bytes_per_token(shape, 2, "none") == pytest.approx(measured, rel=0.04)

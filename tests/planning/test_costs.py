@@ -23,6 +23,7 @@ from chunkflow_cli.planning.costs import (
     training_flops,
 )
 from chunkflow_cli.planning.prediction import rank_seconds
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.simulate import simulate
@@ -51,7 +52,7 @@ def test_operations_of_several_sequences_add_up() -> None:
 
 def test_operations_of_a_hybrid_model_by_hand() -> None:
     """Pairs cost in its one attention layer, where keys have 6 channels and values 2; scans cost per token."""
-    hybrid = replace(SHAPE, attention=(AttentionLayers(1, 4, 4, 6, 2),), scan_flops_per_token=90)
+    hybrid = replace(SHAPE, attention=(AttentionLayers(1, 4, 4, 6, 2),), recurrent=RecurrentLayers(flops_per_token=90))
     assert training_flops([5, 7], hybrid) == (6 * 2000 + 3 * 90) * 12 + 6 * 4 * (6 + 2) * (12.5 + 24.5)
     costs = CostModel.profile(hybrid, DEVICE, checkpointed=False)
     assert costs.forward.seconds_per_token == pytest.approx(2 * (2000 - 400) / 0.5e6 + 90 / 0.25e6)
@@ -213,6 +214,18 @@ def test_costs_of_a_spread_chunk_by_hand() -> None:
     assert spread.forward.seconds_per_pair == pytest.approx(alone.forward.seconds_per_pair / 3)
     assert spread.seconds_per_target == pytest.approx(alone.seconds_per_target / 3)
     assert alone.spread_over(1) is alone
+
+
+def test_recurrent_layers_are_not_divided() -> None:
+    """By hand: each of two ranks gathers the ten inputs of every token and runs the scans, a fifth of the work."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4)
+    recurrent = RecurrentLayers(flops_per_token=1000, input_elements_per_token=10)
+    alone = CostModel.profile(replace(SHAPE, attention=(), recurrent=recurrent), device, checkpointed=False)
+    spread = alone.spread_over(2)
+    gathered = 10 * 2 / 2 / 0.6e4
+    assert spread.forward.seconds_per_token == pytest.approx(
+        alone.forward.seconds_per_token * (0.2 + 0.8 / 2) + gathered
+    )
 
 
 def test_checkpointed_layers_exchange_again() -> None:

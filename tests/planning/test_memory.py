@@ -26,6 +26,7 @@ from chunkflow_cli.planning.memory_parts import (
 )
 from chunkflow_cli.planning.peak_memory import activations_and_state, memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
@@ -48,7 +49,9 @@ def test_the_256k_tokens_of_the_design() -> None:
 
 def test_an_edge_of_recurrent_layers_is_kept_behind_each_chunk_but_the_last() -> None:
     """It is as large behind 64 tokens as behind 4096, and keys and values are those of the attention layers alone."""
-    shape = dataclasses.replace(SHAPE, layers=24, attention=(AttentionLayers(6, 8, 2, 256, 256),), edge_bytes=10**6)
+    shape = dataclasses.replace(
+        SHAPE, layers=24, attention=(AttentionLayers(6, 8, 2, 256, 256),), recurrent=RecurrentLayers(edge_bytes=10**6)
+    )
     keys_and_values = 6 * 2 * 2 * 256 * (2 + 4)
     assert state_bytes(shape, 4096, 64, 2) == (4096 - 64) * keys_and_values + 63 * 10**6
     assert state_bytes(shape, 4097, 4096, 2) == 4096 * keys_and_values + 10**6
@@ -134,7 +137,7 @@ def test_tokens_of_a_whole_run_are_those_of_its_schedules(
         for op in rank.schedule.ops:
             live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * int(tokens[op.chunks[0]])
             most = max(most, live)
-    live_most, stored, edges = activations_and_state(run, is_planned_whole=True)
+    live_most, stored, edges, _ = activations_and_state(run, is_planned_whole=True)
     assert live_most.max() == most
     assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
     assert edges.max() == (max(lengths) - 1) // chunk_size
@@ -151,7 +154,7 @@ def test_live_tokens_by_hand() -> None:
     assert live_tokens(lengths, 10, 8, 99, fill_tails=True).tolist() == [30, 10, 10]
 
 
-HYBRID = dataclasses.replace(SHAPE, edge_bytes=700)
+HYBRID = dataclasses.replace(SHAPE, recurrent=RecurrentLayers(edge_bytes=700, activation_bytes_per_token=30))
 
 
 def fullest(lengths: list[int], **options: Any) -> MemoryParts:
@@ -189,9 +192,12 @@ EQUAL_TIME = {"costs": dataclasses.replace(CostModel.profile(SHAPE, DEVICES["h10
 def test_memory_of_the_fullest_rank_by_hand(
     lengths: list[int], options: dict[str, Any], live: int, stored: int, edges: int
 ) -> None:
-    found = fullest(lengths, **options)
-    assert found == memory_parts(HYBRID, BASE, live=live, stored=stored, edges=edges)
-    assert found.state == memory_parts(SHAPE, BASE, live=live, stored=stored).state + 700 * edges
+    """Each rank of a group runs the recurrent layers for the tokens of all ranks."""
+    found, sharers = fullest(lengths, **options), options.get("sequence", 1)
+    assert found == memory_parts(HYBRID, BASE, live=live, stored=stored, edges=edges, sharers=sharers)
+    dense = memory_parts(SHAPE, BASE, live=live, stored=stored)
+    assert found.state == dense.state + 700 * edges
+    assert found.activations == dense.activations + (sharers - 1) * live * 30
 
 
 @given(
@@ -237,7 +243,7 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     """
     shape = ModelShape(
         layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 2, 1, 4, 4),), vocab_size=32,
-        matmul_parameters=1000, parameters=2000, trainable_parameters=2000, edge_bytes=60,
+        matmul_parameters=1000, parameters=2000, trainable_parameters=2000, recurrent=RecurrentLayers(edge_bytes=60),
     )  # fmt: skip
     lengths = np.array([10])
     run = RunPlan(GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=4, k=1, pipeline=PipelineLayout(2))
@@ -251,6 +257,14 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2 + 2 * 60 / 2, "half of two edges"
     assert parts.weights == 1000 * 2, "half of the layers, and the embedding or the head"
     assert parts.optimizer == 1000 * 4 * 3
+
+
+def test_a_checkpointed_layer_runs_again_for_the_tokens_of_all_ranks() -> None:
+    """By hand: the largest layer keeps 500 bytes a token, and is taken to be recurrent."""
+    shape = dataclasses.replace(HYBRID, layer_activation_bytes=300, largest_layer_activation_bytes=500)
+    settings = dataclasses.replace(BASE, checkpointing="full")
+    assert memory_parts(shape, settings, live=32).activations == 32 * 3 * 16 + 16 * 500
+    assert memory_parts(shape, settings, live=32, sharers=4).activations == 32 * 3 * 16 + 4 * 16 * 500
 
 
 # Stages of a pipeline

@@ -188,18 +188,17 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
             "schedules": [[str(schedule) for schedule in rank.schedules] for rank in step.ranks],
         },
         **({} if plan.pipeline is None else {"pipeline": _pipeline_json(planned, plan.pipeline)}),
-        **({} if shape is None or not shape.edge_bytes else {"recurrent": _recurrent_json(shape, element_bytes)}),
+        **_recurrent_json(shape, element_bytes),
     }
 
 
-def _recurrent_json(shape: ModelShape, element_bytes: int) -> dict[str, Any]:
-    """Return what the recurrent layers of a model hand on at the end of a chunk."""
-    of_a_token = state_bytes_per_token(shape, element_bytes)
-    return {
-        "edge_bytes": shape.edge_bytes,
-        "equal_tokens": round(shape.edge_bytes / of_a_token) if of_a_token else None,
-        "block": shape.scan_block,
-    }
+def _recurrent_json(shape: ModelShape | None, element_bytes: int) -> dict[str, Any]:
+    """Return what the recurrent layers of a model keep between two chunks; nothing for a model without them."""
+    if shape is None or not shape.recurrent.edge_bytes:
+        return {}
+    edge, of_a_token = shape.recurrent.edge_bytes, state_bytes_per_token(shape, element_bytes)
+    equal_tokens = round(edge / of_a_token) if of_a_token else None
+    return {"recurrent": {"edge_bytes": edge, "equal_tokens": equal_tokens, "block": shape.recurrent.block}}
 
 
 def _balance_json(totals: Totals, plan: RunPlan) -> dict[str, Any]:
@@ -229,7 +228,7 @@ def _memory_json(parts: MemoryParts, setup: RunSetup) -> dict[str, Any]:
         "device": device.name,
         "device_bytes": device.memory_bytes,
         "fits": parts.device_total <= device.memory_bytes,
-        "remedy": what_does_not_fit(parts, device, is_recurrent=shape is not None and shape.edge_bytes > 0),
+        "remedy": what_does_not_fit(parts, device, is_recurrent=shape is not None and shape.recurrent.edge_bytes > 0),
     }
 
 

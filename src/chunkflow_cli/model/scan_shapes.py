@@ -70,13 +70,15 @@ class Scan:
     package: str
     """The package whose kernel transformers calls, where it is installed."""
     kept_by_kernel: Kept
+    token_axis: int = 1
+    """Axis of the tokens in its output, and in its inputs that have them."""
 
 
 SCANS = {
     "torch_chunk_gated_delta_rule": Scan("output_final_state", "fla", _of_delta_rule),
     "chunk_kimi_delta_attention": Scan("output_final_state", "fla", _of_kimi_delta),
     "mamba2_chunk_scan": Scan("return_final_states", "mamba_ssm", _of_mamba2),
-    "mamba_selective_scan": Scan("return_last_state", "mamba_ssm", _of_selective_scan),
+    "mamba_selective_scan": Scan("return_last_state", "mamba_ssm", _of_selective_scan, token_axis=2),
 }
 KERNEL_PACKAGES = frozenset({CONVOLUTION_PACKAGE, *(scan.package for scan in SCANS.values())})
 """All packages with kernels of these functions."""
@@ -103,23 +105,38 @@ class KernelOnMeta(torch.autograd.Function):
 
 @dataclass
 class RecurrentTally:
-    """What the recurrent layers of a model do, added up over a forward."""
+    """What the convolutions and scans of a forward do, added up."""
 
+    kept: dict[int, int]
+    """What autograd has saved so far, as `shape_probe.kept_for_backward` counts it."""
     edge_bytes: int = 0
     """Bytes of the state behind the last token: last inputs of convolutions, and states of scans."""
     flops_per_token: int = 0
+    input_elements_per_token: int = 0
+    activation_bytes: int = 0
+    """Bytes that are kept for backward, of all tokens."""
     block: int | None = None
     """Tokens that scans compute at once; None if they do not compute in blocks."""
 
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is kept for backward within the block."""
+        before = sum(self.kept.values())
+        yield
+        self.activation_bytes += sum(self.kept.values()) - before
+
 
 @contextmanager
-def recurrent_functions_on_meta(model: nn.Module, kernels: frozenset[str]) -> Iterator[RecurrentTally]:
+def recurrent_functions_on_meta(
+    model: nn.Module, kernels: frozenset[str], kept: dict[int, int]
+) -> Iterator[RecurrentTally]:
     """Exchange the functions of the model's modeling files within the block, and add up what is called.
 
     Args:
         kernels: installed packages; the functions of others run in torch, and keep what these operations keep.
+        kept: what autograd saves, as `shape_probe.kept_for_backward` counts it.
     """
-    tally = RecurrentTally()
+    tally = RecurrentTally(kept)
     files = {sys.modules[type(module).__module__] for module in model.modules()}
     originals = [
         (file, name, getattr(file, name))
@@ -152,11 +169,13 @@ def _convolve(
 ) -> Tensor:  # fmt: skip
     """Convolve inputs, (1, channels, tokens), each channel with its own weights, (channels, size)."""
     channels, size = weight.shape
+    tally.input_elements_per_token += channels
     tally.edge_bytes += (size - 1) * channels * x.element_size()
     tally.flops_per_token += 2 * size * channels
-    if is_fused:
-        return KernelOnMeta.apply(torch.empty_like(x), [x.clone()], x)
-    return in_torch(x, weight, bias, activation=activation)
+    with tally.counting():
+        if is_fused:
+            return KernelOnMeta.apply(torch.empty_like(x), [x.clone()], x)
+        return in_torch(x, weight, bias, activation=activation)
 
 
 def _scan(
@@ -168,12 +187,15 @@ def _scan(
     bound.arguments[scan.wants_last] = True
     bound.apply_defaults()
     tally.block = bound.arguments.get("chunk_size")
-    with torch.set_grad_enabled(not is_fused):
-        output, last = in_torch(*bound.args, **bound.kwargs)
+    inputs = [value for value in bound.arguments.values() if isinstance(value, Tensor)]
+    with tally.counting():
+        with torch.set_grad_enabled(not is_fused):
+            output, last = in_torch(*bound.args, **bound.kwargs)
+        if is_fused:
+            output = KernelOnMeta.apply(output, scan.kept_by_kernel(bound.arguments, output), *inputs)
     tally.edge_bytes += last.nbytes
     tally.flops_per_token += FLOPS_PER_STATE_ELEMENT * last.numel()
-    if is_fused:
-        inputs = [value for value in bound.arguments.values() if isinstance(value, Tensor)]
-        output = KernelOnMeta.apply(output, scan.kept_by_kernel(bound.arguments, output), *inputs)
+    tokens = output.shape[scan.token_axis]
+    tally.input_elements_per_token += sum(value.numel() for value in inputs if value.ndim >= 3) // tokens
     is_pair = scan.wants_last == "output_final_state"  # these return a pair always
     return (output, last if wants_last else None) if is_pair or wants_last else output

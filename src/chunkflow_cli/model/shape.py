@@ -66,9 +66,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         layer_activation_bytes=probed.activation_bytes_per_token / layers,
         largest_layer_activation_bytes=probed.largest_layer_bytes_per_token,
         layer_product_bytes=probed.product_bytes_per_token / layers,
-        edge_bytes=probed.edge_bytes,
-        scan_flops_per_token=probed.scan_flops_per_token,
-        scan_block=probed.scan_block,
+        recurrent=probed.recurrent,
     )
 
 

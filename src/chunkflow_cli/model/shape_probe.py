@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chunkflow_cli.model.activation_checkpointing import costly_operations
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
 from chunkflow_cli.planning.attention_layers import AttentionLayers
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
 PROBE_TOKENS = 256
 """Length of the forward, a multiple of the blocks that scans pad their tokens to. Except for a few small tables, bytes
@@ -32,11 +33,7 @@ class Probed:
     """What a forward shows."""
 
     attention: tuple[AttentionLayers, ...]
-    edge_bytes: int
-    """Bytes of the state that recurrent layers hand on."""
-    scan_flops_per_token: int
-    scan_block: int | None
-    """Tokens that scans compute at once."""
+    recurrent: RecurrentLayers
     activation_bytes_per_token: float
     """Bytes that all layers keep for backward."""
     largest_layer_bytes_per_token: float
@@ -94,23 +91,27 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         if isinstance(layer, GradientCheckpointingLayer):
             layer.register_forward_pre_hook(lambda *_: kept_before.append(sum(kept.values())))
             layer.register_forward_hook(lambda *_: kept_by_layers.append(sum(kept.values()) - kept_before.pop()))
-    with recurrent_functions_on_meta(model, kernels) as recurrent:
-        try:
-            with kept_for_backward(model) as kept, products:
-                hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        except (NotImplementedError, RuntimeError, TypeError):
-            if recurrent.edge_bytes:
-                raise
-            return None
+    recurrent = None
+    try:
+        with kept_for_backward(model) as kept, recurrent_functions_on_meta(model, kernels, kept) as recurrent, products:
+            hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    except (NotImplementedError, RuntimeError, TypeError):
+        if recurrent is not None and recurrent.edge_bytes:
+            raise
+        return None
     if not seen.layers and not recurrent.edge_bytes:
         return None
     total = sum(kept.values())
     del hidden
     return Probed(
         attention=seen.by_size(),
-        edge_bytes=recurrent.edge_bytes,
-        scan_flops_per_token=recurrent.flops_per_token,
-        scan_block=recurrent.block,
+        recurrent=RecurrentLayers(
+            recurrent.edge_bytes,
+            recurrent.flops_per_token,
+            recurrent.input_elements_per_token,
+            recurrent.activation_bytes / PROBE_TOKENS,
+            recurrent.block,
+        ),
         activation_bytes_per_token=total / PROBE_TOKENS,
         largest_layer_bytes_per_token=max(kept_by_layers) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.files import to_be_writable, write_json
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
 CALIBRATION_VERSION = 5
 """Version of calibration files. Increase it when the measurements or the fits change."""
@@ -119,7 +120,8 @@ class Calibration:
 
 
 def _shape(saved: dict[str, Any]) -> ModelShape:
-    return ModelShape(**{**saved, "attention": tuple(AttentionLayers(**part) for part in saved["attention"])})
+    attention = tuple(AttentionLayers(**part) for part in saved["attention"])
+    return ModelShape(**{**saved, "attention": attention, "recurrent": RecurrentLayers(**saved["recurrent"])})
 
 
 def fit_costs(

@@ -44,9 +44,9 @@ class Search:
     def memory_bytes(self, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
         """Predict the bytes of the fullest rank or stage, in `steps` or in the step of the longest sample."""
         if self.measured is not None:
-            live, stored, edges = activations_and_state(run, is_planned_whole=len(self.steps) == run.steps)
+            live, stored, edges, _ = activations_and_state(run, is_planned_whole=len(self.steps) == run.steps)
             state = stored * state_bytes_per_token(self.shape, self.settings.element_bytes)
-            state += edges * self.shape.edge_bytes
+            state += edges * self.shape.recurrent.edge_bytes
             return self.measured.peak_bytes(run.chunk_size, live, state)
         return memory_of_fullest(self.shape, settings_of(run, self.settings), run, steps).device_total
 

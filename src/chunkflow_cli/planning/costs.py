@@ -7,13 +7,14 @@ proportional to tokens, as in the paper's worked example.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.chunks import Chunks
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.simulate import OperationSeconds
 from chunkflow_cli.planning.stage_cut import StageLayers, layer_shares
 
@@ -43,13 +44,8 @@ class ModelShape:
     """Bytes per token that the layer that keeps the most keeps for backward."""
     layer_product_bytes: float | None = None
     """Bytes per token of the results of a layer's matrix products and attention, as a mean."""
-    edge_bytes: int = 0
-    """Bytes of the state that recurrent layers hand from one chunk to the next, over all layers: the last inputs of
-    convolutions in the model's dtype, and the states of scans in float32. They do not depend on the chunk's length."""
-    scan_flops_per_token: int = 0
-    """Floating-point operations of the convolutions and scans of recurrent layers in a forward."""
-    scan_block: int | None = None
-    """Tokens that the scans compute at once; None if there are none, or if they do not compute in blocks."""
+    recurrent: RecurrentLayers = field(default_factory=RecurrentLayers)
+    """The recurrent layers, together; by default, there are none."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
@@ -114,7 +110,7 @@ def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape
     functions are left out, about 1 % at ordinary sizes.
     """
     sizes = np.asarray(lengths, dtype=np.float64)
-    per_token = 6.0 * shape.matmul_parameters + 3.0 * shape.scan_flops_per_token
+    per_token = 6.0 * shape.matmul_parameters + 3.0 * shape.recurrent.flops_per_token
     per_pair = 3.0 * shape.attention_flops_per_pair
     return float((per_token * sizes + per_pair * shape.attended_pairs(sizes)).sum())
 
@@ -238,7 +234,7 @@ class CostModel:
         rate = device.matmul_flops * device.matmul_efficiency
         attention_rate = device.matmul_flops * device.attention_efficiency
         token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
-        token += shape.scan_flops_per_token / attention_rate
+        token += shape.recurrent.flops_per_token / attention_rate
         target = (6.0 if shape.is_head_trained else 4.0) * shape.head_parameters / rate
         pair = shape.attention_flops_per_pair / attention_rate
         launch = shape.layers * device.layer_launch_seconds
@@ -266,18 +262,21 @@ class CostModel:
         one all-to-all before attention turns tokens into heads, and another turns them back. A rank sends
         `(ranks - 1) / ranks` of its own tokens' bytes: queries and outputs, keys and values (repeated if there are
         fewer K/V heads than ranks). Across nodes, the network limits what leaves the node. Gradients are exchanged
-        likewise. No exchange overlaps with computation.
+        likewise. No exchange overlaps with computation. Convolutions and scans of recurrent layers are not divided:
+        their inputs are gathered, and each rank runs them for all tokens.
         """
         if ranks == 1:
             return self
-        exchanged = latency = 0.0
+        exchanged = latency = undivided = 0.0
         if self.shape is not None:
             sent = sum(
                 part.query_elements_per_token
                 + part.kv_elements_per_token * max(part.kv_heads, min(ranks, part.heads)) / part.kv_heads
                 for part in self.shape.attention
             )
-            token = sent * ACTIVATION_BYTES / ranks
+            recurrent = self.shape.recurrent
+            token = (sent / ranks + recurrent.input_elements_per_token) * ACTIVATION_BYTES
+            undivided = recurrent.flops_per_token / (2 * self.shape.matmul_parameters + recurrent.flops_per_token)
             if ranks <= self.devices_of_node:
                 exchanged = token * (ranks - 1) / ranks * self.node_seconds_per_byte
             else:
@@ -287,7 +286,7 @@ class CostModel:
         def divided(cost: OperationCost, exchanges: int = 1) -> OperationCost:
             return OperationCost(
                 cost.fixed_seconds + exchanges * latency,
-                cost.seconds_per_token / ranks + exchanges * exchanged,
+                cost.seconds_per_token * (undivided + (1 - undivided) / ranks) + exchanges * exchanged,
                 cost.seconds_per_pair / ranks,
             )
 

@@ -7,6 +7,7 @@ source. `peak_memory` combines them with what a plan keeps at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +105,27 @@ def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: 
     return max(kept_bytes_per_token(shape, element_bytes, "none", layers=1), shape.largest_layer_activation_bytes or 0)
 
 
+def activation_bytes(shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any = 1) -> Any:
+    """Return the bytes that `layers` layers keep for backward, and those of the layer that checkpointing runs again.
+
+    A rank of a sequence-parallel group runs convolutions and scans for the tokens of all ranks, so it keeps `sharers`
+    times what they keep of its own. Of a checkpointed layer all is taken to be theirs.
+
+    Args:
+        live: tokens that hold activations on the rank; a number, or an array.
+        sharers: ranks of the group, likewise.
+    """
+    kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
+    again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    running = np.minimum(live, settings.chunk_size)
+    scans = shape.recurrent.activation_bytes_per_token
+    if settings.checkpointing == "none":
+        of_others = live * (scans / shape.layers * layers)
+    else:
+        of_others = running * (again if scans else 0.0)
+    return live * kept + running * again + (sharers - 1) * of_others
+
+
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
     """Return the bytes of a token's keys and values, and of their float32 (float64 in float64) gradients."""
     return shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
@@ -116,7 +138,7 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
     an edge takes its place.
     """
     chunks = (length - 1) // chunk_size
-    return chunks * (chunk_size * state_bytes_per_token(shape, element_bytes) + shape.edge_bytes)
+    return chunks * (chunk_size * state_bytes_per_token(shape, element_bytes) + shape.recurrent.edge_bytes)
 
 
 def live_tokens(
@@ -150,6 +172,7 @@ def memory_parts(
     live: float = 0,
     stored: float = 0,
     edges: float = 0,
+    sharers: float = 1,
 ) -> MemoryParts:
     """Predict the bytes of one rank by part.
 
@@ -164,6 +187,7 @@ def memory_parts(
         live: tokens that hold activations on this rank at its peak.
         stored: tokens in its state store at that time; in a sequence-parallel group, this rank's share of them.
         edges: chunk edges in its state store at that time. In a sequence-parallel group, each rank stores them whole.
+        sharers: ranks of the sequence-parallel group that shares the chunks; 1 without one.
     """
     held = held or cut_layers(shape.layers, 1)[0]
     shared = settings.data_parallel
@@ -177,8 +201,7 @@ def memory_parts(
         host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
         host, weights = host + weights, weights // max(1, held.layers)
-    kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
-    again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    activations = activation_bytes(shape, settings, held.layers, live, sharers)
     a_token = state_bytes_per_token(shape, settings.element_bytes)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient is summed until its chunks have gone backward.
@@ -187,9 +210,9 @@ def memory_parts(
         weights=weights,
         gradients=summed + of_a_chunk,
         optimizer=optimizer,
-        activations=int(live * kept + min(live, settings.chunk_size) * again),
+        activations=int(activations),
         head=head if held.is_last else 0,
-        state=int((stored * a_token + edges * shape.edge_bytes) * held.layers / shape.layers),
+        state=int((stored * a_token + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
         host=host,
     )
 

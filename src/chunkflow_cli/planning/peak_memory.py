@@ -13,6 +13,7 @@ from chunkflow_cli.planning.costs import ModelShape, chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
     MemoryParts,
     MemorySettings,
+    activation_bytes,
     kept_bytes_per_token,
     live_tokens,
     memory_parts,
@@ -38,12 +39,15 @@ def memory_of_fullest(
         steps: steps of a run with a pipeline that were simulated already.
     """
     if run.pipeline is None:
-        live, stored, edges = activations_and_state(run, is_planned_whole=False)
-        state = stored * state_bytes_per_token(shape, settings.element_bytes) + edges * shape.edge_bytes
+        cases = activations_and_state(run, is_planned_whole=False)
+        live, stored, edges, sharers = cases
+        activations = activation_bytes(shape, settings, shape.layers, live, sharers)
+        state = stored * state_bytes_per_token(shape, settings.element_bytes) + edges * shape.recurrent.edge_bytes
         return max(
             (
-                memory_parts(shape, settings, live=live[each], stored=stored[each], edges=edges[each])
-                for each in _undominated(live, state)  # bytes grow with both, so one of these takes the most
+                memory_parts(shape, settings, live=live, stored=stored, edges=edges, sharers=sharers)
+                # Bytes grow with both, so one of these takes the most.
+                for live, stored, edges, sharers in cases[:, _undominated(activations, state)].T.tolist()
             ),
             key=lambda parts: parts.device_total,
         )
@@ -53,6 +57,7 @@ def memory_of_fullest(
     held = run.stage_layers(shape.layers)
     at_rest = [memory_parts(shape, settings, layers) for layers in held]
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    is_recurrent = shape.recurrent.activation_bytes_per_token > 0
     fullest = max(at_rest, key=lambda parts: parts.device_total)
     for step in steps:
         for index in step.first_of_groups:
@@ -60,7 +65,7 @@ def memory_of_fullest(
             if not len(rank.chunks):
                 continue
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
-            running = again * float(tokens.held.max())
+            running = again * float((tokens.held + is_recurrent * tokens.of_others).max())
             # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
             for stage, (layers, rest) in enumerate(zip(held, at_rest, strict=True)):
                 activations, state = tokens.bytes_on(shape, settings, layers)
@@ -78,11 +83,11 @@ def memory_of_fullest(
     return fullest
 
 
-def _undominated(live: NDArray[np.float64], state: NDArray[np.float64]) -> list[int]:
-    """Return the indices of the pairs (live, state) that no other pair exceeds in both."""
-    order = np.lexsort((-live, -state))
-    exceeds_all_before = live[order] > np.concatenate([[-1.0], np.maximum.accumulate(live[order])[:-1]])
-    return order[exceeds_all_before].tolist()
+def _undominated(activations: NDArray[np.float64], state: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the indices of the cases that no other one exceeds in both, (cases,)."""
+    order = np.lexsort((-activations, -state))
+    largest_before = np.concatenate([[-1.0], np.maximum.accumulate(activations[order])[:-1]])
+    return order[activations[order] > largest_before]
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class _TokensOfChunks:
 
     held: NDArray[np.float64]
     """Tokens on this rank: of a spread chunk, the rank's share."""
+    of_others: NDArray[np.float64]
+    """Tokens of the other ranks of a spread chunk, which recurrent layers of this rank run, too."""
     read_later: NDArray[np.float64]
     """Tokens whose keys and values later chunks read: of a spread chunk, those in the rank's share of the heads."""
     continues: NDArray[np.float64]
@@ -102,6 +109,8 @@ class _TokensOfChunks:
     def of(cls, rank: RankPlan, kv_heads: int) -> _TokensOfChunks:
         held = chunk_tokens(rank.chunks)
         held[: len(rank.spread)] /= rank.group_size
+        of_others = np.zeros(len(held))
+        of_others[: len(rank.spread)] = held[: len(rank.spread)] * (rank.group_size - 1)
         read_later = np.zeros(len(held))
         for group in rank.chunks.dependent_groups():
             first = rank.chunks.first_segment[group.start : group.stop - 1]
@@ -110,7 +119,7 @@ class _TokensOfChunks:
         read_later[: len(rank.spread)] /= min(rank.group_size, kv_heads)
         received = np.zeros(len(held))
         received[rank.recomputed] = held[rank.recomputed]
-        return cls(held, read_later, continues, received)
+        return cls(held, of_others, read_later, continues, received)
 
     def bytes_on(
         self, shape: ModelShape, settings: MemorySettings, held: StageLayers
@@ -121,16 +130,20 @@ class _TokensOfChunks:
         received hidden states.
         """
         of_layers = self.read_later * state_bytes_per_token(shape, settings.element_bytes)
-        of_layers += self.continues * shape.edge_bytes
+        of_layers += self.continues * shape.recurrent.edge_bytes
         received = self.received * shape.hidden_size * settings.element_bytes
         kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
-        return self.held * kept, of_layers / shape.layers * held.layers + received * (not held.is_first)
+        activations = self.held * kept
+        if settings.checkpointing == "none":
+            activations += self.of_others * (shape.recurrent.activation_bytes_per_token / shape.layers * held.layers)
+        return activations, of_layers / shape.layers * held.layers + received * (not held.is_first)
 
 
 def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np.float64]:
-    """Return what one rank holds at once, (3, n), in n cases of which one is the fullest.
+    """Return what one rank holds at once, (4, n), in n cases of which one is the fullest.
 
-    The rows are tokens that hold activations, tokens in the state store, and chunk edges in the state store.
+    The rows are tokens that hold activations, tokens in the state store, chunk edges in the state store, and ranks that
+    share the chunks.
 
     Args:
         is_planned_whole: True to read every chunk and long sample off the plan of all steps (of one rank). Otherwise
@@ -154,12 +167,14 @@ def _of_planned_chunks(run: RunPlan) -> NDArray[np.float64]:
         for rank in step.ranks:
             tokens, groups = chunk_tokens(rank.chunks), rank.chunks.dependent_groups()
             standalone = groups[0].start if groups else len(tokens)
-            cases += [(size, 0.0, 0.0) for size in tokens[:standalone].tolist()]
+            cases += [(size, 0.0, 0.0, 1.0) for size in tokens[:standalone].tolist()]
             for group in groups:
                 of_group = tokens[group.start : group.stop]
                 last_stored = rank.chunks.first_segment[group.stop - 2]
                 kept = of_group[-run.k :].sum()
-                cases.append((max(of_group.max(), kept), float(rank.chunks.stop[last_stored]), len(of_group) - 1.0))
+                cases.append(
+                    (max(of_group.max(), kept), float(rank.chunks.stop[last_stored]), len(of_group) - 1.0, 1.0)
+                )
     return np.array(cases, dtype=np.float64).T
 
 
@@ -177,7 +192,8 @@ def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = Fa
         live = live_tokens(lengths, size, run.k, others, fill_tails=run.fill_tails)
         edges = (lengths - 1) // size
         stored = edges * size
-    return np.stack([live / ranks, stored / (run.state_shares if spread else 1), edges])
+    stored = stored / (run.state_shares if spread else 1)
+    return np.stack([live / ranks, stored, edges, np.full(len(lengths), ranks)])
 
 
 def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:
