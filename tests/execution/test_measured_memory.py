@@ -13,18 +13,20 @@ import pytest
 import torch
 from tests.support.models import recurrent_model
 
-from chunkflow_cli.config.schema import ActivationCheckpointing
+from chunkflow_cli.config.schema import ActivationCheckpointing, LoraConfig
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel
+from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageModel
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
-from chunkflow_cli.model.shape import model_shape
+from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.shape import model_shape, with_adapters
+from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.memory_parts import (
     kept_bytes_per_token,
@@ -45,7 +47,7 @@ NARROW = {
 def chunk_call(model: Any, length: int = 128) -> tuple[ChunkModel, ChunkCall]:
     """One standalone chunk, ready for the model's forward."""
     attention.register()
-    model.set_attn_implementation(attention.NAME)
+    base_model(model).set_attn_implementation(attention.NAME)
     batch = StepBatch(build_chunks([length], length), random_sequences([length], 96, seed=1), np.ones(1))
     return ChunkModel(model, CpuBackend()), StepContext(RunnerSettings(CPU), batch).call(0)
 
@@ -180,6 +182,26 @@ def test_memory_of_recurrent_layers_without_a_model(name: str) -> None:
     (sample,) = random_sequences([256], 67, seed=1)
     measured = activation_bytes_per_token(chunk_model, sample)
     assert kept_bytes_per_token(shape, 2, "none") == pytest.approx(measured, rel=0.04)
+
+
+def test_merged_copies_of_adapted_experts(tiny_model: Callable[..., Any]) -> None:
+    """peft makes them in each forward, however few tokens it has: what is kept regardless of the length."""
+    model = tiny_model("mixtral", dtype=torch.bfloat16, num_local_experts=4, num_experts_per_tok=2)
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    shape = model_shape(model)
+    adapted = add_lora(model, LoraConfig(enabled=True, r=2, target_parameters=experts))
+    merged = with_adapters(shape, adapted).merged_bytes
+    assert merged == 2 * 4 * (64 * 2 * 96 + 64 * 96) * 2, "two layers, four experts, gate, up and down, bfloat16"
+
+    def kept(length: int) -> int:
+        chunk_model, call = chunk_call(adapted, length)
+        with kept_for_backward(chunk_model) as bytes_of:
+            hidden = chunk_model.hidden(call)
+        total = sum(bytes_of.values())
+        del hidden
+        return total
+
+    assert 2 * kept(64) - kept(128) == pytest.approx(merged, rel=0.05)
 
 
 @pytest.mark.parametrize("tied", [False, True])

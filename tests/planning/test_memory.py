@@ -137,7 +137,7 @@ def test_tokens_of_a_whole_run_are_those_of_its_schedules(
         for op in rank.schedule.ops:
             live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * int(tokens[op.chunks[0]])
             most = max(most, live)
-    live_most, stored, edges, _ = activations_and_state(run, is_planned_whole=True)
+    live_most, stored, edges, _, _ = activations_and_state(run, is_planned_whole=True)
     assert live_most.max() == most
     assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
     assert edges.max() == (max(lengths) - 1) // chunk_size
@@ -265,6 +265,24 @@ def test_a_checkpointed_layer_runs_again_for_the_tokens_of_all_ranks() -> None:
     settings = dataclasses.replace(BASE, checkpointing="full")
     assert memory_parts(shape, settings, live=32).activations == 32 * 3 * 16 + 16 * 500
     assert memory_parts(shape, settings, live=32, sharers=4).activations == 32 * 3 * 16 + 4 * 16 * 500
+
+
+def test_merged_copies_of_experts_by_hand() -> None:
+    """Each of the two chunks with activations has those of all layers; the gradient of one layer's comes on top.
+
+    With checkpointing there are only those of the layer that runs again.
+    """
+    shape = dataclasses.replace(SHAPE, merged_bytes=3000)
+    without = memory_parts(SHAPE, BASE, live=32)
+    assert memory_parts(shape, BASE, live=32, chunks=2).activations == without.activations + 2 * 3000 + 1000
+    assert memory_parts(shape, BASE).activations == 0
+    full = dataclasses.replace(BASE, checkpointing="full")
+    without = memory_parts(SHAPE, full, live=32)
+    assert memory_parts(shape, full, live=32, chunks=2).activations == without.activations + 2 * 1000
+    sizes = np.array([100, 5])
+    run = RunPlan(GlobalBatches(2, 2, 0, False), 1, sizes, sizes, chunk_size=16, k=3)
+    assert activations_and_state(run, is_planned_whole=True)[4].max() == 3
+    assert activations_and_state(run, is_planned_whole=False)[4].tolist() == [1, 3]
 
 
 # Stages of a pipeline

@@ -103,9 +103,16 @@ def _windows(config: Any) -> tuple[int | None, int]:
 
 
 def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
-    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained."""
+    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained.
+
+    Of each expert tensor with an adapter, peft makes a merged copy in every forward, which autograd keeps.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
     trainable, parameters = peft_model.get_nb_trainable_parameters()
-    return replace(shape, parameters=parameters, trainable_parameters=trainable)
+    adapted = (module.get_param() for module in peft_model.modules() if isinstance(module, ParamWrapper))
+    merged = sum(parameter.nbytes for parameter in adapted)
+    return replace(shape, parameters=parameters, trainable_parameters=trainable, merged_bytes=merged)
 
 
 def _active_intermediate_size(config: Any) -> int:

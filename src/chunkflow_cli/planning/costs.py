@@ -46,6 +46,8 @@ class ModelShape:
     """Bytes per token of the results of a layer's matrix products and attention, as a mean."""
     recurrent: RecurrentLayers = field(default_factory=RecurrentLayers)
     """The recurrent layers, together; by default, there are none."""
+    merged_bytes: int = 0
+    """Bytes of the copies of adapted expert tensors, over all layers: each chunk that keeps activations has its own."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 

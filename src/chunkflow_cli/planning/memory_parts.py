@@ -105,7 +105,9 @@ def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: 
     return max(kept_bytes_per_token(shape, element_bytes, "none", layers=1), shape.largest_layer_activation_bytes or 0)
 
 
-def activation_bytes(shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any = 1) -> Any:
+def activation_bytes(
+    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any = 1, chunks: Any = 1
+) -> Any:
     """Return the bytes that `layers` layers keep for backward, and those of the layer that checkpointing runs again.
 
     A rank of a sequence-parallel group runs convolutions and scans for the tokens of all ranks, so it keeps `sharers`
@@ -114,6 +116,7 @@ def activation_bytes(shape: ModelShape, settings: MemorySettings, layers: int, l
     Args:
         live: tokens that hold activations on the rank; a number, or an array.
         sharers: ranks of the group, likewise.
+        chunks: chunks that hold activations, likewise.
     """
     kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
@@ -123,7 +126,18 @@ def activation_bytes(shape: ModelShape, settings: MemorySettings, layers: int, l
         of_others = live * (scans / shape.layers * layers)
     else:
         of_others = running * (again if scans else 0.0)
-    return live * kept + running * again + (sharers - 1) * of_others
+    copies = chunks * merged_bytes_per_chunk(shape, settings, layers) + merged_bytes_of_running(shape, settings)
+    return live * kept + running * again + (sharers - 1) * of_others + copies * (live > 0)
+
+
+def merged_bytes_per_chunk(shape: ModelShape, settings: MemorySettings, layers: int) -> float:
+    """Return the bytes of merged copies that each chunk with activations keeps on `layers` layers."""
+    return shape.merged_bytes / shape.layers * layers if settings.checkpointing == "none" else 0.0
+
+
+def merged_bytes_of_running(shape: ModelShape, settings: MemorySettings) -> float:
+    """Return the bytes of the gradient of a layer's merged copies, and of the copies if the layer runs again."""
+    return shape.merged_bytes / shape.layers * (1 if settings.checkpointing == "none" else 2)
 
 
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
@@ -173,6 +187,7 @@ def memory_parts(
     stored: float = 0,
     edges: float = 0,
     sharers: float = 1,
+    chunks: float = 1,
 ) -> MemoryParts:
     """Predict the bytes of one rank by part.
 
@@ -188,6 +203,7 @@ def memory_parts(
         stored: tokens in its state store at that time; in a sequence-parallel group, this rank's share of them.
         edges: chunk edges in its state store at that time. In a sequence-parallel group, each rank stores them whole.
         sharers: ranks of the sequence-parallel group that shares the chunks; 1 without one.
+        chunks: chunks that hold activations at that time.
     """
     held = held or cut_layers(shape.layers, 1)[0]
     shared = settings.data_parallel
@@ -201,7 +217,7 @@ def memory_parts(
         host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
         host, weights = host + weights, weights // max(1, held.layers)
-    activations = activation_bytes(shape, settings, held.layers, live, sharers)
+    activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks)
     a_token = state_bytes_per_token(shape, settings.element_bytes)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient is summed until its chunks have gone backward.

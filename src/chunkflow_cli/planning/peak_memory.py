@@ -17,6 +17,8 @@ from chunkflow_cli.planning.memory_parts import (
     kept_bytes_per_token,
     live_tokens,
     memory_parts,
+    merged_bytes_of_running,
+    merged_bytes_per_chunk,
     rerun_bytes_per_token,
     state_bytes_per_token,
 )
@@ -40,14 +42,14 @@ def memory_of_fullest(
     """
     if run.pipeline is None:
         cases = activations_and_state(run, is_planned_whole=False)
-        live, stored, edges, sharers = cases
-        activations = activation_bytes(shape, settings, shape.layers, live, sharers)
+        live, stored, edges, sharers, chunks = cases
+        activations = activation_bytes(shape, settings, shape.layers, live, sharers, chunks)
         state = stored * state_bytes_per_token(shape, settings.element_bytes) + edges * shape.recurrent.edge_bytes
         return max(
             (
-                memory_parts(shape, settings, live=live, stored=stored, edges=edges, sharers=sharers)
+                memory_parts(shape, settings, live=live, stored=stored, edges=edges, sharers=sharers, chunks=chunks)
                 # Bytes grow with both, so one of these takes the most.
-                for live, stored, edges, sharers in cases[:, _undominated(activations, state)].T.tolist()
+                for live, stored, edges, sharers, chunks in cases[:, _undominated(activations, state)].T.tolist()
             ),
             key=lambda parts: parts.device_total,
         )
@@ -66,6 +68,7 @@ def memory_of_fullest(
                 continue
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
             running = again * float((tokens.held + is_recurrent * tokens.of_others).max())
+            running += merged_bytes_of_running(shape, settings)
             # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
             for stage, (layers, rest) in enumerate(zip(held, at_rest, strict=True)):
                 activations, state = tokens.bytes_on(shape, settings, layers)
@@ -133,17 +136,17 @@ class _TokensOfChunks:
         of_layers += self.continues * shape.recurrent.edge_bytes
         received = self.received * shape.hidden_size * settings.element_bytes
         kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
-        activations = self.held * kept
+        activations = self.held * kept + merged_bytes_per_chunk(shape, settings, held.layers)
         if settings.checkpointing == "none":
             activations += self.of_others * (shape.recurrent.activation_bytes_per_token / shape.layers * held.layers)
         return activations, of_layers / shape.layers * held.layers + received * (not held.is_first)
 
 
 def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np.float64]:
-    """Return what one rank holds at once, (4, n), in n cases of which one is the fullest.
+    """Return what one rank holds at once, (5, n), in n cases of which one is the fullest.
 
-    The rows are tokens that hold activations, tokens in the state store, chunk edges in the state store, and ranks that
-    share the chunks.
+    The rows are tokens that hold activations, tokens in the state store, chunk edges in the state store, ranks that
+    share the chunks, and chunks that hold activations.
 
     Args:
         is_planned_whole: True to read every chunk and long sample off the plan of all steps (of one rank). Otherwise
@@ -167,14 +170,13 @@ def _of_planned_chunks(run: RunPlan) -> NDArray[np.float64]:
         for rank in step.ranks:
             tokens, groups = chunk_tokens(rank.chunks), rank.chunks.dependent_groups()
             standalone = groups[0].start if groups else len(tokens)
-            cases += [(size, 0.0, 0.0, 1.0) for size in tokens[:standalone].tolist()]
+            cases += [(size, 0.0, 0.0, 1.0, 1.0) for size in tokens[:standalone].tolist()]
             for group in groups:
                 of_group = tokens[group.start : group.stop]
                 last_stored = rank.chunks.first_segment[group.stop - 2]
-                kept = of_group[-run.k :].sum()
-                cases.append(
-                    (max(of_group.max(), kept), float(rank.chunks.stop[last_stored]), len(of_group) - 1.0, 1.0)
-                )
+                kept = of_group[-run.k :]
+                live, stored = max(of_group.max(), kept.sum()), float(rank.chunks.stop[last_stored])
+                cases.append((live, stored, len(of_group) - 1.0, 1.0, float(len(kept))))
     return np.array(cases, dtype=np.float64).T
 
 
@@ -193,7 +195,7 @@ def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = Fa
         edges = (lengths - 1) // size
         stored = edges * size
     stored = stored / (run.state_shares if spread else 1)
-    return np.stack([live / ranks, stored, edges, np.full(len(lengths), ranks)])
+    return np.stack([live / ranks, stored, edges, np.full(len(lengths), ranks), np.minimum(edges + 1, run.k)])
 
 
 def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:
