@@ -174,7 +174,8 @@ def _convolve(
     tally.flops_per_token += 2 * size * channels
     with tally.counting():
         if is_fused:
-            return KernelOnMeta.apply(torch.empty_like(x), [x.clone()], x)
+            output: Tensor = KernelOnMeta.apply(torch.empty_like(x), [x.clone()], x)
+            return output
         return in_torch(x, weight, bias, activation=activation)
 
 

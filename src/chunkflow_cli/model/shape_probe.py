@@ -74,7 +74,6 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         None if a forward needs numbers, or if the model computes attention by itself.
     """
     from transformers import AttentionInterface
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     seen = _Attention()
     # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
@@ -85,15 +84,14 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(PROBE_TOKENS, device="meta")[None]
     products = _Products()
-    kept_before: list[int] = []
-    kept_by_layers = [0]
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.register_forward_pre_hook(lambda *_: kept_before.append(sum(kept.values())))
-            layer.register_forward_hook(lambda *_: kept_by_layers.append(sum(kept.values()) - kept_before.pop()))
     recurrent = None
     try:
-        with kept_for_backward(model) as kept, recurrent_functions_on_meta(model, kernels, kept) as recurrent, products:
+        with (
+            kept_for_backward(model) as kept,
+            _kept_by_layers(model, kept) as of_layers,
+            recurrent_functions_on_meta(model, kernels, kept) as recurrent,
+            products,
+        ):
             hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
     except (NotImplementedError, RuntimeError, TypeError):
         if recurrent is not None and recurrent.edge_bytes:
@@ -113,9 +111,30 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
             recurrent.block,
         ),
         activation_bytes_per_token=total / PROBE_TOKENS,
-        largest_layer_bytes_per_token=max(kept_by_layers) / PROBE_TOKENS,
+        largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,
     )
+
+
+@contextmanager
+def _kept_by_layers(model: nn.Module, kept: dict[int, int]) -> Iterator[list[int]]:
+    """Count what each layer adds to `kept` within the block. A layer is what activation checkpointing runs again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    before: list[int] = []
+    of_layers: list[int] = []
+    handles = []
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            handles += [
+                layer.register_forward_pre_hook(lambda *_: before.append(sum(kept.values()))),
+                layer.register_forward_hook(lambda *_: of_layers.append(sum(kept.values()) - before.pop())),
+            ]
+    try:
+        yield of_layers
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Products(TorchDispatchMode):
