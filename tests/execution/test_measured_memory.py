@@ -202,6 +202,7 @@ def test_merged_copies_of_adapted_experts(tiny_model: Callable[..., Any]) -> Non
         return total
 
     assert 2 * kept(64) - kept(128) == pytest.approx(merged, rel=0.05)
+    assert measured_activation_bytes(adapted) == pytest.approx((kept(128) - kept(64)) / 64), "copies are no activations"
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -40,7 +40,13 @@ SHAPE = ModelShape(
     matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
 )  # fmt: skip
 DEVICE = DeviceProfile(
-    "made up", 1e6, 10**9, matmul_efficiency=0.5, attention_efficiency=0.25, layer_launch_seconds=0.1
+    "made up",
+    1e6,
+    10**9,
+    matmul_efficiency=0.5,
+    attention_efficiency=0.25,
+    layer_launch_seconds=0.1,
+    scan_efficiency=0.1,
 )
 
 
@@ -55,7 +61,7 @@ def test_operations_of_a_hybrid_model_by_hand() -> None:
     hybrid = replace(SHAPE, attention=(AttentionLayers(1, 4, 4, 6, 2),), recurrent=RecurrentLayers(flops_per_token=90))
     assert training_flops([5, 7], hybrid) == (6 * 2000 + 3 * 90) * 12 + 6 * 4 * (6 + 2) * (12.5 + 24.5)
     costs = CostModel.profile(hybrid, DEVICE, checkpointed=False)
-    assert costs.forward.seconds_per_token == pytest.approx(2 * (2000 - 400) / 0.5e6 + 90 / 0.25e6)
+    assert costs.forward.seconds_per_token == pytest.approx(2 * (2000 - 400) / 0.5e6 + 90 / 0.1e6)
     assert costs.forward.seconds_per_pair == pytest.approx(2 * 4 * (6 + 2) / 0.25e6)
     without_attention = replace(hybrid, attention=())
     assert training_flops([5, 7], without_attention) == (6 * 2000 + 3 * 90) * 12
@@ -217,9 +223,9 @@ def test_costs_of_a_spread_chunk_by_hand() -> None:
 
 
 def test_recurrent_layers_are_not_divided() -> None:
-    """By hand: each of two ranks gathers the ten inputs of every token and runs the scans, a fifth of the work."""
+    """By hand: each of two ranks gathers the ten inputs of every token and runs the scans, a fifth of the time."""
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4)
-    recurrent = RecurrentLayers(flops_per_token=1000, input_elements_per_token=10)
+    recurrent = RecurrentLayers(flops_per_token=160, input_elements_per_token=10)
     alone = CostModel.profile(replace(SHAPE, attention=(), recurrent=recurrent), device, checkpointed=False)
     spread = alone.spread_over(2)
     gathered = 10 * 2 / 2 / 0.6e4

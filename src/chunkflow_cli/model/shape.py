@@ -103,16 +103,18 @@ def _windows(config: Any) -> tuple[int | None, int]:
 
 
 def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
-    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained.
+    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained."""
+    trainable, parameters = peft_model.get_nb_trainable_parameters()
+    merged = merged_bytes(peft_model)
+    return replace(shape, parameters=parameters, trainable_parameters=trainable, merged_bytes=merged)
 
-    Of each expert tensor with an adapter, peft makes a merged copy in every forward, which autograd keeps.
-    """
+
+def merged_bytes(model: nn.Module) -> int:
+    """Return the bytes of the expert tensors that have adapters: peft makes a merged copy of each in every forward."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    trainable, parameters = peft_model.get_nb_trainable_parameters()
-    adapted = (module.get_param() for module in peft_model.modules() if isinstance(module, ParamWrapper))
-    merged = sum(parameter.nbytes for parameter in adapted)
-    return replace(shape, parameters=parameters, trainable_parameters=trainable, merged_bytes=merged)
+    adapted = (module.get_param() for module in model.modules() if isinstance(module, ParamWrapper))
+    return sum(parameter.nbytes for parameter in adapted)
 
 
 def _active_intermediate_size(config: Any) -> int:

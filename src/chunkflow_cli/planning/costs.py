@@ -128,9 +128,11 @@ class DeviceProfile:
     matmul_efficiency: float = 0.6
     """Share of `matmul_flops` that linear layers reach at a few thousand tokens; assumed, not measured."""
     attention_efficiency: float = 0.45
-    """Share of `matmul_flops` that fused attention and scans reach; assumed, not measured."""
+    """Share of `matmul_flops` that fused attention reaches; assumed, not measured."""
     layer_launch_seconds: float = 60e-6
     """Least seconds of a layer's forward, even with few tokens: about fifteen kernel launches."""
+    scan_efficiency: float = 0.2
+    """Share of `matmul_flops` that scans of recurrent layers reach with their kernels; assumed, not measured."""
     memory_bytes_per_second: float = 2e12
     link_bytes_per_second: float = 25e9
     """Bandwidth to a device of another node: this device's share of the network, because pipelines may span nodes."""
@@ -162,8 +164,10 @@ DEVICES = {
         node_bytes_per_second=900e9,
     ),
     # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md): bfloat16 models use them there too.
+    # Scans run in torch: 5 to 6 GFLOP/s per core, measured on layers of Qwen3.5 and Granite 4.
     "cpu": DeviceProfile(
-        "CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, memory_bytes_per_second=10e9, node_bytes_per_second=2e9
+        "CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, scan_efficiency=0.04, memory_bytes_per_second=10e9,
+        node_bytes_per_second=2e9,
     ),
 }  # fmt: skip
 EXCHANGE_EFFICIENCY = 0.6
@@ -216,6 +220,8 @@ class CostModel:
     """Ranks of a group that the links of one node connect."""
     shape: ModelShape | None = None
     """The model whose attention is counted; if None, every query attends to all of its past."""
+    scan_share: float = 0.0
+    """Share of the seconds per token that convolutions and scans of recurrent layers take, where it is known."""
     is_of_one_stage: bool = False
     """True if each stage of a pipeline takes these seconds; False if the stages share them."""
 
@@ -236,16 +242,16 @@ class CostModel:
         rate = device.matmul_flops * device.matmul_efficiency
         attention_rate = device.matmul_flops * device.attention_efficiency
         token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
-        token += shape.recurrent.flops_per_token / attention_rate
+        scans = shape.recurrent.flops_per_token / (device.matmul_flops * device.scan_efficiency)
         target = (6.0 if shape.is_head_trained else 4.0) * shape.head_parameters / rate
         pair = shape.attention_flops_per_pair / attention_rate
         launch = shape.layers * device.layer_launch_seconds
-        forward = OperationCost(launch, token, pair)
+        forward = OperationCost(launch, token + scans, pair)
         factor = 3.0 if checkpointed else 2.0
         return cls(
             source=f"profile of {device.name}",
             forward=forward,
-            backward=OperationCost(factor * launch, factor * token, factor * pair),
+            backward=OperationCost(factor * launch, factor * (token + scans), factor * pair),
             recompute=forward,
             state_pass=forward,
             seconds_per_target=target,
@@ -255,6 +261,7 @@ class CostModel:
             network_seconds_per_byte=1 / (EXCHANGE_EFFICIENCY * device.link_bytes_per_second),
             devices_of_node=device.devices_of_node,
             shape=shape,
+            scan_share=scans / (token + scans),
         )
 
     def spread_over(self, ranks: int) -> CostModel:
@@ -269,16 +276,14 @@ class CostModel:
         """
         if ranks == 1:
             return self
-        exchanged = latency = undivided = 0.0
+        exchanged = latency = 0.0
         if self.shape is not None:
             sent = sum(
                 part.query_elements_per_token
                 + part.kv_elements_per_token * max(part.kv_heads, min(ranks, part.heads)) / part.kv_heads
                 for part in self.shape.attention
             )
-            recurrent = self.shape.recurrent
-            token = (sent / ranks + recurrent.input_elements_per_token) * ACTIVATION_BYTES
-            undivided = recurrent.flops_per_token / (2 * self.shape.matmul_parameters + recurrent.flops_per_token)
+            token = (sent / ranks + self.shape.recurrent.input_elements_per_token) * ACTIVATION_BYTES
             if ranks <= self.devices_of_node:
                 exchanged = token * (ranks - 1) / ranks * self.node_seconds_per_byte
             else:
@@ -288,7 +293,7 @@ class CostModel:
         def divided(cost: OperationCost, exchanges: int = 1) -> OperationCost:
             return OperationCost(
                 cost.fixed_seconds + exchanges * latency,
-                cost.seconds_per_token * (undivided + (1 - undivided) / ranks) + exchanges * exchanged,
+                cost.seconds_per_token * (self.scan_share + (1 - self.scan_share) / ranks) + exchanges * exchanged,
                 cost.seconds_per_pair / ranks,
             )
 
