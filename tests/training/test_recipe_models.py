@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,21 +38,7 @@ OF_GPU_GIB = {24: 23.99, 80: DEVICES["h100"].memory_bytes / GIB, 141: DEVICES["h
 FOR_GPUS = {
     name: path for name, path in recipe_files().items() if load([f"recipe={name}"]).config.hardware.count("GPU")
 }
-NOT_YET = {"gemma4": "heads of several sizes"}
-"""What cannot be trained yet, by the name of the family; strict, so that an entry goes when its reason does."""
 SAME_SHAPE = {"unsloth/gpt-oss-20b-BF16": "openai/gpt-oss-20b"}
-
-
-def each_but(not_yet: Mapping[str, str]) -> Any:
-    """Return a mark that runs a test for each recipe, with those of these families expected to fail."""
-    families = {name: next((family for family in NOT_YET if name.startswith(family)), name) for name in FOR_GPUS}
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=pytest.mark.xfail(family in not_yet, reason=not_yet.get(family, ""), strict=True))
-            for name, family in families.items()
-        ],
-    )
 
 
 def recipe(name: str, folder: Path, settings: dict[str, Any]) -> Config:
@@ -68,7 +53,7 @@ def shape_of(name: str) -> dict[str, Any]:
     return SHAPES[SAME_SHAPE.get(path, path)]
 
 
-@each_but({"gemma4": NOT_YET["gemma4"]})
+@pytest.mark.parametrize("name", FOR_GPUS)
 def test_the_memory_that_a_recipe_states_is_the_formulas(name: str, tmp_path: Path) -> None:
     """The fullest moment of any data: K full chunks hold activations, and all of the longest sample is stored."""
     config = recipe(name, tmp_path, shape_of(name))
@@ -126,7 +111,7 @@ def _one_process_group() -> Any:
     close_process_group()
 
 
-@each_but(NOT_YET)
+@pytest.mark.parametrize("name", FOR_GPUS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_small_copy_trains_a_step(name: str, tmp_path: Path) -> None:
     """The loss is that of whole sequences, and every trained weight changes. On a CPU nothing can be offloaded to it."""
