@@ -73,7 +73,13 @@ class DataFormat(str, Enum):
 
 class TrainOn(str, Enum):
     assistant = "assistant"
+    last = "last"
     all = "all"
+
+
+class Turns(str, Enum):
+    whole = "whole"
+    split = "split"
 
 
 class Overlong(str, Enum):
@@ -212,7 +218,13 @@ class DataConfig:
     format: DataFormat = DataFormat.auto
     """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant
-    """Tokens that the loss counts: those of the assistant's replies, or all of them."""
+    """Tokens that the loss counts: those of the assistant's answers, of the `last` answer only, or all of them."""
+    train_on_reasoning: bool = True
+    """Count the words of an answer's reasoning as well. False trains on the rest of the answer, with the reasoning in
+    view."""
+    turns: Turns = Turns.whole
+    """What a conversation becomes. `whole` makes one sample of it, as the chat template writes the whole conversation.
+    `split` makes a sample of each answer, as the model sees it at inference."""
     max_length: int | None = bounded(None, at_least=2, at_most=MOST)
     """Most tokens in a sample. Null takes the model's own limit."""
     overlong: Overlong = Overlong.error

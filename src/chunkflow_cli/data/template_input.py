@@ -35,6 +35,8 @@ class TemplateTraits:
     names_tool_calls: bool
     writes_date: bool
     """True if it asks for today's date."""
+    switches_thinking: bool
+    """True if its generation prompt depends on `enable_thinking`."""
     role_names: frozenset[str]
     """Roles that it quotes. It may render or reject other roles."""
 
@@ -47,6 +49,7 @@ def template_traits(template: str) -> TemplateTraits:
         names_tools=re.search(r"\btools\b", template) is not None,
         names_tool_calls=re.search(r"\btool_calls\b", template) is not None,
         writes_date=re.search(r"\bstrftime_now\b", template) is not None,
+        switches_thinking=re.search(r"\benable_thinking\b", template) is not None,
         role_names=frozenset(re.findall(r"""['"](\w+)['"]""", template)),
     )
 

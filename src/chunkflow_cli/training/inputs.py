@@ -53,8 +53,9 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
     data = read()
     if has_evaluation_data(config.data):
         return RunData(data, data, read(for_evaluation=True))
-    train, evaluation = held_out(len(data), config.data.eval_fraction, config.train.seed)
-    return RunData(data, data.select(train), data.select(evaluation))
+    rows = data.rows  # the samples of a conversation stay together: they have most of their tokens in common
+    train, evaluation = held_out(int(rows.max(initial=-1)) + 1, config.data.eval_fraction, config.train.seed)
+    return RunData(data, *(data.select(np.flatnonzero(np.isin(rows, part))) for part in (train, evaluation)))
 
 
 def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:
