@@ -3,7 +3,7 @@
 A template that writes a mark in the place of a text writes the text there as well, unless it looks at the text. So the
 skeleton of a conversation tells where everything stands, and words cannot be confused with what the template writes: a
 mark is a character of a private area of Unicode that nothing else in the skeleton has. What templates do look at stays:
-keys, names, white space at the ends of a text, and the tags that the template itself names, such as `</think>`.
+keys, names, and the tags that the template itself names, such as `</think>`.
 
 Whether a template looked at more than that is not assumed but checked: `Written.places` puts the words back, and must
 get the text that the template made of the conversation, to the character.
@@ -12,16 +12,18 @@ get the text that the template made of the conversation, to the character.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import orjson
 
 from chunkflow_cli.data.omissions import REASONING_KEYS, written_forms
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD
+FIRST_MARK = "\U000f0000"
+_FIRST, _LAST = ord(FIRST_MARK), 0xFFFFD
 RUN = re.compile(r"([\U000F0000-\U000FFFFD])\1*")
 """A mark in a text. It is written several times in a row for an id, whose length templates check."""
 _ENCODED_MARK = re.compile(rb"\xf3[\xb0-\xbf]")
@@ -65,7 +67,7 @@ class Written:
             return None
         place, places = len(self.fixed[0]), []
         for mark, following in zip(self.marks, self.fixed[1:], strict=True):
-            for form in written_forms(pieces[mark].text):
+            for form in _forms(pieces[mark].text):
                 end = place + len(form)
                 if text.startswith(form, place) and text.startswith(following, end):
                     break
@@ -74,6 +76,16 @@ class Written:
             places.append((place, end))
             place = end + len(following)
         return places if place == len(text) else None
+
+
+def _forms(text: str) -> Iterator[str]:
+    """Yield how a template may write a text: as it is, without white space at its ends, or as in JSON."""
+    yield text
+    if text[0].isspace() or text[-1].isspace():
+        yield from dict.fromkeys(
+            (text.strip(), text.strip("\n"), text.rstrip(), text.lstrip(), text.rstrip("\n"), text.lstrip("\n"))
+        )
+    yield from islice(written_forms(text), 1, None)
 
 
 def written(text: str) -> Written:
@@ -171,7 +183,7 @@ class _Marks:
 
     def _of_text(self, text: str, *, is_reasoning: bool) -> str:
         if not any(tag in text for tag in self._tags):
-            return self._of_words(text, is_reasoning=is_reasoning)
+            return text if not text or text.isspace() else self._mark(text, is_reasoning=is_reasoning)
         parts = _splitter(self._tags).split(text)
         first, thinking = len(self.pieces), ""
         for place, part in enumerate(parts):
@@ -181,17 +193,13 @@ class _Marks:
                 if not thinking:  # the generation prompt has the opening tag
                     self.pieces[first:] = [Piece(piece.text, True) for piece in self.pieces[first:]]
                 thinking = ""
-            elif place % 2 == 0:
-                parts[place] = self._of_words(part, is_reasoning=is_reasoning or bool(thinking))
+            elif place % 2 == 0 and (words := part.strip()):
+                # White space next to a tag may belong to it: a prompt ends with <think> and a line end.
+                start = part.index(words) if place else 0
+                end = part.index(words) + len(words) if place + 1 < len(parts) else len(part)
+                mark = self._mark(part[start:end], is_reasoning=is_reasoning or bool(thinking))
+                parts[place] = part[:start] + mark + part[end:]
         return "".join(parts)
-
-    def _of_words(self, text: str, *, is_reasoning: bool) -> str:
-        """Return a mark between the white space that the text begins and ends with."""
-        words = text.strip()
-        if not words:
-            return text
-        start = text.find(words)
-        return text[:start] + self._mark(words, is_reasoning=is_reasoning) + text[start + len(words) :]
 
     def _mark(self, text: str, *, is_reasoning: bool) -> str:
         self.pieces.append(Piece(text, is_reasoning))

@@ -307,8 +307,8 @@ class ChatTemplate:
             if len(self._outlines) == OUTLINES:
                 self._outlines.clear()
 
-            def render(messages: Sequence[Any], **options: bool) -> str:
-                return self._rendered(template, [list(messages)], tools, **options)[0][0]
+            def render(conversations: list[Sequence[Any]], **options: bool) -> list[str]:
+                return self._rendered(template, [list(turns) for turns in conversations], tools, **options)[0]
 
             switches = template_traits(template).switches_thinking
             try:

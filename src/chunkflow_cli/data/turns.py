@@ -20,18 +20,19 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from chunkflow_cli.data.sample import BadRowError
-from chunkflow_cli.data.skeleton import RUN, Written, written
+from chunkflow_cli.data.skeleton import FIRST_MARK, RUN, Written, written
 
 
 class Render(Protocol):
-    """Returns what a template writes of messages."""
+    """Returns what a template writes of each of several lists of messages."""
 
-    def __call__(self, messages: Sequence[Any], **options: bool) -> str: ...
+    def __call__(self, conversations: list[Sequence[Any]], **options: bool) -> list[str]: ...
 
 
 Ending = Literal["none", "prompt", "thinking", "no thinking"]
@@ -119,8 +120,9 @@ def outline(
     Raises:
         BadRowError: the template rejects the skeleton.
     """
-    text = render(messages)
+    text = render([messages])[0]
     finder = _Finder(render, messages, text, tokens, switches_thinking)
+    finder.look_ahead(targets)
     reason: str | None = None
     turns: dict[int, TurnSpan] = {}
     try:
@@ -175,6 +177,17 @@ class _Finder:
         self._others: tuple[Ending, ...] = ("no thinking", "thinking") if switches_thinking else ()
         self._texts: dict[tuple[int, Ending], str] = {(len(messages), "none"): whole}
 
+    def look_ahead(self, targets: Sequence[int]) -> None:
+        """Render what the targets need, all at once, which is faster."""
+        needed: tuple[tuple[Ending, list[int]], ...] = (
+            ("prompt", [index for index in targets if index]),
+            ("none", [index + 1 for index in targets if index + 1 < len(self._messages)]),
+        )
+        for ending, counts in needed:
+            with suppress(BadRowError):  # raised again by the one that needs it
+                texts = self._render([self._messages[:count] for count in counts], **_OPTIONS[ending]) if counts else []
+                self._texts.update({(count, ending): text for count, text in zip(counts, texts, strict=True)})
+
     def find(self, index: int) -> TurnSpan:
         start, prompt = self._start_in(self._whole, index)
         if index + 1 == len(self._messages):
@@ -197,7 +210,7 @@ class _Finder:
     def _text(self, count: int, ending: Ending = "none") -> str:
         """Return what the template writes of the first messages."""
         if (count, ending) not in self._texts:
-            self._texts[count, ending] = self._render(self._messages[:count], **_OPTIONS[ending])
+            self._texts[count, ending] = self._render([self._messages[:count]], **_OPTIONS[ending])[0]
         return self._texts[count, ending]
 
     def _prompt(self, index: int, ending: Ending = "prompt") -> str:
@@ -233,9 +246,13 @@ class _Finder:
 
         After a tool's answer, some templates write the header of the next turn, but no generation prompt (Gemma 4).
         """
-        if not index or self._messages[index - 1]["role"] == "user" or self._prompt(index) != self._text(index):
+        if not index or self._messages[index - 1]["role"] == "user":
             return 0
-        return next((len(prompt) for prompt in self._prompts_of_users() if text.startswith(prompt, start)), 0)
+        prompt = self._prompt(index)
+        for usual in self._prompts_of_users():
+            if text.startswith(usual, start) and not prompt.endswith(usual) and prompt == self._text(index):
+                return len(usual)
+        return 0
 
     def _start_within_prompt(self, text: str, index: int) -> int:
         """Return where turn `index` begins in a text that has only a part of the prompt."""
@@ -313,7 +330,12 @@ def _common(one: str, other: str) -> int:
 
 def _after_common_mark(text: str, other: str) -> tuple[int, int]:
     """Return the places behind the last mark of a text that both have once; the beginnings if there is none."""
-    for run in reversed(list(RUN.finditer(text))):
-        if text.count(run[1]) == len(run[0]) == other.count(run[1]) and run[0] in other:
-            return run.end(), other.index(run[0]) + len(run[0])
+    end = len(text)
+    while end := next((place for place in range(end, 0, -1) if text[place - 1] >= FIRST_MARK), 0):
+        mark = text[end - 1]
+        count = text.count(mark)
+        run = mark * count
+        if text.endswith(run, 0, end) and other.count(mark) == count and run in other:
+            return end, other.index(run) + count
+        end -= 1
     return 0, 0
