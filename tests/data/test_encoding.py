@@ -56,6 +56,8 @@ FORGETTING = (
     "{{ (m['content'] if loop.last else m['content'].split('</think>')[-1]) + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SHOUTING = FORGETTING.replace("[-1]) + '<", "[-1]) | upper + '<")
+"""It changes words as well, so that they cannot be found where prefixes fail."""
 WITH_TOOLS = (
     "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>' }}{% endif %}"
     "{% for m in messages %}{{ '<' + m['role'] + '>' }}{{ m['content'] }}"
@@ -246,12 +248,7 @@ def test_a_conversation_may_begin_with_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (THINKING, chat("Q1", "<think>hm</think>A1", "Q2", "A2"), "the chat template writes turn 2 differently within"),
-        (
-            FORGETTING,
-            chat("Q1", "<think>hm</think>A1", "Q2", "A2"),
-            "the chat template writes turn 2 differently within",
-        ),
+        (SHOUTING, chat("Q1", "<think>hm</think>A1", "Q2", "A2"), "the chat template writes turn 2 differently within"),
         (CHATML.replace("in messages", "in messages | reverse"), chat("Q", "A"), "writes turn 2 differently"),
         (
             "{% if messages[0].role != 'system' %}{{ 'Be kind.' }}{% endif %}" + CHATML,

@@ -30,7 +30,6 @@ run than yesterday's, and nothing that a cache could hold or a stopped run could
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,11 +38,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.data.notes import Remark
-from chunkflow_cli.data.omissions import REASONING_KEYS, Turn, omissions
+from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
 from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of
-from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
-from chunkflow_cli.data.turns import REMEDY, EndTokens, Outline, TurnSpan, not_found, outline
+from chunkflow_cli.data.template_input import MessageForm, TemplateInput, as_template_input, in_form, template_traits
+from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, EndTokens, Outline, TurnSpan, not_found, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,29 +65,26 @@ class MarkedText:
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """What a template takes that others do not."""
+class _Found:
+    """A text, the turns of it that are targets by index of the message, and words in them that are none."""
 
-    parts: bool = False
-    """It writes a content only if that is a list of parts, as some templates for images do."""
-    json_arguments: bool = False
-    """It writes the arguments of a call only if they are JSON in a string (DeepSeek-V3)."""
+    text: str
+    spans: dict[int, TurnSpan]
+    holes: list[tuple[int, int]]
 
+    def marked(self) -> MarkedText:
+        spans = [(span.start, span.stop) for span in self.spans.values()]
+        borrowed = frozenset(span.borrowed for span in self.spans.values() if span.borrowed)
+        return MarkedText(self.text, without(spans, self.holes), spans[-1][1] if spans else None, borrowed)
 
-def _in_form(turn: dict[str, Any], form: _Form) -> dict[str, Any]:
-    if form.parts:
-        turn = {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-    if form.json_arguments and turn.get("tool_calls"):
-        calls = [
-            {**call, "function": {**call["function"], "arguments": _as_json(call["function"].get("arguments"))}}
-            for call in turn["tool_calls"]
-        ]
-        turn = {**turn, "tool_calls": calls}
-    return turn
-
-
-def _as_json(arguments: object) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    def turns(self, given: TemplateInput) -> list[Turn]:
+        """Return all turns, to search what the template leaves out."""
+        turns = []
+        for index, turn in enumerate(given.messages):
+            span = self.spans.get(index)
+            region = None if span is None else (span.start, span.end)
+            turns.append(Turn(turn, index + 1, span is not None, self.text, region, span is not None and span.is_cut))
+        return turns
 
 
 class ChatTemplate:
@@ -109,7 +105,7 @@ class ChatTemplate:
             of_turns=tuple(token for token in ends if token == eos or not re.match(r"</\w", token)),
             starts=tuple(sorted(special - {tokenizer.bos_token}, key=len, reverse=True)),
         )
-        self._forms: dict[str, _Form] = {}
+        self._forms: dict[str, MessageForm] = {}
         self._outlines: dict[tuple[str, bytes, tuple[int, ...]], Outline | None] = {}
         self._insertions: dict[tuple[str, bool], tuple[Remark, ...]] = {}
 
@@ -134,9 +130,11 @@ class ChatTemplate:
             return self._remarked(MarkedText(text, None, end), given, turns, template)
         if traits.marks_answers and given.are_targets == answers:
             return self._render_with_marks(template, given, reasoning=reasoning)
-        text, turns, remarks = self._render_turns(template, given, reasoning=reasoning)
-        result = self._remarked(text, given, turns, template)
-        return replace(result, remarks=(*result.remarks, *remarks))
+        found = self._found(template, given, reasoning=reasoning)
+        result = self._remarked(found.marked(), given, found.turns(given), template)
+        spans = found.spans.values()
+        is_rewritten = any(span.is_rewritten for span in spans) and CUT not in result.remarks
+        return replace(result, remarks=(*result.remarks, *[REWRITTEN] * is_rewritten))
 
     def render_answers(self, conversation: Conversation, *, reasoning: bool = True) -> list[MarkedText]:
         """Return a text for each answer that is a target: the conversation up to there, the answer as the last turn.
@@ -149,10 +147,10 @@ class ChatTemplate:
         texts = []
         for index in (index for index, is_target in enumerate(given.are_targets) if is_target):
             part = replace(given, messages=given.messages[: index + 1], are_targets=[False] * index + [True])
-            text, turns, _ = self._render_turns(template, part, reasoning=reasoning, after_prompt=True)
+            found = self._behind_prompt(template, part, self._found(template, part, reasoning=reasoning))
             # The other answers of this text are targets of their own.
-            said = [turn for turn in turns if turn.is_target or turn.message["role"] != "assistant"]
-            texts.append(self._remarked(text, given, said, template))
+            said = [turn for turn in found.turns(part) if turn.is_target or turn.message["role"] != "assistant"]
+            texts.append(self._remarked(found.marked(), given, said, template))
         return texts
 
     def _template_for(self, conversation: Conversation) -> str:
@@ -178,29 +176,31 @@ class ChatTemplate:
         """
         form = self._form(template)
         if form.parts or form.json_arguments:
-            conversations = [[_in_form(turn, form) for turn in turns] for turns in conversations]
+            conversations = [[in_form(turn, form) for turn in turns] for turns in conversations]
         return self._jinja(template, conversations, tools, **options)
 
-    def _form(self, template: str) -> _Form:
+    def _form(self, template: str) -> MessageForm:
         """Return the form of messages that the template takes, found by rendering some."""
         if template not in self._forms:
             turns = [{"role": role, "content": f"({role[::-1]})"} for role in ("user", "assistant")]
-            parts = self._takes_only(template, turns, _Form(parts=True), _Form())
+            parts = self._takes_only(template, turns, MessageForm(parts=True), MessageForm())
             json_arguments = False
             if template_traits(template).names_tool_calls:
                 function = {"name": "(eman)", "arguments": {"(yek)": "(eulav)"}}
                 call = {"id": "123456789", "type": "function", "function": function}
                 calls = [turns[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-                json_arguments = self._takes_only(template, calls, _Form(parts, json_arguments=True), _Form(parts))
-            self._forms[template] = _Form(parts, json_arguments)
+                json_arguments = self._takes_only(
+                    template, calls, MessageForm(parts, json_arguments=True), MessageForm(parts)
+                )
+            self._forms[template] = MessageForm(parts, json_arguments)
         return self._forms[template]
 
-    def _takes_only(self, template: str, turns: list[dict[str, Any]], form: _Form, other: _Form) -> bool:
+    def _takes_only(self, template: str, turns: list[dict[str, Any]], form: MessageForm, other: MessageForm) -> bool:
         """Return True if the template writes all words of turns in a form, and in the other rejects or drops them."""
         texts = []
         for tried in (form, other):
             try:
-                texts.append(self._jinja(template, [[_in_form(turn, tried) for turn in turns]], None)[0][0])
+                texts.append(self._jinja(template, [[in_form(turn, tried) for turn in turns]], None)[0][0])
             except BadRowError:
                 texts.append("")
         words = re.findall(r"\(\w+\)", str(turns))
@@ -244,45 +244,40 @@ class ChatTemplate:
         )
         return replace(result, answer_end=None, remarks=(*result.remarks, left_out))
 
-    def _render_turns(
-        self, template: str, given: TemplateInput, *, reasoning: bool, after_prompt: bool = False
-    ) -> tuple[MarkedText, list[Turn], list[Remark]]:
-        """Return the text with the targets of each turn, the turns, and remarks on how the template writes them.
-
-        Args:
-            after_prompt: reject an answer that the template does not write behind its generation prompt.
-        """
+    def _found(self, template: str, given: TemplateInput, *, reasoning: bool) -> _Found:
+        """Return the text of a conversation and the turns in it that are targets."""
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
         whole = self._rendered(template, [given.messages], given.tools)[0][0]
-        found = self._places(template, given, targets, whole)
-        if found is None:
+        known = self._places(template, given, targets, whole)
+        if known is None:
             spans = self._turns_by_prefixes(template, given, targets, whole)
-            holes = [] if reasoning else self._reasoning_in(template, given, whole)
-        else:
-            outline, skeleton, places = found
-            if outline.reason is not None:
-                raise BadRowError(outline.reason)
-            spans = {index: outline.moved(index, places) for index in targets}
-            holes = [] if reasoning else _of_reasoning(outline, skeleton, places)
-        if after_prompt and (wrong := [index for index, span in spans.items() if not span.after_prompt]):
+            return _Found(whole, spans, [] if reasoning else self._reasoning_in(template, given, whole))
+        outline, skeleton, places = known
+        if outline.reason is not None:
+            raise BadRowError(outline.reason)
+        spans = {index: outline.moved(index, places) for index in targets}
+        return _Found(whole, spans, [] if reasoning else _of_reasoning(outline, skeleton, places))
+
+    def _behind_prompt(self, template: str, given: TemplateInput, found: _Found) -> _Found:
+        """Return what the model gets before the last turn, and that turn as the template writes it there.
+
+        Raises:
+            BadRowError: the template writes the turn behind something else.
+        """
+        index, span = len(given.messages) - 1, found.spans[len(given.messages) - 1]
+        if span.after_prompt:
+            return found
+        if span.ending is None:
             raise BadRowError(
-                f"the chat template does not write turn {wrong[0] + 1} behind its own generation prompt, which "
-                "data.turns=split trains on; use data.turns=whole"
+                f"the chat template does not write turn {index + 1} behind the generation prompt, so data.turns=split "
+                "cannot show it as at inference; data.turns=whole trains on what the template writes"
             )
-        turns = [
-            Turn(turn, index + 1, index in spans, whole, *_region(spans.get(index)))
-            for index, turn in enumerate(given.messages)
-        ]
-        stops = tuple((span.start, span.stop) for span in spans.values())
-        text = MarkedText(
-            whole,
-            without(stops, holes) if holes else stops,
-            stops[-1][1] if stops else None,
-            frozenset(span.borrowed for span in spans.values() if span.borrowed),
-        )
-        rewritten = any(span.is_rewritten for span in spans.values())
-        cut = any(span.is_cut for span in spans.values())
-        return text, turns, [REWRITTEN] * (rewritten and not cut)
+        options = PROMPT_OPTIONS[span.ending]
+        prompt = self._rendered(template, [given.messages[:index]], given.tools, **options)[0][0]
+        behind = len(prompt) - span.start
+        moved = replace(span, start=len(prompt), stop=span.stop + behind, end=span.end + behind)
+        holes = [(start + behind, stop + behind) for start, stop in found.holes if start >= span.start]
+        return _Found(prompt + found.text[span.start :], {index: moved}, holes)
 
     def _places(
         self, template: str, given: TemplateInput, targets: list[int], whole: str
@@ -437,16 +432,12 @@ def _fixed_date(template: str) -> Iterator[None]:
 
 
 REWRITTEN = Remark(
-    "the chat template writes earlier answers otherwise than the last one, and data.turns=whole trains on them as they "
-    "stand in the whole conversation; data.turns=split trains on each as the last one",
+    "the chat template writes an answer otherwise once another turn follows it; data.turns=whole trains on answers as "
+    "they stand in the whole conversation, data.turns=split on each as the model writes it at inference",
     is_warning=False,
 )
 OUTLINES = 1000
 """Outlines that are kept. Most data sets have fewer forms of conversations."""
-
-
-def _region(span: TurnSpan | None) -> tuple[tuple[int, int] | None, bool]:
-    return (None, False) if span is None else ((span.start, span.end), span.is_cut)
 
 
 def _of_reasoning(outline: Outline, skeleton: Skeleton, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

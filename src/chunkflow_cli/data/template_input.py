@@ -55,6 +55,33 @@ def template_traits(template: str) -> TemplateTraits:
 
 
 @dataclass(frozen=True, slots=True)
+class MessageForm:
+    """What a template takes that others do not."""
+
+    parts: bool = False
+    """It writes a content only if that is a list of parts, as some templates for images do."""
+    json_arguments: bool = False
+    """It writes the arguments of a call only if they are JSON in a string (DeepSeek-V3)."""
+
+
+def in_form(turn: dict[str, Any], form: MessageForm) -> dict[str, Any]:
+    """Return a message in the form that a template takes."""
+    if form.parts:
+        turn = {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+    if form.json_arguments and turn.get("tool_calls"):
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _as_json(call["function"].get("arguments"))}}
+            for call in turn["tool_calls"]
+        ]
+        turn = {**turn, "tool_calls": calls}
+    return turn
+
+
+def _as_json(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
 class TemplateInput:
     """A conversation in the form that `apply_chat_template` expects."""
 

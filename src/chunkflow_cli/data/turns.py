@@ -37,7 +37,7 @@ class Render(Protocol):
 
 Ending = Literal["none", "prompt", "thinking", "no thinking"]
 """What is written behind messages: nothing, the generation prompt, or that for answers with or without reasoning."""
-_OPTIONS: Mapping[Ending, Mapping[str, bool]] = {
+PROMPT_OPTIONS: Mapping[Ending, Mapping[str, bool]] = {
     "none": {},
     "prompt": {"add_generation_prompt": True},
     "thinking": {"add_generation_prompt": True, "enable_thinking": True},
@@ -79,8 +79,10 @@ class TurnSpan:
     """Where the turn itself ends: without a token that it borrows from the next turn, and with white space."""
     borrowed: str = ""
     """The token that begins the next turn, if that alone ends this one."""
+    ending: Ending | None = "prompt"
+    """The generation prompt that stands before it in full; None: a part of one."""
     after_prompt: bool = True
-    """True if the text before it is what the model gets at inference, to the character."""
+    """True if all that stands before it is what the model gets with that prompt, to the character."""
     is_rewritten: bool = False
     """True if the template writes it otherwise when it is the last turn."""
     is_cut: bool = False
@@ -185,24 +187,28 @@ class _Finder:
         )
         for ending, counts in needed:
             with suppress(BadRowError):  # raised again by the one that needs it
-                texts = self._render([self._messages[:count] for count in counts], **_OPTIONS[ending]) if counts else []
+                texts = (
+                    self._render([self._messages[:count] for count in counts], **PROMPT_OPTIONS[ending])
+                    if counts
+                    else []
+                )
                 self._texts.update({(count, ending): text for count, text in zip(counts, texts, strict=True)})
 
     def find(self, index: int) -> TurnSpan:
-        start, prompt = self._start_in(self._whole, index)
+        start, ending = self._start_in(self._whole, index)
         if index + 1 == len(self._messages):
-            return self._span(start, len(self._whole), prompt)
+            return self._span(index, start, len(self._whole), ending)
         last = self._text(index + 1)
         end = self._end_in_whole(last, index)
         if end < start:
             raise BadRowError(not_found(index))
-        span = self._span(start, end, prompt)
+        span = self._span(index, start, end, ending)
         try:
-            start_as_last, prompt_as_last = self._start_in(last, index)
+            start_as_last, ending_as_last = self._start_in(last, index)
         except BadRowError:
             return replace(span, is_rewritten=True)
         as_last = last[start_as_last:].rstrip()
-        is_rewritten = as_last != self._whole[start:end].rstrip() or prompt != prompt_as_last
+        is_rewritten = as_last != self._whole[start:end].rstrip() or ending != ending_as_last
         return replace(
             span, is_rewritten=is_rewritten, is_cut=not set(RUN.findall(as_last)) <= set(RUN.findall(self._whole))
         )
@@ -210,7 +216,7 @@ class _Finder:
     def _text(self, count: int, ending: Ending = "none") -> str:
         """Return what the template writes of the first messages."""
         if (count, ending) not in self._texts:
-            self._texts[count, ending] = self._render([self._messages[:count]], **_OPTIONS[ending])[0]
+            self._texts[count, ending] = self._render([self._messages[:count]], **PROMPT_OPTIONS[ending])[0]
         return self._texts[count, ending]
 
     def _prompt(self, index: int, ending: Ending = "prompt") -> str:
@@ -225,21 +231,22 @@ class _Finder:
             raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
         return prompt
 
-    def _span(self, start: int, end: int, prompt: str) -> TurnSpan:
+    def _span(self, index: int, start: int, end: int, ending: Ending | None) -> TurnSpan:
         stop, own = self._tokens.end_of_turn(self._whole[:end], start)
         borrowed = "" if own else self._tokens.borrowed(self._whole, stop)
-        after_prompt = bool(prompt) and self._whole.startswith(prompt)
-        return TurnSpan(start, stop + len(borrowed), end, borrowed, after_prompt)
+        after_prompt = ending is not None and self._whole.startswith(self._prompt(index, ending))
+        return TurnSpan(start, stop + len(borrowed), end, borrowed, ending, after_prompt)
 
-    def _start_in(self, text: str, index: int) -> tuple[int, str]:
+    def _start_in(self, text: str, index: int) -> tuple[int, Ending | None]:
         """Return where turn `index` begins in a text, and the prompt that stands before it, if one does in full."""
-        for ending in ("prompt", *self._others):
+        endings: tuple[Ending, ...] = ("prompt", *self._others)
+        for ending in endings:
             prompt = self._prompt(index, ending)
             behind, place = _after_common_mark(prompt, text)
             if text.startswith(prompt[behind:], place):
                 start = place + len(prompt) - behind
-                return start + self._header(text, start, index), prompt
-        return self._start_within_prompt(text, index), ""
+                return start + self._header(text, start, index), ending
+        return self._start_within_prompt(text, index), None
 
     def _header(self, text: str, start: int, index: int) -> int:
         """Return the length of what stands at a turn's start though it is a prompt elsewhere.
