@@ -79,7 +79,7 @@ class TrainOn(str, Enum):
 
 class Turns(str, Enum):
     whole = "whole"
-    split = "split"
+    split = "split"  # type: ignore[assignment]  # a method of str
 
 
 class Overlong(str, Enum):

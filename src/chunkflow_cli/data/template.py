@@ -182,13 +182,15 @@ class ChatTemplate:
     def _form(self, template: str) -> MessageForm:
         """Return the form of messages that the template takes, found by rendering some."""
         if template not in self._forms:
-            turns = [{"role": role, "content": f"({role[::-1]})"} for role in ("user", "assistant")]
+            turns: list[dict[str, Any]] = [
+                {"role": role, "content": f"({role[::-1]})"} for role in ("user", "assistant")
+            ]
             parts = self._takes_only(template, turns, MessageForm(parts=True), MessageForm())
             json_arguments = False
             if template_traits(template).names_tool_calls:
                 function = {"name": "(eman)", "arguments": {"(yek)": "(eulav)"}}
                 call = {"id": "123456789", "type": "function", "function": function}
-                calls = [turns[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+                calls: list[dict[str, Any]] = [turns[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
                 json_arguments = self._takes_only(
                     template, calls, MessageForm(parts, json_arguments=True), MessageForm(parts)
                 )
