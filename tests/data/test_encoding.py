@@ -248,7 +248,11 @@ def test_a_conversation_may_begin_with_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (SHOUTING, chat("Q1", "<think>hm</think>a1", "Q2", "a2"), "the chat template writes turn 2 differently within"),
+        (
+            SHOUTING,
+            chat("Q1", "<think>hm</think>A1\na", "Q2", "A2"),
+            "the chat template writes turn 2 differently within",
+        ),
         (CHATML.replace("in messages", "in messages | reverse"), chat("Q", "A"), "writes turn 2 differently"),
         (
             "{% if messages[0].role != 'system' %}{{ 'Be kind.' }}{% endif %}" + CHATML,

@@ -15,12 +15,14 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from chunkflow_cli.config.load import load as load_config
 from chunkflow_cli.config.schema import DataConfig, DataFormat, TrainOn, Turns
-from chunkflow_cli.data.dataset import open_data
+from chunkflow_cli.data.dataset import hold_out, open_data
 from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
 from chunkflow_cli.data.template import REWRITTEN, ChatTemplate, MarkedText
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.batches import held_out
 from support.tokenized import bracketed, chat, load, only, write_rows
 from support.tokenizers import CHATML, make_tokenizer
 
@@ -289,3 +291,22 @@ def test_split_counts_samples_rows_and_targets(tmp_path: Path) -> None:
     )
     assert (len(sizes.lengths), sizes.rows, len(sizes.rejected), sizes.lines.tolist()) == (4, 3, 1, [1, 1, 3, 4])
     assert len(set(sizes.digests.tolist())) == 3
+
+
+def test_the_samples_of_a_row_are_held_out_together(tmp_path: Path) -> None:
+    """Else the held-out loss would be of answers whose conversation was trained on."""
+    model = make_tokenizer(tmp_path / "model")
+    data = write_rows(tmp_path / "a.jsonl", [{"messages": chat("Q", f"A{n}", "R", f"B{n}")} for n in range(10)])
+    train, held = hold_out(load(data, model, turns=Turns.split), 0.3, 1)
+    assert (len(train), len(held), held.rows_read) == (14, 6, 3)
+    lines = [{part.location(index).line for index in range(len(part))} for part in (train, held)]
+    assert lines[0] | lines[1] == set(range(1, 11))
+    assert lines[0].isdisjoint(lines[1])
+    whole = [part.indices.tolist() for part in hold_out(load(data, model), 0.3, 1)]
+    assert whole == [part.tolist() for part in held_out(10, 0.3, 1)]
+
+
+@pytest.mark.parametrize("words", [["data.turns=split"], ["data.train_on_reasoning=false"]])
+def test_what_contradicts_train_on_all_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"data.train_on=all.*\n.*set data.train_on=assistant"):
+        load_config(["recipe=tiny_random", "data.train_on=all", *words])

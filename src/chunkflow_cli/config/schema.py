@@ -238,7 +238,7 @@ class DataConfig:
     eval_split: str | None = None
     """Split to evaluate on, of `data.eval_path`, or of `data.path` if that is null."""
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
-    """Fraction of the samples in `data.path` to hold out, drawn with `train.seed`."""
+    """Fraction of the rows of `data.path` to hold out, drawn with `train.seed`."""
     cache_dir: str | None = a_path(None)
     """Folder for tokenised data. Null is ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow."""
     num_workers: int | None = bounded(None, at_least=1, at_most=1024)

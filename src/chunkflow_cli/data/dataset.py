@@ -24,6 +24,7 @@ from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow, Tokeniz
 from chunkflow_cli.data.source import Location, Source, open_source
 from chunkflow_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.batches import held_out
 from chunkflow_cli.processes.notices import warn_once
 
 SHOWN = 5
@@ -129,6 +130,16 @@ class TokenizedData:
             samples_read=len(chosen),
             samples_dropped=0,
         )
+
+
+def hold_out(data: TokenizedData, fraction: float, seed: int) -> tuple[TokenizedData, TokenizedData]:
+    """Return the samples to train on and those to hold out.
+
+    All samples of a row stay together: with `data.turns=split` they have most of their tokens in common.
+    """
+    rows = data.rows
+    train, evaluation = held_out(int(rows.max(initial=-1)) + 1, fraction, seed)
+    return data.select(np.flatnonzero(np.isin(rows, train))), data.select(np.flatnonzero(np.isin(rows, evaluation)))
 
 
 def has_evaluation_data(config: DataConfig) -> bool:
