@@ -63,6 +63,11 @@ STRADDLES = Remark(
     "the end of a prompt and the beginning of its answer are one token, which is a target; at inference the prompt is "
     "tokenised alone, so let the answer begin with the white space instead"
 )
+STRADDLES_PROMPT = Remark(
+    "the end of the generation prompt and the beginning of an answer are one token, which is a target; at inference "
+    "the prompt is tokenised alone; if answers have no reasoning, data.template_arguments={enable_thinking: false} may "
+    "give the prompt that fits them"
+)
 NO_FIRST_TOKEN = Remark(
     "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, and it is no "
     "target; begin the prompt with a line end"
@@ -225,7 +230,8 @@ class Encoder:
         return [(np.array(row, np.int64), None) for row in rows]
 
     def _label_conversation(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
-        labels, remarks = _labels(text, ids, encoding)
+        labels, straddles = _labels(text, ids, encoding)
+        remarks = [STRADDLES_PROMPT] * straddles
         ends: set[int] = set()
         if self._backend is not None:
             ids_of_ends = map(self._backend.token_to_id, text.borrowed_ends)
@@ -249,7 +255,8 @@ class Encoder:
         return [Remark(text, is_warning=False)]
 
     def _label_text(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
-        labels, remarks = _labels(text, ids, encoding)
+        labels, straddles = _labels(text, ids, encoding)
+        remarks = [STRADDLES] * straddles
         before = self._prefix[: len(self._prefix) - _overlap(self._prefix, ids)]
         after = self._suffix[_overlap(ids, self._suffix) :]
         is_first = len(before) == 0 and len(ids) > 0 and ids[0] not in self._prefix
@@ -287,12 +294,10 @@ class _Labelled:
     ends: set[int]
 
 
-def _labels(
-    text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None
-) -> tuple[NDArray[np.int64], list[Remark]]:
-    """Return the ids where they are targets, and IGNORED elsewhere."""
+def _labels(text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> tuple[NDArray[np.int64], bool]:
+    """Return the ids where they are targets, IGNORED elsewhere, and whether a target begins before its span."""
     if text.target_spans is None:
-        return ids, []
+        return ids, False
     assert encoding is not None
     labels, straddles = np.full_like(ids, IGNORED), False
     for start, stop in text.target_spans:
@@ -302,7 +307,7 @@ def _labels(
         straddles |= begins_before
         targets = slice(first, first_token_from(encoding, stop))
         labels[targets] = ids[targets]
-    return labels, [STRADDLES] * straddles
+    return labels, straddles
 
 
 def _with_targets(tokens: TokenRow) -> TokenRow:
