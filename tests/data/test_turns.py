@@ -293,6 +293,23 @@ def test_split_counts_samples_rows_and_targets(tmp_path: Path) -> None:
     assert len(set(sizes.digests.tolist())) == 3
 
 
+def test_estimates_count_reasoning_where_templates_write_it(tmp_path: Path) -> None:
+    """Most write that of answers after the last question only."""
+    thoughtful = [
+        {"role": "user", "content": "Q" * 40},
+        {"role": "assistant", "content": "A", "reasoning_content": "R" * 400},
+    ]
+    source = open_data(DataConfig(path=str(write_rows(tmp_path / "a.jsonl", [{"messages": thoughtful * 2}]))))
+    lengths, targets = {}, {}
+    for turns_ in Turns:
+        sizes = estimate_sizes(
+            source, DataFormat.messages, train_on=TrainOn.assistant, turns=turns_, progress=lambda _: None
+        )
+        lengths[turns_], targets[turns_] = sizes.lengths.tolist(), sizes.target_counts.tolist()
+    assert lengths == {Turns.whole: [4 * 5 + 20 + 100], Turns.split: [2 * 5 + 10 + 100, 4 * 5 + 20 + 100]}
+    assert targets == {Turns.whole: [1 + 1 + 100], Turns.split: [1 + 100, 1 + 100]}
+
+
 def test_the_samples_of_a_row_are_held_out_together(tmp_path: Path) -> None:
     """Else the held-out loss would be of answers whose conversation was trained on."""
     model = make_tokenizer(tmp_path / "model")

@@ -27,6 +27,7 @@ import orjson
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
+from chunkflow_cli.data.fields import REASONING
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.messages import ROLES
 from chunkflow_cli.data.rows import decode_row, parse_json
@@ -136,15 +137,25 @@ def _sizes_of_answers(sample: Sample, train_on: TrainOn, turns: Turns, reasoning
         return [(size, target - _tokens(_thought(sample.completion)))]
     if not isinstance(sample, Conversation):
         return [_size_of_sample(sample)]
-    if train_on is TrainOn.last:
-        sample = sample.with_last_answer()
-    sizes, size = [], _tokens_of_tools(sample.tools)
-    for message in sample.messages:
-        count = _tokens_of_message(message)
+    return _sizes_of_conversation(sample.with_last_answer() if train_on is TrainOn.last else sample, turns, reasoning)
+
+
+def _sizes_of_conversation(sample: Conversation, turns: Turns, reasoning: bool) -> list[Size]:
+    """Return the sizes of a conversation's samples, as if the template wrote reasoning after the last question only."""
+    questions = [place for place, message in enumerate(sample.messages) if message.role == "user"]
+    sizes, size, thought = [], _tokens_of_tools(sample.tools), 0
+    for place, message in enumerate(sample.messages):
+        count, hidden = _tokens_of_message(message), 0
         size += count + TOKENS_PER_TURN
+        if message.role == "user":
+            thought = 0
+        elif turns is Turns.split or not questions or place > questions[-1]:
+            hidden = max((_tokens(str(message.extra[key])) for key in REASONING if message.extra.get(key)), default=0)
+            thought += hidden
         if message.is_target:
-            sizes.append((size, count + 1 - (0 if reasoning else _tokens(_thought(message.content)))))
-    return sizes if turns is Turns.split else [(size, sum(target for _, target in sizes))]
+            counted = hidden if reasoning else -_tokens(_thought(message.content))
+            sizes.append((size + thought, count + 1 + counted))
+    return sizes if turns is Turns.split else [(size + thought, sum(target for _, target in sizes))]
 
 
 def _thought(text: str) -> str:
@@ -214,13 +225,8 @@ def _size_of_sample(sample: Sample) -> Size:
             return 1 + _tokens(prompt + completion), 1 + _tokens(completion)
         case Instruction():
             return _size_of_sample(sample.conversation())
-        case Conversation(messages, tools):
-            size, target = _tokens_of_tools(tools), 0
-            for message in messages:
-                count = _tokens_of_message(message)
-                size += count + TOKENS_PER_TURN
-                target += count + 1 if message.is_target else 0
-            return size, target
+        case Conversation():
+            return _sizes_of_conversation(sample, Turns.whole, reasoning=True)[0]
 
 
 def _tokens_of_tools(tools: Sequence[Mapping[str, Any]]) -> int:
