@@ -1,11 +1,5 @@
 """Encoding of rows into tokens and targets, a batch at a time.
 
-**Which token is a target.** A token is a target if and only if it holds a character of a target span. The whole text
-is tokenised once, so a token may straddle the edge between prompt and answer: the prompt `2 + 2 = ` ends with a space,
-and the tokenizer makes one token of it and of the answer `4`. That token is a target, or the answer would have none. At
-inference the prompt is tokenised alone and the model gets the space as a token of its own, which is why such rows are
-remarked on.
-
 **The shift** is made here and nowhere else: `targets[i]` is the id that position i has to predict, so it is the label
 of i + 1, or -100 if that is not a target. The last position predicts nothing.
 
@@ -34,6 +28,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.labels import first_token_from, labels_of
 from chunkflow_cli.data.notes import Note, Remark, notes_of
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
@@ -230,7 +225,7 @@ class Encoder:
         return [(np.array(row, np.int64), None) for row in rows]
 
     def _label_conversation(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
-        labels, straddles = _labels(text, ids, encoding)
+        labels, straddles = labels_of(text, ids, encoding)
         remarks = [STRADDLES_PROMPT] * straddles
         ends: set[int] = set()
         if self._backend is not None:
@@ -255,7 +250,7 @@ class Encoder:
         return [Remark(text, is_warning=False)]
 
     def _label_text(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
-        labels, straddles = _labels(text, ids, encoding)
+        labels, straddles = labels_of(text, ids, encoding)
         remarks = [STRADDLES] * straddles
         before = self._prefix[: len(self._prefix) - _overlap(self._prefix, ids)]
         after = self._suffix[_overlap(ids, self._suffix) :]
@@ -294,22 +289,6 @@ class _Labelled:
     ends: set[int]
 
 
-def _labels(text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> tuple[NDArray[np.int64], bool]:
-    """Return the ids where they are targets, IGNORED elsewhere, and whether a target begins before its span."""
-    if text.target_spans is None:
-        return ids, False
-    assert encoding is not None
-    labels, straddles = np.full_like(ids, IGNORED), False
-    for start, stop in text.target_spans:
-        if start == stop:
-            continue
-        first, begins_before = first_token_with(encoding, start)
-        straddles |= begins_before
-        targets = slice(first, first_token_from(encoding, stop))
-        labels[targets] = ids[targets]
-    return labels, straddles
-
-
 def _with_targets(tokens: TokenRow) -> TokenRow:
     if not np.any(tokens.labels[1:] != IGNORED):
         raise BadRowError(NO_TARGETS)
@@ -320,34 +299,6 @@ def _overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     """Return how many ids at the end of the first are those at the beginning of the second."""
     most = min(len(first), len(second))
     return next((count for count in range(most, 0, -1) if np.array_equal(first[-count:], second[:count])), 0)
-
-
-def first_token_with(encoding: Encoding, character: int) -> tuple[int, bool]:
-    """Return the index of the first token that holds this character of the text or a later one.
-
-    The second value is True if the token begins before the character.
-    """
-    token = encoding.char_to_token(character)
-    if token is None:  # a normaliser removes the character
-        return first_token_from(encoding, character), False
-    characters = encoding.token_to_chars(token)
-    assert characters is not None
-    return token, characters[0] < character
-
-
-def first_token_from(encoding: Encoding, character: int) -> int:
-    """Return the index of the first token that begins at this character of the text or after it."""
-    token = encoding.char_to_token(character)
-    if token is not None:
-        characters = encoding.token_to_chars(token)
-        assert characters is not None
-        return token if characters[0] >= character else token + 1
-    # No token holds the character: it is the end of the text, or white space that a normaliser removes.
-    count = len(encoding)
-    last = encoding.token_to_chars(count - 1) if count else None
-    if last is None or last[0] < character:
-        return count
-    return next((index for index, (start, _) in enumerate(encoding.offsets) if start >= character), count)
 
 
 def _concatenate(

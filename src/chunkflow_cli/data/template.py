@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from chunkflow_cli.data.insertions import insertions
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
@@ -369,40 +370,15 @@ class ChatTemplate:
     def _inserted(self, template: str, has_system: bool) -> tuple[Remark, ...]:
         """Return remarks on the texts that the template inserts into every conversation, found by rendering one."""
         if (template, has_system) not in self._insertions:
-            self._insertions[template, has_system] = tuple(self._find_insertions(template, has_system))
+
+            def render(messages: list[dict[str, Any]]) -> str:
+                return self._rendered(template, [messages], None)[0][0]
+
+            found = list(insertions(render, self._tokens.all, has_system=has_system))
+            if template_traits(template).writes_date:
+                found.insert(0, DATED)
+            self._insertions[template, has_system] = tuple(found)
         return self._insertions[template, has_system]
-
-    def _find_insertions(self, template: str, has_system: bool) -> Iterator[Remark]:
-        if template_traits(template).writes_date:
-            yield Remark(
-                f"the chat template asks for today's date and gets {TEMPLATE_DATE:%d %b %Y}, so that every run of this "
-                "data has the same tokens", is_warning=False,
-            )  # fmt: skip
-        prose = self._inserted_prose(template, ["system"] * has_system + ["user", "assistant"])
-        if prose is None:
-            return
-        always = has_system or prose == self._inserted_prose(template, ["system", "user", "assistant"])
-        shown = prose if len(prose) <= SHOWN_CHARACTERS else f"{prose[:SHOWN_CHARACTERS]}..."
-        where = "" if always else " into conversations without a system message"
-        yield Remark(f'the chat template inserts "{shown}"{where}', is_warning=False)
-
-    def _inserted_prose(self, template: str, roles: list[str]) -> str | None:
-        """Return the lines of prose that the template writes around a conversation's contents, or None."""
-        probe = [{"role": role, "content": f"<{role[::-1]}>"} for role in roles]
-        try:
-            text = self._rendered(template, [probe], None)[0][0]
-        except BadRowError:
-            return None  # it may reject a conversation that no row has
-        for words in (*self._tokens.all, *(turn["content"] for turn in probe)):
-            text = text.replace(words, "\n")
-        lines = [line.strip() for line in text.splitlines() if len(_WORD.findall(line)) >= PROSE_WORDS]
-        return " ".join(lines) or None
-
-
-_WORD = re.compile(r"[A-Za-z0-9']+|[^\x00-\x7F]")
-PROSE_WORDS = 4
-"""A line of so many words is no header of a turn, such as `### Response:` or `GPT4 Correct User:`."""
-SHOWN_CHARACTERS = 100
 
 
 def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -433,6 +409,11 @@ def _fixed_date(template: str) -> Iterator[None]:
         names["strftime_now"] = clock
 
 
+DATED = Remark(
+    f"the chat template asks for today's date and gets {TEMPLATE_DATE:%d %b %Y}, so that every run of this data has "
+    "the same tokens",
+    is_warning=False,
+)
 REWRITTEN = Remark(
     "the chat template writes an answer otherwise once another turn follows it; data.turns=whole trains on answers as "
     "they stand in the whole conversation, data.turns=split on each as the model writes it at inference",
