@@ -8,7 +8,7 @@ An entry is a folder `tokens/<key>/` of memory-mapped arrays:
     target_counts.npy  (samples,) int64
     digests.npy        (samples,) uint64     equal if tokens and targets are equal
     files.npy          (samples,) int32      index of the file in the source
-    lines.npy          (samples,) int64      line or row in that file, from 1
+    lines.npy          (samples,) int64      line or row in that file, from 1; all samples of a row have the same
     rejected.jsonl     {"file", "line", "reason"} per bad row; files are indices here too
     notes.jsonl        what there is to say of the rows, as in `Note`
     meta.json          the ingredients, for people; `largest_id` and `ends` as in `EncodedBatch`; checksums of the rest
@@ -44,7 +44,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from chunkflow_cli.config.schema import DataFormat, TrainOn
+from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.building import folder_to_build_in
 from chunkflow_cli.data.encoding import EncodedBatch
 from chunkflow_cli.data.notes import Note, merged
@@ -75,6 +75,8 @@ class Ingredients:
     """Fingerprint of the tokenizer and its chat template; None if the data already holds ids."""
     format: DataFormat
     train_on: TrainOn
+    turns: Turns
+    train_on_reasoning: bool
     vocab_size: int | None
     """Ids of the model, if the data's ids are checked against it (`data.format=tokens`)."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +111,12 @@ class CacheEntry:
     def lengths(self) -> NDArray[np.int64]:
         """(samples,) tokens."""
         return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(samples,) number of each sample's row, from 0: the samples of a row follow each other."""
+        begins = (np.diff(self.lines, prepend=-1) != 0) | (np.diff(self.files, prepend=-1) != 0)
+        return np.cumsum(begins) - 1
 
 
 def cache_root(cache_dir: str | None) -> Path:

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, LossWeighting
-from chunkflow_cli.data.dataset import TokenizedData, has_evaluation_data, tokenize
+from chunkflow_cli.data.dataset import TokenizedData, has_evaluation_data, hold_out, tokenize
 from chunkflow_cli.model.hf_config import position_limit
-from chunkflow_cli.planning.batches import held_out
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 
 
@@ -53,8 +52,7 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
     data = read()
     if has_evaluation_data(config.data):
         return RunData(data, data, read(for_evaluation=True))
-    train, evaluation = held_out(len(data), config.data.eval_fraction, config.train.seed)
-    return RunData(data, data.select(train), data.select(evaluation))
+    return RunData(data, *hold_out(data, config.data.eval_fraction, config.train.seed))
 
 
 def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:
