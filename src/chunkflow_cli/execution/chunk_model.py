@@ -16,6 +16,7 @@ from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attentio
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.forward_scope import ForwardScope
+from chunkflow_cli.model.language_part import decoder_of
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,6 @@ def base_model(causal_lm: nn.Module) -> Any:
     return causal_lm if unwrap is None else unwrap()
 
 
-def decoder_of(base: Any) -> Any:
-    """Return the model without its head."""
-    decoder = base.get_decoder()
-    return base.model if decoder is base else decoder  # llama4 returns itself
-
-
 def logit_transform(config: Any) -> LogitTransform:
     """Return the change that a Hugging Face model makes to its logits, read from its configuration.
 
@@ -122,6 +117,8 @@ def logit_transform(config: Any) -> LogitTransform:
         scale = float(config.logit_scale)
     if getattr(config, "lm_head_multiplier", None) is not None:  # falcon_h1 multiplies
         scale = float(config.lm_head_multiplier)
+    if getattr(config, "output_multiplier", None) is not None:  # muse_glimmer multiplies
+        scale = float(config.output_multiplier)
     softcap = getattr(config, "final_logit_softcapping", None)  # gemma2, gemma3
     if softcap is None:
         softcap = getattr(config, "logits_soft_cap", None)  # recurrent_gemma

@@ -18,6 +18,7 @@ from chunkflow_cli.errors import is_out_of_memory
 from chunkflow_cli.execution.layer_kinds import keep_layer_kinds
 from chunkflow_cli.execution.parity import remove_dropout, use_implementation, whole_implementation
 from chunkflow_cli.execution.small_sizes import FEW_HEADS, HIDDEN, MORE_HEADS, SHRINKINGS, Before, number, shorten_reach
+from chunkflow_cli.model.loading import empty_model, random_model
 
 MOST_PARAMETERS = 400_000_000
 """A copy with more could take all memory, and minutes."""
@@ -61,7 +62,8 @@ def small_config(hf_config: Any) -> Any:
 
 def build_small(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a small model in train mode, with random weights that keep recurrent states for many tokens."""
-    model = _new_model(config, dtype)  # on the CPU: a small model has the same weights on every device
+    # On the CPU, so that a small model has the same weights on every device.
+    model = random_model(config, dtype=dtype, trust_remote_code=_is_custom(config))
     model.config.use_cache = False
     _stir(model)
     return model.to(device).train()
@@ -127,15 +129,12 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def _skeleton(config: Any) -> Any:
     """Return the model without weights."""
-    with torch.device("meta"):
-        return _new_model(copy.deepcopy(config), torch.float32)
+    return empty_model(config, dtype=torch.float32, trust_remote_code=_is_custom(config))
 
 
-def _new_model(config: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    is_custom = type(config).__module__.startswith("transformers_modules")  # loaded with model.trust_remote_code=true
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=is_custom)
+def _is_custom(config: Any) -> bool:
+    """Return true for a configuration that was loaded with model.trust_remote_code=true."""
+    return type(config).__module__.startswith("transformers_modules")
 
 
 def _try_out(config: Any) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, decoder_of
+from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model
 from chunkflow_cli.execution.split_backward import PutOff, put_off_products
+from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.planning.stage_cut import StageLayers
 
 
@@ -211,13 +212,14 @@ def _uncuttable(base: nn.Module, stages: int, reason: str) -> UsageError:
     )
 
 
-def _replace(parent: nn.Module, module: nn.Module) -> None:
-    """Replace a direct child of a module by one that returns its input."""
-    for name, child in parent.named_children():
-        if child is module:
-            setattr(parent, name, nn.Identity())
-            return
-    raise AssertionError(f"{type(module).__name__} is not a direct child of {type(parent).__name__}")
+def _replace(whole: nn.Module, module: nn.Module) -> None:
+    """Replace a module within another one by one that returns its input."""
+    for parent in whole.modules():
+        for name, child in parent.named_children():
+            if child is module:
+                setattr(parent, name, nn.Identity())
+                return
+    raise AssertionError(f"there is no {type(module).__name__} in {type(whole).__name__}")
 
 
 def _tied_weight(causal_lm: nn.Module) -> nn.Parameter | None:

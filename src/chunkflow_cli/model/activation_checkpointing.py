@@ -26,7 +26,7 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         return
     others = None
     if mode is ActivationCheckpointing.selective:
-        others = functools.partial(create_selective_checkpoint_contexts, _costly_operations())
+        others = functools.partial(create_selective_checkpoint_contexts, costly_operations())
     arguments = {"use_reentrant": False, "context_fn": functools.partial(recompute_contexts, others)}
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -36,7 +36,7 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         ) from error
 
 
-def _costly_operations() -> list[Any]:
+def costly_operations() -> list[Any]:
     """Return the operations whose results are small compared with the work of computing them again."""
     aten = torch.ops.aten
     return [

@@ -17,6 +17,7 @@ from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.console import counted
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import listed
+from chunkflow_cli.model.language_part import left_out
 from chunkflow_cli.processes.notices import warn_once
 
 CONSTANTS = re.compile(
@@ -34,7 +35,8 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
     """Check what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` has loaded.
 
     Tied weights that a file holds once are no fault, nor are tensors that the model's class declares to be left out.
-    Whole parts that the model does not have (a vision tower, a value head) are left out with a warning.
+    Whole parts that the model does not have (a value head) are left out with a warning; those that the language part of
+    a multimodal model leaves out are expected.
 
     Args:
         named: the key and its value, for messages.
@@ -43,7 +45,8 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
     Raises:
         UsageError: names the tensors that are missing, have other shapes, are unknown or are not finite.
     """
-    unknown = {name for name in info["unexpected_keys"] if not CONSTANTS.search(name)}
+    beside = left_out(model)
+    unknown = {name for name in info["unexpected_keys"] if not CONSTANTS.search(name) and name not in beside}
     if info["mismatched_keys"]:
         raise UsageError(_other_shapes(info["mismatched_keys"], named))
     drawn = {name: {key for key in info["missing_keys"] if f".{key}.".find(f".{name}.") >= 0} for name in new}
@@ -66,7 +69,7 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
         )
     _check_tied(model, named)
     _check_finite(model, named)
-    if unknown:
+    if unknown and not beside.parts:
         warn_once(
             f"{named}: not trained and not saved, because {type(model).__name__} has no such part: {listed(unknown)}"
         )

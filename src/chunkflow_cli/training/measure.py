@@ -50,7 +50,7 @@ from chunkflow_cli.planning.schedule import Op, plan
 from chunkflow_cli.processes.worker import end_with_parent
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.inputs import load_run_data
-from chunkflow_cli.training.setup import described_device, read_setup
+from chunkflow_cli.training.setup import described_device, read_setup, scan_kernels
 
 CHUNKS_OF_SEQUENCE = 3
 FEW_TARGETS = 0.1
@@ -95,7 +95,8 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
             if index + 1 >= FEWEST_SIZES and now - started + 2.2 * (now - began) > budget_seconds:
                 break
     name = present_device().name
-    shape = shape_without_weights(config.model, hf_config)  # as in `plan` and `train`, with activations counted
+    kernels = scan_kernels(config, present_device())
+    shape = shape_without_weights(config.model, hf_config, kernels)  # as in `plan` and `train`
     costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}", shape=shape)
     fitted = fit_memory(memory, step_peak_bytes=min(step_peaks), activation_bytes_per_token=kept)
     return Calibration(name, shape, costs, fitted, worst)

@@ -22,10 +22,11 @@ from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import BackendChoice, choose_backend
-from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.model.device import present_device, training_device
+from chunkflow_cli.model.language_part import what_is_trained
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
@@ -130,6 +131,8 @@ def prepare(
             config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
             stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,
         )  # fmt: skip
+    if processes.is_first and (line := what_is_trained(base_model(parts.model))) is not None:
+        console.print(line, soft_wrap=True)
     if processes.is_first and (warning := few_steps_warning(plan, config.train)) is not None:
         console.print(warning, soft_wrap=True)
     assert plan.layout.join_retained == parts.engine.needs_joined_retained_chunks
