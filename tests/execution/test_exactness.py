@@ -536,7 +536,7 @@ def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., An
     assert result.grad_rel_error == pytest.approx(expected, rel=1e-5)  # transformers takes its loss in float32
     assert result.grad_rel_error > 1e-2
     assert result.loss_whole == pytest.approx(loss_whole, rel=1e-6)
-    assert result.loss_chunked == pytest.approx(loss_chunked, rel=1e-12)
+    assert result.loss_chunked == pytest.approx(loss_chunked, rel=1e-8)  # `compare` takes norms in float64, too
     worst = max(squares, key=lambda name: squares[name][0] / squares[name][1])
     assert result.grad_max_rel_error_parameter == worst
     assert result.grad_max_rel_error == pytest.approx((squares[worst][0] / squares[worst][1]) ** 0.5, rel=1e-5)
