@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
@@ -83,7 +84,7 @@ class Engine(BaseEngine):
         zero = import_deepspeed().zero
         weights: dict[str, Tensor] = {}
         gathered: dict[int, Tensor] = {}  # tied weights are one parameter with several names
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in pulse.each(model.state_dict(keep_vars=True).items()):
             if trained_only and not tensor.requires_grad:
                 continue
             if not internals.is_divided(tensor):

@@ -15,6 +15,7 @@ from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 from chunkflow_cli.model.folder import check_weights, listed
+from chunkflow_cli.model.heard_bars import HeardDownload
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
 
@@ -87,7 +88,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
             model, info = AutoModelForCausalLM.from_pretrained(
                 name, config=None if extra else _as_saved(config, hf_config), dtype=dtype,
                 attn_implementation=attention, trust_remote_code=config.trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True, **extra,
+                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra,
             )  # fmt: skip
         except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
                 EOFError) as error:  # fmt: skip
