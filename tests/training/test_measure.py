@@ -18,7 +18,7 @@ SMALL = 64
 
 @pytest.fixture
 def config(tmp_path: Any) -> Config:
-    words = ["recipe=tiny_random", "data.num_workers=1", f"data.cache_dir={tmp_path}", "train.global_batch_size=4"]
+    words = ["recipe=tiny_random", "data.num_workers=1", f"data.cache_dir={tmp_path}", "train.global_batch_size=32"]
     return load(words).config
 
 

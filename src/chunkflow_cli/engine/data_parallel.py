@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,11 +30,19 @@ def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any])
     divided, such as those that a model keeps in float32.
     """
     dtype: torch.dtype = getattr(torch, settings.dtype.value)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+
+    def one_after_the_other(recurse: bool = True) -> Iterator[nn.Parameter]:
+        # Each is copied first. DeepSpeed writes what rank 0 sends into the weight, and all weights of a file are one
+        # mapping: on a CPU every rank would end up with a copy of the whole file.
+        for parameter in pulse.each(module.parameters()):
+            own_dtype = dtype if parameter.is_floating_point() else parameter.dtype
+            parameter.data = parameter.data.to(settings.device, own_dtype, copy=True)
+            yield parameter
+
+    handed_over = nn.Module()
+    handed_over.parameters = one_after_the_other  # type: ignore[method-assign]
     with quiet():
-        import_deepspeed().zero.Init(module=module, config_dict_or_path=config)
+        import_deepspeed().zero.Init(module=handed_over, config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(settings.device)
 
