@@ -229,6 +229,7 @@ def tokenize(
     model_limit: int | None,
     vocab_size: int | None,
     trust_remote_code: bool,
+    key: str | None = None,
 ) -> TokenizedData:
     """Return the samples of `data.path`, tokenised once (see `data.cache`) and selected by the policies.
 
@@ -236,18 +237,24 @@ def tokenize(
         for_evaluation: read the data to evaluate on instead (`data.eval_path`, `data.eval_split`).
         model_limit: the longest sequence that the model supports, in tokens; None is no limit.
         vocab_size: ids of the model; None does not check ids.
+        key: of the cache's entry, as another process of the run has found it. If it is in the cache of this one, the
+            data is neither read nor hashed, and the entry not checked again.
 
     Raises:
         UsageError: the data cannot be read, has bad rows or samples that are too long (if the policy is `error`), or
             no sample is left; or the model's tokenizer does not fit the data or the model.
     """
-    whole = tokenize_source(
-        config,
-        for_evaluation=for_evaluation,
-        model_path=model_path,
-        vocab_size=vocab_size,
-        trust_remote_code=trust_remote_code,
-    )
+    whole = None
+    if key is not None:
+        whole = _found_source(config, key, for_evaluation, model_path, trust_remote_code=trust_remote_code)
+    if whole is None:
+        whole = tokenize_source(
+            config,
+            for_evaluation=for_evaluation,
+            model_path=model_path,
+            vocab_size=vocab_size,
+            trust_remote_code=trust_remote_code,
+        )
     return _apply_policies(config, whole, model_limit)
 
 
@@ -311,6 +318,21 @@ def tokenize_source(
         )
     announce(entry.notes, named, source.location)
     return TokenizedSource(source, format, entry, named, chat_template)
+
+
+def _found_source(
+    config: DataConfig, key: str, for_evaluation: bool, model_path: str, *, trust_remote_code: bool
+) -> TokenizedSource | None:
+    """Return the samples of a checked entry of the cache; None if the cache of this process does not have it."""
+    entry = open_entry(cache_root(config.cache_dir) / key, is_checked=True)
+    if entry is None:
+        return None
+    source, named = open_data(config, for_evaluation=for_evaluation), _named(config, for_evaluation=for_evaluation)
+    chat_template = None
+    if config.chat_template is not None:
+        tokenizer = load_with_template(config, model_path, trust_remote_code=trust_remote_code)
+        chat_template = tokenizer.chat_template
+    return TokenizedSource(source, _format_of(source, named, config), entry, named, chat_template)
 
 
 def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int | None) -> TokenizedData:
