@@ -5,7 +5,6 @@ operators as the package does, so a call is bound to the same schema. On the met
 package's shapes.
 """
 
-
 import torch
 
 VERSION = "2.8.3"

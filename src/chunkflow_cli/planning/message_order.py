@@ -9,7 +9,7 @@ message. Then the others can deliver whatever a stage waits for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from chunkflow_cli.planning.schedule import Op, OpKind, Schedule
 
@@ -50,41 +50,34 @@ def receives_of(schedules: Sequence[Schedule], stage: int) -> tuple[tuple[Receiv
     return tuple(posted)
 
 
-@dataclass
 class _Neighbour:
     """What has been exchanged with a neighbour so far."""
 
-    own: Schedule
-    neighbour: Schedule
-    onward: bool
-    _needs: list[tuple[int, int]] = field(init=False)
-    """Chunk of each message that comes, and how many messages must have gone before the neighbour can send it."""
-    _place: dict[int, int] = field(init=False)
-    """Chunk -> number of messages that have come when the one about it has."""
-    _needed: int = 0
-    _posted: int = 0
-    _sent: int = 0
-
-    def __post_init__(self) -> None:
-        self._comes, self._goes = (SENDS_ON, SENDS_BACK) if self.onward else (SENDS_BACK, SENDS_ON)
-        sent = {chunk: number for number, chunk in enumerate(_chunks(self.own, self._goes), start=1)}
-        self._needs, goes_before = [], 0
-        for op in self.neighbour.ops:
+    def __init__(self, own: Schedule, neighbour: Schedule, *, onward: bool) -> None:
+        self._onward = onward
+        self._comes, self._goes = (SENDS_ON, SENDS_BACK) if onward else (SENDS_BACK, SENDS_ON)
+        going = [chunk for op in own.ops if op.kind in self._goes for chunk in op.chunks]
+        number = {chunk: index for index, chunk in enumerate(going, start=1)}
+        self._coming: list[tuple[int, int]] = []
+        """Chunk of each message that comes, and how many must have gone before the neighbour can send it."""
+        gone_before = 0
+        for op in neighbour.ops:
             if op.kind in self._goes:
-                goes_before = max(goes_before, *(sent[chunk] for chunk in op.chunks))
+                gone_before = max(gone_before, *(number[chunk] for chunk in op.chunks))
             if op.kind in self._comes:
-                self._needs += [(chunk, goes_before) for chunk in op.chunks]
-        self._place = {chunk: number for number, (chunk, _) in enumerate(self._needs, start=1)}
+                self._coming += [(chunk, gone_before) for chunk in op.chunks]
+        self._place = {chunk: index for index, (chunk, _) in enumerate(self._coming, start=1)}
+        self._needed = self._posted = self._sent = 0  # messages, from the first on
 
     def before(self, op: Op) -> list[Receive]:
         """Return what to post before an operation, the receives that it waits for included."""
         if op.kind in self._comes:
             self._needed = max(self._needed, *(self._place[chunk] for chunk in op.chunks))
         receives = []
-        for chunk, goes_before in self._needs[self._posted : self._needed + POSTED_AHEAD]:
-            if goes_before > self._sent:
+        for chunk, gone_before in self._coming[self._posted : self._needed + POSTED_AHEAD]:
+            if gone_before > self._sent:
                 break
-            receives.append(Receive(chunk, self.onward))
+            receives.append(Receive(chunk, self._onward))
         self._posted += len(receives)
         assert self._posted >= self._needed, f"{op} waits for a message that cannot come"
         return receives
@@ -93,7 +86,3 @@ class _Neighbour:
         """Note that an operation has sent its result."""
         if op.kind in self._goes:
             self._sent += len(op.chunks)
-
-
-def _chunks(schedule: Schedule, kinds: tuple[OpKind, ...]) -> list[int]:
-    return [chunk for op in schedule.ops if op.kind in kinds for chunk in op.chunks]
