@@ -102,6 +102,7 @@ def join_processes(device: torch.device, topology: Topology) -> Processes:
 
 def init_process_group(device: torch.device) -> None:
     """Join the process group that the launcher's environment variables describe; without a launcher, one of its own."""
+    internals.make_all_groups_wait(PATIENCE)
     if torch.distributed.is_initialized():
         return
     if environment.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -110,6 +111,8 @@ def init_process_group(device: torch.device) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     elif (folder := environment.worker_folder()) is not None:
         meet(WatchFolder(folder))
+    # NCCL would warn that messages of one group wait for each other; those of `Links` have a group each.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     deepspeed = import_deepspeed()
     with quiet():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)

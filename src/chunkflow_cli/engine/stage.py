@@ -106,6 +106,11 @@ class PipelineEngine(BaseEngine):
                 parameter.grad += gradient
         self._keep_gradients()
 
+    def share_from_last(self, tensor: Tensor) -> None:
+        """Overwrite the tensor of every stage with that of the last one."""
+        last = self._leaders[-1] + own_rank() % self._leaders[1]
+        distributed.broadcast(tensor, last, group=self._pipeline_group)
+
     def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
         hf_names = {id(parameter): self._hf_names[own] for own, parameter in self.module.named_parameters()}
         weights = {
