@@ -39,7 +39,7 @@ def make_all_groups_wait(patience: timedelta) -> None:
     10 minutes (NCCL) or 30 (gloo).
     """
     distributed_c10d.default_pg_timeout = patience
-    distributed_c10d.default_pg_nccl_timeout = patience
+    distributed_c10d.default_pg_nccl_timeout = patience  # type: ignore[attr-defined]
 
 
 # Backward
