@@ -64,6 +64,8 @@ TEMPLATES = {
         "{% if loop.last and not add_generation_prompt %}«{{ m.content }}</s>»{% else %}«{{ m.content }}<|im_end|>»{% endif %}", "{{ m.content }}<|im_end|>"),
     "instructs late": turns(
         PLAIN, "{% if loop.index0 == ns.last %}[RULES]Be brief.[/RULES]{% endif %}{{ m.content }}<|im_end|>\n", LAST_QUESTION),
+    "adds to some": turns("{% if loop.last and 'b' in m.content %}«{{ m.content }}<|im_end|>MORE»{% else %}"
+                          "«{{ m.content }}<|im_end|>»{% endif %}", "{{ m.content }}<|im_end|>"),
     "says it twice": turns("«{{ m.content }}<|im_end|>»\n", after=PROMPT + "{{ messages[1].content }}"),
     "backwards": turns(PLAIN).replace("in messages %}<", "in messages | reverse %}<"),
     "names no header": "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
