@@ -223,7 +223,7 @@ def _grid(cells: list[str], columns: int) -> list[str]:
 def _reason(outcome: dict[str, Any]) -> str:
     """Return a reason without what differs between models: the name of a class, the value of a setting."""
     reason = outcome["why"].partition(": it cannot be trained")[0].partition(", and chunks do not")[0]
-    reason = re.sub(r"^[A-Z]\w*(?= (computes|uses))", "it", reason)
+    reason = re.sub(r"^[A-Z]\w*(?= (computes|uses|keeps))", "it", reason)
     reason = re.sub(r"\(\w+=\S+ in config\.json; ", "(", reason)
     return (reason if outcome["result"] == "refused" else f"{outcome['result']}: {reason}").replace("|", "\\|")
 
@@ -255,6 +255,7 @@ def main() -> None:
         raise SystemExit(f"no causal language models of transformers {transformers.__version__}: {', '.join(unknown)}")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     settle_vector_math()
     outcomes = _checked(args.names or CAUSAL, args.seconds, args.memory_gib)

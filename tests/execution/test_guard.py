@@ -175,7 +175,7 @@ def test_a_model_that_hands_no_keywords_on() -> None:
 
 def test_a_copy_that_cannot_be_built(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It says nothing about chunks: the model itself may train well."""
-    monkeypatch.setattr(small_copy, "_new_model", _raising(ValueError("width must be a multiple of 7\nsecond line")))
+    _fail_to_build(monkeypatch, ValueError("width must be a multiple of 7\nsecond line"))
     with pytest.raises(UsageError) as caught:
         guarded(tiny_config("llama"))
     assert str(caught.value).splitlines() == [
@@ -194,14 +194,13 @@ def test_a_copy_that_would_be_large(tiny_config: Callable[..., Any], monkeypatch
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you ...")])
 def test_out_of_memory(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    monkeypatch.setattr(small_copy, "_new_model", _raising(error))
+    _fail_to_build(monkeypatch, error)
     with pytest.raises(RunError, match=r"^out of memory: (.|\n)*small copy(.|\n)*train\.guard=false"):
         guarded(tiny_config("llama"))
 
 
 def test_a_missing_package(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = ModuleNotFoundError("No module named 'xlstm'", name="xlstm")
-    monkeypatch.setattr(small_copy, "_new_model", _raising(missing))
+    _fail_to_build(monkeypatch, ModuleNotFoundError("No module named 'xlstm'", name="xlstm"))
     with pytest.raises(UsageError, match=r"need a package that is not installed\n  pip install xlstm$"):
         guarded(tiny_config("llama"))
 
@@ -214,6 +213,11 @@ def test_a_missing_package(tiny_config: Callable[..., Any], monkeypatch: pytest.
 def test_reasons(model_type: str, reason: str) -> None:
     with pytest.raises(UsageError, match=f"^models of type '{model_type}' cannot be trained in chunks\n  .*{reason}"):
         guarded(AutoConfig.for_model(model_type))
+
+
+def _fail_to_build(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(small_copy, "empty_model", _raising(error))
+    monkeypatch.setattr(small_copy, "random_model", _raising(error))
 
 
 def _raising(error: Exception) -> Callable[..., Any]:
