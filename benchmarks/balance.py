@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.balance import balance, rank_loads, share_out
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
@@ -47,8 +48,9 @@ def qwen_shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads
     biases_and_norms = layers * (head_dim * (heads + 2 * kv_heads) + 2 * hidden) + hidden
     parameters = products + vocabulary * hidden + biases_and_norms
     return ModelShape(
-        layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, products, parameters, parameters
-    )
+        layers, hidden, intermediate, (AttentionLayers(layers, heads, kv_heads, head_dim, head_dim),), vocabulary,
+        products, parameters, parameters,
+    )  # fmt: skip
 
 
 MODELS = {
@@ -61,7 +63,7 @@ MODELS = {
 
 def groups_of(shape: ModelShape) -> list[int]:
     """Sizes that the model's heads can be divided among."""
-    return [size for size in GROUPS if shape.attention_heads % size == 0]
+    return [size for size in GROUPS if shape.attention[0].heads % size == 0]
 
 
 def lengths_of(batch: int, longest: int) -> NDArray[np.int64]:

@@ -232,7 +232,7 @@ def ours(
             costs = CostModel.profile(shape, H100, checkpointed=checkpointing == "full")
             for stages in STAGES:
                 for group in GROUPS:
-                    if gpus % (stages * group) or shape.attention_heads % group or shape.layers < stages:
+                    if gpus % (stages * group) or shape.attention[0].heads % group or shape.layers < stages:
                         continue
                     if group > 1 and stages > 1 and not both:
                         continue

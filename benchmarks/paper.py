@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
 from chunkflow_cli.planning.memory_parts import state_bytes
@@ -31,7 +32,7 @@ from common import emit, say
 K = 1024
 TENSOR_PARALLEL, STAGES = 4, 4
 QWEN_7B = ModelShape(
-    layers=28, hidden_size=3584, intermediate_size=18944, attention_heads=28, kv_heads=4, head_dim=128,
+    layers=28, hidden_size=3584, intermediate_size=18944, attention=(AttentionLayers(28, 28, 4, 128, 128),),
     vocab_size=152_064, matmul_parameters=7_070_000_000, parameters=7_615_616_512, trainable_parameters=7_615_616_512,
 )  # fmt: skip
 NVLINK_BYTES_PER_SECOND = 200e9

@@ -49,7 +49,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ChunkflowError):
         return str(error)
     text = str(error).strip().splitlines()
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
             f"out of memory. {text[0] if text else ''}\n"
             "  memory follows chunk.size x chunk.k: lower them, or set model.activation_checkpointing=full"
@@ -63,11 +63,13 @@ def describe(error: BaseException) -> str:
 def is_unexpected(error: BaseException) -> bool:
     """Return whether you need the traceback to understand an error."""
     is_told = isinstance(error, (ChunkflowError, KeyboardInterrupt)) or _is_refused_by_file_system(error)
-    return not is_told and not _is_out_of_memory(error)
+    return not is_told and not is_out_of_memory(error)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out; torch says it on the CPU in a plain RuntimeError."""
+    is_torch_on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or is_torch_on_cpu
 
 
 def _is_refused_by_file_system(error: BaseException) -> bool:

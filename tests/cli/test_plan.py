@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.cells import cell_len
+from rich.console import Console
 from transformers import AutoConfig
 
 from chunkflow_cli.cli import plan
@@ -22,6 +24,8 @@ from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import StepBatch, StepResult
+from chunkflow_cli.planning.costs import DeviceProfile
+from chunkflow_cli.planning.memory_parts import MemoryParts
 from chunkflow_cli.planning.schedule import OpKind, Schedule
 from chunkflow_cli.planning.schedule_proof import validate
 from chunkflow_cli.planning.topology import Place, Topology
@@ -347,6 +351,37 @@ def test_lora_is_planned_without_weights_too(qwen7b: Path, tmp_path: Path) -> No
     assert made.memory is not None
     assert made.memory.optimizer == adapters * 12
     assert made.memory.weights == 2 * (7_615_616_512 + adapters)
+
+
+def test_a_hybrid_model_is_planned_by_its_own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: one of four layers has keys and values, two heads of 32; three hand on states of four heads of 16 x 16.
+
+    Chunks of 100 tokens do not suit scans in blocks of 64, and small chunks leave many states.
+    """
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32,
+        "num_key_value_heads": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "vocab_size": 96,
+    }  # fmt: skip
+    AutoConfig.for_model("qwen3_5_text", **sizes).save_pretrained(tmp_path / "model")
+    path = write_ids(tmp_path / "a.jsonl", [1000, 50, 20])
+    words = (f"model.path={tmp_path / 'model'}", "model.init=random", f"data.path={path}", "data.format=tokens",
+             f"data.cache_dir={tmp_path}", "train.global_batch_size=3", "chunk.size=100")  # fmt: skip
+    shown = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr(plan, "stdout_console", lambda: shown)
+    result = plan.run(load(words), step=1)
+    edge = 3 * (3 * (2 * 2 * 16 + 4 * 16) * 2 + 4 * 16 * 16 * 4)
+    keys_and_values = 2 * 2 * 32 * (2 + 4)
+    assert result["recurrent"] == {"edge_bytes": edge, "equal_tokens": round(edge / keys_and_values), "block": 64}
+    assert result["state_bytes_longest"] == result["memory"]["state_bytes"] == 9 * (100 * keys_and_values + edge)
+    text = " ".join(shown.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "recurrent layers keep 14.2 KiB behind each chunk of a long sample, as much as attention keeps of 19" in text
+    assert "blocks of 64 tokens, so take a multiple as chunk.size" in text
+    state_alone, device = MemoryParts(0, 0, 0, 0, 0, 10, 0), DeviceProfile("small", 1.0, memory_bytes=5)
+    remedies = [plan.what_does_not_fit(state_alone, device, is_recurrent=recurrent) for recurrent in (False, True)]
+    assert ["a larger chunk.size leaves fewer recurrent states" in str(remedy) for remedy in remedies] == [False, True]
+    small = plan.run(load((*words, "chunk.size=64")), step=1, json_output=True)
+    assert small["state_bytes_longest"] == 15 * (64 * keys_and_values + edge)
 
 
 def test_rows_of_ids_need_no_model(tmp_path: Path) -> None:

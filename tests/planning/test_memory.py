@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
@@ -25,12 +26,13 @@ from chunkflow_cli.planning.memory_parts import (
 )
 from chunkflow_cli.planning.peak_memory import activations_and_state, memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 SHAPE = ModelShape(
-    layers=3, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=50,
+    layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
     matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
 )  # fmt: skip
 
@@ -40,9 +42,20 @@ SHAPE = ModelShape(
 
 def test_the_256k_tokens_of_the_design() -> None:
     """A 7B model with 4 KV heads of 128 in 28 layers: 56 KiB per token in bfloat16, 14 GiB, and 28 GiB of gradients."""
-    shape = dataclasses.replace(SHAPE, layers=28, kv_heads=4, head_dim=128)
+    shape = dataclasses.replace(SHAPE, layers=28, attention=(AttentionLayers(28, 28, 4, 128, 128),))
     assert shape.state_elements_per_token * 2 == 56 * 1024
     assert state_bytes(shape, 2**18 + 1, 4096, 2) == 42 * 2**30
+
+
+def test_an_edge_of_recurrent_layers_is_kept_behind_each_chunk_but_the_last() -> None:
+    """It is as large behind 64 tokens as behind 4096, and keys and values are those of the attention layers alone."""
+    shape = dataclasses.replace(
+        SHAPE, layers=24, attention=(AttentionLayers(6, 8, 2, 256, 256),), recurrent=RecurrentLayers(edge_bytes=10**6)
+    )
+    keys_and_values = 6 * 2 * 2 * 256 * (2 + 4)
+    assert state_bytes(shape, 4096, 64, 2) == (4096 - 64) * keys_and_values + 63 * 10**6
+    assert state_bytes(shape, 4097, 4096, 2) == 4096 * keys_and_values + 10**6
+    assert state_bytes(shape, 64, 64, 2) == 0
 
 
 # Memory by part
@@ -124,9 +137,10 @@ def test_tokens_of_a_whole_run_are_those_of_its_schedules(
         for op in rank.schedule.ops:
             live += {"S": 0, "F": 1, "R": 1, "B": -1}[op.kind.value] * int(tokens[op.chunks[0]])
             most = max(most, live)
-    live_most, stored = activations_and_state(run, is_planned_whole=True)
+    live_most, stored, edges, _, _ = activations_and_state(run, is_planned_whole=True)
     assert live_most.max() == most
     assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
+    assert edges.max() == (max(lengths) - 1) // chunk_size
     assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
 
 
@@ -140,35 +154,50 @@ def test_live_tokens_by_hand() -> None:
     assert live_tokens(lengths, 10, 8, 99, fill_tails=True).tolist() == [30, 10, 10]
 
 
+HYBRID = dataclasses.replace(SHAPE, recurrent=RecurrentLayers(edge_bytes=700, activation_bytes_per_token=30))
+
+
 def fullest(lengths: list[int], **options: Any) -> MemoryParts:
     """Return the memory of a run without a pipeline that plans these samples in one step, in chunks of 16."""
     sizes = np.array(lengths)
-    costs = dataclasses.replace(CostModel.proportional(), shape=SHAPE)
+    costs = dataclasses.replace(CostModel.proportional(), shape=HYBRID)
     settings = {"chunk_size": 16, "k": 1, "costs": costs, **options}
     run = RunPlan(GlobalBatches(len(sizes), len(sizes), 0, False), 1, sizes, sizes, **settings)
-    return memory_of_fullest(SHAPE, BASE, run, [])
+    return memory_of_fullest(HYBRID, BASE, run, [])
+
+
+EQUAL_TIME = {"costs": dataclasses.replace(CostModel.profile(SHAPE, DEVICES["h100"], checkpointed=False), shape=HYBRID)}
 
 
 @pytest.mark.parametrize(
-    ("lengths", "options", "live", "stored"),
+    ("lengths", "options", "live", "stored", "edges"),
     [
-        ([40], {"k": 2}, 16 + 8, 32),
-        ([40, 9], {"k": 2}, 16 + 16, 32),  # the tail of the long one has room for the short one
-        ([40, 9], {"k": 2, "fill_tails": False}, 16 + 8, 32),
-        ([9], {"k": 50}, 9, 0),
-        ([9, 5, 2], {"k": 2}, 16, 0),  # short ones share a chunk, so the longest is not the most
-        ([40], {"k": 50}, 40, 32),
-        ([40], {"equal_time": True}, 16, 40),  # the last piece is the smallest: nearly all tokens are stored
-        # Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks; each rank has one head of state.
-        ([40], {"k": 2, "ranks": 2, "sequence": 2}, 20, 16),
-        ([40], {"k": 2, "ranks": 4, "sequence": 4}, 10, 0),
-        ([40, 20], {"ranks": 2, "sequence": 2}, 16, 16),  # a rank alone runs 20 tokens in two chunks
+        ([40], {"k": 2}, 16 + 8, 32, 2),
+        ([40, 9], {"k": 2}, 16 + 16, 32, 2),  # the tail of the long one has room for the short one
+        ([40, 9], {"k": 2, "fill_tails": False}, 16 + 8, 32, 2),
+        ([9], {"k": 50}, 9, 0, 0),
+        ([9, 5, 2], {"k": 2}, 16, 0, 0),  # short ones share a chunk, so the longest is not the most
+        ([40], {"k": 50}, 40, 32, 2),
+        # The last piece is the smallest: nearly all tokens are stored.
+        ([40], {"equal_time": True}, 16, 40, 2),
+        # A pair costs 0.04 tokens here: 160 + 0.04 x 160^2 / 2 is 31.8 times 16 + 0.04 x 16^2 / 2, so 32 pieces.
+        ([160], {"equal_time": True, **EQUAL_TIME}, 16, 160, 31),
+        # Two ranks hold 16 tokens each of a chunk of 32, so 40 tokens are two chunks. Each rank has one head of state,
+        # and all edges.
+        ([40], {"k": 2, "ranks": 2, "sequence": 2}, 20, 16, 1),
+        ([40], {"k": 2, "ranks": 4, "sequence": 4}, 10, 0, 0),
+        ([40, 20], {"ranks": 2, "sequence": 2}, 16, 16, 1),  # a rank alone runs 20 tokens in two chunks
     ],
 )  # fmt: skip
 def test_memory_of_the_fullest_rank_by_hand(
-    lengths: list[int], options: dict[str, Any], live: int, stored: int
+    lengths: list[int], options: dict[str, Any], live: int, stored: int, edges: int
 ) -> None:
-    assert fullest(lengths, **options) == memory_parts(SHAPE, BASE, live=live, stored=stored)
+    """Each rank of a group runs the recurrent layers for the tokens of all ranks."""
+    found, sharers = fullest(lengths, **options), options.get("sequence", 1)
+    assert found == memory_parts(HYBRID, BASE, live=live, stored=stored, edges=edges, sharers=sharers)
+    dense = memory_parts(SHAPE, BASE, live=live, stored=stored)
+    assert found.state == dense.state + 700 * edges
+    assert found.activations == dense.activations + (sharers - 1) * live * 30
 
 
 @given(
@@ -183,15 +212,16 @@ def test_no_planned_step_exceeds_the_predicted_memory(
 ) -> None:
     """A run that is predicted to fit must fit in each of its steps, on each rank: replayed operation by operation."""
     sizes = np.array(lengths)
-    costs = CostModel.profile(SHAPE, DEVICES["h100"], checkpointed=False)
+    costs = CostModel.profile(HYBRID, DEVICES["h100"], checkpointed=False)
     ranks, sequence = groups
     run = RunPlan(
         GlobalBatches(len(sizes), batch, 0, True), -(-len(sizes) // batch), sizes, sizes, chunk_size=16, k=k,
         costs=costs, ranks=ranks, sequence=sequence, **options,
     )  # fmt: skip
-    limit = memory_of_fullest(SHAPE, BASE, run, [])
+    limit = memory_of_fullest(HYBRID, BASE, run, [])
     for step in run:
         for rank in step.ranks:
+            edges = {chunk: chunk - group.start for group in rank.chunks.dependent_groups() for chunk in group}
             live: dict[int, float] = {}
             for op in rank.schedule.ops:
                 for chunk in op.real_chunks:
@@ -201,7 +231,7 @@ def test_no_planned_step_exceeds_the_predicted_memory(
                     elif op.kind.value == "B":
                         del live[chunk]
                     stored = rank.chunks[chunk].segments[0].start / (min(sequence, SHAPE.kv_heads) if spread else 1)
-                    held = memory_parts(SHAPE, BASE, live=sum(live.values()), stored=stored)
+                    held = memory_parts(HYBRID, BASE, live=sum(live.values()), stored=stored, edges=edges.get(chunk, 0))
                     assert held.device_total <= limit.device_total
 
 
@@ -212,8 +242,8 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     and 1 with their float32 gradients, and on the second stage the hidden states that came in for both.
     """
     shape = ModelShape(
-        layers=2, hidden_size=8, intermediate_size=16, attention_heads=2, kv_heads=1, head_dim=4, vocab_size=32,
-        matmul_parameters=1000, parameters=2000, trainable_parameters=2000,
+        layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 2, 1, 4, 4),), vocab_size=32,
+        matmul_parameters=1000, parameters=2000, trainable_parameters=2000, recurrent=RecurrentLayers(edge_bytes=60),
     )  # fmt: skip
     lengths = np.array([10])
     run = RunPlan(GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=4, k=1, pipeline=PipelineLayout(2))
@@ -224,15 +254,41 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     parts = memory_of_fullest(shape, settings, run, [SimulatedStep(run, run[0])])
     a_token = kept_bytes_per_token(shape, 2, "none")
     assert parts.activations == 4 * a_token / 2
-    assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2
+    assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2 + 2 * 60 / 2, "half of two edges"
     assert parts.weights == 1000 * 2, "half of the layers, and the embedding or the head"
     assert parts.optimizer == 1000 * 4 * 3
+
+
+def test_a_checkpointed_layer_runs_again_for_the_tokens_of_all_ranks() -> None:
+    """By hand: the largest layer keeps 500 bytes a token, and is taken to be recurrent."""
+    shape = dataclasses.replace(HYBRID, layer_activation_bytes=300, largest_layer_activation_bytes=500)
+    settings = dataclasses.replace(BASE, checkpointing="full")
+    assert memory_parts(shape, settings, live=32).activations == 32 * 3 * 16 + 16 * 500
+    assert memory_parts(shape, settings, live=32, sharers=4).activations == 32 * 3 * 16 + 4 * 16 * 500
+
+
+def test_merged_copies_of_experts_by_hand() -> None:
+    """Each of the two chunks with activations has those of all layers; the gradient of one layer's comes on top.
+
+    With checkpointing there are only those of the layer that runs again.
+    """
+    shape = dataclasses.replace(SHAPE, merged_bytes=3000)
+    without = memory_parts(SHAPE, BASE, live=32)
+    assert memory_parts(shape, BASE, live=32, chunks=2).activations == without.activations + 2 * 3000 + 1000
+    assert memory_parts(shape, BASE).activations == 0
+    full = dataclasses.replace(BASE, checkpointing="full")
+    without = memory_parts(SHAPE, full, live=32)
+    assert memory_parts(shape, full, live=32, chunks=2).activations == without.activations + 2 * 1000
+    sizes = np.array([100, 5])
+    run = RunPlan(GlobalBatches(2, 2, 0, False), 1, sizes, sizes, chunk_size=16, k=3)
+    assert activations_and_state(run, is_planned_whole=True)[4].max() == 3
+    assert activations_and_state(run, is_planned_whole=False)[4].tolist() == [1, 3]
 
 
 # Stages of a pipeline
 
 WIDE = ModelShape(
-    layers=5, hidden_size=8, intermediate_size=20, attention_heads=4, kv_heads=2, head_dim=2, vocab_size=500,
+    layers=5, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(5, 4, 2, 2, 2),), vocab_size=500,
     matmul_parameters=5000 + 4000, parameters=5000 + 2 * 4000, trainable_parameters=5000 + 2 * 4000,
 )  # fmt: skip
 FIRST, MIDDLE, LAST = StageLayers(0, 3, 0, 2), StageLayers(1, 3, 2, 4), StageLayers(2, 3, 4, 5)

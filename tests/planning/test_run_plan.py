@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
@@ -36,7 +37,7 @@ COSTS = CostModel(
 
 
 SHAPE = ModelShape(
-    layers=2, hidden_size=8, intermediate_size=16, attention_heads=4, kv_heads=1, head_dim=2, vocab_size=32,
+    layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 4, 1, 2, 2),), vocab_size=32,
     matmul_parameters=1000, parameters=2000, trainable_parameters=2000,
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost, chunk_targets
 from chunkflow_cli.planning.pipeline import PipelineLayout
@@ -164,7 +165,7 @@ def test_the_search_needs_no_torch() -> None:
 def test_the_last_stage_pays_for_the_head() -> None:
     """Equal shares for all stages would hide that a large vocabulary makes the last one the slowest."""
     shape = ModelShape(
-        layers=8, hidden_size=64, intermediate_size=128, attention_heads=4, kv_heads=4, head_dim=16, vocab_size=4000,
+        layers=8, hidden_size=64, intermediate_size=128, attention=(AttentionLayers(8, 4, 4, 16, 16),), vocab_size=4000,
         matmul_parameters=8 * 40_000 + 256_000, parameters=900_000, trainable_parameters=900_000,
     )  # fmt: skip
     costs = replace(CostModel.profile(shape, DEVICES["h100"], checkpointed=False), transfer_latency_seconds=0.0)

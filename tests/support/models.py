@@ -191,6 +191,25 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 8, "mamba_dt_rank": 4, "num_key_value_heads": 4, "head_dim": None,
         },
     ),
+    "qwen3_5, wide values, tied": (
+        "qwen3_5_text",
+        {
+            **_DELTA, "linear_num_key_heads": 4, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granitemoehybrid, one group, biases": (
+        "granitemoehybrid",
+        {
+            **_MAMBA2, "mamba_n_groups": 1, "mamba_proj_bias": True, "num_local_experts": 0,
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"], "shared_intermediate_size": 16,
+        },
+    ),
+    "falcon_h1, gated norm": (
+        "falcon_h1",
+        {**_MAMBA2, "mamba_d_ssm": 64, "num_hidden_layers": 2, "mamba_n_groups": 1, "mamba_rms_norm": True},
+    ),
+    "lfm2, width 3, biases": ("lfm2", {**_SHORT_CONVOLUTIONS, "conv_L_cache": 3, "conv_bias": True}),
 }  # fmt: skip
 """Architectures with recurrent layers; build them with `recurrent_model`."""
 
@@ -261,6 +280,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 4, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1,
             "attention_chunk_size": 10, "floor_scale": 8,
         },
+    ),
+    "ministral3, temperature": (
+        "ministral3",
+        {"rope_parameters": {**YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}},
     ),
     "afmoe, a view of the output": ("afmoe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip

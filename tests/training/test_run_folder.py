@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from chunkflow_cli.config.load import LoadedConfig, load
 from chunkflow_cli.config.schema import LogBackend
 from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.processes import environment
 from chunkflow_cli.training import metrics
@@ -457,7 +458,7 @@ def test_the_printed_command_is_the_one_that_goes_on(tmp_path: Path, monkeypatch
 
 
 def test_little_room_is_told_before_training() -> None:
-    shape = ModelShape(layers=1, hidden_size=1, intermediate_size=1, attention_heads=1, kv_heads=1, head_dim=1,
+    shape = ModelShape(layers=1, hidden_size=1, intermediate_size=1, attention=(AttentionLayers(1, 1, 1, 1, 1),),
                        vocab_size=1, matmul_parameters=1, is_head_tied=True, parameters=2**20,
                        trainable_parameters=2**20)  # fmt: skip
     config = loaded(None, "checkpoint.every=1", "checkpoint.keep=2").config  # float32, AdamW: final/ 4 MiB, 12 each

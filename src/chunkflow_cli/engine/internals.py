@@ -38,8 +38,8 @@ def make_all_groups_wait(patience: timedelta) -> None:
     DeepSpeed names none for the groups in which it sums gradients. torch would end a rank that waits in one of them for
     10 minutes (NCCL) or 30 (gloo).
     """
-    for default in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(distributed_c10d, default, patience)
+    distributed_c10d.default_pg_timeout = patience
+    distributed_c10d.default_pg_nccl_timeout = patience  # type: ignore[attr-defined]
 
 
 # Backward

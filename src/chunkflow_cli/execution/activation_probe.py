@@ -8,15 +8,28 @@ import torch
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
-from chunkflow_cli.model.shape import kept_for_backward
+from chunkflow_cli.model.shape import merged_bytes
+from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.chunks import build_chunks
 
 
 def activation_bytes_per_token(model: ChunkModel, sample: TokenizedSample) -> float:
     """Return the bytes per token that the layers keep for backward, from one forward of the sample as one chunk.
 
-    Head and loss are left out.
+    Head and loss are left out, and so are merged copies of adapted experts, which do not depend on the tokens: then a
+    second forward, of half of the sample, tells the two apart.
     """
+    tokens = len(sample.input_ids)
+    kept = _kept_bytes(model, sample)
+    if tokens == 1 or not merged_bytes(model):
+        return kept / tokens
+    half = tokens // 2
+    return (kept - _kept_bytes(model, TokenizedSample(sample.input_ids[:half], sample.targets[:half]))) / (
+        tokens - half
+    )
+
+
+def _kept_bytes(model: ChunkModel, sample: TokenizedSample) -> int:
     tokens, device = len(sample.input_ids), next(model.parameters()).device
     batch = StepBatch(build_chunks([tokens], tokens), [sample], np.ones(1))
     call = StepContext(RunnerSettings(device), batch).call(0)
@@ -25,7 +38,7 @@ def activation_bytes_per_token(model: ChunkModel, sample: TokenizedSample) -> fl
         hidden = model.hidden(call)
     total = sum(kept.values())
     del hidden
-    return total / tokens
+    return total
 
 
 def whole_sequence_bytes(

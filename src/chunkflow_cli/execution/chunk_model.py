@@ -16,6 +16,7 @@ from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attentio
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.forward_scope import ForwardScope
+from chunkflow_cli.model.language_part import decoder_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ChunkModel(nn.Module):
         self.causal_lm = causal_lm
         self.backend = backend
         base = base_model(causal_lm)
-        require_attention_interface(base)
+        require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base.config.get_text_config())
         self.recurrent_layers = prepare_recurrent_layers(base)
@@ -71,7 +72,7 @@ class ChunkModel(nn.Module):
         decoder = decoder_of(base_model(self.causal_lm))
         chunk = RunningChunk(context, is_evaluated=not state_pass and not torch.is_grad_enabled())
         with ForwardScope(chunk):
-            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False, chunk=context)
+            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -104,12 +105,6 @@ def base_model(causal_lm: nn.Module) -> Any:
     return causal_lm if unwrap is None else unwrap()
 
 
-def decoder_of(base: Any) -> Any:
-    """Return the model without its head."""
-    decoder = base.get_decoder()
-    return base.model if decoder is base else decoder  # llama4 returns itself
-
-
 def logit_transform(config: Any) -> LogitTransform:
     """Return the change that a Hugging Face model makes to its logits, read from its configuration.
 
@@ -122,6 +117,8 @@ def logit_transform(config: Any) -> LogitTransform:
         scale = float(config.logit_scale)
     if getattr(config, "lm_head_multiplier", None) is not None:  # falcon_h1 multiplies
         scale = float(config.lm_head_multiplier)
+    if getattr(config, "output_multiplier", None) is not None:  # muse_glimmer multiplies
+        scale = float(config.output_multiplier)
     softcap = getattr(config, "final_logit_softcapping", None)  # gemma2, gemma3
     if softcap is None:
         softcap = getattr(config, "logits_soft_cap", None)  # recurrent_gemma

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.attention import function as attention
@@ -23,13 +24,13 @@ from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
-from chunkflow_cli.planning.chunks import build_chunks
+from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
 """Largest relative error of the gradient that passes. Wrong attention shows as 1e-2 and more; the guard's settings
-lift even a missing soft cap to 5e-2."""
+lift even a missing soft cap to 1e-2."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Parity:
     """The parameter whose own gradient differs most, relative to its norm."""
     grad_max_rel_error: float
     tolerance: float
+    is_float64: bool = False
 
     @property
     def loss_rel_error(self) -> float:
@@ -105,22 +107,38 @@ def compare(
         tolerance: largest relative error that passes; by default that of the model's dtype.
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
     """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    with _arithmetic_of(dtype):
+        return _compare(
+            model, backend, sequences, TOLERANCES[dtype] if tolerance is None else tolerance, k, stages,
+            build_chunks(
+                [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
+            ),
+        )  # fmt: skip
+
+
+def _compare(
+    model: Any,
+    backend: Backend,
+    sequences: Sequence[TokenizedSample],
+    tolerance: float,
+    k: int,
+    stages: int,
+    chunks: Chunks,
+) -> Parity:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     dtype = next(iter(parameters.values())).dtype
     weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
 
     model.zero_grad(set_to_none=True)
-    with _implementation(model, whole_implementation(base_model(model))):
+    with use_implementation(model, whole_implementation(base_model(model))):
         loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
-    chunks = build_chunks(
-        [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
-    )
     batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
-    with _implementation(model, attention.NAME):
+    with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
         runner = Runner(DirectEngine(module), RunnerSettings(device, accumulation_dtype(dtype)))
         loss_chunked = runner.run((plan(chunks, k),), batch).loss
@@ -142,7 +160,8 @@ def compare(
         grad_rel_error=float(np.linalg.norm(list(errors.values()))) / total,
         grad_max_rel_error_parameter=worst,
         grad_max_rel_error=relative[worst],
-        tolerance=TOLERANCES[dtype] if tolerance is None else tolerance,
+        tolerance=tolerance,
+        is_float64=dtype is torch.float64,
     )
 
 
@@ -159,14 +178,17 @@ def whole_implementation(model: Any) -> str:
 
 def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
     """Switch a float64 model with experts to transformers' plain product: the grouped one has no float64."""
-    if dtype is torch.float64 and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
+    if dtype is not torch.float64:
+        return
+    for part in model.modules():  # the decoder of a multimodal model may have experts where the model's class has none
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")
 
 
 def remove_dropout(config: Any) -> None:
-    """Set every dropout rate of a configuration to zero, because under dropout no two forwards agree."""
-    for name in list(vars(config)):
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(config, name), float):
+    """Set every rate of dropout or noise of a configuration to zero, because under them no two forwards agree."""
+    for name, value in vars(config).copy().items():
+        if isinstance(value, float) and any(part in name for part in ("drop", "jitter", "router_noise")):
             setattr(config, name, 0.0)
 
 
@@ -186,8 +208,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def _implementation(model: Any, name: str) -> Iterator[None]:
-    """Run the model with this attention, then restore its own."""
+def use_implementation(model: Any, name: str) -> Iterator[None]:
+    """Run the model with this attention within the block, and with its own after it."""
     attention.register()
     base = base_model(model)
     before = base.config._attn_implementation
@@ -196,3 +218,45 @@ def _implementation(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(before)
+
+
+@contextmanager
+def _arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let a model compute in its own dtype within the block, if that is float32 or float64."""
+    with ExitStack() as stack:
+        if dtype is torch.float64:
+            stack.enter_context(float64_throughout())
+        if dtype in (torch.float32, torch.float64):
+            stack.enter_context(without_kernel_packages())
+        yield
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Let `torch.float32` and `Tensor.float` mean float64 within the block.
+
+    Norms, routers and the scans of recurrent layers compute in float32 whatever the model's dtype is.
+    """
+    before = torch.float32, torch.float, Tensor.float
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, Tensor.float = before  # type: ignore[misc, method-assign]
+
+
+@contextmanager
+def without_kernel_packages() -> Iterator[None]:
+    """Let transformers run recurrent layers by its own functions within the block, not by a package's kernels.
+
+    Kernels such as those of flash-linear-attention take no float32, let alone float64.
+    """
+    from transformers.integrations import hub_kernels
+
+    before = hub_kernels.is_torchdynamo_exporting  # an export takes transformers' own functions, too
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = before

@@ -70,13 +70,18 @@ class SequenceGroup:
         copies = key_value_copies(queries.shape[1], keys.shape[1], self.size)
         if copies > 1:
             keys, values = keys.repeat_interleave(copies, dim=1), values.repeat_interleave(copies, dim=1)
-        queries, keys, values = _Exchange.apply(self, True, queries, keys, values)
+        queries, keys, values = self.exchange(queries, keys, values, to_heads=True)
         return queries, keys, values
 
     def heads_to_tokens(self, out: Tensor) -> Tensor:
         """Undo `tokens_to_heads` for the output: return all heads of this rank's tokens."""
-        (exchanged,) = _Exchange.apply(self, False, out)
-        return exchanged  # type: ignore[no-any-return]
+        (exchanged,) = self.exchange(out, to_heads=False)
+        return exchanged
+
+    def exchange(self, *tensors: Tensor, to_heads: bool) -> tuple[Tensor, ...]:
+        """Exchange tokens for heads, or back, in one message per rank. The tensors have one dtype."""
+        exchanged: tuple[Tensor, ...] = _Exchange.apply(self, to_heads, *tensors)
+        return exchanged
 
 
 class _Exchange(torch.autograd.Function):

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, decoder_of
+from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model
 from chunkflow_cli.execution.split_backward import PutOff, put_off_products
+from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.planning.stage_cut import StageLayers
 
 
@@ -164,7 +165,8 @@ def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
     base = base_model(causal_lm)
     decoder = decoder_of(base)
     layers, norm = _layers_and_norm(base, decoder, stage.stages)
-    assert len(layers) == base.config.get_text_config().num_hidden_layers
+    if len(layers) != base.config.get_text_config().num_hidden_layers:  # longcat_flash counts two for each
+        raise _uncuttable(base, stage.stages, f"it has {len(layers)} layers, and its configuration counts others")
     if any("original_hidden_states" in inspect.signature(layer.forward).parameters for layer in layers):  # zamba2
         raise _uncuttable(base, stage.stages, "its layers read the embeddings, which only the first stage has")
     entry = None
@@ -210,13 +212,14 @@ def _uncuttable(base: nn.Module, stages: int, reason: str) -> UsageError:
     )
 
 
-def _replace(parent: nn.Module, module: nn.Module) -> None:
-    """Replace a direct child of a module by one that returns its input."""
-    for name, child in parent.named_children():
-        if child is module:
-            setattr(parent, name, nn.Identity())
-            return
-    raise AssertionError(f"{type(module).__name__} is not a direct child of {type(parent).__name__}")
+def _replace(whole: nn.Module, module: nn.Module) -> None:
+    """Replace a module within another one by one that returns its input."""
+    for parent in whole.modules():
+        for name, child in parent.named_children():
+            if child is module:
+                setattr(parent, name, nn.Identity())
+                return
+    raise AssertionError(f"there is no {type(module).__name__} in {type(whole).__name__}")
 
 
 def _tied_weight(causal_lm: nn.Module) -> nn.Parameter | None:

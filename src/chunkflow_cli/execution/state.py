@@ -36,7 +36,7 @@ class EdgeKey(NamedTuple):
     layer: str
     """Module name of the recurrent layer."""
     part: str
-    """For example "conv", for the last inputs of its convolution."""
+    """For example "conv0", for the last inputs of its first convolution."""
     position: int
     """Tokens of the sequence before the edge."""
 

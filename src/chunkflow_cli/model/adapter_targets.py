@@ -169,7 +169,9 @@ def _owned_parameters(model: Any) -> list[tuple[str, nn.Parameter, nn.Module]]:
 def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, (nn.Linear, Conv1D))
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward  # the router of llama4 returns a tuple, which peft cannot wrap
+    return isinstance(module, Conv1D)
 
 
 def _is_pattern(word: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from chunkflow_cli.model.adapter_targets import (
     in_any_layer,
     shortest,
 )
+from chunkflow_cli.model.language_part import is_language_part, left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -189,7 +191,8 @@ def _new_settings(model: Any, lora: LoraConfig) -> Any:
     from peft import TaskType
 
     targets = _as_peft_adapts(model, find_targets(model, lora))
-    parameter_names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    beside = left_out(model)
+    parameter_names = [name for name, _ in model.named_parameters(remove_duplicate=False)] + sorted(beside.tensors)
     if targets.parameters and lora.dropout > 0:
         raise UsageError(
             f"model.lora.dropout={lora.dropout:g}: the adapters of {', '.join(in_any_layer(targets.parameters))} are "
@@ -202,7 +205,10 @@ def _new_settings(model: Any, lora: LoraConfig) -> Any:
         lora_dropout=lora.dropout,
         target_modules=shortest(targets.modules, names),
         target_parameters=shortest(targets.parameters, parameter_names) or None,
-        task_type=TaskType.CAUSAL_LM,
+        # The towers of a multimodal model have layers of the same names.
+        exclude_modules=rf"(?:{'|'.join(map(re.escape, beside.parts))})(?:\..*)?" if beside.parts else None,
+        # Without a task, peft saves which class the names of the adapter fit, and loads the base as that one.
+        task_type=None if is_language_part(model) else TaskType.CAUSAL_LM,
     )
 
 
@@ -284,6 +290,7 @@ def adapter_card(config: ModelConfig, peft_model: Any) -> str:
     settings = peft_model.peft_config["default"]
     base = settings.base_model_name_or_path or config.path
     is_local = Path(base).is_absolute()
+    loader = "AutoPeftModelForCausalLM" if settings.task_type else "AutoPeftModel"
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- chunkflow"]
     lines += [] if is_local else [f"base_model: {base}"]
     extra, note = "", ""
@@ -300,8 +307,8 @@ def adapter_card(config: ModelConfig, peft_model: Any) -> str:
     return "\n".join(lines) + (
         f"\n---\n\n# LoRA adapter\n\nAn adapter for `{base}`, trained with chunkflow: rank {settings.r}, alpha "
         f"{settings.lora_alpha:g}.\n\n{targets}{note}\n"
-        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("FOLDER"{extra})\n```\n\n'
+        f"```python\nfrom peft import {loader}\n\n"
+        f'model = {loader}.from_pretrained("FOLDER"{extra})\n```\n\n'
         "`FOLDER` is the folder of this file. `chunkflow export RUN --merge` makes a whole model of it.\n"
     )
 

@@ -72,6 +72,19 @@ def check_weights(path: Path, named: str) -> None:
     """
     if path.is_file():
         return
+    files = weight_files(path, named)
+    _refuse_pointers(files, named)
+    for file in files:
+        if file.suffix == ".safetensors":
+            tensors_of(file, named)
+
+
+def weight_files(path: Path, named: str) -> list[Path]:
+    """Return the files that hold the weights of a model's folder.
+
+    Raises:
+        UsageError: there are none, or some of them are missing.
+    """
     named_in_config = _read_json(path / "config.json", named).get("transformers_weights")
     names = WEIGHTS if named_in_config is None else (str(named_in_config),)
     found = next((path / name for name in names if (path / name).exists()), None)
@@ -79,11 +92,7 @@ def check_weights(path: Path, named: str) -> None:
         ggufs = sorted(path.glob("*.gguf"))
         hint = f"name the GGUF file: model.path={ggufs[0]}" if ggufs else "download them, or set model.init=random"
         raise UsageError(f"{named} has no weights: neither {SINGLE} nor {INDEX} nor a {PICKLED}\n  {hint}")
-    shards = _shards(found, named) if found.name in (INDEX, PICKLED_INDEX) else [found]
-    _refuse_pointers(shards, named)
-    for shard in shards:
-        if shard.suffix == ".safetensors":
-            tensors_of(shard, named)
+    return _shards(found, named) if found.name in (INDEX, PICKLED_INDEX) else [found]
 
 
 def tensors_of(file: Path, named: str) -> dict[str, Any]:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+class NoLanguagePartError(ValueError):
+    """A multimodal model in which no decoder of text with a head was found."""
+
+
 def pretrained_arguments(path: str) -> tuple[str, dict[str, str]]:
     """Return the name and the keyword arguments that `from_pretrained` takes for a model id, a folder or a GGUF file.
 
@@ -107,7 +111,7 @@ def config_errors(config: ModelConfig) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError,
             StrictDataclassError) as error:  # fmt: skip
         raise unreadable(config, "config.json", error) from error
 
@@ -163,6 +167,8 @@ def unreadable(config: ModelConfig, what: str, error: Exception) -> UsageError:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, KeyError):
         reason = f"a key or a value is missing or unknown: {reason}"
+    if isinstance(error, NoLanguagePartError):
+        return UsageError(f"model.path={config.path}: {error}")
     if "Unrecognized configuration class" in reason:
         kind = type(error).__name__ if (found := re.search(r"'[\w.]*\.(\w+)'", reason)) is None else found[1]
         return UsageError(

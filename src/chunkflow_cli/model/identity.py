@@ -18,7 +18,7 @@ def model_files(config: ModelConfig) -> dict[str, str]:
 
     Of a model of the Hugging Face hub, these are the files in the local cache; without them, the result is empty.
     """
-    folder = _folder(config.path)
+    folder = local_folder(config.path)
     if folder is None:
         return {}
     if folder.is_file():
@@ -35,7 +35,8 @@ def changed_files(was: dict[str, str], now: dict[str, str]) -> list[str]:
     return [f"{name} was {before} and is {after}" for name, before, after in values if before != after]
 
 
-def _folder(path: str) -> Path | None:
+def local_folder(path: str) -> Path | None:
+    """Return the folder (or GGUF file) of a model on this machine; of the hub's, that in the local cache, or None."""
     local = Path(path).expanduser()
     if local.exists():
         return local

@@ -15,8 +15,13 @@ from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 from chunkflow_cli.model.folder import check_weights, listed
+from chunkflow_cli.model.heard_bars import HeardDownload
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
+from chunkflow_cli.model.identity import local_folder
+from chunkflow_cli.model.language_part import attention_of, language_class, left_out
+from chunkflow_cli.model.towers import Original, copyable_files, find_original
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
+from chunkflow_cli.processes.notices import warn_once
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,16 +38,15 @@ def load_model(
     Raises:
         UsageError: the weights cannot be found or read, or are not exactly those that the model needs.
     """
-    from transformers import AutoModelForCausalLM
-
     _quiet_peft()
     if config.init is Init.random:
         torch.manual_seed(seed)
         with config_errors(config):
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(hf_config), dtype=dtype, attn_implementation=attention,
-                trust_remote_code=config.trust_remote_code,
-            )  # fmt: skip
+            model = random_model(
+                hf_config, dtype=dtype, attention=attention, trust_remote_code=config.trust_remote_code
+            )
+        if parts := left_out(model).parts:
+            warn_once(f"model.init=random draws the language part alone: no weights of {listed(parts)} will be saved")
     else:
         torch.manual_seed(seed)  # of weights that are new
         model = _pretrained(config, hf_config, dtype=dtype, attention=attention)
@@ -51,6 +55,28 @@ def load_model(
             model.resize_token_embeddings(config.vocab_size)
     model.train()
     return model
+
+
+def random_model(
+    hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Return a model with random weights, in evaluation mode; of a multimodal one, the language part.
+
+    Args:
+        attention: the name of an implementation in transformers; None for its default.
+    """
+    from transformers import AutoModelForCausalLM
+
+    own_config = copy.deepcopy(hf_config)  # setting a model's attention changes its configuration
+    language = language_class(hf_config)
+    if language is not None:  # made without numbers first, as for loading, so the towers never take memory
+        return language.from_pretrained(
+            None, config=own_config, state_dict={}, dtype=dtype,
+            attn_implementation=attention_of(own_config, attention),
+        )  # fmt: skip
+    return AutoModelForCausalLM.from_config(
+        own_config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+    )
 
 
 def check_files(config: ModelConfig) -> None:
@@ -81,13 +107,18 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     from transformers import AutoModelForCausalLM
 
     check_files(config)
+    named = f"model.path={config.path}"
     name, extra = pretrained_arguments(config.path)
+    language = None if extra else language_class(hf_config)
+    if language is not None and Path(config.path).exists():
+        copyable_files(Path(config.path), named)
     with loading_report() as report:
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = (language or AutoModelForCausalLM).from_pretrained(
                 name, config=None if extra else _as_saved(config, hf_config), dtype=dtype,
-                attn_implementation=attention, trust_remote_code=config.trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True, **extra,
+                attn_implementation=attention if language is None else attention_of(hf_config, attention),
+                trust_remote_code=config.trust_remote_code, output_loading_info=True,
+                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra,
             )  # fmt: skip
         except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
                 EOFError) as error:  # fmt: skip
@@ -102,13 +133,30 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 f"model.path={config.path}: parts of {listed(groups)} are missing in its files, or have other shapes "
                 "than the rest\n  download the model again"
             ) from error
-    check_loaded(model, info, f"model.path={config.path}", new=config.new_weights)
+    check_loaded(model, info, named, new=config.new_weights)
+    if language is not None:
+        model.original = _find_original(model, config.path, named)
     if extra:
         # Loading has dequantized the weights: from here on, a float model is trained and saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def _find_original(model: Any, path: str, named: str) -> Original:
+    """Return where a multimodal model was loaded from: its own folder, or the cache of the hub.
+
+    Raises:
+        UsageError: it is in neither, so the parts that are not trained could not be saved.
+    """
+    folder = local_folder(path)
+    if folder is None:
+        raise UsageError(
+            f"{named}: its files are not in the cache of the Hugging Face hub, from which the parts of a multimodal "
+            "model that are not trained are copied\n  download the model to a folder, and set model.path to it"
+        )
+    return find_original(model, folder, named)
 
 
 def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedConfig:
@@ -124,14 +172,24 @@ def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedCon
 
 
 def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
-    """Return the model without adapters on torch's meta device: every module and shape, but no numbers."""
+    """Return the configured model without adapters on torch's meta device."""
+    _quiet_peft()
+    with config_errors(config):
+        return empty_model(
+            hf_config, dtype=getattr(torch, config.dtype.value), trust_remote_code=config.trust_remote_code
+        )
+
+
+def empty_model(hf_config: PretrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Return a model on torch's meta device: every module and shape, but no numbers."""
     from transformers import AutoModelForCausalLM
 
-    _quiet_peft()
     own_config = copy.deepcopy(hf_config)  # setting a model's attention changes its configuration
-    dtype, trusts = getattr(torch, config.dtype.value), config.trust_remote_code
-    with config_errors(config), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trusts)
+    language = language_class(hf_config)
+    with torch.device("meta"):
+        if language is not None:
+            return language._from_config(own_config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(own_config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def check_adapters(config: ModelConfig, hf_config: PretrainedConfig) -> AdapterSummary:

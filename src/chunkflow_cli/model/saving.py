@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
+from chunkflow_cli.model.heard_bars import bars_heard
+from chunkflow_cli.model.towers import copy_processor, copy_tensors, drop_old_template
+
+AUTO_CLASS = "AutoModelForCausalLM"
+FILE_SIZE = "5GB"
+"""Largest file of weights. Writing a file gives no sign of life, and 50 GB, the default, can take an hour."""
 OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """What transformers 4 calls settings of the rotary embedding in models that do not use the common names."""
+KINDS_OF_4 = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3"})
+"""Kinds of rotary embedding that transformers 4 has."""
 
 
 def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton: Any = None) -> None:
-    """Write the model into an existing folder.
+    """Write the model into an existing folder; of a multimodal model, the parts that were not trained, too.
 
     Args:
         model: the model, or the part of it that this pipeline stage holds.
@@ -23,22 +32,38 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
     # Written on its own: transformers refuses to save sampling settings without do_sample, which published models have.
     generation = getattr(model, "generation_config", None)
     whole.generation_config = None if generation is None else type(generation)()
-    whole.save_pretrained(str(folder), state_dict=weights)
+    with bars_heard():
+        whole.save_pretrained(str(folder), state_dict=weights, max_shard_size=FILE_SIZE)
     whole.generation_config = generation
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     _rewrite(folder / "config.json", lambda settings: config_for_both(settings, whole.config))
+    if (original := getattr(model, "original", None)) is not None:
+        copy_tensors(original, folder)
+        copy_processor(original, folder)
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Write a tokenizer into an existing folder."""
     tokenizer.save_pretrained(str(folder))
+    drop_old_template(folder)
     given = {
         name: tokenizer.init_kwargs[name]
         for name in ("add_bos_token", "add_eos_token")
         if name in tokenizer.init_kwargs
     }
     _rewrite(folder / "tokenizer_config.json", lambda settings: tokenizer_for_both(settings) | given)
+
+
+def loader_of(folder: Path) -> tuple[str, str]:
+    """Return the package and its class that load a saved model or adapter: of a multimodal model, the model's own."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        has_task = read_adapter_config(folder).get("task_type")
+        return "peft", "AutoPeftModelForCausalLM" if has_task else "AutoPeftModel"
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}  # a finished run's may be gone
+    architectures = settings.get("architectures")
+    return "transformers", str(architectures[0]) if architectures and "text_config" in settings else AUTO_CLASS
 
 
 def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
@@ -59,15 +84,15 @@ def config_for_both(settings: dict[str, Any], config: Any) -> dict[str, Any]:
             both[name] = settings[now]
     rope = settings.get("rope_parameters") or {}
     full = rope.get("full_attention", rope)
-    if not isinstance(full, dict) or "rope_theta" not in full:
-        return both
+    if not isinstance(full, dict) or "rope_theta" not in full or full.get("rope_type", "default") not in KINDS_OF_4:
+        return both  # version 4 has no such model
     names = OTHER_NAMES.get(str(settings.get("model_type")), {})
     rest = dict(full)
     for key in ("rope_theta", "partial_rotary_factor"):
         value = rest.pop(key, None)
         if value is not None:
             both[names.get(key, key)] = value
-    if rest.get("rope_type", "default") != "default":
+    if rest.get("rope_type", "default") != "default" or "mrope_section" in rest:
         both["rope_scaling"] = rest
     local = rope.get("sliding_attention") or {}
     if "rope_theta" in local and str(settings.get("model_type")).startswith("gemma3"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,124 +12,83 @@ from torch import nn
 
 from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.loading import on_meta_device
+from chunkflow_cli.model.shape_probe import probe
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.costs import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def shape_without_weights(config: ModelConfig, hf_config: PretrainedConfig) -> ModelShape:
-    """Return the sizes of a model that is not loaded, adapters included if they are configured."""
+def shape_without_weights(
+    config: ModelConfig, hf_config: PretrainedConfig, kernels: frozenset[str] = frozenset()
+) -> ModelShape:
+    """Return the sizes of a model that is not loaded, adapters included if they are configured.
+
+    Args:
+        kernels: as in `model_shape`.
+    """
     model = on_meta_device(config, hf_config)
+    shape = model_shape(model, kernels)
+    if not config.lora.enabled:
+        return shape
     with torch.device("meta"):
-        shape = replace(model_shape(model), layer_activation_bytes=layer_activation_bytes(model))
-        if not config.lora.enabled:
-            return shape
         return with_adapters(shape, add_lora(model, config.lora))
 
 
-PROBE_TOKENS = 128
-"""Length of the forward that counts activations. Except for a few small tables, bytes per token do not depend on it."""
-PROBE_ATTENTION = "chunkflow_shape"
-"""Name under which transformers knows `_shape_attention`."""
-
-
-@contextmanager
-def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Count what autograd saves within the block: each storage once -> its bytes, without the weights of the model.
-
-    Keep the block's results alive until you have read the counts, so that no two storages share an address.
-    """
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
-def layer_activation_bytes(model: Any) -> float | None:
-    """Return the bytes per token that a layer keeps for backward, counted in a forward of a model on the meta device.
-
-    Attention keeps what a fused kernel keeps: queries, keys, values, output, and a float32 log-sum-exp per head and
-    token.
-
-    Returns:
-        The mean over the layers, in the model's dtype. None if a forward needs numbers, as experts that are chosen by
-        them do; `planning.memory_parts` then takes a formula.
-    """
-    from transformers import AttentionInterface
-
-    # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
-    AttentionInterface.register(PROBE_ATTENTION, _shape_attention)
-    model.set_attn_implementation(PROBE_ATTENTION)
-    model.train()
-    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
-    positions = torch.arange(PROBE_TOKENS, device="meta")[None]
-    try:
-        with kept_for_backward(model) as kept:
-            hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-    except (NotImplementedError, RuntimeError, TypeError):
-        return None
-    total = sum(kept.values())
-    del hidden
-    return total / PROBE_TOKENS / int(model.config.get_text_config().num_hidden_layers)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """A fused attention kernel without numbers: it reads, writes and keeps tensors of the right shapes."""
-
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
-        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        raise AssertionError("a model on the meta device has no gradient")
-
-
-def _shape_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, None]:
-    output: torch.Tensor = _FusedAttention.apply(query, key, value)
-    return output.transpose(1, 2), None  # (batch, tokens, heads, head_dim), as transformers wants it
-
-
-def model_shape(model: Any) -> ModelShape:
+def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape:
     """Return the sizes of a Hugging Face causal LM without adapters, on any device, the meta device included.
 
-    `layer_activation_bytes` is left out.
+    Args:
+        kernels: packages whose kernels run the recurrent layers, as `scan_shapes.installed_kernels` returns them.
     """
     config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    parameters = int(model.num_parameters())
-    window, windowed = _windows(config)
-    head = model.get_output_embeddings()
-    return ModelShape(
-        layers=int(config.num_hidden_layers),
+    layers, parameters, head = int(config.num_hidden_layers), int(model.num_parameters()), model.get_output_embeddings()
+    shape = ModelShape(
+        layers=layers,
         hidden_size=int(config.hidden_size),
         intermediate_size=_active_intermediate_size(config),
-        attention_heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(head_dim),
+        attention=(),
         vocab_size=int(config.vocab_size),
         matmul_parameters=_active_matmul_parameters(model, config),
         parameters=parameters,
         trainable_parameters=parameters,
-        window=window,
-        windowed_layers=windowed,
         is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
+    probed = probe(_on_meta(model), kernels)
+    if probed is None:
+        return replace(shape, attention=_attention_of(model.config))
+    return replace(
+        shape,
+        attention=probed.attention,
+        layer_activation_bytes=probed.activation_bytes_per_token / layers,
+        largest_layer_activation_bytes=probed.largest_layer_bytes_per_token,
+        layer_product_bytes=probed.product_bytes_per_token / layers,
+        recurrent=probed.recurrent,
+    )
+
+
+def _on_meta(model: Any) -> Any:
+    """Return the model itself if it is on the meta device, otherwise a copy there."""
+    if model.device.type == "meta":
+        return model
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+
+
+def _attention_of(hf_config: Any) -> tuple[AttentionLayers, ...]:
+    """Return the attention layers that a configuration describes, for models whose forward cannot show them."""
+    window, windowed = _windows(hf_config.get_text_config())
+    of_layers = Counter(
+        AttentionLayers(
+            1, heads.queries, heads.keys, heads.key_dim, heads.value_dim,
+            window=window if layer < windowed else None, owns_keys=heads.owns_keys,
+        )
+        for layer, heads in enumerate(attention_heads(hf_config))
+    )  # fmt: skip
+    return tuple(replace(sizes, layers=count) for sizes, count in of_layers.items())
 
 
 def _windows(config: Any) -> tuple[int | None, int]:
@@ -146,7 +105,16 @@ def _windows(config: Any) -> tuple[int | None, int]:
 def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
     """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained."""
     trainable, parameters = peft_model.get_nb_trainable_parameters()
-    return replace(shape, parameters=parameters, trainable_parameters=trainable)
+    merged = merged_bytes(peft_model)
+    return replace(shape, parameters=parameters, trainable_parameters=trainable, merged_bytes=merged)
+
+
+def merged_bytes(model: nn.Module) -> int:
+    """Return the bytes of the expert tensors that have adapters: peft makes a merged copy of each in every forward."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    adapted = (module.get_param() for module in model.modules() if isinstance(module, ParamWrapper))
+    return sum(parameter.nbytes for parameter in adapted)
 
 
 def _active_intermediate_size(config: Any) -> int:
@@ -157,6 +125,8 @@ def _active_intermediate_size(config: Any) -> int:
     active = getattr(config, "num_experts_per_tok", None)
     expert = getattr(config, "moe_intermediate_size", None)
     dense = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    if isinstance(dense, list):  # gemma3n: one per layer
+        dense = max(dense)
     if active is None:
         return int(dense)
     return int(active) * int(expert or dense) + int(getattr(config, "shared_expert_intermediate_size", None) or 0)

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+from chunkflow_cli import pulse
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.console import counted
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import listed
+from chunkflow_cli.model.heard_bars import bars_heard
+from chunkflow_cli.model.language_part import left_out
 from chunkflow_cli.processes.notices import warn_once
 
 CONSTANTS = re.compile(
@@ -34,7 +37,8 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
     """Check what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` has loaded.
 
     Tied weights that a file holds once are no fault, nor are tensors that the model's class declares to be left out.
-    Whole parts that the model does not have (a vision tower, a value head) are left out with a warning.
+    Whole parts that the model does not have (a value head) are left out with a warning; those that the language part of
+    a multimodal model leaves out are expected.
 
     Args:
         named: the key and its value, for messages.
@@ -43,7 +47,8 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
     Raises:
         UsageError: names the tensors that are missing, have other shapes, are unknown or are not finite.
     """
-    unknown = {name for name in info["unexpected_keys"] if not CONSTANTS.search(name)}
+    beside = left_out(model)
+    unknown = {name for name in info["unexpected_keys"] if not CONSTANTS.search(name) and name not in beside}
     if info["mismatched_keys"]:
         raise UsageError(_other_shapes(info["mismatched_keys"], named))
     drawn = {name: {key for key in info["missing_keys"] if f".{key}.".find(f".{name}.") >= 0} for name in new}
@@ -66,7 +71,7 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
         )
     _check_tied(model, named)
     _check_finite(model, named)
-    if unknown:
+    if unknown and not beside.parts:
         warn_once(
             f"{named}: not trained and not saved, because {type(model).__name__} has no such part: {listed(unknown)}"
         )
@@ -74,7 +79,10 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
 
 @contextmanager
 def loading_report() -> Iterator[list[str]]:
-    """Collect what transformers reports about loading within the block; it raises errors that name no tensor."""
+    """Collect what transformers reports about loading within the block; it raises errors that name no tensor.
+
+    Each weight that is loaded is a sign of life.
+    """
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.extend(record.getMessage().splitlines())  # type: ignore[method-assign]
@@ -84,7 +92,8 @@ def loading_report() -> Iterator[list[str]]:
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        yield lines
+        with bars_heard():
+            yield lines
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -165,7 +174,7 @@ def _check_finite(model: Any, named: str) -> None:
     # aminmax passes NaN on and makes no copy: 0.06 s for 0.5 GB of bfloat16 on one core, isfinite takes 3.8 s.
     spoilt = [
         name
-        for name, weight in model.named_parameters()
+        for name, weight in pulse.each(model.named_parameters())  # mapped files are read here
         if weight.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(weight.detach()))
     ]
     if spoilt:

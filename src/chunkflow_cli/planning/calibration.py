@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.files import to_be_writable, write_json
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
-CALIBRATION_VERSION = 4
+CALIBRATION_VERSION = 5
 """Version of calibration files. Increase it when the measurements or the fits change."""
 
 
@@ -67,7 +69,7 @@ class MeasuredMemory:
         Args:
             chunk_size: most tokens in a chunk.
             activation_tokens: (sequences,) tokens whose activations are held at once, at most K x chunk_size.
-            state_bytes: (sequences,) bytes of keys, values and their gradients.
+            state_bytes: (sequences,) bytes of the state store.
         """
         running = self.running_bytes_per_token * np.minimum(activation_tokens, chunk_size)
         chunks = self.base_bytes + running + self.activation_bytes_per_token * activation_tokens + state_bytes
@@ -103,18 +105,23 @@ class Calibration:
             if saved.pop("version", None) != CALIBRATION_VERSION:
                 return None
             costs = saved["costs"]
-            costs["shape"] = None if costs["shape"] is None else ModelShape(**costs["shape"])
+            costs["shape"] = None if costs["shape"] is None else _shape(costs["shape"])
             for kind in ("forward", "backward", "recompute", "state_pass"):
                 costs[kind] = OperationCost(**costs[kind])
             return cls(
                 device=saved["device"],
-                shape=ModelShape(**saved["shape"]),
+                shape=_shape(saved["shape"]),
                 costs=CostModel(**costs),
                 memory=MeasuredMemory(**saved["memory"]),
                 worst_error=saved["worst_error"],
             )
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _shape(saved: dict[str, Any]) -> ModelShape:
+    attention = tuple(AttentionLayers(**part) for part in saved["attention"])
+    return ModelShape(**{**saved, "attention": attention, "recurrent": RecurrentLayers(**saved["recurrent"])})
 
 
 def fit_costs(

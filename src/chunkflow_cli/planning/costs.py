@@ -7,12 +7,14 @@ proportional to tokens, as in the paper's worked example.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.chunks import Chunks
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.simulate import OperationSeconds
 from chunkflow_cli.planning.stage_cut import StageLayers, layer_shares
 
@@ -21,15 +23,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder-only transformer."""
+    """Sizes of a causal language model."""
 
     layers: int
     hidden_size: int
     intermediate_size: int
     """Width of the feed-forward layer that a token goes through; with experts, the sum over the active ones."""
-    attention_heads: int
-    kv_heads: int
-    head_dim: int
+    attention: tuple[AttentionLayers, ...]
+    """The attention layers, by their sizes; in a hybrid model, fewer than `layers`."""
     vocab_size: int
     matmul_parameters: int
     """Weights that every token is multiplied with: all linear layers and the head; only the active experts."""
@@ -38,31 +39,42 @@ class ModelShape:
     trainable_parameters: int
     """Weights that get a gradient: all of them, or those of the adapters."""
     layer_activation_bytes: float | None = None
-    """Bytes per token that a layer keeps for backward, in the model's dtype; None if they could not be counted."""
-    window: int | None = None
-    """Most keys that a query of a windowed layer attends to."""
-    windowed_layers: int = 0
-    """Number of layers with that window; the others attend to all of the past."""
+    """Bytes per token that a layer keeps for backward, as a mean; None if they could not be counted."""
+    largest_layer_activation_bytes: float | None = None
+    """Bytes per token that the layer that keeps the most keeps for backward."""
+    layer_product_bytes: float | None = None
+    """Bytes per token of the results of a layer's matrix products and attention, as a mean."""
+    recurrent: RecurrentLayers = field(default_factory=RecurrentLayers)
+    """The recurrent layers, together; by default, there are none."""
+    merged_bytes: int = 0
+    """Bytes of the copies of adapted expert tensors, over all layers: each chunk that keeps activations has its own."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
     @property
     def state_elements_per_token(self) -> int:
-        """Numbers in the keys and values of one token, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        """Numbers in the stored keys and values of one token, over all layers."""
+        return sum(part.kv_elements_per_token for part in self.attention if part.owns_keys)
+
+    @property
+    def attention_flops_per_pair(self) -> int:
+        """Floating-point operations of a forward for one query-key pair, over all layers."""
+        return sum(part.flops_per_pair for part in self.attention)
+
+    @property
+    def kv_heads(self) -> int:
+        """Fewest heads of keys and values of an attention layer; 1 if there is none."""
+        return min((part.kv_heads for part in self.attention), default=1)
 
     def attended_pairs(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the query-key pairs of the first `tokens` positions of a sequence, as a mean over the layers.
+        """Return the query-key pairs of the first `tokens` positions of a sequence.
 
-        Causal: tokens^2 / 2. With a window w, a query past position w has w keys: w^2 / 2 + w (tokens - w).
+        It is the mean over the attention layers, weighted by their operations per pair; 0 without such layers.
         """
-        full = tokens**2 / 2
-        if self.window is None or self.windowed_layers == 0:
-            return full
-        window = float(self.window)
-        windowed = np.where(tokens <= window, full, window**2 / 2 + window * (tokens - window))
-        share = self.windowed_layers / self.layers
-        return np.asarray((1 - share) * full + share * windowed)
+        pairs = np.zeros_like(tokens)
+        for part in self.attention:
+            pairs += part.flops_per_pair / self.attention_flops_per_pair * part.attended_pairs(tokens)
+        return pairs
 
     @property
     def head_parameters(self) -> int:
@@ -95,12 +107,13 @@ def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape
     """Return the floating-point operations of forward and backward over whole sequences, without recompute.
 
     6 per weight and token (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361, table 1), and for attention
-    12 x layers x heads x head_dim per query-key pair: scores and their weighted sum are 4 forward, and backward is
-    twice the forward. Norms, softmax and activation functions are left out, about 1 % at ordinary sizes.
+    6 x heads x (key_dim + value_dim) per layer and query-key pair: scores and their weighted sum are 2 each forward,
+    and backward is twice the forward. Scans of recurrent layers are counted per token. Norms, softmax and activation
+    functions are left out, about 1 % at ordinary sizes.
     """
     sizes = np.asarray(lengths, dtype=np.float64)
-    per_token = 6.0 * shape.matmul_parameters
-    per_pair = 12.0 * shape.layers * shape.attention_heads * shape.head_dim
+    per_token = 6.0 * shape.matmul_parameters + 3.0 * shape.recurrent.flops_per_token
+    per_pair = 3.0 * shape.attention_flops_per_pair
     return float((per_token * sizes + per_pair * shape.attended_pairs(sizes)).sum())
 
 
@@ -118,6 +131,8 @@ class DeviceProfile:
     """Share of `matmul_flops` that fused attention reaches; assumed, not measured."""
     layer_launch_seconds: float = 60e-6
     """Least seconds of a layer's forward, even with few tokens: about fifteen kernel launches."""
+    scan_efficiency: float = 0.2
+    """Share of `matmul_flops` that scans of recurrent layers reach with their kernels; assumed, not measured."""
     memory_bytes_per_second: float = 2e12
     link_bytes_per_second: float = 25e9
     """Bandwidth to a device of another node: this device's share of the network, because pipelines may span nodes."""
@@ -149,8 +164,10 @@ DEVICES = {
         node_bytes_per_second=900e9,
     ),
     # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md): bfloat16 models use them there too.
+    # Scans run in torch: 5 to 6 GFLOP/s per core, measured on layers of Qwen3.5 and Granite 4.
     "cpu": DeviceProfile(
-        "CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, memory_bytes_per_second=10e9, node_bytes_per_second=2e9
+        "CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, scan_efficiency=0.04, memory_bytes_per_second=10e9,
+        node_bytes_per_second=2e9,
     ),
 }  # fmt: skip
 EXCHANGE_EFFICIENCY = 0.6
@@ -203,6 +220,8 @@ class CostModel:
     """Ranks of a group that the links of one node connect."""
     shape: ModelShape | None = None
     """The model whose attention is counted; if None, every query attends to all of its past."""
+    scan_share: float = 0.0
+    """Share of the seconds per token that convolutions and scans of recurrent layers take, where it is known."""
     is_of_one_stage: bool = False
     """True if each stage of a pipeline takes these seconds; False if the stages share them."""
 
@@ -216,22 +235,23 @@ class CostModel:
     def profile(cls, shape: ModelShape, device: DeviceProfile, *, checkpointed: bool) -> CostModel:
         """Return the costs that follow from a chunk's floating-point operations and the device's rates.
 
-        Forward: 2 per weight and token, and 4 x layers x heads x head_dim per query-key pair. Backward: twice that, and
-        the forward once more with checkpointing. Head and loss: 6 per weight of the head and target (4 if the head is
-        frozen), because their gradient is computed with their value. A state pass leaves them out.
+        Forward: 2 per weight and token, those of attention per query-key pair, and those of scans per token. Backward:
+        twice that, and the forward once more with checkpointing. Head and loss: 6 per weight of the head and target (4
+        if the head is frozen), because their gradient is computed with their value. A state pass leaves them out.
         """
         rate = device.matmul_flops * device.matmul_efficiency
         attention_rate = device.matmul_flops * device.attention_efficiency
         token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
+        scans = shape.recurrent.flops_per_token / (device.matmul_flops * device.scan_efficiency)
         target = (6.0 if shape.is_head_trained else 4.0) * shape.head_parameters / rate
-        pair = 4.0 * shape.layers * shape.attention_heads * shape.head_dim / attention_rate
+        pair = shape.attention_flops_per_pair / attention_rate
         launch = shape.layers * device.layer_launch_seconds
-        forward = OperationCost(launch, token, pair)
+        forward = OperationCost(launch, token + scans, pair)
         factor = 3.0 if checkpointed else 2.0
         return cls(
             source=f"profile of {device.name}",
             forward=forward,
-            backward=OperationCost(factor * launch, factor * token, factor * pair),
+            backward=OperationCost(factor * launch, factor * (token + scans), factor * pair),
             recompute=forward,
             state_pass=forward,
             seconds_per_target=target,
@@ -241,6 +261,7 @@ class CostModel:
             network_seconds_per_byte=1 / (EXCHANGE_EFFICIENCY * device.link_bytes_per_second),
             devices_of_node=device.devices_of_node,
             shape=shape,
+            scan_share=scans / (token + scans),
         )
 
     def spread_over(self, ranks: int) -> CostModel:
@@ -250,24 +271,29 @@ class CostModel:
         one all-to-all before attention turns tokens into heads, and another turns them back. A rank sends
         `(ranks - 1) / ranks` of its own tokens' bytes: queries and outputs, keys and values (repeated if there are
         fewer K/V heads than ranks). Across nodes, the network limits what leaves the node. Gradients are exchanged
-        likewise. No exchange overlaps with computation.
+        likewise. No exchange overlaps with computation. Convolutions and scans of recurrent layers are not divided:
+        their inputs are gathered, and each rank runs them for all tokens.
         """
         if ranks == 1:
             return self
         exchanged = latency = 0.0
         if self.shape is not None:
-            heads = self.shape.attention_heads + max(self.shape.kv_heads, min(ranks, self.shape.attention_heads))
-            token = 2 * self.shape.layers * heads * self.shape.head_dim * ACTIVATION_BYTES / ranks
+            sent = sum(
+                part.query_elements_per_token
+                + part.kv_elements_per_token * max(part.kv_heads, min(ranks, part.heads)) / part.kv_heads
+                for part in self.shape.attention
+            )
+            token = (sent / ranks + self.shape.recurrent.input_elements_per_token) * ACTIVATION_BYTES
             if ranks <= self.devices_of_node:
                 exchanged = token * (ranks - 1) / ranks * self.node_seconds_per_byte
             else:
                 exchanged = token * (ranks - self.devices_of_node) / ranks * self.network_seconds_per_byte
-            latency = 2 * self.shape.layers * self.transfer_latency_seconds
+            latency = 2 * sum(part.layers for part in self.shape.attention) * self.transfer_latency_seconds
 
         def divided(cost: OperationCost, exchanges: int = 1) -> OperationCost:
             return OperationCost(
                 cost.fixed_seconds + exchanges * latency,
-                cost.seconds_per_token / ranks + exchanges * exchanged,
+                cost.seconds_per_token * (self.scan_share + (1 - self.scan_share) / ranks) + exchanges * exchanged,
                 cost.seconds_per_pair / ranks,
             )
 

@@ -7,6 +7,7 @@ source. `peak_memory` combines them with what a plan keeps at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +67,8 @@ class MemoryParts:
 def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str, layers: int | None = None) -> float:
     """Return the bytes that `layers` layers keep for backward, for each token that holds activations.
 
-    They are counted on the model's own modules (`shape.layer_activation_bytes`) where that is possible, which it is not
-    with experts. Otherwise a formula follows transformers' Llama tensor by tensor (h = hidden, f = feed-forward, b =
+    They are counted on the model's own modules (`model.shape_probe`). For the few models whose forward cannot show
+    them, a formula follows transformers' Llama tensor by tensor (h = hidden, f = feed-forward, b =
     element bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's
     input: 4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp per head. The gated
     feed-forward keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input;
@@ -80,21 +81,63 @@ def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: s
         layers: by default, all layers of the model.
     """
     b, h, f = element_bytes, shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.attention_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layers = shape.layers if layers is None else layers
     if checkpointing == "full":
         return layers * b * h
-    if checkpointing == "selective":
-        return layers * (b * (3 * h + 2 * queries + 2 * keys + 2 * f) + 4 * shape.attention_heads)
-    if shape.layer_activation_bytes is not None:
+    if checkpointing == "selective" and shape.layer_product_bytes is not None:
+        return layers * (b * h + shape.layer_product_bytes)
+    if checkpointing == "none" and shape.layer_activation_bytes is not None:
         return layers * shape.layer_activation_bytes
-    attention = b * (2 * queries + 2 * keys) + 4 * shape.attention_heads
+    of_attention = sum(
+        b * (part.query_elements_per_token + part.kv_elements_per_token) + 4 * part.layers * part.heads
+        for part in shape.attention
+    )
+    attention = of_attention / shape.layers
+    if checkpointing == "selective":
+        return layers * (b * (3 * h + 2 * f) + attention)
     return layers * (2 * (4 * h + 2 * b * h) + attention + 4 * b * f)
 
 
 def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str) -> float:
-    """Return the extra bytes per token of the chunk that goes backward: the layer that checkpointing runs again."""
-    return 0.0 if checkpointing == "none" else kept_bytes_per_token(shape, element_bytes, "none", layers=1)
+    """Return the extra bytes per token of the chunk that goes backward: the largest layer, which runs again."""
+    if checkpointing == "none":
+        return 0.0
+    return max(kept_bytes_per_token(shape, element_bytes, "none", layers=1), shape.largest_layer_activation_bytes or 0)
+
+
+def activation_bytes(
+    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any = 1, chunks: Any = 1
+) -> Any:
+    """Return the bytes that `layers` layers keep for backward, and those of the layer that checkpointing runs again.
+
+    A rank of a sequence-parallel group runs convolutions and scans for the tokens of all ranks, so it keeps `sharers`
+    times what they keep of its own. Of a checkpointed layer all is taken to be theirs.
+
+    Args:
+        live: tokens that hold activations on the rank; a number, or an array.
+        sharers: ranks of the group, likewise.
+        chunks: chunks that hold activations, likewise.
+    """
+    kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
+    again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    running = np.minimum(live, settings.chunk_size)
+    scans = shape.recurrent.activation_bytes_per_token
+    if settings.checkpointing == "none":
+        of_others = live * (scans / shape.layers * layers)
+    else:
+        of_others = running * (again if scans else 0.0)
+    copies = chunks * merged_bytes_per_chunk(shape, settings, layers) + merged_bytes_of_running(shape, settings)
+    return live * kept + running * again + (sharers - 1) * of_others + copies * (live > 0)
+
+
+def merged_bytes_per_chunk(shape: ModelShape, settings: MemorySettings, layers: int) -> float:
+    """Return the bytes of merged copies that each chunk with activations keeps on `layers` layers."""
+    return shape.merged_bytes / shape.layers * layers if settings.checkpointing == "none" else 0.0
+
+
+def merged_bytes_of_running(shape: ModelShape, settings: MemorySettings) -> float:
+    """Return the bytes of the gradient of a layer's merged copies, and of the copies if the layer runs again."""
+    return shape.merged_bytes / shape.layers * (1 if settings.checkpointing == "none" else 2)
 
 
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
@@ -103,8 +146,13 @@ def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
 
 
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
-    """Return the bytes of the keys and values before a sequence's last chunk, and of their gradients."""
-    return (length - 1) // chunk_size * chunk_size * state_bytes_per_token(shape, element_bytes)
+    """Return the bytes of the state before a sequence's last chunk.
+
+    These are keys and values with their gradients, and an edge of recurrent layers behind each chunk. The gradient of
+    an edge takes its place.
+    """
+    chunks = (length - 1) // chunk_size
+    return chunks * (chunk_size * state_bytes_per_token(shape, element_bytes) + shape.recurrent.edge_bytes)
 
 
 def live_tokens(
@@ -131,7 +179,15 @@ def live_tokens(
 
 
 def memory_parts(
-    shape: ModelShape, settings: MemorySettings, held: StageLayers | None = None, *, live: float = 0, stored: float = 0
+    shape: ModelShape,
+    settings: MemorySettings,
+    held: StageLayers | None = None,
+    *,
+    live: float = 0,
+    stored: float = 0,
+    edges: float = 0,
+    sharers: float = 1,
+    chunks: float = 1,
 ) -> MemoryParts:
     """Predict the bytes of one rank by part.
 
@@ -145,6 +201,9 @@ def memory_parts(
         held: the layers of the rank's pipeline stage; by default, the whole model.
         live: tokens that hold activations on this rank at its peak.
         stored: tokens in its state store at that time; in a sequence-parallel group, this rank's share of them.
+        edges: chunk edges in its state store at that time. In a sequence-parallel group, each rank stores them whole.
+        sharers: ranks of the sequence-parallel group that shares the chunks; 1 without one.
+        chunks: chunks that hold activations at that time.
     """
     held = held or cut_layers(shape.layers, 1)[0]
     shared = settings.data_parallel
@@ -158,8 +217,8 @@ def memory_parts(
         host, optimizer, summed = optimizer + summed, 0, 0
     if settings.offload == "parameters":
         host, weights = host + weights, weights // max(1, held.layers)
-    kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
-    again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks)
+    a_token = state_bytes_per_token(shape, settings.element_bytes)
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient is summed until its chunks have gone backward.
     head = TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
@@ -167,9 +226,9 @@ def memory_parts(
         weights=weights,
         gradients=summed + of_a_chunk,
         optimizer=optimizer,
-        activations=int(live * kept + min(live, settings.chunk_size) * again),
+        activations=int(activations),
         head=head if held.is_last else 0,
-        state=int(stored * state_bytes_per_token(shape, settings.element_bytes) * held.layers / shape.layers),
+        state=int((stored * a_token + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
         host=host,
     )
 

@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.planning.chunks import cut_points
 from chunkflow_cli.planning.costs import ModelShape, chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
     MemoryParts,
     MemorySettings,
+    activation_bytes,
     kept_bytes_per_token,
     live_tokens,
     memory_parts,
+    merged_bytes_of_running,
+    merged_bytes_per_chunk,
     rerun_bytes_per_token,
     state_bytes_per_token,
 )
@@ -37,10 +41,16 @@ def memory_of_fullest(
         steps: steps of a run with a pipeline that were simulated already.
     """
     if run.pipeline is None:
-        live, stored = activations_and_state(run, is_planned_whole=False)
+        cases = activations_and_state(run, is_planned_whole=False)
+        live, stored, edges, sharers, chunks = cases
+        activations = activation_bytes(shape, settings, shape.layers, live, sharers, chunks)
+        state = stored * state_bytes_per_token(shape, settings.element_bytes) + edges * shape.recurrent.edge_bytes
         return max(
-            # Bytes grow with both numbers, so one of these pairs takes the most.
-            (memory_parts(shape, settings, live=tokens, stored=state) for tokens, state in _undominated(live, stored)),
+            (
+                memory_parts(shape, settings, live=live, stored=stored, edges=edges, sharers=sharers, chunks=chunks)
+                # Bytes grow with both, so one of these takes the most.
+                for live, stored, edges, sharers, chunks in cases[:, _undominated(activations, state)].T.tolist()
+            ),
             key=lambda parts: parts.device_total,
         )
     longest_step = run.batches.step_of(int(run.lengths.argmax()))
@@ -49,6 +59,7 @@ def memory_of_fullest(
     held = run.stage_layers(shape.layers)
     at_rest = [memory_parts(shape, settings, layers) for layers in held]
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
+    is_recurrent = shape.recurrent.activation_bytes_per_token > 0
     fullest = max(at_rest, key=lambda parts: parts.device_total)
     for step in steps:
         for index in step.first_of_groups:
@@ -56,7 +67,8 @@ def memory_of_fullest(
             if not len(rank.chunks):
                 continue
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
-            running = again * float(tokens.held.max())
+            running = again * float((tokens.held + is_recurrent * tokens.of_others).max())
+            running += merged_bytes_of_running(shape, settings)
             # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
             for stage, (layers, rest) in enumerate(zip(held, at_rest, strict=True)):
                 activations, state = tokens.bytes_on(shape, settings, layers)
@@ -74,12 +86,11 @@ def memory_of_fullest(
     return fullest
 
 
-def _undominated(live: NDArray[np.float64], stored: NDArray[np.float64]) -> list[tuple[float, float]]:
-    """Return the pairs (live, stored) that no other pair exceeds in both."""
-    order = np.lexsort((-live, -stored))
-    live, stored = live[order], stored[order]
-    exceeds_all_before = live > np.concatenate([[-1.0], np.maximum.accumulate(live)[:-1]])
-    return list(zip(live[exceeds_all_before].tolist(), stored[exceeds_all_before].tolist(), strict=True))
+def _undominated(activations: NDArray[np.float64], state: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the indices of the cases that no other one exceeds in both, (cases,)."""
+    order = np.lexsort((-activations, -state))
+    largest_before = np.concatenate([[-1.0], np.maximum.accumulate(activations[order])[:-1]])
+    return order[activations[order] > largest_before]
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,12 @@ class _TokensOfChunks:
 
     held: NDArray[np.float64]
     """Tokens on this rank: of a spread chunk, the rank's share."""
+    of_others: NDArray[np.float64]
+    """Tokens of the other ranks of a spread chunk, which recurrent layers of this rank run, too."""
     read_later: NDArray[np.float64]
     """Tokens whose keys and values later chunks read: of a spread chunk, those in the rank's share of the heads."""
+    continues: NDArray[np.float64]
+    """1 where a later chunk continues from the state of the recurrent layers, otherwise 0."""
     received: NDArray[np.float64]
     """Tokens whose hidden states from the previous stage are kept, because the chunk is forwarded twice."""
 
@@ -97,30 +112,41 @@ class _TokensOfChunks:
     def of(cls, rank: RankPlan, kv_heads: int) -> _TokensOfChunks:
         held = chunk_tokens(rank.chunks)
         held[: len(rank.spread)] /= rank.group_size
+        of_others = np.zeros(len(held))
+        of_others[: len(rank.spread)] = held[: len(rank.spread)] * (rank.group_size - 1)
         read_later = np.zeros(len(held))
         for group in rank.chunks.dependent_groups():
             first = rank.chunks.first_segment[group.start : group.stop - 1]
             read_later[group.start : group.stop - 1] = (rank.chunks.stop - rank.chunks.start)[first]
+        continues = (read_later > 0).astype(np.float64)
         read_later[: len(rank.spread)] /= min(rank.group_size, kv_heads)
         received = np.zeros(len(held))
         received[rank.recomputed] = held[rank.recomputed]
-        return cls(held, read_later, received)
+        return cls(held, of_others, read_later, continues, received)
 
     def bytes_on(
         self, shape: ModelShape, settings: MemorySettings, held: StageLayers
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the bytes of activations and of the state store on a stage, (chunks,) each.
 
-        The store holds the keys and values that later chunks read, their gradients, and received hidden states.
+        The store holds the keys and values that later chunks read, their gradients, the states of recurrent layers, and
+        received hidden states.
         """
-        state_of_layer = state_bytes_per_token(shape, settings.element_bytes) / shape.layers
+        of_layers = self.read_later * state_bytes_per_token(shape, settings.element_bytes)
+        of_layers += self.continues * shape.recurrent.edge_bytes
         received = self.received * shape.hidden_size * settings.element_bytes
         kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
-        return self.held * kept, self.read_later * state_of_layer * held.layers + received * (not held.is_first)
+        activations = self.held * kept + merged_bytes_per_chunk(shape, settings, held.layers)
+        if settings.checkpointing == "none":
+            activations += self.of_others * (shape.recurrent.activation_bytes_per_token / shape.layers * held.layers)
+        return activations, of_layers / shape.layers * held.layers + received * (not held.is_first)
 
 
 def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np.float64]:
-    """Return pairs of tokens on one rank, (2, n): most that hold activations at once, and tokens in the state store.
+    """Return what one rank holds at once, (5, n), in n cases of which one is the fullest.
+
+    The rows are tokens that hold activations, tokens in the state store, chunk edges in the state store, ranks that
+    share the chunks, and chunks that hold activations.
 
     Args:
         is_planned_whole: True to read every chunk and long sample off the plan of all steps (of one rank). Otherwise
@@ -139,18 +165,19 @@ def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np
 
 
 def _of_planned_chunks(run: RunPlan) -> NDArray[np.float64]:
-    pairs = []
+    cases = []
     for step in run:
         for rank in step.ranks:
             tokens, groups = chunk_tokens(rank.chunks), rank.chunks.dependent_groups()
             standalone = groups[0].start if groups else len(tokens)
-            pairs += [(size, 0.0) for size in tokens[:standalone].tolist()]
+            cases += [(size, 0.0, 0.0, 1.0, 1.0) for size in tokens[:standalone].tolist()]
             for group in groups:
                 of_group = tokens[group.start : group.stop]
                 last_stored = rank.chunks.first_segment[group.stop - 2]
-                kept = of_group[-run.k :].sum()
-                pairs.append((max(of_group.max(), kept), float(rank.chunks.stop[last_stored])))
-    return np.array(pairs, dtype=np.float64).T
+                kept = of_group[-run.k :]
+                live, stored = max(of_group.max(), kept.sum()), float(rank.chunks.stop[last_stored])
+                cases.append((live, stored, len(of_group) - 1.0, 1.0, float(len(kept))))
+    return np.array(cases, dtype=np.float64).T
 
 
 def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False) -> NDArray[np.float64]:
@@ -160,10 +187,15 @@ def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = Fa
     others = _sum_of_longest(lengths[lengths <= size], counts, run.batches.global_batch_size - 1)
     if run.equal_time:  # pieces of a long sample are of many sizes, the last one the smallest
         live, stored = np.minimum(lengths + others, size * run.k), np.where(lengths > size, lengths, 0)
+        pieces = [len(cut_points(length, size, run.pair_weight)) - 1 for length in lengths[lengths > size].tolist()]
+        edges = np.zeros(len(lengths), dtype=np.int64)
+        edges[lengths > size] = np.array(pieces, dtype=np.int64) - 1
     else:
         live = live_tokens(lengths, size, run.k, others, fill_tails=run.fill_tails)
-        stored = (lengths - 1) // size * size
-    return np.stack([live / ranks, stored / (run.state_shares if spread else 1)])
+        edges = (lengths - 1) // size
+        stored = edges * size
+    stored = stored / (run.state_shares if spread else 1)
+    return np.stack([live / ranks, stored, edges, np.full(len(lengths), ranks), np.minimum(edges + 1, run.k)])
 
 
 def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from chunkflow_cli.config.schema import TrainConfig
 from chunkflow_cli.console import counted, human_bytes, human_seconds, plain_column
+from chunkflow_cli.model.saving import loader_of
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.training.metrics import StepMetrics
 
@@ -138,8 +139,7 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         table.add_row(name, Text(said))
     console.print()
     console.print(table)
-    package, loader = ("peft", "AutoPeft") if report["lora"] else ("transformers", "Auto")
-    loader += "ModelForCausalLM"
+    package, loader = loader_of(run_folder / "final")
     console.print(f"\nLoad it:  from {package} import {loader}", soft_wrap=True)
     console.print(f'          model = {loader}.from_pretrained("{run_folder / "final"}")', soft_wrap=True)
 
@@ -156,4 +156,6 @@ def _samples(report: dict[str, Any]) -> str:
         count = report["samples_" + word.replace(" ", "_")]
         if count:
             parts.append(f"{count:,} {word}")
-    return f"{report['samples_read']:,} read; " + ", ".join(parts)
+    rows, samples = report["rows_read"], report["samples_read"]
+    source = "" if rows == samples else f" of {rows:,} rows"
+    return f"{samples:,} read{source}; " + ", ".join(parts)

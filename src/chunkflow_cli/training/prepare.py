@@ -22,10 +22,11 @@ from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import BackendChoice, choose_backend
-from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.model.device import present_device, training_device
+from chunkflow_cli.model.language_part import what_is_trained
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
@@ -37,7 +38,7 @@ from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops
 from chunkflow_cli.training.identity import RunIdentity
-from chunkflow_cli.training.inputs import RunData
+from chunkflow_cli.training.inputs import FoundData, RunData
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.progress import RunState
@@ -91,12 +92,12 @@ class Prepared:
 
 
 def prepare(
-    config: Config, hf_config: Any, data: RunData | None, folder: RunFolder, console: Console, state: RunState
+    config: Config, hf_config: Any, found: RunData | FoundData, folder: RunFolder, console: Console, state: RunState
 ) -> Prepared:
     """Load everything that the steps of a run need, its last checkpoint included. Every process calls it.
 
     Args:
-        data: None if it is still to be read.
+        found: the data, or where another process has found it.
         console: where messages go.
         state: receives the progress of the checkpoint. Later operations ask it whether to stop, and report to it.
 
@@ -114,9 +115,8 @@ def prepare(
             announce_adapters(config, hf_config, console)
         _prove_parity(config, hf_config, device, dtype, console, state)
 
-    if data is None:
-        state.at("reading the data")
-        data = load_data(config, hf_config)
+    state.at("reading the data")
+    data = load_data(config, hf_config, found)
     if processes.is_first:
         _write_rejected(config, data, folder, console)
 
@@ -130,6 +130,8 @@ def prepare(
             config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
             stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,
         )  # fmt: skip
+    if processes.is_first and (line := what_is_trained(base_model(parts.model))) is not None:
+        console.print(line, soft_wrap=True)
     if processes.is_first and (warning := few_steps_warning(plan, config.train)) is not None:
         console.print(warning, soft_wrap=True)
     assert plan.layout.join_retained == parts.engine.needs_joined_retained_chunks

@@ -114,7 +114,7 @@ def read_setup(
     if hf_config is not None:
         from chunkflow_cli.model.shape import shape_without_weights  # imports torch
 
-        shape = shape_without_weights(config.model, hf_config)
+        shape = shape_without_weights(config.model, hf_config, scan_kernels(config, device))
     if measure is None and cost_model is not CostModelName.measured:
         costs = CostModel.proportional()
         if shape is not None and cost_model is CostModelName.profile:
@@ -136,6 +136,18 @@ def read_setup(
     if measure is None:
         return RunSetup(config, shape, device, calibration.costs, topology)
     return RunSetup(config, calibration.shape, device, calibration.costs, topology, calibration)
+
+
+def scan_kernels(config: Config, device: DeviceProfile) -> frozenset[str]:
+    """Return the packages whose kernels run the model's recurrent layers on the device.
+
+    They are for GPUs. Those of this machine have what is installed here; others are taken to have all of them.
+    """
+    from chunkflow_cli.model.scan_shapes import KERNEL_PACKAGES, installed_kernels  # imports torch
+
+    if "CPU" in device.name:
+        return frozenset()
+    return installed_kernels() if config.tune.device is Device.measured else KERNEL_PACKAGES
 
 
 def planned_topology(config: Config) -> Topology:

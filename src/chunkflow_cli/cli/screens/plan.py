@@ -118,9 +118,22 @@ def _chunks(result: dict[str, Any]) -> Table:
             f"would wait {percent(balance['idle_share_of_whole_samples'])} of the time, and steps would take "
             f"{balance['times_faster_than_whole_samples']:.2f} times as long"
         )
+    if "recurrent" in result:
+        rows["recurrent"] = _recurrent(result["recurrent"], result["chunk_size"])
     if result["predicted_seconds"] is not None:
         rows["time"] = f"about {human_seconds(result['predicted_seconds'])} ({result['cost_model']})"
     return facts(rows.items())
+
+
+def _recurrent(recurrent: dict[str, Any], chunk_size: int) -> str:
+    """Return what recurrent layers keep behind each chunk of a long sample, and whether the chunk size suits them."""
+    tokens, block = recurrent["equal_tokens"], recurrent["block"]
+    text = f"layers keep {human_bytes(recurrent['edge_bytes'])} behind each chunk of a long sample"
+    if tokens is not None:
+        text += f", as much as attention keeps of {tokens:,} tokens"
+    if block is not None and chunk_size % block:
+        text += f"; they compute in blocks of {block} tokens, so take a multiple as chunk.size"
+    return text
 
 
 def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:

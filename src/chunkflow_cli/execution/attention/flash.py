@@ -74,8 +74,10 @@ class _VariableLengthBackend(Backend):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
         kernel = _Kernel.of(queries, keys, sight)
-        out, log_sum_exp = self._forward(*map(_tokens_first, same_width(queries, keys, values)), kernel)
-        return _heads_first(narrowed(out, values.shape[3])), log_sum_exp.unsqueeze(0)
+        value_dim = values.shape[3]
+        queries, keys, values = map(_tokens_first, same_width(queries, keys, values))
+        out, log_sum_exp = self._forward(queries, keys, values, kernel)
+        return _heads_first(narrowed(out, value_dim)), log_sum_exp.unsqueeze(0)
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         kernel = _Kernel.of(saved.queries, saved.keys, sight)
@@ -157,36 +159,61 @@ LOG_SUM_EXP_ALIGNMENT = 32
 
 
 def _efficient_forward(queries: Tensor, keys: Tensor, values: Tensor, kernel: _Kernel) -> Output:
-    group = queries.shape[1] // keys.shape[1]
+    folded, repeated = _fold_and_repeat(queries, keys, kernel)
     outs, log_sum_exps = [], []
     for rows, columns in zip(kernel.queries.spans, kernel.keys.spans, strict=True):
+        few_heads = _fold(queries[rows], folded)
         out, log_sum_exp, *_ = torch.ops.aten._efficient_attention_forward(
-            queries[None, rows],
-            repeat_heads(keys[columns], group)[None],
-            repeat_heads(values[columns], group)[None],
+            few_heads[None],
+            repeat_heads(keys[columns], repeated)[None],
+            repeat_heads(values[columns], repeated)[None],
             None, None, None, None, None, 0.0, int(kernel.is_causal), True, scale=kernel.rule.scale,
         )  # fmt: skip
-        outs.append(out[0])
-        log_sum_exps.append(log_sum_exp[0, :, : rows.stop - rows.start])
+        outs.append(_unfold(out[0], folded))
+        log_sum_exps.append(log_sum_exp[0, :, : len(few_heads)].unflatten(1, (folded, -1)).flatten(0, 1))
     return torch.cat(outs), torch.cat(log_sum_exps, dim=1)
 
 
 def _efficient_backward(grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
-    group = saved.queries.shape[1] // saved.keys.shape[1]
+    folded, repeated = _fold_and_repeat(saved.queries, saved.keys, kernel)
     no_random_state = torch.zeros((), dtype=torch.int64, device=grad_out.device)  # read only under dropout
     parts = []
     for rows, columns in zip(kernel.queries.spans, kernel.keys.spans, strict=True):
-        count = rows.stop - rows.start
+        few_heads = _fold(saved.queries[rows], folded)
+        count = len(few_heads)
+        log_sum_exp = saved.log_sum_exp[:, rows].unflatten(0, (-1, folded)).flatten(1, 2)
         padding = (0, -count % LOG_SUM_EXP_ALIGNMENT)
-        padded = torch.nn.functional.pad(saved.log_sum_exp[None, :, rows], padding, value=math.inf)
+        padded = torch.nn.functional.pad(log_sum_exp[None], padding, value=math.inf)
         grad_queries, grad_keys, grad_values, _ = torch.ops.aten._efficient_attention_backward(
-            grad_out[None, rows], saved.queries[None, rows],
-            repeat_heads(saved.keys[columns], group)[None], repeat_heads(saved.values[columns], group)[None], None,
-            saved.out[None, rows], None, None, count, columns.stop - columns.start, padded, 0.0,
+            _fold(grad_out[rows], folded)[None], few_heads[None],
+            repeat_heads(saved.keys[columns], repeated)[None], repeat_heads(saved.values[columns], repeated)[None],
+            None, _fold(saved.out[rows], folded)[None], None, None, count, columns.stop - columns.start, padded, 0.0,
             no_random_state, no_random_state, int(kernel.is_causal), False, scale=kernel.rule.scale,
         )  # fmt: skip
-        parts.append((grad_queries[0], sum_heads(grad_keys[0], group), sum_heads(grad_values[0], group)))
+        of_keys, of_values = sum_heads(grad_keys[0], repeated), sum_heads(grad_values[0], repeated)
+        parts.append((_unfold(grad_queries[0], folded), of_keys, of_values))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def _fold_and_repeat(queries: Tensor, keys: Tensor, kernel: _Kernel) -> tuple[int, int]:
+    """Return by how much to fold queries and to repeat keys: the kernel wants equally many heads of both.
+
+    Folding copies only queries, which are few next to the keys of the past, but a causal mask does not allow it.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    return (1, group) if kernel.is_causal else (group, 1)
+
+
+def _fold(tensor: Tensor, group: int) -> Tensor:
+    """Lay heads that share a key head one after the other: (tokens, heads, d) to (group x tokens, heads / group, d)."""
+    folded: Tensor = tensor.unflatten(1, (-1, group)).permute(2, 0, 1, 3).flatten(0, 1)
+    return folded
+
+
+def _unfold(tensor: Tensor, group: int) -> Tensor:
+    """Undo `_fold`."""
+    unfolded: Tensor = tensor.unflatten(0, (group, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    return unfolded
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Exact attention of a chunk: the only part of a model that chunking changes.
 
 `attend` is registered with transformers under the name "chunkflow", so any model that takes its attention from
-`AttentionInterface` runs in chunks unchanged. The description of the chunk is passed as the keyword argument `chunk` of
-the model's forward, which Hugging Face hands down to every attention call.
+`AttentionInterface` runs in chunks unchanged. The chunk is that of the forward that runs (`model.forward_scope`), so a
+model need not hand anything on.
 
 Let `lse` be the log-sum-exp of a row's scores. Attention to own tokens and to the past then merge exactly:
 
@@ -33,6 +33,7 @@ from chunkflow_cli.execution.attention.layer import (
 )
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import SequenceState, StatePiece
+from chunkflow_cli.model.forward_scope import about
 
 NAME = "chunkflow"
 """The attention implementation that models are loaded with."""
@@ -96,7 +97,6 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    chunk: ChunkAttentionContext | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers asks for it; return (1, tokens, heads, head_dim).
@@ -104,10 +104,9 @@ def attend(
     Raises:
         UsageError: the model does something that chunks cannot reproduce.
     """
-    if chunk is None:
-        raise UsageError(
-            f"{type(module).__name__} does not pass keyword arguments to its attention: it cannot be trained in chunks"
-        )
+    chunk = getattr(about(), "context", None)
+    if not isinstance(chunk, ChunkAttentionContext):
+        raise UsageError(f"{type(module).__name__} runs outside of a chunk, whose attention it was loaded with")
     if dropout != 0.0:
         raise UsageError(
             f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"

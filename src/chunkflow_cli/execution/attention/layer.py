@@ -60,9 +60,10 @@ def describe_layer(module: nn.Module, rule: AttentionRule) -> LayerAttention:
         raise UsageError(
             f"{type(module).__name__} does not know its layer, so the state of its layers cannot be kept apart"
         )
-    config: Any = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None)
-    block = int(config.attention_chunk_size) if kinds and kinds[index] == "chunked_attention" else None
+    config: Any = getattr(module, "config", object())
+    kinds: Any = getattr(config, "layer_types", None)
+    in_blocks = kinds and "chunked_attention" in kinds and kinds[index] == "chunked_attention"
+    block = int(config.attention_chunk_size) if in_blocks else None
     if not getattr(module, "is_kv_shared_layer", False):
         return LayerAttention(index, rule, block)
     sharing = zip(kinds, config.kv_sharing_modes, strict=True)
@@ -108,8 +109,9 @@ def correct_temperature(module: Any, queries: Tensor, positions: Tensor) -> Tens
     counted = torch.arange(queries.shape[2], device=queries.device)
 
     def scale(at: Tensor) -> Tensor:
-        in_float32 = torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+        in_float32: Tensor = torch.log1p(torch.floor((at.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
         return in_float32.double()
 
     correction = (scale(positions) / scale(counted)).to(accumulation_dtype(queries.dtype))
-    return (queries * correction[:, None]).to(queries.dtype)
+    corrected: Tensor = (queries * correction[:, None]).to(queries.dtype)
+    return corrected

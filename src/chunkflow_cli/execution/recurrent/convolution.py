@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkflow_cli.execution.recurrent.running import RunningChunk, all_tokens, own_tokens, running_chunk
+from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
+from chunkflow_cli.execution.recurrent.sharing import Sharing
 
 Convolution = Callable[..., Tensor]
 
@@ -27,9 +28,16 @@ def convolve_in_chunks(convolve: Convolution) -> Convolution:
         chunk = running_chunk()
         if chunk is None:
             return convolve(inputs, weight, bias, activation=activation, **others)
+        sharing = Sharing(chunk.group, tokens=2, heads=1)
+        is_split = sharing.divides([inputs.shape[1]])
+        if is_split:  # channels do not know of each other
+            (inputs,) = sharing.to_heads({0: inputs}).values()
+            weight, bias = sharing.own_heads(weight), None if bias is None else sharing.own_heads(bias)
+        else:
+            inputs = sharing.all_tokens(inputs)
         run = functools.partial(convolve, weight=weight, bias=bias, activation=activation)
-        out = _convolve_segments(run, all_tokens(inputs, chunk.group, 2), weight.shape[-1] - 1, chunk)
-        return own_tokens(out, chunk.group, 2)
+        out = _convolve_segments(run, inputs, weight.shape[-1] - 1, chunk)
+        return sharing.to_tokens(out) if is_split else sharing.own_tokens(out)
 
     return convolve_chunk
 
@@ -39,7 +47,8 @@ def _convolve_segments(run: Convolution, inputs: Tensor, reach: int, chunk: Runn
 
     They are the last inputs of the chunk before, for a piece that has a past, and zeros for other segments.
     """
-    before = chunk.enter("conv", needs_gradient=inputs.requires_grad)
+    name = chunk.begin_call("conv")
+    before = chunk.enter(name, needs_gradient=inputs.requires_grad)
     nothing = inputs.new_zeros(1, inputs.shape[1], reach)
     columns: list[Tensor] = []
     for index, span in enumerate(chunk.spans):
@@ -51,5 +60,5 @@ def _convolve_segments(run: Convolution, inputs: Tensor, reach: int, chunk: Runn
     out = torch.cat(parts, dim=-1)
     if chunk.continues:
         tokens = chunk.context.dependent_tokens
-        out = chunk.leave("conv", padded[..., tokens : tokens + reach], out)
+        out = chunk.leave(name, padded[..., tokens : tokens + reach], out)
     return out

@@ -5,25 +5,29 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.recurrent.convolution import convolve_in_chunks
 from chunkflow_cli.execution.recurrent.mamba1 import pass_state_as_tokens
 from chunkflow_cli.execution.recurrent.running import running_chunk
 from chunkflow_cli.execution.recurrent.scans import Scan, scan_in_chunks
 
 CONVOLUTION = "causal_conv1d_fn"
+_DELTA_RULE = Scan(1, "initial_state", "output_final_state", always_pair=True, block=64, packing_package="fla")
 SCANS = {
-    "torch_chunk_gated_delta_rule": Scan(1, "initial_state", "output_final_state", always_pair=True, block=64),
-    "chunk_kimi_delta_attention": Scan(1, "initial_state", "output_final_state", always_pair=True, block=64),
+    "torch_chunk_gated_delta_rule": _DELTA_RULE,
+    "chunk_kimi_delta_attention": _DELTA_RULE,
     "mamba2_chunk_scan": Scan(1, "initial_states", "return_final_states", block=256),
-    "mamba_selective_scan": Scan(2, "initial_state", "return_last_state"),
+    "mamba_selective_scan": Scan(2, "initial_state", "return_last_state", of_all_heads=(3, 4)),  # B, C
 }
 FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
 """Convolution, scan and projection in one kernel. Where one returns None, models call convolution and scan."""
+STATE_KEEPERS = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
+"""Methods of transformers' caches with which a layer keeps a state between tokens."""
 _EXCHANGED, _FOUND, _SHARED = "_runs_in_chunks", "_is_recurrent_layer", "_notes_its_layer"
 """Attributes of functions and modules that are prepared."""
 
@@ -32,23 +36,31 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
     """Make the recurrent layers of a Hugging Face model run in chunks; return their module names.
 
     A model that was prepared stays as it is. So does one without recurrent layers.
+
+    Raises:
+        UsageError: a layer keeps a state between tokens without these functions.
     """
     found: list[str] = []
+    names_in_code = {cls: _names_in_code(cls) for cls in {type(module) for module in model.modules()}}
     for name, module in model.named_modules():
+        cls = type(module)
         if hasattr(module, "layer_idx") and "layer_idx" in inspect.signature(module.forward).parameters:
             _hook_once(module, _SHARED, _note_layer)
-        if _crosses_tokens(type(module)):
-            _exchange_functions(sys.modules[type(module).__module__])
+        if names_in_code[cls] & {CONVOLUTION, *SCANS}:
+            _exchange_functions(sys.modules[cls.__module__])
             _hook_once(module, _FOUND, functools.partial(_begin_layer, name))
             found.append(name)
+        elif names_in_code[cls] & STATE_KEEPERS:
+            raise UsageError(
+                f"{cls.__name__} keeps a state between tokens by means of its own: it cannot be trained in chunks"
+            )
     return tuple(found)
 
 
 def comes_after_attention(model: nn.Module, layer: int) -> bool:
-    """Return true if a layer of the model holds a recurrent layer, which may take the output of its attention."""
-    return any(
-        getattr(module, "layer_idx", layer) == layer for module in model.modules() if _crosses_tokens(type(module))
-    )
+    """Return true if a layer of a prepared model holds a recurrent layer, which may take what its attention returns."""
+    recurrent = [module for module in model.modules() if hasattr(module, _FOUND)]
+    return any(getattr(module, "layer_idx", layer) == layer for module in recurrent)
 
 
 def _hook_once(module: nn.Module, mark: str, hook: Callable[..., None]) -> None:
@@ -57,16 +69,13 @@ def _hook_once(module: nn.Module, mark: str, hook: Callable[..., None]) -> None:
         setattr(module, mark, True)
 
 
-def _crosses_tokens(cls: type) -> bool:
-    """Return true if the class calls one of the functions: their names are in its compiled code."""
-    return any({CONVOLUTION, *SCANS} & set(function.__code__.co_names) for function in _methods(cls))
-
-
-def _methods(cls: type[nn.Module]) -> Iterator[Any]:
+def _names_in_code(cls: type) -> set[str]:
+    """Return the names of functions and attributes in the compiled code of a class's methods."""
+    names: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for value in vars(base).values():
-            if inspect.isfunction(value):
-                yield inspect.unwrap(value)
+        functions = (inspect.unwrap(value) for value in vars(base).values() if inspect.isfunction(value))
+        names |= {name for function in functions if inspect.isfunction(function) for name in function.__code__.co_names}
+    return names
 
 
 def _begin_layer(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

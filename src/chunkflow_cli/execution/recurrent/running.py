@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
@@ -24,8 +24,8 @@ class RunningChunk:
     """True if this is the only forward of the chunk, and no backward follows."""
     layer: str | None = None
     """Name of the recurrent layer that is running, or that was the last one to run."""
-    scans: int = 0
-    """Scans that it has begun: some models scan each head alone."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """Convolutions and scans that it has begun: some models scan each head alone."""
 
     @property
     def spans(self) -> list[slice]:
@@ -51,12 +51,13 @@ class RunningChunk:
 
     def begin_layer(self, name: str) -> None:
         """Note the recurrent layer that now runs."""
-        self.layer, self.scans = name, 0
+        self.layer = name
+        self.calls.clear()
 
-    def begin_scan(self) -> str:
-        """Return the name of the layer's next scan."""
-        self.scans += 1
-        return f"scan{self.scans - 1}"
+    def begin_call(self, kind: str) -> str:
+        """Return the name of what the layer's next convolution or scan leaves."""
+        self.calls[kind] += 1
+        return f"{kind}{self.calls[kind] - 1}"
 
     def enter(self, part: str, *, needs_gradient: bool) -> Tensor | None:
         """Return what the chunk before has left; None at the beginning of a sequence.
@@ -127,40 +128,3 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return gradient, ctx.state.take_edge_gradient(ctx.key), None, None
-
-
-def all_tokens(tensor: Tensor, group: SequenceGroup | None, axis: int) -> Tensor:
-    """Return the tokens of all ranks of a group, along `axis`, from the slice of this rank."""
-    if group is None:
-        return tensor
-    gathered: Tensor = _Gather.apply(tensor.movedim(axis, 0), group)
-    return gathered.movedim(0, axis)
-
-
-def own_tokens(tensor: Tensor, group: SequenceGroup | None, axis: int) -> Tensor:
-    """Return this rank's slice of all tokens along `axis`."""
-    if group is None:
-        return tensor
-    mine = group.slice_of(tensor.shape[axis])
-    return tensor.narrow(axis, mine.start, mine.stop - mine.start)
-
-
-class _Gather(torch.autograd.Function):
-    """The tokens (tokens, ...) of all ranks. In backward, their gradients are summed over the ranks.
-
-    Each rank computes with all tokens and uses its slice of the result. The gradients that it computes, those of
-    states included, are therefore its share, as everywhere in sequence parallelism.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: SequenceGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size)]
-        torch.distributed.all_gather(parts, tensor.contiguous(), group=group.process_group)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = gradient.contiguous().clone()
-        torch.distributed.all_reduce(total, group=ctx.group.process_group)
-        return total[ctx.group.slice_of(len(total))], None

@@ -1,0 +1,274 @@
+"""The guard of `train` over every causal language model of the installed transformers.
+
+    python benchmarks/architectures.py                          all, about ten minutes of one core
+    python benchmarks/architectures.py qwen3_5_text jamba       some
+    python benchmarks/architectures.py --docs                   and write the table of docs/models.md
+
+Each architecture is checked in its default configuration; where that has no values, or leaves out a kind of layer, in
+that of a published model (`SETTINGS`). A whole model is never built. Each check is a process of its own, with a limit
+of time and memory. `--docs` keeps results in benchmarks/architectures.json; a run of some replaces theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import re
+import resource
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+
+from chunkflow_cli.config.schema import Attention
+from chunkflow_cli.errors import ChunkflowError
+from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.guard import guard
+from chunkflow_cli.execution.why_not import why_not
+from chunkflow_cli.model.hf_config import refuse_length_dependent_rope, refuse_unsupported_attention
+from common import emit, hardware, say
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "architectures.json"
+PAGE = HERE.parent / "docs" / "models.md"
+BEGIN, END = "<!-- benchmarks/architectures.py: begin -->", "<!-- benchmarks/architectures.py: end -->"
+CAUSAL: dict[str, str] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+INDEXER = {
+    "indexer_budget": 2048, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 500_000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {
+        "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy",
+        "first_k_dense_replace": 1,
+    },
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
+    "gemma4_text": {"num_kv_shared_layers": 20, "num_hidden_layers": 35, "final_logit_softcapping": 30.0},
+    "glm4_moe": {"head_dim": 128},
+    "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "num_hidden_layers": 40},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"], "num_hidden_layers": 16},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 6, "num_hidden_layers": 24},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
+}  # fmt: skip
+"""What a published model sets that the default configuration leaves out: a kind of layer, or sharing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the guard says of an architecture."""
+
+    kind: str
+    """decoder, encoder, encoder-decoder or multimodal; only decoders of text are checked."""
+    result: str
+    """exact, refused, not built, failed, or not checked."""
+    grad_rel_error: float | None = None
+    is_float64: bool = False
+    why: str = ""
+    cpu_seconds: float = 0.0
+    peak_mib: int = 0
+
+
+KINDS = {
+    "bert-generation": "encoder", "trocr": "encoder-decoder", "musicgen": "multimodal", "musicgen_melody": "multimodal",
+    "gemma4_assistant": "drafter", "gemma4_unified_assistant": "drafter",
+}  # fmt: skip
+"""What transformers' own lists and configurations do not tell. A drafter reads keys of another model."""
+
+
+def kind_of(model_type: str) -> str:
+    """Tell decoders of text from other models, by the configuration and by transformers' own lists."""
+    if model_type in KINDS:
+        return KINDS[model_type]
+    config = _config(model_type, {})
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    if any(part in name for name in config.sub_configs for part in ("vision", "audio", "vq_")):
+        text = config.get_text_config().model_type
+        is_text_part = text != model_type and CAUSAL.get(text) == CAUSAL[model_type]
+        return "decoder" if is_text_part else "multimodal"
+    return "multimodal" if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else "decoder"
+
+
+def _config(model_type: str, settings: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def check(model_type: str) -> Outcome:
+    """Run the guard on one architecture, in this process."""
+    kind = kind_of(model_type)
+    if kind != "decoder":
+        return Outcome(kind, "not checked")
+    before = time.process_time()
+    try:
+        config = _config(model_type, SETTINGS.get(model_type, {}))
+        refuse_length_dependent_rope(config.get_text_config())
+        refuse_unsupported_attention(config.get_text_config())
+        parity = guard(config, requested=Attention.auto, device=torch.device("cpu"), dtype=torch.float32)
+    except ChunkflowError as error:
+        result, why = ("not built" if "train.guard" in str(error) else "refused"), _shortened(config, str(error))
+        error_, is_float64 = None, False
+    except Exception as error:  # a crash of the guard is a result, too
+        result, why, error_, is_float64 = "failed", f"{type(error).__name__}: {str(error)[:300]}", None, False
+    else:
+        result, why, error_, is_float64 = "exact", "", parity.grad_rel_error, parity.is_float64
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return Outcome(kind, result, error_, is_float64, why, round(time.process_time() - before, 1), peak)
+
+
+def _shortened(config: Any, message: str) -> str:
+    """Return what is known of the reason, or the reason in a message of the guard, without the sentence around it."""
+    if known := why_not(config):
+        return known
+    _, _, reason = message.partition("in chunks")
+    lines = (reason or message).strip(":\n ").splitlines()
+    return " ".join(line.strip() for line in lines if "chunkflow verify" not in line)
+
+
+def check_apart(model_type: str, *, seconds: float, memory_gib: float) -> Outcome:
+    """Run the guard on one architecture, in a process that is stopped at a limit."""
+    context = multiprocessing.get_context("fork")  # the import of torch and transformers takes longer than the check
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        limit = int(memory_gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        sender.send(check(model_type))
+
+    process = context.Process(target=work)
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(seconds):
+            return receiver.recv()
+        return Outcome("decoder", "failed", why=f"not done within {seconds:.0f} seconds")
+    except EOFError:
+        return Outcome("decoder", "failed", why="the process was killed")
+    finally:
+        process.kill()
+        process.join()
+
+
+def write_page(outcomes: dict[str, dict[str, Any]]) -> None:
+    """Replace the generated section of docs/models.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise SystemExit(f"{PAGE} has no section between {BEGIN} and {END}")
+    PAGE.write_text(f"{before}{BEGIN}\n{section(outcomes)}\n{END}{after}", encoding="utf-8")
+
+
+def section(outcomes: dict[str, dict[str, Any]]) -> str:
+    """Return the generated section: counts, what is exact and how far off, and why the others are refused."""
+    decoders = {name: each for name, each in sorted(outcomes.items()) if each["kind"] == "decoder"}
+    exact = {name: _error(each) for name, each in decoders.items() if each["result"] == "exact"}
+    reasons: dict[str, list[str]] = {}
+    for name, each in decoders.items():
+        if name not in exact:
+            reasons.setdefault(_reason(each), []).append(name)
+    kinds = [each["kind"] for each in outcomes.values()]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}s" for kind in ("encoder", "encoder-decoder", "drafter"))
+    lines = [
+        f"transformers {transformers.__version__} lists {len(outcomes)} causal language models: {len(decoders)} "
+        f"decoders of text, {counts} and {kinds.count('multimodal')} multimodal models.",
+        f"Of the decoders, {len(exact)} train exactly in chunks. The number is the relative difference between the",
+        "gradients of a small copy, in float32 or, where marked with *, in float64.",
+        "",
+        *_grid([f"{name} {error}" for name, error in exact.items()], 4),
+        "",
+        "| refused | why |",
+        "|---|---|",
+        *(f"| {', '.join(names)} | {reason} |" for reason, names in sorted(reasons.items(), key=lambda each: each[1])),
+    ]
+    return "\n".join(lines)
+
+
+def _error(outcome: dict[str, Any]) -> str:
+    mantissa, _, exponent = f"{outcome['grad_rel_error']:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" + ("*" if outcome["is_float64"] else "")
+
+
+def _grid(cells: list[str], columns: int) -> list[str]:
+    """Return a table that reads column by column."""
+    rows = -(-len(cells) // columns)
+    padded = cells + [""] * (rows * columns - len(cells))
+    lines = [" | ".join(padded[row::rows]) for row in range(rows)]
+    return ["|" + " exact |" * columns, "|" + "---|" * columns, *(f"| {line} |" for line in lines)]
+
+
+def _reason(outcome: dict[str, Any]) -> str:
+    """Return a reason without what differs between models: the name of a class, the value of a setting."""
+    reason = outcome["why"].partition(": it cannot be trained")[0].partition(", and chunks do not")[0]
+    reason = re.sub(r"^[A-Z]\w*(?= (computes|uses|keeps))", "it", reason)
+    reason = re.sub(r"\(\w+=\S+ in config\.json; ", "(", reason)
+    return (reason if outcome["result"] == "refused" else f"{outcome['result']}: {reason}").replace("|", "\\|")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="MODEL_TYPE", help="architectures; by default all")
+    parser.add_argument("--seconds", type=float, default=180, help="limit for one architecture")
+    parser.add_argument("--memory-gib", type=float, default=6.0, help="limit for one architecture")
+    parser.add_argument(
+        "--docs", action="store_true", help="merge into benchmarks/architectures.json and docs/models.md"
+    )
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    return parser
+
+
+def _checked(names: Iterable[str], seconds: float, memory_gib: float) -> dict[str, dict[str, Any]]:
+    outcomes = {}
+    for name in names:
+        outcome = check_apart(name, seconds=seconds, memory_gib=memory_gib)
+        outcomes[name] = asdict(outcome)
+        say(f"{name}: {outcome.kind}, {outcome.result} {outcome.why or outcome.grad_rel_error or ''}")
+    return outcomes
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    if unknown := sorted(set(args.names) - set(CAUSAL)):
+        raise SystemExit(f"no causal language models of transformers {transformers.__version__}: {', '.join(unknown)}")
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    settle_vector_math()
+    outcomes = _checked(args.names or CAUSAL, args.seconds, args.memory_gib)
+    if args.docs:
+        known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        merged = dict(sorted((known | outcomes).items()))
+        RESULTS.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+        write_page(merged)
+    results = [each["result"] for each in outcomes.values()]
+    counts = {result: results.count(result) for result in dict.fromkeys(results)}
+    versions = {"transformers": transformers.__version__, "counts": counts}
+    emit({**versions, "hardware": hardware(), "architectures": outcomes}, args.out)
+
+
+if __name__ == "__main__":
+    main()

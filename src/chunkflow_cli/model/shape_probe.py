@@ -1,0 +1,196 @@
+"""Read what planning needs off one forward of a model on torch's meta device: every shape, but no numbers.
+
+The model's own code says which heads each attention layer has, which window, and what a recurrent layer hands on. No
+table of architectures is needed, and new ones are read as old ones are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chunkflow_cli.model.activation_checkpointing import COSTLY
+from chunkflow_cli.model.language_part import decoder_of
+from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
+from chunkflow_cli.planning.attention_layers import AttentionLayers
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
+
+PROBE_TOKENS = 256
+"""Length of the forward, a multiple of the blocks that scans pad their tokens to. Except for a few small tables, bytes
+per token do not depend on it."""
+PROBE_ATTENTION = "chunkflow_shape"
+"""Name under which transformers knows the attention of the forward."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a forward shows."""
+
+    attention: tuple[AttentionLayers, ...]
+    recurrent: RecurrentLayers
+    activation_bytes_per_token: float
+    """Bytes that all layers keep for backward."""
+    largest_layer_bytes_per_token: float
+    """Those of the layer that keeps the most."""
+    product_bytes_per_token: float
+    """Bytes of the results of matrix products and attention, over all layers: selective checkpointing keeps them."""
+
+
+@contextmanager
+def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Count what autograd saves within the block: each storage once -> its bytes, without the weights of the model.
+
+    Keep the block's results alive until you have read the counts, so that no two storages share an address.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
+    """Run a forward of a causal LM on the meta device, and return what it shows. The model is of no other use then.
+
+    Attention keeps what a fused kernel keeps: queries, keys, values, output, and a float32 log-sum-exp per head and
+    token.
+
+    Args:
+        kernels: packages whose kernels run the recurrent layers, as `scan_shapes.installed_kernels` returns them.
+
+    Returns:
+        None if a forward needs numbers, or if the model computes attention by itself.
+    """
+    from transformers import AttentionInterface
+
+    seen = _Attention()
+    # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
+    AttentionInterface.register(PROBE_ATTENTION, seen)
+    model.set_attn_implementation(PROBE_ATTENTION)
+    model.config.get_text_config().pad_token_id = None  # or gpt2 looks for it in the ids, and warns
+    model.train()
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
+    positions = torch.arange(PROBE_TOKENS, device="meta")[None]
+    products = _Products()
+    recurrent = None
+    try:
+        with (
+            kept_for_backward(model) as kept,
+            _kept_by_layers(model, kept) as of_layers,
+            recurrent_functions_on_meta(model, kernels, kept) as recurrent,
+            products,
+        ):
+            hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False)
+    except (NotImplementedError, RuntimeError, TypeError):
+        if recurrent is not None and recurrent.edge_bytes:
+            raise
+        return None
+    if not seen.layers and not recurrent.edge_bytes:
+        return None
+    total = sum(kept.values())
+    del hidden
+    return Probed(
+        attention=seen.by_size(),
+        recurrent=RecurrentLayers(
+            recurrent.edge_bytes,
+            recurrent.flops_per_token,
+            recurrent.input_elements_per_token,
+            recurrent.activation_bytes / PROBE_TOKENS,
+            recurrent.block,
+        ),
+        activation_bytes_per_token=total / PROBE_TOKENS,
+        largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
+        product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,
+    )
+
+
+@contextmanager
+def _kept_by_layers(model: nn.Module, kept: dict[int, int]) -> Iterator[list[int]]:
+    """Count what each layer adds to `kept` within the block. A layer is what activation checkpointing runs again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    before: list[int] = []
+    of_layers: list[int] = []
+    handles = []
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            handles += [
+                layer.register_forward_pre_hook(lambda *_: before.append(sum(kept.values()))),
+                layer.register_forward_hook(lambda *_: of_layers.append(sum(kept.values()) - before.pop())),
+            ]
+    try:
+        yield of_layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Products(TorchDispatchMode):
+    """Counts the bytes of the results that selective checkpointing keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name() in COSTLY:
+            self.bytes += result.nbytes
+        return result
+
+
+class _Attention:
+    """A fused attention kernel without numbers, as transformers calls it; it remembers the sizes of each layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[AttentionLayers] = []
+        self.bytes = 0
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        sliding_window: Any = None,
+        **__: Any,
+    ) -> tuple[Tensor, None]:
+        self.layers.append(
+            AttentionLayers(
+                1, query.shape[1], key.shape[1], key.shape[3], value.shape[3],
+                window=sliding_window, block=_block(module), owns_keys=not getattr(module, "is_kv_shared_layer", False),
+            )
+        )  # fmt: skip
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        self.bytes += output.nbytes + log_sum_exp.nbytes
+        output = KernelOnMeta.apply(output, [query, key, value, output, log_sum_exp], query, key, value)
+        return output.transpose(1, 2), None  # (batch, tokens, heads, value_dim), as transformers wants it
+
+    def by_size(self) -> tuple[AttentionLayers, ...]:
+        """Return the layers, those of equal sizes together."""
+        return tuple(replace(sizes, layers=count) for sizes, count in Counter(self.layers).items())
+
+
+def _block(module: nn.Module) -> int | None:
+    """Return the tokens of the blocks that a layer's attention stays within; only llama4's configuration says so."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None) or []
+    layer = getattr(module, "layer_idx", None)
+    if config is None or layer is None or layer >= len(kinds) or kinds[layer] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)

@@ -1,0 +1,25 @@
+"""The recurrent layers of a model: what they keep, and how much they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RecurrentLayers:
+    """What all convolutions and scans of a model do together.
+
+    In a sequence-parallel group each rank runs them for the tokens of all ranks: nothing here is divided.
+    """
+
+    edge_bytes: int = 0
+    """Bytes of the state between two chunks: the last inputs of convolutions in the model's dtype, and the states of
+    scans in float32. They do not depend on the length of the chunks."""
+    flops_per_token: int = 0
+    """Floating-point operations of a forward."""
+    input_elements_per_token: int = 0
+    """Numbers that go in."""
+    activation_bytes_per_token: float = 0.0
+    """Bytes that are kept for backward."""
+    block: int | None = None
+    """Tokens that scans compute at once; None if they do not compute in blocks."""
