@@ -268,7 +268,7 @@ def reading_rates(data: Path, rounds: int) -> dict[str, Any]:
     """MB/s of one core: reading files and lengths, and parsing lines that are in memory already."""
     import orjson
 
-    from chunkflow_cli.config.schema import DataFormat
+    from chunkflow_cli.config.schema import DataFormat, TrainOn
     from chunkflow_cli.data.estimate import estimate_sizes
     from chunkflow_cli.data.source import open_source
 
@@ -283,7 +283,7 @@ def reading_rates(data: Path, rounds: int) -> dict[str, Any]:
             orjson.loads(line)
 
     def estimate() -> None:
-        estimate_sizes(source, DataFormat.messages, count_all=False, progress=lambda _: None)
+        estimate_sizes(source, DataFormat.messages, train_on=TrainOn.assistant, progress=lambda _: None)
 
     seconds: dict[str, list[float]] = {"parsing": [], "reading_lengths": []}
     for _ in range(max(3, rounds)):

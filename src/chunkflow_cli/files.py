@@ -1,8 +1,7 @@
-"""Write files and folders completely or not at all, check their content, and lock a file."""
+"""Write files and folders completely or not at all, and check their content."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from chunkflow_cli import pulse
 from chunkflow_cli.errors import UsageError
 
 
@@ -58,7 +58,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     delete_aside(folder)
     temporary.mkdir(parents=True)
     yield temporary
-    for file in temporary.rglob("*"):  # on the disk before the folder gets its name
+    for file in pulse.each(temporary.rglob("*")):  # on the disk before the folder gets its name
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -76,6 +76,7 @@ def checksum(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
+            pulse.bytes_moved()
     return f"{crc:08x}"
 
 
@@ -87,12 +88,3 @@ def delete_aside(folder: Path) -> None:
 
 def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.writing")
-
-
-@contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Hold the lock of a file within the block; other processes that want it wait, those of other runs too."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -527,9 +527,10 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
             (Location(path, i), f"messages[{i % 9}].role is 'wizard', none of " + "many, " * 20) for i in range(40)
         ],
         model_limit=32768,
+        rows=2000,
     )
     result = analyze.analysis(data, load([]).config) | {
-        "samples": len(lengths), "tokens": int(lengths.sum()), "targets": int(lengths.sum()) // 2, "duplicates": 123_456,
+        "rows": len(lengths), "samples": len(lengths), "tokens": int(lengths.sum()), "targets": int(lengths.sum()) // 2, "duplicates": 123_456,
     }  # fmt: skip
     result["packing"]["to_longest"]["bins"] = 123_456
     lines = printed([(lengths, result), (lengths, result)], width)
@@ -544,7 +545,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
 def test_the_histogram_uses_a_wide_screen() -> None:
     """Bars grow with the terminal, and their lengths are proportional to their shares."""
     lengths = np.array([10] * 30 + [100] * 60)
-    data = analyze.MeasuredData("a", DataFormat.text, False, lengths, lengths, np.arange(90), [], [], None)
+    data = analyze.MeasuredData("a", DataFormat.text, False, lengths, lengths, np.arange(90), [], [], None, 90)
     result = analyze.analysis(data, load([]).config)
     bars = {
         width: [line.split()[1] for line in printed([(lengths, result)], width) if "█" in line] for width in (80, 120)

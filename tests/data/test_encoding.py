@@ -24,10 +24,9 @@ from chunkflow_cli.data.encoding import (
     NO_EOS,
     NO_FIRST_TOKEN,
     STRADDLES,
-    first_token_from,
-    first_token_with,
     plain_backend,
 )
+from chunkflow_cli.data.labels import first_token_from, first_token_with
 from chunkflow_cli.data.tokenizer import load_tokenizer
 from chunkflow_cli.errors import UsageError
 from support.tokenized import bracketed, chat, listing, load, only, run_python, smollm2, write_rows
@@ -56,6 +55,8 @@ FORGETTING = (
     "{{ (m['content'] if loop.last else m['content'].split('</think>')[-1]) + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SHOUTING = FORGETTING.replace("[-1]) + '<", "[-1]) | upper + '<")
+"""It changes words as well, so that they cannot be found where prefixes fail."""
 WITH_TOOLS = (
     "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>' }}{% endif %}"
     "{% for m in messages %}{{ '<' + m['role'] + '>' }}{{ m['content'] }}"
@@ -246,10 +247,9 @@ def test_a_conversation_may_begin_with_an_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (THINKING, chat("Q1", "<think>hm</think>A1", "Q2", "A2"), "the chat template writes turn 2 differently within"),
         (
-            FORGETTING,
-            chat("Q1", "<think>hm</think>A1", "Q2", "A2"),
+            SHOUTING,
+            chat("Q1", "<think>hm</think>A1\na", "Q2", "A2"),
             "the chat template writes turn 2 differently within",
         ),
         (CHATML.replace("in messages", "in messages | reverse"), chat("Q", "A"), "writes turn 2 differently"),

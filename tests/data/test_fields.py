@@ -377,7 +377,7 @@ def test_the_estimate_refuses_the_same_rows(tmp_path: Path) -> None:
         b'{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}',
     ]
     source = open_source(str(write_rows(tmp_path / "a.jsonl", rows)))
-    sizes = estimate_sizes(source, DataFormat.messages, count_all=False, progress=lambda position: None)
+    sizes = estimate_sizes(source, DataFormat.messages, train_on=TrainOn.assistant, progress=lambda position: None)
     assert sizes.lines.tolist() == [1]
     assert [reason.split(",")[0].split(";")[0] for _, reason in sizes.rejected] == [
         "weight is 0: the row asks not to be trained on",

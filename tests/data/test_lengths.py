@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from chunkflow_cli.config.schema import DataFormat
+from chunkflow_cli.config.schema import DataFormat, TrainOn
 from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.lengths import (
     describe,
@@ -192,5 +192,5 @@ def test_estimates_of_other_scripts(text: str, tokens: int, tmp_path: Path) -> N
         ({"messages": [{"role": "user", "content": text * 50}]}, DataFormat.messages),
     ):
         path.write_text(json.dumps(row))
-        found = estimate_sizes(open_source(str(path)), format, count_all=True, progress=lambda _: None).lengths
+        found = estimate_sizes(open_source(str(path)), format, train_on=TrainOn.all, progress=lambda _: None).lengths
         assert 0.67 < found.item() / (50 * tokens) < 1.25

@@ -140,7 +140,7 @@ def test_tools_and_ids_that_are_left_out_are_said() -> None:
     assert "calls stand in the answer, as JSON; results are user messages" in knows_none[0]
 
 
-@pytest.mark.parametrize("text", [PARTS, chatml("{{ m.text }}")])
+@pytest.mark.parametrize("text", [chatml("{{ m.content.text }}"), chatml("{{ m.text }}")])
 @pytest.mark.parametrize("turn", [answer("no"), answer("", CALL), answer("", reasoning_content="lungs")])
 def test_an_answer_of_which_nothing_is_written_is_a_bad_row(text: str, turn: Message) -> None:
     """Its only target would be the end of the turn: the model would learn to say nothing."""
@@ -279,6 +279,20 @@ def test_arguments_of_a_row_without_effect_are_said_and_reserved_ones_refused() 
         template(CHATML).render(Conversation(turns, (), {"eos_token": "x"}), mark_targets=True)
 
 
+def test_a_template_that_writes_only_parts_or_only_json_gets_them() -> None:
+    """Those of models for images write no string, and that of DeepSeek-V3 joins a call's arguments to others."""
+    assert rendered(user("Q"), answer(" no "), text=PARTS).text == rendered(user("Q"), answer(" no "), text=CHATML).text
+    joined = chatml(
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
+    )
+    found = rendered(user("Q"), answer("", CALL), text=joined)
+    assert marked(found) == ['tide{"at": "Brae \\"x\\"", "n": [1, true]}<|im_end|>']
+
+
+def marked(text: MarkedText) -> list[str]:
+    return [text.text[start:stop] for start, stop in text.target_spans or ()]
+
+
 GLM = (
     "{% for m in messages %}{{ ('<|im_start|>' if m.role == 'user' else '<s>') + m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>' }}{% endif %}"
@@ -296,11 +310,10 @@ def test_a_fault_of_the_template_is_a_bad_row(fault: str) -> None:
 def test_a_turn_that_the_next_one_ends() -> None:
     """The model has to generate the next role's token to stop: without it as a target, it never learns to."""
     found = rendered(user("Q"), answer("blue"), user("R"), answer("green"), text=GLM)
-    assert found.target_spans is not None
-    assert [found.text[start:stop] for start, stop in found.target_spans] == ["blue<|im_start|>", "green"]
+    assert marked(found) == ["blue<|im_start|>", "green"]
     assert found.borrowed_ends == {"<|im_start|>"}
     own = rendered(user("Q"), answer("blue"), user("R"), answer("green"), text=CHATML)
-    assert [own.text[start:stop] for start, stop in own.target_spans or ()] == ["blue<|im_end|>", "green<|im_end|>"]
+    assert marked(own) == ["blue<|im_end|>", "green<|im_end|>"]
     assert own.borrowed_ends == frozenset()
 
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import pkgutil
 import textwrap
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_the_check_sees_a_missing_name() -> None:
 def test_the_collectives_that_are_turned_off_exist() -> None:
     import_deepspeed()
     assert "deepspeed_shm_comm" in pkgutil.resolve_name("deepspeed.ops.op_builder.all_ops:ALL_OPS")
+
+
+def test_groups_without_a_timeout_of_their_own_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default would end a rank whose neighbour computes on a long sample for 10 minutes."""
+    from torch.distributed import Backend, distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
+    internals.make_all_groups_wait(timedelta(days=7))
+    for backend in ("nccl", "gloo"):
+        assert distributed_c10d._get_default_timeout(Backend(backend)) == timedelta(days=7)
 
 
 def test_only_one_file_uses_them() -> None:

@@ -5,6 +5,7 @@ One launch per layout runs all of its cases, because starting processes takes lo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.config.schema import Dtype, EngineConfig, LoraConfig, Offload, OptimConfig, OptimizerName
-from chunkflow_cli.engine import EngineSettings, check_pipeline_settings
+from chunkflow_cli.engine import PATIENCE, EngineSettings, check_pipeline_settings
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.message_order import SENDS_BACK, SENDS_ON
+from chunkflow_cli.planning.schedule import Schedule
+from support.posting import always_ahead
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -237,6 +241,51 @@ def _train_stage(case: Case, stages: int, data: int, sequence: int) -> dict[str,
     }  # fmt: skip
 
 
+def run_three_stages(cases: Sequence[Case]) -> dict[str, Any]:
+    """Run all cases on a rank, and the messages of one over other links."""
+    from chunkflow_cli.execution import messages
+    from support.serial_backend import patience_of_groups
+
+    result = {"cases": run_cases((3, 1, 1, cases)), "patience": patience_of_groups()}
+    own_groups = messages.Links._new_groups
+
+    def shared_groups(pipelines: list[list[int]]) -> dict[tuple[int, bool], Any]:
+        (ranks,) = pipelines
+        directions = {onward: torch.distributed.new_group(ranks) for onward in (True, False)}
+        return {key: directions[key[1]] for key in own_groups(pipelines)}
+
+    schedules = plan_of(Case("in turn", IN_TURN), 0, 3, 1).ranks[0].schedules
+    result["ends"] = _ends(schedules, within_seconds=60)
+    messages.receives_of = always_ahead  # type: ignore[assignment]
+    messages.Links._new_groups = staticmethod(shared_groups)  # type: ignore[method-assign]
+    result["ends with shared groups"] = _ends(schedules, within_seconds=3)
+    return result
+
+
+def _ends(schedules: tuple[Schedule, ...], within_seconds: float) -> bool:
+    """Return whether the messages of a step all arrive."""
+    from chunkflow_cli.execution.messages import Links, Messages
+
+    links = Links([[0, 1, 2]], torch.device("cpu"))
+
+    def exchange() -> None:
+        messages = Messages(links, schedules, lambda chunk: torch.empty(4))
+        for op in schedules[links.stage].ops:
+            received = messages.receive(op)
+            assert received is None or received.tolist() == [*op.chunks] * 4
+            message = torch.full((4,), float(op.chunks[0]))
+            if op.kind in SENDS_ON and not links.is_last:
+                messages.send(message, onward=True)
+            elif op.kind in SENDS_BACK and not links.is_first:
+                messages.send(message, onward=False)
+        messages.close()
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=exchange, daemon=True).start()
+    return done.wait(within_seconds)
+
+
 def run_other_cases(folder: str) -> dict[str, Any]:
     """Run on each of two ranks the cases that are not compared with whole-sequence training."""
     dropout, *saved = OTHER_CASES
@@ -392,8 +441,10 @@ TWO_STAGES = (
     Case("only short", SHORT_ONLY, optimizer="adamw", tied=True, zero_stage=0),
     Case("one sample", ((70,), (5,)), optimizer="adamw"),
 )
+IN_TURN = ((CHUNK_SIZE,) * 8,)
+"""Forwards and backwards take turns: where one group carries several edges, that hangs by the rules of NCCL."""
 FOUR_STAGES = (
-    Case("sgd", TWO_LONG[:1]),
+    Case("sgd", IN_TURN),
     Case("adamw, tied, clip", tied=True, optimizer="adamw", grad_clip=0.5, k=2),
     Case("1F1B, zero 0", TWO_LONG, schedule="1f1b", zero_stage=0, tied=True, grad_clip=0.5),
     Case("zero bubble, tied", TWO_LONG, schedule="zero_bubble", tied=True, optimizer="adamw", grad_clip=0.5),
@@ -417,12 +468,20 @@ SPREAD = (
     Case("K 2, tied", k=2, tied=True, optimizer="adamw", grad_clip=0.5),
     Case("zero bubble", TWO_LONG, schedule="zero_bubble"),
 )
+THREE_STAGES = (
+    Case("K 2, tied", TWO_LONG[:1], tied=True, k=2),
+    Case("zero bubble", (*LONG_TAILED[:1], *IN_TURN), schedule="zero_bubble"),
+)
 LAYOUTS = {
     "2 stages": (2, 1, 1, TWO_STAGES),
     "4 stages": (4, 1, 1, FOUR_STAGES),
     "2 stages x 2 data": (2, 2, 1, TWO_BY_TWO),
     "2 stages x 2 sequence": (2, 1, 2, SPREAD),
 }
+
+
+OVER_GLOO = ("2 stages",)
+"""The other layouts run by the rules of NCCL, which are stricter."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -433,9 +492,23 @@ def test_pipelines_train_as_one_process_does(layout: str) -> None:
     twice, a pipeline without samples that adds nothing, gradients averaged over stages.
     """
     stages, data, sequence, cases = LAYOUTS[layout]
-    ranks = run_ranks(stages * data * sequence, "test_pipeline:run_cases", LAYOUTS[layout])
+    serial = layout not in OVER_GLOO
+    ranks = run_ranks(stages * data * sequence, "test_pipeline:run_cases", LAYOUTS[layout], serial=serial)
     for index, case in enumerate(cases):
         check(case, [rank[index] for rank in ranks], stages, data * sequence)
+
+
+def test_three_stages_need_a_group_for_each_edge() -> None:
+    """By the rules of NCCL, a middle stage's sends wait behind its receives if an edge shares its group with another.
+
+    Operations of DeepSpeed's own groups wait as long as those of ours do.
+    """
+    ranks = run_ranks(3, "test_pipeline:run_three_stages", THREE_STAGES, serial=True)
+    for index, case in enumerate(THREE_STAGES):
+        check(case, [rank["cases"][index] for rank in ranks], 3, 1)
+    assert all(rank["ends"] for rank in ranks)
+    assert not any(rank["ends with shared groups"] for rank in ranks)
+    assert {patience for rank in ranks for patience in rank["patience"]} == {PATIENCE}
 
 
 def test_dropout_checkpoints_and_sums(tmp_path: Path) -> None:

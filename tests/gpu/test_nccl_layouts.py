@@ -1,8 +1,9 @@
-"""The layouts of two ranks on two GPUs, over NCCL: loss and weights as one GPU gives them."""
+"""The layouts of two to four ranks on as many GPUs, over NCCL: loss and weights as one GPU gives them."""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ WORDS = (
     "recipe=tiny_random", "train.steps=2", "optim=sgd", "optim.lr=0.5", "train.guard=false", "chunk.size=64",
     "model.dtype=float32", "data.eval_fraction=0",
 )  # fmt: skip
+
+
+GROUPS = ("parallel.sequence=", "parallel.pipeline=")
 
 
 def train(folder: Path, *words: str) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -40,13 +44,16 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[s
     [
         "engine.zero_stage=0", "engine.zero_stage=1", "engine.zero_stage=2", "engine.zero_stage=3",
         "parallel.sequence=2", "parallel.pipeline=2", "parallel.pipeline=2 parallel.schedule=zero_bubble",
+        "parallel.pipeline=3", "parallel.pipeline=4", "parallel.pipeline=2 parallel.sequence=2",
     ],
 )  # fmt: skip
-def test_two_gpus_train_as_one_does(
-    words: str, truth: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
+def test_gpus_train_as_one_does(words: str, truth: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path) -> None:
     """gloo shares no code with NCCL: communicators, streams and the order of messages differ."""
-    losses, weights = train(tmp_path / "run", "launch.processes=2", *words.split())
+    sizes = [int(word.partition("=")[2]) for word in words.split() if word.startswith(GROUPS)]
+    processes = max(2, math.prod(sizes))
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"NCCL wants a GPU for each rank: {processes}")
+    losses, weights = train(tmp_path / "run", f"launch.processes={processes}", *words.split())
     assert losses == pytest.approx(truth[0], rel=1e-5)
     for name, expected in truth[1].items():
         torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-6)

@@ -130,7 +130,7 @@ def test_each_rank_knows_its_number_and_the_terminal_shows_rank_0(start: Start, 
         ["0", "0", "2", "2", "127.0.0.1"],
         ["1", "1", "2", "2", "127.0.0.1"],
     ]
-    assert known[0][5] == known[1][5]
+    assert known[0][5] == known[1][5] == "?"  # rank 0 takes a port itself (`meeting.py`)
     assert int(known[0][6]) >= 1
     assert not WatchFolder(tmp_path).path.exists()
 
@@ -701,22 +701,27 @@ def test_deepspeeds_launcher_starts_the_ranks_of_a_hostfile(scenario: str, start
 
 def joined(arguments: Any) -> Any:
     """Open the run's folder as `train` does, and once more while it is open; return the results. Runs on each rank."""
+    from chunkflow_cli.data.source import LocalFiles
     from chunkflow_cli.engine import close_process_group
     from chunkflow_cli.training.joining import load_data, open_folder, watched
 
+    hashed: list[Any] = []
+    plain = LocalFiles.fingerprint
+    LocalFiles.fingerprint = lambda self: (hashed.append(self), plain(self))[1]  # type: ignore[method-assign]
     loaded = launch.with_processes(load(arguments["words"]))
-    data = load_data(loaded.config, None)
-    folder = open_folder(loaded, data)
+    folder, data = open_folder(loaded, None)
+    samples = load_data(loaded.config, None, data).train
+    read = (len(hashed), [sample.input_ids.tolist() for sample in samples])
     with watched(folder.path, hang_seconds=0):
         print(f"from rank {os.environ['RANK']}", flush=True)
     try:
-        open_folder(loaded, data)
+        open_folder(loaded, None)
         error = ""
     except UsageError as raised:
         error = str(raised)
     finally:
         close_process_group()
-    return str(folder.path), folder.checkpoint, loaded.config.launch.processes, folder._lock is not None, error
+    return str(folder.path), folder.checkpoint, loaded.config.launch.processes, folder._lock is not None, error, *read
 
 
 def test_ranks_of_another_launcher_share_the_folder_that_rank_0_locks(tmp_path: Path) -> None:
@@ -728,7 +733,8 @@ def test_ranks_of_another_launcher_share_the_folder_that_rank_0_locks(tmp_path: 
     taken = f"train.output_dir={run}: another process is training in this folder\n"
     taken += "  wait for it to end, or choose another folder"
     first, second = run_ranks(2, "test_launch:joined", {"words": words})
-    assert first == (str(run), None, 2, True, taken)
-    assert second == (str(run), None, 2, False, taken)
+    samples = [[3, 4, 5, number] for number in range(6, 12)]
+    assert first == (str(run), None, 2, True, taken, 1, samples)
+    assert second == (str(run), None, 2, False, taken, 0, samples)
     assert log(run, 1) == "from rank 1\n"
     assert len(list((tmp_path / "tokens").glob("[0-9a-f]*"))) == 1

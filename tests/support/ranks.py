@@ -1,7 +1,8 @@
 """Real processes for tests: `run_ranks(4, "test_module:function", {...})` runs a function on four gloo ranks.
 
 Each rank is a process with the environment that torchrun sets. It calls `function(arguments)`, which starts the process
-group as the code under test does. `run_ranks` returns the results, a list by rank.
+group as the code under test does. `run_ranks` returns the results, a list by rank. With `serial=True` the process group
+has started already, on a backend with NCCL's rules (`serial_backend`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from typing import Any
 TIMEOUT_SECONDS = 420
 
 
-def run_ranks(processes: int, function: str, arguments: Any = None, *, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
+def run_ranks(
+    processes: int, function: str, arguments: Any = None, *, serial: bool = False, timeout: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """Return what the function returns on each rank.
 
     Args:
         processes: the number of ranks.
         function: "module:name"; the module is found through the current `sys.path`.
         arguments: passed to every rank, pickled.
+        serial: run on the backend that keeps NCCL's rules.
         timeout: seconds until the ranks count as hung.
 
     Raises:
@@ -47,7 +51,10 @@ def run_ranks(processes: int, function: str, arguments: Any = None, *, timeout: 
             with Path(folder, f"{rank}.log").open("w") as log:
                 workers.append(
                     subprocess.Popen(
-                        [sys.executable, __file__, function, folder], env=environment, stdout=log, stderr=log
+                        [sys.executable, __file__, function, folder, *["serial"] * serial],
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
                     )
                 )
         try:
@@ -86,11 +93,15 @@ def _wait(workers: list[subprocess.Popen[bytes]], deadline: float) -> list[int |
         time.sleep(0.05)
 
 
-def _work(function: str, folder: str) -> None:
+def _work(function: str, folder: str, *, serial: bool) -> None:
     sys.path[:] = Path(folder, "path").read_text().split("\n")
     import torch
 
     torch.set_num_threads(1)
+    if serial:
+        from support.serial_backend import start_process_group
+
+        start_process_group()
     module, _, name = function.partition(":")
     result = getattr(importlib.import_module(module), name)(pickle.loads(Path(folder, "arguments").read_bytes()))
     Path(folder, f"{os.environ['RANK']}.result").write_bytes(pickle.dumps(result))
@@ -100,4 +111,4 @@ def _work(function: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1], sys.argv[2])
+    _work(sys.argv[1], sys.argv[2], serial="serial" in sys.argv[3:])

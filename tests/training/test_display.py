@@ -71,7 +71,7 @@ def test_few_steps_are_warned_of(samples: int, config: TrainConfig, said: list[s
 
 def test_the_summary_tells_samples_from_passes() -> None:
     report: dict[str, Any] = {
-        "samples_read": 64, "samples_to_train": 58, "samples_trained": 290, "samples_held_out": 6,
+        "rows_read": 64, "samples_read": 64, "samples_to_train": 58, "samples_trained": 290, "samples_held_out": 6,
         "samples_rejected": 0, "samples_dropped": 0, "samples_truncated": 0, "epochs": 5.0, "eval_loss_start": None,
         "target_tokens_trained": 100, "target_tokens_planned": 100, "longest_sample": 9, "loss_first": 2.0,
         "loss_last": 1.0, "tokens_per_second": 10.0, "mfu": 2.0, "train_seconds": 3.0, "steps": 20, "chunks": 5,

@@ -23,7 +23,7 @@ from chunkflow_cli.cli.screens.samples import print_samples
 from chunkflow_cli.config.home import expand_home
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Config, DataConfig, DataFormat, ModelConfig, TrainOn
+from chunkflow_cli.config.schema import Config, DataConfig, DataFormat, ModelConfig
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.dataset import open_data, tokenize_source
 from chunkflow_cli.data.estimate import estimate_sizes
@@ -68,6 +68,8 @@ class MeasuredData:
     rejected: list[tuple[Location, str]]
     model_limit: int | None
     """The longest sequence that the model supports; `data.max_length` without a model."""
+    rows: int
+    """Rows that the samples are of."""
     shown: Sequence[ShownSample] | None = None
 
 
@@ -163,6 +165,7 @@ def measure(paths: str | list[str], config: Config, *, show: int | None = None) 
             shown = samples_to_show(data, data_config, show, limit=most, tokenizer=tokenizer)
         lengths, rejected, locate = data.entry.lengths, data.locate(data.entry.rejected), data.location
         target_counts, digests = data.entry.target_counts, data.entry.digests.view(np.int64)
+        rows = int(data.entry.rows.max(initial=-1)) + 1
     elif show:
         raise UsageError(
             f"--show={show}: samples can only be shown as they are tokenised, and no tokenizer is named\n"
@@ -170,8 +173,15 @@ def measure(paths: str | list[str], config: Config, *, show: int | None = None) 
         )
     else:
         with progress_bar(f"reading {path}", source.size) as progress:
-            sizes = estimate_sizes(source, format, count_all=config.data.train_on is TrainOn.all, progress=progress)
-        lengths, rejected = sizes.lengths, sizes.rejected
+            sizes = estimate_sizes(
+                source,
+                format,
+                train_on=data_config.train_on,
+                turns=data_config.turns,
+                reasoning=data_config.train_on_reasoning,
+                progress=progress,
+            )
+        lengths, rejected, rows = sizes.lengths, sizes.rejected, sizes.rows
         target_counts, digests = sizes.target_counts, sizes.digests
         limit = config.data.max_length
 
@@ -192,6 +202,7 @@ def measure(paths: str | list[str], config: Config, *, show: int | None = None) 
         longest=[(locate(int(sample)), int(lengths[sample])) for sample in longest],
         rejected=rejected,
         model_limit=limit,
+        rows=rows,
         shown=shown,
     )
 
@@ -224,6 +235,7 @@ def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
         "data": data.path,
         "format": data.format.value,
         "estimated": data.estimated,
+        "rows": data.rows,
         "samples": statistics.samples,
         "tokens": statistics.tokens,
         "targets": targets,

@@ -31,6 +31,7 @@ from chunkflow_cli import __version__
 from chunkflow_cli.cli.screens.doctor import print_findings
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import human_bytes, progress_bar, stdout_console
+from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
 GRACE_SECONDS = 5.0
 """A check that takes too long gets this much more time to say where it hangs."""
@@ -353,10 +354,7 @@ def cache_problems(answer: Answer) -> list[Problem]:
 
 def _processor(answer: Answer) -> dict[str, Any]:
     """Return the CPU as a device. Its memory is what this process may use, where a container sets a limit."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (limited := limit.read_text().strip()).isdigit():
-        memory = min(memory, int(limited))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bfloat16 = answer.get("cpu_bfloat16")
+    memory = usable_memory_bytes()
     return {"kind": "cpu", "name": platform.machine(), "cores": cores, "memory_bytes": memory, "bfloat16": bfloat16}

@@ -9,7 +9,7 @@ from typing import Any
 
 from chunkflow_cli.config.deepspeed_keys import check_deepspeed
 from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys, wrong_value
-from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread
+from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread, TrainOn, Turns
 from chunkflow_cli.errors import UsageError
 
 _COMPARISONS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -74,6 +74,16 @@ def _check_data(config: Config) -> None:
         raise UsageError(f"{key}={value} and data.eval_fraction={data.eval_fraction} are both set: remove one of them")
     if data.eval_path is None and data.eval_split == data.split:
         raise UsageError(f"data.eval_split={data.eval_split} is the split that is trained on\n  name another split")
+    if data.train_on is TrainOn.all and data.turns is Turns.split:
+        raise UsageError(
+            "data.turns=split with data.train_on=all would count a question once for each answer after it\n"
+            "  set data.train_on=assistant, or data.turns=whole"
+        )
+    if data.train_on is TrainOn.all and not data.train_on_reasoning:
+        raise UsageError(
+            "data.train_on=all counts every token, and data.train_on_reasoning=false leaves some out\n"
+            "  set data.train_on=assistant, or data.train_on_reasoning=true"
+        )
     names = list(data.columns.values())
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -71,6 +71,7 @@ FOREIGN = {
         _LENGTH,
     ),
     **dict.fromkeys(("excess_length_strategy", "truncation", "truncation_mode"), "data.overlong"),
+    **dict.fromkeys(("mask_history", "last_turn_only"), "set data.train_on=last"),
     **dict.fromkeys(("train_on_inputs", "train_on_prompt", "assistant_only_loss", "completion_only_loss",
                      "train_on_responses_only", "mask_inputs"),
                     "set data.train_on=assistant (the default) or all"),

@@ -73,7 +73,13 @@ class DataFormat(str, Enum):
 
 class TrainOn(str, Enum):
     assistant = "assistant"
+    last = "last"
     all = "all"
+
+
+class Turns(str, Enum):
+    whole = "whole"
+    split = "split"  # type: ignore[assignment]  # a method of str
 
 
 class Overlong(str, Enum):
@@ -212,7 +218,13 @@ class DataConfig:
     format: DataFormat = DataFormat.auto
     """Format of the rows. `auto` finds it from the first rows."""
     train_on: TrainOn = TrainOn.assistant
-    """Tokens that the loss counts: those of the assistant's replies, or all of them."""
+    """Tokens that the loss counts: those of the assistant's answers, of the `last` answer only, or all of them."""
+    train_on_reasoning: bool = True
+    """Count the words of an answer's reasoning as well. False trains on the rest of the answer, with the reasoning in
+    view."""
+    turns: Turns = Turns.whole
+    """What a conversation becomes. `whole` makes one sample of it, as the chat template writes the whole conversation.
+    `split` makes a sample of each answer, as the model sees it at inference."""
     chat_template: str | None = a_path(None)
     """Chat template of conversations: a Jinja file, or the name of one of the tokenizer's own templates. It is saved
     with the model. Null takes the tokenizer's."""
@@ -231,7 +243,7 @@ class DataConfig:
     eval_split: str | None = None
     """Split to evaluate on, of `data.eval_path`, or of `data.path` if that is null."""
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
-    """Fraction of the samples in `data.path` to hold out, drawn with `train.seed`."""
+    """Fraction of the rows of `data.path` to hold out, drawn with `train.seed`."""
     cache_dir: str | None = a_path(None)
     """Folder for tokenised data. Null is ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow."""
     num_workers: int | None = bounded(None, at_least=1, at_most=1024)
@@ -358,7 +370,7 @@ class LaunchConfig:
     grace_seconds: float = bounded(300.0, at_least=0, at_most=MOST_SECONDS)
     """Seconds that ranks get to save a checkpoint after Ctrl-C or SIGTERM."""
     hang_seconds: float = bounded(1800.0, at_least=0, at_most=MOST_SECONDS)
-    """Seconds without a new operation on any rank after which a run counts as hung and is killed. 0 disables this."""
+    """Seconds in which no rank starts an operation or moves bytes, after which a run is killed as hung. 0 disables this."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ An entry is a folder `tokens/<key>/` of memory-mapped arrays:
     target_counts.npy  (samples,) int64
     digests.npy        (samples,) uint64     equal if tokens and targets are equal
     files.npy          (samples,) int32      index of the file in the source
-    lines.npy          (samples,) int64      line or row in that file, from 1
+    lines.npy          (samples,) int64      line or row in that file, from 1; all samples of a row have the same
     rejected.jsonl     {"file", "line", "reason"} per bad row; files are indices here too
     notes.jsonl        what there is to say of the rows, as in `Note`
     meta.json          the ingredients, for people; `largest_id` and `ends` as in `EncodedBatch`; checksums of the rest
@@ -22,10 +22,10 @@ An entry is written to a temporary folder and renamed, so it is complete or abse
 the first to rename wins and the other uses the winner's. If the data changes while it is read, no entry is made. What a
 killed process leaves is never read, and removed by the next one that looks for an entry (`building.py`).
 
-Whenever an entry is opened, its files are compared with their checksums, so that damage is found before it is trained
-on. A core checks 4 GB/s of what is in memory, a thousand times faster than it tokenises. The rest has to be read once,
-which training does anyway: 50 GB take 25 s at 2 GB/s. To compare sizes and time stamps would cost nothing, and would
-miss what a failing disk or a lost block does.
+Whenever a run opens an entry, its files are compared with their checksums, so that damage is found before it is trained
+on. One rank of those that see the same disk does it for all. A core checks 4 GB/s of what is in memory, a thousand
+times faster than it tokenises. The rest has to be read once, which training does anyway: 50 GB take 25 s at 2 GB/s. To
+compare sizes and time stamps would cost nothing, and would miss what a failing disk or a lost block does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from chunkflow_cli.config.schema import DataFormat, TrainOn
+from chunkflow_cli import pulse
+from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.building import folder_to_build_in
 from chunkflow_cli.data.encoding import EncodedBatch
 from chunkflow_cli.data.notes import Note, merged
@@ -75,6 +76,8 @@ class Ingredients:
     """Fingerprint of the tokenizer and its chat template; None if the data already holds ids."""
     format: DataFormat
     train_on: TrainOn
+    turns: Turns
+    train_on_reasoning: bool
     vocab_size: int | None
     """Ids of the model, if the data's ids are checked against it (`data.format=tokens`)."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -110,6 +113,12 @@ class CacheEntry:
         """(samples,) tokens."""
         return np.diff(self.offsets)
 
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(samples,) number of each sample's row, from 0: the samples of a row follow each other."""
+        begins = (np.diff(self.lines, prepend=-1) != 0) | (np.diff(self.files, prepend=-1) != 0)
+        return np.cumsum(begins) - 1
+
 
 def cache_root(cache_dir: str | None) -> Path:
     """Return the folder of all entries: below `data.cache_dir`, or below the user's cache folder.
@@ -128,8 +137,11 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(home) / "chunkflow" / "tokens"
 
 
-def open_entry(folder: Path) -> CacheEntry | None:
+def open_entry(folder: Path, *, is_checked: bool = False) -> CacheEntry | None:
     """Return the entry in a folder, or None if the folder does not exist.
+
+    Args:
+        is_checked: another process of the run has just compared its files with their checksums.
 
     Raises:
         UsageError: the entry is damaged.
@@ -144,7 +156,8 @@ def open_entry(folder: Path) -> CacheEntry | None:
         ) from error
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for name, expected in meta.pop("checksums").items():
+        checksums = meta.pop("checksums")
+        for name, expected in () if is_checked else checksums.items():
             found = _checksum_of(meta) if name == "meta.json" else checksum(folder / name)
             if found != expected:
                 raise ValueError(f"{name} is not what was written")
@@ -171,6 +184,18 @@ def open_entry(folder: Path) -> CacheEntry | None:
     return entry
 
 
+def stamp(folder: Path) -> str | None:
+    """Return what tells an entry from a copy of it on another disk; None if there is no entry.
+
+    Nodes that share a file system see the same file, with the same number and the same time to the nanosecond.
+    """
+    try:
+        found = (folder / "meta.json").stat()
+    except OSError:
+        return None
+    return f"{found.st_ino}-{found.st_mtime_ns}"
+
+
 def build_entry(
     folder: Path,
     batches: Iterable[EncodedBatch],
@@ -190,7 +215,9 @@ def build_entry(
     try:
         with folder_to_build_in(folder.parent, folder.name) as building:
             _write_entry(building, batches, ingredients, file_names, progress)
-            for file in building.iterdir():  # the rename must not survive a power cut that the content does not
+            for file in pulse.each(
+                building.iterdir()
+            ):  # the rename must not survive a power cut that the content does not
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             _rename_unless_taken(building, folder)
@@ -230,6 +257,7 @@ def _write_entry(
             targets += int(batch.target_counts.sum())
             largest_id = max(largest_id, int(batch.input_ids.max(initial=-1)))
             progress(batch.position)
+            pulse.bytes_moved()
     (folder / "notes.jsonl").write_bytes(b"".join(json.dumps(asdict(note)).encode() + b"\n" for note in notes))
     meta = {
         **asdict(ingredients),

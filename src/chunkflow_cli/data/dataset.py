@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.keys import as_written
-from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn
+from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn, Turns
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.building import remove_leftovers
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
@@ -26,6 +26,7 @@ from chunkflow_cli.data.source import Location, Source, open_source
 from chunkflow_cli.data.template_choice import load_with_template, needs_tokenizer
 from chunkflow_cli.data.tokenizer import tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.batches import held_out
 from chunkflow_cli.processes.notices import warn_once
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ class TokenizedData:
     target_counts: NDArray[np.int64]  # (samples,), after truncation
     rejected: list[tuple[Location, str]]
     """Bad rows and why, in the order of the data."""
+    rows_read: int
     samples_read: int
+    """Samples of the rows that were read; a rejected row counts as one."""
     samples_dropped: int
 
     def __post_init__(self) -> None:
@@ -98,6 +101,11 @@ class TokenizedData:
     @property
     def samples_truncated(self) -> int:
         return int(np.count_nonzero(self.lengths < self.whole.entry.lengths[self.indices]))
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(samples,) number of each sample's row, ascending from 0 without gaps."""
+        return np.unique(self.whole.entry.rows[self.indices], return_inverse=True)[1]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -125,9 +133,20 @@ class TokenizedData:
             lengths=self.lengths[chosen],
             target_counts=self.target_counts[chosen],
             rejected=[],
+            rows_read=len(np.unique(self.rows[chosen])),
             samples_read=len(chosen),
             samples_dropped=0,
         )
+
+
+def hold_out(data: TokenizedData, fraction: float, seed: int) -> tuple[TokenizedData, TokenizedData]:
+    """Return the samples to train on and those to hold out.
+
+    All samples of a row stay together: with `data.turns=split` they have most of their tokens in common.
+    """
+    rows = data.rows
+    train, evaluation = held_out(int(rows.max(initial=-1)) + 1, fraction, seed)
+    return data.select(np.flatnonzero(np.isin(rows, train))), data.select(np.flatnonzero(np.isin(rows, evaluation)))
 
 
 def has_evaluation_data(config: DataConfig) -> bool:
@@ -210,6 +229,7 @@ def tokenize(
     model_limit: int | None,
     vocab_size: int | None,
     trust_remote_code: bool,
+    key: str | None = None,
 ) -> TokenizedData:
     """Return the samples of `data.path`, tokenised once (see `data.cache`) and selected by the policies.
 
@@ -217,18 +237,24 @@ def tokenize(
         for_evaluation: read the data to evaluate on instead (`data.eval_path`, `data.eval_split`).
         model_limit: the longest sequence that the model supports, in tokens; None is no limit.
         vocab_size: ids of the model; None does not check ids.
+        key: of the cache's entry, as another process of the run has found it. If it is in the cache of this one, the
+            data is neither read nor hashed, and the entry not checked again.
 
     Raises:
         UsageError: the data cannot be read, has bad rows or samples that are too long (if the policy is `error`), or
             no sample is left; or the model's tokenizer does not fit the data or the model.
     """
-    whole = tokenize_source(
-        config,
-        for_evaluation=for_evaluation,
-        model_path=model_path,
-        vocab_size=vocab_size,
-        trust_remote_code=trust_remote_code,
-    )
+    whole = None
+    if key is not None:
+        whole = _found_source(config, key, for_evaluation, model_path, trust_remote_code=trust_remote_code)
+    if whole is None:
+        whole = tokenize_source(
+            config,
+            for_evaluation=for_evaluation,
+            model_path=model_path,
+            vocab_size=vocab_size,
+            trust_remote_code=trust_remote_code,
+        )
     return _apply_policies(config, whole, model_limit)
 
 
@@ -253,7 +279,7 @@ def tokenize_source(
     """
     source, named = open_data(config, for_evaluation=for_evaluation), _named(config, for_evaluation=for_evaluation)
     format = _format_of(source, named, config)
-    are_ids = format is DataFormat.tokens
+    are_ids, can_be_split = format is DataFormat.tokens, format not in (DataFormat.text, DataFormat.tokens)
     if tokenizer is None and needs_tokenizer(config, format, model_path):
         tokenizer = load_with_template(config, model_path, trust_remote_code=trust_remote_code)
     chat_template = tokenizer.chat_template if tokenizer is not None and config.chat_template is not None else None
@@ -263,6 +289,8 @@ def tokenize_source(
         tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         format=format,
         train_on=TrainOn.all if format is DataFormat.text else config.train_on,
+        turns=config.turns if can_be_split else Turns.whole,
+        train_on_reasoning=config.train_on_reasoning,
         vocab_size=vocab_size if are_ids else None,
         template_arguments=config.template_arguments,
     )
@@ -275,6 +303,8 @@ def tokenize_source(
             format=format,
             train_on=config.train_on,
             vocab_size=vocab_size,
+            turns=config.turns,
+            reasoning=config.train_on_reasoning,
             template_arguments=config.template_arguments,
         )
         batches = encode_source(source, encoder, num_workers=config.num_workers)
@@ -288,6 +318,21 @@ def tokenize_source(
         )
     announce(entry.notes, named, source.location)
     return TokenizedSource(source, format, entry, named, chat_template)
+
+
+def _found_source(
+    config: DataConfig, key: str, for_evaluation: bool, model_path: str, *, trust_remote_code: bool
+) -> TokenizedSource | None:
+    """Return the samples of a checked entry of the cache; None if the cache of this process does not have it."""
+    entry = open_entry(cache_root(config.cache_dir) / key, is_checked=True)
+    if entry is None:
+        return None
+    source, named = open_data(config, for_evaluation=for_evaluation), _named(config, for_evaluation=for_evaluation)
+    chat_template = None
+    if config.chat_template is not None:
+        tokenizer = load_with_template(config, model_path, trust_remote_code=trust_remote_code)
+        chat_template = tokenizer.chat_template
+    return TokenizedSource(source, _format_of(source, named, config), entry, named, chat_template)
 
 
 def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int | None) -> TokenizedData:
@@ -309,20 +354,28 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
         bad_rows.sort(key=lambda row: (row.file, row.line))
     rejected = whole.locate(bad_rows)
     samples_read, dropped = len(entry) + len(entry.rejected), int(is_dropped.sum())
+    rows_read = int(entry.rows.max(initial=-1)) + 1 + len(entry.rejected)
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, str(samples_read), whole.named))
+        raise UsageError(_bad_rows_message(rejected, str(rows_read), whole.named))
     if limit is not None and is_long.any() and config.overlong is Overlong.error:
         whose = "data.max_length" if config.max_length is not None else "the model's own limit"
         raise UsageError(_overlong_message(whole, is_long, f"{limit} tokens ({whose})"))
     indices = np.flatnonzero(~is_dropped & (target_counts > 0))
     if len(indices) == 0:
         raise UsageError(
-            f"{whole.named}: no samples are left of {samples_read} rows: "
+            f"{whole.named}: no samples are left of {rows_read} rows: "
             f"{len(rejected)} are bad, {dropped} were dropped as too long"
             f"{_listed(rejected[:SHOWN])}\n  fix the data, or raise data.max_length"
         )
     return TokenizedData(
-        whole, indices, lengths[indices], target_counts[indices], rejected, samples_read, samples_dropped=dropped
+        whole,
+        indices,
+        lengths[indices],
+        target_counts[indices],
+        rejected,
+        rows_read=rows_read,
+        samples_read=samples_read,
+        samples_dropped=dropped,
     )
 
 

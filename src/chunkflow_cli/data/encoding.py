@@ -1,17 +1,14 @@
 """Encoding of rows into tokens and targets, a batch at a time.
 
-**Which token is a target.** A token is a target if and only if it holds a character of a target span. The whole text
-is tokenised once, so a token may straddle the edge between prompt and answer: the prompt `2 + 2 = ` ends with a space,
-and the tokenizer makes one token of it and of the answer `4`. That token is a target, or the answer would have none. At
-inference the prompt is tokenised alone and the model gets the space as a token of its own, which is why such rows are
-remarked on.
-
 **The shift** is made here and nowhere else: `targets[i]` is the id that position i has to predict, so it is the label
 of i + 1, or -100 if that is not a target. The last position predicts nothing.
 
 **Special tokens.** A templated conversation has only those that its template writes. Other texts get what the tokenizer
 adds by itself (BOS, for many), unless they begin or end with it already, and end with EOS if the tokenizer has one; EOS
 belongs to the completion. Ids (`data.format=tokens`) are used unchanged.
+
+**Samples of a row.** With `data.turns=split` a conversation becomes a sample for each answer. They follow each other
+and have the row's line. If one of them cannot be trained on, the row is bad, with all of them.
 
 **Where generation stops.** The tokens that end the last answers are counted (`EncodedBatch.ends`): `final/` has to stop
 at each of them. Rows whose last answer ends with no special token are remarked on.
@@ -30,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.keys import as_written
-from chunkflow_cli.config.schema import DataFormat, TrainOn
+from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.labels import first_token_from, labels_of
 from chunkflow_cli.data.notes import Note, Remark, notes_of
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
@@ -47,8 +45,9 @@ from chunkflow_cli.data.sample import (
     Sample,
     TokenRow,
 )
+from chunkflow_cli.data.skeleton import reasoning_in
 from chunkflow_cli.data.source import RowBatch
-from chunkflow_cli.data.template import ChatTemplate, MarkedText
+from chunkflow_cli.data.template import ChatTemplate, MarkedText, without
 from chunkflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +58,11 @@ if TYPE_CHECKING:
 STRADDLES = Remark(
     "the end of a prompt and the beginning of its answer are one token, which is a target; at inference the prompt is "
     "tokenised alone, so let the answer begin with the white space instead"
+)
+STRADDLES_PROMPT = Remark(
+    "the end of the generation prompt and the beginning of an answer are one token, which is a target; at inference "
+    "the prompt is tokenised alone; if answers have no reasoning, data.template_arguments={enable_thinking: false} may "
+    "give the prompt that fits them"
 )
 NO_FIRST_TOKEN = Remark(
     "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, and it is no "
@@ -81,7 +85,7 @@ class EncodedBatch:
     lengths: NDArray[np.int64]  # (samples,)
     target_counts: NDArray[np.int64]  # (samples,)
     digests: NDArray[np.uint64]  # (samples,), equal if tokens and targets are equal
-    lines: NDArray[np.int64]  # (samples,)
+    lines: NDArray[np.int64]  # (samples,), the same for all samples of a row
     file: int
     rejected: list[RejectedRow]
     notes: list[Note]
@@ -96,13 +100,15 @@ class Encoder:
 
     Args:
         tokenizer: None for `data.format=tokens`.
-        train_on: `assistant` keeps the labels of a `tokens` row; `all` makes every token a target.
+        train_on: `assistant` and `last` keep the labels of a `tokens` row; `all` makes every token a target.
+        turns: what a conversation becomes.
+        reasoning: words of reasoning are targets as well.
         vocab_size: ids of `data.format=tokens` must be below it; None allows every id up to `MAX_ID`.
         template_arguments: variables for the chat template.
 
     Raises:
-        UsageError: the tokenizer lacks what the format needs: a chat template, or character offsets; or the chat
-            template has no use for an argument.
+        UsageError: the tokenizer lacks what the format needs: a chat template, or character offsets; the format has no
+            reasoning to tell apart; or the chat template has no use for an argument.
     """
 
     def __init__(
@@ -112,11 +118,19 @@ class Encoder:
         format: DataFormat,
         train_on: TrainOn,
         vocab_size: int | None,
+        turns: Turns = Turns.whole,
+        reasoning: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
+        is_plain = format in (DataFormat.text, DataFormat.tokens)
+        if is_plain and not reasoning:
+            raise UsageError(
+                f"data.train_on_reasoning=false needs conversations or completions, not data.format={format.value}\n"
+                "  set data.train_on_reasoning=true"
+            )
         self._format = format
-        self._mark_targets = train_on is TrainOn.assistant and format not in (DataFormat.text, DataFormat.tokens)
-        self._train_on = train_on
+        self._mark_targets = train_on is not TrainOn.all and not is_plain
+        self._train_on, self._turns, self._reasoning = train_on, turns, reasoning
         self._max_id = MAX_ID if vocab_size is None else vocab_size - 1
         self._template: ChatTemplate | None = None
         self._has_arguments = bool(template_arguments)
@@ -159,49 +173,62 @@ class Encoder:
 
     def encode(self, batch: RowBatch) -> EncodedBatch:
         """Return tokens and targets of the rows. Rows that cannot be trained on are in `rejected`, with the reason."""
-        samples: list[tuple[int, MarkedText | TokenRow, bool]] = []
+        prepared: list[tuple[int, list[MarkedText] | TokenRow, bool]] = []
         rejected: list[tuple[int, str]] = []
         for line, row in zip(batch.lines, batch.rows, strict=True):
             try:
-                samples.append((line, *self._prepare(parse_sample(decode_row(row), self._format))))
+                prepared.append((line, *self._prepare(parse_sample(decode_row(row), self._format))))
             except BadRowError as error:
                 rejected.append((line, str(error)))
-        encoded = iter(self._tokenise([sample.text for _, sample, _ in samples if isinstance(sample, MarkedText)]))
-        kept: dict[int, TokenRow] = {}
+        marked = [text.text for _, texts, _ in prepared if isinstance(texts, list) for text in texts]
+        encoded = iter(self._tokenise(marked))
+        kept: list[tuple[int, TokenRow]] = []
         remarks: list[tuple[int, list[Remark]]] = []
         ends: Counter[int] = Counter()
-        for line, sample, is_templated in samples:
+        for line, texts, is_templated in prepared:
             try:
-                if isinstance(sample, TokenRow):
-                    kept[line] = _with_targets(self._check_ids(sample))
+                if isinstance(texts, TokenRow):
+                    kept.append((line, _with_targets(self._check_ids(texts))))
                     continue
-                ids, encoding = next(encoded)
                 label = self._label_conversation if is_templated else self._label_text
-                labelled = label(sample, ids, encoding)
-                kept[line] = _with_targets(labelled.tokens)
-                remarks.append((line, [*sample.remarks, *labelled.remarks]))
-                ends.update(labelled.ends)
+                pairs = [(text, next(encoded)) for text in texts]
+                labelled = [label(text, ids, encoding) for text, (ids, encoding) in pairs]
+                kept += [(line, _with_targets(sample.tokens)) for sample in labelled]
+                remarks.append((line, [remark for text in texts for remark in text.remarks]))
+                remarks[-1][1].extend(remark for sample in labelled for remark in sample.remarks)
+                ends.update(end for sample in labelled for end in sample.ends)
             except BadRowError as error:
                 rejected.append((line, str(error)))
         return _concatenate(kept, sorted(rejected), notes_of(remarks, batch.file), ends, batch)
 
-    def _prepare(self, sample: Sample) -> tuple[MarkedText | TokenRow, bool]:
+    def _prepare(self, sample: Sample) -> tuple[list[MarkedText] | TokenRow, bool]:
         """Return what to tokenise, and True if a chat template wrote it."""
         if isinstance(sample, Instruction):
             sample = sample.prompt_completion() if self._template is None else sample.conversation()
         if isinstance(sample, Conversation):
-            if self._template is None:
-                raise BadRowError("lists of messages need a chat template, and the tokenizer has none")
-            if self._mark_targets and (reason := sample.why_no_targets()) is not None:
-                raise BadRowError(reason)
-            return self._template.render(sample, mark_targets=self._mark_targets), True
+            return self._render(sample), True
         if isinstance(sample, PromptCompletion):
-            whole = sample.prompt + sample.completion
-            spans = ((len(sample.prompt), len(whole)),) if self._mark_targets else None
-            return MarkedText(whole, spans, remarks=(NO_ARGUMENTS,) * self._has_arguments), False
+            whole, start = sample.prompt + sample.completion, len(sample.prompt)
+            spans: tuple[tuple[int, int], ...] = ((start, len(whole)),)
+            if not self._reasoning:
+                holes = [(start + first, start + stop) for first, stop in reasoning_in(sample.completion)]
+                spans = without(spans, holes)
+            remarks = (NO_ARGUMENTS,) * self._has_arguments
+            return [MarkedText(whole, spans if self._mark_targets else None, remarks=remarks)], False
         if isinstance(sample, PlainText):
-            return MarkedText(sample.text, None), False
+            return [MarkedText(sample.text, None)], False
         return sample, False
+
+    def _render(self, sample: Conversation) -> list[MarkedText]:
+        if self._template is None:
+            raise BadRowError("lists of messages need a chat template, and the tokenizer has none")
+        if self._mark_targets and (reason := sample.why_no_targets()) is not None:
+            raise BadRowError(reason)
+        if self._train_on is TrainOn.last:
+            sample = sample.with_last_answer()
+        if self._turns is Turns.split:
+            return self._template.render_answers(sample, reasoning=self._reasoning)
+        return [self._template.render(sample, mark_targets=self._mark_targets, reasoning=self._reasoning)]
 
     def _tokenise(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], Encoding | None]]:
         """Return the ids of each text, and the Rust tokenizer's encoding, which traces tokens to characters."""
@@ -215,7 +242,8 @@ class Encoder:
         return [(np.array(row, np.int64), None) for row in rows]
 
     def _label_conversation(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
-        labels, remarks = _labels(text, ids, encoding)
+        labels, straddles = labels_of(text, ids, encoding)
+        remarks = [STRADDLES_PROMPT] * straddles
         ends: set[int] = set()
         if self._backend is not None:
             ids_of_ends = map(self._backend.token_to_id, text.borrowed_ends)
@@ -239,7 +267,8 @@ class Encoder:
         return [Remark(text, is_warning=False)]
 
     def _label_text(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
-        labels, remarks = _labels(text, ids, encoding)
+        labels, straddles = labels_of(text, ids, encoding)
+        remarks = [STRADDLES] * straddles
         before = self._prefix[: len(self._prefix) - _overlap(self._prefix, ids)]
         after = self._suffix[_overlap(ids, self._suffix) :]
         is_first = len(before) == 0 and len(ids) > 0 and ids[0] not in self._prefix
@@ -265,7 +294,7 @@ class Encoder:
                 place = int(wrong.argmax())
                 allowed = f"0 to {self._max_id}" + (f", or {IGNORED}" if name == "labels" else "")
                 raise BadRowError(f"{name}[{place}] is {ids[place]}, and must be {allowed}")
-        return row if self._train_on is TrainOn.assistant else TokenRow(row.input_ids, row.input_ids)
+        return TokenRow(row.input_ids, row.input_ids) if self._train_on is TrainOn.all else row
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,24 +304,6 @@ class _Labelled:
     tokens: TokenRow
     remarks: list[Remark]
     ends: set[int]
-
-
-def _labels(
-    text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None
-) -> tuple[NDArray[np.int64], list[Remark]]:
-    """Return the ids where they are targets, and IGNORED elsewhere."""
-    if text.target_spans is None:
-        return ids, []
-    assert encoding is not None
-    labels, straddles = np.full_like(ids, IGNORED), False
-    for start, stop in text.target_spans:
-        if start == stop:
-            continue
-        first, begins_before = first_token_with(encoding, start)
-        straddles |= begins_before
-        targets = slice(first, first_token_from(encoding, stop))
-        labels[targets] = ids[targets]
-    return labels, [STRADDLES] * straddles
 
 
 def _with_targets(tokens: TokenRow) -> TokenRow:
@@ -307,43 +318,15 @@ def _overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     return next((count for count in range(most, 0, -1) if np.array_equal(first[-count:], second[:count])), 0)
 
 
-def first_token_with(encoding: Encoding, character: int) -> tuple[int, bool]:
-    """Return the index of the first token that holds this character of the text or a later one.
-
-    The second value is True if the token begins before the character.
-    """
-    token = encoding.char_to_token(character)
-    if token is None:  # a normaliser removes the character
-        return first_token_from(encoding, character), False
-    characters = encoding.token_to_chars(token)
-    assert characters is not None
-    return token, characters[0] < character
-
-
-def first_token_from(encoding: Encoding, character: int) -> int:
-    """Return the index of the first token that begins at this character of the text or after it."""
-    token = encoding.char_to_token(character)
-    if token is not None:
-        characters = encoding.token_to_chars(token)
-        assert characters is not None
-        return token if characters[0] >= character else token + 1
-    # No token holds the character: it is the end of the text, or white space that a normaliser removes.
-    count = len(encoding)
-    last = encoding.token_to_chars(count - 1) if count else None
-    if last is None or last[0] < character:
-        return count
-    return next((index for index, (start, _) in enumerate(encoding.offsets) if start >= character), count)
-
-
 def _concatenate(
-    kept: dict[int, TokenRow],
+    kept: list[tuple[int, TokenRow]],
     rejected: list[tuple[int, str]],
     notes: list[Note],
     stops: dict[int, int],
     batch: RowBatch,
 ) -> EncodedBatch:
     """Join the samples of a batch, by line, in flat arrays of ids and targets: the only place that shifts labels."""
-    rows = list(kept.values())
+    rows = [row for _, row in kept]
     lengths = np.array([len(row.input_ids) for row in rows], np.int64)
     ends = np.cumsum(lengths)
     input_ids = _flat([row.input_ids for row in rows])
@@ -360,7 +343,7 @@ def _concatenate(
         lengths=lengths,
         digests=np.array(digests, np.uint64),
         target_counts=counted[ends] - counted[starts],
-        lines=np.array(list(kept), np.int64),
+        lines=np.array([line for line, _ in kept], np.int64),
         file=batch.file,
         rejected=[RejectedRow(batch.file, line, reason) for line, reason in rejected],
         notes=notes,

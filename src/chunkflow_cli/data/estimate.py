@@ -10,14 +10,15 @@ vocabulary needs fewer tokens for other scripts, about half as many for Chinese.
 English and code, and a factor of two in anything else. `data.format=tokens` rows are counted, not estimated.
 
 Short functions size the usual rows and look only at the keys they need. A row that lacks these keys goes through
-`parse_sample`, which either handles the less usual forms or says what is wrong. So bad rows are the rows that training
+`parse_sample`, which either handles the less usual forms or says what is wrong, and so does every row if some of its
+answers count and others do not (`data.turns=split`, `data.train_on=last`). So bad rows are the rows that training
 would reject, except for problems that only a tokenizer or template can find.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from chunkflow_cli.config.schema import DataFormat
+from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
+from chunkflow_cli.data.fields import REASONING
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.messages import ROLES
 from chunkflow_cli.data.rows import decode_row, parse_json
@@ -36,11 +38,13 @@ from chunkflow_cli.data.sample import (
     BadRowError,
     Conversation,
     Instruction,
+    Message,
     PlainText,
     PromptCompletion,
     Sample,
     TokenRow,
 )
+from chunkflow_cli.data.skeleton import reasoning_in
 from chunkflow_cli.data.source import Location, Source
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -62,40 +66,57 @@ class EstimatedSizes:
     files: NDArray[np.int64]  # (samples,)
     lines: NDArray[np.int64]  # (samples,)
     digests: NDArray[np.int64]  # (samples,), equal if the rows are equal, within this process
+    rows: int
+    """Rows that the samples are of."""
     rejected: list[tuple[Location, str]]
     """Bad rows and why, in the order of the data."""
 
 
 def estimate_sizes(
-    source: Source, format: DataFormat, *, count_all: bool, progress: Callable[[int], None]
+    source: Source,
+    format: DataFormat,
+    *,
+    train_on: TrainOn,
+    turns: Turns = Turns.whole,
+    reasoning: bool = True,
+    progress: Callable[[int], None],
 ) -> EstimatedSizes:
-    """Estimate the size of every row of a source.
+    """Estimate the sizes of all samples of a source.
 
     Args:
-        count_all: every token is a target (`data.train_on=all`).
+        turns: what a conversation becomes.
+        reasoning: words of reasoning are targets as well.
         progress: called with how much of `source.size` is done.
 
     Raises:
         UsageError: the source cannot be read.
     """
-    quick, is_exact = _QUICK_SIZERS.get(format), format is DataFormat.tokens
+    is_usual = turns is Turns.whole and train_on is not TrainOn.last and reasoning
+    quick, is_exact = _QUICK_SIZERS.get(format) if is_usual else None, format is DataFormat.tokens
+    count_all, rows = train_on is TrainOn.all, 0
     columns = array("q")  # one row per sample: length, targets, file, line, digest
     rejected: list[tuple[Location, str]] = []
     for batch in source.batches():
         for line, raw in zip(batch.lines, batch.rows, strict=True):
             try:
-                size, target = _size_of_row(raw, format, quick)
+                if is_usual:
+                    sizes = [_size_of_row(raw, format, quick)]
+                else:
+                    sizes = _sizes_of_answers(parse_sample(decode_row(raw), format), train_on, turns, reasoning)
                 if count_all:
-                    target = size - is_exact  # nothing predicts the first token of a row of ids
-                if target == 0:
+                    sizes = [(size, size - is_exact) for size, _ in sizes]  # nothing predicts the first id of a row
+                if not all(target for _, target in sizes) or not sizes:
                     raise BadRowError(_why_no_targets(parse_sample(decode_row(raw), format)))
             except BadRowError as error:
                 rejected.append((source.location(batch.file, line), str(error)))
                 continue
-            columns.extend((size, target, batch.file, line, _digest(raw)))
+            rows += 1
+            digest = _digest(raw)
+            for number, (size, target) in enumerate(sizes):
+                columns.extend((size, target, batch.file, line, hash((digest, number)) if number else digest))
         progress(batch.position)
     lengths, target_counts, files, lines, digests = np.frombuffer(columns, np.int64).reshape(-1, 5).T
-    return EstimatedSizes(lengths, target_counts, files, lines, digests, rejected)
+    return EstimatedSizes(lengths, target_counts, files, lines, digests, rows, rejected)
 
 
 def _size_of_row(raw: object, format: DataFormat, quick: Callable[[dict[str, Any]], Size] | None) -> Size:
@@ -105,6 +126,40 @@ def _size_of_row(raw: object, format: DataFormat, quick: Callable[[dict[str, Any
         except (ValueError, LookupError, TypeError, AttributeError):
             pass  # an unusual row or a bad one: the parser below accepts it or says what is wrong
     return _size_of_sample(parse_sample(decode_row(raw), format))
+
+
+def _sizes_of_answers(sample: Sample, train_on: TrainOn, turns: Turns, reasoning: bool) -> list[Size]:
+    """Return the sizes of a row's samples if not all of its answers, or not all words of them, are targets of one."""
+    if isinstance(sample, Instruction):
+        sample = sample.conversation()
+    if isinstance(sample, PromptCompletion) and not reasoning:
+        size, target = _size_of_sample(sample)
+        return [(size, target - _tokens(_thought(sample.completion)))]
+    if not isinstance(sample, Conversation):
+        return [_size_of_sample(sample)]
+    return _sizes_of_conversation(sample.with_last_answer() if train_on is TrainOn.last else sample, turns, reasoning)
+
+
+def _sizes_of_conversation(sample: Conversation, turns: Turns, reasoning: bool) -> list[Size]:
+    """Return the sizes of a conversation's samples, as if the template wrote reasoning after the last question only."""
+    questions = [place for place, message in enumerate(sample.messages) if message.role == "user"]
+    sizes, size, thought = [], _tokens_of_tools(sample.tools), 0
+    for place, message in enumerate(sample.messages):
+        count, hidden = _tokens_of_message(message), 0
+        size += count + TOKENS_PER_TURN
+        if message.role == "user":
+            thought = 0
+        elif turns is Turns.split or not questions or place > questions[-1]:
+            hidden = max((_tokens(str(message.extra[key])) for key in REASONING if message.extra.get(key)), default=0)
+            thought += hidden
+        if message.is_target:
+            counted = hidden if reasoning else -_tokens(_thought(message.content))
+            sizes.append((size + thought, count + 1 + counted))
+    return sizes if turns is Turns.split else [(size + thought, sum(target for _, target in sizes))]
+
+
+def _thought(text: str) -> str:
+    return "".join(text[start:stop] for start, stop in reasoning_in(text))
 
 
 def _why_no_targets(sample: Sample) -> str:
@@ -170,15 +225,17 @@ def _size_of_sample(sample: Sample) -> Size:
             return 1 + _tokens(prompt + completion), 1 + _tokens(completion)
         case Instruction():
             return _size_of_sample(sample.conversation())
-        case Conversation(messages, tools):
-            size = _tokens(orjson.dumps([dict(tool) for tool in tools]).decode()) if tools else 0
-            target = 0
-            for message in messages:
-                calls = orjson.dumps([dict(call) for call in message.tool_calls]).decode() if message.tool_calls else ""
-                count = _tokens(message.content + calls)
-                size += count + TOKENS_PER_TURN
-                target += count + 1 if message.is_target else 0
-            return size, target
+        case Conversation():
+            return _sizes_of_conversation(sample, Turns.whole, reasoning=True)[0]
+
+
+def _tokens_of_tools(tools: Sequence[Mapping[str, Any]]) -> int:
+    return _tokens(orjson.dumps([dict(tool) for tool in tools]).decode()) if tools else 0
+
+
+def _tokens_of_message(message: Message) -> int:
+    calls = orjson.dumps([dict(call) for call in message.tool_calls]).decode() if message.tool_calls else ""
+    return _tokens(message.content + calls)
 
 
 def _weight(text: str) -> float:

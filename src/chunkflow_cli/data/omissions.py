@@ -26,14 +26,28 @@ _CLOSING = re.compile(r"</\w+>|\[/[A-Z_]+\]")
 _TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS}
 
 
+_CUT_OUT = (
+    *(f"{key} of the assistant" for key in REASONING_KEYS),
+    "what stands before </think> in the assistant's content",
+)
+CUT = Remark(
+    "the model will not learn the reasoning of earlier answers, which the chat template writes in the last one only; "
+    "data.turns=split makes a sample of each answer, with its reasoning"
+)
+
+
 class Turn(NamedTuple):
     """A message as a template gets it, and the text in which its words must stand."""
 
     message: Mapping[str, Any]
+    number: int
+    """Its place in the conversation, from 1."""
     is_target: bool
     text: str
-    region: tuple[int, int] | None
+    region: tuple[int, int] | None = None
     """Where the turn is in that text, `[start, stop)`; None: after the turn before it."""
+    is_cut: bool = False
+    """True if the template writes more of it when it is the last turn."""
 
 
 def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[Any]) -> list[Remark]:
@@ -47,9 +61,9 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
     Raises:
         BadRowError: nothing is written of what an assistant says in a turn that is to be learnt.
     """
-    remarks = []
+    remarks: list[Remark] = []
     places: dict[str, int] = {}  # up to where each text is used up
-    for number, turn in enumerate(turns, 1):
+    for turn in turns:
         start, stop = turn.region or (places.get(turn.text, 0), len(turn.text))
         if len(turn.message) == 2 and (end := _end_of(turn.message["content"].strip(), turn.text, start, stop)) >= 0:
             places[turn.text] = end  # role and content, as they are: the usual case, and a fast one
@@ -59,7 +73,7 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
             lost = list(_of_assistant(turn.message, search))
             if lost and turn.is_target and not search.found and not _stands_somewhere(turn.message, whole):
                 raise BadRowError(
-                    f"the chat template writes nothing of what the assistant says in turn {number}, "
+                    f"the chat template writes nothing of what the assistant says in turn {turn.number}, "
                     "so it cannot be learnt; use a template that writes it"
                 )
         else:
@@ -68,7 +82,11 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
         # Words outside of `{% generation %}` marks are written, but are no targets.
         loses = "leaves out" if turn.text is whole else "does not mark as an answer"
         verb = "learn" if turn.is_target else "see"
-        remarks += [Remark(f"the model will not {verb} {what}, which the chat template {loses}") for what in lost]
+        for what in lost:
+            if turn.is_cut and what in _CUT_OUT:
+                remarks.append(CUT)
+            else:
+                remarks.append(Remark(f"the model will not {verb} {what}, which the chat template {loses}"))
         remarks += _on_ids(turn.message, whole)
         places[turn.text] = search.end
     if any(_name_of(tool) not in whole for tool in tools):
@@ -95,7 +113,7 @@ class _Search:
     def has(self, words: str) -> bool:
         """Return True if the range holds these words, as they are or escaped."""
         words = words.strip()
-        return not words or any(self._find(form, self.start) >= 0 for form in _forms(words))
+        return not words or any(self._find(form, self.start) >= 0 for form in written_forms(words))
 
     def has_content(self, content: str) -> bool:
         """Return True if the range holds a content, as it is or with other white space around its tags."""
@@ -124,8 +142,8 @@ def _end_of(words: str, text: str, start: int, stop: int) -> int:
     return -1 if place < 0 else place + len(words)
 
 
-def _forms(words: str) -> Iterator[str]:
-    """Yield the words as they are, then escaped as in JSON (once, or twice: JSON within a string of JSON)."""
+def written_forms(words: str) -> Iterator[str]:
+    """Yield how a template may write words: as they are, then escaped as in JSON once, or twice (JSON within JSON)."""
     yield words
     for ensure_ascii in (False, True):
         once = json.dumps(words, ensure_ascii=ensure_ascii)[1:-1]

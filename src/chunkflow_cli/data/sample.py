@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,25 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     """What the row itself gives the chat template, which counts before `data.template_arguments`."""
+
+    def with_last_answer(self) -> Conversation:
+        """Return the conversation in which no answer but the last is a target (`data.train_on=last`).
+
+        Raises:
+            BadRowError: the row excludes that one.
+        """
+        answers = [place for place, message in enumerate(self.messages) if message.role == "assistant"]
+        if answers and not self.messages[answers[-1]].is_target:
+            raise BadRowError(
+                "the row excludes its last answer (weight, train), and data.train_on=last counts no other"
+            )
+        return Conversation(
+            tuple(
+                replace(message, is_target=message.is_target and place == answers[-1])
+                for place, message in enumerate(self.messages)
+            ),
+            self.tools,
+        )
 
     def why_no_targets(self) -> str | None:
         """Return why the loss would count nothing under `data.train_on=assistant`; None if it counts a turn."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from chunkflow_cli import pulse
 from chunkflow_cli.data.names import printable
 from chunkflow_cli.errors import UsageError
 
@@ -35,6 +36,7 @@ class HashedFile(io.FileIO):
         count = super().readinto(buffer)
         assert count is not None  # a data file never blocks
         self._digest.update(memoryview(buffer)[:count])
+        pulse.bytes_moved()
         return count
 
     def read(self, size: int | None = -1, /) -> bytes:

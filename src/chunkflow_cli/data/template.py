@@ -5,13 +5,17 @@ end-of-turn token (`<|im_end|>`, `<|eot_id|>`, ...). The header that the templat
 (`<|im_start|>assistant\\n`) and white space after the end-of-turn token are not targets. If a template ends turns with
 plain text instead of a special token, all of that text is a target.
 
-**Two ways to find it.** A template with `{% generation %}` marks says where the targets are. For any other, *prefixes*
-are rendered: the text before the assistant's turn i is `messages[:i]` with the generation prompt, and the text up to
-its end is `messages[:i+1]`. Both must be prefixes of the whole conversation's text, to the character. Otherwise the row
-is rejected, because a guess would train on the wrong tokens. There is one exception, which is exact as well: some
-templates (Qwen3) write more into the last turn (an empty `<think>` block) than into earlier ones. The whole text must
-then contain the turn as its content followed by what the template writes after that content. If only some of the
-assistant's turns are targets (`prompt_completion` with messages), prefixes are used even if there are marks.
+**How it is found.** A template with `{% generation %}` marks says where the targets are. For any other, and where only
+some of the answers count, each turn is found in the conversation's skeleton (`data.turns`), which is rendered once for
+all conversations of the same form. If the template changes words themselves, as with `| upper`, the skeleton shows
+another text; then *prefixes* are rendered: the text before turn i is `messages[:i]` with the generation prompt, the
+text up to its end is `messages[:i+1]`, and both must be prefixes of the whole text, to the character. What cannot be
+found so is rejected, because a guess would train on the wrong tokens.
+
+**Two texts of a conversation.** Many templates write an earlier turn otherwise than the last: without its reasoning, or
+with another token at its end. `ChatTemplate.render` returns the whole conversation's text, in which targets are what
+stands there. `ChatTemplate.render_answers` returns a text for each answer, which ends with it: what the model is given
+at inference, then the answer as the last turn.
 
 **Turns without an end of their own.** Some templates (GLM) end a turn with the token that begins the next one. That
 token is then a target as well: the model has to generate it to stop.
@@ -33,16 +37,18 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from chunkflow_cli.data.insertions import insertions
 from chunkflow_cli.data.notes import Remark
-from chunkflow_cli.data.omissions import Turn, omissions
+from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
+from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
-from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
+from chunkflow_cli.data.template_input import MessageForm, TemplateInput, as_template_input, in_form, template_traits
+from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, EndTokens, Outline, TurnSpan, not_found, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REMEDY = "data.train_on=all makes every token a target instead"
 TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
@@ -58,6 +64,29 @@ class MarkedText:
     borrowed_ends: frozenset[str] = frozenset()
     """Tokens that begin a turn and thereby end the answer before it."""
     remarks: tuple[Remark, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A text, the turns of it that are targets by index of the message, and words in them that are none."""
+
+    text: str
+    spans: dict[int, TurnSpan]
+    holes: list[tuple[int, int]]
+
+    def marked(self) -> MarkedText:
+        spans = [(span.start, span.stop) for span in self.spans.values()]
+        borrowed = frozenset(span.borrowed for span in self.spans.values() if span.borrowed)
+        return MarkedText(self.text, without(spans, self.holes), spans[-1][1] if spans else None, borrowed)
+
+    def turns(self, given: TemplateInput) -> list[Turn]:
+        """Return all turns, to search what the template leaves out."""
+        turns = []
+        for index, turn in enumerate(given.messages):
+            span = self.spans.get(index)
+            region = None if span is None else (span.start, span.end)
+            turns.append(Turn(turn, index + 1, span is not None, self.text, region, span is not None and span.is_cut))
+        return turns
 
 
 class ChatTemplate:
@@ -77,16 +106,24 @@ class ChatTemplate:
         self._arguments = TemplateArguments.checked(arguments or {}, tokenizer)
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Some vocabularies have runs of spaces as added tokens, which end no turn.
-        self._end_tokens = tuple(token for token in sorted(added) if token.strip())
+        ends = tuple(token for token in sorted(added) if token.strip())
         eos = tokenizer.eos_token
-        # A closing tag, such as </tool_call>, ends a part of a turn. (The EOS of some models is </s>.)
-        self._turn_ends = tuple(token for token in self._end_tokens if token == eos or not re.match(r"</\w", token))
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._starts = tuple(sorted(special - {tokenizer.bos_token}, key=len, reverse=True))
+        self._tokens = EndTokens(
+            all=ends,
+            # A closing tag, such as </tool_call>, ends a part of a turn. (The EOS of some models is </s>.)
+            of_turns=tuple(token for token in ends if token == eos or not re.match(r"</\w", token)),
+            starts=tuple(sorted(special - {tokenizer.bos_token}, key=len, reverse=True)),
+        )
+        self._forms: dict[str, MessageForm] = {}
+        self._outlines: dict[tuple[str, bytes, tuple[int, ...], str], Outline | None] = {}
         self._insertions: dict[tuple[str, bool], tuple[Remark, ...]] = {}
 
-    def render(self, conversation: Conversation, *, mark_targets: bool) -> MarkedText:
+    def render(self, conversation: Conversation, *, mark_targets: bool, reasoning: bool = True) -> MarkedText:
         """Return the conversation's text with its target spans, or with the whole text as target unless `mark_targets`.
+
+        Args:
+            reasoning: words of reasoning are targets as well.
 
         Raises:
             BadRowError: the template rejects the conversation, its targets cannot be found, or it writes nothing of
@@ -94,17 +131,42 @@ class ChatTemplate:
         """
         template = self._template_for(conversation)
         traits = template_traits(template)
-        arguments = self._arguments.with_row(conversation.template_arguments)
-        given = replace(as_template_input(conversation, traits), arguments=arguments)
+        given = self._given(conversation, template)
         answers = [turn["role"] == "assistant" for turn in given.messages]
         if not mark_targets:
-            text = self._rendered(template, [given.messages], given.tools, **arguments)[0][0]
+            text = self._rendered(template, [given.messages], given.tools, **given.arguments)[0][0]
             end = len(text.rstrip()) if answers[-1] else None
-            turns = [Turn(turn, True, text, None) for turn in given.messages]
+            turns = [Turn(turn, number, True, text) for number, turn in enumerate(given.messages, 1)]
             return self._remarked(MarkedText(text, None, end), given, turns, template)
         if traits.marks_answers and given.are_targets == answers:
-            return self._render_with_marks(template, given)
-        return self._render_with_prefixes(template, given)
+            return self._render_with_marks(template, given, reasoning=reasoning)
+        found = self._found(template, given, reasoning=reasoning)
+        result = self._remarked(found.marked(), given, found.turns(given), template)
+        spans = found.spans.values()
+        is_rewritten = any(span.is_rewritten for span in spans) and CUT not in result.remarks
+        return replace(result, remarks=(*result.remarks, *[REWRITTEN] * is_rewritten))
+
+    def render_answers(self, conversation: Conversation, *, reasoning: bool = True) -> list[MarkedText]:
+        """Return a text for each answer that is a target: the conversation up to there, the answer as the last turn.
+
+        Raises:
+            BadRowError: as in `render`; or an answer is not written behind its generation prompt.
+        """
+        template = self._template_for(conversation)
+        given = self._given(conversation, template)
+        texts = []
+        for index in (index for index, is_target in enumerate(given.are_targets) if is_target):
+            part = replace(given, messages=given.messages[: index + 1], are_targets=[False] * index + [True])
+            found = self._behind_prompt(template, part, self._found(template, part, reasoning=reasoning))
+            # The other answers of this text are targets of their own.
+            said = [turn for turn in found.turns(part) if turn.is_target or turn.message["role"] != "assistant"]
+            texts.append(self._remarked(found.marked(), given, said, template))
+        return texts
+
+    def _given(self, conversation: Conversation, template: str) -> TemplateInput:
+        """Return what the template gets of a conversation."""
+        arguments = self._arguments.with_row(conversation.template_arguments)
+        return replace(as_template_input(conversation, template_traits(template)), arguments=arguments)
 
     def _template_for(self, conversation: Conversation) -> str:
         """Return the template to use. A tokenizer may have several by name; the choice follows transformers."""
@@ -127,6 +189,45 @@ class ChatTemplate:
         Raises:
             BadRowError: the template fails.
         """
+        form = self._form(template)
+        if form.parts or form.json_arguments:
+            conversations = [[in_form(turn, form) for turn in turns] for turns in conversations]
+        return self._jinja(template, conversations, tools, **options)
+
+    def _form(self, template: str) -> MessageForm:
+        """Return the form of messages that the template takes, found by rendering some."""
+        if template not in self._forms:
+            turns: list[dict[str, Any]] = [
+                {"role": role, "content": f"({role[::-1]})"} for role in ("user", "assistant")
+            ]
+            parts = self._takes_only(template, turns, MessageForm(parts=True), MessageForm())
+            json_arguments = False
+            if template_traits(template).names_tool_calls:
+                function = {"name": "(eman)", "arguments": {"(yek)": "(eulav)"}}
+                call = {"id": "123456789", "type": "function", "function": function}
+                calls: list[dict[str, Any]] = [turns[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+                json_arguments = self._takes_only(
+                    template, calls, MessageForm(parts, json_arguments=True), MessageForm(parts)
+                )
+            self._forms[template] = MessageForm(parts, json_arguments)
+        return self._forms[template]
+
+    def _takes_only(self, template: str, turns: list[dict[str, Any]], form: MessageForm, other: MessageForm) -> bool:
+        """Return True if the template writes all words of turns in a form, and in the other rejects or drops them."""
+        texts = []
+        for tried in (form, other):
+            try:
+                filled = [in_form(turn, tried) for turn in turns]
+                texts.append(self._jinja(template, [filled], None, **self._arguments.values)[0][0])
+            except BadRowError:
+                texts.append("")
+        words = re.findall(r"\(\w+\)", str(turns))
+        # A template that does not know parts may write them as Python does.
+        return all(word in texts[0] for word in words) and "{'" not in texts[0] and words[-1] not in texts[1]
+
+    def _jinja(
+        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, **options: Any
+    ) -> tuple[list[str], Any]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -142,18 +243,20 @@ class ChatTemplate:
             ) from error
         return rendered
 
-    def _render_with_marks(self, template: str, given: TemplateInput) -> MarkedText:
+    def _render_with_marks(self, template: str, given: TemplateInput, *, reasoning: bool) -> MarkedText:
         texts, found = self._rendered(
             template, [given.messages], given.tools, return_assistant_tokens_mask=True, **given.arguments
         )
         text, spans = texts[0], tuple((start, stop) for start, stop in found[0])
         marked = "".join(text[start:stop] for start, stop in spans)
-        turns = [Turn(turn, is_target, marked if is_target else text, None)
-                 for turn, is_target in zip(given.messages, given.are_targets, strict=True)]  # fmt: skip
+        numbered = enumerate(zip(given.messages, given.are_targets, strict=True), 1)
+        turns = [Turn(turn, number, is_target, marked if is_target else text)
+                 for number, (turn, is_target) in numbered]  # fmt: skip
         end = spans[-1][1] if spans else None
-        result = self._remarked(MarkedText(text, spans, end), given, turns, template)
-        outside = next((token for token in self._end_tokens if end is not None and text.startswith(token, end)), None)
-        if outside is None or text[spans[-1][0] : end].rstrip().endswith(self._end_tokens):
+        counted = spans if reasoning else without(spans, self._reasoning_in(template, given, text))
+        result = self._remarked(MarkedText(text, counted, end), given, turns, template)
+        outside = next((token for token in self._tokens.all if end is not None and text.startswith(token, end)), None)
+        if outside is None or text[spans[-1][0] : end].rstrip().endswith(self._tokens.all):
             return result
         left_out = Remark(
             f"the chat template's {{% generation %}} marks end before {outside}, so the model does not learn to stop; "
@@ -161,35 +264,97 @@ class ChatTemplate:
         )
         return replace(result, answer_end=None, remarks=(*result.remarks, left_out))
 
-    def _render_with_prefixes(self, template: str, given: TemplateInput) -> MarkedText:
-        messages, tools, arguments = given.messages, given.tools, given.arguments
+    def _found(self, template: str, given: TemplateInput, *, reasoning: bool) -> _Found:
+        """Return the text of a conversation and the turns in it that are targets."""
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
-        ends = [index + 1 for index in targets if index + 1 < len(messages)]
-        (whole, *throughs), _ = self._rendered(
-            template, [messages, *(messages[:end] for end in ends)], tools, **arguments
-        )
+        whole = self._rendered(template, [given.messages], given.tools, **given.arguments)[0][0]
+        known = self._places(template, given, targets, whole)
+        if known is None:
+            spans = self._turns_by_prefixes(template, given, targets, whole)
+            return _Found(whole, spans, [] if reasoning else self._reasoning_in(template, given, whole))
+        outline, skeleton, places = known
+        if outline.reason is not None:
+            raise BadRowError(outline.reason)
+        spans = {index: outline.moved(index, places) for index in targets}
+        return _Found(whole, spans, [] if reasoning else _of_reasoning(outline, skeleton, places))
+
+    def _behind_prompt(self, template: str, given: TemplateInput, found: _Found) -> _Found:
+        """Return what the model gets before the last turn, and that turn as the template writes it there.
+
+        Raises:
+            BadRowError: the template writes the turn behind something else.
+        """
+        index, span = len(given.messages) - 1, found.spans[len(given.messages) - 1]
+        if span.after_prompt:
+            return found
+        if span.ending is None:
+            raise BadRowError(
+                f"the chat template does not write turn {index + 1} behind the generation prompt, so data.turns=split "
+                "cannot show it as at inference; data.turns=whole trains on what the template writes"
+            )
+        options = {**given.arguments, **PROMPT_OPTIONS[span.ending]}
+        prompt = self._rendered(template, [given.messages[:index]], given.tools, **options)[0][0]
+        behind = len(prompt) - span.start
+        moved = replace(span, start=len(prompt), stop=span.stop + behind, end=span.end + behind)
+        holes = [(start + behind, stop + behind) for start, stop in found.holes if start >= span.start]
+        return _Found(prompt + found.text[span.start :], {index: moved}, holes)
+
+    def _places(
+        self, template: str, given: TemplateInput, targets: list[int], whole: str
+    ) -> tuple[Outline, Skeleton, list[tuple[int, int]]] | None:
+        """Return the outline of a conversation and where each mark of it stands in the text.
+
+        None: the text cannot be told from the skeleton.
+        """
+        skeleton = skeleton_of(given.messages, given.tools, tags_of(template))
+        if skeleton is None:
+            return None
+        outline = self._outline(template, skeleton, given, tuple(targets))
+        places = None if outline is None else outline.written.places(skeleton.pieces, whole)
+        return None if outline is None or places is None else (outline, skeleton, places)
+
+    def _outline(
+        self, template: str, skeleton: Skeleton, given: TemplateInput, targets: tuple[int, ...]
+    ) -> Outline | None:
+        """Return the outline of a skeleton, made once for all conversations with the same; None if it is rejected."""
+        key = template, skeleton.key, targets, repr(sorted(given.arguments.items()))
+        if key not in self._outlines:
+            if len(self._outlines) == OUTLINES:
+                self._outlines.clear()
+
+            def render(conversations: list[Sequence[Any]], **options: bool) -> list[str]:
+                options = {**given.arguments, **options}
+                return self._rendered(template, [list(turns) for turns in conversations], given.tools, **options)[0]
+
+            switches = template_traits(template).switches_thinking
+            try:
+                self._outlines[key] = outline(
+                    render, skeleton.messages, targets, self._tokens, switches_thinking=switches
+                )
+            except BadRowError:
+                self._outlines[key] = None
+        return self._outlines[key]
+
+    def _turns_by_prefixes(
+        self, template: str, given: TemplateInput, targets: list[int], whole: str
+    ) -> dict[int, TurnSpan]:
+        """Return where turns are in the whole text, if all that it begins with is a prefix of it."""
+        messages, tools, arguments = given.messages, given.tools, given.arguments
         if 0 in targets and not self._opens_with_answer(template, whole, given):
             raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
+        inner = [index + 1 for index in targets if index + 1 < len(messages)]
+        throughs = self._rendered(template, [messages[:end] for end in inner], tools, **arguments)[0] if inner else []
         prefixes, _ = self._rendered(
             template, [messages[:end] for end in targets], tools, add_generation_prompt=True, **arguments
         )
-        regions: dict[int, tuple[int, int]] = {}
-        spans, borrowed = [], set()
+        spans: dict[int, TurnSpan] = {}
         for index, before, through in zip(targets, prefixes, [*throughs, whole], strict=False):
-            if not (whole.startswith(before) and through.startswith(before)):
-                raise BadRowError(_not_stable(index))
-            if not whole.startswith(through):
-                through = _turn_within(whole, before, through, messages[index]["content"], index)
-            regions[index] = len(before), len(through)
-            end, own = self._end_of_turn(through, len(before))
-            follows = None if own else next((token for token in self._starts if whole.startswith(token, end)), None)
-            if follows is not None:
-                borrowed.add(follows)
-                end += len(follows)
-            spans.append((len(before), end))
-        turns = [Turn(turn, index in regions, whole, regions.get(index)) for index, turn in enumerate(messages)]
-        answer_end = spans[-1][1] if spans else None
-        return self._remarked(MarkedText(whole, tuple(spans), answer_end, frozenset(borrowed)), given, turns, template)
+            if not (whole.startswith(through) and through.startswith(before)):
+                raise BadRowError(not_found(index))
+            end, own = self._tokens.end_of_turn(through, len(before))
+            borrowed = "" if own else self._tokens.borrowed(whole, end)
+            spans[index] = TurnSpan(len(before), end + len(borrowed), len(through), borrowed)
+        return spans
 
     def _opens_with_answer(self, template: str, whole: str, given: TemplateInput) -> bool:
         """Return True if the template can write a generation prompt before the first turn, as this text has it."""
@@ -199,12 +364,22 @@ class ChatTemplate:
             return False  # most templates look at the first message
         return bool(prompt) and whole.startswith(prompt)
 
-    def _end_of_turn(self, through: str, start: int) -> tuple[int, bool]:
-        """Return the end of the targets of a turn that begins at `start`, and whether a token of its own ends it."""
-        stripped = through.rstrip()
-        if len(stripped) <= start or not stripped.endswith(self._end_tokens):
-            return len(through), False
-        return len(stripped), stripped.endswith(self._turn_ends)
+    def _reasoning_in(self, template: str, given: TemplateInput, whole: str) -> list[tuple[int, int]]:
+        """Return where words of reasoning stand in a text.
+
+        Raises:
+            BadRowError: there are some, and the template changes words.
+        """
+        found = self._places(template, given, [], whole)
+        if found is not None:
+            return _of_reasoning(*found)
+        for number, turn in enumerate(given.messages, 1):
+            if any(turn.get(key) for key in REASONING_KEYS) or "</think>" in turn["content"]:
+                raise BadRowError(
+                    f"the chat template changes the words of turn {number}, so its reasoning cannot be told apart; "
+                    "data.train_on_reasoning=true makes it a target"
+                )
+        return []
 
     def _remarked(self, text: MarkedText, given: TemplateInput, turns: Sequence[Turn], template: str) -> MarkedText:
         """Return the text with remarks on what the template leaves out of it and inserts into it."""
@@ -215,40 +390,15 @@ class ChatTemplate:
     def _inserted(self, template: str, has_system: bool) -> tuple[Remark, ...]:
         """Return remarks on the texts that the template inserts into every conversation, found by rendering one."""
         if (template, has_system) not in self._insertions:
-            self._insertions[template, has_system] = tuple(self._find_insertions(template, has_system))
+
+            def render(messages: list[dict[str, Any]]) -> str:
+                return self._rendered(template, [messages], None, **self._arguments.values)[0][0]
+
+            found = list(insertions(render, self._tokens.all, has_system=has_system))
+            if template_traits(template).writes_date:
+                found.insert(0, DATED)
+            self._insertions[template, has_system] = tuple(found)
         return self._insertions[template, has_system]
-
-    def _find_insertions(self, template: str, has_system: bool) -> Iterator[Remark]:
-        if template_traits(template).writes_date:
-            yield Remark(
-                f"the chat template asks for today's date and gets {TEMPLATE_DATE:%d %b %Y}, so that every run of this "
-                "data has the same tokens", is_warning=False,
-            )  # fmt: skip
-        prose = self._inserted_prose(template, ["system"] * has_system + ["user", "assistant"])
-        if prose is None:
-            return
-        always = has_system or prose == self._inserted_prose(template, ["system", "user", "assistant"])
-        shown = prose if len(prose) <= SHOWN_CHARACTERS else f"{prose[:SHOWN_CHARACTERS]}..."
-        where = "" if always else " into conversations without a system message"
-        yield Remark(f'the chat template inserts "{shown}"{where}', is_warning=False)
-
-    def _inserted_prose(self, template: str, roles: list[str]) -> str | None:
-        """Return the lines of prose that the template writes around a conversation's contents, or None."""
-        probe = [{"role": role, "content": f"<{role[::-1]}>"} for role in roles]
-        try:
-            text = self._rendered(template, [probe], None, **self._arguments.values)[0][0]
-        except BadRowError:
-            return None  # it may reject a conversation that no row has
-        for words in (*self._end_tokens, *(turn["content"] for turn in probe)):
-            text = text.replace(words, "\n")
-        lines = [line.strip() for line in text.splitlines() if len(_WORD.findall(line)) >= PROSE_WORDS]
-        return " ".join(lines) or None
-
-
-_WORD = re.compile(r"[A-Za-z0-9']+|[^\x00-\x7F]")
-PROSE_WORDS = 4
-"""A line of so many words is no header of a turn, such as `### Response:` or `GPT4 Correct User:`."""
-SHOWN_CHARACTERS = 100
 
 
 def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -279,18 +429,34 @@ def _fixed_date(template: str) -> Iterator[None]:
         names["strftime_now"] = clock
 
 
-def _turn_within(whole: str, before: str, through: str, content: str, index: int) -> str:
-    """Return the text up to the end of a turn that the template writes differently when it is the last one."""
-    content = content.strip()
-    place = through.rfind(content, len(before))
-    turn = before + content + through[place + len(content) :]
-    if not content or place < 0 or not whole.startswith(turn):
-        raise BadRowError(_not_stable(index))
-    return turn
+DATED = Remark(
+    f"the chat template asks for today's date and gets {TEMPLATE_DATE:%d %b %Y}, so that every run of this data has "
+    "the same tokens",
+    is_warning=False,
+)
+REWRITTEN = Remark(
+    "the chat template writes an answer otherwise once another turn follows it; data.turns=whole trains on answers as "
+    "they stand in the whole conversation, data.turns=split on each as the model writes it at inference",
+    is_warning=False,
+)
+OUTLINES = 1000
+"""Outlines that are kept. Most data sets have fewer forms of conversations."""
 
 
-def _not_stable(index: int) -> str:
-    return (
-        f"the chat template writes turn {index + 1} differently within the whole conversation, "
-        f"so its targets cannot be found; {REMEDY}"
-    )
+def _of_reasoning(outline: Outline, skeleton: Skeleton, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    marks = zip(outline.written.marks, places, strict=True)
+    return [place for mark, place in marks if skeleton.pieces[mark].is_reasoning]
+
+
+def without(spans: Sequence[tuple[int, int]], holes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return the parts of spans that are in no hole. Both are in order."""
+    kept = []
+    for start, stop in spans:
+        for hole_start, hole_stop in holes:
+            if start < hole_stop and hole_start < stop:
+                if start < hole_start:
+                    kept.append((start, hole_start))
+                start = hole_stop
+        if start < stop:
+            kept.append((start, stop))
+    return tuple(kept)

@@ -118,8 +118,7 @@ def _reserved(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     functions = (Base.apply_chat_template, render_jinja_template)
     options = {name for function in functions for name in inspect.signature(function).parameters}
     return frozenset(
-        {*options, "messages", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map}
-        - {"documents", "kwargs"}
+        {*options, "messages", *Base.SPECIAL_TOKENS_ATTRIBUTES, *tokenizer.special_tokens_map} - {"documents", "kwargs"}
     )
 
 

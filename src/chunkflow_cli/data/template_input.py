@@ -35,6 +35,8 @@ class TemplateTraits:
     names_tool_calls: bool
     writes_date: bool
     """True if it asks for today's date."""
+    switches_thinking: bool
+    """True if its generation prompt depends on `enable_thinking`."""
     role_names: frozenset[str]
     """Roles that it quotes. It may render or reject other roles."""
 
@@ -47,8 +49,36 @@ def template_traits(template: str) -> TemplateTraits:
         names_tools=re.search(r"\btools\b", template) is not None,
         names_tool_calls=re.search(r"\btool_calls\b", template) is not None,
         writes_date=re.search(r"\bstrftime_now\b", template) is not None,
+        switches_thinking=re.search(r"\benable_thinking\b", template) is not None,
         role_names=frozenset(re.findall(r"""['"](\w+)['"]""", template)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class MessageForm:
+    """What a template takes that others do not."""
+
+    parts: bool = False
+    """It writes a content only if that is a list of parts, as some templates for images do."""
+    json_arguments: bool = False
+    """It writes the arguments of a call only if they are JSON in a string (DeepSeek-V3)."""
+
+
+def in_form(turn: dict[str, Any], form: MessageForm) -> dict[str, Any]:
+    """Return a message in the form that a template takes."""
+    if form.parts:
+        turn = {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+    if form.json_arguments and turn.get("tool_calls"):
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _as_json(call["function"].get("arguments"))}}
+            for call in turn["tool_calls"]
+        ]
+        turn = {**turn, "tool_calls": calls}
+    return turn
+
+
+def _as_json(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
@@ -28,11 +30,19 @@ def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any])
     divided, such as those that a model keeps in float32.
     """
     dtype: torch.dtype = getattr(torch, settings.dtype.value)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+
+    def one_after_the_other(recurse: bool = True) -> Iterator[nn.Parameter]:
+        # Each is copied first. DeepSpeed writes what rank 0 sends into the weight, and all weights of a file are one
+        # mapping: on a CPU every rank would end up with a copy of the whole file.
+        for parameter in pulse.each(module.parameters()):
+            own_dtype = dtype if parameter.is_floating_point() else parameter.dtype
+            parameter.data = parameter.data.to(settings.device, own_dtype, copy=True)
+            yield parameter
+
+    handed_over = nn.Module()
+    handed_over.parameters = one_after_the_other  # type: ignore[method-assign]
     with quiet():
-        import_deepspeed().zero.Init(module=module, config_dict_or_path=config)
+        import_deepspeed().zero.Init(module=handed_over, config_dict_or_path=config)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(settings.device)
 
@@ -83,7 +93,7 @@ class Engine(BaseEngine):
         zero = import_deepspeed().zero
         weights: dict[str, Tensor] = {}
         gathered: dict[int, Tensor] = {}  # tied weights are one parameter with several names
-        for name, tensor in model.state_dict(keep_vars=True).items():
+        for name, tensor in pulse.each(model.state_dict(keep_vars=True).items()):
             if trained_only and not tensor.requires_grad:
                 continue
             if not internals.is_divided(tensor):

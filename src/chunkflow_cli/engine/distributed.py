@@ -17,6 +17,8 @@ from chunkflow_cli.engine import internals
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.processes import environment
+from chunkflow_cli.processes.meeting import announce_port, announced_port
+from chunkflow_cli.processes.watch_folder import WatchFolder
 
 PATIENCE = timedelta(days=1)
 """How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait.
@@ -100,16 +102,36 @@ def join_processes(device: torch.device, topology: Topology) -> Processes:
 
 def init_process_group(device: torch.device) -> None:
     """Join the process group that the launcher's environment variables describe; without a launcher, one of its own."""
+    internals.make_all_groups_wait(PATIENCE)
     if torch.distributed.is_initialized():
         return
     if environment.processes() == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         # Without all of these, DeepSpeed looks for MPI. A world of one is never taken from the environment: it may be
         # that of the process that started this one, which still listens there.
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(environment.free_port())
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    elif (folder := environment.worker_folder()) is not None:
+        meet(WatchFolder(folder))
+    # NCCL would warn that messages of one group wait for each other; those of `Links` have a group each.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     deepspeed = import_deepspeed()
     with quiet():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, verbose=False)
+
+
+_meeting_place: Any = None
+"""The store of rank 0 through which the ranks of our launcher find each other; they need it until they end."""
+
+
+def meet(watch: WatchFolder) -> None:
+    """Have rank 0 listen at a free port, and tell torch which one that is on all ranks of our launcher."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    global _meeting_place
+    if environment.rank() == 0:
+        _meeting_place = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        announce_port(watch, _meeting_place.port)
+    # As under torchrun, the store is there already: rank 0 must not make another one at this port.
+    os.environ.update(MASTER_PORT=str(announced_port(watch)), TORCHELASTIC_USE_AGENT_STORE="True")
 
 
 def close_process_group() -> None:

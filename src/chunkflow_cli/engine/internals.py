@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 TRIED = "0.19.8"
 """The version of DeepSpeed whose sources these names were read in, and that the tests ran with."""
@@ -28,6 +30,16 @@ def turn_off_shared_memory_collectives() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def make_all_groups_wait(patience: timedelta) -> None:
+    """Let operations of process groups that name no timeout of their own wait that long.
+
+    DeepSpeed names none for the groups in which it sums gradients. torch would end a rank that waits in one of them for
+    10 minutes (NCCL) or 30 (gloo).
+    """
+    distributed_c10d.default_pg_timeout = patience
+    distributed_c10d.default_pg_nccl_timeout = patience  # type: ignore[attr-defined]
 
 
 # Backward

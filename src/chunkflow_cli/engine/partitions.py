@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.state_files import WEIGHT, Part, StateFiles
 from chunkflow_cli.errors import RunError, UsageError
@@ -76,7 +77,7 @@ def equal_share(partitions: Sequence[Partition], rank: int, ranks: int) -> list[
 
 def parts_to_write(partitions: Sequence[Partition], optimizer: torch.optim.Optimizer) -> Iterator[Part]:
     """Yield the partitions with their master weights and the states that `optimizer` keeps for them."""
-    for partition in partitions:
+    for partition in pulse.each(partitions):
         states = optimizer.state.get(partition.stepped, {})
         tensors = {
             kind: partition.of(state) for kind, state in states.items() if kind != STEP and torch.is_tensor(state)
@@ -132,7 +133,7 @@ def read_partitions(partitions: Sequence[Partition], optimizer: torch.optim.Opti
     for together in by_stepped.values():
         stepped = together[0].stepped
         states: dict[str, Any] = {}
-        for partition in together:
+        for partition in pulse.each(together):
             files.read(partition.parameter, WEIGHT, partition.start, partition.of(stepped))
             for kind in files.states(partition.parameter):
                 if kind not in states:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
+from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
@@ -105,6 +106,11 @@ class PipelineEngine(BaseEngine):
                 parameter.grad += gradient
         self._keep_gradients()
 
+    def share_from_last(self, tensor: Tensor) -> None:
+        """Overwrite the tensor of every stage with that of the last one."""
+        last = self._leaders[-1] + own_rank() % self._leaders[1]
+        distributed.broadcast(tensor, last, group=self._pipeline_group)
+
     def whole_weights(self, model: nn.Module, *, trained_only: bool) -> dict[str, Tensor] | None:
         hf_names = {id(parameter): self._hf_names[own] for own, parameter in self.module.named_parameters()}
         weights = {
@@ -158,7 +164,7 @@ def collect_stages(
         for leader in leaders[1:]:
             listed: list[Any] = [None]
             distributed.recv_object_list(listed, src=leader, device=device)
-            for name, shape, dtype in listed[0]:
+            for name, shape, dtype in pulse.each(listed[0]):
                 tensor = torch.empty(shape, dtype=dtype, device=device)
                 distributed.recv(tensor, src=leader)
                 whole.setdefault(name, tensor.cpu())
@@ -166,6 +172,6 @@ def collect_stages(
     if rank in leaders:
         listing = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
         distributed.send_object_list([listing], dst=0, device=device)
-        for tensor in weights.values():
+        for tensor in pulse.each(weights.values()):
             distributed.send(tensor.detach().to(device).contiguous(), dst=0)
     return None

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from chunkflow_cli import pulse
 from chunkflow_cli.errors import RunError
 
 WEIGHT = "weight"
@@ -58,7 +59,7 @@ def write_parts(folder: Path, rank: int, parts: Iterable[Part], *, optimizer: st
     Raises:
         RunError: the disk is full, or cannot be written to.
     """
-    for number, pieces in enumerate(_pieces_of_files(parts)):
+    for number, pieces in enumerate(pulse.each(_pieces_of_files(parts))):
         path = folder / f"state-{rank:05d}-{number:05d}.safetensors"
         tensors = {f"{kind}:{start}:{part.parameter}": numbers.cpu() for part, kind, start, numbers in pieces}
         described = {part.parameter: {"shape": list(part.shape), "scalars": dict(part.scalars)} for part, *_ in pieces}

@@ -3,33 +3,29 @@
 Every process knows the plan of all stages, so it knows which messages come, in which order and in which shape: nothing
 is exchanged about them. Sends return at once and receives are posted ahead, so messages overlap with computation.
 
-Why there is no deadlock: a send never waits for its receiver, so a stage only ever waits for a message, and a message
-is sent right after the operation that produces it. `simulate` runs a schedule by the same rules, so a schedule that
-ends there ends here, too. Messages of one direction between two stages are received in the order in which the
-*sender's* schedule produces them, even if the receiver wants them in another order; early ones wait in `_Inbox`. Each
-direction has its own communicator: NCCL runs operations of one communicator strictly in turn, and a receive posted
-ahead in one direction would hold up a send in the other until both stages waited for each other.
+Why there is no deadlock: no operation waits for a send, so a stage only ever waits for a message, and a message is sent
+right after the operation that produces it. `simulate` runs a schedule by the same rules, so a schedule that ends there
+ends here, too. Messages of one direction between two stages are received in the order in which the *sender's* schedule
+produces them, even if the receiver wants them in another order; early ones wait in `_Inbox`.
+
+NCCL adds two rules. It runs the operations of one process group strictly in turn, and a send is over only when it is
+received. So each direction of each edge has a group of its own, in which both sides have the same order. And whatever
+waits for the whole device waits for posted receives: `planning.message_order` says when each is posted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from chunkflow_cli.engine import PATIENCE
-from chunkflow_cli.planning.schedule import OpKind, Schedule
-
-POSTED_AHEAD = 2
-"""Receives that are posted before they are needed; each takes the memory of one chunk's hidden states."""
-
-SENDS_ON = (OpKind.state_pass, OpKind.forward)
-"""Operations whose result the next stage waits for."""
-SENDS_BACK = (OpKind.backward, OpKind.input_gradient)
-"""Operations whose result the stage before waits for."""
+from chunkflow_cli.planning.message_order import SENDS_BACK, SENDS_ON, receives_of
+from chunkflow_cli.planning.schedule import Op, Schedule
 
 
 class Links:
@@ -43,9 +39,7 @@ class Links:
         own = dist.get_rank()
         self.ranks = next(ranks for ranks in pipelines if own in ranks)
         self.stage = self.ranks.index(own)
-        self._groups: dict[bool, dist.ProcessGroup] = {}
-        for onward in (True, False):
-            self._groups[onward], _ = dist.new_subgroups_by_enumeration(pipelines, timeout=PATIENCE)
+        self._groups = self._new_groups(pipelines)
         self._connect(device)
 
     @property
@@ -58,19 +52,31 @@ class Links:
 
     def send(self, tensor: Tensor, *, onward: bool) -> dist.Work:
         """Send to the next stage (`onward`) or to the one before; the tensor must live until the work is done."""
-        work = dist.isend(tensor, self.ranks[self.stage + (1 if onward else -1)], group=self._groups[onward])
+        other = self.stage + (1 if onward else -1)
+        work = dist.isend(tensor, self.ranks[other], group=self._groups[min(self.stage, other), onward])
         assert work is not None
         return work
 
     def receive(self, tensor: Tensor, *, onward: bool) -> dist.Work:
         """Receive from the stage before (`onward`) or from the next one."""
-        work = dist.irecv(tensor, self.ranks[self.stage - (1 if onward else -1)], group=self._groups[onward])
+        other = self.stage - (1 if onward else -1)
+        work = dist.irecv(tensor, self.ranks[other], group=self._groups[min(self.stage, other), onward])
         assert work is not None
         return work
 
-    def share(self, tensor: Tensor) -> None:
-        """Overwrite the tensor of every stage with that of the last one."""
-        dist.broadcast(tensor, self.ranks[-1], group=self._groups[True])
+    @staticmethod
+    def _new_groups(pipelines: list[list[int]]) -> dict[tuple[int, bool], dist.ProcessGroup]:
+        """Return the groups of this process, by (stage before the edge, onward).
+
+        All pipelines share them, because NCCL makes every process take part in making each: a rank has only one peer in
+        a group, and sends to it or receives from it.
+        """
+        groups = {}
+        for edge in range(len(pipelines[0]) - 1):
+            members = [rank for ranks in pipelines for rank in ranks[edge : edge + 2]]
+            for onward in (True, False):
+                groups[edge, onward] = dist.new_group(members, timeout=PATIENCE)
+        return groups
 
     def _connect(self, device: torch.device) -> None:
         """Send one message over each edge in each direction, edge by edge.
@@ -96,14 +102,10 @@ class Messages:
             empty: returns a new tensor for the hidden states of a chunk.
         """
         self._links = links
+        self._empty = empty
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
-        self._inboxes: dict[bool, _Inbox] = {}
-        if not links.is_first:
-            chunks = _made(schedules[links.stage - 1], SENDS_ON)
-            self._inboxes[True] = _Inbox(links, chunks, empty, onward=True)
-        if not links.is_last:
-            chunks = _made(schedules[links.stage + 1], SENDS_BACK)
-            self._inboxes[False] = _Inbox(links, chunks, empty, onward=False)
+        self._receives = deque(receives_of(schedules, links.stage))
+        self._inboxes = {True: _Inbox(), False: _Inbox()}
 
     def send(self, tensor: Tensor, *, onward: bool) -> None:
         """Send hidden states to the next stage (`onward`), or their gradient to the one before; return at once."""
@@ -112,9 +114,22 @@ class Messages:
             self._sent.popleft()
         self._sent.append((self._links.send(tensor, onward=onward), tensor))
 
-    def receive(self, chunk: int, *, onward: bool) -> Tensor:
-        """Wait for the hidden states of a chunk from the stage before (`onward`), or their gradient from the next."""
-        return self._inboxes[onward].take(chunk)
+    def receive(self, op: Op) -> Tensor | None:
+        """Wait for the message that an operation needs. Every operation of the stage asks, in the schedule's order.
+
+        Returns:
+            The hidden states of the operation's chunk from the stage before, or their gradient from the next stage.
+            None if the operation needs neither.
+        """
+        for planned in self._receives.popleft():
+            tensor = self._empty(planned.chunk)
+            work = self._links.receive(tensor, onward=planned.onward)
+            self._inboxes[planned.onward].posted.append((planned.chunk, work, tensor))
+        if op.kind in SENDS_ON and not self._links.is_first:
+            return self._inboxes[True].take(op.chunks[0])
+        if op.kind in SENDS_BACK and not self._links.is_last:
+            return self._inboxes[False].take(op.chunks[0])
+        return None
 
     def close(self) -> None:
         """Wait until everything that was sent has arrived, and check that nothing is left unread."""
@@ -125,38 +140,21 @@ class Messages:
             assert inbox.is_empty, "a neighbour's schedule sends what this stage's does not receive"
 
 
+@dataclass
 class _Inbox:
     """The messages from one neighbour."""
 
-    def __init__(self, links: Links, chunks: Iterable[int], empty: Callable[[int], Tensor], *, onward: bool) -> None:
-        self._links = links
-        self._coming = deque(chunks)
-        self._empty = empty
-        self._onward = onward
-        self._posted: deque[tuple[int, dist.Work, Tensor]] = deque()
-        self._early: dict[int, Tensor] = {}
-        self._post()
+    posted: deque[tuple[int, dist.Work, Tensor]] = field(default_factory=deque)
+    """Chunk, receive and its tensor, in the order in which the neighbour sends."""
+    _early: dict[int, Tensor] = field(default_factory=dict)
 
     def take(self, chunk: int) -> Tensor:
         while chunk not in self._early:
-            assert self._posted, f"no message about chunk {chunk} is coming"
-            arrived, work, tensor = self._posted.popleft()
+            arrived, work, tensor = self.posted.popleft()
             work.wait()
             self._early[arrived] = tensor
-            self._post()
         return self._early.pop(chunk)
 
     @property
     def is_empty(self) -> bool:
-        return not (self._coming or self._posted or self._early)
-
-    def _post(self) -> None:
-        while self._coming and len(self._posted) < POSTED_AHEAD:
-            chunk = self._coming.popleft()
-            tensor = self._empty(chunk)
-            self._posted.append((chunk, self._links.receive(tensor, onward=self._onward), tensor))
-
-
-def _made(schedule: Schedule, kinds: tuple[OpKind, ...]) -> list[int]:
-    """Return the chunks that a schedule sends messages about, in its order."""
-    return [chunk for op in schedule.ops if op.kind in kinds for chunk in op.chunks]
+        return not (self.posted or self._early)

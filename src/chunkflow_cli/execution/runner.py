@@ -73,7 +73,7 @@ class ScheduleRunner(ABC):
             batch: the sequences of the step, the same on all stages.
             on_backward: called with the tokens of the chunks that have just gone backward.
             record: called with each operation and the seconds that it took, without its wait for a message. If given,
-                every operation also waits until the device is done.
+                every operation also waits until the device has computed it.
 
         Raises:
             Interrupted: `stop_requested` returned true; gradients are incomplete.
@@ -81,10 +81,9 @@ class ScheduleRunner(ABC):
         assert len(schedules) == self._stages, "a step has one schedule for each stage"
         step = self._begin(schedules, batch, keeps_activations=True)
         for op in schedules[self._stage].ops:
-            start = self._execute(step, op, str(op))
+            start = self._execute(step, op, str(op), timed=record is not None)
             if record is not None:
-                if self._settings.device.type == "cuda":
-                    torch.cuda.synchronize(self._settings.device)
+                self._wait_for_device()
                 record(op, time.perf_counter() - start)
             if op.kind in (OpKind.backward, OpKind.input_gradient):
                 on_backward(sum(batch.chunks[index].tokens for index in op.real_chunks))
@@ -110,15 +109,22 @@ class ScheduleRunner(ABC):
             step.context.evaluated(index)
         return step.result().loss
 
-    def _execute(self, step: Step, op: Op, doing: str) -> float:
+    def _execute(self, step: Step, op: Op, doing: str, *, timed: bool = False) -> float:
         """Run one operation; return when it began, after its wait for a message."""
         if self._settings.stop_requested():
             raise Interrupted
         self._settings.announce(doing)
         step.receive(op)
+        if timed:
+            self._wait_for_device()  # with NCCL, only the device has waited for the message
         start = time.perf_counter()
         step.execute(op)
         return start
+
+    def _wait_for_device(self) -> None:
+        """Wait for what has been computed. Not for the whole device, where a receive may wait for another stage."""
+        if self._settings.device.type == "cuda":
+            torch.cuda.current_stream(self._settings.device).synchronize()
 
 
 class Runner(ScheduleRunner):

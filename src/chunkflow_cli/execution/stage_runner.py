@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chunkflow_cli.engine import PipelineEngine
 from chunkflow_cli.execution.loss import SharedHeadGradient
-from chunkflow_cli.execution.messages import SENDS_BACK, SENDS_ON, Links, Messages
+from chunkflow_cli.execution.messages import Links, Messages
 from chunkflow_cli.execution.runner import ScheduleRunner, Step
 from chunkflow_cli.execution.split_backward import PutOff
 from chunkflow_cli.execution.stages import StageModel
@@ -92,11 +92,7 @@ class _StageStep(Step):
     """Shared by all chunks in flight: each would otherwise hold a gradient of the head's size."""
 
     def receive(self, op: Op) -> None:
-        self._received = None
-        if op.kind in SENDS_ON and not self._links.is_first:
-            self._received = self._messages.receive(op.chunks[0], onward=True)
-        elif op.kind in SENDS_BACK and not self._links.is_last:
-            self._received = self._messages.receive(op.chunks[0], onward=False)
+        self._received = self._messages.receive(op)
 
     def execute(self, op: Op) -> None:
         (index,) = op.chunks
@@ -166,6 +162,6 @@ class _StageStep(Step):
             sums[0] = torch.stack([self._losses[index].double() for index in range(count)])
             sums[1] = torch.tensor([self.context.target_tokens[index] for index in range(count)])
         if count:
-            self._links.share(sums)
+            self._engine.share_from_last(sums)
         losses, targets = sums.tolist()
         return self.context.result([((index,), loss) for index, loss in enumerate(losses)], int(sum(targets)))

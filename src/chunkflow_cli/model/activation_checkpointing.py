@@ -5,12 +5,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.forward_scope import recompute_contexts
+
+COSTLY = frozenset(
+    {
+        "aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_flash_attention_forward", "aten::_efficient_attention_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+    }
+)  # fmt: skip
+"""Operations whose results are small compared with the work of computing them again. Names, because flash-attn
+registers its own when it is imported, and not every run imports it."""
 
 
 def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -> None:
@@ -26,7 +35,7 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         return
     others = None
     if mode is ActivationCheckpointing.selective:
-        others = functools.partial(create_selective_checkpoint_contexts, costly_operations())
+        others = functools.partial(create_selective_checkpoint_contexts, _policy)
     arguments = {"use_reentrant": False, "context_fn": functools.partial(recompute_contexts, others)}
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -36,14 +45,6 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         ) from error
 
 
-def costly_operations() -> list[Any]:
-    """Return the operations whose results are small compared with the work of computing them again."""
-    aten = torch.ops.aten
-    return [
-        aten.mm.default,
-        aten.addmm.default,
-        aten.bmm.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._flash_attention_forward.default,
-        aten._efficient_attention_forward.default,
-    ]
+def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    """Keep the results of costly operations, and compute all others again."""
+    return CheckpointPolicy.MUST_SAVE if operation.name() in COSTLY else CheckpointPolicy.PREFER_RECOMPUTE

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from chunkflow_cli.planning.costs import DEVICES, DeviceProfile
+from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
 MATMUL_FLOPS = {
     "H200": 989e12,
@@ -45,14 +46,13 @@ def present_device() -> DeviceProfile:
     """Return the profile of the device that training runs on: FLOP/s, and memory in bytes."""
     device = training_device()
     if device.type == "cpu":
-        pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
         cores = os.cpu_count() or 1
         per_core = DEVICES["cpu"].matmul_flops / 2
         return replace(
             DEVICES["cpu"],
             name=f"this CPU, {cores} cores",
             matmul_flops=cores * per_core,
-            memory_bytes=pages * page_bytes,
+            memory_bytes=usable_memory_bytes(),
         )
     flops = known_matmul_flops(device)
     name = torch.cuda.get_device_name(device)

@@ -15,6 +15,7 @@ from chunkflow_cli.config.schema import Init, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
 from chunkflow_cli.model.folder import check_weights, listed
+from chunkflow_cli.model.heard_bars import HeardDownload
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
@@ -117,7 +118,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 name, config=None if extra else _as_saved(config, hf_config), dtype=dtype,
                 attn_implementation=attention if language is None else attention_of(hf_config, attention),
                 trust_remote_code=config.trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True, **extra,
+                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra,
             )  # fmt: skip
         except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
                 EOFError) as error:  # fmt: skip

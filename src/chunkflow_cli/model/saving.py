@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
+from chunkflow_cli.model.heard_bars import bars_heard
 from chunkflow_cli.model.towers import copy_processor, copy_tensors, drop_old_template
 
 AUTO_CLASS = "AutoModelForCausalLM"
+FILE_SIZE = "5GB"
+"""Largest file of weights. Writing a file gives no sign of life, and 50 GB, the default, can take an hour."""
 OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
 """What transformers 4 calls settings of the rotary embedding in models that do not use the common names."""
 KINDS_OF_4 = frozenset({"default", "linear", "dynamic", "yarn", "longrope", "llama3"})
@@ -29,7 +32,8 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
     # Written on its own: transformers refuses to save sampling settings without do_sample, which published models have.
     generation = getattr(model, "generation_config", None)
     whole.generation_config = None if generation is None else type(generation)()
-    whole.save_pretrained(str(folder), state_dict=weights)
+    with bars_heard():
+        whole.save_pretrained(str(folder), state_dict=weights, max_shard_size=FILE_SIZE)
     whole.generation_config = generation
     if generation is not None:
         generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkflow_cli.model.activation_checkpointing import costly_operations
+from chunkflow_cli.model.activation_checkpointing import COSTLY
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
 from chunkflow_cli.planning.attention_layers import AttentionLayers
@@ -144,11 +144,10 @@ class _Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self._operations = set(costly_operations())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in self._operations:
+        if func.name() in COSTLY:
             self.bytes += result.nbytes
         return result
 

@@ -13,9 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chunkflow_cli.files import write_atomically
-from chunkflow_cli.processes.environment import RUN_FOLDER, THREADS_OF_USER, WORKING_FOLDER, free_port, module_command
+from chunkflow_cli.processes.environment import RUN_FOLDER, THREADS_OF_USER, WORKING_FOLDER, module_command
 from chunkflow_cli.processes.failures import read_failure
 from chunkflow_cli.processes.hostfile import Host
+from chunkflow_cli.processes.node_variables import (
+    OF_THE_LOADER,
+    for_other_nodes,
+    leave_variables,
+    remove_variables,
+)
 from chunkflow_cli.processes.watch_folder import Order, WatchFolder, write_order
 from chunkflow_cli.processes.workers import GONE, REAP_SECONDS
 
@@ -30,14 +36,25 @@ class DeepSpeedWorkers:
         watch: WatchFolder,
         hosts: Sequence[Host],
         environment: Mapping[str, str],
+        variables: Mapping[str, str],
     ) -> None:
-        """Start the launcher. `watch` must be on a file system that all nodes share."""
+        """Start the launcher.
+
+        Args:
+            watch: on a file system that all nodes share.
+            environment: of this process.
+            variables: more variables for each rank.
+        """
         self.watch = watch
         self.processes = sum(host.slots for host in hosts)
         self._renewed = float("-inf")
         self._renew_lease()
         for rank in range(self.processes):
             watch.log(rank).write_text("")
+        listed = variables_of_user(environment)  # the command line sets these
+        ours = {name: value for name, value in for_other_nodes(environment).items() if name not in listed}
+        leave_variables(watch, {**ours, **variables})
+        self._are_variables_gone = False
         hostfile, exported = watch.path / "hostfile", watch.path / "environment"
         hostfile.write_text("".join(f"{host}\n" for host in hosts))
         exported.write_text(exported_environment(environment, watch), encoding="utf-8")
@@ -57,6 +74,7 @@ class DeepSpeedWorkers:
 
     def exit_codes(self) -> Mapping[int, int]:
         self._renew_lease()
+        self._are_variables_gone = self._are_variables_gone or remove_variables(self.watch, range(self.processes))
         launcher = self._launcher.poll()  # before the records: a rank whose death it saw has written one by then
         records = {rank: read_failure(self.watch.failure(rank)) for rank in range(self.processes)}
         codes = {rank: record.exit_code for rank, record in records.items() if record is not None}
@@ -69,6 +87,7 @@ class DeepSpeedWorkers:
         write_order(self.watch, order)
 
     def end(self) -> None:
+        remove_variables(self.watch)
         self.order(Order.END)
         if self._launcher.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -103,7 +122,7 @@ def deepspeed_command(hosts: Sequence[Host], *, hostfile: Path, module: str, wor
     is_here = len(hosts) == 1 and hosts[0].is_here
     command = module_command("deepspeed.launcher.runner", [f"--hostfile={hostfile}", "--quiet"])
     if is_here:
-        command += ["--no_ssh_check", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        command += ["--no_ssh_check", "--master_addr=127.0.0.1"]
     elif len(hosts) == 1:
         command += ["--force_multi"]  # else the launcher takes a single host for this machine
     command += ["--module", "--no_local_rank", module]
@@ -126,11 +145,8 @@ def _in_double_quotes(value: str) -> str:
     return re.sub(r'([\\$`"])', r"\\\1", value)
 
 
-def exported_environment(environment: Mapping[str, str], watch: WatchFolder) -> str:
-    """Return the text of the file that lists the variables for other nodes.
-
-    DeepSpeed reads only one such file, so this one includes the lines of the user's own.
-    """
+def variables_of_user(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for other nodes that the user has listed for DeepSpeed, in `.deepspeed_env`."""
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     lines: dict[str, str] = {}
     for folder in (Path.home(), Path()):
@@ -139,6 +155,17 @@ def exported_environment(environment: Mapping[str, str], watch: WatchFolder) -> 
                 key, separator, value = line.partition("=")
                 if separator:
                     lines[key.strip()] = value
+    return lines
+
+
+def exported_environment(environment: Mapping[str, str], watch: WatchFolder) -> str:
+    """Return the text of the file that lists the variables for the command lines of other nodes.
+
+    The rest is in a file that only the user can read (`node_variables.py`). DeepSpeed reads only one list of this kind,
+    so this one includes the user's own.
+    """
+    lines = {name: _in_double_quotes(environment[name]) for name in OF_THE_LOADER if environment.get(name)}
+    lines |= variables_of_user(environment)
     lines[RUN_FOLDER] = _in_double_quotes(str(watch.run_folder))
     lines[WORKING_FOLDER] = _in_double_quotes(os.getcwd())
     lines[THREADS_OF_USER] = environment.get("OMP_NUM_THREADS", "")

@@ -10,7 +10,6 @@ Three kinds of process run `chunkflow train`:
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ RUN_FOLDER = "CHUNKFLOW_RUN_FOLDER"
 """Environment variable of a worker: the folder of its run."""
 LAUNCHER_PID = "CHUNKFLOW_LAUNCHER_PID"
 """Environment variable of a worker that our launcher started as its own child: the launcher's process id."""
+FOUND_DATA = "CHUNKFLOW_FOUND_DATA"
+"""Environment variable of a worker: where its launcher has found the samples in the token cache."""
 SWEEP = "CHUNKFLOW_SWEEP"
 """Environment variable of a run that `train --multirun` started."""
 PARENT_PID = "CHUNKFLOW_PARENT_PID"
@@ -46,6 +47,11 @@ def processes() -> int:
     if count < 1:
         raise _wrong("that is not a number of ranks")
     return count
+
+
+def local_rank() -> int:
+    """Return the number of this process among the ranks of its machine; 0 if it is on its own."""
+    return 0 if processes() == 1 else _number("LOCAL_RANK")
 
 
 def rank_in_messages() -> str:
@@ -90,7 +96,7 @@ def check_variables() -> None:
         raise _wrong(f"RANK={rank()} is not below it")
     if not os.environ.get("MASTER_ADDR"):
         raise _wrong("MASTER_ADDR is not set")
-    if not 0 < _number("MASTER_PORT") < 2**16:
+    if worker_folder() is None and not 0 < _number("MASTER_PORT") < 2**16:  # ours meet elsewhere (`meeting.py`)
         raise _wrong(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port")
 
 
@@ -172,7 +178,6 @@ def local_environment(environment: Mapping[str, str], processes: int) -> dict[st
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
     }
 
 
@@ -184,10 +189,3 @@ def module_command(module: str, words: Sequence[str] = ()) -> list[str]:
 def child_environment() -> dict[str, str]:
     """Return the environment of a process that ends with this one (`worker.end_with_parent`)."""
     return {**os.environ, PARENT_PID: str(os.getpid())}
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

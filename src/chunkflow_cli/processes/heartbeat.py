@@ -1,6 +1,7 @@
 """Records of what every rank is doing, by which a hang can be found and explained.
 
-Before every operation a rank writes its step and operation into a file of its own, and the launcher reads the files.
+Before every operation, and while it moves bytes (`pulse`), a rank writes its step and operation into a file of its own.
+The launcher reads the files.
 A record has a fixed size and is written with one `pwrite`, so it costs microseconds and can be read from another node
 that shares the run's folder. Records hold no times: the launcher notes on its own clock when a record changed.
 """
@@ -22,7 +23,7 @@ class Heartbeat:
 
     def __init__(self, path: Path | None) -> None:
         self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._beats = 0
+        self._beats, self._at = 0, (0, "starting")
 
     def at(self, step: int, doing: str) -> None:
         """Record what this rank does next. Call it before anything that may take long or wait for other ranks.
@@ -32,7 +33,14 @@ class Heartbeat:
             doing: an operation (`B5`) or a few words (`saving a checkpoint`); cut after 112 bytes.
         """
         if self._file is not None:
+            self._at = step, doing
+            self.again()
+
+    def again(self) -> None:
+        """Record that this rank is still at the same, and makes progress (`pulse`)."""
+        if self._file is not None:
             self._beats += 1
+            step, doing = self._at
             os.pwrite(self._file, RECORD.pack(self._beats, step, doing.encode()[:112]), 0)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from chunkflow_cli.processes.deepspeed_launcher import DeepSpeedWorkers
 from chunkflow_cli.processes.environment import local_environment, module_command
@@ -27,6 +28,7 @@ def run_workers(
     *,
     show_traceback: bool = False,
     module: str = "chunkflow_cli",
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Start the ranks of a run and return when all have ended well. No rank is alive when this returns or raises.
 
@@ -38,6 +40,7 @@ def run_workers(
         limits: how long to wait for ranks that hang or are asked to stop.
         show_traceback: show the traceback of a rank that failed.
         module: what each rank runs, as in `python -m`.
+        variables: environment variables of each rank, besides those of this process.
 
     Raises:
         UsageError, RunError, KeyboardInterrupt: as `Supervision.run`.
@@ -46,11 +49,10 @@ def run_workers(
     watch.prepare()
     start: Callable[[], Workers]
     if hosts is None:
-        start = partial(
-            LocalWorkers, module_command(module, words), watch, processes, local_environment(os.environ, processes)
-        )
+        environment = {**local_environment(os.environ, processes), **variables}
+        start = partial(LocalWorkers, module_command(module, words), watch, processes, environment)
     else:
-        start = partial(DeepSpeedWorkers, module, words, watch, hosts, os.environ)
+        start = partial(DeepSpeedWorkers, module, words, watch, hosts, os.environ, variables)
     received: list[int] = []
     try:
         with stop_signals_handled(lambda number, frame: received.append(number)):

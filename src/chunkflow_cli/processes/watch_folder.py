@@ -64,6 +64,16 @@ class WatchFolder:
         """A file whose content changes as long as the launcher lives."""
         return self.path / "lease"
 
+    @property
+    def port(self) -> Path:
+        """The port at which rank 0 listens (`meeting.py`); empty before it does."""
+        return self.path / "port"
+
+    @property
+    def variables(self) -> Path:
+        """The environment variables of ranks on other nodes (`node_variables.py`)."""
+        return self.path / "variables.json"
+
     def prepare(self) -> None:
         """Make the folders, and delete all files of an earlier run except its logs. Call it before any rank starts."""
         self.log(0).parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +82,7 @@ class WatchFolder:
         elif self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir()
+        self.port.touch()  # a network file system takes a while to see a file that was not there before
 
 
 def write_order(watch: WatchFolder, order: Order) -> None:

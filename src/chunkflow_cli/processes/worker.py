@@ -18,9 +18,11 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
+from chunkflow_cli import pulse
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.processes import environment
 from chunkflow_cli.processes.heartbeat import Heartbeat
+from chunkflow_cli.processes.node_variables import take_variables
 from chunkflow_cli.processes.watch_folder import LEASE_SECONDS, Order, WatchFolder, follow_orders
 
 _PR_SET_PDEATHSIG = 1
@@ -64,6 +66,7 @@ def _enter_as_worker(watch: WatchFolder, rank: int) -> None:
     if launcher is not None:
         die_with(int(launcher))
     else:
+        take_variables(watch)
         redirect_output(watch.log(rank), keep_stderr=rank == 0)
         never = threading.Event()
         threading.Thread(
@@ -112,9 +115,14 @@ def redirect_output(log: Path, *, keep_stderr: bool) -> None:
 
 
 def heartbeat(run_folder: Path) -> Heartbeat:
-    """Return the heartbeat of this rank; without a launcher nobody reads it, and it does nothing."""
+    """Return the heartbeat of this rank; without a launcher nobody reads it, and it does nothing.
+
+    It listens to `pulse`.
+    """
     is_read = environment.is_started_by_launcher()
-    return Heartbeat(WatchFolder(run_folder).heartbeat(environment.rank()) if is_read else None)
+    own = Heartbeat(WatchFolder(run_folder).heartbeat(environment.rank()) if is_read else None)
+    pulse.listen(own.again if is_read else None)
+    return own
 
 
 def leave(code: int) -> NoReturn:

@@ -156,4 +156,6 @@ def _samples(report: dict[str, Any]) -> str:
         count = report["samples_" + word.replace(" ", "_")]
         if count:
             parts.append(f"{count:,} {word}")
-    return f"{report['samples_read']:,} read; " + ", ".join(parts)
+    rows, samples = report["rows_read"], report["samples_read"]
+    source = "" if rows == samples else f" of {rows:,} rows"
+    return f"{samples:,} read{source}; " + ", ".join(parts)

@@ -182,6 +182,7 @@ def _samples(data: RunData, config: DataConfig) -> dict[str, int]:
     has_file = has_evaluation_data(config)
     words = ("read", "rejected", "dropped", "truncated")
     return {
+        "rows_read": data.read.rows_read,
         **{f"samples_{word}": getattr(data.read, f"samples_{word}") for word in words},
         "samples_held_out": 0 if has_file else len(data.evaluation),
         "samples_to_train": len(data.train),

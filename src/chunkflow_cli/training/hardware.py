@@ -34,7 +34,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     known = known_matmul_flops(device) if dtype in (torch.bfloat16, torch.float16) else None
     if known is not None:
         return known
-    size = 4096 if device.type == "cuda" else 1536
+    size = 4096 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
     best = 0.0
     for _ in range(12):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, LossWeighting
-from chunkflow_cli.data.dataset import TokenizedData, has_evaluation_data, tokenize
+from chunkflow_cli.data.cache import cache_root, stamp
+from chunkflow_cli.data.dataset import TokenizedData, has_evaluation_data, hold_out, tokenize
 from chunkflow_cli.model.hf_config import position_limit
-from chunkflow_cli.planning.batches import held_out
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 
 
@@ -26,11 +27,47 @@ class RunData:
     """Samples held out of `data.path`, or those of `data.eval_path` or `data.eval_split`; may be empty."""
 
 
-def load_run_data(config: Config, hf_config: Any | None) -> RunData:
+@dataclass(frozen=True)
+class FoundData:
+    """Where a process has found the samples of its run in the token cache, for those that have not read the data."""
+
+    keys: tuple[str, ...]
+    """Of the data, and of the data to evaluate on if there is some."""
+    stamps: tuple[str | None, ...]
+    """Of the same entries, as `data.cache.stamp`."""
+
+    @classmethod
+    def of(cls, data: RunData) -> FoundData:
+        """Return where the samples are that this process has loaded."""
+        wholes = [data.read.whole]
+        if data.evaluation.whole is not data.read.whole:
+            wholes.append(data.evaluation.whole)
+        return cls(tuple(whole.key for whole in wholes), tuple(stamp(whole.entry.folder) for whole in wholes))
+
+    def is_seen_by(self, config: Config) -> bool:
+        """Return whether this process sees the very entries, on the same disk. If not, it may have copies."""
+        root = cache_root(config.data.cache_dir)
+        return all(found is not None and stamp(root / key) == found for key, found in self._entries())
+
+    def _entries(self) -> Iterator[tuple[str, str | None]]:
+        return zip(self.keys, self.stamps, strict=True)
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}:{found}" for key, found in self._entries())
+
+    @classmethod
+    def parse(cls, text: str) -> FoundData:
+        """Return what `str` has written."""
+        pairs = [part.partition(":") for part in text.split(",")]
+        return cls(tuple(key for key, _, _ in pairs), tuple(found for _, _, found in pairs))
+
+
+def load_run_data(config: Config, hf_config: Any | None, keys: Sequence[str] = ()) -> RunData:
     """Tokenise the samples of the run, or read them from the cache.
 
     Args:
         hf_config: the model's configuration; None only if rows are token ids and no model is named.
+        keys: `FoundData.keys`, if another process of the run has found and checked the samples.
 
     Raises:
         UsageError: see `data.dataset.tokenize`.
@@ -39,6 +76,7 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
     def read(*, for_evaluation: bool = False) -> TokenizedData:
         return tokenize(
             config.data,
+            key=keys[for_evaluation] if keys else None,
             for_evaluation=for_evaluation,
             model_path=config.model.path,
             model_limit=None if hf_config is None else position_limit(hf_config),
@@ -53,8 +91,7 @@ def load_run_data(config: Config, hf_config: Any | None) -> RunData:
     data = read()
     if has_evaluation_data(config.data):
         return RunData(data, data, read(for_evaluation=True))
-    train, evaluation = held_out(len(data), config.data.eval_fraction, config.train.seed)
-    return RunData(data, data.select(train), data.select(evaluation))
+    return RunData(data, *hold_out(data, config.data.eval_fraction, config.train.seed))
 
 
 def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:

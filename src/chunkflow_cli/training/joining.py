@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,48 +10,47 @@ from typing import Any
 
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.data.cache import cache_root
-from chunkflow_cli.engine import broadcast_from_first, init_process_group
-from chunkflow_cli.errors import ChunkflowError
-from chunkflow_cli.files import one_at_a_time, to_be_writable
+from chunkflow_cli.engine import all_or_none, broadcast_from_first, init_process_group
+from chunkflow_cli.errors import ChunkflowError, UsageError
 from chunkflow_cli.model.device import training_device
-from chunkflow_cli.processes.environment import processes, rank, worker_folder
+from chunkflow_cli.processes.environment import FOUND_DATA, local_rank, processes, rank, worker_folder
 from chunkflow_cli.processes.hang_watch import watched_together
 from chunkflow_cli.processes.heartbeat import Heartbeat
 from chunkflow_cli.processes.watch_folder import WatchFolder
 from chunkflow_cli.processes.worker import heartbeat, redirect_output
 from chunkflow_cli.training.identity import identify
-from chunkflow_cli.training.inputs import RunData, load_run_data
+from chunkflow_cli.training.inputs import FoundData, RunData, load_run_data
 from chunkflow_cli.training.run_folder import RunFolder, open_run_folder, shared_run_folder
 
 
-def open_folder(loaded: LoadedConfig, data: RunData | None) -> RunFolder:
-    """Return the folder of the run, opened and locked once for all ranks.
+def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> tuple[RunFolder, RunData | FoundData]:
+    """Open and lock the folder of the run once for all ranks, and read its data on the process that does so.
 
-    If torchrun or deepspeed started the ranks, rank 0 opens the folder and sends its path to the others. That needs a
-    process group, whose collectives would not wait for tokenisation, so the data is tokenised first.
+    Our launcher has opened the folder for its workers, and tells them in their environment where the data is in the
+    token cache. If torchrun or deepspeed started the ranks, rank 0 does both, and tells the others.
 
-    Args:
-        data: None in a worker of our launcher, which has opened the folder.
+    Returns:
+        The folder, and the data; on the other ranks, where it has been found.
 
     Raises:
-        UsageError: the folder is wrong; on all ranks.
+        UsageError: the data or the folder is wrong; on all ranks.
         RunError: the checkpoint to continue from is damaged; on all ranks.
     """
     resume = loaded.config.checkpoint.resume
     if (given := worker_folder()) is not None:
-        return shared_run_folder(given, resume)
-    assert data is not None
+        return shared_run_folder(given, resume), FoundData.parse(os.environ[FOUND_DATA])
     if processes() == 1:
-        return open_run_folder(loaded, identify(loaded.config, data))
+        data = load_run_data(loaded.config, hf_config)
+        return open_run_folder(loaded, identify(loaded.config, data)), data
     init_process_group(training_device())
-    opened: RunFolder | None = None
-    answer: Path | ChunkflowError | None = None
+    opened: tuple[RunFolder, RunData] | None = None
+    answer: tuple[Path, FoundData] | ChunkflowError | None = None
     if rank() == 0:
         try:
-            opened = open_run_folder(loaded, identify(loaded.config, data))
-            answer = opened.path
-            WatchFolder(answer).prepare()
+            data = load_run_data(loaded.config, hf_config)
+            folder = open_run_folder(loaded, identify(loaded.config, data))
+            opened, answer = (folder, data), (folder.path, FoundData.of(data))
+            WatchFolder(folder.path).prepare()
         except ChunkflowError as error:
             answer = error
     answer = broadcast_from_first(answer)
@@ -59,7 +59,8 @@ def open_folder(loaded: LoadedConfig, data: RunData | None) -> RunFolder:
     if opened is not None:
         return opened
     assert answer is not None
-    return shared_run_folder(answer, resume)
+    path, found = answer
+    return shared_run_folder(path, resume), found
 
 
 @contextmanager
@@ -79,13 +80,33 @@ def watched(run_folder: Path, hang_seconds: float) -> Iterator[Heartbeat]:
         yield own
 
 
-def load_data(config: Config, hf_config: Any | None) -> RunData:
-    """Load the data as `load_run_data` does; one of the ranks that share a cache folder tokenises, the others wait."""
-    if processes() == 1:
-        return load_run_data(config, hf_config)
-    root = cache_root(config.data.cache_dir)
-    with to_be_writable(f"the token cache {root}", "set data.cache_dir to a folder that you can write to"):
-        root.mkdir(parents=True, exist_ok=True)
-        (root / ".ranks.lock").touch()
-    with one_at_a_time(root / ".ranks.lock"):
-        return load_run_data(config, hf_config)
+def load_data(config: Config, hf_config: Any | None, data: RunData | FoundData) -> RunData:
+    """Return the data on every rank, without reading and hashing it on each. Every process of the run calls it.
+
+    A node that sees the token cache of the process that has found the data maps the same files. On a node with a cache
+    of its own, the first rank reads, hashes and if necessary tokenises the data, and the others wait.
+
+    Args:
+        data: as `open_folder` returns it.
+
+    Raises:
+        UsageError: the data cannot be read on a node, or is not the same there; on all ranks.
+    """
+    own = data if isinstance(data, RunData) else None
+    with all_or_none("reading the data"):
+        if isinstance(data, FoundData) and local_rank() == 0 and not data.is_seen_by(config):
+            own = _same(load_run_data(config, hf_config), data)
+    with all_or_none("reading the data"):
+        if isinstance(data, FoundData) and own is None:
+            own = _same(load_run_data(config, hf_config, data.keys), data)
+    assert own is not None
+    return own
+
+
+def _same(own: RunData, found: FoundData) -> RunData:
+    if FoundData.of(own).keys != found.keys:
+        raise UsageError(
+            f"{own.read.whole.named}: its rows, or the tokenizer, are on this node not those of the first one\n"
+            "  give all nodes the same files, or a file system that they share"
+        )
+    return own

@@ -78,18 +78,19 @@ def run(
     from chunkflow_cli.console import stdout_console
     from chunkflow_cli.training.display import print_training_summary
     from chunkflow_cli.training.identity import identify
-    from chunkflow_cli.training.inputs import load_run_data
+    from chunkflow_cli.training.inputs import FoundData, load_run_data
     from chunkflow_cli.training.requirements import check_requirements
     from chunkflow_cli.training.run_folder import open_run_folder
 
     config = loaded.config
     hosts = None if config.launch.hostfile is None else read_hostfile(config.launch.hostfile)
-    hf_config = check_requirements(loaded)
+    is_here = hosts is None or all(host.is_here for host in hosts)
+    hf_config = check_requirements(loaded, device=None if is_here else torch.device("cuda"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     _check_devices(config.launch.processes, hosts, gpus)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
-    data = load_run_data(config, hf_config)  # tokenises once, into the cache in which every rank finds it
+    data = load_run_data(config, hf_config)  # ranks that see the same cache neither read nor hash it again
     folder = open_run_folder(loaded, identify(config, data))
     streams.fall_back_to(folder.path / "logs" / "launcher.log")
     try:
@@ -103,6 +104,7 @@ def run(
                 hosts,
                 Limits(config.launch.grace_seconds, config.launch.hang_seconds),
                 show_traceback=debug,
+                variables={environment.FOUND_DATA: str(FoundData.of(data))},
             )
             if not folder.report.exists():
                 raise RunError(

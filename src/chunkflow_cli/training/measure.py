@@ -6,7 +6,8 @@
 For each chunk size, smallest first, a sequence of three chunks and one standalone chunk run as in training, so that
 state passes, forwards, recomputes and backwards are timed after zero, one and two earlier chunks. Each size runs twice,
 with all tokens as targets and with a tenth of them, because head and loss cost time per target; an optimizer step
-follows each run. Sizes that the time budget has no room for are left out: costs are linear, and two sizes fix a line.
+follows each run. Sizes that the time budget or the device's memory has no room for are left out: costs are linear, and
+two sizes fix a line.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
-from chunkflow_cli.errors import ChunkflowError
+from chunkflow_cli.errors import ChunkflowError, UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
@@ -65,10 +66,13 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
         budget_seconds: a size that would exceed this, judged by the time of the last one, is not started.
 
     Raises:
-        UsageError: the model cannot be loaded or trained here.
+        UsageError: the model cannot be loaded or trained here, or fewer than two sizes fit into the device's memory.
     """
     hf_config = load_config(config.model)
-    parts, device = _warmed_up(config, hf_config, min(sizes))
+    try:
+        parts, device = _warmed_up(config, hf_config, min(sizes))
+    except torch.OutOfMemoryError as error:
+        raise _nothing_fits(min(sizes), error) from error
     operations: list[OperationSample] = []
     memory: list[MemorySample] = []
     steps: list[float] = []
@@ -79,13 +83,17 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
         for index, size in enumerate(sorted(sizes)):
             began = time.perf_counter()
             peaks: list[int] = []
-            for share in (1.0, FEW_TARGETS):
-                with _peak_added_to(peaks, device):
-                    operations += _run(parts, size, share)
-                with _peak_added_to(step_peaks, device):
-                    step_began = time.perf_counter()
-                    parts.engine.step()
-                    steps.append(time.perf_counter() - step_began)
+            try:
+                for share in (1.0, FEW_TARGETS):
+                    with _peak_added_to(peaks, device):
+                        operations += _run(parts, size, share)
+                    with _peak_added_to(step_peaks, device):
+                        step_began = time.perf_counter()
+                        parts.engine.step()
+                        steps.append(time.perf_counter() - step_began)
+            except torch.OutOfMemoryError as error:
+                _say_what_fits([sample.chunk_tokens for sample in memory], size, error)
+                break
             if device.type == "cpu":  # the heap keeps some memory of the chunks, and the step's buffers come on top
                 peaks += step_peaks[-len(peaks) :]
             state = state_bytes(parts.shape, CHUNKS_OF_SEQUENCE * size, size, ELEMENT_BYTES[config.model.dtype.value])
@@ -100,6 +108,29 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
     costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}", shape=shape)
     fitted = fit_memory(memory, step_peak_bytes=min(step_peaks), activation_bytes_per_token=kept)
     return Calibration(name, shape, costs, fitted, worst)
+
+
+def _say_what_fits(fitting: Sequence[int], size: int, error: torch.OutOfMemoryError) -> None:
+    """Say that a size does not fit, and that the larger ones are predicted.
+
+    Raises:
+        UsageError: the sizes that fit are too few to predict others from.
+    """
+    if len(fitting) < FEWEST_SIZES:
+        raise _nothing_fits(size, error) from error
+    print(
+        f"chunks of {size:,} tokens do not fit into the memory of this device ({CHUNKS_OF_SEQUENCE} of one sequence): "
+        f"their costs and memory are predicted from those of {', '.join(f'{each:,}' for each in fitting)}",
+        file=sys.stderr,
+    )
+
+
+def _nothing_fits(size: int, error: torch.OutOfMemoryError) -> UsageError:
+    return UsageError(
+        f"chunks of {size:,} tokens do not fit into the memory of this device: {str(error).partition(chr(10))[0]}\n"
+        "  name smaller ones in tune.chunk_sizes, or see what chunkflow plan counts: LoRA, engine.offload and "
+        "model.activation_checkpointing save memory"
+    )
 
 
 def _warmed_up(config: Config, hf_config: Any, size: int) -> tuple[Assembly, torch.device]:
@@ -191,11 +222,13 @@ def _peak_added_to(peaks: list[int], device: torch.device) -> Iterator[None]:
 def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict[tuple[int, int], float]:
     """Return the measured seconds of one real optimizer step under each (chunk_size, k), over the same samples.
 
+    Pairs that do not fit into the device's memory are left out.
+
     Args:
         step: index of the step in the run, from 0.
 
     Raises:
-        UsageError: the model or the data cannot be loaded.
+        UsageError: the model or the data cannot be loaded, or no pair fits.
     """
     hf_config = load_config(config.model)
     data = load_run_data(config, hf_config).train
@@ -217,11 +250,21 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
                 progress(done)
 
             began = time.perf_counter()
-            parts.runner.run(share.schedules, StepBatch(share.chunks, sequences, weights), advance)
-            parts.engine.step()
+            try:
+                parts.runner.run(share.schedules, StepBatch(share.chunks, sequences, weights), advance)
+                parts.engine.step()
+            except torch.OutOfMemoryError:
+                print(f"chunk.size={size} chunk.k={k} does not fit into the memory of this device", file=sys.stderr)
+                parts.engine.discard_gradients()
+                continue
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds[size, k] = time.perf_counter() - began
+    if not seconds:
+        raise UsageError(
+            "none of the best pairs fits into the memory of this device: the prediction was too low\n"
+            "  set tune.memory_gib to less than the device has"
+        )
     return seconds
 
 

@@ -38,7 +38,7 @@ from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops
 from chunkflow_cli.training.identity import RunIdentity
-from chunkflow_cli.training.inputs import RunData
+from chunkflow_cli.training.inputs import FoundData, RunData
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.progress import RunState
@@ -92,12 +92,12 @@ class Prepared:
 
 
 def prepare(
-    config: Config, hf_config: Any, data: RunData | None, folder: RunFolder, console: Console, state: RunState
+    config: Config, hf_config: Any, found: RunData | FoundData, folder: RunFolder, console: Console, state: RunState
 ) -> Prepared:
     """Load everything that the steps of a run need, its last checkpoint included. Every process calls it.
 
     Args:
-        data: None if it is still to be read.
+        found: the data, or where another process has found it.
         console: where messages go.
         state: receives the progress of the checkpoint. Later operations ask it whether to stop, and report to it.
 
@@ -115,9 +115,8 @@ def prepare(
             announce_adapters(config, hf_config, console)
         _prove_parity(config, hf_config, device, dtype, console, state)
 
-    if data is None:
-        state.at("reading the data")
-        data = load_data(config, hf_config)
+    state.at("reading the data")
+    data = load_data(config, hf_config, found)
     if processes.is_first:
         _write_rejected(config, data, folder, console)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_settings
 from chunkflow_cli.errors import UsageError
@@ -14,8 +16,12 @@ from chunkflow_cli.model.positions import check_positions
 from chunkflow_cli.training.setup import checked_topology
 
 
-def check_requirements(loaded: LoadedConfig) -> Any:
+def check_requirements(loaded: LoadedConfig, device: torch.device | None = None) -> Any:
     """Check that the run can start, and return the Hugging Face configuration of its model.
+
+    Args:
+        device: what the ranks will have, as far as is known; by default, the device of this process. Each rank checks
+            its own.
 
     Raises:
         UsageError: the model cannot be read, or settings do not fit together.
@@ -33,7 +39,7 @@ def check_requirements(loaded: LoadedConfig) -> Any:
         )
     if config.model.lora.enabled:
         check_adapters(config.model, hf_config)
-    settings = EngineSettings(config.engine, config.optim, config.model.dtype, training_device())
+    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device or training_device())
     if config.parallel.pipeline == 1:
         check_settings(settings)
     else:

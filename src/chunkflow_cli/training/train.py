@@ -14,7 +14,7 @@ from chunkflow_cli.processes.stop_signals import stop_on_signals
 from chunkflow_cli.processes.watch_folder import WatchFolder
 from chunkflow_cli.training.display import print_training_summary
 from chunkflow_cli.training.finish import finish
-from chunkflow_cli.training.joining import load_data, open_folder, watched
+from chunkflow_cli.training.joining import open_folder, watched
 from chunkflow_cli.training.prepare import Prepared, prepare
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.requirements import check_requirements
@@ -31,9 +31,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     """
     config = loaded.config
     hf_config = check_requirements(loaded)
-    # A worker's launcher has checked the data before it opened the folder.
-    data = None if environment.worker_folder() is not None else load_data(config, hf_config)
-    folder = open_folder(loaded, data)
+    folder, data = open_folder(loaded, hf_config)
     streams.fall_back_to(WatchFolder(folder.path).log(environment.rank()))
     try:
         with failures_recorded(), watched(folder.path, config.launch.hang_seconds) as heartbeat:

@@ -74,11 +74,12 @@ def _headline(found: dict[str, Any], width: int) -> Text:
     text.append(shortened(found["data"], width - len(found["format"]) - 2), style="bold")
     text.append(f"  {found['format']}\n")
     if rejected := found["rejected"]["rows"]:
-        rows = f"{rejected:,} of {counted(found['samples'] + rejected, 'row')} cannot be trained on (reasons below)\n"
+        rows = f"{rejected:,} of {counted(found['rows'] + rejected, 'row')} cannot be trained on (reasons below)\n"
         text.append(rows, style="bold red")
+    of_rows = "" if found["rows"] == found["samples"] else f" of {counted(found['rows'], 'row')}"
     text.append(
-        f"{counted(found['samples'], 'sample')}, {about}{counted(found['tokens'], 'token')}, {found['targets']:,} of "
-        f"them targets ({percent(found['target_share'])})\n"
+        f"{counted(found['samples'], 'sample')}{of_rows}, {about}{counted(found['tokens'], 'token')}, "
+        f"{found['targets']:,} of them targets ({percent(found['target_share'])})\n"
     )
     text.append(
         f"mean {found['mean']:,.0f}, median {quantiles['p50']:,}, p90 {quantiles['p90']:,}, "

@@ -23,6 +23,8 @@ BACKENDS: dict[str, type[Backend]] = {
 """All backends by name, the fastest first."""
 
 NO_GPU = "it needs a CUDA GPU"
+FLASH_CAPABILITY = (8, 0)
+"""Compute capability (Ampere) from which the flash kernels run, and GPUs compute in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ def _objection(name: str, hf_config: Any, device: torch.device, dtype: torch.dty
         return "it does not support soft-capped scores" if softcap else None
     if device.type != "cuda":
         return NO_GPU
+    if dtype is not torch.float32 and (capability := torch.cuda.get_device_capability(device)) < FLASH_CAPABILITY:
+        has = ".".join(map(str, capability))
+        return (
+            f"its {str(dtype).removeprefix('torch.')} kernels need compute capability 8.0 or newer; this GPU has {has}"
+        )
     layers = attention_heads(hf_config)
     if odd := sorted({layer.widest for layer in layers if layer.widest % 8}):
         return f"it supports head_dim in steps of 8, and the model's is {odd[0]}"

@@ -1,0 +1,39 @@
+"""Take progress bars of libraries as signs of life (`pulse`): of downloads, and of weights loaded and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.utils.tqdm import tqdm
+
+from chunkflow_cli import pulse
+
+
+class HeardDownload(tqdm):  # type: ignore[type-arg]
+    """The progress bar of a download, whose every update is a sign of life, shown or not."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count the bytes of a block."""
+        pulse.bytes_moved()
+        is_shown: bool | None = super().update(n)
+        return is_shown
+
+
+@contextmanager
+def bars_heard() -> Iterator[None]:
+    """Hear what transformers counts within the block: each weight that it loads, and each file that it writes."""
+    from transformers.utils import logging
+
+    def hear(make: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        if not args:
+            return make(**settings)
+        items, *rest = args
+        return make(pulse.each(items), *rest, **{"total": len(items), **settings})
+
+    before = logging.set_tqdm_hook(hear)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)

@@ -1,0 +1,331 @@
+"""Which characters of a conversation are targets, under templates that write turns in many ways.
+
+Each template of `TEMPLATES` has `«` and `»` around what the model has to generate. Without them it is the template under
+test; with `{% generation %}` marks in their place, Jinja itself says where the targets are.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from chunkflow_cli.config.load import load as load_config
+from chunkflow_cli.config.schema import DataConfig, DataFormat, TrainOn, Turns
+from chunkflow_cli.data.dataset import hold_out, open_data
+from chunkflow_cli.data.estimate import estimate_sizes
+from chunkflow_cli.data.sample import BadRowError, Conversation, Message
+from chunkflow_cli.data.template import REWRITTEN, ChatTemplate, MarkedText
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.batches import held_out
+from support.tokenized import bracketed, chat, load, only, write_rows
+from support.tokenizers import CHATML, make_tokenizer
+
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THINKING_PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+LAST_QUESTION = "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+SPLIT = "{% set words = m.content.split('</think>')[-1].lstrip('\n') %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' %}"
+
+
+def turns(answer: str, others: str = "{{ m.content }}<|im_end|>\n", before: str = "", after: str = PROMPT) -> str:
+    """Return a template with the body of an answer, and of other turns."""
+    return (
+        before + "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + answer
+        + "{% else %}" + others + "{% endif %}{% endfor %}" + after
+    )  # fmt: skip
+
+
+PLAIN = "«{{ m.content }}<|im_end|>»\n"
+TEMPLATES = {
+    "plain": turns(PLAIN),
+    "trims": turns("«{{ m.content | trim }}<|im_end|>»\n", "{{ m.content | trim }}<|im_end|>\n"),
+    "quotes": turns("«{{ m.content | tojson }}<|im_end|>»\n", "{{ m.content | tojson }}<|im_end|>\n"),
+    "shouts": turns("«{{ m.content | upper }}<|im_end|>»\n", "{{ m.content | upper }}<|im_end|>\n"),
+    "cuts": turns("«{{ m.content[:3] }}<|im_end|>»\n"),
+    "forgets reasoning": turns(
+        SPLIT + "{% if loop.index0 > ns.last %}<think>\n«{{ thought }}\n</think>\n\n{{ words }}<|im_end|>»\n"
+        "{% else %}«{{ words }}<|im_end|>»\n{% endif %}", before=LAST_QUESTION, after=THINKING_PROMPT),
+    "forgets it always": turns(SPLIT + "«{{ words }}<|im_end|>»\n", after=THINKING_PROMPT),
+    "thinks last": turns("{% if loop.last %}«<think>\n\n</think>\n\n{{ m.content }}<|im_end|>»\n"
+                         "{% else %}" + PLAIN + "{% endif %}"),
+    "thinks if asked": turns(
+        "{% if '</think>' in m.content %}" + PLAIN + "{% else %}<think></think>" + PLAIN + "{% endif %}",
+        after="{% if add_generation_prompt %}<|im_start|>assistant\n{{ '<think></think>' if enable_thinking is defined "
+        "and not enable_thinking else '<think>\n' }}{% endif %}"),
+    "one end for all": turns(
+        "{% if loop.last and not add_generation_prompt %}«{{ m.content }}<|im_end|>\n</s>»{% else %}" + PLAIN + "{% endif %}",
+        after="{% if add_generation_prompt %}<|im_start|>assistant\n{% elif messages[-1].role != 'assistant' %}</s>{% endif %}"),
+    "another last end": turns(
+        "{% if loop.last and not add_generation_prompt %}«{{ m.content }}</s>»{% else %}«{{ m.content }}<|im_end|>»{% endif %}", "{{ m.content }}<|im_end|>"),
+    "instructs late": turns(
+        PLAIN, "{% if loop.index0 == ns.last %}[RULES]Be brief.[/RULES]{% endif %}{{ m.content }}<|im_end|>\n", LAST_QUESTION),
+    "adds to some": turns("{% if loop.last and 'b' in m.content %}«{{ m.content }}<|im_end|>MORE»{% else %}"
+                          "«{{ m.content }}<|im_end|>»{% endif %}", "{{ m.content }}<|im_end|>"),
+    "says it twice": turns("«{{ m.content }}<|im_end|>»\n", after=PROMPT + "{{ messages[1].content }}"),
+    "backwards": turns(PLAIN).replace("in messages %}<", "in messages | reverse %}<"),
+    "names no header": "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
+                       "«{{ ' ' + m.content }}</s>»{% endif %}{% endfor %}",
+}  # fmt: skip
+NEVER = ("says it twice", "backwards")
+"""Templates of which most conversations cannot be told apart."""
+
+
+@functools.cache
+def tokenizer(text: str) -> Any:
+    tokens = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
+    return SimpleNamespace(
+        chat_template=text, special_tokens_map={}, all_special_tokens=[], eos_token="</s>", bos_token="<s>",
+        added_tokens_decoder={n: SimpleNamespace(content=token, special=True) for n, token in enumerate(tokens)},
+    )  # fmt: skip
+
+
+@functools.cache
+def template(name: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer(TEMPLATES[name].translate({ord("«"): None, ord("»"): None})))
+
+
+def truth(name: str, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # A line end behind a tag is trimmed, one behind an expression is not.
+    marked = TEMPLATES[name].replace("«", "{% generation %}").replace("»", "{% endgeneration %}{{ '' }}")
+    texts, spans = render_jinja_template(
+        conversations=[messages], chat_template=marked, return_assistant_tokens_mask=True
+    )
+    return texts[0], [(start, stop) for start, stop in spans[0]]
+
+
+WORDS = st.lists(
+    st.sampled_from(
+        ["A", "b c", " ", "\n", "<think>", "</think>", "<think>\n", "\n</think>\n\n", "<|im_end|>", "<|im_start|>assistant\n",
+         "</s>", '"', "é", "\U000f0000", "\U000f0001", "[INST]", "<think></think>"]
+    ), max_size=4,
+).map("".join)  # fmt: skip
+ROLES = st.sampled_from([("user", "assistant") * n for n in (1, 2, 3)] + [("user", "user", "assistant", "assistant"),
+                        ("system", "user", "assistant", "user", "assistant")])  # fmt: skip
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, str]]:
+    return [{"role": role, "content": draw(WORDS)} for role in draw(ROLES)]
+
+
+def as_sample(messages: list[dict[str, str]]) -> Conversation:
+    return Conversation(tuple(Message(m["role"], m["content"], m["role"] == "assistant") for m in messages))
+
+
+def spans(text: MarkedText) -> list[str]:
+    return [text.text[start:stop] for start, stop in text.target_spans or ()]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@settings(max_examples=60, deadline=None)
+@given(messages=conversations())
+@example(messages=chat("Q", "<think>\nday\n</think>\n\nblue", "R", "<think>\nmay\n</think>\n\ngreen"))
+@example(messages=chat("a, b or c", "c", "a, b or c", "c"))
+@example(messages=chat("", "", "", ""))
+def test_a_target_is_what_the_model_generates_or_the_row_is_refused(name: str, messages: list[dict[str, str]]) -> None:
+    # Tags stay in a skeleton, so one that is written twice is not seen to be the same.
+    assume(name != "says it twice" or not set("Abcé").isdisjoint(messages[1]["content"]))
+    text, expected = truth(name, messages)
+    try:
+        found = template(name).render(as_sample(messages), mark_targets=True)
+    except BadRowError:
+        return
+    assert found.text == text
+    assert len(found.target_spans or ()) == len(expected)
+    for (start, stop), (first, end) in zip(found.target_spans or (), expected, strict=True):
+        given_by_prompt = text[min(first, start) : start]
+        assert start >= first
+        assert given_by_prompt in ("", "<think>\n", "<think></think>"), "an answer that itself begins like the prompt"
+        assert text[min(stop, end) : max(stop, end)].strip() == ""
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in NEVER])
+def test_ordinary_conversations_are_not_refused(name: str) -> None:
+    for messages in (chat("Q", "A1", "R", "A2"), chat("Q", "A"), chat("Q", "A", "Q", "A", "Q", "A")):
+        text, expected = truth(name, messages)
+        if name == "shouts":
+            messages = chat(*(message["content"].upper() for message in messages))
+        found = template(name).render(as_sample(messages), mark_targets=True)
+        assert spans(found) == [text[start:stop] for start, stop in expected]
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in NEVER])
+@settings(max_examples=30, deadline=None)
+@given(messages=conversations())
+@example(messages=chat("Q", "A1", "R", "A2"))
+def test_a_sample_of_split_is_a_prompt_and_its_answer(name: str, messages: list[dict[str, str]]) -> None:
+    form = template(name)
+    try:
+        texts = form.render_answers(as_sample(messages))
+    except BadRowError:
+        return
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    assert len(texts) == len(places)
+    for text, place in zip(texts, places, strict=True):
+        ((start, _),) = text.target_spans or ()
+        options: list[dict[str, bool]] = [{}, {"enable_thinking": False}]
+        asked = [form._rendered(tokenizer_text(name), [messages[:place]], None, add_generation_prompt=True, **option)
+                 for option in options]  # fmt: skip
+        assert text.text[:start] in [prompts[0] for prompts, _ in asked]
+        alone, expected = truth(name, messages[: place + 1])
+        assert same_up_to_prompt(text.text[start:], alone[expected[-1][0] :])
+
+
+def tokenizer_text(name: str) -> str:
+    return TEMPLATES[name].translate({ord("«"): None, ord("»"): None})
+
+
+def same_up_to_prompt(ours: str, theirs: str) -> bool:
+    return ours in (theirs, theirs.removeprefix("<think>\n"), theirs.removeprefix("<think></think>"))
+
+
+def test_earlier_answers_that_are_written_otherwise_are_said() -> None:
+    """Once in a run, with what to do: the default trains on other text than the model is asked to write."""
+    thoughts = as_sample(chat("Q", "<think>\nday\n</think>\n\nblue", "R", "<think>\nmay\n</think>\n\ngreen"))
+    found = template("forgets reasoning").render(thoughts, mark_targets=True)
+    assert [remark.text for remark in found.remarks] == [
+        "the model will not learn the reasoning of earlier answers, which the chat template writes in the last one only; "
+        "data.turns=split makes a sample of each answer, with its reasoning"
+    ]
+    plain = as_sample(chat("Q", "A1", "R", "A2"))
+    assert template("another last end").render(plain, mark_targets=True).remarks == (REWRITTEN,)
+    for name in ("another last end", "forgets reasoning"):
+        assert [text.remarks for text in template(name).render_answers(plain)] == [(), ()]
+    assert template("plain").render(plain, mark_targets=True).remarks == ()
+
+
+THOUGHTFUL = turns(
+    "{% if m.reasoning_content %}«<think>{{ m.reasoning_content }}</think>{{ m.content }}<|im_end|>»\n"
+    "{% else %}" + PLAIN + "{% endif %}"
+).translate({ord("«"): None, ord("»"): None})
+MARKED = (
+    THOUGHTFUL.replace("assistant\n{% endif", "assistant\n{% endif")
+    .replace("<think>{{ m.reasoning_content }}", "{% generation %}<think>{{ m.reasoning_content }}")
+    .replace("{{ m.content }}<|im_end|>\n{% else %}", "{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}", 1)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (THOUGHTFUL, {"content": "no", "reasoning_content": "lungs, so"}),
+        (MARKED, {"content": "no", "reasoning_content": "lungs, so"}),
+        (CHATML, {"content": "<think>lungs, so</think>no"}),
+        (turns(PLAIN.replace("content", "content | trim")).translate({ord("«"): None, ord("»"): None}),
+         {"content": "<think>lungs, so</think>no\n"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("turns_", Turns)
+def test_words_of_reasoning_can_be_left_out(text: str, answer: dict[str, str], turns_: Turns, tmp_path: Path) -> None:
+    """What is around them stays a target: the model has to open and close its reasoning."""
+    model = make_tokenizer(tmp_path / "model", template=text)
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", **answer}]}
+    data = write_rows(tmp_path / "a.jsonl", [row])
+    counted = only(load(data, model, turns=turns_), model)
+    assert "[<think>lungs, so</think>no<|im_end|>]" in counted
+    left_out = only(load(data, model, turns=turns_, train_on_reasoning=False), model)
+    assert "[<think>]lungs, so[</think>no<|im_end|>]" in left_out
+
+
+def test_reasoning_that_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
+    model = make_tokenizer(tmp_path / "model", template=CHATML.replace("m['content']", "m['content'] | upper"))
+    rows = [{"messages": chat("Q", "<think>hm</think>A")}, {"messages": chat("Q", "A")}]
+    data = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UsageError, match=r"1 of 2 rows .*\n.*a.jsonl:1: the chat template changes the words of turn 2"):
+        load(data, model, train_on_reasoning=False)
+    assert len(load(data, model)) == 2
+
+
+def test_reasoning_of_completions_and_of_formats_without_any(tmp_path: Path) -> None:
+    model = make_tokenizer(tmp_path / "model")
+    data = write_rows(tmp_path / "a.jsonl", [{"prompt": "Q: ", "completion": "<think>hm</think>A"}])
+    assert only(load(data, model, train_on_reasoning=False), model) == "Q: [<think>]hm[</think>A<|im_end|>]"
+    text = write_rows(tmp_path / "b.jsonl", [{"text": "<think>hm</think>A"}])
+    with pytest.raises(UsageError, match=r"train_on_reasoning=false needs conversations or completions"):
+        load(text, model, train_on_reasoning=False)
+
+
+def test_only_the_last_answer(tmp_path: Path) -> None:
+    model = make_tokenizer(tmp_path / "model")
+    called = {"role": "assistant", "content": "I look."}
+    rows = [{"messages": [*chat("Q", "A1", "R"), called, {"role": "tool", "content": "T"}, *chat("A2", roles=("assistant",))]},
+            {"messages": [*chat("Q", "A1", "R"), {"role": "assistant", "content": "A2", "train": False}]}]  # fmt: skip
+    data = write_rows(tmp_path / "a.jsonl", rows)
+    for turns_ in Turns:
+        kept = load(data, model, train_on=TrainOn.last, turns=turns_, bad_rows="skip")
+        assert only(kept, model).count("[") == 1
+        assert only(kept, model).endswith("[A2<|im_end|>]\n")
+        assert [reason for _, reason in kept.rejected] == [
+            "the row excludes its last answer (weight, train), and data.train_on=last counts no other"
+        ]
+
+
+def test_split_counts_samples_rows_and_targets(tmp_path: Path) -> None:
+    """A conversation is as many samples as it has answers that count; a bad one is none at all."""
+    model = make_tokenizer(tmp_path / "model")
+    three = [*chat("Q", "A1", "R", "A2"), {"role": "user", "content": "S"},
+             {"role": "assistant", "content": "A3", "weight": 0}]  # fmt: skip
+    rows = [{"messages": three}, {"messages": chat("Q")}, {"messages": chat("Q", "A")}, {"messages": chat("Q", "A")}]
+    data = write_rows(tmp_path / "a.jsonl", rows)
+    kept = load(data, model, turns=Turns.split, bad_rows="skip")
+    question, asked = "<|im_start|>user\nQ<|im_end|>\n", "<|im_start|>assistant\n"
+    assert [bracketed(kept[index], model) for index in range(len(kept))] == [
+        f"{question}{asked}[A1<|im_end|>]\n",
+        f"{question}{asked}A1<|im_end|>\n<|im_start|>user\nR<|im_end|>\n{asked}[A2<|im_end|>]\n",
+        *[f"{question}{asked}[A<|im_end|>]\n"] * 2,
+    ]
+    assert [kept.location(index).line for index in range(4)] == [1, 1, 3, 4]
+    assert kept.rows.tolist() == [0, 0, 1, 2]
+    assert (kept.rows_read, kept.samples_read, kept.samples_rejected, len(kept)) == (4, 5, 1, 4)
+    whole = load(data, model, bad_rows="skip")
+    assert whole.target_counts.sum() == kept.target_counts.sum()
+    assert (whole.rows_read, whole.samples_read, len(whole), whole.rows.tolist()) == (4, 4, 3, [0, 1, 2])
+    source = open_data(DataConfig(path=str(data)))
+    sizes = estimate_sizes(
+        source, DataFormat.messages, train_on=TrainOn.assistant, turns=Turns.split, progress=lambda _: None
+    )
+    assert (len(sizes.lengths), sizes.rows, len(sizes.rejected), sizes.lines.tolist()) == (4, 3, 1, [1, 1, 3, 4])
+    assert len(set(sizes.digests.tolist())) == 3
+
+
+def test_estimates_count_reasoning_where_templates_write_it(tmp_path: Path) -> None:
+    """Most write that of answers after the last question only."""
+    thoughtful = [
+        {"role": "user", "content": "Q" * 40},
+        {"role": "assistant", "content": "A", "reasoning_content": "R" * 400},
+    ]
+    source = open_data(DataConfig(path=str(write_rows(tmp_path / "a.jsonl", [{"messages": thoughtful * 2}]))))
+    lengths, targets = {}, {}
+    for turns_ in Turns:
+        sizes = estimate_sizes(
+            source, DataFormat.messages, train_on=TrainOn.assistant, turns=turns_, progress=lambda _: None
+        )
+        lengths[turns_], targets[turns_] = sizes.lengths.tolist(), sizes.target_counts.tolist()
+    assert lengths == {Turns.whole: [4 * 5 + 20 + 100], Turns.split: [2 * 5 + 10 + 100, 4 * 5 + 20 + 100]}
+    assert targets == {Turns.whole: [1 + 1 + 100], Turns.split: [1 + 100, 1 + 100]}
+
+
+def test_the_samples_of_a_row_are_held_out_together(tmp_path: Path) -> None:
+    """Else the held-out loss would be of answers whose conversation was trained on."""
+    model = make_tokenizer(tmp_path / "model")
+    data = write_rows(tmp_path / "a.jsonl", [{"messages": chat("Q", f"A{n}", "R", f"B{n}")} for n in range(10)])
+    train, held = hold_out(load(data, model, turns=Turns.split), 0.3, 1)
+    assert (len(train), len(held), held.rows_read) == (14, 6, 3)
+    lines = [{part.location(index).line for index in range(len(part))} for part in (train, held)]
+    assert lines[0] | lines[1] == set(range(1, 11))
+    assert lines[0].isdisjoint(lines[1])
+    whole = [part.indices.tolist() for part in hold_out(load(data, model), 0.3, 1)]
+    assert whole == [part.tolist() for part in held_out(10, 0.3, 1)]
+
+
+@pytest.mark.parametrize("words", [["data.turns=split"], ["data.train_on_reasoning=false"]])
+def test_what_contradicts_train_on_all_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"data.train_on=all.*\n.*set data.train_on=assistant"):
+        load_config(["recipe=tiny_random", "data.train_on=all", *words])
