@@ -170,7 +170,9 @@ def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward  # the router of llama4 returns a tuple, which peft cannot wrap
+        # Some of a modeling file have a forward of their own: llama4's router returns a tuple, which peft cannot wrap.
+        is_of_model = type(module).__module__.startswith("transformers")
+        return type(module).forward is nn.Linear.forward or not is_of_model
     return isinstance(module, Conv1D)
 
 
