@@ -43,7 +43,7 @@ HYBRIDS = ["lfm2", "nemotron_h", "jamba"]
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, list[float]]:
-    (errors, _) = run_ranks(2, "test_zero3_families:train_all", ONE_OF_EACH + HYBRIDS)
+    (errors, _) = run_ranks(2, "test_zero3_families:train_all", ONE_OF_EACH + HYBRIDS, serial=True)
     return errors
 
 
