@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 from chunkflow_cli import pulse
 from chunkflow_cli.config.load import load
@@ -79,7 +80,7 @@ def test_data_that_is_read_and_tokenised_gives_signs_of_life(tmp_path: Path, bea
 
 
 def test_weights_that_are_loaded_and_saved_give_signs_of_life(
-    tmp_path: Path, beats: Beats, tiny_model: Callable[..., Any]
+    tmp_path: Path, beats: Beats, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
     weights = len(model.state_dict())
@@ -87,8 +88,14 @@ def test_weights_that_are_loaded_and_saved_give_signs_of_life(
         save_model(folder, model, model.state_dict())
     assert len(beats) >= 1  # a file of weights
     beats.clear()
+    given: list[Any] = []
+    resolve = modeling_utils._get_resolved_checkpoint_files
+    monkeypatch.setattr(
+        modeling_utils, "_get_resolved_checkpoint_files", lambda **k: (given.append(k["tqdm_class"]), resolve(**k))[1]
+    )
     config = ModelConfig(path=str(tmp_path / "model"))
     loaded = load_model(config, load_config(config), dtype=torch.float32, attention="eager", seed=0)
+    assert given == [HeardDownload]
     assert len(beats) >= 2 * weights  # loaded, and looked through for numbers that are not finite
     beats.clear()
     parameters = dict(loaded.named_parameters())
