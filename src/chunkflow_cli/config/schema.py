@@ -370,7 +370,8 @@ class LaunchConfig:
     grace_seconds: float = bounded(300.0, at_least=0, at_most=MOST_SECONDS)
     """Seconds that ranks get to save a checkpoint after Ctrl-C or SIGTERM."""
     hang_seconds: float = bounded(1800.0, at_least=0, at_most=MOST_SECONDS)
-    """Seconds without an operation or moved bytes on any rank after which a run is killed as hung. 0 disables this."""
+    """Seconds without an operation begun or bytes moved on any rank, after which a run is killed as hung. 0 disables
+    this."""
 
 
 @dataclass
