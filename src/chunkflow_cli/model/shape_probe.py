@@ -91,6 +91,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
             kept_for_backward(model) as kept,
             _kept_by_layers(model, kept) as of_layers,
             recurrent_functions_on_meta(model, kernels, kept) as recurrent,
+            _grouped_products_of_any_dtype(),
             products,
         ):
             hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False)
@@ -115,6 +116,19 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,
     )
+
+
+@contextmanager
+def _grouped_products_of_any_dtype() -> Iterator[None]:
+    """Run experts by an operator of transformers, for torch's own takes only bfloat16 on the meta device."""
+    from transformers.integrations import moe
+
+    before = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = before
 
 
 @contextmanager
