@@ -27,6 +27,7 @@ NAMES = {
     ),
     "deepspeed.runtime.pipe.module:PipelineModule": ("ds_pipe_replicated", "get_tied_weights_and_groups", "mpu"),
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid": ("get_pipe_parallel_group",),
+    "deepspeed.runtime.zero.linear": ("zero3_linear_wrap",),
     "deepspeed.runtime.zero.partition_parameters": ("ds_id", "ds_numel", "ds_shape"),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (
         "_hp_optimizer_states_linked", "update_lp_params",

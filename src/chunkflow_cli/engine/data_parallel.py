@@ -43,6 +43,7 @@ def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any])
     handed_over.parameters = one_after_the_other  # type: ignore[method-assign]
     with quiet():
         import_deepspeed().zero.Init(module=handed_over, config_dict_or_path=config)
+    internals.add_bias_within_products()
     for buffer in module.buffers():
         buffer.data = buffer.data.to(settings.device)
 

@@ -42,6 +42,28 @@ def make_all_groups_wait(patience: timedelta) -> None:
     distributed_c10d.default_pg_nccl_timeout = patience  # type: ignore[attr-defined]
 
 
+def add_bias_within_products() -> None:
+    """Make the linear layers that DeepSpeed exchanges under ZeRO-3 add a bias within the product, not to its result.
+
+    Selective activation checkpointing keeps results of products and takes them again in the recompute. A bias that was
+    added to such a result, in place, would then be in it twice.
+    """
+    from deepspeed.runtime.zero import linear
+
+    if nn.functional.linear is linear.zero3_linear_wrap:
+        nn.functional.linear = _linear_of_rows
+
+
+def _linear_of_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return DeepSpeed's product, (..., in) -> (..., out). Of a matrix it adds the bias within the product."""
+    from deepspeed.runtime.zero import linear
+
+    rows = linear.zero3_linear_wrap(input.reshape(-1, input.shape[-1]), weight, bias)
+    # As torch's own linear layer does: a model may change what it gets in place (llama4).
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, (*input.shape[:-1], rows.shape[-1]))
+    return shaped
+
+
 # Backward
 
 
