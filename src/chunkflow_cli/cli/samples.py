@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataConfig, Overlong
-from chunkflow_cli.data.dataset import TokenizedSource
 from chunkflow_cli.data.sample import IGNORED
 from chunkflow_cli.data.source import Location
+from chunkflow_cli.data.tokenized import TokenizedSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

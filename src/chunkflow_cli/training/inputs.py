@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, LossWeighting
 from chunkflow_cli.data.cache import cache_root, stamp
-from chunkflow_cli.data.dataset import TokenizedData, has_evaluation_data, hold_out, tokenize
+from chunkflow_cli.data.dataset import has_evaluation_data, tokenize
+from chunkflow_cli.data.tokenized import TokenizedData, hold_out
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 

@@ -22,7 +22,7 @@ from chunkflow_cli.config.schema import (
     Spread,
 )
 from chunkflow_cli.data.cache import cache_root
-from chunkflow_cli.data.dataset import TokenizedData
+from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.batches import GlobalBatches
