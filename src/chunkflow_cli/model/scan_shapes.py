@@ -1,4 +1,4 @@
-"""The functions with which recurrent layers cross tokens, on torch's meta device: what they compute, keep and hand on.
+"""What the functions of recurrent layers compute, keep and hand on, found on torch's meta device.
 
 A kernel of a package keeps much less for backward than the torch function that it replaces (`recurrent_functions`).
 """
