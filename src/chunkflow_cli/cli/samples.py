@@ -53,11 +53,8 @@ class ShownSample:
         """
         if self.tokenizer is None:
             return " ".join(map(str, self.input_ids[start:end].tolist()))
-        decode = _decoder(self.tokenizer)
-        before, through = (
-            decode(self.input_ids[max(start - 1, 0) : start]),
-            decode(self.input_ids[max(start - 1, 0) : end]),
-        )
+        decode, first = _decoder(self.tokenizer), max(start - 1, 0)
+        before, through = decode(self.input_ids[first:start]), decode(self.input_ids[first:end])
         return through[len(before) :] if through.startswith(before) else decode(self.input_ids[start:end])
 
     def is_special(self, token: int) -> bool:

@@ -132,7 +132,9 @@ def tokenize(
     """
     whole = None
     if key is not None:
-        whole = _found_source(config, key, for_evaluation, model_path, trust_remote_code=trust_remote_code)
+        whole = _found_source(
+            config, key, for_evaluation=for_evaluation, model_path=model_path, trust_remote_code=trust_remote_code
+        )
     if whole is None:
         whole = tokenize_source(
             config,
@@ -218,7 +220,7 @@ def _ingredients(
 
 
 def _found_source(
-    config: DataConfig, key: str, for_evaluation: bool, model_path: str, *, trust_remote_code: bool
+    config: DataConfig, key: str, *, for_evaluation: bool, model_path: str, trust_remote_code: bool
 ) -> TokenizedSource | None:
     """Return the samples of a checked entry of the cache; None if the cache of this process does not have it."""
     entry = open_entry(cache_root(config.cache_dir) / key, is_checked=True)

@@ -33,9 +33,9 @@ class FoundData:
     """Where a process has found the samples of its run in the token cache, for those that have not read the data."""
 
     keys: tuple[str, ...]
-    """Of the data, and of the data to evaluate on if there is some."""
+    """Keys of the entries: that of the data, and that of the data to evaluate on if there is some."""
     stamps: tuple[str | None, ...]
-    """Of the same entries, as `data.cache.stamp`."""
+    """Stamps of the same entries (`data.cache.stamp`)."""
 
     @classmethod
     def of(cls, data: RunData) -> FoundData:
