@@ -17,7 +17,7 @@ from chunkflow_cli.errors import UsageError
 
 @contextmanager
 def to_be_writable(what: str, remedy: str) -> Iterator[None]:
-    """Run a block that writes files; what the file system refuses is the user's to mend.
+    """Run a block that writes files; if the file system refuses, the user has to fix it.
 
     Args:
         what: what is written, with the key or option that decides where: `--output=exported`.

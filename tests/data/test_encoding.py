@@ -24,10 +24,9 @@ from chunkflow_cli.data.encoding import (
     NO_EOS,
     NO_FIRST_TOKEN,
     STRADDLES,
-    plain_backend,
 )
 from chunkflow_cli.data.labels import first_token_from, first_token_with
-from chunkflow_cli.data.tokenizer import load_tokenizer
+from chunkflow_cli.data.tokenizer import load_tokenizer, plain_backend
 from chunkflow_cli.errors import UsageError
 from support.tokenized import bracketed, chat, listing, load, only, run_python, smollm2, write_rows
 from support.tokenizers import CHATML, make_tokenizer

@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
-from chunkflow_cli.data.template import TEMPLATE_DATE, ChatTemplate, MarkedText, template_date
+from chunkflow_cli.data.template import ChatTemplate, MarkedText
 from chunkflow_cli.data.tokenizer import load_tokenizer
 from chunkflow_cli.errors import UsageError
 from support.tokenizers import CHATML, make_tokenizer
@@ -194,9 +194,6 @@ def test_today_is_a_fixed_day() -> None:
     first = rendered(user("Q"), answer("A"), text=text)
     assert first.text.startswith("Today: 26 Jul 2024\n")
     assert any("asks for today's date and gets 26 Jul 2024" in remark.text for remark in first.remarks)
-    assert template_date(tokenizer(text)) == f"{TEMPLATE_DATE:%Y-%m-%d}" == "2024-07-26"
-    assert template_date(tokenizer(CHATML)) is None
-    assert template_date(tokenizer(None)) is None
     # Elsewhere in this process, the clock is the clock.
     now = tokenizer(text).apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
     assert "26 Jul 2024" not in now

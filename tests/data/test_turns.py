@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.config.load import load as load_config
 from chunkflow_cli.config.schema import DataConfig, DataFormat, TrainOn, Turns
-from chunkflow_cli.data.dataset import hold_out, open_data
+from chunkflow_cli.data.dataset import open_data
 from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
 from chunkflow_cli.data.template import REWRITTEN, ChatTemplate, MarkedText
+from chunkflow_cli.data.tokenized import hold_out
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.batches import held_out
 from support.tokenized import bracketed, chat, load, only, write_rows

@@ -777,9 +777,16 @@ CUDA_CHOICES: dict[str, tuple[str, dict[str, Any], torch.dtype, str, str]] = {
 
 @pytest.mark.parametrize(("kind", "settings", "dtype", "name", "why"), CUDA_CHOICES.values(), ids=CUDA_CHOICES)
 def test_choice_on_a_gpu(
-    tiny_config: Callable[..., Any], kind: str, settings: dict[str, Any], dtype: torch.dtype, name: str, why: str
+    tiny_config: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    name: str,
+    why: str,
 ) -> None:
     """The fastest backend that supports all of a model's layers; the reason names what the faster ones lack."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     choice = choose_backend(Attention.auto, tiny_config(kind, **settings), torch.device("cuda"), dtype)
     assert choice.backend.name == name
     assert why in choice.reason

@@ -38,7 +38,7 @@ from chunkflow_cli.execution.state import EdgeKey, SequenceState, StateStore
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
-from chunkflow_cli.model.forward_scope import ForwardScope, about
+from chunkflow_cli.model.forward_scope import ForwardScope, forward_value
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from support.exact import float64_throughout
@@ -445,12 +445,12 @@ def test_a_kernel_that_takes_packed_chunks(monkeypatch: pytest.MonkeyPatch, name
 
 def test_scopes_nest_and_end() -> None:
     outer, inner = ForwardScope("outer"), ForwardScope("inner")
-    assert about() is None
+    assert forward_value() is None
     with outer:
         with inner, outer:
-            assert about() == "outer"
-        assert about() == "outer"
-    assert about() is None
+            assert forward_value() == "outer"
+        assert forward_value() == "outer"
+    assert forward_value() is None
 
 
 @pytest.fixture(autouse=True)

@@ -38,15 +38,15 @@ def test_heads_are_those_that_attention_is_called_with(
     model = AutoModelForCausalLM.from_config(config, attn_implementation="look")
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 3, dtype=torch.long))
-    assert [(layer.queries, layer.keys, layer.key_dim, layer.value_dim, layer.window) for layer in heads] == seen
+    assert [(layer.heads, layer.kv_heads, layer.key_dim, layer.value_dim, layer.window) for layer in heads] == seen
     assert all(layer.owns_keys for layer in heads) == ("num_kv_shared_layers" not in settings)
 
 
 def test_state_counts_both_widths_and_shared_keys_once(tiny_config: Callable[..., Any]) -> None:
     (layer, _) = attention_heads(tiny_config("deepseek_v3", **MLA, v_head_dim=16))
-    assert layer.state_elements_per_token == 4 * (24 + 16)
+    assert layer.kv_elements_per_token == 4 * (24 + 16)
     shared = attention_heads(tiny_config("gemma4_text", **SHARED_KEYS, num_kv_shared_layers=3, global_head_dim=24))
-    assert [layer.state_elements_per_token for layer in shared] == [64, 96, 64, 0, 0, 0]
+    assert [layer.kv_elements_per_token * layer.owns_keys for layer in shared] == [64, 96, 64, 0, 0, 0]
     assert attention_heads(tiny_config("mamba", num_attention_heads=None)) == ()
 
 

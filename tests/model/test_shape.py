@@ -17,7 +17,8 @@ from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.model.scan_shapes import KERNEL_PACKAGES, recurrent_functions_on_meta
+from chunkflow_cli.model.recurrent_functions import KERNEL_PACKAGES
+from chunkflow_cli.model.scan_shapes import recurrent_functions_on_meta
 from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_adapters
 from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.attention_layers import AttentionLayers

@@ -141,7 +141,7 @@ def test_tokens_of_a_whole_run_are_those_of_its_schedules(
     assert live_most.max() == most
     assert stored.max() == (max(lengths) - 1) // chunk_size * chunk_size
     assert edges.max() == (max(lengths) - 1) // chunk_size
-    assert activations_and_state(run, is_planned_whole=False)[0].max() >= most
+    assert activations_and_state(run, is_planned_whole=False).live.max() >= most
 
 
 def test_live_tokens_by_hand() -> None:
@@ -281,8 +281,8 @@ def test_merged_copies_of_experts_by_hand() -> None:
     assert memory_parts(shape, full, live=32, chunks=2).activations == without.activations + 2 * 1000
     sizes = np.array([100, 5])
     run = RunPlan(GlobalBatches(2, 2, 0, False), 1, sizes, sizes, chunk_size=16, k=3)
-    assert activations_and_state(run, is_planned_whole=True)[4].max() == 3
-    assert activations_and_state(run, is_planned_whole=False)[4].tolist() == [1, 3]
+    assert activations_and_state(run, is_planned_whole=True).chunks.max() == 3
+    assert activations_and_state(run, is_planned_whole=False).chunks.tolist() == [1, 3]
 
 
 # Stages of a pipeline

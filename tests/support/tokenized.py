@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.config.schema import DataConfig
-from chunkflow_cli.data.dataset import TokenizedData, tokenize
+from chunkflow_cli.data.dataset import tokenize
+from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.data.tokenizer import load_tokenizer
 
 SRC = Path(__file__).parents[2] / "src"

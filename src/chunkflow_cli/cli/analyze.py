@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.formats import detect_format
 from chunkflow_cli.data.lengths import LengthStatistics, describe, idle_share, padding_share, truncation
 from chunkflow_cli.data.names import printable
-from chunkflow_cli.data.source import Location
+from chunkflow_cli.data.source import Location, Source
 from chunkflow_cli.data.template_choice import load_with_template, needs_tokenizer
 from chunkflow_cli.data.tokenizer import has_tokenizer
 from chunkflow_cli.errors import UsageError
@@ -146,65 +146,97 @@ def measure(paths: str | list[str], config: Config, *, show: int | None = None) 
         UsageError: the data cannot be read or has no usable sample, or the model has no tokenizer; or samples are to be
             shown that no tokenizer makes.
     """
-    data_config, path = replace(config.data, path=paths), printable(as_written(paths))
-    source = open_data(data_config)
-    format = detect_format(source) if data_config.format is DataFormat.auto else data_config.format
-    shown = None
+    named = replace(config, data=replace(config.data, path=paths))
+    source = open_data(named.data)
+    format = detect_format(source) if named.data.format is DataFormat.auto else named.data.format
     if config.model.path or (show and format is DataFormat.tokens):
-        vocab_size, limit = _vocabulary_and_limit(config.model) if config.model.path else (None, config.data.max_length)
-        tokenizer = _tokenizer(data_config, config.model, format, show=show)
-        data = tokenize_source(
-            replace(data_config, format=format),
-            model_path=config.model.path,
-            vocab_size=vocab_size,
-            trust_remote_code=config.model.trust_remote_code,
-            tokenizer=tokenizer,
-        )
-        most = limit if data_config.max_length is None else data_config.max_length
-        if show is not None:
-            shown = samples_to_show(data, data_config, show, limit=most, tokenizer=tokenizer)
-        lengths, rejected, locate = data.entry.lengths, data.locate(data.entry.rejected), data.location
-        target_counts, digests = data.entry.target_counts, data.entry.digests.view(np.int64)
-        rows = int(data.entry.rows.max(initial=-1)) + 1
-    elif show:
+        return _counted(named, format, show)
+    if show:
         raise UsageError(
             f"--show={show}: samples can only be shown as they are tokenised, and no tokenizer is named\n"
             "  name one with model.path=MODEL or recipe=NAME"
         )
-    else:
-        with progress_bar(f"reading {path}", source.size) as progress:
-            sizes = estimate_sizes(
-                source,
-                format,
-                train_on=data_config.train_on,
-                turns=data_config.turns,
-                reasoning=data_config.train_on_reasoning,
-                progress=progress,
-            )
-        lengths, rejected, rows = sizes.lengths, sizes.rejected, sizes.rows
-        target_counts, digests = sizes.target_counts, sizes.digests
-        limit = config.data.max_length
+    return _estimated(named, source, format)
 
-        def locate(sample: int) -> Location:
-            return source.location(int(sizes.files[sample]), int(sizes.lines[sample]))
 
+def _counted(config: Config, format: DataFormat, show: int | None) -> MeasuredData:
+    """Tokenise the data set at `data.path`, and measure its samples."""
+    vocab_size, limit = _vocabulary_and_limit(config.model) if config.model.path else (None, config.data.max_length)
+    tokenizer = _tokenizer(config.data, config.model, format, show=show)
+    data = tokenize_source(
+        replace(config.data, format=format),
+        model_path=config.model.path,
+        vocab_size=vocab_size,
+        trust_remote_code=config.model.trust_remote_code,
+        tokenizer=tokenizer,
+    )
+    most = limit if config.data.max_length is None else config.data.max_length
+    entry, path, rejected = data.entry, _path_of(config), data.locate(data.entry.rejected)
+    return MeasuredData(
+        path=path,
+        format=format,
+        estimated=False,
+        lengths=entry.lengths,
+        target_counts=entry.target_counts,
+        digests=entry.digests.view(np.int64),
+        longest=_longest(path, entry.lengths, rejected, data.location),
+        rejected=rejected,
+        model_limit=limit,
+        rows=int(entry.rows.max(initial=-1)) + 1,
+        shown=None if show is None else samples_to_show(data, config.data, show, limit=most, tokenizer=tokenizer),
+    )
+
+
+def _estimated(config: Config, source: Source, format: DataFormat) -> MeasuredData:
+    """Measure the samples of `source` without a tokenizer."""
+    path = _path_of(config)
+    with progress_bar(f"reading {path}", source.size) as progress:
+        sizes = estimate_sizes(
+            source,
+            format,
+            train_on=config.data.train_on,
+            turns=config.data.turns,
+            reasoning=config.data.train_on_reasoning,
+            progress=progress,
+        )
+
+    def locate(sample: int) -> Location:
+        return source.location(int(sizes.files[sample]), int(sizes.lines[sample]))
+
+    return MeasuredData(
+        path=path,
+        format=format,
+        estimated=format is not DataFormat.tokens,
+        lengths=sizes.lengths,
+        target_counts=sizes.target_counts,
+        digests=sizes.digests,
+        longest=_longest(path, sizes.lengths, sizes.rejected, locate),
+        rejected=sizes.rejected,
+        model_limit=config.data.max_length,
+        rows=sizes.rows,
+    )
+
+
+def _path_of(config: Config) -> str:
+    return printable(as_written(config.data.path))
+
+
+def _longest(
+    path: str,
+    lengths: NDArray[np.int64],
+    rejected: Sequence[tuple[Location, str]],
+    locate: Callable[[int], Location],
+) -> list[tuple[Location, int]]:
+    """Return where the longest samples are, and their tokens.
+
+    Raises:
+        UsageError: there is no sample.
+    """
     if len(lengths) == 0:
         reasons = "".join(f"\n  {where}: {reason}" for where, reason in rejected[:LONGEST_SHOWN])
         raise UsageError(f"{path}: none of its {len(rejected)} rows can be trained on{reasons}")
     longest = np.argsort(-lengths, kind="stable")[:LONGEST_SHOWN]
-    return MeasuredData(
-        path=path,
-        format=format,
-        estimated=not config.model.path and format is not DataFormat.tokens,
-        lengths=lengths,
-        target_counts=target_counts,
-        digests=digests,
-        longest=[(locate(int(sample)), int(lengths[sample])) for sample in longest],
-        rejected=rejected,
-        model_limit=limit,
-        rows=rows,
-        shown=shown,
-    )
+    return [(locate(int(sample)), int(lengths[sample])) for sample in longest]
 
 
 def _tokenizer(

@@ -19,7 +19,7 @@ from chunkflow_cli.cli.screens.plots import check_plot_path, plot_timeline
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.console import progress_bar, stdout_console
-from chunkflow_cli.data.dataset import TokenizedData
+from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.planning.costs import DeviceProfile, ModelShape

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataConfig, Overlong
-from chunkflow_cli.data.dataset import TokenizedSource
 from chunkflow_cli.data.sample import IGNORED
 from chunkflow_cli.data.source import Location
+from chunkflow_cli.data.tokenized import TokenizedSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,11 +53,8 @@ class ShownSample:
         """
         if self.tokenizer is None:
             return " ".join(map(str, self.input_ids[start:end].tolist()))
-        decode = _decoder(self.tokenizer)
-        before, through = (
-            decode(self.input_ids[max(start - 1, 0) : start]),
-            decode(self.input_ids[max(start - 1, 0) : end]),
-        )
+        decode, first = _decoder(self.tokenizer), max(start - 1, 0)
+        before, through = decode(self.input_ids[first:start]), decode(self.input_ids[first:end])
         return through[len(before) :] if through.startswith(before) else decode(self.input_ids[start:end])
 
     def is_special(self, token: int) -> bool:

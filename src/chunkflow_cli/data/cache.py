@@ -215,9 +215,8 @@ def build_entry(
     try:
         with folder_to_build_in(folder.parent, folder.name) as building:
             _write_entry(building, batches, ingredients, file_names, progress)
-            for file in pulse.each(
-                building.iterdir()
-            ):  # the rename must not survive a power cut that the content does not
+            # The rename must not survive a power cut that the content does not.
+            for file in pulse.each(building.iterdir()):
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             _rename_unless_taken(building, folder)

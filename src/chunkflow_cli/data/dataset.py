@@ -1,9 +1,8 @@
-"""The samples that a run uses: the cache, after the policies for bad rows and long samples."""
+"""From `data.path` to the samples that a run uses: the cache, after the policies for bad rows and long samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,20 +12,20 @@ from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn, Turns
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.building import remove_leftovers
-from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
+from chunkflow_cli.data.cache import Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.columns import rename_columns
 from chunkflow_cli.data.encoding import Encoder
-from chunkflow_cli.data.formats import detect_format, parse_sample
+from chunkflow_cli.data.formats import PLAIN_FORMATS, detect_format, parse_sample
 from chunkflow_cli.data.names import printable
 from chunkflow_cli.data.notes import announce
 from chunkflow_cli.data.parallel import encode_source
 from chunkflow_cli.data.rows import decode_row
-from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow, TokenizedSample
+from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow
 from chunkflow_cli.data.source import Location, Source, open_source
 from chunkflow_cli.data.template_choice import load_with_template, needs_tokenizer
+from chunkflow_cli.data.tokenized import TokenizedData, TokenizedSource
 from chunkflow_cli.data.tokenizer import tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.planning.batches import held_out
 from chunkflow_cli.processes.notices import warn_once
 
 if TYPE_CHECKING:
@@ -34,119 +33,6 @@ if TYPE_CHECKING:
 
 SHOWN = 5
 """Maximum number of samples or rows that an error lists."""
-
-
-@dataclass(frozen=True)
-class TokenizedSource:
-    """A data set and its tokens before any policy: every sample at its full length, and every bad row."""
-
-    source: Source
-    format: DataFormat
-    """Detected or configured, never `auto`."""
-    entry: CacheEntry
-    named: str
-    """Key and path, for messages."""
-    chat_template: str | None = None
-    """Text of `data.chat_template`, which the tokenizer is saved with; None: it keeps its own."""
-
-    @property
-    def key(self) -> str:
-        """Key of the cache's entry: a hash of the rows and of everything that decides which tokens they become."""
-        return self.entry.folder.name
-
-    def location(self, sample: int) -> Location:
-        """Return where a sample of the cache is in the user's data."""
-        return self.source.location(int(self.entry.files[sample]), int(self.entry.lines[sample]))
-
-    def locate(self, rows: Sequence[RejectedRow]) -> list[tuple[Location, str]]:
-        """Return where bad rows are in the user's data, and why they are bad."""
-        return [(self.source.location(row.file, row.line), row.reason) for row in rows]
-
-
-@dataclass(frozen=True, eq=False)
-class TokenizedData:
-    """A selection of the cache's samples, which stay on disk until they are read.
-
-    `samples_read == len(self) + samples_rejected + samples_dropped` always holds. A part of the data (`select`) counts
-    its own samples only: the whole reports what was rejected or dropped.
-    """
-
-    whole: TokenizedSource
-    indices: NDArray[np.int64]  # (samples,) into the cache
-    lengths: NDArray[np.int64]  # (samples,), after truncation
-    target_counts: NDArray[np.int64]  # (samples,), after truncation
-    rejected: list[tuple[Location, str]]
-    """Bad rows and why, in the order of the data."""
-    rows_read: int
-    samples_read: int
-    """Samples of the rows that were read; a rejected row counts as one."""
-    samples_dropped: int
-
-    def __post_init__(self) -> None:
-        assert self.samples_read == len(self) + self.samples_rejected + self.samples_dropped
-
-    @property
-    def format(self) -> DataFormat:
-        return self.whole.format
-
-    @property
-    def key(self) -> str:
-        """Key of the cache's entry, as in `TokenizedSource`. Policies and `select` do not change it."""
-        return self.whole.key
-
-    @property
-    def samples_rejected(self) -> int:
-        return len(self.rejected)
-
-    @property
-    def samples_truncated(self) -> int:
-        return int(np.count_nonzero(self.lengths < self.whole.entry.lengths[self.indices]))
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """(samples,) number of each sample's row, ascending from 0 without gaps."""
-        return np.unique(self.whole.entry.rows[self.indices], return_inverse=True)[1]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> TokenizedSample:
-        entry, sample = self.whole.entry, int(self.indices[index])
-        start, stop = int(entry.offsets[sample]), int(entry.offsets[sample + 1])
-        end = start + int(self.lengths[index])
-        targets = entry.targets[start:end]
-        if end < stop:
-            targets = targets.copy()
-            targets[-1] = IGNORED  # the token that it predicts is cut off
-        return TokenizedSample(entry.input_ids[start:end], targets)
-
-    def location(self, index: int) -> Location:
-        """Return where the sample is in the user's data."""
-        return self.whole.location(int(self.indices[index]))
-
-    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> TokenizedData:
-        """Return the samples with these indices, in this order."""
-        chosen = np.asarray(indices, np.int64)
-        return replace(
-            self,
-            indices=self.indices[chosen],
-            lengths=self.lengths[chosen],
-            target_counts=self.target_counts[chosen],
-            rejected=[],
-            rows_read=len(np.unique(self.rows[chosen])),
-            samples_read=len(chosen),
-            samples_dropped=0,
-        )
-
-
-def hold_out(data: TokenizedData, fraction: float, seed: int) -> tuple[TokenizedData, TokenizedData]:
-    """Return the samples to train on and those to hold out.
-
-    All samples of a row stay together: with `data.turns=split` they have most of their tokens in common.
-    """
-    rows = data.rows
-    train, evaluation = held_out(int(rows.max(initial=-1)) + 1, fraction, seed)
-    return data.select(np.flatnonzero(np.isin(rows, train))), data.select(np.flatnonzero(np.isin(rows, evaluation)))
 
 
 def has_evaluation_data(config: DataConfig) -> bool:
@@ -246,7 +132,9 @@ def tokenize(
     """
     whole = None
     if key is not None:
-        whole = _found_source(config, key, for_evaluation, model_path, trust_remote_code=trust_remote_code)
+        whole = _found_source(
+            config, key, for_evaluation=for_evaluation, model_path=model_path, trust_remote_code=trust_remote_code
+        )
     if whole is None:
         whole = tokenize_source(
             config,
@@ -279,21 +167,12 @@ def tokenize_source(
     """
     source, named = open_data(config, for_evaluation=for_evaluation), _named(config, for_evaluation=for_evaluation)
     format = _format_of(source, named, config)
-    are_ids, can_be_split = format is DataFormat.tokens, format not in (DataFormat.text, DataFormat.tokens)
     if tokenizer is None and needs_tokenizer(config, format, model_path):
         tokenizer = load_with_template(config, model_path, trust_remote_code=trust_remote_code)
     chat_template = tokenizer.chat_template if tokenizer is not None and config.chat_template is not None else None
-    tokenizer = None if are_ids else tokenizer
-    ingredients = Ingredients(
-        source=source.fingerprint(),
-        tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        format=format,
-        train_on=TrainOn.all if format is DataFormat.text else config.train_on,
-        turns=config.turns if can_be_split else Turns.whole,
-        train_on_reasoning=config.train_on_reasoning,
-        vocab_size=vocab_size if are_ids else None,
-        template_arguments=config.template_arguments,
-    )
+    if format is DataFormat.tokens:
+        tokenizer = None
+    ingredients = _ingredients(config, source, format, tokenizer, vocab_size)
     folder = cache_root(config.cache_dir) / ingredients.key()
     remove_leftovers(folder.parent)
     entry = open_entry(folder)
@@ -320,8 +199,28 @@ def tokenize_source(
     return TokenizedSource(source, format, entry, named, chat_template)
 
 
+def _ingredients(
+    config: DataConfig,
+    source: Source,
+    format: DataFormat,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int | None,
+) -> Ingredients:
+    """Return what decides the tokens of a source: of each key, the value that it has for this format."""
+    return Ingredients(
+        source=source.fingerprint(),
+        tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        format=format,
+        train_on=TrainOn.all if format is DataFormat.text else config.train_on,
+        turns=Turns.whole if format in PLAIN_FORMATS else config.turns,
+        train_on_reasoning=config.train_on_reasoning,
+        vocab_size=vocab_size if format is DataFormat.tokens else None,
+        template_arguments=config.template_arguments,
+    )
+
+
 def _found_source(
-    config: DataConfig, key: str, for_evaluation: bool, model_path: str, *, trust_remote_code: bool
+    config: DataConfig, key: str, *, for_evaluation: bool, model_path: str, trust_remote_code: bool
 ) -> TokenizedSource | None:
     """Return the samples of a checked entry of the cache; None if the cache of this process does not have it."""
     entry = open_entry(cache_root(config.cache_dir) / key, is_checked=True)

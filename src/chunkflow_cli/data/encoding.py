@@ -16,7 +16,6 @@ at each of them. Rows whose last answer ends with no special token are remarked 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
-from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.formats import PLAIN_FORMATS, parse_sample
 from chunkflow_cli.data.labels import first_token_from, labels_of
 from chunkflow_cli.data.notes import Note, Remark, notes_of
 from chunkflow_cli.data.rows import decode_row
@@ -48,10 +47,11 @@ from chunkflow_cli.data.sample import (
 from chunkflow_cli.data.skeleton import reasoning_in
 from chunkflow_cli.data.source import RowBatch
 from chunkflow_cli.data.template import ChatTemplate, MarkedText, without
+from chunkflow_cli.data.tokenizer import plain_backend, special_tokens_around
 from chunkflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 
@@ -122,41 +122,21 @@ class Encoder:
         reasoning: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        is_plain = format in (DataFormat.text, DataFormat.tokens)
-        if is_plain and not reasoning:
-            raise UsageError(
-                f"data.train_on_reasoning=false needs conversations or completions, not data.format={format.value}\n"
-                "  set data.train_on_reasoning=true"
-            )
+        if format in PLAIN_FORMATS:
+            _check_plain(format, reasoning, template_arguments)
         self._format = format
-        self._mark_targets = train_on is not TrainOn.all and not is_plain
+        self._mark_targets = train_on is not TrainOn.all and format not in PLAIN_FORMATS
         self._train_on, self._turns, self._reasoning = train_on, turns, reasoning
         self._max_id = MAX_ID if vocab_size is None else vocab_size - 1
         self._template: ChatTemplate | None = None
         self._has_arguments = bool(template_arguments)
-        if template_arguments and format in (DataFormat.text, DataFormat.tokens):
-            raise UsageError(
-                f"data.template_arguments={as_written(template_arguments)} has no effect: no chat template writes rows "
-                f"of data.format={format.value}\n  leave the key out"
-            )
         if tokenizer is None:
             assert format is DataFormat.tokens
             return
         if tokenizer.chat_template:
             self._template = ChatTemplate(tokenizer, template_arguments)
-        elif format in (DataFormat.messages, DataFormat.sharegpt):
-            raise UsageError(
-                f"data.format={format.value} needs a chat template, "
-                f"and the tokenizer of {tokenizer.name_or_path} has none\n"
-                "  name one with data.chat_template=FILE.jinja, use the model's instruct variant,\n"
-                "  or convert the data to prompt_completion"
-            )
-        elif template_arguments:
-            raise UsageError(
-                f"data.template_arguments={as_written(template_arguments)} has no effect: the tokenizer of "
-                f"{tokenizer.name_or_path} has no chat template\n"
-                "  name one with data.chat_template, or leave the key out"
-            )
+        else:
+            _check_needs_no_template(tokenizer, format, template_arguments)
         if self._mark_targets and not tokenizer.is_fast:
             raise UsageError(
                 f"the tokenizer of {tokenizer.name_or_path} has no fast version, so the assistant's tokens "
@@ -166,7 +146,7 @@ class Encoder:
         # process that tokenises, the import of transformers.
         self._backend = plain_backend(tokenizer) if tokenizer.is_fast else None
         self._slow_tokenizer = None if tokenizer.is_fast else tokenizer
-        self._prefix, self._suffix = _special_tokens_around(tokenizer)
+        self._prefix, self._suffix = special_tokens_around(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = frozenset(special | set(tokenizer.all_special_ids))
@@ -297,6 +277,39 @@ class Encoder:
         return TokenRow(row.input_ids, row.input_ids) if self._train_on is TrainOn.all else row
 
 
+def _check_plain(format: DataFormat, reasoning: bool, template_arguments: Mapping[str, Any] | None) -> None:
+    """Refuse settings that have no effect on rows without answers."""
+    if not reasoning:
+        raise UsageError(
+            f"data.train_on_reasoning=false needs conversations or completions, not data.format={format.value}\n"
+            "  set data.train_on_reasoning=true"
+        )
+    if template_arguments:
+        raise UsageError(
+            f"data.template_arguments={as_written(template_arguments)} has no effect: no chat template writes rows "
+            f"of data.format={format.value}\n  leave the key out"
+        )
+
+
+def _check_needs_no_template(
+    tokenizer: PreTrainedTokenizerBase, format: DataFormat, template_arguments: Mapping[str, Any] | None
+) -> None:
+    """Refuse what cannot be done without a chat template."""
+    if format in (DataFormat.messages, DataFormat.sharegpt):
+        raise UsageError(
+            f"data.format={format.value} needs a chat template, "
+            f"and the tokenizer of {tokenizer.name_or_path} has none\n"
+            "  name one with data.chat_template=FILE.jinja, use the model's instruct variant,\n"
+            "  or convert the data to prompt_completion"
+        )
+    if template_arguments:
+        raise UsageError(
+            f"data.template_arguments={as_written(template_arguments)} has no effect: the tokenizer of "
+            f"{tokenizer.name_or_path} has no chat template\n"
+            "  name one with data.chat_template, or leave the key out"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Labelled:
     """A row as tokens, what there is to say of it, and the special tokens that end its answer."""
@@ -361,28 +374,3 @@ def _digest(input_ids: NDArray[np.int32], targets: NDArray[np.int32]) -> int:
     digest = hashlib.blake2b(input_ids.data, digest_size=8)
     digest.update(targets.data)
     return int.from_bytes(digest.digest(), "little")
-
-
-def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return the Rust tokenizer, set to report where each token really begins, and never to pad or truncate.
-
-    A byte-level post-processor moves the start of a token past its spaces (`trim_offsets`), so that a token that holds
-    only spaces seems to begin where the next one does, and would become a target at the edge of an answer. A
-    tokenizer.json may also hold settings for padding and truncation, which transformers overrides on each call.
-    """
-    plain: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
-    plain.post_processor = None
-    plain.no_padding()
-    plain.no_truncation()
-    return plain
-
-
-def _special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the ids that the tokenizer by default puts before and after a string."""
-    text = "a"
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    extra = len(whole) - len(plain)
-    before = next((start for start in range(extra + 1) if whole[start : start + len(plain)] == plain), None)
-    assert before is not None, f"special tokens change how {tokenizer.name_or_path} splits a string"
-    return np.array(whole[:before], np.int64), np.array(whole[before + len(plain) :], np.int64)

@@ -58,6 +58,8 @@ from chunkflow_cli.data.values import integers, is_absent, kind, required, text
 from chunkflow_cli.errors import UsageError
 
 DETECTION_ROWS = 100
+PLAIN_FORMATS = frozenset({DataFormat.text, DataFormat.tokens})
+"""Formats whose rows have no answers that could be told from the rest."""
 
 
 def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:

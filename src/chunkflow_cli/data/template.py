@@ -401,16 +401,6 @@ class ChatTemplate:
         return self._insertions[template, has_system]
 
 
-def template_date(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the date that stands for today in the tokenizer's chat template, or None if it does not ask for one.
-
-    It is part of what decides a run's tokens, like the template itself.
-    """
-    templates = tokenizer.chat_template or ""
-    texts = [templates] if isinstance(templates, str) else list(templates.values())
-    return f"{TEMPLATE_DATE:%Y-%m-%d}" if any(template_traits(text).writes_date for text in texts) else None
-
-
 @contextmanager
 def _fixed_date(template: str) -> Iterator[None]:
     """Let `strftime_now` return `TEMPLATE_DATE` within the block."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_BYTES = 1 << 20
-"""Of a template's file. The largest that models ship have some tens of thousands."""
+"""Bytes of the largest file that is taken for a template. Those that models ship have up to some ten thousand."""
 
 
 def needs_tokenizer(config: DataConfig, format: DataFormat, model_path: str) -> bool:

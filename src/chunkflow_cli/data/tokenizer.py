@@ -1,7 +1,8 @@
-"""Finding, loading and fingerprinting a model's tokenizer."""
+"""A model's tokenizer: find it, load it, fingerprint it, and what else the data needs to know of it."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -11,10 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILE = re.compile(
@@ -145,3 +150,28 @@ def missing_stops(known: int | Sequence[int] | None, ends: Iterable[int]) -> lis
     """
     stops = [] if known is None else [known] if isinstance(known, int) else known
     return sorted(set(ends) - set(stops))
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return the Rust tokenizer, set to report where each token really begins, and never to pad or truncate.
+
+    A byte-level post-processor moves the start of a token past its spaces (`trim_offsets`), so that a token that holds
+    only spaces seems to begin where the next one does, and would become a target at the edge of an answer. A
+    tokenizer.json may also hold settings for padding and truncation, which transformers overrides on each call.
+    """
+    plain: Tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+    plain.post_processor = None
+    plain.no_padding()
+    plain.no_truncation()
+    return plain
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ids that the tokenizer by default puts before and after a string."""
+    text = "a"
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(text, add_special_tokens=True)["input_ids"])
+    extra = len(whole) - len(plain)
+    before = next((start for start in range(extra + 1) if whole[start : start + len(plain)] == plain), None)
+    assert before is not None, f"special tokens change how {tokenizer.name_or_path} splits a string"
+    return np.array(whole[:before], np.int64), np.array(whole[before + len(plain) :], np.int64)

@@ -67,8 +67,8 @@ def guard(
     with _explained(hf_config, name, how):
         small = small_config(hf_config)
     check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
-    attention_ = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
-    backend = choose_backend(attention_, small, device, torch.float32).backend
+    in_float32 = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
+    backend = choose_backend(in_float32, small, device, torch.float32).backend
     with _explained(hf_config, name, how):
         parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing, stages)
         if TOLERANCES[torch.float32] < parity.grad_rel_error < ROUNDING_SUSPECTED:

@@ -18,6 +18,7 @@ from chunkflow_cli.errors import is_out_of_memory
 from chunkflow_cli.execution.layer_kinds import keep_layer_kinds
 from chunkflow_cli.execution.parity import remove_dropout, use_implementation, whole_implementation
 from chunkflow_cli.execution.small_sizes import FEW_HEADS, HIDDEN, MORE_HEADS, SHRINKINGS, Before, number, shorten_reach
+from chunkflow_cli.model.hf_config import with_parts
 from chunkflow_cli.model.loading import empty_model, random_model
 
 MOST_PARAMETERS = 400_000_000
@@ -87,7 +88,7 @@ def _attempts() -> Iterator[tuple[frozenset[str], int]]:
 
 def _shrunk(hf_config: Any, left_out: frozenset[str] = frozenset(), key_heads: int = FEW_HEADS) -> Any:
     small = copy.deepcopy(hf_config)
-    for config in _parts(small):
+    for config in with_parts(small):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
     config = small.get_text_config()
@@ -119,14 +120,6 @@ def _with_text(whole: Any, text: Any) -> Any:
     return changed
 
 
-def _parts(config: Any) -> Iterator[Any]:
-    yield config
-    for name in getattr(config, "sub_configs", None) or ():
-        part = getattr(config, name, None)
-        if hasattr(part, "get_text_config"):
-            yield from _parts(part)
-
-
 def _skeleton(config: Any) -> Any:
     """Return the model without weights."""
     return empty_model(config, dtype=torch.float32, trust_remote_code=_is_custom(config))
@@ -149,6 +142,7 @@ def _try_out(config: Any) -> None:
 
 
 DECAYS = ("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias")
+"""Ends of the names of parameters that decide how fast a recurrent state fades."""
 
 
 @torch.no_grad()

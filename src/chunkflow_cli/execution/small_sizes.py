@@ -92,6 +92,7 @@ def _shrink_vocabulary(config: Any, before: Before) -> None:
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 GROUPS = ("n_group", "num_expert_group")
+"""Names of the number of experts, of those that a token visits, and of the groups that experts are in."""
 
 
 def _shrink_experts(config: Any, before: Before) -> None:
@@ -110,6 +111,7 @@ FEED_FORWARD = (
     "shared_experts_intermediate_size", "moe_shared_expert_intermediate_size", "dense_intermediate_size",
     "intermediate_size_mlp", "ffn_hidden_size", "expert_ffn_hidden_size", "ffn_dim", "n_inner", "dff", "dim_ff",
 )  # fmt: skip
+"""Names of the widths of feed-forward layers."""
 
 
 def _shrink_feed_forward(config: Any, before: Before) -> None:
@@ -121,6 +123,7 @@ def _shrink_feed_forward(config: Any, before: Before) -> None:
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
 OTHER_HEADS = (("num_attention_heads", "num_kv_heads"), ("swa_num_attention_heads", "swa_num_key_value_heads"))
+"""Names of the numbers of query heads and of key heads."""
 
 
 def _shrink_heads(config: Any, before: Before) -> None:
@@ -162,7 +165,7 @@ def _shrink_hidden(config: Any, before: Before) -> None:
         _set_hidden(config, before, HIDDEN)
 
 
-def _set_hidden(config: Any, before: Any, hidden: int) -> None:
+def _set_hidden(config: Any, before: Before, hidden: int) -> None:
     """Set the width of a model, and of what is as wide, or a few times as wide."""
     config.hidden_size = hidden
     for name in ("attention_hidden_size", "lru_width", "embedding_dim", "word_embed_proj_dim", "intermediate_size"):

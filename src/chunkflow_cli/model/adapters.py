@@ -191,8 +191,8 @@ def _new_settings(model: Any, lora: LoraConfig) -> Any:
     from peft import TaskType
 
     targets = _as_peft_adapts(model, find_targets(model, lora))
-    beside = left_out(model)
-    parameter_names = [name for name, _ in model.named_parameters(remove_duplicate=False)] + sorted(beside.tensors)
+    towers = left_out(model)
+    parameter_names = [name for name, _ in model.named_parameters(remove_duplicate=False)] + sorted(towers.tensors)
     if targets.parameters and lora.dropout > 0:
         raise UsageError(
             f"model.lora.dropout={lora.dropout:g}: the adapters of {', '.join(in_any_layer(targets.parameters))} are "
@@ -206,7 +206,7 @@ def _new_settings(model: Any, lora: LoraConfig) -> Any:
         target_modules=shortest(targets.modules, names),
         target_parameters=shortest(targets.parameters, parameter_names) or None,
         # The towers of a multimodal model have layers of the same names.
-        exclude_modules=rf"(?:{'|'.join(map(re.escape, beside.parts))})(?:\..*)?" if beside.parts else None,
+        exclude_modules=rf"(?:{'|'.join(map(re.escape, towers.parts))})(?:\..*)?" if towers.parts else None,
         # Without a task, peft saves which class the names of the adapter fit, and loads the base as that one.
         task_type=None if is_language_part(model) else TaskType.CAUSAL_LM,
     )

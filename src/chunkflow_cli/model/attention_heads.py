@@ -1,46 +1,20 @@
-"""The heads of each attention layer, read from a Hugging Face configuration.
+"""The attention of each layer, read from a Hugging Face configuration.
 
 Configurations say it in several ways. `head_dim` can differ between layers (Gemma 4), and in multi-head latent
-attention (DeepSeek, GLM-4.7-Flash, Kimi) it is only the part of a key that is rotated. Read sizes of heads here alone.
-Nothing here imports torch.
+attention (DeepSeek, GLM-4.7-Flash, Kimi) it is only the part of a key that is rotated. Read sizes of heads, windows and
+blocks here alone. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-
-@dataclass(frozen=True)
-class AttentionHeads:
-    """The heads of one attention layer."""
-
-    queries: int
-    """Number of query heads."""
-    keys: int
-    """Number of key heads, which is that of value heads, too."""
-    key_dim: int
-    """Channels of a query head and of a key head."""
-    value_dim: int
-    """Channels of a value head."""
-    owns_keys: bool = True
-    """False if the layer attends to the keys and values of an earlier layer instead of its own (Gemma 3n, Gemma 4)."""
-    window: int | None = None
-    """Most keys that a query attends to, if the layer has a sliding window."""
-
-    @property
-    def widest(self) -> int:
-        """Channels of a query, key or value head, whichever is widest: what an attention kernel must support."""
-        return max(self.key_dim, self.value_dim)
-
-    @property
-    def state_elements_per_token(self) -> int:
-        """Numbers that the layer's keys and values of one token add to the state of a sequence."""
-        return self.keys * (self.key_dim + self.value_dim) if self.owns_keys else 0
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 
 
-def attention_heads(hf_config: Any) -> tuple[AttentionHeads, ...]:
-    """Return the heads of each layer, by its index; an empty tuple if the model has no attention at all.
+def attention_heads(hf_config: Any) -> tuple[AttentionLayers, ...]:
+    """Return the attention of each layer, by its index; an empty tuple if the model has no attention at all.
 
     In a hybrid model, layers without attention are listed as if they had it.
     """
@@ -51,9 +25,26 @@ def attention_heads(hf_config: Any) -> tuple[AttentionHeads, ...]:
         return ()
     modes = getattr(config, "kv_sharing_modes", None) or [None] * layers
     return tuple(
-        replace(_heads_of(by_layer[i], i), owns_keys=modes[i] != "reuse", window=_window_of(by_layer[i], i))
+        replace(
+            _heads_of(by_layer[i], i),
+            window=_window_of(by_layer[i], i),
+            block=block_of(by_layer[i], i),
+            owns_keys=modes[i] != "reuse",
+        )
         for i in range(layers)
     )
+
+
+def block_of(config: Any, layer: int) -> int | None:
+    """Return the tokens of the blocks that a layer's attention stays within (Llama 4), or None.
+
+    Args:
+        config: the configuration of the decoder.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    if layer >= len(kinds) or kinds[layer] != "chunked_attention":
+        return None
+    return int(config.attention_chunk_size)
 
 
 def _window_of(config: Any, layer: int) -> int | None:
@@ -64,13 +55,13 @@ def _window_of(config: Any, layer: int) -> int | None:
     return int(window) if kinds is None or kinds[layer] == "sliding_attention" else None
 
 
-def _heads_of(config: Any, layer: int) -> AttentionHeads:
+def _heads_of(config: Any, layer: int) -> AttentionLayers:
     per_layer = getattr(config, "num_attention_heads_per_layer", None)  # laguna
     queries = int(per_layer[layer] if per_layer else config.num_attention_heads)
     value_dim = getattr(config, "v_head_dim", None)
     rotated, rest = getattr(config, "qk_rope_head_dim", None), getattr(config, "qk_nope_head_dim", None)
     if value_dim and rotated is not None and rest is not None:  # latent attention: one key per query head
-        return AttentionHeads(queries, queries, int(rotated) + int(rest), int(value_dim))
+        return AttentionLayers(1, queries, queries, int(rotated) + int(rest), int(value_dim))
     keys = int(getattr(config, "num_key_value_heads", None) or queries)
     key_dim = int(getattr(config, "head_dim", None) or config.hidden_size // int(config.num_attention_heads))
-    return AttentionHeads(queries, keys, key_dim, int(value_dim or key_dim))
+    return AttentionLayers(1, queries, keys, key_dim, int(value_dim or key_dim))

@@ -173,7 +173,7 @@ def unreadable(config: ModelConfig, what: str, error: Exception) -> UsageError:
         kind = type(error).__name__ if (found := re.search(r"'[\w.]*\.(\w+)'", reason)) is None else found[1]
         return UsageError(
             f"model.path={config.path}: {kind.removesuffix('Config')} is no causal language model (a decoder of text), "
-            "and chunkflow trains only those"
+            "and chunkflow trains only those\n  set model.path to a model that generates text"
         )
     if "trust_remote_code" in reason:
         return UsageError(
@@ -203,7 +203,7 @@ def _settle_quantisation(config: ModelConfig, hf_config: Any) -> None:
     Raises:
         UsageError: names the method.
     """
-    for part in _with_parts(hf_config):
+    for part in with_parts(hf_config):
         for key in ("quantization_config", "compression_config"):
             settings = getattr(part, key, None)
             if settings is None:
@@ -232,7 +232,7 @@ def _reset_switches(hf_config: Any) -> None:
 
     `model.attention` alone decides on attention. Names of kernels on the hub would reach the kernel loader.
     """
-    for part in _with_parts(hf_config):
+    for part in with_parts(hf_config):
         part._attn_implementation = None
         part._experts_implementation = None
         part.output_attentions = False
@@ -242,9 +242,9 @@ def _reset_switches(hf_config: Any) -> None:
             del part.fusion_config
 
 
-def _with_parts(hf_config: Any) -> Iterator[Any]:
+def with_parts(hf_config: Any) -> Iterator[Any]:
     """Yield a configuration and those within it, such as the text model's."""
     yield hf_config
     for value in vars(hf_config).copy().values():
         if callable(getattr(value, "get_text_config", None)):
-            yield from _with_parts(value)
+            yield from with_parts(value)

@@ -125,7 +125,7 @@ def _leave_out(model: Any) -> LeftOut:
             "  set model.path to a model that generates text"
         )
     kept = {names[id(head)], names[id(decoder)]}
-    parts = dict(_parts_beside(model, "", kept))
+    parts = dict(_parts_to_leave_out(model, "", kept))
     tensors = []
     for name, (owner, own, part) in parts.items():
         if isinstance(part, nn.Module):
@@ -136,8 +136,10 @@ def _leave_out(model: Any) -> LeftOut:
     return LeftOut(tuple(parts), frozenset(tensors))
 
 
-def _parts_beside(module: nn.Module, name: str, kept: set[str]) -> Iterator[tuple[str, tuple[nn.Module, str, Any]]]:
-    """Yield what a module holds beside the modules to keep: the whole name, and its owner, own name and itself."""
+def _parts_to_leave_out(
+    module: nn.Module, name: str, kept: set[str]
+) -> Iterator[tuple[str, tuple[nn.Module, str, Any]]]:
+    """Yield each part that is none of the modules to keep: its whole name, its owner, its name there, and itself."""
     prefix = f"{name}." if name else ""
     for own, tensor in list(module.named_parameters(recurse=False)):
         yield prefix + own, (module, own, tensor)
@@ -146,6 +148,6 @@ def _parts_beside(module: nn.Module, name: str, kept: set[str]) -> Iterator[tupl
         if full in kept:
             continue
         if any(wanted.startswith(f"{full}.") for wanted in kept):
-            yield from _parts_beside(child, full, kept)
+            yield from _parts_to_leave_out(child, full, kept)
         elif any(True for _ in child.state_dict()):
             yield full, (module, own, child)

@@ -22,7 +22,7 @@ def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -
     text = hf_config.get_text_config()
     layers = int(text.num_hidden_layers)
     of_layers = attention_heads(hf_config)
-    head_counts = sorted({(layer.queries, layer.keys) for layer in of_layers})
+    head_counts = sorted({(layer.heads, layer.kv_heads) for layer in of_layers})
     for layout in layouts:
         try:
             for heads, kv_heads in head_counts:

@@ -1,13 +1,11 @@
-"""The functions with which recurrent layers cross tokens, on torch's meta device: what they compute, keep and hand on.
+"""What the functions of recurrent layers compute, keep and hand on, found on torch's meta device.
 
-transformers writes them under the same names in the modeling files of all recurrent layers: one convolution, and scans
-of four kinds. Each has a torch function and, if a package is installed, a kernel that keeps much less for backward.
+A kernel of a package keeps much less for backward than the torch function that it replaces (`recurrent_functions`).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONVOLUTION, CONVOLUTION_PACKAGE = "causal_conv1d_fn", "causal_conv1d"
-FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
-"""Convolution, scan and projection in one kernel. In a chunk they return None, and models go on without."""
+from chunkflow_cli.model.recurrent_functions import (
+    CONVOLUTION,
+    CONVOLUTION_PACKAGE,
+    FUSED,
+    SCANS,
+    SELECTIVE_SCAN,
+)
+
 FLOPS_PER_STATE_ELEMENT = 8
 """Operations of a scan's forward for one token. Megatron-LM counts 8 for Gated DeltaNet and 7 for Mamba."""
 DELTA_RULE_BLOCK = 64
@@ -61,32 +64,13 @@ def _of_selective_scan(arguments: dict[str, Any], output: Tensor) -> list[Tensor
     return [*given, states, output]
 
 
-@dataclass(frozen=True)
-class Scan:
-    """A function that scans tokens."""
-
-    wants_last: str
-    """The argument that asks for the state after the last token."""
-    package: str
-    """The package whose kernel transformers calls, where it is installed."""
-    kept_by_kernel: Kept
-    token_axis: int = 1
-    """Axis of the tokens in its output, and in its inputs that have them."""
-
-
-SCANS = {
-    "torch_chunk_gated_delta_rule": Scan("output_final_state", "fla", _of_delta_rule),
-    "chunk_kimi_delta_attention": Scan("output_final_state", "fla", _of_kimi_delta),
-    "mamba2_chunk_scan": Scan("return_final_states", "mamba_ssm", _of_mamba2),
-    "mamba_selective_scan": Scan("return_last_state", "mamba_ssm", _of_selective_scan, token_axis=2),
+KEPT_BY_KERNELS: dict[str, Kept] = {
+    "torch_chunk_gated_delta_rule": _of_delta_rule,
+    "chunk_kimi_delta_attention": _of_kimi_delta,
+    "mamba2_chunk_scan": _of_mamba2,
+    SELECTIVE_SCAN: _of_selective_scan,
 }
-KERNEL_PACKAGES = frozenset({CONVOLUTION_PACKAGE, *(scan.package for scan in SCANS.values())})
-"""All packages with kernels of these functions."""
-
-
-def installed_kernels() -> frozenset[str]:
-    """Return those of `KERNEL_PACKAGES` that are installed."""
-    return frozenset(name for name in KERNEL_PACKAGES if importlib.util.find_spec(name) is not None)
+"""Name of a scan -> what its kernel keeps."""
 
 
 class KernelOnMeta(torch.autograd.Function):
@@ -160,7 +144,7 @@ def _on_meta(
         return lambda *_, **__: None
     if name == CONVOLUTION:
         return functools.partial(_convolve, in_torch, CONVOLUTION_PACKAGE in kernels, tally)
-    return functools.partial(_scan, SCANS[name], in_torch, SCANS[name].package in kernels, tally)
+    return functools.partial(_scan, name, in_torch, SCANS[name].package in kernels, tally)
 
 
 def _convolve(
@@ -180,10 +164,10 @@ def _convolve(
 
 
 def _scan(
-    scan: Scan, in_torch: Callable[..., Any], is_fused: bool, tally: RecurrentTally, *args: Any, **options: Any
+    name: str, in_torch: Callable[..., Any], is_fused: bool, tally: RecurrentTally, *args: Any, **options: Any
 ) -> Any:
-    signature = inspect.signature(in_torch)
-    bound = signature.bind(*args, **options)
+    scan = SCANS[name]
+    bound = inspect.signature(in_torch).bind(*args, **options)
     wants_last = bound.arguments.get(scan.wants_last, False)
     bound.arguments[scan.wants_last] = True
     bound.apply_defaults()
@@ -193,10 +177,9 @@ def _scan(
         with torch.set_grad_enabled(not is_fused):
             output, last = in_torch(*bound.args, **bound.kwargs)
         if is_fused:
-            output = KernelOnMeta.apply(output, scan.kept_by_kernel(bound.arguments, output), *inputs)
+            output = KernelOnMeta.apply(output, KEPT_BY_KERNELS[name](bound.arguments, output), *inputs)
     tally.edge_bytes += last.nbytes
     tally.flops_per_token += FLOPS_PER_STATE_ELEMENT * last.numel()
     tokens = output.shape[scan.token_axis]
     tally.input_elements_per_token += sum(value.numel() for value in inputs if value.ndim >= 3) // tokens
-    is_pair = scan.wants_last == "output_final_state"  # these return a pair always
-    return (output, last if wants_last else None) if is_pair or wants_last else output
+    return (output, last if wants_last else None) if scan.always_pair or wants_last else output

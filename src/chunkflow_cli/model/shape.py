@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.loading import on_meta_device
 from chunkflow_cli.model.shape_probe import probe
-from chunkflow_cli.planning.attention_layers import AttentionLayers
+from chunkflow_cli.planning.attention_layers import by_size
 from chunkflow_cli.planning.costs import ModelShape
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
     """Return the sizes of a Hugging Face causal LM without adapters, on any device, the meta device included.
 
     Args:
-        kernels: packages whose kernels run the recurrent layers, as `scan_shapes.installed_kernels` returns them.
+        kernels: packages whose kernels run the recurrent layers (`recurrent_functions.installed_kernels`).
     """
     config = model.config.get_text_config()
     layers, parameters, head = int(config.num_hidden_layers), int(model.num_parameters()), model.get_output_embeddings()
@@ -59,7 +58,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
     )
     probed = probe(_on_meta(model), kernels)
     if probed is None:
-        return replace(shape, attention=_attention_of(model.config))
+        return replace(shape, attention=by_size(attention_heads(model.config)))  # its forward cannot show it
     return replace(
         shape,
         attention=probed.attention,
@@ -76,30 +75,6 @@ def _on_meta(model: Any) -> Any:
         return model
     with torch.device("meta"):
         return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-
-
-def _attention_of(hf_config: Any) -> tuple[AttentionLayers, ...]:
-    """Return the attention layers that a configuration describes, for models whose forward cannot show them."""
-    window, windowed = _windows(hf_config.get_text_config())
-    of_layers = Counter(
-        AttentionLayers(
-            1, heads.queries, heads.keys, heads.key_dim, heads.value_dim,
-            window=window if layer < windowed else None, owns_keys=heads.owns_keys,
-        )
-        for layer, heads in enumerate(attention_heads(hf_config))
-    )  # fmt: skip
-    return tuple(replace(sizes, layers=count) for sizes, count in of_layers.items())
-
-
-def _windows(config: Any) -> tuple[int | None, int]:
-    """Return the keys that a query of a windowed layer attends to, or None, and the number of such layers."""
-    window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return None, 0
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return int(window), int(config.num_hidden_layers)
-    return int(window), sum(kind == "sliding_attention" for kind in kinds)
 
 
 def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:

@@ -6,10 +6,9 @@ table of architectures is needed, and new ones are read as old ones are.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkflow_cli.model.activation_checkpointing import COSTLY
+from chunkflow_cli.model.attention_heads import block_of
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
-from chunkflow_cli.planning.attention_layers import AttentionLayers
+from chunkflow_cli.planning.attention_layers import AttentionLayers, by_size
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
 PROBE_TOKENS = 256
@@ -69,7 +69,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     token.
 
     Args:
-        kernels: packages whose kernels run the recurrent layers, as `scan_shapes.installed_kernels` returns them.
+        kernels: packages whose kernels run the recurrent layers (`recurrent_functions.installed_kernels`).
 
     Returns:
         None if a forward needs numbers, or if the model computes attention by itself.
@@ -104,7 +104,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     total = sum(kept.values())
     del hidden
     return Probed(
-        attention=seen.by_size(),
+        attention=by_size(seen.layers),
         recurrent=RecurrentLayers(
             recurrent.edge_bytes,
             recurrent.flops_per_token,
@@ -183,10 +183,12 @@ class _Attention:
         sliding_window: Any = None,
         **__: Any,
     ) -> tuple[Tensor, None]:
+        layer, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        block = None if layer is None else block_of(config, layer)
         self.layers.append(
             AttentionLayers(
                 1, query.shape[1], key.shape[1], key.shape[3], value.shape[3],
-                window=sliding_window, block=_block(module), owns_keys=not getattr(module, "is_kv_shared_layer", False),
+                window=sliding_window, block=block, owns_keys=not getattr(module, "is_kv_shared_layer", False),
             )
         )  # fmt: skip
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -194,17 +196,3 @@ class _Attention:
         self.bytes += output.nbytes + log_sum_exp.nbytes
         output = KernelOnMeta.apply(output, [query, key, value, output, log_sum_exp], query, key, value)
         return output.transpose(1, 2), None  # (batch, tokens, heads, value_dim), as transformers wants it
-
-    def by_size(self) -> tuple[AttentionLayers, ...]:
-        """Return the layers, those of equal sizes together."""
-        return tuple(replace(sizes, layers=count) for sizes, count in Counter(self.layers).items())
-
-
-def _block(module: nn.Module) -> int | None:
-    """Return the tokens of the blocks that a layer's attention stays within; only llama4's configuration says so."""
-    config = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None) or []
-    layer = getattr(module, "layer_idx", None)
-    if config is None or layer is None or layer >= len(kinds) or kinds[layer] != "chunked_attention":
-        return None
-    return int(config.attention_chunk_size)

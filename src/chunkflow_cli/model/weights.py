@@ -47,8 +47,8 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
     Raises:
         UsageError: names the tensors that are missing, have other shapes, are unknown or are not finite.
     """
-    beside = left_out(model)
-    unknown = {name for name in info["unexpected_keys"] if not CONSTANTS.search(name) and name not in beside}
+    towers = left_out(model)
+    unknown = {name for name in info["unexpected_keys"] if not CONSTANTS.search(name) and name not in towers}
     if info["mismatched_keys"]:
         raise UsageError(_other_shapes(info["mismatched_keys"], named))
     drawn = {name: {key for key in info["missing_keys"] if f".{key}.".find(f".{name}.") >= 0} for name in new}
@@ -71,7 +71,7 @@ def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[
         )
     _check_tied(model, named)
     _check_finite(model, named)
-    if unknown and not beside.parts:
+    if unknown and not towers.parts:
         warn_once(
             f"{named}: not trained and not saved, because {type(model).__name__} has no such part: {listed(unknown)}"
         )
@@ -147,7 +147,7 @@ def _is_inside(model: Any, name: str) -> bool:
         return False
     top, _, rest = name.removeprefix(f"{model.base_model_prefix}.").partition(".")
     if name.startswith(f"{model.base_model_prefix}.") and "." not in rest:
-        return True  # a norm or the like beside the layers
+        return True  # a norm or the like, next to the layers
     return top in {child for part in (model, model.base_model) for child, _ in part.named_children()}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """Attention layers of equal sizes. Recurrent layers are none."""
+    """Attention layers of equal sizes. A recurrent layer is no attention layer."""
 
     layers: int
     heads: int
@@ -26,6 +28,11 @@ class AttentionLayers:
     """Tokens of the blocks, counted from the start of a sequence, that attention stays within (Llama 4)."""
     owns_keys: bool = True
     """False if the layers attend to the keys and values of earlier layers (Gemma 3n, Gemma 4)."""
+
+    @property
+    def widest(self) -> int:
+        """Channels of a query, key or value head, whichever is widest: what an attention kernel must support."""
+        return max(self.key_dim, self.value_dim)
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -57,3 +64,8 @@ class AttentionLayers:
             window = float(self.window)
             pairs = np.where(tokens <= window, pairs, window**2 / 2 + window * (tokens - window))
         return np.asarray(pairs)
+
+
+def by_size(layers: Iterable[AttentionLayers]) -> tuple[AttentionLayers, ...]:
+    """Return single layers, those of equal sizes together."""
+    return tuple(replace(sizes, layers=count) for sizes, count in Counter(layers).items())

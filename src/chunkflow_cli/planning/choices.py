@@ -10,7 +10,6 @@ from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
 from chunkflow_cli.planning.memory_parts import (
     MemorySettings,
     merged_bytes_per_chunk,
-    state_bytes_per_token,
     step_seconds,
 )
 from chunkflow_cli.planning.peak_memory import activations_and_state, memory_of_fullest
@@ -49,12 +48,11 @@ class Search:
     def memory_bytes(self, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
         """Predict the bytes of the fullest rank or stage, in `steps` or in the step of the longest sample."""
         if self.measured is not None:
-            live, stored, edges, _, chunks = activations_and_state(run, is_planned_whole=len(self.steps) == run.steps)
-            state = stored * state_bytes_per_token(self.shape, self.settings.element_bytes)
-            state += edges * self.shape.recurrent.edge_bytes
+            held = activations_and_state(run, is_planned_whole=len(self.steps) == run.steps)
+            state = held.state_bytes(self.shape, self.settings.element_bytes)
             # The first chunk's copies are part of the measured base.
-            state += (chunks - 1) * merged_bytes_per_chunk(self.shape, self.settings, self.shape.layers)
-            return self.measured.peak_bytes(run.chunk_size, live, state)
+            copies = (held.chunks - 1) * merged_bytes_per_chunk(self.shape, self.settings, self.shape.layers)
+            return self.measured.peak_bytes(run.chunk_size, held.live, state + copies)
         return memory_of_fullest(self.shape, settings_of(run, self.settings), run, steps).device_total
 
 

@@ -271,8 +271,8 @@ class CostModel:
         one all-to-all before attention turns tokens into heads, and another turns them back. A rank sends
         `(ranks - 1) / ranks` of its own tokens' bytes: queries and outputs, keys and values (repeated if there are
         fewer K/V heads than ranks). Across nodes, the network limits what leaves the node. Gradients are exchanged
-        likewise. No exchange overlaps with computation. Convolutions and scans of recurrent layers are not divided:
-        their inputs are gathered, and each rank runs them for all tokens.
+        likewise. No exchange overlaps with computation. Convolutions and scans of recurrent layers are taken as
+        not divided (see `RecurrentLayers`): their inputs are gathered, and each rank runs them for all tokens.
         """
         if ranks == 1:
             return self

@@ -110,8 +110,8 @@ def activation_bytes(
 ) -> Any:
     """Return the bytes that `layers` layers keep for backward, and those of the layer that checkpointing runs again.
 
-    A rank of a sequence-parallel group runs convolutions and scans for the tokens of all ranks, so it keeps `sharers`
-    times what they keep of its own. Of a checkpointed layer all is taken to be theirs.
+    A rank of a sequence-parallel group is taken to run convolutions and scans for the tokens of all ranks, so it keeps
+    `sharers` times what they keep of its own (see `RecurrentLayers`). Of a checkpointed layer, all counts as theirs.
 
     Args:
         live: tokens that hold activations on the rank; a number, or an array.
@@ -201,7 +201,8 @@ def memory_parts(
         held: the layers of the rank's pipeline stage; by default, the whole model.
         live: tokens that hold activations on this rank at its peak.
         stored: tokens in its state store at that time; in a sequence-parallel group, this rank's share of them.
-        edges: chunk edges in its state store at that time. In a sequence-parallel group, each rank stores them whole.
+        edges: chunk edges in its state store at that time. In a sequence-parallel group, each rank is taken to
+            store them whole.
         sharers: ranks of the sequence-parallel group that shares the chunks; 1 without one.
         chunks: chunks that hold activations at that time.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,25 @@ from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers
 
 
+class HeldAtOnce(NamedTuple):
+    """What one rank holds at once, in several cases, (cases,) each. One of the cases is the fullest."""
+
+    live: NDArray[np.float64]
+    """Tokens that hold activations."""
+    stored: NDArray[np.float64]
+    """Tokens in the state store."""
+    edges: NDArray[np.float64]
+    """Chunk edges in the state store."""
+    sharers: NDArray[np.float64]
+    """Ranks that share the chunks."""
+    chunks: NDArray[np.float64]
+    """Chunks that hold activations."""
+
+    def state_bytes(self, shape: ModelShape, element_bytes: int) -> NDArray[np.float64]:
+        """Return the bytes of the state store, (cases,)."""
+        return self.stored * state_bytes_per_token(shape, element_bytes) + self.edges * shape.recurrent.edge_bytes
+
+
 def memory_of_fullest(
     shape: ModelShape, settings: MemorySettings, run: RunPlan, steps: Sequence[SimulatedStep]
 ) -> MemoryParts:
@@ -41,21 +61,24 @@ def memory_of_fullest(
         steps: steps of a run with a pipeline that were simulated already.
     """
     if run.pipeline is None:
-        cases = activations_and_state(run, is_planned_whole=False)
-        live, stored, edges, sharers, chunks = cases
-        activations = activation_bytes(shape, settings, shape.layers, live, sharers, chunks)
-        state = stored * state_bytes_per_token(shape, settings.element_bytes) + edges * shape.recurrent.edge_bytes
-        return max(
-            (
-                memory_parts(shape, settings, live=live, stored=stored, edges=edges, sharers=sharers, chunks=chunks)
-                # Bytes grow with both, so one of these takes the most.
-                for live, stored, edges, sharers, chunks in cases[:, _undominated(activations, state)].T.tolist()
-            ),
-            key=lambda parts: parts.device_total,
-        )
+        return _of_fullest_rank(shape, settings, activations_and_state(run, is_planned_whole=False))
     longest_step = run.batches.step_of(int(run.lengths.argmax()))
     if all(step.plan.step != longest_step for step in steps):
         steps = [*steps, SimulatedStep(run, run[longest_step])]
+    return _of_fullest_stage(shape, settings, run, steps)
+
+
+def _of_fullest_rank(shape: ModelShape, settings: MemorySettings, cases: HeldAtOnce) -> MemoryParts:
+    activations = activation_bytes(shape, settings, shape.layers, cases.live, cases.sharers, cases.chunks)
+    state = cases.state_bytes(shape, settings.element_bytes)
+    fullest = _undominated(activations, state)  # bytes grow with both, so one of these takes the most
+    held = [dict(zip(cases._fields, case, strict=True)) for case in np.stack(cases)[:, fullest].T.tolist()]
+    return max((memory_parts(shape, settings, **case) for case in held), key=lambda parts: parts.device_total)
+
+
+def _of_fullest_stage(
+    shape: ModelShape, settings: MemorySettings, run: RunPlan, steps: Sequence[SimulatedStep]
+) -> MemoryParts:
     held = run.stage_layers(shape.layers)
     at_rest = [memory_parts(shape, settings, layers) for layers in held]
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
@@ -142,11 +165,8 @@ class _TokensOfChunks:
         return activations, of_layers / shape.layers * held.layers + received * (not held.is_first)
 
 
-def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np.float64]:
-    """Return what one rank holds at once, (5, n), in n cases of which one is the fullest.
-
-    The rows are tokens that hold activations, tokens in the state store, chunk edges in the state store, ranks that
-    share the chunks, and chunks that hold activations.
+def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> HeldAtOnce:
+    """Return what one rank holds at once.
 
     Args:
         is_planned_whole: True to read every chunk and long sample off the plan of all steps (of one rank). Otherwise
@@ -161,10 +181,10 @@ def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> NDArray[np
     if run.spreads_all:
         return together
     alone = _of_any_batch(run, run.lengths[run.lengths <= run.longest_alone])
-    return np.concatenate([together, alone], axis=1)
+    return HeldAtOnce(*(np.concatenate(each) for each in zip(together, alone, strict=True)))
 
 
-def _of_planned_chunks(run: RunPlan) -> NDArray[np.float64]:
+def _of_planned_chunks(run: RunPlan) -> HeldAtOnce:
     cases = []
     for step in run:
         for rank in step.ranks:
@@ -177,10 +197,10 @@ def _of_planned_chunks(run: RunPlan) -> NDArray[np.float64]:
                 kept = of_group[-run.k :]
                 live, stored = max(of_group.max(), kept.sum()), float(rank.chunks.stop[last_stored])
                 cases.append((live, stored, len(of_group) - 1.0, 1.0, float(len(kept))))
-    return np.array(cases, dtype=np.float64).T
+    return HeldAtOnce(*np.array(cases, dtype=np.float64).T)
 
 
-def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False) -> NDArray[np.float64]:
+def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False) -> HeldAtOnce:
     size, ranks = (run.spread_chunk_size, run.sequence) if spread else (run.chunk_size, 1)
     counts = np.bincount(lengths)
     lengths = np.flatnonzero(counts)  # a million samples have only some thousand lengths
@@ -195,7 +215,13 @@ def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = Fa
         edges = (lengths - 1) // size
         stored = edges * size
     stored = stored / (run.state_shares if spread else 1)
-    return np.stack([live / ranks, stored, edges, np.full(len(lengths), ranks), np.minimum(edges + 1, run.k)])
+    return HeldAtOnce(
+        live / ranks,
+        stored.astype(np.float64),
+        edges.astype(np.float64),
+        sharers=np.full(len(lengths), float(ranks)),
+        chunks=np.minimum(edges + 1.0, run.k),
+    )
 
 
 def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:

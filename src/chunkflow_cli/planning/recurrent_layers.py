@@ -9,7 +9,9 @@ from dataclasses import dataclass
 class RecurrentLayers:
     """What all convolutions and scans of a model do together.
 
-    In a sequence-parallel group each rank runs them for the tokens of all ranks: nothing here is divided.
+    The ranks of a sequence-parallel group divide them by heads where heads divide evenly among the ranks
+    (`execution.recurrent.sharing`). Predictions do not count on that: they take each rank to run all heads, for the
+    tokens of all ranks, as it does otherwise.
     """
 
     edge_bytes: int = 0

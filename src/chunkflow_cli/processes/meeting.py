@@ -19,7 +19,7 @@ def announce_port(watch: WatchFolder, port: int) -> None:
 
 
 def announced_port(watch: WatchFolder) -> int:
-    """Return the port at which rank 0 listens, once it does. The launcher ends ranks that would wait for ever."""
+    """Return the port at which rank 0 listens, once it does. The launcher ends ranks that would wait forever."""
     while not (text := watch.port.read_text()).endswith("\n"):
         time.sleep(POLL_SECONDS)
     return int(text)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.data.dataset import TokenizedData
+from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.training.inputs import RunData

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, LossWeighting
 from chunkflow_cli.data.cache import cache_root, stamp
-from chunkflow_cli.data.dataset import TokenizedData, has_evaluation_data, hold_out, tokenize
+from chunkflow_cli.data.dataset import has_evaluation_data, tokenize
+from chunkflow_cli.data.tokenized import TokenizedData, hold_out
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 
@@ -32,9 +33,9 @@ class FoundData:
     """Where a process has found the samples of its run in the token cache, for those that have not read the data."""
 
     keys: tuple[str, ...]
-    """Of the data, and of the data to evaluate on if there is some."""
+    """Keys of the entries: that of the data, and that of the data to evaluate on if there is some."""
     stamps: tuple[str | None, ...]
-    """Of the same entries, as `data.cache.stamp`."""
+    """Stamps of the same entries (`data.cache.stamp`)."""
 
     @classmethod
     def of(cls, data: RunData) -> FoundData:

@@ -22,7 +22,7 @@ from chunkflow_cli.config.schema import (
     Spread,
 )
 from chunkflow_cli.data.cache import cache_root
-from chunkflow_cli.data.dataset import TokenizedData
+from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.batches import GlobalBatches
@@ -143,7 +143,7 @@ def scan_kernels(config: Config, device: DeviceProfile) -> frozenset[str]:
 
     They are for GPUs. Those of this machine have what is installed here; others are taken to have all of them.
     """
-    from chunkflow_cli.model.scan_shapes import KERNEL_PACKAGES, installed_kernels  # imports torch
+    from chunkflow_cli.model.recurrent_functions import KERNEL_PACKAGES, installed_kernels
 
     if "CPU" in device.name:
         return frozenset()

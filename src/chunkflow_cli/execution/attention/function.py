@@ -33,7 +33,7 @@ from chunkflow_cli.execution.attention.layer import (
 )
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import SequenceState, StatePiece
-from chunkflow_cli.model.forward_scope import about
+from chunkflow_cli.model.forward_scope import forward_value
 
 NAME = "chunkflow"
 """The attention implementation that models are loaded with."""
@@ -104,7 +104,7 @@ def attend(
     Raises:
         UsageError: the model does something that chunks cannot reproduce.
     """
-    chunk = getattr(about(), "context", None)
+    chunk = getattr(forward_value(), "context", None)
     if not isinstance(chunk, ChunkAttentionContext):
         raise UsageError(f"{type(module).__name__} runs outside of a chunk, whose attention it was loaded with")
     if dropout != 0.0:

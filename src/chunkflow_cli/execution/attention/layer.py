@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import AttentionRule
 from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.model.attention_heads import block_of
 
 UNSUPPORTED = {
     "attention_mask": "a mask of its own",
@@ -60,12 +61,11 @@ def describe_layer(module: nn.Module, rule: AttentionRule) -> LayerAttention:
         raise UsageError(
             f"{type(module).__name__} does not know its layer, so the state of its layers cannot be kept apart"
         )
-    config: Any = getattr(module, "config", object())
-    kinds: Any = getattr(config, "layer_types", None)
-    in_blocks = kinds and "chunked_attention" in kinds and kinds[index] == "chunked_attention"
-    block = int(config.attention_chunk_size) if in_blocks else None
+    config: Any = getattr(module, "config", None)
+    block = block_of(config, index)
     if not getattr(module, "is_kv_shared_layer", False):
         return LayerAttention(index, rule, block)
+    kinds = config.layer_types
     sharing = zip(kinds, config.kv_sharing_modes, strict=True)
     owner = next(layer for layer, (kind, mode) in enumerate(sharing) if mode == "store" and kind == kinds[index])
     return LayerAttention(owner, rule, block, owns_keys=False)

@@ -1,4 +1,4 @@
-"""Which modules of a model are recurrent layers, and the functions of their modeling file that cross tokens."""
+"""Find the recurrent layers of a model, and exchange the functions of their modeling files that cross tokens."""
 
 from __future__ import annotations
 
@@ -14,18 +14,9 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.recurrent.convolution import convolve_in_chunks
 from chunkflow_cli.execution.recurrent.mamba1 import pass_state_as_tokens
 from chunkflow_cli.execution.recurrent.running import running_chunk
-from chunkflow_cli.execution.recurrent.scans import Scan, scan_in_chunks
+from chunkflow_cli.execution.recurrent.scans import scan_in_chunks
+from chunkflow_cli.model.recurrent_functions import CONVOLUTION, FUSED, SCANS, SELECTIVE_SCAN
 
-CONVOLUTION = "causal_conv1d_fn"
-_DELTA_RULE = Scan(1, "initial_state", "output_final_state", always_pair=True, block=64, packing_package="fla")
-SCANS = {
-    "torch_chunk_gated_delta_rule": _DELTA_RULE,
-    "chunk_kimi_delta_attention": _DELTA_RULE,
-    "mamba2_chunk_scan": Scan(1, "initial_states", "return_final_states", block=256),
-    "mamba_selective_scan": Scan(2, "initial_state", "return_last_state", of_all_heads=(3, 4)),  # B, C
-}
-FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_inner_fn")
-"""Convolution, scan and projection in one kernel. Where one returns None, models call convolution and scan."""
 STATE_KEEPERS = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
 """Methods of transformers' caches with which a layer keeps a state between tokens."""
 _EXCHANGED, _FOUND, _SHARED = "_runs_in_chunks", "_is_recurrent_layer", "_notes_its_layer"
@@ -101,7 +92,7 @@ def _exchange_functions(home: Any) -> None:
         elif name in FUSED:
             exchanged = _none_in_chunks(function)
         else:
-            with_state = pass_state_as_tokens(function) if name == "mamba_selective_scan" else function
+            with_state = pass_state_as_tokens(function) if name == SELECTIVE_SCAN else function
             exchanged = scan_in_chunks(with_state, SCANS[name])
         setattr(exchanged, _EXCHANGED, True)
         setattr(home, name, exchanged)

@@ -12,7 +12,7 @@ from torch import Tensor
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import EdgeKey, SequenceState
-from chunkflow_cli.model.forward_scope import about
+from chunkflow_cli.model.forward_scope import forward_value
 
 
 @dataclass
@@ -95,7 +95,7 @@ class RunningChunk:
 
 def running_chunk() -> RunningChunk | None:
     """Return the chunk of the forward or recompute that is running, or None for a model that runs by itself."""
-    chunk = about()
+    chunk = forward_value()
     assert chunk is None or isinstance(chunk, RunningChunk)
     return chunk
 

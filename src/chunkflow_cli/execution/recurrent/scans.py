@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.execution.recurrent.sharing import Sharing
+from chunkflow_cli.model.recurrent_functions import Scan
 
 FULL_ENOUGH = 0.7
 """A batch takes segments that are at least this long, as a share of its longest."""
@@ -30,26 +30,6 @@ SMALLEST_BLOCK = 16
 
 Arguments: TypeAlias = dict[int | str, Any]
 """The arguments of a scan by place or name: kernels call them differently from transformers."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """How a function that scans tokens is called."""
-
-    tokens: int
-    """Axis of tokens in the arguments that have them: 1 for (1, tokens, heads, ...), 2 for (1, channels, tokens)."""
-    start: str
-    """The argument for the state to begin with."""
-    wants_last: str
-    """The argument that asks for the last state."""
-    always_pair: bool = False
-    """True if it returns a pair also when no last state is wanted."""
-    block: int | None = None
-    """Default of `chunk_size`, the tokens that it computes at once; None if it has no such argument."""
-    of_all_heads: tuple[int, ...] = ()
-    """Places of arguments with tokens but without heads."""
-    packing_package: str | None = None
-    """The package whose kernel, which transformers calls if it is installed, takes a packed chunk."""
 
 
 def scan_in_chunks(function: Callable[..., Any], scan: Scan) -> Callable[..., Any]:
@@ -74,11 +54,14 @@ def _scan_chunk(function: Callable[..., Any], scan: Scan, arguments: Arguments, 
     of_tokens = {  # all arguments that have a batch
         name: value
         for name, value in arguments.items()
-        if isinstance(value, Tensor) and value.ndim >= 3 and value.shape[0] == 1 and value.shape[scan.tokens] == here
+        if isinstance(value, Tensor)
+        and value.ndim >= 3
+        and value.shape[0] == 1
+        and value.shape[scan.token_axis] == here
     }
     if chunk.group is None:
         return _Call(function, scan, arguments, list(of_tokens), chunk).over_segments()
-    sharing = Sharing(chunk.group, tokens=scan.tokens, heads=3 - scan.tokens)
+    sharing = Sharing(chunk.group, tokens=scan.token_axis, heads=3 - scan.token_axis)
     counts = {name: value.shape[sharing.heads] for name, value in of_tokens.items()}
     split = [name for name, count in counts.items() if count > 1 and name not in scan.of_all_heads]
     if not split or not sharing.divides([counts[name] for name in split]):
@@ -136,7 +119,7 @@ class _Call:
 
     def _in_turns(self, start: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Run the piece and then the other segments; return the output, and the last state if it is wanted."""
-        spans, axis = self._chunk.spans, self._scan.tokens
+        spans, axis = self._chunk.spans, self._scan.token_axis
         outputs: dict[int, Tensor] = {}
         last = None
         if self._chunk.has_piece:
@@ -152,7 +135,7 @@ class _Call:
 
     def _slice(self, span: slice, padded_to: int = 0) -> dict[int | str, Tensor]:
         """Return the arguments of a segment, with zeros behind it up to a length."""
-        axis, tokens = self._scan.tokens, span.stop - span.start
+        axis, tokens = self._scan.token_axis, span.stop - span.start
         cut = {name: value.narrow(axis, span.start, tokens) for name, value in self._of_tokens.items()}
         if padded_to <= tokens:
             return cut
@@ -172,7 +155,7 @@ class _Call:
         if wants_last:
             given[scan.wants_last] = True
         if scan.block is not None and self._device.type == "cpu":
-            length = next(iter(tokens.values())).shape[scan.tokens]
+            length = next(iter(tokens.values())).shape[scan.token_axis]
             given["chunk_size"] = block_for(length, given.get("chunk_size", scan.block))
         positional = [given[place] for place in sorted(key for key in given if isinstance(key, int))]
         named = {name: value for name, value in given.items() if isinstance(name, str)}
@@ -182,8 +165,7 @@ class _Call:
 
 def takes_packed_chunks(scan: Scan, device: torch.device) -> bool:
     """Return true if a kernel runs that takes a packed chunk."""
-    package = scan.packing_package
-    return package is not None and device.type == "cuda" and importlib.util.find_spec(package) is not None
+    return scan.is_packing and device.type == "cuda" and importlib.util.find_spec(scan.package) is not None
 
 
 def block_for(tokens: int, block: int) -> int:
