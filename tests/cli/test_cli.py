@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from chunkflow_cli.cli import train
-from chunkflow_cli.cli.app import app
+from chunkflow_cli.cli.app import app, main
 from chunkflow_cli.errors import RunError
+from chunkflow_cli.execution.loss import LogitTransform
 
 pytestmark = pytest.mark.processes
 
@@ -128,19 +129,17 @@ def test_verify_in_float64_with_adapters(tmp_path: Path) -> None:
     assert "lora_" in result["grad_max_rel_error_parameter"]
 
 
-def test_verify_of_a_recurrent_model_fails(tmp_path: Path) -> None:
-    """The exit code is 1 if chunked training is not exact."""
-    config = {
-        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128,
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    }  # fmt: skip
-    (tmp_path / "recurrent").mkdir()
-    (tmp_path / "recurrent" / "config.json").write_text(json.dumps(config))
-    run = chunkflow("verify", "model.path=recurrent", "model.init=random", "chunk.size=32", cwd=tmp_path)
-    assert run.returncode == 1, run.stdout + run.stderr
-    assert "failed" in run.stdout
+def test_verify_of_a_model_that_chunks_cannot_follow_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code is 1 if chunked training is not exact. Here chunks forget what the scale of the logits is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("chunkflow_cli.execution.chunk_model.logit_transform", lambda _: LogitTransform(2.0, None))
+    monkeypatch.setattr(sys, "argv", ["chunkflow", "verify", "recipe=tiny_random", "chunk.size=50"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert "failed: chunked training of this model differs" in capsys.readouterr().out
 
 
 def test_train_in_any_directory_with_json(tmp_path: Path) -> None:

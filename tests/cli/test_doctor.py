@@ -219,15 +219,18 @@ def test_offloading_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems[1]["remedy"] == "with network: check the name; without: copy it"
 
 
+@pytest.mark.parametrize(("module", "extra"), [("flash_attn", "flash"), ("fla", "fla")])
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_a_missing_flash_attn_is_a_problem_only_with_a_gpu(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {**GPU_MACHINE, "package flash_attn": {"missing": True}}
+def test_missing_kernels_are_a_problem_only_with_a_gpu(
+    module: str, extra: str, has_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {**GPU_MACHINE, f"package {module}": {"missing": True}}
     if not has_gpu:
         answers["devices"] = {"gpus": [], "cuda": None, "cpu_bfloat16": True}
     monkeypatch.setattr(doctor, "ask", lambda check, arguments, seconds: answers.get(check, {"missing": False}))
-    found = [problem for problem in examine(Config(), 120)["problems"] if "flash_attn is not" in problem["what"]]
+    found = [problem for problem in examine(Config(), 120)["problems"] if f"{module} is not" in problem["what"]]
     assert [(problem["remedy"], problem["required"]) for problem in found] == (
-        [("pip install 'chunkflow-cli[flash]'", False)] if has_gpu else []
+        [(f"pip install 'chunkflow-cli[{extra}]'", False)] if has_gpu else []
     )
 
 

@@ -36,6 +36,7 @@ NAMES = {
         "_get_param_partition_rank", "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_epilogue",
         "checkpoint_event_prologue", "fp16_groups", "fp32_partitioned_groups_flat", "grad_position",
     ),
+    "torch:ops.aten": ("_unsafe_view",),
     "deepspeed.utils.mixed_precision_linkage": ("_hp_mapping",),
     "deepspeed.utils.tensor_fragment:tensor_fragment": (
         "hp_fragment_address", "lp_fragment_address", "param_group_index",

@@ -53,10 +53,13 @@ class Package:
     """True if no run works without it."""
     extra: str | None = None
     """The extra of chunkflow-cli that installs it."""
+    is_for_gpus: bool = False
+    """True if it is of no use without a GPU."""
 
     @property
     def module(self) -> str:
-        return {"hydra-core": "hydra", "flash-attn": "flash_attn"}.get(self.distribution, self.distribution)
+        names = {"hydra-core": "hydra", "flash-attn": "flash_attn", "flash-linear-attention": "fla"}
+        return names.get(self.distribution, self.distribution)
 
     @property
     def pip_name(self) -> str:
@@ -67,7 +70,10 @@ class Package:
 PACKAGES = (
     Package("torch", "everything"),
     Package("numpy", "planning"),
-    Package("flash-attn", "the fastest attention on NVIDIA GPUs", required=False, extra="flash"),
+    Package("flash-attn", "the fastest attention on NVIDIA GPUs", required=False, extra="flash", is_for_gpus=True),
+    Package(
+        "flash-linear-attention", "fast recurrent layers on NVIDIA GPUs", required=False, extra="fla", is_for_gpus=True
+    ),
     Package("tokenizers", "tokenising"),
     Package("safetensors", "reading and writing weights"),
     Package("transformers", "models"),
@@ -278,7 +284,7 @@ def _package_problems(
 ) -> list[Problem]:
     described, is_flash = packages[package.module], package.module == "flash_attn"
     state = described["state"]
-    if state == "ok" or (state == "missing" and is_flash and not answers["devices"].get("gpus")):
+    if state == "ok" or (state == "missing" and package.is_for_gpus and not answers["devices"].get("gpus")):
         return []
     what = {
         "missing": "is not installed",

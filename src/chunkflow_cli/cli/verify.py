@@ -18,6 +18,7 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import compare, random_sequences, remove_dropout, use_float64_experts
+from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.device import training_device
@@ -44,6 +45,8 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     dtype_name = config.verify.dtype or (Dtype.float64 if config.model.dtype is Dtype.float64 else Dtype.float32)
     dtype: torch.dtype = getattr(torch, dtype_name.value)
     hf_config = load_config(config.model)
+    if (reason := why_not(hf_config)) is not None:
+        raise UsageError(f"models of type {hf_config.model_type!r} cannot be trained in chunks\n  {reason}")
     remove_dropout(hf_config.get_text_config())
     choice = choose_backend(config.model.attention, hf_config, device, dtype)
     length, chunk_size = _test_size(config, hf_config, console)

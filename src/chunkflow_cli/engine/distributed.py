@@ -137,7 +137,8 @@ def meet(watch: WatchFolder) -> None:
 def close_process_group() -> None:
     """Leave the process group, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # DeepSpeed's own, so that it forgets its groups, and the next run of this process makes new ones.
+        import_deepspeed().comm.destroy_process_group()
 
 
 def broadcast_from_first(value: Any) -> Any:
