@@ -68,6 +68,9 @@ TEMPLATES = {
                           "«{{ m.content }}<|im_end|>»{% endif %}", "{{ m.content }}<|im_end|>"),
     "says it twice": turns("«{{ m.content }}<|im_end|>»\n", after=PROMPT + "{{ messages[1].content }}"),
     "backwards": turns(PLAIN).replace("in messages %}<", "in messages | reverse %}<"),
+    "asks always": turns(PLAIN.replace("<|im_end|>", "</s>"), "{{ m.content }}</s>\n", after="{{ '<|im_start|>assistant\n' }}"),
+    "asks more": turns("<think>\n«{{ m.content }}<|im_end|>»\n", after=PROMPT.replace("\n", "\n<think>\n\n", 1)),
+    "asks in words": turns("{{ '\n' }}«{{ m.content }}<|im_end|>»\n", after=PROMPT.replace("\n", "\n\nHere is why:\n", 1)),
     "names no header": "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
                        "«{{ ' ' + m.content }}</s>»{% endif %}{% endfor %}",
 }  # fmt: skip
@@ -138,11 +141,14 @@ def test_a_target_is_what_the_model_generates_or_the_row_is_refused(name: str, m
     except BadRowError:
         return
     assert found.text == text
+    expected = [(start, stop) for start, stop in expected if start < stop]
     assert len(found.target_spans or ()) == len(expected)
     for (start, stop), (first, end) in zip(found.target_spans or (), expected, strict=True):
         given_by_prompt = text[min(first, start) : start]
         assert start >= first
-        assert given_by_prompt in ("", "<think>\n", "<think></think>"), "an answer that itself begins like the prompt"
+        assert given_by_prompt in ("", "\n", "<think>", "<think>\n", "<think></think>"), (
+            "an answer that itself begins like the prompt"
+        )
         assert text[min(stop, end) : max(stop, end)].strip() == ""
 
 
@@ -160,6 +166,7 @@ def test_ordinary_conversations_are_not_refused(name: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(messages=conversations())
 @example(messages=chat("Q", "A1", "R", "A2"))
+@example(messages=chat("Q", "b", "", "A2"))
 def test_a_sample_of_split_is_a_prompt_and_its_answer(name: str, messages: list[dict[str, str]]) -> None:
     form = template(name)
     try:
@@ -183,7 +190,12 @@ def tokenizer_text(name: str) -> str:
 
 
 def same_up_to_prompt(ours: str, theirs: str) -> bool:
-    return ours in (theirs, theirs.removeprefix("<think>\n"), theirs.removeprefix("<think></think>"))
+    return ours in (
+        theirs,
+        theirs.removeprefix("<think>\n"),
+        theirs.removeprefix("<think></think>"),
+        theirs.removeprefix("\n"),
+    )
 
 
 def test_earlier_answers_that_are_written_otherwise_are_said() -> None:
@@ -250,6 +262,16 @@ def test_reasoning_of_completions_and_of_formats_without_any(tmp_path: Path) -> 
     text = write_rows(tmp_path / "b.jsonl", [{"text": "<think>hm</think>A"}])
     with pytest.raises(UsageError, match=r"train_on_reasoning=false needs conversations or completions"):
         load(text, model, train_on_reasoning=False)
+
+
+def test_only_the_last_answer_changes_what_counts_and_nothing_else() -> None:
+    turns_ = tuple(
+        Message(turn["role"], turn["content"], turn["role"] == "assistant") for turn in chat("Q", "A", "R", "B")
+    )
+    given = Conversation(turns_, ({"function": {"name": "f"}},), {"enable_thinking": True})
+    last = given.with_last_answer()
+    assert [turn.is_target for turn in last.messages] == [False, False, False, True]
+    assert (last.tools, last.template_arguments) == (given.tools, given.template_arguments)
 
 
 def test_only_the_last_answer(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ class ChatTemplate:
             # A closing tag, such as </tool_call>, ends a part of a turn. (The EOS of some models is </s>.)
             of_turns=tuple(token for token in ends if token == eos or not re.match(r"</\w", token)),
             starts=tuple(sorted(special - {tokenizer.bos_token}, key=len, reverse=True)),
+            eos=eos,
         )
         self._forms: dict[str, MessageForm] = {}
         self._outlines: dict[tuple[str, bytes, tuple[int, ...], str], Outline | None] = {}
@@ -135,7 +136,7 @@ class ChatTemplate:
         answers = [turn["role"] == "assistant" for turn in given.messages]
         if not mark_targets:
             text = self._rendered(template, [given.messages], given.tools, **given.arguments)[0][0]
-            end = len(text.rstrip()) if answers[-1] else None
+            end = self._end_of_last(template, given, text) if answers[-1] else None
             turns = [Turn(turn, number, True, text) for number, turn in enumerate(given.messages, 1)]
             return self._remarked(MarkedText(text, None, end), given, turns, template)
         if traits.marks_answers and given.are_targets == answers:
@@ -264,6 +265,14 @@ class ChatTemplate:
         )
         return replace(result, answer_end=None, remarks=(*result.remarks, left_out))
 
+    def _end_of_last(self, template: str, given: TemplateInput, text: str) -> int:
+        """Return where the last answer ends in a text that ends with it."""
+        if self._tokens.eos and text.rpartition(self._tokens.eos)[2].strip() and given.messages[1:]:
+            options = {**given.arguments, **PROMPT_OPTIONS["prompt"]}
+            prompt = self._rendered(template, [given.messages[:-1]], given.tools, **options)[0][0]
+            text = self._tokens.without_prompt(text, prompt)
+        return len(text.rstrip())
+
     def _found(self, template: str, given: TemplateInput, *, reasoning: bool) -> _Found:
         """Return the text of a conversation and the turns in it that are targets."""
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
@@ -285,8 +294,6 @@ class ChatTemplate:
             BadRowError: the template writes the turn behind something else.
         """
         index, span = len(given.messages) - 1, found.spans[len(given.messages) - 1]
-        if span.after_prompt:
-            return found
         if span.ending is None:
             raise BadRowError(
                 f"the chat template does not write turn {index + 1} behind the generation prompt, so data.turns=split "
@@ -294,6 +301,9 @@ class ChatTemplate:
             )
         options = {**given.arguments, **PROMPT_OPTIONS[span.ending]}
         prompt = self._rendered(template, [given.messages[:index]], given.tools, **options)[0][0]
+        # The skeleton's prompt is not always that of the words: a template may look at the last of them.
+        if span.after_prompt and found.text.startswith(prompt):
+            return found
         behind = len(prompt) - span.start
         moved = replace(span, start=len(prompt), stop=span.stop + behind, end=span.end + behind)
         holes = [(start + behind, stop + behind) for start, stop in found.holes if start >= span.start]
@@ -348,12 +358,13 @@ class ChatTemplate:
             template, [messages[:end] for end in targets], tools, add_generation_prompt=True, **arguments
         )
         spans: dict[int, TurnSpan] = {}
-        for index, before, through in zip(targets, prefixes, [*throughs, whole], strict=False):
+        for index, before, text in zip(targets, prefixes, [*throughs, whole], strict=False):
+            through = self._tokens.without_prompt(text, before)
             if not (whole.startswith(through) and through.startswith(before)):
                 raise BadRowError(not_found(index))
             end, own = self._tokens.end_of_turn(through, len(before))
-            borrowed = "" if own else self._tokens.borrowed(whole, end)
-            spans[index] = TurnSpan(len(before), end + len(borrowed), len(through), borrowed)
+            stop, borrowed = (end, "") if own else self._tokens.borrowed(whole, end)
+            spans[index] = TurnSpan(len(before), stop, len(through), borrowed)
         return spans
 
     def _opens_with_answer(self, template: str, whole: str, given: TemplateInput) -> bool:
