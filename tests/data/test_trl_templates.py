@@ -261,6 +261,10 @@ DIFFERENCES = [
         ("deepseek_r1_distill",), ("thought", "thoughts"), ("whole",), theirs=without(*THINKING),
     ),
     Difference(
+        "DeepSeek-R1's own template drops calls: nothing is left of an answer that says nothing else, and the row is refused.",
+        ("deepseek_r1_distill",), ("call", "calls"), ("whole",), theirs=lambda text: REFUSED,
+    ),
+    Difference(
         "DeepSeek's prompt ends with <think>, and no answer begins behind it: split refuses the row.",
         ("deepseek*",), tuple(CASES), ("split",), theirs=lambda text: REFUSED,
     ),

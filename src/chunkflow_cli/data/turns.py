@@ -10,7 +10,7 @@ and the prompt goes on with a tag.
 
 **Where it ends.** `messages[:i+1]` ends with turn i. After the last mark that this and the whole text have in common,
 both must go on alike, up to the end of the first. Some templates end the last turn otherwise (gpt-oss) or the whole
-conversation with a token (Phi-3). Then the end is what stands before the generation prompt that follows turn i. And some
+conversation with a token (Phi-3). Then the end is what stands before the generation prompt that follows turn i. Others
 write a generation prompt behind every conversation, asked or not (Command R7B): a turn ends with the EOS before it.
 
 A turn that is not found so, or that would hold words of another message, is an error.
