@@ -250,9 +250,26 @@ def test_reasoning_that_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
     model = make_tokenizer(tmp_path / "model", template=CHATML.replace("m['content']", "m['content'] | upper"))
     rows = [{"messages": chat("Q", "<think>hm</think>A")}, {"messages": chat("Q", "A")}]
     data = write_rows(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UsageError, match=r"1 of 2 rows .*\n.*a.jsonl:1: the chat template changes the words of turn 2"):
+    with pytest.raises(UsageError, match=r"1 of 2 rows .*\n.*a.jsonl:1: the chat template looks at words .* turn 2"):
         load(data, model, train_on_reasoning=False)
     assert len(load(data, model)) == 2
+
+
+@pytest.mark.parametrize(
+    "written", ["c.function.arguments | string", "c.function.arguments | tojson(ensure_ascii=true)"]
+)
+def test_reasoning_beside_arguments_that_are_escaped_can_be_told_apart(written: str) -> None:
+    calls = PLAIN.replace("<|im_end|>", "{% for c in m.tool_calls or [] %}{{ " + written + " }}{% endfor %}<|im_end|>")
+    call = {"type": "function", "function": {"name": "tide", "arguments": {"at": "Bräe", "by": ["x"]}}}
+    asked = Message("user", "Q", is_target=False)
+    given = Conversation(
+        (asked, Message("assistant", "<think>hm</think>A", True, (call,)), asked, Message("assistant", "B", True))
+    )
+    form = ChatTemplate(tokenizer(turns(calls).translate({ord("«"): None, ord("»"): None})))
+    found = spans(form.render(given, mark_targets=True, reasoning=False))
+    assert found[0] == "<think>"
+    assert found[1].startswith("</think>A{")
+    assert found[2] == "B<|im_end|>"
 
 
 def test_reasoning_of_completions_and_of_formats_without_any(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from chunkflow_cli.data.insertions import insertions
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
-from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of
+from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_marks
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
 from chunkflow_cli.data.template_input import MessageForm, TemplateInput, as_template_input, in_form, template_traits
 from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, EndTokens, Outline, TurnSpan, not_found, outline
@@ -334,7 +334,8 @@ class ChatTemplate:
 
             def render(conversations: list[Sequence[Any]], **options: bool) -> list[str]:
                 options = {**given.arguments, **options}
-                return self._rendered(template, [list(turns) for turns in conversations], given.tools, **options)[0]
+                messages = [list(turns) for turns in conversations]
+                return [with_marks(text) for text in self._rendered(template, messages, given.tools, **options)[0]]
 
             switches = template_traits(template).switches_thinking
             try:
@@ -387,8 +388,8 @@ class ChatTemplate:
         for number, turn in enumerate(given.messages, 1):
             if any(turn.get(key) for key in REASONING_KEYS) or "</think>" in turn["content"]:
                 raise BadRowError(
-                    f"the chat template changes the words of turn {number}, so its reasoning cannot be told apart; "
-                    "data.train_on_reasoning=true makes it a target"
+                    f"the chat template looks at words or changes them, so the reasoning of turn {number} cannot be told "
+                    "apart; data.train_on_reasoning=true makes it a target"
                 )
         return []
 
