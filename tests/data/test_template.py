@@ -14,7 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
-from chunkflow_cli.data.template import TEMPLATE_DATE, ChatTemplate, MarkedText, template_date
+from chunkflow_cli.data.template import ChatTemplate, MarkedText
+from chunkflow_cli.data.template_rendering import TEMPLATE_DATE, template_date
 from chunkflow_cli.data.tokenizer import load_tokenizer
 from chunkflow_cli.errors import UsageError
 from support.tokenizers import CHATML, make_tokenizer

@@ -178,7 +178,7 @@ def test_a_sample_of_split_is_a_prompt_and_its_answer(name: str, messages: list[
     for text, place in zip(texts, places, strict=True):
         ((start, _),) = text.target_spans or ()
         options: list[dict[str, bool]] = [{}, {"enable_thinking": False}]
-        asked = [form._rendered(tokenizer_text(name), [messages[:place]], None, add_generation_prompt=True, **option)
+        asked = [form._renderer.render(tokenizer_text(name), [messages[:place]], None, add_generation_prompt=True, **option)
                  for option in options]  # fmt: skip
         assert text.text[:start] in [prompts[0] for prompts, _ in asked]
         alone, expected = truth(name, messages[: place + 1])
