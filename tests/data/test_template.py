@@ -309,9 +309,30 @@ def test_a_turn_that_the_next_one_ends() -> None:
     found = rendered(user("Q"), answer("blue"), user("R"), answer("green"), text=GLM)
     assert marked(found) == ["blue<|im_start|>", "green"]
     assert found.borrowed_ends == {"<|im_start|>"}
+    spaced = GLM.replace("m.content }}", "m.content + ('' if loop.last else '\n') }}").replace("'<s>' }}", "'\n<s>' }}")
+    found = rendered(user("Q"), answer("blue"), user("R"), answer("green"), text=spaced)
+    assert marked(found) == ["blue\n<|im_start|>", "green"]
     own = rendered(user("Q"), answer("blue"), user("R"), answer("green"), text=CHATML)
     assert marked(own) == ["blue<|im_end|>", "green<|im_end|>"]
     assert own.borrowed_ends == frozenset()
+
+
+def test_a_generation_prompt_that_stands_behind_an_answer_is_no_end() -> None:
+    """Generation has to stop at the token before it, whatever the loss counts."""
+    always = CHATML[: CHATML.index("{% if add_generation_prompt")] + "{{ '<|im_start|>assistant\n' }}"
+    asked = Conversation((user("Q"), answer("A")))
+    for mark_targets in (True, False):
+        found = template(always).render(asked, mark_targets=mark_targets)
+        assert found.text[: found.answer_end].endswith("A<|im_end|>")
+
+
+def test_a_name_among_the_tools_is_no_call() -> None:
+    """Otherwise an answer would be learnt of which the template writes nothing but its end."""
+    tool = {"type": "function", "function": {"name": "tide"}}
+    calls = Conversation((user("Q"), answer("", CALL), user("R"), answer("A")), (tool,))
+    deaf = chatml("{{ m.content }}", before="{{ tools | tojson }}{% if tool_calls %}{% endif %}")
+    with pytest.raises(BadRowError, match="writes nothing of what the assistant says in turn 2"):
+        template(deaf).render(calls, mark_targets=True)
 
 
 def test_remarks_are_the_same_words_for_all_rows() -> None:

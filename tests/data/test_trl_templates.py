@@ -24,8 +24,9 @@ import pytest
 from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.sample import BadRowError, Conversation
-from chunkflow_cli.data.template import TEMPLATE_DATE, ChatTemplate, MarkedText
+from chunkflow_cli.data.template import ChatTemplate, MarkedText
 from chunkflow_cli.data.template_input import as_template_input, template_traits
+from chunkflow_cli.data.template_rendering import TEMPLATE_DATE
 
 TRL = find_spec("trl")
 pytestmark = pytest.mark.skipif(TRL is None, reason="trl is not installed")
@@ -259,6 +260,10 @@ DIFFERENCES = [
     Difference(
         "DeepSeek-R1's own template leaves out the reasoning of every answer.",
         ("deepseek_r1_distill",), ("thought", "thoughts"), ("whole",), theirs=without(*THINKING),
+    ),
+    Difference(
+        "DeepSeek-R1's own template drops calls: nothing is left of an answer that says nothing else, and the row is refused.",
+        ("deepseek_r1_distill",), ("call", "calls"), ("whole",), theirs=lambda text: REFUSED,
     ),
     Difference(
         "DeepSeek's prompt ends with <think>, and no answer begins behind it: split refuses the row.",

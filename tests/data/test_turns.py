@@ -69,6 +69,9 @@ TEMPLATES = {
                           "«{{ m.content }}<|im_end|>»{% endif %}", "{{ m.content }}<|im_end|>"),
     "says it twice": turns("«{{ m.content }}<|im_end|>»\n", after=PROMPT + "{{ messages[1].content }}"),
     "backwards": turns(PLAIN).replace("in messages %}<", "in messages | reverse %}<"),
+    "asks always": turns(PLAIN.replace("<|im_end|>", "</s>"), "{{ m.content }}</s>\n", after="{{ '<|im_start|>assistant\n' }}"),
+    "asks more": turns("<think>\n«{{ m.content }}<|im_end|>»\n", after=PROMPT.replace("\n", "\n<think>\n\n", 1)),
+    "asks in words": turns("{{ '\n' }}«{{ m.content }}<|im_end|>»\n", after=PROMPT.replace("\n", "\n\nHere is why:\n", 1)),
     "names no header": "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
                        "«{{ ' ' + m.content }}</s>»{% endif %}{% endfor %}",
 }  # fmt: skip
@@ -139,11 +142,14 @@ def test_a_target_is_what_the_model_generates_or_the_row_is_refused(name: str, m
     except BadRowError:
         return
     assert found.text == text
+    expected = [(start, stop) for start, stop in expected if start < stop]
     assert len(found.target_spans or ()) == len(expected)
     for (start, stop), (first, end) in zip(found.target_spans or (), expected, strict=True):
         given_by_prompt = text[min(first, start) : start]
         assert start >= first
-        assert given_by_prompt in ("", "<think>\n", "<think></think>"), "an answer that itself begins like the prompt"
+        assert given_by_prompt in ("", "\n", "<think>", "<think>\n", "<think></think>"), (
+            "an answer that itself begins like the prompt"
+        )
         assert text[min(stop, end) : max(stop, end)].strip() == ""
 
 
@@ -161,6 +167,7 @@ def test_ordinary_conversations_are_not_refused(name: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(messages=conversations())
 @example(messages=chat("Q", "A1", "R", "A2"))
+@example(messages=chat("Q", "b", "", "A2"))
 def test_a_sample_of_split_is_a_prompt_and_its_answer(name: str, messages: list[dict[str, str]]) -> None:
     form = template(name)
     try:
@@ -172,7 +179,7 @@ def test_a_sample_of_split_is_a_prompt_and_its_answer(name: str, messages: list[
     for text, place in zip(texts, places, strict=True):
         ((start, _),) = text.target_spans or ()
         options: list[dict[str, bool]] = [{}, {"enable_thinking": False}]
-        asked = [form._rendered(tokenizer_text(name), [messages[:place]], None, add_generation_prompt=True, **option)
+        asked = [form._renderer.render(tokenizer_text(name), [messages[:place]], None, add_generation_prompt=True, **option)
                  for option in options]  # fmt: skip
         assert text.text[:start] in [prompts[0] for prompts, _ in asked]
         alone, expected = truth(name, messages[: place + 1])
@@ -184,7 +191,12 @@ def tokenizer_text(name: str) -> str:
 
 
 def same_up_to_prompt(ours: str, theirs: str) -> bool:
-    return ours in (theirs, theirs.removeprefix("<think>\n"), theirs.removeprefix("<think></think>"))
+    return ours in (
+        theirs,
+        theirs.removeprefix("<think>\n"),
+        theirs.removeprefix("<think></think>"),
+        theirs.removeprefix("\n"),
+    )
 
 
 def test_earlier_answers_that_are_written_otherwise_are_said() -> None:
@@ -239,9 +251,26 @@ def test_reasoning_that_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
     model = make_tokenizer(tmp_path / "model", template=CHATML.replace("m['content']", "m['content'] | upper"))
     rows = [{"messages": chat("Q", "<think>hm</think>A")}, {"messages": chat("Q", "A")}]
     data = write_rows(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UsageError, match=r"1 of 2 rows .*\n.*a.jsonl:1: the chat template changes the words of turn 2"):
+    with pytest.raises(UsageError, match=r"1 of 2 rows .*\n.*a.jsonl:1: the chat template looks at words .* turn 2"):
         load(data, model, train_on_reasoning=False)
     assert len(load(data, model)) == 2
+
+
+@pytest.mark.parametrize(
+    "written", ["c.function.arguments | string", "c.function.arguments | tojson(ensure_ascii=true)"]
+)
+def test_reasoning_beside_arguments_that_are_escaped_can_be_told_apart(written: str) -> None:
+    calls = PLAIN.replace("<|im_end|>", "{% for c in m.tool_calls or [] %}{{ " + written + " }}{% endfor %}<|im_end|>")
+    call = {"type": "function", "function": {"name": "tide", "arguments": {"at": "Bräe", "by": ["x"]}}}
+    asked = Message("user", "Q", is_target=False)
+    given = Conversation(
+        (asked, Message("assistant", "<think>hm</think>A", True, (call,)), asked, Message("assistant", "B", True))
+    )
+    form = ChatTemplate(tokenizer(turns(calls).translate({ord("«"): None, ord("»"): None})))
+    found = spans(form.render(given, mark_targets=True, reasoning=False))
+    assert found[0] == "<think>"
+    assert found[1].startswith("</think>A{")
+    assert found[2] == "B<|im_end|>"
 
 
 def test_reasoning_of_completions_and_of_formats_without_any(tmp_path: Path) -> None:
@@ -251,6 +280,16 @@ def test_reasoning_of_completions_and_of_formats_without_any(tmp_path: Path) -> 
     text = write_rows(tmp_path / "b.jsonl", [{"text": "<think>hm</think>A"}])
     with pytest.raises(UsageError, match=r"train_on_reasoning=false needs conversations or completions"):
         load(text, model, train_on_reasoning=False)
+
+
+def test_only_the_last_answer_changes_what_counts_and_nothing_else() -> None:
+    turns_ = tuple(
+        Message(turn["role"], turn["content"], turn["role"] == "assistant") for turn in chat("Q", "A", "R", "B")
+    )
+    given = Conversation(turns_, ({"function": {"name": "f"}},), {"enable_thinking": True})
+    last = given.with_last_answer()
+    assert [turn.is_target for turn in last.messages] == [False, False, False, True]
+    assert (last.tools, last.template_arguments) == (given.tools, given.template_arguments)
 
 
 def test_only_the_last_answer(tmp_path: Path) -> None:

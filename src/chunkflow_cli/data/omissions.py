@@ -71,7 +71,9 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
         search = _Search(turn.text, start, stop)
         if turn.message["role"] == "assistant":
             lost = list(_of_assistant(turn.message, search))
-            if lost and turn.is_target and not search.found and not _stands_somewhere(turn.message, whole):
+            # Without a place of its own, a turn may stand anywhere.
+            is_elsewhere = turn.region is None and _stands_somewhere(turn.message, whole)
+            if lost and turn.is_target and not search.found and not is_elsewhere:
                 raise BadRowError(
                     f"the chat template writes nothing of what the assistant says in turn {turn.number}, "
                     "so it cannot be learnt; use a template that writes it"

@@ -77,13 +77,11 @@ class Conversation:
             raise BadRowError(
                 "the row excludes its last answer (weight, train), and data.train_on=last counts no other"
             )
-        return Conversation(
-            tuple(
-                replace(message, is_target=message.is_target and place == answers[-1])
-                for place, message in enumerate(self.messages)
-            ),
-            self.tools,
+        messages = tuple(
+            replace(message, is_target=message.is_target and place == answers[-1])
+            for place, message in enumerate(self.messages)
         )
+        return replace(self, messages=messages)
 
     def why_no_targets(self) -> str | None:
         """Return why the loss would count nothing under `data.train_on=assistant`; None if it counts a turn."""

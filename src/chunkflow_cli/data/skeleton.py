@@ -26,6 +26,7 @@ FIRST_MARK = "\U000f0000"
 _FIRST, _LAST = ord(FIRST_MARK), 0xFFFFD
 RUN = re.compile(r"([\U000F0000-\U000FFFFD])\1*")
 """A mark in a text. It is written several times in a row for an id, whose length templates check."""
+_ESCAPED_MARK = re.compile(r"(?i)\\+(?:u(db[89ab][0-9a-f])\\+u(d[c-f][0-9a-f]{2})|U000(f[0-9a-f]{4}))")
 _ENCODED_MARK = re.compile(rb"\xf3[\xb0-\xbf]")
 _TAG = re.compile(r"</?[\w:-]+>|<\|[^<>\s]+>|<[^<>\s]+\|>|<｜[^<>\s]+｜>|\[/?[A-Z_]+\]")
 _THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
@@ -86,6 +87,16 @@ def _forms(text: str) -> Iterator[str]:
             (text.strip(), text.strip("\n"), text.rstrip(), text.lstrip(), text.rstrip("\n"), text.lstrip("\n"))
         )
     yield from islice(written_forms(text), 1, None)
+
+
+def with_marks(text: str) -> str:
+    """Return a text in which marks that are escaped, as in JSON in ASCII or as Python does, are marks again."""
+    return _ESCAPED_MARK.sub(_unescaped, text)
+
+
+def _unescaped(escaped: re.Match[str]) -> str:
+    high, low, point = escaped.groups()
+    return chr(int(point, 16)) if point else (bytes.fromhex(high) + bytes.fromhex(low)).decode("utf-16-be")
 
 
 def written(text: str) -> Written:

@@ -22,34 +22,28 @@ token is then a target as well: the model has to generate it to stop.
 
 **What is said.** A row's text comes with remarks: on what the template leaves out (`data.omissions`), and on what it
 inserts that no row has, such as a default system message.
-
-**Today's date.** For a template that writes it (`strftime_now`), today is `TEMPLATE_DATE`, the date that Llama 3.1's
-own template writes if it is given none. With the real date the same data would become other tokens every day: another
-run than yesterday's, and nothing that a cache could hold or a stopped run could go on from.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.data.insertions import insertions
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
 from chunkflow_cli.data.sample import BadRowError, Conversation
-from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of
+from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_marks
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
-from chunkflow_cli.data.template_input import MessageForm, TemplateInput, as_template_input, in_form, template_traits
+from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
+from chunkflow_cli.data.template_rendering import TEMPLATE_DATE, Renderer
 from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, EndTokens, Outline, TurnSpan, not_found, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +96,6 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> None:
         # Strings only, not the tokenizer: unpickling that in a worker process would import transformers.
         self._templates: str | dict[str, str] = tokenizer.chat_template
-        self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._arguments = TemplateArguments.checked(arguments or {}, tokenizer)
         added = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         # Some vocabularies have runs of spaces as added tokens, which end no turn.
@@ -114,8 +107,9 @@ class ChatTemplate:
             # A closing tag, such as </tool_call>, ends a part of a turn. (The EOS of some models is </s>.)
             of_turns=tuple(token for token in ends if token == eos or not re.match(r"</\w", token)),
             starts=tuple(sorted(special - {tokenizer.bos_token}, key=len, reverse=True)),
+            eos=eos,
         )
-        self._forms: dict[str, MessageForm] = {}
+        self._renderer = Renderer(dict(tokenizer.special_tokens_map), self._arguments.values)
         self._outlines: dict[tuple[str, bytes, tuple[int, ...], str], Outline | None] = {}
         self._insertions: dict[tuple[str, bool], tuple[Remark, ...]] = {}
 
@@ -134,8 +128,8 @@ class ChatTemplate:
         given = self._given(conversation, template)
         answers = [turn["role"] == "assistant" for turn in given.messages]
         if not mark_targets:
-            text = self._rendered(template, [given.messages], given.tools, **given.arguments)[0][0]
-            end = len(text.rstrip()) if answers[-1] else None
+            text = self._renderer.render(template, [given.messages], given.tools, **given.arguments)[0][0]
+            end = self._end_of_last(template, given, text) if answers[-1] else None
             turns = [Turn(turn, number, True, text) for number, turn in enumerate(given.messages, 1)]
             return self._remarked(MarkedText(text, None, end), given, turns, template)
         if traits.marks_answers and given.are_targets == answers:
@@ -178,73 +172,8 @@ class ChatTemplate:
             raise BadRowError(f"the tokenizer has chat templates {sorted(self._templates)}, and none named default")
         return self._templates["default"]
 
-    def _rendered(
-        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, **options: Any
-    ) -> tuple[list[str], Any]:
-        """Return the texts, and the ranges of each that `{% generation %}` marks. One call for several is faster.
-
-        `apply_chat_template` calls this too, but maps characters to tokens by trimmed offsets: an answer that begins
-        with a space loses its mask, and so do all later turns.
-
-        Raises:
-            BadRowError: the template fails.
-        """
-        form = self._form(template)
-        if form.parts or form.json_arguments:
-            conversations = [[in_form(turn, form) for turn in turns] for turns in conversations]
-        return self._jinja(template, conversations, tools, **options)
-
-    def _form(self, template: str) -> MessageForm:
-        """Return the form of messages that the template takes, found by rendering some."""
-        if template not in self._forms:
-            turns: list[dict[str, Any]] = [
-                {"role": role, "content": f"({role[::-1]})"} for role in ("user", "assistant")
-            ]
-            parts = self._takes_only(template, turns, MessageForm(parts=True), MessageForm())
-            json_arguments = False
-            if template_traits(template).names_tool_calls:
-                function = {"name": "(eman)", "arguments": {"(yek)": "(eulav)"}}
-                call = {"id": "123456789", "type": "function", "function": function}
-                calls: list[dict[str, Any]] = [turns[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-                json_arguments = self._takes_only(
-                    template, calls, MessageForm(parts, json_arguments=True), MessageForm(parts)
-                )
-            self._forms[template] = MessageForm(parts, json_arguments)
-        return self._forms[template]
-
-    def _takes_only(self, template: str, turns: list[dict[str, Any]], form: MessageForm, other: MessageForm) -> bool:
-        """Return True if the template writes all words of turns in a form, and in the other rejects or drops them."""
-        texts = []
-        for tried in (form, other):
-            try:
-                filled = [in_form(turn, tried) for turn in turns]
-                texts.append(self._jinja(template, [filled], None, **self._arguments.values)[0][0])
-            except BadRowError:
-                texts.append("")
-        words = re.findall(r"\(\w+\)", str(turns))
-        # A template that does not know parts may write them as Python does.
-        return all(word in texts[0] for word in words) and "{'" not in texts[0] and words[-1] not in texts[1]
-
-    def _jinja(
-        self, template: str, conversations: list[list[dict[str, Any]]], tools: list[Any] | None, **options: Any
-    ) -> tuple[list[str], Any]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            with _fixed_date(template):
-                rendered: tuple[list[str], Any] = render_jinja_template(
-                    conversations=conversations, tools=tools, chat_template=template, **options, **self._special_tokens
-                )
-        except (MemoryError, ImportError):  # of this machine
-            raise
-        except Exception as error:  # a template is a program, and may fail in any way: 1 / 0, a macro without an end
-            raise BadRowError(
-                f"the chat template rejects the conversation: {str(error) or type(error).__name__}"
-            ) from error
-        return rendered
-
     def _render_with_marks(self, template: str, given: TemplateInput, *, reasoning: bool) -> MarkedText:
-        texts, found = self._rendered(
+        texts, found = self._renderer.render(
             template, [given.messages], given.tools, return_assistant_tokens_mask=True, **given.arguments
         )
         text, spans = texts[0], tuple((start, stop) for start, stop in found[0])
@@ -264,10 +193,19 @@ class ChatTemplate:
         )
         return replace(result, answer_end=None, remarks=(*result.remarks, left_out))
 
+    def _end_of_last(self, template: str, given: TemplateInput, text: str) -> int:
+        """Return where the last answer ends in a text that ends with it."""
+        if self._tokens.eos and text.rpartition(self._tokens.eos)[2].strip() and given.messages[1:]:
+            options = {**given.arguments, **PROMPT_OPTIONS["prompt"]}
+            with suppress(BadRowError):  # a template may reject what stands before an answer
+                prompt = self._renderer.render(template, [given.messages[:-1]], given.tools, **options)[0][0]
+                text = self._tokens.without_prompt(text, prompt)
+        return len(text.rstrip())
+
     def _found(self, template: str, given: TemplateInput, *, reasoning: bool) -> _Found:
         """Return the text of a conversation and the turns in it that are targets."""
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
-        whole = self._rendered(template, [given.messages], given.tools, **given.arguments)[0][0]
+        whole = self._renderer.render(template, [given.messages], given.tools, **given.arguments)[0][0]
         known = self._places(template, given, targets, whole)
         if known is None:
             spans = self._turns_by_prefixes(template, given, targets, whole)
@@ -285,15 +223,16 @@ class ChatTemplate:
             BadRowError: the template writes the turn behind something else.
         """
         index, span = len(given.messages) - 1, found.spans[len(given.messages) - 1]
-        if span.after_prompt:
-            return found
         if span.ending is None:
             raise BadRowError(
                 f"the chat template does not write turn {index + 1} behind the generation prompt, so data.turns=split "
                 "cannot show it as at inference; data.turns=whole trains on what the template writes"
             )
         options = {**given.arguments, **PROMPT_OPTIONS[span.ending]}
-        prompt = self._rendered(template, [given.messages[:index]], given.tools, **options)[0][0]
+        prompt = self._renderer.render(template, [given.messages[:index]], given.tools, **options)[0][0]
+        # The skeleton's prompt is not always that of the words: a template may look at the last of them.
+        if span.after_prompt and found.text.startswith(prompt):
+            return found
         behind = len(prompt) - span.start
         moved = replace(span, start=len(prompt), stop=span.stop + behind, end=span.end + behind)
         holes = [(start + behind, stop + behind) for start, stop in found.holes if start >= span.start]
@@ -324,7 +263,10 @@ class ChatTemplate:
 
             def render(conversations: list[Sequence[Any]], **options: bool) -> list[str]:
                 options = {**given.arguments, **options}
-                return self._rendered(template, [list(turns) for turns in conversations], given.tools, **options)[0]
+                messages = [list(turns) for turns in conversations]
+                return [
+                    with_marks(text) for text in self._renderer.render(template, messages, given.tools, **options)[0]
+                ]
 
             switches = template_traits(template).switches_thinking
             try:
@@ -343,23 +285,27 @@ class ChatTemplate:
         if 0 in targets and not self._opens_with_answer(template, whole, given):
             raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
         inner = [index + 1 for index in targets if index + 1 < len(messages)]
-        throughs = self._rendered(template, [messages[:end] for end in inner], tools, **arguments)[0] if inner else []
-        prefixes, _ = self._rendered(
+        throughs = (
+            self._renderer.render(template, [messages[:end] for end in inner], tools, **arguments)[0] if inner else []
+        )
+        prefixes, _ = self._renderer.render(
             template, [messages[:end] for end in targets], tools, add_generation_prompt=True, **arguments
         )
         spans: dict[int, TurnSpan] = {}
-        for index, before, through in zip(targets, prefixes, [*throughs, whole], strict=False):
+        for index, before, text in zip(targets, prefixes, [*throughs, whole], strict=False):
+            through = self._tokens.without_prompt(text, before)
             if not (whole.startswith(through) and through.startswith(before)):
                 raise BadRowError(not_found(index))
             end, own = self._tokens.end_of_turn(through, len(before))
-            borrowed = "" if own else self._tokens.borrowed(whole, end)
-            spans[index] = TurnSpan(len(before), end + len(borrowed), len(through), borrowed)
+            stop, borrowed = (end, "") if own else self._tokens.borrowed(whole, end)
+            spans[index] = TurnSpan(len(before), stop, len(through), borrowed)
         return spans
 
     def _opens_with_answer(self, template: str, whole: str, given: TemplateInput) -> bool:
         """Return True if the template can write a generation prompt before the first turn, as this text has it."""
         try:
-            (prompt,), _ = self._rendered(template, [[]], given.tools, add_generation_prompt=True, **given.arguments)
+            options = {**given.arguments, **PROMPT_OPTIONS["prompt"]}
+            (prompt,), _ = self._renderer.render(template, [[]], given.tools, **options)
         except BadRowError:
             return False  # most templates look at the first message
         return bool(prompt) and whole.startswith(prompt)
@@ -376,8 +322,8 @@ class ChatTemplate:
         for number, turn in enumerate(given.messages, 1):
             if any(turn.get(key) for key in REASONING_KEYS) or "</think>" in turn["content"]:
                 raise BadRowError(
-                    f"the chat template changes the words of turn {number}, so its reasoning cannot be told apart; "
-                    "data.train_on_reasoning=true makes it a target"
+                    f"the chat template looks at words or changes them, so the reasoning of turn {number} cannot be "
+                    "told apart; data.train_on_reasoning=true makes it a target"
                 )
         return []
 
@@ -392,31 +338,13 @@ class ChatTemplate:
         if (template, has_system) not in self._insertions:
 
             def render(messages: list[dict[str, Any]]) -> str:
-                return self._rendered(template, [messages], None, **self._arguments.values)[0][0]
+                return self._renderer.render(template, [messages], None, **self._arguments.values)[0][0]
 
             found = list(insertions(render, self._tokens.all, has_system=has_system))
             if template_traits(template).writes_date:
                 found.insert(0, DATED)
             self._insertions[template, has_system] = tuple(found)
         return self._insertions[template, has_system]
-
-
-@contextmanager
-def _fixed_date(template: str) -> Iterator[None]:
-    """Let `strftime_now` return `TEMPLATE_DATE` within the block."""
-    if not template_traits(template).writes_date:
-        yield
-        return
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    # transformers compiles a template once, with a clock of its own. Arguments cannot replace it: they are plain data.
-    names = _compile_jinja_template(template).globals
-    clock = names["strftime_now"]
-    names["strftime_now"] = TEMPLATE_DATE.strftime
-    try:
-        yield
-    finally:
-        names["strftime_now"] = clock
 
 
 DATED = Remark(

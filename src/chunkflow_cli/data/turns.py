@@ -5,12 +5,13 @@ Everything is found in the conversation's skeleton (`data.skeleton`), where word
 **Where a turn begins.** `messages[:i]` with the generation prompt are what the model gets at inference. After the last
 mark of this text that the whole text has too, both must go on alike; where the prompt ends, the answer begins. Some
 prompts end with more than the turn has, such as `<think>`, or with another: then the prompt for `enable_thinking=false`
-or `true` may fit. Otherwise the answer begins where the two part, if that is behind a tag or a line and the prompt goes
-on with a tag.
+or `true` may fit. Otherwise the answer begins where the two part, if its words do, or if that is behind a tag or a line
+and the prompt goes on with a tag.
 
 **Where it ends.** `messages[:i+1]` ends with turn i. After the last mark that this and the whole text have in common,
 both must go on alike, up to the end of the first. Some templates end the last turn otherwise (gpt-oss) or the whole
-conversation with a token (Phi-3). Then the end is what stands before the generation prompt that follows turn i.
+conversation with a token (Phi-3). Then the end is what stands before the generation prompt that follows turn i. Others
+write a generation prompt behind every conversation, asked or not (Command R7B): a turn ends with the EOS before it.
 
 A turn that is not found so, or that would hold words of another message, is an error.
 """
@@ -56,6 +57,7 @@ class EndTokens:
     """Those that end a turn, and not only a part of it as `</tool_call>` does."""
     starts: tuple[str, ...]
     """Those that may begin the next turn and thereby end one that has no end of its own."""
+    eos: str | None = None
 
     def end_of_turn(self, through: str, start: int) -> tuple[int, bool]:
         """Return the end of the targets of a turn that begins at `start`, and whether a token of its own ends it."""
@@ -64,9 +66,27 @@ class EndTokens:
             return len(through), False
         return len(stripped), stripped.endswith(self.of_turns)
 
-    def borrowed(self, whole: str, end: int) -> str:
-        """Return the token that begins the next turn at `end`, or an empty string."""
-        return next((token for token in self.starts if whole.startswith(token, end)), "")
+    def borrowed(self, whole: str, end: int) -> tuple[int, str]:
+        """Return the token that begins the next turn at `end`, and where it stops; `end` and "" if there is none."""
+        rest = whole[end:]
+        # White space belongs to the end, too, unless a closing tag is all that the turn ends with.
+        behind = 0 if whole.endswith(self.all, 0, end) else len(rest) - len(rest.lstrip())
+        token = next((token for token in self.starts if whole.startswith(token, end + behind)), "")
+        return (end + behind + len(token) if token else end), token
+
+    def without_prompt(self, through: str, prompt: str) -> str:
+        """Return a text that ends with an answer, without a generation prompt that stands behind it unasked.
+
+        Args:
+            prompt: what the template writes before that answer.
+        """
+        if not self.eos:
+            return through
+        turns, eos, rest = through.rpartition(self.eos)
+        if not (eos and rest.strip()):
+            return through
+        is_prompt = prompt.endswith(rest) or prompt.rpartition(eos)[2].startswith(rest)
+        return turns + eos if is_prompt and len(turns + eos) > prompt.rindex(rest) else through
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +216,9 @@ class _Finder:
 
     def find(self, index: int) -> TurnSpan:
         start, ending = self._start_in(self._whole, index)
+        last = self._tokens.without_prompt(self._text(index + 1), self._prompt(index))
         if index + 1 == len(self._messages):
-            return self._span(index, start, len(self._whole), ending)
-        last = self._text(index + 1)
+            return self._span(index, start, len(last), ending)
         end = self._end_in_whole(last, index)
         if end < start:
             raise BadRowError(not_found(index))
@@ -233,9 +253,9 @@ class _Finder:
 
     def _span(self, index: int, start: int, end: int, ending: Ending | None) -> TurnSpan:
         stop, own = self._tokens.end_of_turn(self._whole[:end], start)
-        borrowed = "" if own else self._tokens.borrowed(self._whole, stop)
+        stop, borrowed = (stop, "") if own else self._tokens.borrowed(self._whole, stop)
         after_prompt = ending is not None and self._whole.startswith(self._prompt(index, ending))
-        return TurnSpan(start, stop + len(borrowed), end, borrowed, ending, after_prompt)
+        return TurnSpan(start, stop, end, borrowed, ending, after_prompt)
 
     def _start_in(self, text: str, index: int) -> tuple[int, Ending | None]:
         """Return where turn `index` begins in a text, and the prompt that stands before it, if one does in full."""
@@ -266,7 +286,10 @@ class _Finder:
         prompt = self._prompt(index)
         behind, place = _after_common_mark(prompt, text)
         rest, least = prompt[behind:], self._before_prompt(index) - behind
-        for cut in range(_common(rest, text[place:]), max(least, 0), -1):
+        common = _common(rest, text[place:])
+        if common >= least and text[place + common : place + common + 1] >= FIRST_MARK:
+            return place + common  # words of the answer
+        for cut in range(common, max(least, 0), -1):
             if self._ends_with_tag(rest[:cut]) and self._outside_token(text, place + cut) == place + cut:
                 if self._begins_with_tag(rest[cut:]):
                     return place + cut
