@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -89,6 +90,11 @@ def installed_kernels() -> frozenset[str]:
     return frozenset(name for name in KERNEL_PACKAGES if importlib.util.find_spec(name) is not None)
 
 
+def modeling_files(cls: type) -> set[ModuleType]:
+    """Return the Python modules that hold the code of a class: its own, and those of the classes it inherits from."""
+    return {sys.modules[base.__module__] for base in cls.__mro__}
+
+
 class KernelOnMeta(torch.autograd.Function):
     """A fused kernel without numbers: its output has a shape, and backward keeps the given tensors."""
 
@@ -137,7 +143,7 @@ def recurrent_functions_on_meta(
         kept: what autograd saves, as `shape_probe.kept_for_backward` counts it.
     """
     tally = RecurrentTally(kept)
-    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    files = {file for cls in {type(module) for module in model.modules()} for file in modeling_files(cls)}
     originals = [
         (file, name, getattr(file, name))
         for file in files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from chunkflow_cli.execution.recurrent.convolution import convolve_in_chunks
 from chunkflow_cli.execution.recurrent.mamba1 import pass_state_as_tokens
 from chunkflow_cli.execution.recurrent.running import running_chunk
 from chunkflow_cli.execution.recurrent.scans import Scan, scan_in_chunks
+from chunkflow_cli.model.scan_shapes import modeling_files
 
 CONVOLUTION = "causal_conv1d_fn"
 _DELTA_RULE = Scan(1, "initial_state", "output_final_state", always_pair=True, block=64, packing_package="fla")
@@ -47,7 +47,8 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
         if hasattr(module, "layer_idx") and "layer_idx" in inspect.signature(module.forward).parameters:
             _hook_once(module, _SHARED, _note_layer)
         if names_in_code[cls] & {CONVOLUTION, *SCANS}:
-            _exchange_functions(sys.modules[cls.__module__])
+            for file in modeling_files(cls):
+                _exchange_functions(file)
             _hook_once(module, _FOUND, functools.partial(_begin_layer, name))
             found.append(name)
         elif names_in_code[cls] & STATE_KEEPERS:
