@@ -295,6 +295,17 @@ def test_lora_on_some_layers_only(tiny_model: Callable[..., Any], targets: list[
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
 
+def test_the_head_alone_is_trained(tiny_model: Callable[..., Any]) -> None:
+    """A chunk of a prompt then has no gradient to give, and must go backward all the same."""
+    adapters = LoraConfig(enabled=True, r=4, target_modules=["lm_head"])
+    adapted = add_lora(tiny_model("llama", dtype=torch.float64), adapters)
+    plain = tiny_model("llama", dtype=torch.float64).requires_grad_(False)
+    plain.lm_head.requires_grad_()
+    for model in (adapted, plain):
+        result = compare(model, ReferenceBackend(), random_sequences((40, 3), VOCABULARY), chunk_size=8, k=2)
+        assert result.grad_rel_error <= FLOAT64_TOLERANCE
+
+
 @pytest.mark.parametrize("lengths", [(64,), (16,), (5, 5), (1, 33, 2), (48, 48)], ids=str)
 def test_shapes_at_the_edges(tiny_model: Callable[..., Any], lengths: tuple[int, ...]) -> None:
     """Only full chunks, one chunk exactly, no long sequence, samples of one token, a tail of one token."""

@@ -284,6 +284,21 @@ def test_a_model_is_prepared_once() -> None:
     assert home.torch_chunk_gated_delta_rule is function
 
 
+def test_a_layer_that_inherits_from_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of a model's own folder may extend a layer of transformers: the functions are in the file of that layer."""
+    model = recurrent_model("qwen3_5", torch.float64)
+    layers = [layer.linear_attn for layer in model.model.layers if hasattr(layer, "linear_attn")]
+    base = type(layers[0])
+    home = sys.modules[base.__module__]
+    for name in ("causal_conv1d_fn", "torch_chunk_gated_delta_rule"):  # as if no test before had exchanged them
+        monkeypatch.setattr(home, name, inspect.unwrap(getattr(home, name)))
+    extended = type("Extended", (base,), {"__module__": __name__})
+    for layer in layers:
+        layer.__class__ = extended
+    with float64_throughout():
+        assert compared(model, Case((20, 3), 7, 2)).grad_rel_error <= TOLERANCE
+
+
 def test_models_without_recurrent_layers_have_none(tiny_model: Any) -> None:
     assert prepare_recurrent_layers(tiny_model("llama")) == ()
 

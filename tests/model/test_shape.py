@@ -23,6 +23,8 @@ from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_a
 from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.costs import training_flops
+from support.models import SHAPES as KINDS_OF_ATTENTION
+from support.models import TINY
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,14 @@ def test_what_the_layers_of_known_families_keep(
     shape = model_shape(model)
     assert shape.attention == tuple(AttentionLayers(*sizes) for sizes in attention)
     assert shape.recurrent.edge_bytes == edge_bytes
+
+
+def test_a_layer_that_takes_a_view_of_what_attention_returns_is_counted() -> None:
+    """afmoe does. Its forward failed on the meta device, and planning fell back to a formula without a word."""
+    kind, settings = KINDS_OF_ATTENTION["afmoe, a view of the output"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY, **settings}))
+    assert model_shape(model).layer_activation_bytes
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,18 @@ class ChunkModel(nn.Module):
 
     def _loss(self, call: ChunkCall) -> Tensor:
         hidden = self.hidden(call)
+        head = base_model(self.causal_lm).get_output_embeddings()
         if call.batch.target_tokens == 0:
             # Later chunks give gradient to its keys and values: the chunk must still go backward.
-            return hidden.sum() * 0
+            nothing = hidden.sum() * 0
+            if hidden.requires_grad or not torch.is_grad_enabled():
+                return nothing
+            return sum(
+                (p.sum() * 0 for p in head.parameters() if p.requires_grad), nothing
+            )  # the head alone is trained
         return weighted_cross_entropy(
             hidden[call.batch.target_positions],
-            base_model(self.causal_lm).get_output_embeddings(),
+            head,
             call.batch.targets,
             call.batch.target_weights,
             self.transform,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ KEPT_BY_KERNELS: dict[str, Kept] = {
 """Name of a scan -> what its kernel keeps."""
 
 
+def modeling_files(cls: type) -> set[ModuleType]:
+    """Return the Python modules that hold the code of a class: its own, and those of the classes it inherits from."""
+    return {sys.modules[base.__module__] for base in cls.__mro__}
+
+
 class KernelOnMeta(torch.autograd.Function):
     """A fused kernel without numbers: its output has a shape, and backward keeps the given tensors."""
 
@@ -121,7 +127,7 @@ def recurrent_functions_on_meta(
         kept: what autograd saves, as `shape_probe.kept_for_backward` counts it.
     """
     tally = RecurrentTally(kept)
-    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    files = {file for cls in {type(module) for module in model.modules()} for file in modeling_files(cls)}
     originals = [
         (file, name, getattr(file, name))
         for file in files

@@ -195,4 +195,4 @@ class _Attention:
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         self.bytes += output.nbytes + log_sum_exp.nbytes
         output = KernelOnMeta.apply(output, [query, key, value, output, log_sum_exp], query, key, value)
-        return output.transpose(1, 2), None  # (batch, tokens, heads, value_dim), as transformers wants it
+        return output.transpose(1, 2).contiguous(), None  # (batch, tokens, heads, value_dim); some models take a view

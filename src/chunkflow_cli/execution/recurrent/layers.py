@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from chunkflow_cli.execution.recurrent.mamba1 import pass_state_as_tokens
 from chunkflow_cli.execution.recurrent.running import running_chunk
 from chunkflow_cli.execution.recurrent.scans import scan_in_chunks
 from chunkflow_cli.model.recurrent_functions import CONVOLUTION, FUSED, SCANS, SELECTIVE_SCAN
+from chunkflow_cli.model.scan_shapes import modeling_files
 
 STATE_KEEPERS = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
 """Methods of transformers' caches with which a layer keeps a state between tokens."""
@@ -38,7 +38,8 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
         if hasattr(module, "layer_idx") and "layer_idx" in inspect.signature(module.forward).parameters:
             _hook_once(module, _SHARED, _note_layer)
         if names_in_code[cls] & {CONVOLUTION, *SCANS}:
-            _exchange_functions(sys.modules[cls.__module__])
+            for file in modeling_files(cls):
+                _exchange_functions(file)
             _hook_once(module, _FOUND, functools.partial(_begin_layer, name))
             found.append(name)
         elif names_in_code[cls] & STATE_KEEPERS:
