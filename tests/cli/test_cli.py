@@ -130,7 +130,7 @@ def test_verify_in_float64_with_adapters(tmp_path: Path) -> None:
 
 
 def test_verify_of_a_model_that_chunks_cannot_follow_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The exit code is 1 if chunked training is not exact. Here chunks forget what the scale of the logits is."""
     monkeypatch.chdir(tmp_path)
@@ -139,7 +139,7 @@ def test_verify_of_a_model_that_chunks_cannot_follow_fails(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 1
-    assert "failed: chunked training of this model differs" in capsys.readouterr().out
+    assert "failed: chunked training of this model differs" in capfd.readouterr().out
 
 
 def test_train_in_any_directory_with_json(tmp_path: Path) -> None:
