@@ -70,6 +70,7 @@ CONTRACTS: dict[str, dict[str, Any]] = {
 """Operator -> what each of its arguments is given, by the names in its schema, and how many results it has."""
 ON_EVERY_DEVICE = {
     "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::_unsafe_view",
 }  # fmt: skip
 
 
