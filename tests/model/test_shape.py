@@ -14,17 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.loading import empty_model, load_model
 from chunkflow_cli.model.recurrent_functions import KERNEL_PACKAGES
 from chunkflow_cli.model.scan_shapes import recurrent_functions_on_meta
 from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_adapters
 from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.costs import training_flops
+from support.models import RECURRENT, RECURRENT_TINY, TINY
 from support.models import SHAPES as KINDS_OF_ATTENTION
-from support.models import TINY
 
 
 @pytest.mark.parametrize(
@@ -206,3 +207,17 @@ def test_what_the_kernels_of_scans_keep(
     )
     assert kept[KERNEL_PACKAGES] == bytes_per_token == tally.activation_bytes / 64
     assert kept[frozenset()] > 2 * bytes_per_token
+
+
+def test_recurrent_layers_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formulas know no recurrent layers, so a plan without the forward would be wrong."""
+    model_type, changes = RECURRENT["lfm2"]
+    config = AutoConfig.for_model(model_type, **{**RECURRENT_TINY, **changes})
+    model = empty_model(config, dtype=torch.float32)
+    monkeypatch.setattr(
+        type(model.model.layers[-1].feed_forward), "forward", lambda *_: torch.zeros(2) @ torch.zeros(3)
+    )
+    with pytest.raises(
+        UsageError, match=r"a model of type 'lfm2' cannot be planned: .*\n  another model\.dtype may work"
+    ):
+        model_shape(model)

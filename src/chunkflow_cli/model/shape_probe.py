@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chunkflow_cli.config.schema import Dtype
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.activation_checkpointing import COSTLY
 from chunkflow_cli.model.attention_heads import block_of
 from chunkflow_cli.model.language_part import decoder_of
@@ -73,6 +75,9 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
 
     Returns:
         None if a forward needs numbers, or if the model computes attention by itself.
+
+    Raises:
+        UsageError: a forward of a model with recurrent layers fails, for which there are no formulas.
     """
     from transformers import AttentionInterface
 
@@ -95,10 +100,14 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
             products,
         ):
             hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False)
-    except (NotImplementedError, RuntimeError, TypeError):
-        if recurrent is not None and recurrent.edge_bytes:
-            raise
-        return None
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        if recurrent is None or not recurrent.edge_bytes:
+            return None  # there are formulas for models without recurrent layers
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"a model of type {model.config.model_type!r} cannot be planned: its sizes cannot be read off a forward "
+            f"without numbers ({reason})\n  another model.dtype may work: {', '.join(dtype.value for dtype in Dtype)}"
+        ) from error
     if not seen.layers and not recurrent.edge_bytes:
         return None
     total = sum(kept.values())
