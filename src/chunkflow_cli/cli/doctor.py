@@ -1,7 +1,7 @@
 """`chunkflow doctor`: check this machine, and say what is missing or broken and how to fix it.
 
-Each check runs in a process of its own (probes.py), so that a package that crashes or hangs on import is a line in the
-table. Nothing heavy is imported here.
+The checks run together in another process (probes.py). If one of them fails there, each runs in a process of its own,
+so that a package that crashes or hangs on import is a line in the table. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def run(
 
     Args:
         overrides: the run to check: its model, dtype, attention, offloading and cache directory.
-        seconds: the longest time that one check may take.
+        seconds: the longest time that one check, or all together, may take.
 
     Raises:
         UsageError: an override is wrong.
@@ -221,6 +221,11 @@ def ask(check: str, arguments: Sequence[Any], seconds: float) -> Answer:
 
 
 def _ask_all(checks: dict[str, tuple[Any, ...]], seconds: float) -> dict[str, Answer]:
+    together = ask("together", (list(checks.items()),), seconds)  # on a sound machine, torch is imported once
+    return together if together.keys() == checks.keys() else _ask_each(checks, seconds)
+
+
+def _ask_each(checks: dict[str, tuple[Any, ...]], seconds: float) -> dict[str, Answer]:
     answers: dict[str, Answer] = {}
     workers = max(2, min(CHECKS_AT_ONCE, os.cpu_count() or 1))
     with progress_bar("checking this machine", len(checks)) as progress, ThreadPoolExecutor(workers) as pool:

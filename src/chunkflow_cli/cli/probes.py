@@ -1,4 +1,4 @@
-"""The checks of `chunkflow doctor`. Each runs in a process of its own, where it may crash or hang.
+"""The checks of `chunkflow doctor`. They run in another process, where they may crash or hang.
 
     python -m chunkflow_cli.cli.probes SECONDS CHECK [ARGUMENTS AS JSON]
 
@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Answer = dict[str, Any]
@@ -131,8 +131,13 @@ def training() -> Answer:
     return {}
 
 
+def together(checks: Sequence[tuple[str, Sequence[Any]]]) -> Answer:
+    """Return the answer of each check by its name. If one raises, so does this."""
+    return {name: CHECKS[name.partition(" ")[0]](*arguments) for name, arguments in checks}
+
+
 CHECKS: dict[str, Callable[..., Answer]] = {
-    function.__name__: function for function in (package, devices, attention, backend, cache, training)
+    function.__name__: function for function in (package, devices, attention, backend, cache, training, together)
 }
 
 
