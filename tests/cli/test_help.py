@@ -94,5 +94,5 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert "\x1b" not in output, line
 
 
-IN_PROCESS = ("verify", "export", "plan", "tune-chunk-size")
-"""Commands that import torch and train nothing: DeepSpeed trains only once in a process."""
+IN_PROCESS = ("train", "verify", "export", "plan", "tune-chunk-size")
+"""Commands that import torch."""
