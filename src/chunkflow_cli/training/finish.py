@@ -28,7 +28,7 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.training.checkpoint import save_final
 from chunkflow_cli.training.checkpoint_folder import delete_leftovers, newest_checkpoint
-from chunkflow_cli.training.hardware import agreed_peak_flops, peak_memory_bytes
+from chunkflow_cli.training.hardware import agreed_peak_flops, device_name, peak_memory_bytes
 from chunkflow_cli.training.inputs import RunData
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
@@ -173,7 +173,8 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "activation_bytes_per_token": run.activation_bytes,
         "whole_sequence_peak_bytes_predicted": whole,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
+        **run.described,
     }
 
 
