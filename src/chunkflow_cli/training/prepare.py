@@ -39,7 +39,7 @@ from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops, device_name
 from chunkflow_cli.training.identity import RunIdentity
-from chunkflow_cli.training.inputs import FoundData, RunData
+from chunkflow_cli.training.inputs import FoundData, RunData, sample_counts
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.progress import RunState
@@ -82,6 +82,11 @@ class Prepared:
     @property
     def topology(self) -> Topology:
         return self.processes.topology
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the rows that were read, as the report has it."""
+        return sample_counts(self.data, self.config.data)
 
     @property
     def layout(self) -> str:

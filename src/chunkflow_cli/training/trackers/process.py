@@ -52,7 +52,9 @@ def _read(lines: queue.SimpleQueue[dict[str, Any]]) -> None:
 
 def _run(first: dict[str, Any], lines: queue.SimpleQueue[dict[str, Any]], answer: Any) -> None:
     name, kept = first["tracker"], Path(first["kept"])
-    known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"id": None, "step": 0}
+    known: dict[str, Any] = {"id": None, "step": 0}
+    if kept.exists():
+        known = json.loads(kept.read_text(encoding="utf-8"))
     run = Introduction(**first["run"], id=known["id"])
     tracker = BACKENDS[name](run)
     known["id"] = tracker.id
