@@ -26,7 +26,7 @@ from chunkflow_cli.training.continuation import how_to_go_on, override
 from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.identity import FileShare, RunIdentity, differences, identify
 from chunkflow_cli.training.inputs import load_run_data
-from chunkflow_cli.training.metrics import StepMetrics, metric_files
+from chunkflow_cli.training.metrics import StepMetrics, metrics_file
 from chunkflow_cli.training.progress import Progress
 from chunkflow_cli.training.run_folder import RunFolder, abandoned_checkpoints, open_run_folder
 from chunkflow_cli.training.saved_config import CONFIG
@@ -475,7 +475,7 @@ ROW = StepMetrics(3, 1.0, 1.0, 0.1, 1, 1, 1, 1, 0, 0.1, 10.0, 0.1, 5)
 
 
 def kept_steps(path: Path, first_step: int = 3) -> list[int]:
-    with metric_files([LogBackend.jsonl], path, first_step) as write:
+    with metrics_file([LogBackend.jsonl], path, first_step) as write:
         write(ROW)
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 

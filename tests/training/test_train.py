@@ -257,8 +257,11 @@ def test_a_signal_saves_and_exits_130(how: str, uninterrupted: Path, tmp_path: P
     assert "Traceback" not in printed
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
     assert not (tmp_path / "run" / "final").exists()
+    page = tmp_path / "run" / "report.html"
+    assert re.search(r"stopped after step \d+ of 24<", page.read_text())
     train(*RECIPE, cwd=tmp_path)
     assert losses(tmp_path / "run") == losses(uninterrupted)
+    assert ">finished<" in page.read_text()
 
 
 def test_resume_finds_the_unfinished_run_without_an_output_dir(tmp_path: Path) -> None:
@@ -377,6 +380,9 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
     assert "samples.jsonl:" in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "run" / "final").exists()
+    assert (
+        "failed after step 1 of 3: the loss of step 2 is not finite" in (tmp_path / "run" / "report.html").read_text()
+    )
 
 
 def test_accounting_of_every_policy(model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path) -> None:

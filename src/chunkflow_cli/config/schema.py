@@ -113,6 +113,9 @@ class LossWeighting(str, Enum):
 class LogBackend(str, Enum):
     jsonl = "jsonl"
     tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+    trackio = "trackio"
 
 
 class Offload(str, Enum):
@@ -344,7 +347,13 @@ class LogConfig:
     every: int = bounded(1, at_least=1, at_most=MOST)
     """Steps between rows of metrics."""
     backends: list[LogBackend] = field(default_factory=lambda: [LogBackend.jsonl])
-    """Where metrics go. `jsonl` writes metrics.jsonl in the folder of the run."""
+    """Where metrics go. `jsonl` writes metrics.jsonl in the folder of the run. The others are trackers: each needs its
+    package, gets the configuration and the plan as well, and never ends a run when it fails."""
+    project: str | None = None
+    """Project of wandb and trackio, and experiment of mlflow. Null takes the tracker's own environment variable, such
+    as WANDB_PROJECT, or else `chunkflow`."""
+    run_name: str | None = None
+    """Name of the run in trackers. Null takes the name of its folder."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ PREFIXES = (
     "HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "XDG_CACHE_",  # caches, hub
     "NCCL_", "GLOO_", "UCX_", "FI_", "TP_SOCKET_",  # networks
     "CUDA_", "CUBLAS_", "CUDNN_", "TORCH_", "PYTORCH_", "TRITON_", "TORCHINDUCTOR_", "MKL_", "KMP_",
-    "SSL_CERT_", "REQUESTS_CA_", "CURL_CA_",
+    "SSL_CERT_", "REQUESTS_CA_", "CURL_CA_", "WANDB_", "MLFLOW_", "TRACKIO_",
 )  # fmt: skip
 """How the names of these variables begin."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

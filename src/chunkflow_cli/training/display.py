@@ -17,6 +17,7 @@ from chunkflow_cli.console import counted, human_bytes, human_seconds, plain_col
 from chunkflow_cli.model.saving import loader_of
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.training.metrics import StepMetrics
+from chunkflow_cli.training.run_folder import PAGE
 
 
 class TrainingDisplay:
@@ -132,6 +133,8 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         "peak memory": human_bytes(report["peak_memory_bytes"]) + against,
         "model": str(run_folder / "final"),
     }
+    if (page := run_folder / PAGE).exists():
+        rows["report"] = str(page)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

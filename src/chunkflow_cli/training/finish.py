@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from chunkflow_cli.config.schema import DataConfig
 from chunkflow_cli.console import working
-from chunkflow_cli.data.dataset import has_evaluation_data
 from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
@@ -28,17 +26,17 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.training.checkpoint import save_final
 from chunkflow_cli.training.checkpoint_folder import delete_leftovers, newest_checkpoint
-from chunkflow_cli.training.hardware import agreed_peak_flops, peak_memory_bytes
-from chunkflow_cli.training.inputs import RunData
+from chunkflow_cli.training.hardware import agreed_peak_flops, device_name, peak_memory_bytes
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
 from chunkflow_cli.training.recorder import merge
+from chunkflow_cli.training.report.writing import write_page
 from chunkflow_cli.training.steps import refuse_spoilt_weights, save_progress
 from chunkflow_cli.training.stopping import stop_where_answers_end
 
 
 def finish(run: Prepared, state: RunState) -> dict[str, Any]:
-    """Write the trace, the model and the report, and return the content of report.json. Every process calls it.
+    """Write the trace, the model and the reports, and return the content of report.json. Every process calls it.
 
     Raises:
         RunError: a weight is not finite, the model could not be saved, or the accounting does not add up.
@@ -50,6 +48,7 @@ def finish(run: Prepared, state: RunState) -> dict[str, Any]:
     _check_accounting(report, run.plan.batches)
     if run.processes.is_first:
         delete_leftovers(run.folder.checkpoints)
+        write_page(run, report)
         try:
             write_json(run.folder.report, report)
         except OSError as error:
@@ -160,7 +159,7 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
     if run.activation_bytes is not None and longest > kept:
         whole = whole_sequence_bytes(peak, run.activation_bytes, kept, longest, run.shape.vocab_size, dtype.itemsize)
     return {
-        **_samples(run.data, config.data),
+        **run.counts,
         **{key: value for key, value in asdict(progress).items() if key != "step"},
         "steps": progress.step,
         "epochs": progress.step / batches.steps_per_epoch,
@@ -173,20 +172,8 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "activation_bytes_per_token": run.activation_bytes,
         "whole_sequence_peak_bytes_predicted": whole,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
-
-def _samples(data: RunData, config: DataConfig) -> dict[str, int]:
-    """Return what became of the rows that were read; rows of evaluation data are counted on their own."""
-    has_file = has_evaluation_data(config)
-    words = ("read", "rejected", "dropped", "truncated")
-    return {
-        "rows_read": data.read.rows_read,
-        **{f"samples_{word}": getattr(data.read, f"samples_{word}") for word in words},
-        "samples_held_out": 0 if has_file else len(data.evaluation),
-        "samples_to_train": len(data.train),
-        **({f"eval_samples_{word}": getattr(data.evaluation, f"samples_{word}") for word in words} if has_file else {}),
+        "device": device_name(device),
+        **run.described,
     }
 
 

@@ -20,6 +20,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def agreed_peak_flops(processes: Processes, device: torch.device, dtype: torch.dtype) -> float:
     """Return `peak_flops` as the first process measures it while the others wait. Every process calls it."""
     return processes.maximum(peak_flops(device, dtype) if processes.is_first else 0.0)[0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.config.schema import Config, LossWeighting
+from chunkflow_cli.config.schema import Config, DataConfig, LossWeighting
 from chunkflow_cli.data.cache import cache_root, stamp
 from chunkflow_cli.data.dataset import has_evaluation_data, tokenize
 from chunkflow_cli.data.tokenized import TokenizedData, hold_out
@@ -100,3 +100,16 @@ def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> 
     if weighting is LossWeighting.token:
         return np.full(len(rank.samples), 1.0 / step.target_tokens)
     return 1.0 / (len(step.samples) * rank.target_counts)
+
+
+def sample_counts(data: RunData, config: DataConfig) -> dict[str, int]:
+    """Return what became of the rows that were read; rows of evaluation data are counted on their own."""
+    has_file = has_evaluation_data(config)
+    words = ("read", "rejected", "dropped", "truncated")
+    return {
+        "rows_read": data.read.rows_read,
+        **{f"samples_{word}": getattr(data.read, f"samples_{word}") for word in words},
+        "samples_held_out": 0 if has_file else len(data.evaluation),
+        "samples_to_train": len(data.train),
+        **({f"eval_samples_{word}": getattr(data.evaluation, f"samples_{word}") for word in words} if has_file else {}),
+    }

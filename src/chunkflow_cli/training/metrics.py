@@ -1,4 +1,4 @@
-"""The metrics of each step, and the files that they are written to."""
+"""The metrics of each step, and metrics.jsonl, the file that they are written to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,15 +32,24 @@ class StepMetrics:
     tokens_per_second: float
     mfu: float
     peak_memory_bytes: int
+    fill: float | None = None
+    """Share of the room in the chunks that tokens fill."""
+    predicted_seconds: float | None = None
+    """What the plan's costs predict for the step; None if they know no seconds."""
     eval_loss: float | None = None
     """Held-out loss after this step, if it was measured."""
 
+    @property
+    def values(self) -> dict[str, float]:
+        """The numbers of the row by their names in metrics.jsonl, without those that were not measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
 
 @contextmanager
-def metric_files(
+def metrics_file(
     backends: Sequence[LogBackend], path: Path, first_step: int
 ) -> Iterator[Callable[[StepMetrics], None]]:
-    """Open the metric files of a run, and yield a function that writes a row to all of them.
+    """Open metrics.jsonl, and yield a function that writes a row to it; without `jsonl` in `backends` it does nothing.
 
     Args:
         path: metrics.jsonl in the run's folder.
@@ -49,30 +58,20 @@ def metric_files(
     Raises:
         RunError: metrics.jsonl holds something else, or cannot be written.
     """
-    with ExitStack() as opened:
-        jsonl = tensorboard = None
-        if LogBackend.jsonl in backends:
-            with _explained(path):
-                _keep_rows_before(path, first_step)
-                jsonl = opened.enter_context(path.open("ab", buffering=0))
-        if LogBackend.tensorboard in backends:
-            from torch.utils.tensorboard import SummaryWriter
+    if LogBackend.jsonl not in backends:
+        yield lambda row: None
+        return
+    with _explained(path):
+        _keep_rows_before(path, first_step)
+        file = path.open("ab", buffering=0)
 
-            writer = SummaryWriter(str(path.parent / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
-            tensorboard = opened.enter_context(closing(writer))
+    def write(row: StepMetrics) -> None:
+        line = json.dumps(row.values).encode() + b"\n"
+        with _explained(path):
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        def write(row: StepMetrics) -> None:
-            values = {name: value for name, value in asdict(row).items() if value is not None}
-            if jsonl is not None:
-                line = json.dumps(values).encode() + b"\n"
-                with _explained(path):
-                    if jsonl.write(line) != len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if tensorboard is not None:
-                for name, value in values.items():
-                    if name != "step":
-                        tensorboard.add_scalar(f"train/{name}", value, row.step)
-
+    with file:
         yield write
 
 

@@ -34,11 +34,12 @@ from chunkflow_cli.training.adapters import announce_adapters
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.checkpoint_folder import set_aside, steps_of
+from chunkflow_cli.training.description import describe_environment, describe_plan
 from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
-from chunkflow_cli.training.hardware import agreed_peak_flops
+from chunkflow_cli.training.hardware import agreed_peak_flops, device_name
 from chunkflow_cli.training.identity import RunIdentity
-from chunkflow_cli.training.inputs import FoundData, RunData
+from chunkflow_cli.training.inputs import FoundData, RunData, sample_counts
 from chunkflow_cli.training.joining import load_data
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from chunkflow_cli.training.progress import RunState
@@ -75,10 +76,17 @@ class Prepared:
     """Bytes of activations per token; None if they cannot be measured."""
     recorder: Recorder | None
     """Records every operation under `train.trace`."""
+    described: dict[str, Any]
+    """`plan` and `environment` in plain values, for reports and trackers; empty except on the first process."""
 
     @property
     def topology(self) -> Topology:
         return self.processes.topology
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the rows that were read, as the report has it."""
+        return sample_counts(self.data, self.config.data)
 
     @property
     def layout(self) -> str:
@@ -154,6 +162,7 @@ def prepare(
         learning_rate=learning_rate_schedule(config.optim, plan.steps),
         activation_bytes=_measure_activations(data, parts),
         recorder=Recorder(processes.rank) if config.train.trace else None,
+        described=_describe(setup, plan, device, attention) if processes.is_first else {},
     )
     if folder.checkpoint is None:
         _refuse_spoilt_model(prepared, state)
@@ -161,6 +170,13 @@ def prepare(
     if processes.is_first:
         _warn_of_little_room(prepared)
     return prepared
+
+
+def _describe(setup: RunSetup, plan: RunPlan, device: torch.device, attention: BackendChoice) -> dict[str, Any]:
+    return {
+        "plan": describe_plan(setup, plan),
+        "environment": describe_environment(device_name(device), attention.backend.name),
+    }
 
 
 def _operations_wait(plan: RunPlan, topology: Topology) -> bool:

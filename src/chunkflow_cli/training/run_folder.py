@@ -22,7 +22,7 @@ from chunkflow_cli.training.checkpoint_folder import NAME, STATE, newest_checkpo
 from chunkflow_cli.training.identity import RunIdentity, differences
 from chunkflow_cli.training.saved_config import CONFIG, OVERRIDES, differing_keys, save_config
 
-IDENTITY, LOCK, METRICS = "identity.json", ".lock", "metrics.jsonl"
+IDENTITY, LOCK, METRICS, PAGE = "identity.json", ".lock", "metrics.jsonl", "report.html"
 
 
 @dataclass

@@ -14,8 +14,9 @@ from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch, StepResult
 from chunkflow_cli.planning.costs import training_flops
+from chunkflow_cli.planning.prediction import step_seconds
 from chunkflow_cli.planning.proof import validate_step
-from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
+from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.training.checkpoint import random_states, save_checkpoint
 from chunkflow_cli.training.checkpoint_folder import newest_checkpoint
 from chunkflow_cli.training.continuation import how_to_go_on
@@ -23,10 +24,11 @@ from chunkflow_cli.training.display import training_display
 from chunkflow_cli.training.hardware import peak_memory_bytes
 from chunkflow_cli.training.held_out import held_out_loss
 from chunkflow_cli.training.inputs import target_weights
-from chunkflow_cli.training.metrics import StepMetrics, metric_files
+from chunkflow_cli.training.metrics import StepMetrics, metrics_file
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.saved_config import CONFIG
+from chunkflow_cli.training.trackers.following import followed, introduction
 
 NOTHING = StepResult(0.0, 0, 0, ())
 """The result of a process that adds nothing to the loss."""
@@ -44,7 +46,13 @@ def run_steps(run: Prepared, state: RunState) -> None:
     backends = config.log.backends if run.processes.is_first else []
     with (
         training_display(run.console, steps, run.device.type) as display,
-        metric_files(backends, run.folder.metrics, progress.step + 1) as write,
+        metrics_file(backends, run.folder.metrics, progress.step + 1) as write,
+        followed(
+            backends if progress.step < steps else [],
+            introduction(run, progress.step + 1),
+            run.folder.path,
+            run.console,
+        ) as follow,
     ):
         display.begin(_tokens_before(steps, run), _tokens_before(progress.step, run))
         try:
@@ -60,6 +68,7 @@ def run_steps(run: Prepared, state: RunState) -> None:
                     row = _with_held_out_loss(row, run, state)
                 if _is_due(config.log.every, row.step) or row.step == steps or row.eval_loss is not None:
                     write(row)
+                    follow(row)
                     display.step(row)
                 if _is_due(config.checkpoint.every, row.step):
                     display.phase("saving a checkpoint")
@@ -117,7 +126,16 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
         tokens_per_second=step.tokens / seconds,
         mfu=flops / seconds / (run.peak_flops * run.topology.processes),
         peak_memory_bytes=int(run.processes.maximum(peak_memory_bytes(run.device))[0]),
+        fill=step.tokens / step.room,
+        predicted_seconds=_predicted_seconds(run.plan, step),
     )
+
+
+def _predicted_seconds(plan: RunPlan, step: StepPlan) -> float | None:
+    """Predict the seconds of a step as `plan` does; None in a pipeline, or if the costs know no seconds."""
+    if plan.pipeline is not None or plan.costs.is_of_one_stage:
+        return None
+    return step_seconds(plan, step) + plan.costs.step_seconds
 
 
 def _planned_step(run: Prepared, index: int) -> StepPlan:

@@ -17,6 +17,7 @@ from chunkflow_cli.training.finish import finish
 from chunkflow_cli.training.joining import open_folder, watched
 from chunkflow_cli.training.prepare import Prepared, prepare
 from chunkflow_cli.training.progress import RunState
+from chunkflow_cli.training.report.writing import write_page_of_unfinished
 from chunkflow_cli.training.requirements import check_requirements
 from chunkflow_cli.training.steps import run_steps
 
@@ -58,6 +59,10 @@ def _train(run: Prepared, state: RunState) -> dict[str, Any]:
         run.console.print(f"Stopping after this {what}, then saving a checkpoint.{again}", soft_wrap=True)
 
     with stop_on_signals(request_stop):
-        run_steps(run, state)
-        # A request to stop has no effect from here on: the steps are done, and the model is being saved.
-        return finish(run, state)
+        try:
+            run_steps(run, state)
+            # A request to stop has no effect from here on: the steps are done, and the model is being saved.
+            return finish(run, state)
+        except BaseException as error:
+            write_page_of_unfinished(run, state, error)
+            raise
