@@ -52,7 +52,10 @@ def set_flat_states(
     optimizer.state.pop(stepped, None)
     if is_in_8_bits(optimizer) and tensors:
         assert step is not None
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[0], "params": [stepped]}]  # ZeRO-3 empties them between two steps
         optimizer.init_state(optimizer.param_groups[0], stepped, 0, 0)  # type: ignore[attr-defined]
+        optimizer.param_groups = groups
         states = optimizer.state[stepped]
         for which in ("1", "2"):
             codes, scales = _blocks(tensors[f"state{which}"], tensors[f"absmax{which}"], states[f"qmap{which}"])

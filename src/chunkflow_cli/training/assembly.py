@@ -22,7 +22,7 @@ from chunkflow_cli.execution.messages import Links
 from chunkflow_cli.execution.runner import Runner, ScheduleRunner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stage_runner import StageRunner
-from chunkflow_cli.execution.stages import StageModel
+from chunkflow_cli.execution.stages import StageModel, check_stages
 from chunkflow_cli.execution.step import RunnerSettings
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
@@ -91,6 +91,7 @@ def assemble(
         announce=announce,
     )
     if len(stages) > 1:
+        check_stages(model, stages)
         stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
         pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
         pipelines = [processes.topology.pipeline_group(first) for first in range(processes.topology.replicas)]
