@@ -26,7 +26,7 @@ NAMES = {
         "_exec_optimizer_step", "_exec_reduce_grads", "_exec_reduce_tied_grads",
     ),
     "deepspeed.runtime.pipe.module:PipelineModule": ("ds_pipe_replicated", "get_tied_weights_and_groups", "mpu"),
-    "deepspeed.runtime.pipe.topology:PipelineParallelGrid": ("get_pipe_parallel_group",),
+    "deepspeed.runtime.pipe.topology:PipelineParallelGrid": ("get_data_parallel_group", "get_pipe_parallel_group"),
     "deepspeed.runtime.zero.linear": ("zero3_linear_wrap",),
     "deepspeed.runtime.zero.partition_parameters": ("ds_id", "ds_numel", "ds_shape"),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (

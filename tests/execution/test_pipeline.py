@@ -104,7 +104,8 @@ class Run:
 def train_whole(case: Case, stages: int) -> Run:
     """Plain PyTorch: transformers' own forward over whole sequences, torch's optimizer and clipping."""
     from chunkflow_cli.data.sample import IGNORED
-    from chunkflow_cli.engine.settings import EngineSettings, make_optimizer
+    from chunkflow_cli.engine import EngineSettings
+    from chunkflow_cli.engine.optimizers import make_optimizer
 
     torch.set_num_threads(1)
     model = model_of(case, stages, "sdpa")

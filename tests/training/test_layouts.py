@@ -38,7 +38,14 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
     "few samples": (*SGD, "train.steps=3", "train.global_batch_size=1", "train.loss_weighting=sequence"),
     "adamw": (*ADAMW, "train.global_batch_size=4", "data.eval_fraction=0.2"),
-    "adamw, K=2, tails alone": (*ADAMW, "train.global_batch_size=4", "chunk.k=2", "chunk.fill_tails=false"),
+    "muon, frozen, K=2, tails alone": (
+        *ADAMW,
+        "optim=muon",
+        "optim.freeze=[layers.1,layers.2.mlp]",
+        "train.global_batch_size=4",
+        "chunk.k=2",
+        "chunk.fill_tails=false",
+    ),
     "drawn lengths": (
         *SGD,
         "train.steps=2",
@@ -49,7 +56,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
     "lora": (*SGD, "optim.lr=5", "train.steps=2", "train.global_batch_size=9", "model.lora.enabled=true", "chunk.k=2"),
 }
-WITHIN = {name: 5e-4 if name.startswith("adamw") else 5e-5 for name in RECIPES}
+WITHIN = {name: {"adamw": 5e-4, "muon": 5e-3}.get(name.partition(",")[0], 5e-5) for name in RECIPES}
 """Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
 
 

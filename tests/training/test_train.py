@@ -548,6 +548,10 @@ def test_no_step_idles_at_a_learning_rate_of_zero(schedule: str) -> None:
     assert rates[0] == pytest.approx(0.5)
     assert rates[1] == max(rates) == pytest.approx(1.0)
     assert (rates[-1] < 0.6) == (schedule != "constant")
+    optim.min_lr_ratio = 0.4
+    floored = learning_rate_schedule(optim, 10)
+    decayed = [0.4 + 0.6 * rate for rate in rates[1:]]
+    assert [floored(step) for step in range(10)] == pytest.approx([rates[0], *decayed])
 
 
 def test_another_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,19 @@ from typing import Any
 
 from chunkflow_cli.config.deepspeed_keys import check_deepspeed
 from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys, wrong_value
-from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread, TrainOn, Turns
+from chunkflow_cli.config.schema import (
+    Attention,
+    Config,
+    CostModelName,
+    Device,
+    Dtype,
+    LearningRateSchedule,
+    OptimizerName,
+    Spread,
+    TrainOn,
+    Turns,
+)
+from chunkflow_cli.config.weight_names import check_names
 from chunkflow_cli.errors import UsageError
 
 _COMPARISONS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -35,7 +47,8 @@ def check(config: Config) -> None:
 
 
 def _check_number(name: str, value: Any, bounds: Mapping[str, float], *, can_be_null: bool) -> None:
-    numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, (int, float))]
+    several = list(value.values()) if isinstance(value, dict) else value
+    numbers = [each for each in (several if isinstance(several, list) else [several]) if isinstance(each, (int, float))]
     is_finite = all(map(math.isfinite, numbers))
     broken = [bound for bound, limit in bounds.items() if not all(_COMPARISONS[bound](n, limit) for n in numbers)]
     if is_finite and not broken:
@@ -59,6 +72,16 @@ def _check_optim(config: Config) -> None:
     betas = config.optim.betas
     if len(betas) != 2:
         raise UsageError(f"optim.betas={as_written(betas)} must be two numbers, such as [0.9,0.999]")
+    optim = config.optim
+    if optim.name is OptimizerName.muon and optim.momentum == 0:
+        raise UsageError("optim.name=muon with optim.momentum=0 is no Muon\n  take optim=muon, which sets 0.95")
+    if optim.schedule is LearningRateSchedule.constant and optim.min_lr_ratio > 0:
+        raise UsageError(
+            f"optim.min_lr_ratio={optim.min_lr_ratio:g} with optim.schedule=constant, which does not decay\n"
+            "  remove one of them"
+        )
+    check_names("optim.freeze", optim.freeze)
+    check_names("optim.lr_factors", optim.lr_factors)
 
 
 def _check_data(config: Config) -> None:

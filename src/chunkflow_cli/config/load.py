@@ -234,4 +234,8 @@ def _describe(error: BaseException) -> tuple[str, str]:
         if name and isinstance(cause, ValidationError):
             return wrong_value(name, cause.value), name
     text = re.split("Config search path|full_key:", str(error))[0]
+    what, options, listed = text.partition("Available options in ")
+    if options:  # Hydra lists them in a line each
+        group, *names = listed.split()
+        text = f"{what}\n{options}{group} {', '.join(names)}"
     return "\n  ".join(line.strip() for line in text.splitlines() if line.strip()), ""

@@ -95,6 +95,10 @@ class BadRows(str, Enum):
 
 class OptimizerName(str, Enum):
     adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    adafactor = "adafactor"
+    muon = "muon"
     sgd = "sgd"
 
 
@@ -275,9 +279,18 @@ class OptimConfig:
     """The optimizer and its learning rate."""
 
     name: OptimizerName = OptimizerName.adamw
-    """Optimizer. `optim=sgd` also sets defaults that suit SGD."""
+    """Optimizer. Choose it by `optim=NAME`, which also sets the defaults that suit it. `adamw_8bit` and
+    `paged_adamw_8bit` are those of bitsandbytes. `muon` trains the matrices of the layers with Muon and everything else
+    with AdamW."""
     lr: float = bounded(FULL_LEARNING_RATE, at_least=0)
-    """Peak learning rate. Unless set: 1e-5, with model.lora.enabled=true 2e-4, with `optim=sgd` 1e-2."""
+    """Peak learning rate. Unless set: 1e-5, with model.lora.enabled=true 2e-4, with `optim=sgd` 1e-2. Adafactor takes
+    it relative to the size of each weight: 1e-3 with `optim=adafactor`."""
+    lr_factors: dict[str, float] = field(default_factory=dict, metadata={"at_least": 0})
+    """Factors of the learning rate for weights by name, as in {embed_tokens: 0.1} or {lora_B: 16} (LoRA+). Names are
+    given as in `optim.freeze`; of several that match, the last one counts."""
+    freeze: list[str] = field(default_factory=list)
+    """Names of weights that are not trained: whole parts of their names, such as [embed_tokens,layers.0], or regular
+    expressions for whole names."""
     weight_decay: float = bounded(0.0, at_least=0)
     """Decay of weight matrices. Biases and norms do not decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata={"at_least": 0, "below": 1})
@@ -285,11 +298,13 @@ class OptimConfig:
     eps: float = bounded(1e-8, above=0)
     """Term that AdamW adds to its denominator for numerical stability."""
     momentum: float = bounded(0.0, at_least=0, below=1)
-    """Momentum of SGD."""
+    """Momentum of SGD and Muon. `optim=muon` sets 0.95."""
     schedule: LearningRateSchedule = LearningRateSchedule.cosine
     """Learning rate after the warm-up. `wsd` (warm-up, stable, decay) decays only over the last tenth of the steps."""
     warmup_ratio: float = bounded(0.03, at_least=0, below=1)
     """Fraction of the steps in which the learning rate rises from zero."""
+    min_lr_ratio: float = bounded(0.0, at_least=0, at_most=1)
+    """Fraction of `optim.lr` at which the decay ends, instead of at zero."""
     grad_clip: float = bounded(1.0, at_least=0)
     """Largest norm of a step's gradient. Larger gradients are scaled down to it; 0 disables clipping."""
 

@@ -12,6 +12,7 @@ from chunkflow_cli.engine.distributed import (
     join_processes,
 )
 from chunkflow_cli.engine.interface import TrainingEngine
+from chunkflow_cli.engine.optimizers import check_optimizer
 from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_settings, check_settings, deepspeed_config
 from chunkflow_cli.engine.stage import PipelineEngine
 from chunkflow_cli.engine.state_files import StateFiles
@@ -26,6 +27,7 @@ __all__ = [
     "TrainingEngine",
     "all_or_none",
     "broadcast_from_first",
+    "check_optimizer",
     "check_pipeline_settings",
     "check_settings",
     "close_process_group",

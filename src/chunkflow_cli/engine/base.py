@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -15,9 +16,12 @@ from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import all_or_none, gather, own_rank
 from chunkflow_cli.engine.distributed import import_deepspeed, quiet
 from chunkflow_cli.engine.interface import TrainingEngine
+from chunkflow_cli.engine.optimizer_states import place_whole_parameters, read_whole_states, whole_states
+from chunkflow_cli.engine.optimizers import FACTOR
 from chunkflow_cli.engine.partitions import check_fits, equal_share, kept_partitions, parts_to_write, read_partitions
 from chunkflow_cli.engine.settings import EngineSettings
 from chunkflow_cli.engine.state_files import WEIGHT, StateFiles, write_parts
+from chunkflow_cli.engine.whole_parameters import WholeParameters
 from chunkflow_cli.errors import RunError
 
 
@@ -37,6 +41,7 @@ class BaseEngine(TrainingEngine):
         *,
         hf_names: Mapping[str, str],
         replicas: int,
+        replica_group: Any = None,
     ) -> None:
         """
         Args:
@@ -45,8 +50,10 @@ class BaseEngine(TrainingEngine):
             config: DeepSpeed's configuration, made from `settings`.
             hf_names: name of each parameter of `module` -> its name in the whole Hugging Face model.
             replicas: number of ranks that hold the same layers.
+            replica_group: these ranks; None if they are all ranks.
         """
         self.module = module
+        group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         with quiet():
             self._engine, *_ = import_deepspeed().initialize(model=driven, optimizer=optimizer, config=config)
         self.device = self._engine.device
@@ -58,6 +65,8 @@ class BaseEngine(TrainingEngine):
         self._trained = {hf_names[name]: p for name, p in module.named_parameters() if p.requires_grad}
         self._clip = settings.optim.grad_clip
         self._norm = 0.0
+        if isinstance(optimizer, WholeParameters):
+            place_whole_parameters(optimizer, self._engine, self._trained, group_of, replica_group)
         if self._zero_stage == 0:
             optimizer.register_step_pre_hook(self._measure_and_clip)
 
@@ -108,11 +117,12 @@ class BaseEngine(TrainingEngine):
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[FACTOR]
 
     def first_not_finite(self) -> str | None:
         found = None
-        for part in parts_to_write(kept_partitions(self._engine, self._trained), self._optimizer):
+        kept = kept_partitions(self._engine, self._trained)
+        for part in itertools.chain(parts_to_write(kept, self._optimizer), whole_states(self._optimizer)):
             for kind, tensor in part.tensors.items():
                 dtype = self._trained[part.parameter].dtype if kind == WEIGHT else tensor.dtype
                 if found is None and not _is_finite(tensor, dtype):
@@ -124,13 +134,15 @@ class BaseEngine(TrainingEngine):
         kept = [part for part in kept_partitions(self._engine, self._trained) if part.parameter not in elsewhere]
         if self._zero_stage == 0:
             kept = equal_share(kept, own_rank() % self._replicas, self._replicas)
-        write_parts(folder, own_rank(), parts_to_write(kept, self._optimizer), optimizer=self._optimizer_name)
+        parts = itertools.chain(parts_to_write(kept, self._optimizer), whole_states(self._optimizer))
+        write_parts(folder, own_rank(), parts, optimizer=self._optimizer_name)
 
     def load(self, folder: Path) -> None:
         with all_or_none(f"reading {folder}"):
             files = StateFiles(folder)
             check_fits(files, self._trained, optimizer=self._optimizer_name, has_all=not self.is_stage)
             read_partitions(kept_partitions(self._engine, self._trained), self._optimizer, files)
+            read_whole_states(self._optimizer, files)
         internals.publish_weights(self._engine)
 
     def _saved_elsewhere(self) -> frozenset[str]:

@@ -14,7 +14,8 @@ from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import import_deepspeed, init_process_group, quiet
-from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config, make_optimizer
+from chunkflow_cli.engine.optimizers import check_optimizer, make_optimizer
+from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
 
 _open_coalescing: list[AbstractContextManager[Any]] = []
 """Contexts that collect gradients and are not finished. When a step fails they are left as they are: a context that is
@@ -62,11 +63,12 @@ class Engine(BaseEngine):
             UsageError: see `check_settings`.
         """
         check_settings(settings)
+        check_optimizer(settings)
         init_process_group(settings.device)
-        config, optimizer = deepspeed_config(settings), make_optimizer(module, settings)
+        hf_names = {name: name.removeprefix(WRAPPER) for name, _ in module.named_parameters()}
+        config, optimizer = deepspeed_config(settings), make_optimizer(module, settings, hf_names)
         if settings.engine.zero_stage == 3:
             _divide(module, settings, config)
-        hf_names = {name: name.removeprefix(WRAPPER) for name, _ in module.named_parameters()}
         super().__init__(module, module, optimizer, settings, config, hf_names=hf_names, replicas=process_count())
         is_divided = self._zero_stage == 3
         self.has_whole_weights = not is_divided

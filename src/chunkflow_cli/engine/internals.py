@@ -118,6 +118,12 @@ def pipeline_group(pipeline: Any) -> torch.distributed.ProcessGroup:
     return group
 
 
+def replica_group(pipeline: Any) -> torch.distributed.ProcessGroup:
+    """Return the group of the ranks that hold the same stage as this process, made by a `PipelineModule`."""
+    group: torch.distributed.ProcessGroup = pipeline.mpu().get_data_parallel_group()
+    return group
+
+
 def sum_tied_gradients(pipeline: Any, weight: nn.Parameter, group: Any, *, counts_in_norm: bool) -> None:
     """Make a `PipelineModule` sum the gradient of a weight of which the stages of a group hold copies.
 

@@ -15,6 +15,7 @@ is not supported. And getting adds zeros to a value, which loses the sign of a n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,11 +25,10 @@ from torch import Tensor, nn
 
 from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
+from chunkflow_cli.engine.optimizer_states import STEP, flat_states, set_flat_states
 from chunkflow_cli.engine.state_files import WEIGHT, Part, StateFiles
+from chunkflow_cli.engine.whole_parameters import WholeParameters
 from chunkflow_cli.errors import RunError, UsageError
-
-STEP = "step"
-"""The optimizer state that is one number per parameter: how often it has been stepped."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,15 @@ def equal_share(partitions: Sequence[Partition], rank: int, ranks: int) -> list[
 
 def parts_to_write(partitions: Sequence[Partition], optimizer: torch.optim.Optimizer) -> Iterator[Part]:
     """Yield the partitions with their master weights and the states that `optimizer` keeps for them."""
+    states_of = functools.lru_cache(maxsize=1)(functools.partial(flat_states, optimizer))  # of neighbours, the same
     for partition in pulse.each(partitions):
-        states = optimizer.state.get(partition.stepped, {})
-        tensors = {
-            kind: partition.of(state) for kind, state in states.items() if kind != STEP and torch.is_tensor(state)
-        }
+        tensors, numbers = states_of(partition.stepped)
         yield Part(
             partition.parameter,
             partition.shape,
             partition.start,
-            {WEIGHT: partition.of(partition.stepped), **tensors},
-            {STEP: float(states[STEP])} if STEP in states else {},
+            {WEIGHT: partition.of(partition.stepped), **{kind: partition.of(state) for kind, state in tensors.items()}},
+            numbers,
         )
 
 
@@ -127,32 +125,23 @@ def read_partitions(partitions: Sequence[Partition], optimizer: torch.optim.Opti
     Raises:
         RunError: parameters that are stepped together were stepped different numbers of times.
     """
+    stepped_whole = {whole.name for whole in optimizer.wholes} if isinstance(optimizer, WholeParameters) else set()
     by_stepped: dict[int, list[Partition]] = {}
     for partition in partitions:
         by_stepped.setdefault(id(partition.stepped), []).append(partition)
     for together in by_stepped.values():
         stepped = together[0].stepped
-        states: dict[str, Any] = {}
+        states: dict[str, Tensor] = {}
         for partition in pulse.each(together):
             files.read(partition.parameter, WEIGHT, partition.start, partition.of(stepped))
+            if partition.parameter in stepped_whole:
+                continue
             for kind in files.states(partition.parameter):
                 if kind not in states:
                     states[kind] = torch.zeros_like(stepped)
                 files.read(partition.parameter, kind, partition.start, partition.of(states[kind]))
-        counts = (files.scalars[partition.parameter].get(STEP) for partition in together)
-        steps = {count for count in counts if count is not None}
+        of_parts = [files.scalars[p.parameter].get(STEP) for p in together if p.parameter not in stepped_whole]
+        steps = {count for count in of_parts if count is not None}
         if len(steps) > 1:
             raise RunError(f"{files.folder}: parameters were stepped {sorted(map(int, steps))} times")
-        for step in steps:
-            states[STEP] = _step_state(optimizer, stepped, step)
-        optimizer.state.pop(stepped, None)
-        if states:
-            optimizer.state[stepped] = states
-
-
-def _step_state(optimizer: torch.optim.Optimizer, stepped: Tensor, step: float) -> Tensor | int:
-    """Return the count of steps as the optimizer itself would hold it."""
-    if "fused" not in optimizer.defaults:  # DeepSpeed's Adam on the host counts in Python
-        return int(step)
-    on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
-    return torch.tensor(step, dtype=torch.float32, device=stepped.device if on_device else "cpu")
+        set_flat_states(optimizer, stepped, states, next(iter(steps), None))

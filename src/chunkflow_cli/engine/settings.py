@@ -8,9 +8,8 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
-from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig, OptimizerName
+from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig
 from chunkflow_cli.errors import UsageError
 
 
@@ -23,6 +22,8 @@ class EngineSettings:
     dtype: Dtype
     """Data type of weights and activations."""
     device: torch.device
+    matrices: frozenset[str] = frozenset()
+    """Names in the whole Hugging Face model of the trained weights that Muon steps."""
 
 
 FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
@@ -108,25 +109,3 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         config["managed_gradient_accumulation"] = False
     merged = OmegaConf.merge(config, settings.engine.deepspeed)
     return cast("dict[str, Any]", OmegaConf.to_container(merged))
-
-
-def make_optimizer(module: nn.Module, settings: EngineSettings) -> torch.optim.Optimizer:
-    """Return the optimizer of the trained parameters of `module`.
-
-    Weight decay applies to matrices, and not to norms and biases, as in the Hugging Face trainer.
-    """
-    optim = settings.optim
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if optim.name is OptimizerName.sgd:
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-    betas = (optim.betas[0], optim.betas[1])
-    if settings.engine.offload is not Offload.none:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)

@@ -21,7 +21,8 @@ from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import PATIENCE, import_deepspeed, init_process_group, quiet
-from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_settings, deepspeed_config, make_optimizer
+from chunkflow_cli.engine.optimizers import check_optimizer, make_optimizer
+from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_settings, deepspeed_config
 
 
 class Stage(Protocol):
@@ -53,6 +54,7 @@ class PipelineEngine(BaseEngine):
             UsageError: see `check_pipeline_settings`.
         """
         check_pipeline_settings(settings, stages)
+        check_optimizer(settings)
         init_process_group(settings.device)
         assert isinstance(module, nn.Module)
         replicas = process_count() // stages
@@ -72,8 +74,8 @@ class PipelineEngine(BaseEngine):
         config = deepspeed_config(settings)
         config.pop("managed_gradient_accumulation", None)  # DeepSpeed refuses it for a pipeline, which does not need it
         super().__init__(
-            module, pipeline, make_optimizer(pipeline, settings), settings, config,
-            hf_names=module.hf_parameter_names, replicas=replicas,
+            module, pipeline, make_optimizer(module, settings, module.hf_parameter_names), settings, config,
+            hf_names=module.hf_parameter_names, replicas=replicas, replica_group=internals.replica_group(pipeline),
         )  # fmt: skip
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

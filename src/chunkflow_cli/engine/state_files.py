@@ -7,7 +7,8 @@ range of any array, and gets it from the files that hold it.
 
 Each process writes `state-<rank>-<number>.safetensors`. A tensor in it is one part, and is called
 `<kind>:<start>:<parameter>`, where the kind is `weight` (the float32 master weight) or the optimizer's name for its
-state (`exp_avg`). The file's metadata hold the shape and the scalar states (`step`) of each parameter in the file.
+state (`exp_avg`). The file's metadata hold the shape and the scalar states (`step`) of each parameter in the file, and
+the shapes of states that are not a number for each number of the parameter (the row factors of Adafactor).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Part:
     """Kind -> (numbers,): the weight, and the optimizer's states by its names."""
     scalars: Mapping[str, float]
     """The optimizer's states that are one number for the whole parameter."""
+    state_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Kind -> shape of a state that is whole here, and may have another number of numbers than the parameter."""
 
 
 def write_parts(folder: Path, rank: int, parts: Iterable[Part], *, optimizer: str) -> None:
@@ -62,7 +65,11 @@ def write_parts(folder: Path, rank: int, parts: Iterable[Part], *, optimizer: st
     for number, pieces in enumerate(pulse.each(_pieces_of_files(parts))):
         path = folder / f"state-{rank:05d}-{number:05d}.safetensors"
         tensors = {f"{kind}:{start}:{part.parameter}": numbers.cpu() for part, kind, start, numbers in pieces}
-        described = {part.parameter: {"shape": list(part.shape), "scalars": dict(part.scalars)} for part, *_ in pieces}
+        described: dict[str, dict[str, Any]] = {}
+        for part, *_ in pieces:
+            of_part = described.setdefault(part.parameter, {"shape": part.shape, "scalars": {}, "state_shapes": {}})
+            of_part["scalars"] |= part.scalars
+            of_part["state_shapes"] |= part.state_shapes
         try:
             save_file(tensors, path, {"optimizer": optimizer, "parameters": json.dumps(described)})
             with path.open("rb") as handle:
@@ -113,6 +120,8 @@ class StateFiles:
         """Parameter -> its shape."""
         self.scalars: dict[str, dict[str, float]] = {}
         """Parameter -> the optimizer's states that are one number for all of it."""
+        self.state_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        """Parameter -> kind -> shape of a state that is not a number for each of its numbers."""
         self._pieces: dict[tuple[str, str], list[_Piece]] = defaultdict(list)
         self._files: dict[Path, Any] = {}
         for path in sorted(folder.glob("state-*.safetensors")):
@@ -149,7 +158,9 @@ class StateFiles:
             optimizer, parameters = metadata["optimizer"], json.loads(metadata["parameters"])
             for parameter, described in parameters.items():
                 self.shapes[parameter] = tuple(described["shape"])
-                self.scalars[parameter] = described["scalars"]
+                self.scalars.setdefault(parameter, {}).update(described["scalars"])
+                shapes = {kind: tuple(shape) for kind, shape in described.get("state_shapes", {}).items()}
+                self.state_shapes.setdefault(parameter, {}).update(shapes)
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 kind, start, parameter = key.split(":", 2)
                 (count,) = file.get_slice(key).get_shape()
@@ -162,7 +173,7 @@ class StateFiles:
     def _check_whole(self, parameter: str, kind: str, pieces: list[_Piece]) -> None:
         if parameter not in self.shapes:
             raise RunError(f"{pieces[0].file} is damaged: it holds the {kind} of {parameter}, and not its shape")
-        numbers, reached = math.prod(self.shapes[parameter]), 0
+        numbers, reached = math.prod(self.state_shapes[parameter].get(kind, self.shapes[parameter])), 0
         for piece in pieces:
             if piece.start != reached:
                 break

@@ -37,7 +37,7 @@ class StageModel(ChunkModel):
             causal_lm: the whole model, with its adapters. It is cut in place: layers of other stages are freed.
 
         Raises:
-            UsageError: the model cannot be cut, or the stage has nothing to train.
+            UsageError: the model cannot be cut.
         """
         super().__init__(causal_lm, backend)
         self.stage = stage
@@ -47,11 +47,6 @@ class StageModel(ChunkModel):
         self._entry = _cut(causal_lm, stage)
         self.hf_parameter_names = {own: whole[id(parameter)] for own, parameter in self.named_parameters()}
         """Parameter name in this module -> its name in the whole Hugging Face (or peft) model."""
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise UsageError(
-                f"parallel.pipeline={stage.stages}: stage {stage.stage} (layers {stage.first} to {stage.stop - 1}) has "
-                "nothing to train\n  let model.lora.target_modules name modules in every layer"
-            )
 
     def put_off_products(self) -> PutOff:
         """Allow backwards to be split in two from now on; return the store of the products of their second halves."""
@@ -95,6 +90,27 @@ class StageModel(ChunkModel):
     def _last_layer_of_state_pass(self) -> int | None:
         """Return None on all stages but the last: the next stage needs the output of all layers."""
         return super()._last_layer_of_state_pass() if self.stage.is_last else None
+
+
+def check_stages(causal_lm: nn.Module, stages: Sequence[StageLayers]) -> None:
+    """Check that each stage of a whole model has something to train. Every rank calls it, so all of them refuse.
+
+    Raises:
+        UsageError: the model cannot be cut, or a stage has nothing to train.
+    """
+    base = base_model(causal_lm)
+    decoder = decoder_of(base)
+    layers, norm = _layers_and_norm(base, decoder, len(stages))
+    for stage in stages:
+        parts = [*layers[stage.first : stage.stop]]
+        parts += [base.get_input_embeddings()] if stage.is_first else []
+        parts += [getattr(decoder, norm), base.get_output_embeddings()] if stage.is_last else []
+        if not any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+            raise UsageError(
+                f"parallel.pipeline={stage.stages}: stage {stage.stage} (layers {stage.first} to {stage.stop - 1}) has "
+                "nothing to train\n  train something in it (optim.freeze, model.lora.target_modules), or take fewer "
+                "stages"
+            )
 
 
 class StageChain(nn.Module):

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chunkflow_cli.config.schema import ModelConfig
+from chunkflow_cli.config.schema import ModelConfig, OptimConfig
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.loading import on_meta_device
 from chunkflow_cli.model.shape_probe import probe
+from chunkflow_cli.model.trained_weights import apply_to
 from chunkflow_cli.planning.attention_layers import by_size
 from chunkflow_cli.planning.costs import ModelShape
 
@@ -22,19 +23,37 @@ if TYPE_CHECKING:
 
 
 def shape_without_weights(
-    config: ModelConfig, hf_config: PretrainedConfig, kernels: frozenset[str] = frozenset()
+    config: ModelConfig,
+    hf_config: PretrainedConfig,
+    kernels: frozenset[str] = frozenset(),
+    optim: OptimConfig | None = None,
 ) -> ModelShape:
     """Return the sizes of a model that is not loaded, adapters included if they are configured.
 
     Args:
         kernels: as in `model_shape`.
+        optim: says which weights are frozen; by default, none.
+
+    Raises:
+        UsageError: a name in `optim` means no weight.
     """
     model = on_meta_device(config, hf_config)
     shape = model_shape(model, kernels)
-    if not config.lora.enabled:
-        return shape
-    with torch.device("meta"):
-        return with_adapters(shape, add_lora(model, config.lora))
+    if config.lora.enabled:
+        with torch.device("meta"):
+            model = add_lora(model, config.lora)
+        shape = with_adapters(shape, model)
+    return shape if optim is None else with_frozen(shape, model, optim)
+
+
+def with_frozen(shape: ModelShape, model: nn.Module, optim: OptimConfig) -> ModelShape:
+    """Freeze the weights that `optim.freeze` names, and return the sizes of the model of that `shape` after it.
+
+    Raises:
+        UsageError: a name in `optim` means no weight.
+    """
+    share = apply_to(model, optim)
+    return replace(shape, trainable_parameters=share.trained) if optim.freeze else shape
 
 
 def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape:

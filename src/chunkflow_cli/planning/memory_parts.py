@@ -31,8 +31,8 @@ class MemorySettings:
 
     element_bytes: int
     """Bytes of an element of weights and activations: 2 or 4 (8 in float64)."""
-    optimizer_states: int
-    """Float32 numbers that the optimizer keeps per weight: 2 for AdamW, 1 for SGD with momentum."""
+    optimizer_states: float
+    """What the optimizer keeps per weight, in float32 numbers: 2 for AdamW (`optimizer_states.state_numbers`)."""
     zero_stage: int
     data_parallel: int
     """Ranks that ZeRO divides optimizer states, gradients and weights among."""
@@ -210,7 +210,7 @@ def memory_parts(
     shared = settings.data_parallel
     trainable = shape.trainable_parameters_of(held)
     weights = shape.parameters_of(held) * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
-    optimizer = trainable * 4 * (1 + settings.optimizer_states) // (shared if settings.zero_stage >= 1 else 1)
+    optimizer = int(trainable * 4 * (1 + settings.optimizer_states)) // (shared if settings.zero_stage >= 1 else 1)
     summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
     of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0
     host = 0

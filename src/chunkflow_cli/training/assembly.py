@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from chunkflow_cli.config.schema import Config, PipelineSchedule
+from chunkflow_cli.config.schema import Config, OptimizerName, PipelineSchedule
 from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Processes
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
@@ -22,12 +22,13 @@ from chunkflow_cli.execution.messages import Links
 from chunkflow_cli.execution.runner import Runner, ScheduleRunner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stage_runner import StageRunner
-from chunkflow_cli.execution.stages import StageModel
+from chunkflow_cli.execution.stages import StageModel, check_stages
 from chunkflow_cli.execution.step import RunnerSettings
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.model.shape import model_shape, with_adapters
+from chunkflow_cli.model.shape import model_shape, with_adapters, with_frozen
+from chunkflow_cli.model.trained_weights import layer_matrices
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers
 
@@ -77,8 +78,10 @@ def assemble(
     if config.model.lora.enabled:
         model = add_lora(model, config.model.lora)
         shape = with_adapters(shape, model)
+    shape = with_frozen(shape, model, config.optim)
     processes = processes or Processes()
-    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
+    matrices = layer_matrices(model) if config.optim.name is OptimizerName.muon else frozenset()
+    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device, matrices)
     runner_settings = partial(
         RunnerSettings,
         device,
@@ -88,6 +91,7 @@ def assemble(
         announce=announce,
     )
     if len(stages) > 1:
+        check_stages(model, stages)
         stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
         pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
         pipelines = [processes.topology.pipeline_group(first) for first in range(processes.topology.replicas)]

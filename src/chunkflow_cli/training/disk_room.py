@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from chunkflow_cli.config.schema import Config, OptimizerName
+from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import human_bytes
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES
-
-STATES = {OptimizerName.adamw: 2, OptimizerName.sgd: 1}
-"""float32 numbers that an optimizer keeps for each weight, at most."""
+from chunkflow_cli.planning.optimizer_states import saved_numbers
 
 
 def warning_of_little_room(config: Config, shape: ModelShape, *, free: int, checkpoints: int) -> str | None:
@@ -20,7 +18,8 @@ def warning_of_little_room(config: Config, shape: ModelShape, *, free: int, chec
     """
     saved = shape.trainable_parameters if config.model.lora.enabled else shape.parameters
     final = saved * ELEMENT_BYTES[config.model.dtype.value]
-    checkpoint = shape.trainable_parameters * 4 * (1 + STATES.get(config.optim.name, 2))
+    states = saved_numbers(config.optim.name.value, config.optim.momentum)
+    checkpoint = int(shape.trainable_parameters * 4 * (1 + states))
     # An old checkpoint is deleted when the new one is complete. Without `every`, an interruption saves one.
     most = 1 if config.checkpoint.every is None else config.checkpoint.keep + 1
     needed = final + checkpoint * max(1, most - checkpoints)

@@ -15,6 +15,7 @@ def learning_rate_schedule(optim: OptimConfig, steps: int) -> Callable[[int], fl
     """Return a function from the step, counted from 0, to its learning rate.
 
     It takes step + 1 of a schedule of steps + 1 steps, so that neither the first step nor the last has a rate of zero.
+    After the warm-up the rates are scaled to end at `optim.min_lr_ratio` of the peak, as transformers' own floors do.
     """
     idle = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
     warmup = math.ceil(optim.warmup_ratio * steps)
@@ -30,4 +31,10 @@ def learning_rate_schedule(optim: OptimConfig, steps: int) -> Callable[[int], fl
     else:
         scheduler = get_scheduler(optim.schedule.value, idle, num_warmup_steps=warmup, num_training_steps=steps + 1)
     factor = scheduler.lr_lambdas[0]  # type: ignore[attr-defined]
-    return lambda step: float(optim.lr * factor(step + 1))
+    floor = optim.min_lr_ratio
+
+    def rate(step: int) -> float:
+        of_peak = factor(step + 1)
+        return float(optim.lr * (of_peak if step + 1 < warmup else floor + (1 - floor) * of_peak))
+
+    return rate

@@ -104,7 +104,7 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
                 break
     name = present_device().name
     kernels = scan_kernels(config, present_device())
-    shape = shape_without_weights(config.model, hf_config, kernels)  # as in `plan` and `train`
+    shape = shape_without_weights(config.model, hf_config, kernels, config.optim)  # as in `plan` and `train`
     costs, worst = fit_costs(operations, step_seconds=min(steps), source=f"measured on {name}", shape=shape)
     fitted = fit_memory(memory, step_peak_bytes=min(step_peaks), activation_bytes_per_token=kept)
     return Calibration(name, shape, costs, fitted, worst)

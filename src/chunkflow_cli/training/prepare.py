@@ -46,6 +46,7 @@ from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.recorder import Recorder
 from chunkflow_cli.training.run_folder import RunFolder, abandoned_checkpoints
 from chunkflow_cli.training.setup import RunSetup, described_device, planned_topology, read_setup
+from chunkflow_cli.training.trained import announce_trained_weights
 
 PROBE_TOKENS = 256
 """Tokens of the forward that measures the bytes of activations per token."""
@@ -121,6 +122,7 @@ def prepare(
         _print_what_runs(config, topology, device, attention, folder, console)
         if config.model.lora.enabled:
             announce_adapters(config, hf_config, console)
+        announce_trained_weights(config, hf_config, console)
         _prove_parity(config, hf_config, device, dtype, console, state)
 
     state.at("reading the data")

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.engine import EngineSettings, check_pipeline_settings, check_settings
+from chunkflow_cli.engine import EngineSettings, check_optimizer, check_pipeline_settings, check_settings
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import check_adapters, check_files
 from chunkflow_cli.model.positions import check_positions
 from chunkflow_cli.training.setup import checked_topology
+from chunkflow_cli.training.trained import check_trained_weights
 
 
 def check_requirements(loaded: LoadedConfig, device: torch.device | None = None) -> Any:
@@ -39,9 +40,11 @@ def check_requirements(loaded: LoadedConfig, device: torch.device | None = None)
         )
     if config.model.lora.enabled:
         check_adapters(config.model, hf_config)
+    check_trained_weights(config, hf_config)
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device or training_device())
     if config.parallel.pipeline == 1:
         check_settings(settings)
     else:
         check_pipeline_settings(settings, config.parallel.pipeline)
+    check_optimizer(settings)
     return hf_config

@@ -18,7 +18,6 @@ from chunkflow_cli.config.schema import (
     CostModelName,
     Cuts,
     Device,
-    OptimizerName,
     Spread,
 )
 from chunkflow_cli.data.cache import cache_root
@@ -29,6 +28,7 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemorySettings
+from chunkflow_cli.planning.optimizer_states import state_numbers
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.schedule import Layout
@@ -83,10 +83,9 @@ class RunSetup:
     def memory(self) -> MemorySettings:
         """The settings that a rank's memory depends on."""
         config = self.config
-        states = {OptimizerName.adamw: 2, OptimizerName.sgd: 1 if config.optim.momentum else 0}
         return MemorySettings(
             element_bytes=ELEMENT_BYTES[config.model.dtype.value],
-            optimizer_states=states[config.optim.name],
+            optimizer_states=state_numbers(config.optim.name.value, config.optim.momentum, self.shape),
             zero_stage=config.engine.zero_stage,
             data_parallel=self.topology.replicas,
             offload=config.engine.offload.value,
@@ -114,7 +113,7 @@ def read_setup(
     if hf_config is not None:
         from chunkflow_cli.model.shape import shape_without_weights  # imports torch
 
-        shape = shape_without_weights(config.model, hf_config, scan_kernels(config, device))
+        shape = shape_without_weights(config.model, hf_config, scan_kernels(config, device), config.optim)
     if measure is None and cost_model is not CostModelName.measured:
         costs = CostModel.proportional()
         if shape is not None and cost_model is CostModelName.profile:
@@ -195,7 +194,7 @@ def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> P
         "version": CALIBRATION_VERSION,
         "model": hf_config.to_json_string(),
         "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
-                          config.model.lora, config.engine, config.optim.name)),
+                          config.model.lora, config.engine, config.optim.name, config.optim.freeze)),
         "device": device.name,
         "threads": threads_of_user(),
     }  # fmt: skip
