@@ -47,7 +47,17 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "chunk.size=40",
         "data.path=DRAWN",
     ),
-    "lora": (*SGD, "optim.lr=5", "train.steps=2", "train.global_batch_size=9", "model.lora.enabled=true", "chunk.k=2"),
+    "lora": (
+        *SGD,
+        "optim.lr=5",
+        "train.steps=2",
+        "train.global_batch_size=9",
+        "model.lora.enabled=true",
+        "chunk.k=2",
+        "model.lora.use_dora=true",
+        "model.lora.use_rslora=true",
+        "model.lora.modules_to_save=[embed_tokens,.*norm]",
+    ),
 }
 WITHIN = {name: 5e-4 if name.startswith("adamw") else 5e-5 for name in RECIPES}
 """Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
@@ -141,10 +151,12 @@ class Runs:
     def update_error(self, truth: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> float:
         """Return the difference of two results, as a share of what training has changed."""
         assert truth.keys() == weights.keys()
-        zero = torch.zeros(())  # of adapters, B starts at zero; A is drawn by the seed and moves far less
+        zero = torch.zeros(())  # of adapters, B starts at zero
         difference = sum(float((truth[name] - weights[name]).square().sum()) for name in truth)
         update = sum(
-            float((truth[name] - self._before.get(name, zero)).square().sum()) for name in truth if "lora_A" not in name
+            float((truth[name] - self._before.get(name.removeprefix("base_model.model."), zero)).square().sum())
+            for name in truth
+            if "lora_A" not in name and "lora_magnitude" not in name  # they start from elsewhere, and move far less
         )
         return (difference / update) ** 0.5
 

@@ -172,6 +172,13 @@ class LoraConfig:
     target_parameters: list[str] = field(default_factory=list)
     """Names of parameters that get an adapter, for experts that a model stores as one tensor:
     `[experts.gate_up_proj,experts.down_proj]`. Each forward makes a merged copy of such a tensor."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of modules that are trained whole and saved with the adapters, or regular expressions for whole names:
+    `[embed_tokens,lm_head,.*norm]`. Each has a trained copy beside the frozen original."""
+    use_rslora: bool = False
+    """Multiply the adapters by alpha / sqrt(r) instead of alpha / r, so that a high rank keeps its effect (rsLoRA)."""
+    use_dora: bool = False
+    """Also train the length of each row of an adapted weight (DoRA). It takes more memory and time than plain LoRA."""
     path: str | None = a_path(None)
     """Folder of an adapter to go on training. Its rank, alpha, dropout and targets are taken from there."""
 

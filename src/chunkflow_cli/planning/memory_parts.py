@@ -136,8 +136,12 @@ def merged_bytes_per_chunk(shape: ModelShape, settings: MemorySettings, layers: 
 
 
 def merged_bytes_of_running(shape: ModelShape, settings: MemorySettings) -> float:
-    """Return the bytes of the gradient of a layer's merged copies, and of the copies if the layer runs again."""
-    return shape.merged_bytes / shape.layers * (1 if settings.checkpointing == "none" else 2)
+    """Return the bytes of the gradient of a layer's merged copies, and of the copies if the layer runs again.
+
+    What an adapter needs for a moment is added.
+    """
+    of_layer = shape.merged_bytes / shape.layers * (1 if settings.checkpointing == "none" else 2)
+    return of_layer + shape.adapter_workspace_bytes
 
 
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:

@@ -14,7 +14,7 @@ from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Process
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
-from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
+from chunkflow_cli.execution.chunk_model import ChunkModel, head_of
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
 from chunkflow_cli.execution.dropout import has_dropout
 from chunkflow_cli.execution.loss import FUSED_HEADS
@@ -117,7 +117,7 @@ def _check_head_in_lockstep(model: Any) -> None:
     Raises:
         UsageError: the head has an adapter.
     """
-    if type(base_model(model).get_output_embeddings()) not in FUSED_HEADS:
+    if type(head_of(model)) not in FUSED_HEADS:
         raise UsageError(
             "model.lora.target_modules adapts the head, which engine.zero_stage=3 cannot run on several ranks\n"
             "  set engine.zero_stage=1, or leave the head out of model.lora.target_modules"
