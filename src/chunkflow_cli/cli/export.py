@@ -54,6 +54,8 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
             notes = _merge(source, final, temporary)
         else:
             shutil.copytree(final, temporary, dirs_exist_ok=True)
+    if has_adapters and not merge and OmegaConf.select(OmegaConf.load(source / CONFIG), "model.rope_scaling"):
+        notes.append(f"Its base must be loaded with model.rope_scaling: {target / 'README.md'} shows how")
     has_tokenizer = (target / "tokenizer_config.json").is_file()
     if not has_tokenizer:
         notes.append("It has no tokenizer, because the model of the run has none")

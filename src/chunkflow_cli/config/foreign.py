@@ -40,6 +40,7 @@ FOREIGN = {
     ),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_method", "qlora",
                      "quantization"), _QUANTISED),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "rope_theta"), "model.rope_scaling"),
     **dict.fromkeys(("resize_token_embeddings", "resize_token_embeddings_to_32x", "resize_vocab"), "model.vocab_size"),
     # adapters
     **dict.fromkeys(("adapter", "use_peft", "use_lora", "finetuning_type", "lora", "peft"),

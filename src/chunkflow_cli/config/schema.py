@@ -203,6 +203,10 @@ class ModelConfig:
     around the mean of the others."""
     new_weights: list[str] = field(default_factory=list)
     """Names of weights that the checkpoint lacks on purpose, such as [lm_head]. They are drawn with `train.seed`."""
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """Stretch the rotary embedding for longer samples, as Hugging Face configurations write it: {rope_type: yarn,
+    factor: 4}. It replaces the model's own setting, is saved with the model, and multiplies the model's limit of
+    tokens."""
     trust_remote_code: bool = False
     """Allow the model folder to run its own Python code. Set it only for a source that you trust."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -28,6 +28,7 @@ from chunkflow_cli.model.adapter_targets import (
     shortest_as_text,
 )
 from chunkflow_cli.model.language_part import is_language_part, left_out
+from chunkflow_cli.model.rope_scaling import loading_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -376,11 +377,19 @@ def adapter_card(config: ModelConfig, peft_model: Any) -> str:
     loader = "AutoPeftModelForCausalLM" if settings.task_type else "AutoPeftModel"
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- chunkflow"]
     lines += [] if is_local else [f"base_model: {base}"]
-    extra, note = "", ""
+    note = ""
+    arguments = loading_arguments(config, peft_model.get_base_model().config)
     if config.path.endswith(".gguf"):
-        extra = f', gguf_file="{Path(config.path).name}"'
-    if config.init is Init.random:
+        arguments["gguf_file"] = Path(config.path).name
+    extra = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    if config.rope_scaling:
         note = (
+            f"\nIt was trained with the base's rotary embedding scaled, by `{dict(config.rope_scaling)}`, and is of no "
+            "use without it. An adapter does not hold this setting"
+            + (": load it as below.\n" if extra else ": use `chunkflow export --merge`.\n")
+        )
+    if config.init is Init.random:
+        note += (
             "\nThe base model was initialised at random (`model.init=random`). Only `chunkflow export --merge` makes "
             "the same base again.\n"
         )

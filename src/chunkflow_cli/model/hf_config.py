@@ -16,6 +16,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
 from chunkflow_cli.model.adapter_folder import explain_adapter_folder
 from chunkflow_cli.model.folder import check_settings
+from chunkflow_cli.model.rope_scaling import apply_rope_scaling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,6 +86,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             f"model.path={config.path}: its config.json has output_router_logits=true, and the auxiliary loss of a "
             "router is not supported\n  set it to false there to train without that loss"
         )
+    apply_rope_scaling(config, hf_config)
     refuse_length_dependent_rope(text)
     refuse_unsupported_attention(text)
     if config.vocab_size is not None:
@@ -128,7 +130,7 @@ def refuse_length_dependent_rope(hf_config: Any) -> None:
         raise UsageError(
             f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position seen: it "
             "would differ between the chunks of a sequence\n"
-            "  set rope_type in config.json to a fixed kind (default, linear, yarn, llama3)"
+            "  take a fixed kind (linear, yarn, llama3), in model.rope_scaling or as rope_type in config.json"
         )
 
 

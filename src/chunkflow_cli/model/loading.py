@@ -115,7 +115,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     with loading_report() as report:
         try:
             model, info = (language or AutoModelForCausalLM).from_pretrained(
-                name, config=None if extra else _as_saved(config, hf_config), dtype=dtype,
+                name, config=_as_saved(config, hf_config), dtype=dtype,
                 attn_implementation=attention if language is None else attention_of(hf_config, attention),
                 trust_remote_code=config.trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra,
@@ -165,7 +165,8 @@ def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedCon
         return hf_config
     from transformers import AutoConfig
 
-    saved = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    name, extra = pretrained_arguments(config.path)
+    saved = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
     own = copy.deepcopy(hf_config)
     own.get_text_config().vocab_size = saved.get_text_config().vocab_size
     return own
