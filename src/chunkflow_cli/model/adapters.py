@@ -221,12 +221,21 @@ def _refuse_contradictions(lora: LoraConfig, settings: Any) -> None:
             )
 
 
+def peft_targets(model: Any, lora: LoraConfig) -> Targets:
+    """Return what gets an adapter and what is trained whole, as peft is told; on the meta device, too.
+
+    Raises:
+        UsageError: as `find_targets`.
+    """
+    return _as_peft_adapts(model, find_targets(model, lora))
+
+
 def _new_settings(model: Any, lora: LoraConfig) -> Any:
     """Return peft's settings for new adapters."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import TaskType
 
-    targets = _as_peft_adapts(model, find_targets(model, lora))
+    targets = peft_targets(model, lora)
     towers = left_out(model)
     parameter_names = [name for name, _ in model.named_parameters(remove_duplicate=False)] + sorted(towers.tensors)
     for key, is_set, what, off in (

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chunkflow_cli.config.schema import Init, ModelConfig
+from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
+from chunkflow_cli.model.adapters import AdapterSummary, add_lora, peft_targets, summarize
 from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.heard_bars import HeardDownload
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
+from chunkflow_cli.model.quantised import check_quantised, multiply_dequantised, quantization_config
 from chunkflow_cli.model.towers import Original, copyable_files, find_original
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
 from chunkflow_cli.processes.notices import warn_once
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def load_model(
     config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str, seed: int
 ) -> PreTrainedModel:
-    """Return the model in train mode, on the CPU, without adapters.
+    """Return the model in train mode, on the CPU, without adapters. A quantised one is on the device of this process.
 
     `attention` is the name of an implementation in transformers. `seed` decides the weights that are drawn: all of them
     with model.init=random, otherwise those of model.new_weights and the new rows of model.vocab_size.
@@ -109,6 +110,9 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     check_files(config)
     named = f"model.path={config.path}"
     name, extra = pretrained_arguments(config.path)
+    few_bits: dict[str, Any] = {}
+    if config.quantization is not Quantization.none:
+        few_bits["quantization_config"] = quantization_config(config.quantization, dtype)
     language = None if extra else language_class(hf_config)
     if language is not None and Path(config.path).exists():
         copyable_files(Path(config.path), named)
@@ -118,7 +122,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 name, config=_as_saved(config, hf_config), dtype=dtype,
                 attn_implementation=attention if language is None else attention_of(hf_config, attention),
                 trust_remote_code=config.trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra,
+                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra, **few_bits,
             )  # fmt: skip
         except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
                 EOFError) as error:  # fmt: skip
@@ -134,6 +138,8 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 "than the rest\n  download the model again"
             ) from error
     check_loaded(model, info, named, new=config.new_weights)
+    if few_bits:
+        multiply_dequantised(model)
     if language is not None:
         model.original = _find_original(model, config.path, named)
     if extra:
@@ -197,9 +203,13 @@ def check_adapters(config: ModelConfig, hf_config: PretrainedConfig) -> AdapterS
     """Return what the configured adapters train, read off the whole model without its weights.
 
     Raises:
-        UsageError: as `add_lora`.
+        UsageError: as `add_lora`, or something that is trained whole or adapted as a parameter is to be quantised.
     """
-    return summarize(skeleton(config, hf_config))
+    model = on_meta_device(config, hf_config)
+    if config.quantization is not Quantization.none and config.lora.path is None:
+        check_quantised(model, peft_targets(model, config.lora))
+    with torch.device("meta"):
+        return summarize(add_lora(model, config.lora))
 
 
 def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
