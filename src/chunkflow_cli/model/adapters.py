@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
+from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG
 from chunkflow_cli.model.adapter_targets import (
@@ -391,8 +391,13 @@ def adapter_card(config: ModelConfig, peft_model: Any) -> str:
     if config.path.endswith(".gguf"):
         arguments["gguf_file"] = Path(config.path).name
     extra = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    if config.quantization is not Quantization.none:
+        note += (
+            f"\nIts base was stored in {config.quantization.value} (bitsandbytes) in training. "
+            "`chunkflow export --merge` merges it into these weights.\n"
+        )
     if config.rope_scaling:
-        note = (
+        note += (
             f"\nIt was trained with the base's rotary embedding scaled, by `{dict(config.rope_scaling)}`, and is of no "
             "use without it. An adapter does not hold this setting"
             + (": load it as below.\n" if extra else ": use `chunkflow export --merge`.\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,13 +17,13 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapters import AdapterSummary, add_lora, peft_targets, summarize
 from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.heard_bars import HeardDownload
-from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
+from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
-from chunkflow_cli.model.quantised import check_quantised, multiply_dequantised, quantization_config
+from chunkflow_cli.model.quantised import check_dequantised, check_quantised, multiply_dequantised, quantization_config
 from chunkflow_cli.model.towers import Original, copyable_files, find_original
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
-from chunkflow_cli.processes.notices import warn_once
+from chunkflow_cli.processes.notices import say_once, warn_once
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -110,6 +111,8 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     check_files(config)
     named = f"model.path={config.path}"
     name, extra = pretrained_arguments(config.path)
+    as_saved = _as_saved(config, hf_config)
+    stored = _dequantise_on_load(config, as_saved)
     few_bits: dict[str, Any] = {}
     if config.quantization is not Quantization.none:
         few_bits["quantization_config"] = quantization_config(config.quantization, dtype)
@@ -119,7 +122,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     with loading_report() as report:
         try:
             model, info = (language or AutoModelForCausalLM).from_pretrained(
-                name, config=_as_saved(config, hf_config), dtype=dtype,
+                name, config=as_saved, dtype=dtype,
                 attn_implementation=attention if language is None else attention_of(hf_config, attention),
                 trust_remote_code=config.trust_remote_code, output_loading_info=True,
                 ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra, **few_bits,
@@ -133,11 +136,23 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
             groups = incomplete_groups(report)
             if not groups:
                 raise unreadable(config, "weights", error) from error
+            if stored is not None:
+                raise UsageError(
+                    f"{named}: its weights are stored in {stored}, and transformers cannot convert {listed(groups)}\n"
+                    "  set model.path to the model that it was made from, which its model card names"
+                ) from error
             raise UsageError(
                 f"model.path={config.path}: parts of {listed(groups)} are missing in its files, or have other shapes "
                 "than the rest\n  download the model again"
             ) from error
     check_loaded(model, info, named, new=config.new_weights)
+    if stored is not None:
+        check_dequantised(model, stored, named)
+        say_once(f"{named}: its weights are stored in {stored}, and converted to {config.dtype.value} for training")
+        own_dtype = re.compile("|".join(model._keep_in_fp32_modules_strict or ["(?!)"]))
+        for parameter_name, parameter in model.named_parameters():  # what was not quantised has the type of the files
+            if own_dtype.search(parameter_name) is None:
+                parameter.data = parameter.data.to(dtype)
     if few_bits:
         multiply_dequantised(model)
     if language is not None:
@@ -148,6 +163,20 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def _dequantise_on_load(config: ModelConfig, own: Any) -> str | None:
+    """Have transformers dequantise weights that were stored in few bits; return by which method, or None."""
+    from transformers import AutoConfig
+
+    if config.path.endswith(".gguf"):
+        return None
+    stored = stored_quantisation(AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code))
+    if stored is None:
+        return None
+    method, settings = stored
+    own.quantization_config = settings | {"dequantize": True}
+    return method
 
 
 def _find_original(model: Any, path: str, named: str) -> Original:
@@ -167,13 +196,13 @@ def _find_original(model: Any, path: str, named: str) -> Original:
 
 def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedConfig:
     """Return the configuration with the vocabulary size of the checkpoint, which `model.vocab_size` replaces later."""
+    own = copy.deepcopy(hf_config)
     if config.vocab_size is None:
-        return hf_config
+        return own
     from transformers import AutoConfig
 
     name, extra = pretrained_arguments(config.path)
     saved = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
-    own = copy.deepcopy(hf_config)
     own.get_text_config().vocab_size = saved.get_text_config().vocab_size
     return own
 

@@ -35,7 +35,8 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     """
     if find_spec("bitsandbytes") is None:
         raise UsageError(
-            f"{KEY}={quantization.value} needs the package bitsandbytes\n  install it: pip install bitsandbytes"
+            f"{KEY}={quantization.value} needs the package bitsandbytes\n"
+            "  install it: pip install 'bitsandbytes>=0.46.1'"
         )
     from transformers import BitsAndBytesConfig
 
@@ -46,11 +47,34 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     )
 
 
-def quantised_layers(model: Any) -> dict[str, nn.Module]:
-    """Return the layers of a whole model without adapters that are stored in few bits, by name; on the meta device, too.
+FP8_BLOCK = 128
+"""Rows and columns that share a scale in checkpoints stored in FP8."""
 
-    These are linear layers without the head, as transformers chooses them. Experts that a model stacks in one tensor
-    are not among them.
+
+def check_dequantised(model: Any, method: str, named: str) -> None:
+    """Refuse sizes with which transformers would take the blocks of an FP8 checkpoint for others.
+
+    It divides each weight into as many equal blocks as there are scales. In a checkpoint, the last block is smaller.
+
+    Raises:
+        UsageError: names a weight whose size is no multiple of a block.
+    """
+    for name, parameter in model.named_parameters() if method == "fp8" else ():
+        is_of_layer = parameter.ndim == 3 or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        sizes = parameter.shape[-2:] if is_of_layer and parameter.ndim > 1 else ()
+        if any(size > FP8_BLOCK and size % FP8_BLOCK for size in sizes):
+            raise UsageError(
+                f"{named}: its weights are stored in {method}, and transformers cannot convert {name} "
+                f"{tuple(parameter.shape)}, whose sizes are no multiples of {FP8_BLOCK}\n"
+                "  set model.path to the model that it was made from, which its model card names"
+            )
+
+
+def quantised_layers(model: Any) -> dict[str, Any]:
+    """Return the layers of a whole model without adapters that are stored in few bits, by name.
+
+    The model may be on the meta device. These are its linear layers without the head, as transformers chooses them.
+    Experts that a model stacks in one tensor are not among them.
     """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
@@ -90,10 +114,10 @@ def stored_bytes(quantization: Quantization, layer: Any) -> int:
     nf4 (Dettmers et al. 2023, arXiv 2305.14314): half a byte per weight, a byte per block of 64 for its scale, and 4
     bytes per 256 scales. int8: a byte per weight, and 4 bytes per row for its scale.
     """
-    weights = layer.weight.numel()
+    weights = int(layer.weight.numel())
     if quantization is Quantization.int8:
         rows = layer.out_features if isinstance(layer, nn.Linear) else layer.nf
-        return int(weights + 4 * rows)
+        return weights + 4 * int(rows)
     scales = ceil(weights / BLOCK)
     return ceil(weights / 2) + scales + 4 * ceil(scales / BLOCK_OF_SCALES) + TABLES_BYTES
 
@@ -109,14 +133,26 @@ def multiply_dequantised(model: nn.Module) -> None:
             layer.__class__ = type(own.__name__, (_Dequantised, own), {})
 
 
-def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantise(model: Any, dtype: torch.dtype) -> None:
     """Replace the quantised layers of a model by plain ones, whose weights are those that training multiplied with."""
-    for name, layer in list(model.named_modules()):
+    from transformers.pytorch_utils import Conv1D
+
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, layer in layers:
         if isinstance(layer, _Dequantised):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            plain.weight = nn.Parameter(dequantised_weight(layer, dtype), requires_grad=False)
+            weight, is_transposed = dequantised_weight(layer, dtype), issubclass(layer.source_cls, Conv1D)
+            with torch.device("meta"):
+                plain: Any = (
+                    Conv1D(layer.out_features, layer.in_features)
+                    if is_transposed
+                    else nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                )
+            plain.weight = nn.Parameter(weight.T.contiguous() if is_transposed else weight, requires_grad=False)
             plain.bias = layer.bias
             model.set_submodule(name, plain)
+    model.hf_quantizer = None
+    model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    del model.config.quantization_config
 
 
 def dequantised_weight(layer: Any, dtype: torch.dtype) -> Tensor:
