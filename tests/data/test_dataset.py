@@ -124,14 +124,6 @@ def test_a_truncated_sample_without_targets_is_a_bad_row(tmp_path: Path) -> None
         load(write_rows(tmp_path / "b.jsonl", [late]), max_length=2, overlong=Overlong.truncate)
 
 
-def test_a_limit_above_the_models_own_warns_once(lengths_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):
-        load(lengths_file, limit=11, max_length=12)
-    assert (
-        capsys.readouterr().err == "warning: data.max_length=12 is longer than the 11 tokens that the model supports\n"
-    )
-
-
 def test_select(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "a.jsonl", [{"input_ids": [n, n, n]} for n in range(6)] + [{"input_ids": []}])
     whole = load(data, bad_rows=BadRows.skip, max_length=2, overlong=Overlong.truncate)

@@ -184,6 +184,26 @@ def test_memory_of_recurrent_layers_without_a_model(name: str) -> None:
     assert kept_bytes_per_token(shape, 2, "none") == pytest.approx(measured, rel=0.04)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"dropout": 0.1}, {"use_dora": True, "dropout": 0.1}], ids=str
+)
+def test_what_dora_and_dropout_keep(settings: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
+    """Besides what plain adapters keep: without dropout, results of a layer and of its adapter."""
+    shape = model_shape(tiny_model("llama", **NARROW))
+
+    def adapted(**more: Any) -> Any:
+        return add_lora(tiny_model("llama", **NARROW), LoraConfig(enabled=True, r=1, **more))
+
+    more = with_adapters(shape, adapted(**settings))
+    predicted = kept_bytes_per_token(more, 4, "none") - kept_bytes_per_token(shape, 4, "none")
+    measured = measured_activation_bytes(adapted(**settings)) - measured_activation_bytes(adapted())
+    assert predicted / measured == pytest.approx(1, abs=0.15)
+    width = max(NARROW["hidden_size"], NARROW["intermediate_size"])
+    narrow = min(NARROW["hidden_size"], NARROW["intermediate_size"])
+    workspace = 4 * (width * width + 3 * width * narrow) if "use_dora" in settings else 0
+    assert more.workspace_bytes == workspace
+
+
 def test_merged_copies_of_adapted_experts(tiny_model: Callable[..., Any]) -> None:
     """peft makes them in each forward, however few tokens it has: what is kept regardless of the length."""
     model = tiny_model("mixtral", dtype=torch.bfloat16, num_local_experts=4, num_experts_per_tok=2)
@@ -206,13 +226,22 @@ def test_merged_copies_of_adapted_experts(tiny_model: Callable[..., Any]) -> Non
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_weights_of_stages_are_those_of_the_real_ones(kind: str, tied: bool, tiny_model: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("saved", [[], ["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_weights_of_stages_are_those_of_the_real_ones(
+    saved: list[str], tied: bool, tiny_model: Callable[..., Any]
+) -> None:
     """What is left out of the count by stage: the final norm is counted with the layers."""
-    model = tiny_model(kind, num_hidden_layers=5, tie_word_embeddings=tied)
+    model = tiny_model("qwen2", num_hidden_layers=5, tie_word_embeddings=tied)
     shape = model_shape(model)
     assert shape.is_head_tied is tied
-    for part in cut_layers(5, 3, head_in_layers=1.5):
+    if saved:
+        model = add_lora(model, LoraConfig(enabled=True, r=2, modules_to_save=saved))
+        shape = with_adapters(shape, model)
+        assert shape.is_head_trained is (tied or "lm_head" in saved)
+    for part in [*cut_layers(5, 1), *cut_layers(5, 3, head_in_layers=1.5)]:
         stage = StageModel(copy.deepcopy(model), CpuBackend(), part)
-        real = sum(parameter.numel() for parameter in stage.parameters())
+        parameters = list(stage.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        real = sum(parameter.numel() for parameter in parameters)
         assert shape.parameters_of(part) == pytest.approx(real, abs=2 * shape.hidden_size)
+        assert shape.trainable_parameters_of(part) == pytest.approx(trained, abs=2 * shape.hidden_size)

@@ -391,6 +391,26 @@ def test_recompute_replays_dropout(
     assert float((gradient - truth).norm() / truth.norm()) > 1e-2
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_recompute_repeats_adapters_with_dropout_to_the_bit(chunked: Callable[..., Any], use_dora: bool) -> None:
+    model = add_lora(chunked(), LoraConfig(enabled=True, r=4, dropout=0.1, use_dora=use_dora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    outputs: list[Tensor] = []
+    layers = model.get_base_model().model.layers
+    for layer in (layers[0].mlp.down_proj, layers[1].self_attn.v_proj):
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output.detach().clone()))
+    batch = step_batch(random_sequences((64,), VOCABULARY, seed=1))
+    schedule = plan(batch.chunks, 1)
+    assert str(schedule) == "S0 S1 S2 F3 B3 R2 B2 R1 B1 R0 B0"
+    runner_of(model, replay_random=True).run((schedule,), batch)
+    first, again = outputs[: 2 * 3], outputs[2 * 4 :]
+    for chunk in range(3):
+        for one, other in zip(first[2 * chunk :][:2], again[2 * (2 - chunk) :][:2], strict=True):
+            assert torch.equal(one, other)
+
+
 def test_has_dropout(chunked: Callable[..., Any]) -> None:
     """Dropout that it misses trains wrongly: modules, adapters, and rates that a layer keeps for the function."""
     assert not has_dropout(chunked("llama"))

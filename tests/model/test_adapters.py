@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,7 +49,7 @@ def trained(peft_model: Any) -> set[str]:
 
 
 def saved(peft_model: Any, folder: Path) -> Path:
-    weights = {name: tensor for name, tensor in peft_model.state_dict().items() if "lora_" in name}
+    weights = {name: t.detach() for name, t in peft_model.state_dict(keep_vars=True).items() if t.requires_grad}
     save_adapters(peft_model, folder, weights, adapter_card(ModelConfig(path="base"), peft_model))
     return folder
 
@@ -93,6 +94,42 @@ def test_a_parameter_that_cannot_have_an_adapter_is_refused(
         add_lora(tiny_model(kind, **settings), lora(*targets, target_parameters=parameters))
 
 
+@pytest.mark.parametrize(
+    ("targets", "settings", "said"),
+    [
+        (["q_proj"], {"modules_to_save": ["embed"]}, "no module with weights embed\n  did you mean embed_tokens?"),
+        (["q_proj"], {"modules_to_save": ["mlp"]}, "a LlamaMLP, which has no weights of its own"),
+        (["q_proj"], {"modules_to_save": ["q_proj"]}, "q_proj is in model.lora.target_modules, too"),
+        (["lm_head"], {"modules_to_save": ["embed_tokens"]}, "names lm_head, which has the same weight"),
+        ([], {"modules_to_save": ["q_proj"], "target_parameters": ["q_proj.weight"]}, "modules_to_save names, too"),
+        ([], {"use_dora": True, "target_parameters": ["o_proj.weight"]}, "there is no DoRA"),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole_are_refused(
+    tiny_model: Callable[..., Any], targets: list[str], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        add_lora(tiny_model("llama", tie_word_embeddings=True), lora(*targets, **settings))
+
+
+def test_peft_computes_the_same_from_settings_written_by_hand(tiny_model: Callable[..., Any]) -> None:
+    """`norm` finds every norm in peft, which looks for endings, not for names."""
+    ours = spread(add_lora(tiny_model("qwen3", head_dim=16), lora("q_proj", use_rslora=True, use_dora=True,
+                                                                 modules_to_save=["norm", "lm_head"])))  # fmt: skip
+    by_hand = PeftLoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj"], use_rslora=True, use_dora=True,
+        modules_to_save=["model.norm", "lm_head"],
+    )  # fmt: skip
+    theirs = get_peft_model(tiny_model("qwen3", head_dim=16), by_hand)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    summary = summarize(ours)
+    assert summary.saved_weights == 64 + 96 * 64
+    assert "DoRA trains" in str(summary)
+    assert str(summary).endswith(f"on q_proj, and all {summary.saved_weights:,} of model.norm, lm_head")
+
+
 def test_names_are_those_of_the_whole_model_and_of_patterns(tiny_model: Callable[..., Any]) -> None:
     one_layer = add_lora(tiny_model("llama"), lora(r".*layers\.1\..*mlp.*", "layers.0.self_attn.o_proj"))
     assert {name.removeprefix("base_model.model.model.layers.") for name in trained(one_layer)} == {
@@ -129,6 +166,12 @@ MERGES: dict[str, tuple[str, dict[str, Any], LoraConfig]] = {
     "transposed experts": (
         "gpt_oss", {"head_dim": 16, "num_local_experts": 4, "sliding_window": 11}, lora(target_parameters=BOTH),
     ),
+    "DoRA": ("llama", {}, lora("all-linear", "embed_tokens", use_dora=True, use_rslora=True)),
+    "one weight, trained whole": (
+        "gemma3_text", {"tie_word_embeddings": True, "head_dim": 16},
+        lora("q_proj", use_dora=True, modules_to_save=["lm_head", ".*norm"]),
+    ),
+    "two weights, trained whole": ("qwen2", {}, lora("q_proj", modules_to_save=["embed_tokens", "lm_head", "v_proj"])),
 }  # fmt: skip
 
 
@@ -181,13 +224,17 @@ def test_a_merge_rounds_once(tiny_model: Callable[..., Any], tmp_path: Path) -> 
 
 
 def test_training_goes_on_from_a_saved_adapter(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    first = spread(add_lora(tiny_model("llama"), lora("q_proj", "lm_head")))
-    folder = saved(first, tmp_path / "final")
-    again = add_lora(tiny_model("llama"), LoraConfig(enabled=True, path=str(folder)))
-    theirs = {name: parameter for name, parameter in again.named_parameters() if parameter.requires_grad}
-    ours = {name: parameter for name, parameter in first.named_parameters() if parameter.requires_grad}
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    saving = lora("v_proj", use_dora=True, modules_to_save=["embed_tokens", "norm"])
+    kinds = [(tiny_model("llama", tie_word_embeddings=True), saving), (tiny_model("llama"), lora("q_proj", "lm_head"))]
+    for model, config in kinds:
+        first = spread(add_lora(model, config))
+        folder = saved(first, tmp_path / "final")
+        same = tiny_model("llama", tie_word_embeddings=model.config.tie_word_embeddings)
+        again = add_lora(same, LoraConfig(enabled=True, path=str(folder)))
+        theirs = {name: parameter for name, parameter in again.named_parameters() if parameter.requires_grad}
+        ours = {name: parameter for name, parameter in first.named_parameters() if parameter.requires_grad}
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert again.peft_config["default"].lora_alpha == 8
 
     def refused(**changes: Any) -> str:
@@ -201,12 +248,13 @@ def test_training_goes_on_from_a_saved_adapter(tiny_model: Callable[..., Any], t
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({**weights, "base_model.model.lm_head.weight": torch.zeros(96, 64)}, folder / "adapter_model.safetensors")
     assert "base_model.model.lm_head.weight, a weight of the base" in refused()
+    assert "model.lora.use_dora=True contradicts" in refused(use_dora=True)
     save_file(weights, folder / "adapter_model.safetensors")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"]}))
     assert "is not an adapter of this model" in refused()
-    (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
-    assert "use_dora=True" in refused()
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_bias": True}))
+    assert "lora_bias=True" in refused()
     (folder / "adapter_config.json").unlink()
     assert "no adapter_config.json" in refused()
 

@@ -322,7 +322,8 @@ def test_a_run_goes_on_in_another_layout_with_other_chunks(uninterrupted: Path, 
 
 def test_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
     """Dropout draws random numbers: a resumed run draws the same ones, even after an interrupted step."""
-    words = [*RECIPE, "model.lora.enabled=true", "model.lora.dropout=0.3", "optim.lr=0.01", "train.epochs=1"]
+    words = [*RECIPE, "model.lora.enabled=true", "model.lora.dropout=0.3", "optim.lr=0.01", "train.epochs=1",
+             "model.lora.use_dora=true", "model.lora.modules_to_save=[embed_tokens,.*norm]"]  # fmt: skip
     train(*words, cwd=tmp_path)
     other = tmp_path / "other"
     other.mkdir()

@@ -40,6 +40,7 @@ FOREIGN = {
     ),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization_method", "qlora",
                      "quantization"), _QUANTISED),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "rope_theta"), "model.rope_scaling"),
     **dict.fromkeys(("resize_token_embeddings", "resize_token_embeddings_to_32x", "resize_vocab"), "model.vocab_size"),
     # adapters
     **dict.fromkeys(("adapter", "use_peft", "use_lora", "finetuning_type", "lora", "peft"),
@@ -50,8 +51,10 @@ FOREIGN = {
     **dict.fromkeys(("lora_target_modules", "lora_target", "target_modules", "lora_attn_modules"),
                     "model.lora.target_modules"),
     "lora_target_linear": "set model.lora.target_modules=[all-linear], which is the default",
-    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"),
-                    "set model.lora.target_modules=[all-linear,lm_head] for adapters on the head, too"),
+    **dict.fromkeys(("modules_to_save", "lora_modules_to_save", "additional_target"), "model.lora.modules_to_save"),
+    **dict.fromkeys(("use_rslora", "peft_use_rslora", "lora_use_rslora"), "model.lora.use_rslora"),
+    **dict.fromkeys(("use_dora", "peft_use_dora", "lora_use_dora"), "model.lora.use_dora"),
+    **dict.fromkeys(("target_parameters", "lora_target_parameters"), "model.lora.target_parameters"),
     # the data
     **dict.fromkeys(
         ("dataset", "datasets", "dataset_name", "dataset_path", "data", "data_path", "data_files", "train_file",

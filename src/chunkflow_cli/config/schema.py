@@ -55,6 +55,12 @@ class Attention(str, Enum):
     reference = "reference"
 
 
+class Quantization(str, Enum):
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
 class ActivationCheckpointing(str, Enum):
     none = "none"
     full = "full"
@@ -179,6 +185,13 @@ class LoraConfig:
     target_parameters: list[str] = field(default_factory=list)
     """Names of parameters that get an adapter, for experts that a model stores as one tensor:
     `[experts.gate_up_proj,experts.down_proj]`. Each forward makes a merged copy of such a tensor."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of modules that are trained whole and saved with the adapters, or regular expressions for whole names:
+    `[embed_tokens,lm_head,.*norm]`. Each has a trained copy beside the frozen original."""
+    use_rslora: bool = False
+    """Multiply the adapters by alpha / sqrt(r) instead of alpha / r, so that a high rank keeps its effect (rsLoRA)."""
+    use_dora: bool = False
+    """Also train the length of each row of an adapted weight (DoRA). It takes more memory and time than plain LoRA."""
     path: str | None = a_path(None)
     """Folder of an adapter to go on training. Its rank, alpha, dropout and targets are taken from there."""
 
@@ -193,6 +206,9 @@ class ModelConfig:
     """Where the weights come from. `random` reads only the model's configuration: for tests and benchmarks."""
     dtype: Dtype = Dtype.bfloat16
     """Data type of weights and activations. With bfloat16, master weights and accumulated gradients stay in float32."""
+    quantization: Quantization = Quantization.none
+    """Store the frozen linear layers under adapters in 4 (`nf4`) or 8 bits (`int8`), by bitsandbytes (QLoRA). The head,
+    the embedding and stacked experts stay as they are."""
     attention: Attention = Attention.auto
     """Attention backend. `auto` takes the fastest one that supports the model on this device."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
@@ -203,6 +219,10 @@ class ModelConfig:
     around the mean of the others."""
     new_weights: list[str] = field(default_factory=list)
     """Names of weights that the checkpoint lacks on purpose, such as [lm_head]. They are drawn with `train.seed`."""
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """Stretch the rotary embedding for longer samples, as Hugging Face configurations write it: {rope_type: yarn,
+    factor: 4}. It replaces the model's own setting, is saved with the model, and multiplies the model's limit of
+    tokens."""
     trust_remote_code: bool = False
     """Allow the model folder to run its own Python code. Set it only for a source that you trust."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -26,7 +26,6 @@ from chunkflow_cli.data.template_choice import load_with_template, needs_tokeniz
 from chunkflow_cli.data.tokenized import TokenizedData, TokenizedSource
 from chunkflow_cli.data.tokenizer import tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.processes.notices import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -235,7 +234,7 @@ def _found_source(
 
 
 def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int | None) -> TokenizedData:
-    entry, limit = whole.entry, _length_limit(config.max_length, model_limit)
+    entry, limit = whole.entry, model_limit if config.max_length is None else config.max_length
     lengths, target_counts, bad_rows = entry.lengths, np.array(entry.target_counts), list(entry.rejected)
     is_long = np.zeros(len(lengths), bool) if limit is None else lengths > limit
     is_dropped = is_long if config.overlong is Overlong.drop else np.zeros_like(is_long)
@@ -276,14 +275,6 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
         samples_read=samples_read,
         samples_dropped=dropped,
     )
-
-
-def _length_limit(max_length: int | None, model_limit: int | None) -> int | None:
-    if max_length is None:
-        return model_limit
-    if model_limit is not None and max_length > model_limit:
-        warn_once(f"data.max_length={max_length} is longer than the {model_limit} tokens that the model supports")
-    return max_length
 
 
 def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named: str) -> str:

@@ -15,6 +15,7 @@ from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, wei
 from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attention, prepare_recurrent_layers
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
+from chunkflow_cli.model.adapters import trained_copy
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.language_part import decoder_of
 
@@ -86,7 +87,7 @@ class ChunkModel(nn.Module):
 
     def _loss(self, call: ChunkCall) -> Tensor:
         hidden = self.hidden(call)
-        head = base_model(self.causal_lm).get_output_embeddings()
+        head = head_of(self.causal_lm)
         if call.batch.target_tokens == 0:
             # Later chunks give gradient to its keys and values: the chunk must still go backward.
             nothing = hidden.sum() * 0
@@ -109,6 +110,11 @@ def base_model(causal_lm: nn.Module) -> Any:
     """Return the Hugging Face model itself, unwrapped from a peft model."""
     unwrap = getattr(causal_lm, "get_base_model", None)
     return causal_lm if unwrap is None else unwrap()
+
+
+def head_of(causal_lm: nn.Module) -> Any:
+    """Return the module that turns hidden states into logits: the trained copy if adapters come with one."""
+    return trained_copy(base_model(causal_lm).get_output_embeddings())
 
 
 def logit_transform(config: Any) -> LogitTransform:

@@ -80,13 +80,14 @@ def weighted_cross_entropy(
         transform: the model's change of its logits.
         shared: receives this chunk's share of the head's gradient; None for a chunk that is alone.
     """
-    rows = tile_rows(_head_rows(head), hidden.device)
     if type(head) in FUSED_HEADS:
+        rows = tile_rows(head.get_parameter("weight").shape[0], hidden.device)
         gradient = (shared or SharedHeadGradient()) if torch.is_grad_enabled() else None
         fused: Tensor = _FusedCrossEntropy.apply(
             hidden, head.weight, head.bias, targets, weights, transform, rows, gradient
         )
         return fused
+    rows = tile_rows(_head_rows(head), hidden.device)
     total = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype)) + hidden.sum() * 0
     for start in range(0, len(targets), rows):
         tile = slice(start, start + rows)

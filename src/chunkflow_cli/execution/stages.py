@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model
+from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, head_of
 from chunkflow_cli.execution.split_backward import PutOff, put_off_products
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.planning.stage_cut import StageLayers
@@ -50,7 +50,7 @@ class StageModel(ChunkModel):
 
     def put_off_products(self) -> PutOff:
         """Allow backwards to be split in two from now on; return the store of the products of their second halves."""
-        return put_off_products(self, apart=base_model(self.causal_lm).get_output_embeddings())
+        return put_off_products(self, apart=head_of(self.causal_lm))
 
     @property
     def hidden_size(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chunkflow_cli.model.adapters import adapted_layers
+from chunkflow_cli.model.adapters import adapted_layers, trained_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def merge_adapters(base: PreTrainedModel, folder: Path) -> tuple[Any, bool]:
     """Return `base` with the adapters saved in `folder` merged into its weights.
 
-    If embedding and head share a weight and one of them has an adapter, each gets a weight of its own: as one, they
-    could not be what base and adapter compute.
+    If embedding and head share a weight and one of them has an adapter or is trained whole without the other, each gets
+    a weight of its own: as one, they could not be what base and adapter compute.
 
     Returns:
         The merged model, and whether embedding and head were separated.
@@ -29,8 +29,9 @@ def merge_adapters(base: PreTrainedModel, folder: Path) -> tuple[Any, bool]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")
+        is_tied = _is_tied(base)
         model = PeftModel.from_pretrained(base, str(folder))
-        is_separated = _separate_tied(model)
+        is_separated = is_tied and _separate_tied(model)
         dtypes = {id(tensor): tensor.dtype for tensor in _weights(model)}
         for _, layer, _ in adapted_layers(model):
             for tensor in layer.parameters():
@@ -45,18 +46,22 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
 
 
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def _separate_tied(peft_model: Any) -> bool:
-    """Give the head a weight of its own if it shares the embedding's and one of the two has an adapter."""
+    """Give the head a weight of its own if it shared the embedding's, and they are not one any more."""
     from peft.tuners.lora import LoraLayer
 
     model = peft_model.get_base_model()
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        return False
-    if not isinstance(head, LoraLayer) and not isinstance(embedding, LoraLayer):
-        return False
-    layer = head.get_base_layer() if isinstance(head, LoraLayer) else head
-    layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    head, embedding = trained_copy(model.get_output_embeddings()), trained_copy(model.get_input_embeddings())
+    if head.weight is embedding.weight:
+        if not isinstance(head, LoraLayer) and not isinstance(embedding, LoraLayer):
+            return False
+        layer = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}

@@ -20,16 +20,18 @@ from chunkflow_cli.errors import UsageError
 
 ALL_LINEAR = "all-linear"
 MODULES_KEY, PARAMETERS_KEY = "model.lora.target_modules", "model.lora.target_parameters"
+SAVED_KEY = "model.lora.modules_to_save"
 _PATTERN_CHARACTERS = frozenset("*+?[](){}|^$\\")
 _LAYER_NUMBER = re.compile(r"^.*?\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What gets an adapter, by whole names."""
+    """What gets an adapter and what is trained whole, by whole names."""
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
+    saved: tuple[str, ...] = ()
 
 
 def find_targets(model: Any, lora: LoraConfig) -> Targets:
@@ -40,15 +42,17 @@ def find_targets(model: Any, lora: LoraConfig) -> Targets:
     """
     if not lora.target_modules and not lora.target_parameters:
         raise UsageError(f"{MODULES_KEY}=[] names nothing to train\n  set it to [{ALL_LINEAR}], or name modules")
-    modules, parameters = _modules(model, lora.target_modules), _parameters(model, lora.target_parameters)
+    saved = _saved(model, lora.modules_to_save)
+    modules, parameters = _modules(model, lora.target_modules, saved), _parameters(model, lora.target_parameters)
     for name in parameters:
         owner = name.rpartition(".")[0]
-        if owner in modules:
-            raise UsageError(
-                f"{PARAMETERS_KEY}: {name} belongs to {owner}, which {MODULES_KEY} names, too\n"
-                "  leave it out of one of them"
-            )
-    return Targets(tuple(sorted(modules)), tuple(sorted(parameters)))
+        for key, owners in ((MODULES_KEY, modules), (SAVED_KEY, saved)):
+            if owner in owners:
+                raise UsageError(
+                    f"{PARAMETERS_KEY}: {name} belongs to {owner}, which {key} names, too\n"
+                    "  leave it out of one of them"
+                )
+    return Targets(tuple(sorted(modules)), tuple(sorted(parameters)), tuple(sorted(saved)))
 
 
 def linear_layers(model: Any) -> list[str]:
@@ -84,14 +88,67 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
-def _modules(model: Any, words: Sequence[str]) -> set[str]:
+def shortest_as_text(names: Collection[str], all_names: Collection[str]) -> list[str]:
+    """Return the shortest endings that no other name ends with, not even within a word, in sorted order.
+
+    That is how peft finds `modules_to_save`: `norm` would find `input_layernorm`, too.
+    """
+    others = set(all_names) - set(names)
+    by_ending: dict[str, bool] = {}
+    found = set()
+    for name in names:
+        for ending in _endings(name):
+            if ending not in by_ending:
+                by_ending[ending] = any(other.endswith(ending) for other in others)
+            if not by_ending[ending]:
+                found.add(ending)
+                break
+        else:
+            raise UsageError(f"{SAVED_KEY}: peft cannot train {name} whole, because other names end with it")
+    return sorted(found)
+
+
+def _saved(model: Any, words: Sequence[str]) -> set[str]:
+    modules = dict(model.named_modules())
+    modules.pop("", None)
+    found: set[str] = set()
+    missing: list[str] = []
+    for word in words:
+        matched = [name for name in modules if _matcher(SAVED_KEY, word)(name)]
+        holding = [name for name in matched if _holds_weights(modules[name])]
+        if not holding and (not matched or _is_pattern(word)):
+            missing.append(word)
+        elif len(holding) < len(matched) and not _is_pattern(word):
+            other = next(name for name in matched if name not in holding)
+            raise UsageError(
+                f"{SAVED_KEY}={as_written(list(words))}: {word} matches {other}, a {type(modules[other]).__name__}, "
+                "which has no weights of its own\n  name the modules in it, or a regular expression for them, such as "
+                f".*{re.escape(word)}.*"
+            )
+        found.update(holding)
+    if missing:
+        leaves = [name for name, module in modules.items() if _holds_weights(module)]
+        names = [".".join(name.split(".")[-word.count(".") - 1 :]) for word in missing for name in leaves]
+        kinds = sorted({name.rpartition(".")[2] for name in leaves})
+        told = f"  its modules with weights: {', '.join(kinds)}"
+        raise UsageError(_nothing_matches(told, SAVED_KEY, words, missing, "module with weights", names))
+    return found
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    """Return whether a module has weights, and no module within it has any."""
+    own, all_weights = (list(module.parameters(recurse)) for recurse in (False, True))
+    return bool(own) and len(own) == len(all_weights)
+
+
+def _modules(model: Any, words: Sequence[str], saved: Collection[str]) -> set[str]:
     modules = dict(model.named_modules())
     modules.pop("", None)
     found: set[str] = set()
     missing: list[str] = []
     for word in words:
         if word.lower() == ALL_LINEAR:
-            found.update(linear_layers(model))
+            found.update(name for name in linear_layers(model) if name not in saved)
             continue
         matched = [name for name in modules if _matcher(MODULES_KEY, word)(name)]
         fitting = [name for name in matched if _is_linear(modules[name]) or isinstance(modules[name], nn.Embedding)]
@@ -108,7 +165,9 @@ def _modules(model: Any, words: Sequence[str]) -> set[str]:
         found.update(fitting)
     if missing:
         names = [".".join(name.split(".")[-word.count(".") - 1 :]) for word in missing for name in modules]
-        raise UsageError(_nothing_matches(model, MODULES_KEY, words, missing, "module", names))
+        raise UsageError(_nothing_matches(_layers_of(model), MODULES_KEY, words, missing, "module", names))
+    if twice := sorted(found.intersection(saved)):
+        raise UsageError(f"{SAVED_KEY}: {twice[0]} is in {MODULES_KEY}, too\n  leave it out of one of them")
     return found
 
 
@@ -135,17 +194,17 @@ def _parameters(model: Any, words: Sequence[str]) -> set[str]:
         found.update(matched)
     if missing:
         names = in_any_layer(parameters)
-        raise UsageError(_nothing_matches(model, PARAMETERS_KEY, words, missing, "parameter", names))
+        raise UsageError(_nothing_matches(_layers_of(model), PARAMETERS_KEY, words, missing, "parameter", names))
     return found
 
 
 def _nothing_matches(
-    model: Any, key: str, words: Sequence[str], missing: Sequence[str], kind: str, names: Sequence[str]
+    there: str, key: str, words: Sequence[str], missing: Sequence[str], kind: str, names: Sequence[str]
 ) -> str:
     listed = missing[0] if len(missing) == 1 else f"{', '.join(missing[:-1])} or {missing[-1]}"
     near = dict.fromkeys(match for word in missing for match in difflib.get_close_matches(word, names, n=1, cutoff=0.5))
     hint = f"\n  did you mean {' or '.join(near)}?" if near else ""
-    return f"{key}={as_written(list(words))}: this model has no {kind} {listed}{hint}\n{_layers_of(model)}"
+    return f"{key}={as_written(list(words))}: this model has no {kind} {listed}{hint}\n{there}"
 
 
 def _layers_of(model: Any) -> str:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chunkflow_cli.config.schema import ModelConfig, OptimConfig
-from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.config.schema import ModelConfig, OptimConfig, Quantization
+from chunkflow_cli.model.adapters import adapted_layers, add_lora, saved_modules, trained_copy
 from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.loading import on_meta_device
+from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
 from chunkflow_cli.model.trained_weights import apply_to
 from chunkflow_cli.planning.attention_layers import by_size
@@ -38,7 +39,14 @@ def shape_without_weights(
         UsageError: a name in `optim` means no weight.
     """
     model = on_meta_device(config, hf_config)
-    shape = model_shape(model, kernels)
+    layers = {} if config.quantization is Quantization.none else quantised_layers(model)
+    dtype: torch.dtype = getattr(torch, config.dtype.value)
+    shape = replace(
+        model_shape(model, kernels),
+        spared_bytes=sum(layer.weight.nbytes - stored_bytes(config.quantization, layer) for layer in layers.values()),
+        # bitsandbytes dequantises to float32 (int8), and a CPU multiplies in it (bfloat16).
+        workspace_bytes=max((layer.weight.numel() * (dtype.itemsize + 4) for layer in layers.values()), default=0),
+    )
     if config.lora.enabled:
         with torch.device("meta"):
             model = add_lora(model, config.lora)
@@ -97,10 +105,52 @@ def _on_meta(model: Any) -> Any:
 
 
 def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
-    """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained."""
+    """Return the sizes of a model of that `shape` after adapters were added.
+
+    Only the adapters are trained, and what `model.lora.modules_to_save` names.
+    """
     trainable, parameters = peft_model.get_nb_trainable_parameters()
-    merged = merged_bytes(peft_model)
-    return replace(shape, parameters=parameters, trainable_parameters=trainable, merged_bytes=merged)
+    base = peft_model.get_base_model()
+    copies = {id(module): sum(p.numel() for p in module.parameters()) for _, module in saved_modules(peft_model)}
+    shape = replace(
+        shape,
+        parameters=parameters,
+        trainable_parameters=trainable,
+        merged_bytes=merged_bytes(peft_model),
+        embedding_copy=copies.get(id(trained_copy(base.get_input_embeddings())), 0),
+        head_copy=copies.get(id(trained_copy(base.get_output_embeddings())), 0),
+    )
+    return _with_extra_activations(shape, peft_model)
+
+
+def _with_extra_activations(shape: ModelShape, peft_model: Any) -> ModelShape:
+    """Add what dropout and DoRA keep for backward besides what the layers keep without adapters.
+
+    Dropout keeps its result and its mask. DoRA (peft's `DoraLinearLayer`) scales the outputs of the layer and of the
+    adapter, and keeps both. For the lengths of the rows it makes a unit matrix (in, in), whose product with the adapter
+    is the latter's whole weight, and two more tensors as large as that.
+    """
+    kept = products = workspace = 0
+    for _, layer, parameter in adapted_layers(peft_model):
+        width, out = layer.in_features, layer.out_features
+        if parameter is not None or not isinstance(layer.get_base_layer(), nn.Linear):
+            continue
+        element_bytes = layer.lora_A["default"].weight.element_size()
+        if not isinstance(layer.lora_dropout["default"], nn.Identity):
+            kept += width * (element_bytes + 1)
+        if layer.use_dora["default"]:
+            kept += 2 * out * element_bytes
+            products += out * element_bytes
+            workspace = max(workspace, (width * width + 3 * width * out) * element_bytes)
+    if not kept or shape.layer_activation_bytes is None:
+        return replace(shape, workspace_bytes=shape.workspace_bytes + workspace)
+    return replace(
+        shape,
+        layer_activation_bytes=shape.layer_activation_bytes + kept / shape.layers,
+        largest_layer_activation_bytes=(shape.largest_layer_activation_bytes or 0) + kept / shape.layers,
+        layer_product_bytes=(shape.layer_product_bytes or 0) + products / shape.layers,
+        workspace_bytes=shape.workspace_bytes + workspace,
+    )
 
 
 def merged_bytes(model: nn.Module) -> int:

@@ -6,7 +6,8 @@ table of architectures is needed, and new ones are read as old ones are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,19 +50,40 @@ class Probed:
 def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
     """Count what autograd saves within the block: each storage once -> its bytes, without the weights of the model.
 
-    Keep the block's results alive until you have read the counts, so that no two storages share an address.
+    What it frees again is taken off, so keep the block's results alive until you have read the counts.
     """
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
+    holders: Counter[int] = Counter()
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor | _Held:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
+        if storage._cdata in weights:
+            return tensor
+        kept[storage._cdata] = storage.nbytes()
+        holders[storage._cdata] += 1
+        return _Held(tensor, storage._cdata, release)
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def release(address: int) -> None:
+        holders[address] -= 1
+        if not holders[address]:
+            del kept[address]
+
+    def unpack(packed: Tensor | _Held) -> Tensor:
+        return packed.tensor if isinstance(packed, _Held) else packed
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield kept
+
+
+class _Held:
+    """A tensor that autograd holds; it says when it is let go."""
+
+    def __init__(self, tensor: Tensor, address: int, release: Callable[[int], None]) -> None:
+        self.tensor, self._address, self._release = tensor, address, release
+
+    def __del__(self) -> None:
+        self._release(self._address)
 
 
 def probe(model: Any, kernels: frozenset[str]) -> Probed | None:

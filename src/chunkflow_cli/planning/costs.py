@@ -48,6 +48,15 @@ class ModelShape:
     """The recurrent layers, together; by default, there are none."""
     merged_bytes: int = 0
     """Bytes of the copies of adapted expert tensors, over all layers: each chunk that keeps activations has its own."""
+    embedding_copy: int = 0
+    """Weights of the trained copy of the embedding that adapters come with (`model.lora.modules_to_save`)."""
+    head_copy: int = 0
+    """Likewise of the head. Where embedding and head share a weight, they share the copy, and both fields count it."""
+    workspace_bytes: int = 0
+    """Most bytes that a layer needs for a moment: DoRA computes whole weights for their lengths, and a quantised layer
+    is multiplied with its dequantised weight."""
+    spared_bytes: int = 0
+    """Bytes that quantised layers take less than in the model's data type, all together."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
@@ -83,8 +92,17 @@ class ModelShape:
 
     @property
     def is_head_trained(self) -> bool:
-        """True without adapters, which leave the head frozen."""
+        """True without adapters, or if they come with a trained copy of the head."""
+        return self._is_all_trained or self.head_copy > 0
+
+    @property
+    def _is_all_trained(self) -> bool:
         return self.trainable_parameters == self.parameters
+
+    def _copies_of(self, is_first: bool, is_last: bool) -> int:
+        """Return the weights of the trained copies of embedding and head on a stage."""
+        copies = self.embedding_copy * is_first + self.head_copy * is_last
+        return min(copies, self.head_copy) if self.is_head_tied and self.head_copy else copies
 
     def parameters_of(self, held: StageLayers) -> int:
         """Return the number of weights on a stage.
@@ -93,14 +111,16 @@ class ModelShape:
         embeddings) are counted with the layers.
         """
         tables = (1 if self.is_head_tied else 2) * self.head_parameters
-        layers = (self.parameters - tables) * held.layers // self.layers
-        return layers + min((held.is_first + held.is_last) * self.head_parameters, tables)
+        layers = (self.parameters - tables - self._copies_of(True, True)) * held.layers // self.layers
+        copies = self._copies_of(held.is_first, held.is_last)
+        return layers + min((held.is_first + held.is_last) * self.head_parameters, tables) + copies
 
     def trainable_parameters_of(self, held: StageLayers) -> int:
         """Return the number of weights on a stage that get a gradient; adapters are part of the layers."""
-        if self.is_head_trained:
+        if self._is_all_trained:
             return self.parameters_of(held)
-        return self.trainable_parameters * held.layers // self.layers
+        layers = (self.trainable_parameters - self._copies_of(True, True)) * held.layers // self.layers
+        return layers + self._copies_of(held.is_first, held.is_last)
 
 
 def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:

@@ -14,7 +14,7 @@ from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Process
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
-from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
+from chunkflow_cli.execution.chunk_model import ChunkModel, head_of
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
 from chunkflow_cli.execution.dropout import has_dropout
 from chunkflow_cli.execution.loss import FUSED_HEADS
@@ -27,7 +27,7 @@ from chunkflow_cli.execution.step import RunnerSettings
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.model.shape import model_shape, with_adapters, with_frozen
+from chunkflow_cli.model.shape import shape_without_weights, with_frozen
 from chunkflow_cli.model.trained_weights import layer_matrices
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers
@@ -74,10 +74,9 @@ def assemble(
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
     enable_activation_checkpointing(model, config.model.activation_checkpointing)
-    shape = model_shape(model)
+    shape = shape_without_weights(config.model, hf_config)
     if config.model.lora.enabled:
         model = add_lora(model, config.model.lora)
-        shape = with_adapters(shape, model)
     shape = with_frozen(shape, model, config.optim)
     processes = processes or Processes()
     matrices = layer_matrices(model) if config.optim.name is OptimizerName.muon else frozenset()
@@ -121,7 +120,7 @@ def _check_head_in_lockstep(model: Any) -> None:
     Raises:
         UsageError: the head has an adapter.
     """
-    if type(base_model(model).get_output_embeddings()) not in FUSED_HEADS:
+    if type(head_of(model)) not in FUSED_HEADS:
         raise UsageError(
             "model.lora.target_modules adapts the head, which engine.zero_stage=3 cannot run on several ranks\n"
             "  set engine.zero_stage=1, or leave the head out of model.lora.target_modules"

@@ -14,7 +14,9 @@ from chunkflow_cli.data.cache import cache_root, stamp
 from chunkflow_cli.data.dataset import has_evaluation_data, tokenize
 from chunkflow_cli.data.tokenized import TokenizedData, hold_out
 from chunkflow_cli.model.hf_config import position_limit
+from chunkflow_cli.model.rope_scaling import scaling_for
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
+from chunkflow_cli.processes.notices import warn_once
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,23 @@ def load_run_data(config: Config, hf_config: Any | None, keys: Sequence[str] = (
 
         check_positions(config, hf_config)
     data = read()
+    if hf_config is not None and (warning := far_positions_warning(hf_config, data.lengths)) is not None:
+        warn_once(warning)
     if has_evaluation_data(config.data):
         return RunData(data, data, read(for_evaluation=True))
     return RunData(data, *hold_out(data, config.data.eval_fraction, config.train.seed))
+
+
+def far_positions_warning(hf_config: Any, lengths: NDArray[np.int64]) -> str | None:
+    """Return what to say of samples with more tokens than the model was made for; None if there are none."""
+    limit, longest = position_limit(hf_config), int(lengths.max(initial=0))
+    if limit is None or longest <= limit:
+        return None
+    remedy = scaling_for(hf_config, longest)
+    return (
+        f"{int((lengths > limit).sum()):,} of {len(lengths):,} samples are longer than the {limit:,} tokens that the "
+        f"model was made for, up to {longest:,}" + ("" if remedy is None else f"; to scale its positions: {remedy}")
+    )
 
 
 def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> NDArray[np.float64]:

@@ -27,6 +27,7 @@ from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.language_part import what_is_trained
+from chunkflow_cli.model.rope_scaling import describe_rope_scaling
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
@@ -120,6 +121,8 @@ def prepare(
     attention = choose_backend(config.model.attention, hf_config, device, dtype)
     if processes.is_first:
         _print_what_runs(config, topology, device, attention, folder, console)
+        if (line := describe_rope_scaling(config.model, hf_config)) is not None:
+            console.print(line, soft_wrap=True)
         if config.model.lora.enabled:
             announce_adapters(config, hf_config, console)
         announce_trained_weights(config, hf_config, console)
