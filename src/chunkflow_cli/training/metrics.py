@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from chunkflow_cli.config.schema import LogBackend
@@ -34,6 +34,13 @@ class StepMetrics:
     peak_memory_bytes: int
     eval_loss: float | None = None
     """Held-out loss after this step, if it was measured."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Losses of parts of the data: `loss/SOURCE`, `eval_loss/SOURCE`, `eval_loss/LENGTHS`."""
+
+    def values(self) -> dict[str, float]:
+        """Return the values that were measured, by name."""
+        values = {name: value for name, value in asdict(self).items() if name != "parts" and value is not None}
+        return values | self.parts
 
 
 @contextmanager
@@ -62,7 +69,7 @@ def metric_files(
             tensorboard = opened.enter_context(closing(writer))
 
         def write(row: StepMetrics) -> None:
-            values = {name: value for name, value in asdict(row).items() if value is not None}
+            values = row.values()
             if jsonl is not None:
                 line = json.dumps(values).encode() + b"\n"
                 with _explained(path):
