@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from chunkflow_cli.config.keys import Key, describe_keys
+from chunkflow_cli.config.keys import Key, describe_element_keys, describe_keys
 from chunkflow_cli.config.schema import Config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -55,11 +55,16 @@ def configuration_page() -> str:
         about = _section_docstring(section)
         if about:
             lines.append(f"{about}\n")
-        lines.append("| key | default | meaning |")
-        lines.append("|---|---|---|")
-        lines += [_row(key) for key in keys]
-        lines.append("")
+        lines += _table(keys)
+        for key in keys:
+            if key.has_sections:
+                lines += [f"### Each of {key.name}\n", f"{inspect.getdoc(get_args(key.kind)[0])}\n"]
+                lines += _table([each for name, each in describe_element_keys().items() if name.startswith(key.name)])
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _table(keys: list[Key]) -> list[str]:
+    return ["| key | default | meaning |", "|---|---|---|", *map(_row, keys), ""]
 
 
 def _row(key: Key) -> str:

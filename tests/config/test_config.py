@@ -9,7 +9,8 @@ import pytest
 from chunkflow_cli.config.keys import GONE, describe_keys, known_keys, walk_keys
 from chunkflow_cli.config.load import compose, load
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
-from chunkflow_cli.config.schema import Config, Dtype, OptimizerName
+from chunkflow_cli.config.schema import Config, Dtype, OptimizerName, TrainOn
+from chunkflow_cli.config.sources import configs_of_sources
 from chunkflow_cli.errors import UsageError
 
 RECIPES = sorted(path.stem for path in shipped_folder("recipes").glob("*.yaml"))
@@ -158,6 +159,21 @@ def test_deepspeed_section_is_open() -> None:
         (["data.eval_fraction=0.1", "data.eval_split=test"], ["data.eval_split=test", "data.eval_fraction"]),
         (["data.eval_split=train"], ["data.eval_split=train is the split that is trained on"]),
         (["data.columns={a:text,b:text}"], ["gives two columns the name text"]),
+        (["data.sources=a.jsonl"], ["data.sources=a.jsonl", "[{path: chats.jsonl}]"]),
+        (["data.sources=[a.jsonl]"], ["data.sources[0]=a.jsonl", "{path: chats.jsonl}"]),
+        (["data.sources=[{path: a},{path: b, wieght: 2}]"], ["'data.sources[1].wieght'", "weight, samples"]),
+        (["data.sources=[{path: a, weight: big}]"], ["data.sources[0].weight=big", "a number"]),
+        (["data.sources=[{path: a, weight: 0}]"], ["data.sources[0].weight=0", "above 0"]),
+        (["data.sources=[{path: a, format: mesages}]"], ["data.sources[0].format=mesages", "messages?"]),
+        (["data.sources=[{path: a, weight: 1},{path: b}]"], ["data.sources: b has no weight"]),
+        (["data.sources=[{path: x/a.jsonl},{path: y/a.jsonl}]"], ["2 called a: x/a.jsonl, y/a.jsonl", "its own name"]),
+        (["data.sources=[{path: a, name: 1K-4K}]"], ["data.sources[0].name=1K-4K", "1K-4K"]),
+        (["data.sources=[{name: a}]"], ["data.sources[0].path is not set"]),
+        (["data.sources=[{path: ''}]"], ["data.sources[0].path is not set"]),
+        (["data.sources=[{path: [3, 4], columns: {a: text, b: text}}]"], ["data.sources[0].columns", "the name text"]),
+        (["data.sources=[{path: a}]", "data.path=b"], ["data.path=b and data.sources are both set"]),
+        (["train.global_batch_size=8", "train.global_batch_tokens=9"], ["size=8", "tokens=9", "both set"]),
+        (["train.global_batch_size=null"], ["train.global_batch_size=null", "train.global_batch_tokens"]),
         (["model.dtype=float64", "model.attention=flash_attn"], ["flash_attn", "float64", "reference"]),
         (["model.path=${data.pth}"], ["'data.pth'", "the name of another key"]),
         (["chunk.size=${model.path}"], ["chunk.size", "${model.path}"]),
@@ -171,6 +187,37 @@ def test_errors_name_the_key_the_value_and_the_remedy(words: list[str], expected
     for part in expected:
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 4
+
+
+def test_sources_in_words_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are as they are typed, and a mistake in a file is found by its line."""
+    monkeypatch.setenv("HOME", "/home/me")
+    words = (
+        "data.sources=[{path: ~/my chats (1).jsonl, name: 007, weight: 2},{path: [a.jsonl,b,c.jsonl], train_on: all}]"
+    )
+    with pytest.raises(UsageError, match="a has no weight"):
+        load([words])
+    first, second = load([words.replace(", weight: 2", "")]).config.data.sources
+    assert (first.path, first.name, second.path, second.train_on) == (
+        "/home/me/my chats (1).jsonl", "007", ["a.jsonl", "b", "c.jsonl"], TrainOn.all
+    )  # fmt: skip
+    assert [each.path for each in configs_of_sources(load([words.replace(", weight: 2", "")]).config.data)] == [
+        first.path, second.path
+    ]  # fmt: skip
+    file = tmp_path / "mine.yaml"
+    file.write_text("data:\n  sources:\n    - {path: a.jsonl, name: 1.10}\n    - path: b.jsonl\n      weight: much\n")
+    with pytest.raises(UsageError, match=r"mine.yaml, line 5: data.sources\[1\].weight=much must be a number"):
+        load([str(file)])
+    file.write_text(file.read_text().replace("weight: much", "samples: 1e3"))
+    assert [(each.name, each.samples) for each in load([str(file)]).config.data.sources] == [("1.10", None), ("", 1000)]
+    assert load([str(file), "data.sources=[{path: c}]"]).config.data.sources[0].path == "c"
+
+
+def test_tokens_of_a_step_replace_its_samples() -> None:
+    assert load([]).config.train.global_batch_size == 256
+    train = load(["recipe=tiny_random", "train.global_batch_tokens=99", "train.global_batch_size=null"]).config.train
+    assert (train.global_batch_size, train.global_batch_tokens) == (None, 99)
+    assert load(["train.global_batch_tokens=99"]).config.train.global_batch_size is None
 
 
 @pytest.mark.parametrize(

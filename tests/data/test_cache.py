@@ -216,7 +216,7 @@ def test_data_that_changes_while_it_is_tokenised(tmp_path: Path, monkeypatch: py
     data.write_bytes(original)
     again = load(data, vocab=10)
     assert again[799].input_ids[-3:].tolist() == [1, 2, 3]
-    assert again.key == again.select([0]).key == entries(data)[0].name
+    assert again.whole.key == again.select([0]).whole.key == entries(data)[0].name
 
 
 def test_cache_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,13 +92,15 @@ def test_a_file_makes_a_template_for_a_model_without_one(chatml: Path, tmp_path:
     with pytest.raises(UsageError, match=r"needs a chat template.*\n  name one with data\.chat_template=FILE\.jinja"):
         load(data, bare)
     mine = load(data, bare, chat_template=str(file))
-    assert mine.key == load(data, chatml).key
+    assert mine.whole.key == load(data, chatml).whole.key
     assert mine.whole.chat_template == CHATML
     file.write_text(SHORT)
     short = load(data, bare, chat_template=str(file))
     assert only(short, bare) == "user: Q<|im_end|>assistant: [A<|im_end|>]"
     dry = load(data, bare, chat_template=str(file), template_arguments={"tone": "dry"})
-    assert len({mine.key, short.key, dry.key, load(data, bare, chat_template=str(file)).key}) == 3
+    assert (
+        len({mine.whole.key, short.whole.key, dry.whole.key, load(data, bare, chat_template=str(file)).whole.key}) == 3
+    )
     with pytest.raises(UsageError, match=r"^data\.template_arguments\.tune: .*\n  did you mean .*\.tone\?"):
         load(data, bare, chat_template=str(file), template_arguments={"tune": 1})
 

@@ -182,7 +182,8 @@ class Stage:
         share = planned.ranks[self.place.data_rank]
         samples = samples_of(self.case, step)
         weights = np.full(len(share.samples), 1.0 / planned.target_tokens)
-        return share, StepBatch(share.chunks, [samples[sample] for sample in share.samples], weights)
+        sequences = [samples[sample] for sample in share.samples]
+        return share, StepBatch(share.chunks, sequences, weights, by_sequence=True)
 
     def weights(self) -> dict[str, Tensor]:
         module = self.engine.module
@@ -225,13 +226,15 @@ def _train_stage(case: Case, stages: int, data: int, sequence: int) -> dict[str,
     losses, norms, targets, ran = [], [], [], []
     _, batch = stage.share(0)
     stage.model.eval()
-    evaluated = stage.runner.evaluate(batch)
+    evaluated = stage.runner.evaluate(batch).loss
     stage.model.train()
     for step in range(len(case.steps)):
         share, batch = stage.share(step)
         ops: list[str] = []
         result = stage.runner.run(share.schedules, batch, record=lambda op, _, ops=ops: ops.append(str(op)))
         assert result.not_finite == ()
+        on_last = result.loss if stage.place.stage == stages - 1 else 0.0
+        assert result.sequence_losses @ batch.weights == pytest.approx(on_last, rel=1e-5)
         ran.append((" ".join(ops), str(share.schedules[stage.place.stage])))
         norms.append(stage.engine.step())
         losses.append(result.loss)

@@ -338,7 +338,7 @@ def test_evaluation_keeps_one_edge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         SequenceState, "write_edge", lambda self, *rest: (write(self, *rest), held.append(self.edge_nbytes))[0]
     )
-    loss = runner.evaluate(batch)
+    loss = runner.evaluate(batch).loss
     one_edge = edges(layers=2, channels=64 + 2 * 2 * 8, width=4, state=8 * 8 * 8)
     assert max(held) <= one_edge
     assert loss == pytest.approx(runner.run((plan(chunks, 1),), batch).loss, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def ran(model: Any, batch: StepBatch, k: int, **options: Any) -> tuple[StepResul
 def test_evaluate_is_the_loss_without_gradient(chunked: Callable[..., Any], batch: StepBatch) -> None:
     """The held-out loss must be the training loss of the same samples, and leave no gradient for the next step."""
     model = chunked()
-    evaluated = runner_of(model).evaluate(batch)
+    evaluated = runner_of(model).evaluate(batch).loss
     assert all(parameter.grad is None for parameter in model.parameters())
     result, _ = ran(model, batch, k=1)
     assert evaluated == pytest.approx(result.loss, rel=1e-13)
@@ -148,11 +149,39 @@ def test_weights_stay_with_their_sequences(chunked: Callable[..., Any]) -> None:
     sequences = random_sequences(LENGTHS, VOCABULARY, seed=1)
     chunks = build_chunks([len(s.input_ids) for s in sequences], SIZE)
     weights = np.array([0.5, 0.0, 2.0, 1.0, 3.0])
-    mixed = runner_of(model).evaluate(StepBatch(chunks, sequences, weights))
+    mixed = runner_of(model).evaluate(StepBatch(chunks, sequences, weights)).loss
     single = [
-        runner_of(model).evaluate(StepBatch(build_chunks([len(s.input_ids)], SIZE), [s], np.ones(1))) for s in sequences
+        runner_of(model).evaluate(StepBatch(build_chunks([len(s.input_ids)], SIZE), [s], np.ones(1))).loss
+        for s in sequences
     ]
     assert mixed == pytest.approx(float(np.dot(weights, single)), rel=1e-12)
+
+
+@pytest.mark.parametrize("head", ["plain", "adapter"])
+def test_losses_of_sequences(tiny_model: Callable[..., Any], chunked: Callable[..., Any], head: str) -> None:
+    """Losses by source and by length are sums of these; a loss counted for its neighbour in the chunk would show a
+    source learning that is not trained on."""
+    config = LoraConfig(enabled=True, target_modules=["lm_head" if head == "adapter" else "q_proj"], r=2)
+    model, whole = (
+        add_lora(build("llama", **dtype), config)
+        for build, dtype in ((chunked, {}), (tiny_model, {"dtype": torch.float64}))
+    )
+    sequences = random_sequences(LENGTHS, VOCABULARY, seed=1)
+    targets = [torch.as_tensor(sequence.targets, dtype=torch.int64) for sequence in sequences]
+    truth = [
+        nn.functional.cross_entropy(
+            whole(input_ids=torch.as_tensor(sequence.input_ids, dtype=torch.int64)[None]).logits[0], target,
+            ignore_index=IGNORED, reduction="sum",
+        ).item()
+        for sequence, target in zip(sequences, targets, strict=True)
+    ]  # fmt: skip
+    batch = replace(step_batch(sequences), by_sequence=True)
+    for k in (1, 2):
+        result, _ = ran(model, batch, k)
+        np.testing.assert_allclose(result.sequence_losses, truth, rtol=1e-12)
+    np.testing.assert_allclose(runner_of(model).evaluate(batch).sequence_losses, truth, rtol=1e-12)
+    lockstep = runner_of(model, lockstep=True).evaluate(batch, forwards=len(batch.chunks) + 2)
+    np.testing.assert_allclose(lockstep.sequence_losses, truth, rtol=1e-12)
 
 
 @pytest.mark.parametrize("counted", [slice(0, 10), slice(34, 44), slice(20, 24)], ids=["first", "third", "second"])

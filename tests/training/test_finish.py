@@ -33,7 +33,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(
         config=config,
         recorder=None,
-        data=SimpleNamespace(read=SimpleNamespace(whole=SimpleNamespace(entry=SimpleNamespace(ends={})))),
+        data=SimpleNamespace(
+            read=SimpleNamespace(wholes=[SimpleNamespace(entry=SimpleNamespace(ends={}), chat_template=None)])
+        ),
         parts=SimpleNamespace(engine=SimpleNamespace(is_stage=False, first_not_finite=lambda: None), model=None),
         processes=SimpleNamespace(is_first=True, gather=lambda value: [value]),
         folder=SimpleNamespace(path=folder, final=folder / "final", checkpoints=folder / "checkpoints"),
@@ -94,7 +96,7 @@ def test_the_model_is_saved_with_the_template_that_wrote_its_samples(
     run.config.data.chat_template = str(tmp_path / "gone.jinja")
     run.parts.model = SimpleNamespace(generation_config=GenerationConfig())
     for template, expected in (("{{ messages }}", "{{ messages }}"), (None, CHATML)):
-        run.data.read.whole.chat_template = template
+        run.data.read.wholes[0].chat_template = template
         error_of(run)
         assert saved["template"] == expected
 

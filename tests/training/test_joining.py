@@ -42,7 +42,7 @@ def test_a_rank_that_sees_the_same_cache_reads_nothing(tmp_path: Path, monkeypat
     forbid_reading(monkeypatch)
     own = load_data(config, None, told)
     for mine, theirs in ((own.train, first.train), (own.evaluation, first.evaluation)):
-        assert mine.key == theirs.key
+        assert mine.whole.key == theirs.whole.key
         assert [sample.input_ids.tolist() for sample in mine] == [sample.input_ids.tolist() for sample in theirs]
         assert mine.location(0) == theirs.location(0)
     assert load_data(config, None, first) is first

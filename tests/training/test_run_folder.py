@@ -278,7 +278,7 @@ def test_other_data_is_refused_with_both_values(tmp_path: Path) -> None:
         opened(tmp_path / "run", identity=grown)
     assert str(error.value) == (
         f"the run in {tmp_path / 'run'} has done 7 steps, and would not be the same run any more\n"
-        "  data.path has changed: its files hold something else\n"
+        "  the data has changed: its files hold something else\n"
         "    a.jsonl: was 40 samples, 480 tokens (fingerprint 1f3a9c00), is 50 samples, 600 tokens (fingerprint 77b2)\n"
         "  restore what has changed; or begin anew in another train.output_dir, or with checkpoint.resume=never"
     )
@@ -321,12 +321,12 @@ def test_without_a_checkpoint_a_run_begins_anew_and_says_so(tmp_path: Path, caps
         (replace(IDENTITY, held_out=(SHARE,)), []),
         (
             replace(IDENTITY, trained_on=IDENTITY.trained_on[::-1], ingredients={"source": "s", "tokenizer": "u"}),
-            ["data.path has changed: its files are the same, the tokenizer or its chat template is not",
+            ["the data has changed: its files are the same, the tokenizer or its chat template is not",
              "  its files are read in another order: b.jsonl, a.jsonl"],
         ),
         (
             replace(IDENTITY, trained_on=IDENTITY.trained_on[:1]),
-            ["data.path has changed: its files and the tokenizer are the same, the tokens are not (other data.* keys, or "
+            ["the data has changed: its files and the tokenizer are the same, the tokens are not (other data.* keys, or "
              "a template with a date)", "  b.jsonl: was 2 samples, 10 tokens (fingerprint 00), is not there"],
         ),
         (
@@ -366,7 +366,7 @@ def test_the_identity_follows_the_tokens(tmp_path: Path) -> None:
     token, target = json.loads(json.dumps(rows)), json.loads(json.dumps(rows))
     token[3]["input_ids"][0], target[3]["labels"][1] = 9, -100
     for changed in (token, target, rows[::-1], rows[:-1], [*rows, rows[0]]):
-        assert differences(first, identity(changed))[0].startswith("data.path has changed: its files hold")
+        assert differences(first, identity(changed))[0].startswith("the data has changed: its files hold")
     assert differences(first, identity(rows, "data.overlong=truncate", "data.max_length=3"))
     held_out = identity(rows, "data.eval_fraction=0.1")
     assert differences(first, held_out)

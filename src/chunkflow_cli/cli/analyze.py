@@ -23,7 +23,8 @@ from chunkflow_cli.cli.screens.samples import print_samples
 from chunkflow_cli.config.home import expand_home
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Config, DataConfig, DataFormat, ModelConfig
+from chunkflow_cli.config.schema import Config, DataConfig, DataFormat, ModelConfig, SourceConfig
+from chunkflow_cli.config.sources import configs_of_sources, has_data, key_of_path, name_of
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.dataset import open_data, tokenize_source
 from chunkflow_cli.data.estimate import estimate_sizes
@@ -93,7 +94,7 @@ def run(
             tokenizer.
     """
     config = loaded.config
-    if not paths and not config.data.path:
+    if not paths and not has_data(config.data):
         raise UsageError(
             "no data to analyze\n  name it, as in chunkflow analyze data.jsonl, or set data.path or a recipe"
         )
@@ -102,9 +103,13 @@ def run(
     paths = [expand_home(path, "data.path") for path in paths]
     if plot is not None:
         check_plot_path(plot)
-    measured = [measure(path, config, show=show) for path in list(paths) or [config.data.path]]
-    trained = paths if len({data.format for data in measured}) == 1 else paths[:1]  # a run reads one format
+    parts = [replace(config.data, path=path, sources=[]) for path in paths] or configs_of_sources(config.data)
+    measured = [measure(replace(config, data=part), show=show) for part in parts]
+    trained = paths if len({data.format for data in measured}) == 1 else paths[:1]  # data.path has one format
     analyses = [analysis(data, config) for data in measured]
+    if not paths and config.data.sources:
+        for found, shares in zip(analyses, _shares(measured, config.data.sources), strict=True):
+            found |= shares
     if plot is not None:
         plot_lengths({data.path: data.lengths for data in measured}, Path(plot))
     if json_output:
@@ -126,6 +131,23 @@ def run(
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
 
 
+def _shares(measured: Sequence[MeasuredData], sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
+    """Return what each source contributes to an epoch: its name, and its shares of samples, tokens and targets."""
+    samples = [
+        source.weight or min(len(data.lengths), source.samples or len(data.lengths))
+        for data, source in zip(measured, sources, strict=True)
+    ]
+    columns = {
+        "share_of_samples": samples,
+        "share_of_tokens": [count * data.lengths.mean() for count, data in zip(samples, measured, strict=True)],
+        "share_of_targets": [count * data.target_counts.mean() for count, data in zip(samples, measured, strict=True)],
+    }
+    return [
+        {"source": name_of(source), **{name: float(parts[i] / sum(parts)) for name, parts in columns.items()}}
+        for i, source in enumerate(sources)
+    ]
+
+
 def _next_command(paths: Sequence[str], loaded: LoadedConfig) -> str:
     """Return the command that tunes the chunk size to the data, with the user's own words."""
     words = [word for word in loaded.overrides if not (paths and word.startswith("data.path="))]
@@ -136,8 +158,8 @@ def _next_command(paths: Sequence[str], loaded: LoadedConfig) -> str:
     return shlex.join(["chunkflow", "tune-chunk-size", *words])
 
 
-def measure(paths: str | list[str], config: Config, *, show: int | None = None) -> MeasuredData:
-    """Return the lengths of a data set: exact if a model is configured, otherwise estimated.
+def measure(config: Config, *, show: int | None = None) -> MeasuredData:
+    """Return the lengths of the data set at `data.path`: exact if a model is configured, otherwise estimated.
 
     Args:
         show: number of samples to return as they are trained on.
@@ -146,17 +168,18 @@ def measure(paths: str | list[str], config: Config, *, show: int | None = None) 
         UsageError: the data cannot be read or has no usable sample, or the model has no tokenizer; or samples are to be
             shown that no tokenizer makes.
     """
-    named = replace(config, data=replace(config.data, path=paths))
-    source = open_data(named.data)
-    format = detect_format(source) if named.data.format is DataFormat.auto else named.data.format
+    source = open_data(config.data)
+    format = config.data.format
+    if format is DataFormat.auto:
+        format = detect_format(source, key=key_of_path(config.data))
     if config.model.path or (show and format is DataFormat.tokens):
-        return _counted(named, format, show)
+        return _counted(config, format, show)
     if show:
         raise UsageError(
             f"--show={show}: samples can only be shown as they are tokenised, and no tokenizer is named\n"
             "  name one with model.path=MODEL or recipe=NAME"
         )
-    return _estimated(named, source, format)
+    return _estimated(config, source, format)
 
 
 def _counted(config: Config, format: DataFormat, show: int | None) -> MeasuredData:
@@ -305,7 +328,15 @@ def _rejected(rejected: Sequence[tuple[Location, str]]) -> dict[str, Any]:
 
 def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> dict[str, Any]:
     """Return packing, chunks and balance, within the global batches that training would use in an epoch."""
-    batches = GlobalBatches(len(lengths), config.train.global_batch_size, config.train.seed, config.train.shuffle)
+    train = config.train
+    batches = GlobalBatches(
+        len(lengths),
+        train.global_batch_size,
+        train.seed,
+        train.shuffle,
+        tokens=train.global_batch_tokens,
+        lengths=None if train.global_batch_tokens is None else lengths,
+    )
     sizes = sorted({*CHUNK_SIZES, config.chunk.size})
     longest, tokens = int(lengths.max()), int(lengths.sum())
     bins = 0
@@ -337,6 +368,7 @@ def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> d
     return {
         "packing": {
             "global_batch_size": config.train.global_batch_size,
+            "global_batch_tokens": config.train.global_batch_tokens,
             "configured_chunk_size": config.chunk.size,
             "to_longest": {"size": longest, "bins": bins, "waste": 1 - tokens / (bins * longest)},
             "chunks": rows,

@@ -239,8 +239,9 @@ def plan(
     loaded = request.load()
     from chunkflow_cli.config.load import check_set
     from chunkflow_cli.config.schema import DataFormat
+    from chunkflow_cli.config.sources import configs_of_sources
 
-    needs_model = loaded.config.data.format is not DataFormat.tokens
+    needs_model = any(each.format is not DataFormat.tokens for each in configs_of_sources(loaded.config.data))
     check_set(loaded.tree, ("model.path", "data.path") if needs_model else ("data.path",))
     from chunkflow_cli.cli import plan
 

@@ -18,6 +18,7 @@ from chunkflow_cli.cli.screens.plan import print_plan
 from chunkflow_cli.cli.screens.plots import check_plot_path, plot_timeline
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import DataFormat
+from chunkflow_cli.config.sources import configs_of_sources, has_data
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
@@ -32,6 +33,7 @@ from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.simulate import Timeline
 from chunkflow_cli.planning.totals import Totals, add_up, baseline_timeline
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
+from chunkflow_cli.training.contributions import contributions
 from chunkflow_cli.training.inputs import load_run_data
 from chunkflow_cli.training.setup import RunSetup, checked_topology, planned_device, read_setup
 
@@ -128,12 +130,12 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
         UsageError: there is no data, the data needs a tokenizer, or the run has no such step.
     """
     config = loaded.config
-    if not config.data.path:
+    if not has_data(config.data):
         raise UsageError("data.path is not set: your training data (.jsonl, .json, .parquet, a folder, a data set id)")
     hf_config = load_config(config.model) if config.model.path else None
     if hf_config is not None:
         checked_topology(config, hf_config)
-    elif config.data.format is not DataFormat.tokens:
+    elif any(each.format is not DataFormat.tokens for each in configs_of_sources(config.data)):
         raise UsageError(
             "model.path is not set: the plan needs the model's tokenizer and configuration, but not its weights\n"
             "  to plan rows of token ids without a model, set data.format=tokens"
@@ -162,6 +164,8 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
     return {
         "recipe": planned.recipe,
         "global_batch_size": config.train.global_batch_size,
+        "global_batch_tokens": config.train.global_batch_tokens,
+        **_sources_json(planned),
         "chunk_size": plan.chunk_size,
         "k": plan.k,
         "steps": plan.steps,
@@ -190,6 +194,12 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         **({} if plan.pipeline is None else {"pipeline": _pipeline_json(planned, plan.pipeline)}),
         **_recurrent_json(shape, element_bytes),
     }
+
+
+def _sources_json(planned: PlannedRun) -> dict[str, Any]:
+    """Return what each source contributes to the run; nothing without `data.sources`."""
+    found = contributions(planned.plan, planned.data)
+    return {"sources": {name: asdict(each) for name, each in found.items()}} if found else {}
 
 
 def _recurrent_json(shape: ModelShape | None, element_bytes: int) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def copy(name: str, destination: str | None, config_dir: str | None, *, json_out
             f"{target} cannot be written: {error.strerror}\n  name a file in a directory that exists"
         ) from error
     command = f"chunkflow train {shlex.quote(f'recipe={target}')}"
-    if not _read(path).get("data", {}).get("path"):
+    if not {"path", "sources"} & _read(path).get("data", {}).keys():
         command += " data.path=YOUR_DATA"
     if not json_output:
         console = stdout_console()

@@ -18,9 +18,9 @@ from rich.text import Text
 
 from chunkflow_cli.cli.command import Request, Result
 from chunkflow_cli.cli.screens.tables import columns
-from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.load import LoadedConfig, load
 from chunkflow_cli.config.overrides import sweep
+from chunkflow_cli.config.sources import has_data, shown_data
 from chunkflow_cli.config.texts import quoted
 from chunkflow_cli.config.words import as_word
 from chunkflow_cli.console import stderr_console, stdout_console
@@ -65,9 +65,9 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
 def _announce_and_check(loaded: LoadedConfig) -> None:
     """Print what is about to be trained, and check that it is there, before torch is imported."""
     config = loaded.config
-    if config.model.path and config.data.path and environment.rank() == 0:
+    if config.model.path and has_data(config.data) and environment.rank() == 0:
         recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
-        data = printable(as_written(config.data.path))
+        data = printable(shown_data(config.data))
         stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)
         check_data(config.data)
     check_inputs(loaded)

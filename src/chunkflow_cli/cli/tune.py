@@ -22,6 +22,7 @@ from chunkflow_cli.cli.screens.plots import check_plot_path, plot_grid
 from chunkflow_cli.cli.screens.tuning import print_tuning
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Device
+from chunkflow_cli.config.sources import has_data
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import to_be_writable, write_atomically
@@ -51,7 +52,7 @@ def run(
     config = loaded.config
     if plot is not None:
         check_plot_path(plot)
-    if not config.data.path:
+    if not has_data(config.data):
         raise UsageError("data.path is not set: the chunk size is tuned to your data")
     if config.tune.device is Device.measured:
         check_measurable(config)

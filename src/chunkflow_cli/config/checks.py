@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from chunkflow_cli.config.deepspeed_keys import check_deepspeed
-from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys, wrong_value
+from chunkflow_cli.config.keys import as_written, described, walk_keys
 from chunkflow_cli.config.schema import (
     Attention,
     Config,
@@ -23,6 +24,7 @@ from chunkflow_cli.config.schema import (
     TrainOn,
     Turns,
 )
+from chunkflow_cli.config.sources import check_paths, check_sources
 from chunkflow_cli.config.weight_names import check_names
 from chunkflow_cli.errors import UsageError
 
@@ -38,14 +40,30 @@ def check(config: Config) -> None:
     Raises:
         UsageError: names the key, the value and what it may be.
     """
-    for name, section, entry in walk_keys(config):
+    _check_values(config)
+    for check_section in (
+        _check_optim,
+        _check_data,
+        _check_train,
+        _check_model,
+        _check_engine,
+        _check_parallel,
+        _check_plan,
+    ):
+        check_section(config)
+
+
+def _check_values(of: Any, prefix: str = "") -> None:
+    """Check each value on its own, also in the elements of a list."""
+    for name, section, entry in walk_keys(of, prefix):
         value = getattr(section, entry.name)
         bounds = {bound: limit for bound, limit in entry.metadata.items() if bound in _COMPARISONS}
         _check_number(name, value, bounds, can_be_null=entry.default is None)
         if entry.metadata.get("path"):
             _check_path(name, value)
-    for check_section in (_check_optim, _check_data, _check_model, _check_engine, _check_parallel, _check_plan):
-        check_section(config)
+        for index, element in enumerate(value) if isinstance(value, list) else ():
+            if is_dataclass(element):
+                _check_values(element, f"{name}[{index}].")
 
 
 def _check_number(name: str, value: Any, bounds: Mapping[str, float], *, can_be_null: bool) -> None:
@@ -66,7 +84,8 @@ def _check_path(name: str, value: Any) -> None:
     for path in value if isinstance(value, list) else [value]:
         if isinstance(path, str) and "\0" in path:
             raise UsageError(f"{name}={path!r} has a zero byte, which no path can have")
-        if path == "" and describe_keys()[name].default != "":
+        key = described(name)
+        if path == "" and (key is None or key.default != ""):
             raise UsageError(f"{name} is empty\n  name a path, or leave the key out")
 
 
@@ -88,10 +107,9 @@ def _check_optim(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    for key, paths in (("data.path", data.path), ("data.eval_path", data.eval_path or "")):
-        is_list = isinstance(paths, list) and paths and all(isinstance(path, str) and path for path in paths)
-        if not (isinstance(paths, str) or is_list):
-            raise UsageError(wrong_value(key, paths))
+    check_paths("data.path", data.path)
+    check_paths("data.eval_path", data.eval_path or "")
+    check_sources(data)
     is_held_out = data.eval_path is not None or data.eval_split is not None
     if is_held_out and data.eval_fraction > 0:
         key = "data.eval_path" if data.eval_path is not None else "data.eval_split"
@@ -109,12 +127,25 @@ def _check_data(config: Config) -> None:
             "data.train_on=all counts every token, and data.train_on_reasoning=false leaves some out\n"
             "  set data.train_on=assistant, or data.train_on_reasoning=true"
         )
-    names = list(data.columns.values())
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    every = [("data", data.columns)] + [(f"data.sources[{i}]", each.columns) for i, each in enumerate(data.sources)]
+    for key, columns in every:
+        names = list(columns.values())
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(
+                f"{key}.columns={as_written(columns)} gives two columns the name {twice}\n  name one column {twice}"
+            )
+
+
+def _check_train(config: Config) -> None:
+    size, tokens = config.train.global_batch_size, config.train.global_batch_tokens
+    if size is not None and tokens is not None:
         raise UsageError(
-            f"data.columns={as_written(data.columns)} gives two columns the name {twice}\n  name one column {twice}"
+            f"train.global_batch_size={size} and train.global_batch_tokens={tokens} are both set\n"
+            "  remove one of them; to overrule a recipe, set the other one to null"
         )
+    if size is None and tokens is None:
+        raise UsageError("train.global_batch_size=null needs train.global_batch_tokens\n  set one of them")
 
 
 def _check_model(config: Config) -> None:

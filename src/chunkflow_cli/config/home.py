@@ -48,10 +48,18 @@ def expand_homes(tree: DictConfig) -> None:
 
     for key in describe_keys().values():
         if key.is_path and not OmegaConf.is_missing(tree, key.name):
-            value: Any = OmegaConf.select(tree, key.name)
-            if isinstance(value, str) and value.startswith("~"):
-                OmegaConf.update(tree, key.name, expand_home(value, key.name))
-            elif OmegaConf.is_list(value):
-                for index, each in enumerate(value):
-                    if isinstance(each, str) and each.startswith("~"):
-                        value[index] = expand_home(each, key.name)
+            _expand(tree, key.name, key.name)
+    for index, source in enumerate(tree.data.sources):
+        _expand(source, "path", f"data.sources[{index}].path")
+
+
+def _expand(section: DictConfig, place: str, name: str) -> None:
+    from omegaconf import OmegaConf
+
+    value: Any = OmegaConf.select(section, place)
+    if isinstance(value, str) and value.startswith("~"):
+        OmegaConf.update(section, place, expand_home(value, name))
+    elif OmegaConf.is_list(value):
+        for index, each in enumerate(value):
+            if isinstance(each, str) and each.startswith("~"):
+                value[index] = expand_home(each, name)

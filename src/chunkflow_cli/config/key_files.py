@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.config.foreign import foreign_name
-from chunkflow_cli.config.keys import GONE, describe_keys, known_keys, unknown_key, wrong_value
+from chunkflow_cli.config.keys import GONE, describe_keys, described, known_keys, unknown_key, wrong_value
 from chunkflow_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class KeyFile:
 
     def where(self, name: str) -> str:
         """Return the file, and the line of a key if it is there."""
-        line = self.lines.get(name.partition("[")[0])
+        line = self.lines.get(name) or self.lines.get(name.partition("[")[0])
         return self.source if line is None else f"{self.source}, line {line}"
 
     def problems(self) -> list[str]:
@@ -62,11 +62,16 @@ class KeyFile:
         return OmegaConf.create(self._typed(OmegaConf.to_container(self.tree), ""))
 
     def _typed(self, section: Any, prefix: str) -> dict[Any, Any]:
-        keys, typed = describe_keys(), {}
+        typed: dict[Any, Any] = {}
         for name, value in section.items():
             full = f"{prefix}{name}"
-            key = keys.get(full)
-            if key is None and isinstance(value, dict) and _is_section(full):
+            key = described(full)
+            if key is not None and key.has_sections and isinstance(value, list):
+                value = [
+                    self._typed(each, f"{full}[{index}].") if isinstance(each, dict) else each
+                    for index, each in enumerate(value)
+                ]
+            elif key is None and isinstance(value, dict) and _is_section(full):
                 value = self._typed(value, f"{full}.")
             elif value is None and (key is None or (key.is_text and key.default == "")):
                 continue
@@ -165,6 +170,7 @@ def _places(node: Node, prefix: str) -> Iterator[tuple[str, int, str | None]]:
             for index, element in enumerate(value.value):
                 if isinstance(element, yaml.ScalarNode):
                     yield f"{name}[{index}]", element.start_mark.line + 1, element.value
+                yield from _places(element, f"{name}[{index}].")
         yield from _places(value, f"{name}.")
 
 

@@ -6,6 +6,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
@@ -51,6 +52,11 @@ class Key:
         return list[str] in self.kinds or (self.is_path and Any in self.kinds)
 
     @property
+    def has_sections(self) -> bool:
+        """Whether the value is a list of mappings with keys of their own."""
+        return self.is_list and is_dataclass(get_args(self.kind)[0])
+
+    @property
     def is_integer(self) -> bool:
         """Whether the value is an integer."""
         return int in self.kinds
@@ -92,19 +98,41 @@ def known_keys() -> list[str]:
 @cache
 def describe_keys() -> dict[str, Key]:
     """Return every configuration key by its name, in the order of declaration."""
+    return _described(Config())
+
+
+@cache
+def describe_element_keys() -> dict[str, Key]:
+    """Return the keys of the elements of lists by their names, such as `data.sources[].weight`."""
+    found: dict[str, Key] = {}
+    for key in describe_keys().values():
+        if key.has_sections:
+            found |= _described(get_args(key.kind)[0](), f"{key.name}[].")
+    return found
+
+
+def described(name: str) -> Key | None:
+    """Return the key of a name, which may be one of an element: `data.sources[0].weight`. None if there is none."""
+    return describe_keys().get(name) or describe_element_keys().get(_INDEX.sub("[]", name))
+
+
+_INDEX = re.compile(r"\[\d+\](?=\.)")
+
+
+def _described(section: Any, prefix: str = "") -> dict[str, Key]:
     documentation = _field_docstrings()
-    described = {}
-    for name, section, entry in walk_keys(Config()):
-        owner = type(section)
-        described[name] = Key(
+    found = {}
+    for name, holder, entry in walk_keys(section, prefix):
+        owner = type(holder)
+        found[name] = Key(
             name=name,
             kind=_kind(owner, entry.name),
-            default=as_written(getattr(section, entry.name)),
+            default=as_written(getattr(holder, entry.name)),
             help=documentation[owner.__name__, entry.name],
             is_path=bool(entry.metadata.get("path")),
             null_is_a_name=bool(entry.metadata.get("null_is_a_name")),
         )
-    return described
+    return found
 
 
 def _kind(owner: type, name: str) -> Any:
@@ -145,6 +173,8 @@ def as_written(value: Any) -> str:
         return f"{{{','.join(f'{name}:{as_written(each)}' for name, each in value.items())}}}"
     if isinstance(value, Enum):
         return str(value.value)
+    if is_dataclass(value):
+        return as_written({each.name: getattr(value, each.name) for each in fields(value)})
     return "null" if value is None else str(value)
 
 
@@ -173,6 +203,13 @@ def unknown_key(name: str) -> str:
 
 def _hint(name: str) -> str:
     """Return a line that leads from a wrong key to the right one, or an empty string."""
+    if _INDEX.search(name):
+        inside = [
+            key
+            for key in describe_element_keys()
+            if key.rpartition(".")[0] == _INDEX.sub("[]", name).rpartition(".")[0]
+        ]
+        return f"\n  an element has the keys {', '.join(key.rpartition('.')[2] for key in inside)}"
     foreign = foreign_name(name)
     if foreign is not None:
         return f"\n  {foreign}" if " " in foreign else f"\n  did you mean {foreign}?"
@@ -192,17 +229,20 @@ def wrong_value(name: str, value: Any) -> str:
     written = f"{name}={as_written(value)}"
     if written in GONE:
         return f"{written} is gone: {GONE[written]}"
-    key = describe_keys().get(name.partition("[")[0])
+    key = described(name) or describe_keys().get(name.partition("[")[0])
     if key is None:
         example = next((known for known in known_keys() if known.startswith(f"{name}.")), "")
         return f"{written}: {name} is a section of keys\n  set one of its keys, such as {example}"
-    hint = did_you_mean(str(value), key.choices, f"{key.name}=") if not key.is_list else ""
-    return f"{written} must be {_expected(key, is_element='[' in name)}{hint}"
+    hint = did_you_mean(str(value), key.choices, f"{name}=") if not key.is_list else ""
+    return f"{written} must be {_expected(key, is_element=name.endswith(']'))}{hint}"
 
 
 def _expected(key: Key, *, is_element: bool) -> str:
     """Describe what the value of a key, or an element of its list, must be."""
     words = {int: "an integer", float: "a number", str: "a string", type(None): "null"}
+    if key.has_sections:
+        example = "{path: chats.jsonl}"
+        return example if is_element else f"a list in brackets, such as [{example}]"
     if key.is_list and not is_element:
         return f"a list in brackets, such as {key.default}"
     if key.choices:

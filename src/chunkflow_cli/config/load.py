@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from chunkflow_cli.config.checks import check
 from chunkflow_cli.config.home import expand_home, expand_homes
 from chunkflow_cli.config.key_files import KeyFile, read_key_file
-from chunkflow_cli.config.keys import did_you_mean, unknown_key, wrong_value
+from chunkflow_cli.config.keys import described, did_you_mean, unknown_key, wrong_value
 from chunkflow_cli.config.overrides import check_words, in_one
 from chunkflow_cli.config.recipe_files import recipe_files, shipped_folder
-from chunkflow_cli.config.schema import FULL_LEARNING_RATE, LORA_LEARNING_RATE, Config
+from chunkflow_cli.config.schema import FULL_LEARNING_RATE, LORA_LEARNING_RATE, Config, SourceConfig
 from chunkflow_cli.config.texts import quoted, unquoted
 from chunkflow_cli.config.words import FILES, Word, hydra_form, read_words
 from chunkflow_cli.errors import UsageError
@@ -74,7 +74,10 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
     if not OmegaConf.has_resolver("package_file"):
         OmegaConf.register_new_resolver("package_file", _package_file)
         OmegaConf.register_new_resolver("usual_learning_rate", usual_learning_rate)
-    ConfigStore.instance().store(name="schema", node=Config)
+        OmegaConf.register_new_resolver("usual_batch_size", usual_batch_size)
+    node = OmegaConf.structured(Config)
+    node.train.global_batch_size = "${usual_batch_size:${train.global_batch_tokens}}"
+    ConfigStore.instance().store(name="schema", node=node)
     for file in files:
         node = file.with_types_of_keys()
         ConfigStore.instance().store(group=file.group, name=file.group, node=node, package="_global_")
@@ -88,8 +91,43 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[st
         OmegaConf.resolve(tree.copy())
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, files)) from error
+    _give_types_to_sources(tree, files)
     expand_homes(tree)
     return recipe, tree
+
+
+def _give_types_to_sources(tree: DictConfig, files: Sequence[KeyFile]) -> None:
+    """Make each element of `data.sources` one of the schema. (OmegaConf would, but its errors do not say which one.)
+
+    Raises:
+        UsageError: the value is no list of mappings, or a mapping has an unknown key or a value of another type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    given = OmegaConf.to_container(tree.data, resolve=True).get("sources")  # type: ignore[union-attr]
+    name = "data.sources"
+    file = next((file for file in files if name in file.lines), None)
+
+    def refused(name: str, problem: str) -> UsageError:
+        return UsageError(problem if file is None else f"{file.where(name)}: {problem}")
+
+    if not isinstance(given, list):
+        raise refused(name, wrong_value(name, given))
+    for index, element in enumerate(given):
+        of = f"{name}[{index}]"
+        if not isinstance(element, dict):
+            raise refused(of, wrong_value(of, element))
+        for key in element:
+            if described(f"{of}.{key}") is None:
+                raise refused(f"{of}.{key}", unknown_key(f"{of}.{key}"))
+        try:
+            tree.data.sources[index] = OmegaConf.merge(OmegaConf.structured(SourceConfig), element)
+        except OmegaConfBaseException as error:
+            key = str(error.full_key)
+            raise refused(
+                f"{of}.{key}", wrong_value(f"{of}.{key}", element[key.partition("[")[0].partition(".")[0]])
+            ) from error
 
 
 def convert(tree: DictConfig, *, recipe: str, overrides: Sequence[str], require: Sequence[str] = ()) -> LoadedConfig:
@@ -119,6 +157,8 @@ def check_set(tree: DictConfig, names: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     unset = [name for name in names if OmegaConf.is_missing(tree, name) or not OmegaConf.select(tree, name)]
+    if tree.data.sources:
+        unset = [name for name in unset if name != "data.path"]
     if unset:
         examples = {"model.path": "Qwen/Qwen2.5-0.5B-Instruct", "data.path": "chats.jsonl"}
         words = " ".join(f"{name}={examples.get(name, 'VALUE')}" for name in unset)
@@ -195,6 +235,11 @@ def _package_file(name: str, command: str = "") -> str:
 def usual_learning_rate(has_adapters: bool) -> float:
     """Return the learning rate that `optim.lr` has unless it is set."""
     return LORA_LEARNING_RATE if has_adapters else FULL_LEARNING_RATE
+
+
+def usual_batch_size(tokens: int | None) -> int | None:
+    """Return the value that `train.global_batch_size` has unless it is set."""
+    return Config().train.global_batch_size if tokens is None else None
 
 
 def _explain(error: BaseException, files: Sequence[KeyFile]) -> str:

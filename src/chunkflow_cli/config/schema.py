@@ -229,12 +229,41 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several data sets. What is null or empty here is as in the key of `data` with the same name."""
+
+    path: Annotated[Any, str | list[str]] = a_path("")
+    """Data, given as in `data.path`. Required."""
+    name: str = ""
+    """Name in losses, reports and messages. By default, the name of the file, folder or data set."""
+    weight: float | None = bounded(None, above=0)
+    """Share of the samples drawn, relative to the weights of the other sources. All sources have one, or none has."""
+    samples: int | None = bounded(None, at_least=1, at_most=MOST)
+    """Most samples to use, drawn with `train.seed`. Null uses all of them."""
+    format: DataFormat | None = None
+    """Format of the rows."""
+    split: str | None = None
+    """Split to train on."""
+    subset: str | None = None
+    """Subset of the data set."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """New names for columns of the rows."""
+    train_on: TrainOn | None = None
+    """Tokens that the loss counts."""
+
+
+@dataclass
 class DataConfig:
     """The data set: where it is, how its rows are read, and which tokens the loss counts."""
 
     path: Annotated[Any, str | list[str]] = a_path("")  # OmegaConf has no such type: checks.py checks the value
-    """File, folder, glob or Hugging Face data set id, or a list of files, folders and globs. Required. Files are
-    .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt."""
+    """File, folder, glob or Hugging Face data set id, or a list of files, folders and globs. Required, unless
+    `data.sources` is set. Files are .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt."""
+    sources: Annotated[Any, list[SourceConfig]] = field(default_factory=list)  # load.py gives its elements their types
+    """Several data sets instead of `data.path`: a list of {path: ..., name: ..., weight: ..., samples: ...}. A source
+    may set its own format, split, subset, columns and train_on."""
+    deduplicate: bool = False
+    """Leave out samples whose tokens and targets equal those of an earlier one, of any source."""
     split: str = "train"
     """Split to train on, of a folder whose files are named after splits or of a Hugging Face data set. Several are
     joined by `+`; `all` is all of them."""
@@ -270,7 +299,7 @@ class DataConfig:
     eval_split: str | None = None
     """Split to evaluate on, of `data.eval_path`, or of `data.path` if that is null."""
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
-    """Fraction of the rows of `data.path` to hold out, drawn with `train.seed`."""
+    """Fraction of the rows to hold out, of each source, drawn with `train.seed`."""
     cache_dir: str | None = a_path(None)
     """Folder for tokenised data. Null is ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow."""
     num_workers: int | None = bounded(None, at_least=1, at_most=1024)
@@ -337,8 +366,11 @@ class TrainConfig:
     """Number of optimizer steps. Null trains for `train.epochs`."""
     epochs: int = bounded(1, at_least=1, at_most=MOST)
     """Number of passes over the data. Ignored if `train.steps` is set."""
-    global_batch_size: int = bounded(256, at_least=1, at_most=MOST)
-    """Number of samples in an optimizer step, over all ranks."""
+    global_batch_size: int | None = bounded(256, at_least=1, at_most=MOST)
+    """Number of samples in an optimizer step, over all ranks. Null if `train.global_batch_tokens` is set."""
+    global_batch_tokens: int | None = bounded(None, at_least=1, at_most=MOST)
+    """Number of tokens in an optimizer step, over all ranks, instead of `train.global_batch_size`: a step takes as many
+    whole samples as fit. A longer sample has a step of its own."""
     shuffle: bool = True
     """Shuffle each epoch. The order depends only on `train.seed` and the number of the epoch."""
     seed: int = bounded(0, at_least=0, at_most=LARGEST_SEED)

@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from chunkflow_cli.config.foreign import foreign_name
-from chunkflow_cli.config.keys import Key, describe_keys, known_keys, unknown_key
+from chunkflow_cli.config.keys import Key, describe_element_keys, describe_keys, known_keys, unknown_key
 from chunkflow_cli.config.texts import for_the_shell, is_quoted, quoted, split_list, unquoted
 
 FILES = ("recipe", "overrides")
@@ -155,6 +155,8 @@ def _keys_of_section(word: Word) -> list[Word]:
 
 def _value(key: Key, value: str) -> str:
     """Return a value in Hydra's grammar."""
+    if key.has_sections and value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(_section(key, part.strip()) for part in split_list(value[1:-1]))}]"
     if (key.is_text or key.is_text_list) and value.startswith("[") and value.endswith("]") and key.is_text_list:
         return f"[{','.join(part if is_quoted(part) else quoted(part) for part in split_list(value[1:-1]))}]"
     if key.is_text:
@@ -163,6 +165,18 @@ def _value(key: Key, value: str) -> str:
         number = Decimal(value.replace("_", ""))
         return str(int(number)) if number == int(number) else value
     return value
+
+
+def _section(key: Key, value: str) -> str:
+    """Return an element of a list of mappings, `{path: a.jsonl}`, in Hydra's grammar."""
+    if not (value.startswith("{") and value.endswith("}")):
+        return value
+    parts = []
+    for part in split_list(value[1:-1]):
+        name, colon, rest = part.partition(":")
+        inner = describe_element_keys().get(f"{key.name}[].{name.strip()}")
+        parts.append(part if inner is None or not colon else f"{name.strip()}: {_value(inner, rest.strip())}")
+    return f"{{{','.join(parts)}}}"
 
 
 def _plain(key: Key, value: str) -> bool:

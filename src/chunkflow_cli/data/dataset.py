@@ -1,8 +1,12 @@
-"""From `data.path` to the samples that a run uses: the cache, after the policies for bad rows and long samples."""
+"""From `data.path` to the samples that a run uses: the cache, after the policies for bad rows and long samples.
+
+With `data.sources`, every function here is called with the configuration of one source (`configs_of_sources`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +14,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn, Turns
+from chunkflow_cli.config.sources import configs_of_sources, key_of_path, name_of
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.building import remove_leftovers
 from chunkflow_cli.data.cache import Ingredients, build_entry, cache_root, open_entry
@@ -23,7 +28,7 @@ from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow
 from chunkflow_cli.data.source import Location, Source, open_source
 from chunkflow_cli.data.template_choice import load_with_template, needs_tokenizer
-from chunkflow_cli.data.tokenized import TokenizedData, TokenizedSource
+from chunkflow_cli.data.tokenized import SourceCounts, TokenizedData, TokenizedSource
 from chunkflow_cli.data.tokenizer import tokenizer_fingerprint
 from chunkflow_cli.errors import UsageError
 
@@ -39,13 +44,20 @@ def has_evaluation_data(config: DataConfig) -> bool:
     return config.eval_path is not None or config.eval_split is not None
 
 
+def configs_of_evaluation(config: DataConfig) -> list[DataConfig]:
+    """Return a configuration for each data set to evaluate on: `data.eval_path`, or a split of each source."""
+    if config.eval_path is not None:
+        return [replace(config, sources=[])]
+    return configs_of_sources(config) if has_evaluation_data(config) else []
+
+
 def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
     """Return the rows of `data.path`, or those to evaluate on, under the names of columns that formats know.
 
     Raises:
         UsageError: they cannot be found or read.
     """
-    path, key, subset = config.path, "data.path", config.subset
+    path, key, subset = config.path, key_of_path(config), config.subset
     split, split_key = (config.eval_split, "data.eval_split") if for_evaluation else (config.split, "data.split")
     if for_evaluation and config.eval_path is not None:
         subset = subset if config.eval_path == path else None
@@ -69,10 +81,11 @@ def check_data(config: DataConfig) -> None:
         UsageError: the data, or the data to evaluate on, cannot be found or read, or has bad rows and `data.bad_rows`
             is `error`.
     """
-    parts = (False, True) if has_evaluation_data(config) else (False,)
-    sources = [open_data(config, for_evaluation=part) for part in parts]
-    for source, part in zip(sources, parts, strict=True):
-        _check_first_rows(source, _named(config, for_evaluation=part), config)
+    parts = [(each, False) for each in configs_of_sources(config)]
+    parts += [(each, True) for each in configs_of_evaluation(config)]
+    sources = [open_data(each, for_evaluation=part) for each, part in parts]
+    for source, (each, part) in zip(sources, parts, strict=True):
+        _check_first_rows(source, _named(each, for_evaluation=part), each)
 
 
 def _check_first_rows(source: Source, named: str, config: DataConfig) -> None:
@@ -97,7 +110,7 @@ def _named(config: DataConfig, *, for_evaluation: bool) -> str:
     """Return key and path of the data, or of the data to evaluate on, for messages."""
     if for_evaluation and config.eval_path is not None:
         return f"data.eval_path={printable(as_written(config.eval_path))}"
-    return f"data.path={printable(as_written(config.path))}"
+    return f"{key_of_path(config)}={printable(as_written(config.path))}"
 
 
 def _format_of(source: Source, named: str, config: DataConfig) -> DataFormat:
@@ -195,7 +208,11 @@ def tokenize_source(
             f"to it, set model.vocab_size={entry.largest_id + 1} or more"
         )
     announce(entry.notes, named, source.location)
-    return TokenizedSource(source, format, entry, named, chat_template)
+    return TokenizedSource(source, format, entry, named, _name(config), chat_template)
+
+
+def _name(config: DataConfig) -> str | None:
+    return name_of(config.sources[0]) if config.sources else None
 
 
 def _ingredients(
@@ -230,7 +247,7 @@ def _found_source(
     if config.chat_template is not None:
         tokenizer = load_with_template(config, model_path, trust_remote_code=trust_remote_code)
         chat_template = tokenizer.chat_template
-    return TokenizedSource(source, _format_of(source, named, config), entry, named, chat_template)
+    return TokenizedSource(source, _format_of(source, named, config), entry, named, _name(config), chat_template)
 
 
 def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int | None) -> TokenizedData:
@@ -265,15 +282,15 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
             f"{len(rejected)} are bad, {dropped} were dropped as too long"
             f"{_listed(rejected[:SHOWN])}\n  fix the data, or raise data.max_length"
         )
+    counts = SourceCounts(rows_read, samples_read, samples_rejected=len(rejected), samples_dropped=dropped)
     return TokenizedData(
-        whole,
+        (whole,),
+        np.zeros(len(indices), np.int32),
         indices,
         lengths[indices],
         target_counts[indices],
         rejected,
-        rows_read=rows_read,
-        samples_read=samples_read,
-        samples_dropped=dropped,
+        (counts,),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,18 @@ def short_count(tokens: int) -> str:
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{unit}"
     return str(tokens)
+
+
+def bucket_names() -> list[str]:
+    """Return the names of the ranges between `THRESHOLDS`: `<1K`, `1K-4K`, ..., `>=128K`."""
+    names = [short_count(limit) for limit in THRESHOLDS]
+    between = [f"{low}-{high}" for low, high in itertools.pairwise(names)]
+    return [f"<{names[0]}", *between, f">={names[-1]}"]
+
+
+def bucket_of(lengths: Lengths) -> NDArray[np.int64]:
+    """Return the range that each length is in, (samples,), as an index into `bucket_names`."""
+    return np.searchsorted(THRESHOLDS, lengths, side="right")
 
 
 @dataclass(frozen=True)

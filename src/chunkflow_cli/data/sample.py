@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -155,3 +156,10 @@ class TokenizedSample:
 
     input_ids: NDArray[np.int32]  # (length,)
     targets: NDArray[np.int32]  # (length,) the id that each position has to predict (labels shifted once), or IGNORED
+
+
+def digest_of(input_ids: NDArray[np.int32], targets: NDArray[np.int32]) -> int:
+    """Return a hash of 64 bits: in a million samples, two different ones collide once in 37 million data sets."""
+    digest = hashlib.blake2b(np.ascontiguousarray(input_ids).data, digest_size=8)
+    digest.update(np.ascontiguousarray(targets).data)
+    return int.from_bytes(digest.digest(), "little")

@@ -28,6 +28,9 @@ class ChunkBatch:
     target_positions: Tensor  # (targets,) index into `input_ids`
     targets: Tensor  # (targets,)
     target_weights: Tensor  # (targets,) float32 (float64 in float64): weight of each in the loss
+    target_losses: Tensor | None = None  # (targets,) receives the cross entropy of each, without weight
+    target_sequences: NDArray[np.int64] | None = None  # (targets,) the sequence of each, on the host
+    """Both are None if the losses of sequences are not asked for."""
 
     @property
     def target_tokens(self) -> int:
@@ -41,6 +44,8 @@ def build_batch(
     device: torch.device,
     weight_dtype: torch.dtype = torch.float32,
     sequence_group: SequenceGroup | None = None,
+    *,
+    keeps_losses: bool = False,
 ) -> ChunkBatch:
     """Return the tensors of a chunk.
 
@@ -51,21 +56,23 @@ def build_batch(
         chunk: its segments index into `sequences`, the sequences of the step.
         sequence_weights: (sequences,) weight of each target of a sequence in the loss.
         sequence_group: the group whose ranks share the tokens; this rank then gets its slice of them.
+        keeps_losses: make room for the loss of each target, to add them up by sequence.
     """
     ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
     targets = np.concatenate([sequences[s.sequence].targets[s.start : s.stop] for s in chunk.segments])
     positions = np.concatenate([np.arange(s.start, s.stop) for s in chunk.segments])
     weights = np.concatenate([np.full(s.tokens, sequence_weights[s.sequence]) for s in chunk.segments])
+    owners = np.concatenate([np.full(s.tokens, s.sequence) for s in chunk.segments])
     boundaries = (0, *np.cumsum([segment.tokens for segment in chunk.segments]).tolist())
     if sequence_group is not None:
         padding = sequence_group.padding(len(ids))
         if padding:
             boundaries = (*boundaries, boundaries[-1] + padding)
-            ids, weights = np.pad(ids, (0, padding)), np.pad(weights, (0, padding))
+            ids, weights, owners = (np.pad(array, (0, padding)) for array in (ids, weights, owners))
             targets = np.pad(targets, (0, padding), constant_values=IGNORED)
             positions = np.append(positions, np.arange(padding))
         mine = sequence_group.slice_of(len(ids))
-        ids, targets, positions, weights = ids[mine], targets[mine], positions[mine], weights[mine]
+        ids, targets, positions, weights, owners = (each[mine] for each in (ids, targets, positions, weights, owners))
     counted = np.flatnonzero(targets != IGNORED)
 
     def tensor(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -78,6 +85,8 @@ def build_batch(
         target_positions=tensor(counted),
         targets=tensor(targets[counted]),
         target_weights=tensor(weights[counted], weight_dtype),
+        target_losses=torch.zeros(len(counted), dtype=weight_dtype, device=device) if keeps_losses else None,
+        target_sequences=owners[counted] if keeps_losses else None,
     )
 
 
@@ -96,4 +105,6 @@ def with_idle_target(batch: ChunkBatch) -> ChunkBatch:
     if batch.target_tokens:
         return batch
     zero = batch.target_positions.new_zeros(1)
-    return replace(batch, target_positions=zero, targets=zero, target_weights=batch.target_weights.new_zeros(1))
+    return replace(
+        batch, target_positions=zero, targets=zero, target_weights=batch.target_weights.new_zeros(1), target_losses=None
+    )

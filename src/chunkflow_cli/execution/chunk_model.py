@@ -103,6 +103,7 @@ class ChunkModel(nn.Module):
             call.batch.target_weights,
             self.transform,
             shared=call.head_gradient,
+            losses=call.batch.target_losses,
         )
 
 

@@ -69,6 +69,7 @@ def weighted_cross_entropy(
     transform: LogitTransform,
     *,
     shared: SharedHeadGradient | None = None,
+    losses: Tensor | None = None,
 ) -> Tensor:
     """Return the sum over rows of weight x cross entropy, a scalar in float32 (float64 in float64).
 
@@ -79,21 +80,25 @@ def weighted_cross_entropy(
         weights: (targets,) weight of each target in the loss.
         transform: the model's change of its logits.
         shared: receives this chunk's share of the head's gradient; None for a chunk that is alone.
+        losses: (targets,) receives the cross entropy of each row.
     """
     if type(head) in FUSED_HEADS:
         rows = tile_rows(head.get_parameter("weight").shape[0], hidden.device)
         gradient = (shared or SharedHeadGradient()) if torch.is_grad_enabled() else None
         fused: Tensor = _FusedCrossEntropy.apply(
-            hidden, head.weight, head.bias, targets, weights, transform, rows, gradient
+            hidden, head.weight, head.bias, targets, weights, transform, rows, gradient, losses
         )
         return fused
     rows = tile_rows(_head_rows(head), hidden.device)
     total = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype)) + hidden.sum() * 0
     for start in range(0, len(targets), rows):
         tile = slice(start, start + rows)
-        total = total + checkpoint(
+        loss, each = checkpoint(
             _tile_loss, hidden[tile], head, targets[tile], weights[tile], transform, use_reentrant=False
         )
+        total = total + loss
+        if losses is not None:
+            losses[tile] = each
     return total
 
 
@@ -102,9 +107,13 @@ def _head_rows(head: nn.Module) -> int:
     return int(rows if isinstance(rows, int) else head.get_parameter("weight").shape[0])
 
 
-def _tile_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, transform: LogitTransform) -> Tensor:
+def _tile_loss(
+    hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum, and the cross entropy of each row without its graph."""
     logits = transform(head(hidden)).to(accumulation_dtype(hidden.dtype))
-    return torch.dot(nn.functional.cross_entropy(logits, targets, reduction="none"), weights.to(logits.dtype))
+    each = nn.functional.cross_entropy(logits, targets, reduction="none")
+    return torch.dot(each, weights.to(logits.dtype)), each.detach()
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -119,6 +128,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         transform: LogitTransform,
         rows: int,
         shared: SharedHeadGradient | None,
+        losses: Tensor | None,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = (shared is not None and needed for needed in ctx.needs_input_grad[:3])
         accumulate = accumulation_dtype(hidden.dtype)
@@ -141,6 +151,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
             picked = logits.gather(1, targets[tile, None]).squeeze(1)
             tile_weights = weights[tile].to(accumulate)
             total += torch.dot(log_sum_exp - picked, tile_weights)
+            if losses is not None:
+                losses[tile] = log_sum_exp - picked
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             slope = None if transform.softcap is None else 1 - (logits / transform.softcap).square()
@@ -175,4 +187,4 @@ class _FusedCrossEntropy(torch.autograd.Function):
             sums = {name: (gradient * grad_total).to(ctx.head_dtype) for name, gradient in shared.sums.items()}
             grad_weight, grad_bias = sums.get("weight"), sums.get("bias")
             shared.sums.clear()
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None

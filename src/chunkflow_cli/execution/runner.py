@@ -90,7 +90,7 @@ class ScheduleRunner(ABC):
         return step.result()
 
     @torch.no_grad()
-    def evaluate(self, batch: StepBatch, *, forwards: int = 0) -> float:
+    def evaluate(self, batch: StepBatch, *, forwards: int = 0) -> StepResult:
         """Return the weighted loss of whole sequences, computed chunk by chunk without gradient.
 
         Args:
@@ -107,7 +107,7 @@ class ScheduleRunner(ABC):
             (index,) = op.chunks
             self._execute(step, op, "held-out dummy" if index == DUMMY else f"held-out chunk {index}")
             step.context.evaluated(index)
-        return step.result().loss
+        return step.result()
 
     def _execute(self, step: Step, op: Op, doing: str, *, timed: bool = False) -> float:
         """Run one operation; return when it began, after its wait for a message."""

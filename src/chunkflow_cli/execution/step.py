@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.execution.batch import build_batch, dummy_batch, with_idle_target
@@ -30,6 +31,8 @@ class StepBatch:
     """(sequences,): what each target of a sequence counts in the loss."""
     spread: range | None = None
     """Chunks that the ranks of the sequence-parallel group share. None: all of them, if there is a group."""
+    by_sequence: bool = False
+    """Also add up the loss of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class StepResult:
     """Most bytes that this rank's state store held."""
     not_finite: tuple[int, ...]
     """Chunks whose loss is NaN or infinite."""
+    sequence_losses: NDArray[np.float64] | None = None
+    """(sequences,) sum of the cross entropy of each sequence's targets, without weights, as far as this process has
+    computed it: summed over the ranks of a group and the stages of a pipeline, it is whole. None unless
+    `StepBatch.by_sequence`."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class StepContext:
         self.target_tokens: dict[int, int] = {}
         """Chunk -> its targets on this rank, once it was called."""
         self._peak_state_bytes = 0
+        self._target_losses: dict[int, tuple[Tensor, NDArray[np.int64]]] = {}
+        """Chunk -> (targets,) the loss of each of its targets, and the sequence that it belongs to."""
         self.first_of_sequence = {index: group.start for group in batch.chunks.dependent_groups() for index in group}
         """Dependent chunk -> the first chunk of its sequence."""
 
@@ -100,7 +109,18 @@ class StepContext:
             tensors = dummy_batch(device, dtype)
         else:
             chunk, group = self.batch.chunks[index], self.sequence_group(index)
-            tensors = build_batch(chunk, self.batch.sequences, self.batch.weights, device, dtype, group)
+            tensors = build_batch(
+                chunk,
+                self.batch.sequences,
+                self.batch.weights,
+                device,
+                dtype,
+                group,
+                keeps_losses=self.batch.by_sequence,
+            )
+            if tensors.target_losses is not None and tensors.target_sequences is not None:
+                # A chunk that is called twice computes its loss in the second call.
+                self._target_losses[index] = tensors.target_losses, tensors.target_sequences
             self.target_tokens[index] = tensors.target_tokens
             if chunk.is_dependent:
                 first = chunk.segments[0]
@@ -142,4 +162,13 @@ class StepContext:
             target_tokens=target_tokens,
             peak_state_bytes=self._peak_state_bytes,
             not_finite=tuple(sorted(bad)),
+            sequence_losses=self._sequence_losses() if self.batch.by_sequence else None,
         )
+
+    def _sequence_losses(self) -> NDArray[np.float64]:
+        count = len(self.batch.sequences)
+        if not self._target_losses:
+            return np.zeros(count)
+        losses, sequences = zip(*self._target_losses.values(), strict=True)
+        values = torch.cat(losses).double().cpu().numpy()
+        return np.bincount(np.concatenate(sequences), values, count).astype(np.float64)

@@ -102,5 +102,5 @@ def lay_out(
                     slowest = max(step_seconds(shape, own, device, held) for held in chosen.stage_layers(shape.layers))
                     chosen = replace(chosen, costs=replace(run.costs, step_seconds=slowest))
                 runs.append(chosen)
-    steps = max(1, min(run.steps, round(samples / run.batches.global_batch_size)))
+    steps = max(1, min(run.steps, round(samples / run.batches.mean_samples)))
     return Search(tuple(runs), range(steps), shape, settings, measured)

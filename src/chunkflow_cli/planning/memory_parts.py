@@ -160,7 +160,7 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
 
 
 def live_tokens(
-    lengths: NDArray[np.int64], chunk_size: int, k: int, others: int, *, fill_tails: bool
+    lengths: NDArray[np.int64], chunk_size: int, k: int, others: int | NDArray[np.int64], *, fill_tails: bool
 ) -> NDArray[np.int64]:
     """Return the most tokens that hold activations at once on one stage while each sequence goes backward.
 
@@ -171,7 +171,7 @@ def live_tokens(
         lengths: (sequences,) tokens.
         chunk_size: most tokens in a chunk.
         k: chunks of a long sequence that keep their activations.
-        others: most tokens of short sequences that may share a chunk with this one.
+        others: most tokens of short sequences that may share a chunk with this one; a number, or (sequences,).
         fill_tails: True if the last chunk of a long sequence takes short sequences, as other chunks do.
     """
     pieces = -(-lengths // chunk_size)

@@ -62,8 +62,8 @@ def memory_of_fullest(
     """
     if run.pipeline is None:
         return _of_fullest_rank(shape, settings, activations_and_state(run, is_planned_whole=False))
-    longest_step = run.batches.step_of(int(run.lengths.argmax()))
-    if all(step.plan.step != longest_step for step in steps):
+    longest_step = run.batches.step_of(int(run.lengths.argmax()), run.steps)
+    if longest_step is not None and all(step.plan.step != longest_step for step in steps):
         steps = [*steps, SimulatedStep(run, run[longest_step])]
     return _of_fullest_stage(shape, settings, run, steps)
 
@@ -202,9 +202,12 @@ def _of_planned_chunks(run: RunPlan) -> HeldAtOnce:
 
 def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False) -> HeldAtOnce:
     size, ranks = (run.spread_chunk_size, run.sequence) if spread else (run.chunk_size, 1)
-    counts = np.bincount(lengths)
+    batches = run.batches
+    counts = np.bincount(lengths) * batches.most_repeats
     lengths = np.flatnonzero(counts)  # a million samples have only some thousand lengths
-    others = _sum_of_longest(lengths[lengths <= size], counts, run.batches.global_batch_size - 1)
+    others: int | NDArray[np.int64] = _sum_of_longest(lengths[lengths <= size], counts, batches.most_samples - 1)
+    if batches.tokens is not None:
+        others = np.clip(batches.tokens - lengths, 0, others)
     if run.equal_time:  # pieces of a long sample are of many sizes, the last one the smallest
         live, stored = np.minimum(lengths + others, size * run.k), np.where(lengths > size, lengths, 0)
         pieces = [len(cut_points(length, size, run.pair_weight)) - 1 for length in lengths[lengths > size].tolist()]

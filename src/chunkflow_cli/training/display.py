@@ -103,8 +103,12 @@ def few_steps_warning(plan: RunPlan, config: TrainConfig) -> str | None:
     """
     if config.steps is not None or plan.steps >= FEW_STEPS:
         return None
-    batch = len(plan.lengths) * config.epochs // FEW_STEPS
-    smaller = f"lower train.global_batch_size={config.global_batch_size} (to {batch}), or " if batch else ""
+    if config.global_batch_tokens is None:
+        key, size, most = "train.global_batch_size", config.global_batch_size, len(plan.lengths)
+    else:
+        key, size, most = "train.global_batch_tokens", config.global_batch_tokens, int(plan.lengths.sum())
+    batch = most * config.epochs // FEW_STEPS
+    smaller = f"lower {key}={size} (to {batch}), or " if batch else ""
     return (
         f"warning: the run has only {counted(plan.steps, 'optimizer step')}, which hardly changes a model\n"
         f"  {smaller}raise train.epochs={config.epochs}"
@@ -117,8 +121,17 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         "samples": _samples(report),
         "targets": f"all {report['target_tokens_trained']:,} that were planned",
     }
+    if "sources" in report:
+        rows["sources"] = ", ".join(
+            f"{name} {part['samples_trained']:,} ({part['passes']:.2f} passes)"
+            for name, part in report["sources"].items()
+        )
     if report["eval_loss_start"] is not None:
         rows["held-out loss"] = f"{report['eval_loss_start']:.4f} before, {report['eval_loss_end']:.4f} after"
+        after = report.get("eval_parts_end", {})
+        parts = [f"{name} {loss:.4f} -> {after[name]:.4f}" for name, loss in report.get("eval_parts_start", {}).items()]
+        if parts:
+            rows["of parts"] = ", ".join(parts)
     whole = report.get("whole_sequence_peak_bytes_predicted")
     longest = f"whole sequences ({report['longest_sample']:,} tokens)"
     against = f"; {longest} would take about {human_bytes(whole)}" if whole else ""
@@ -155,8 +168,8 @@ def _samples(report: dict[str, Any]) -> str:
     else:
         again = (f"{passes:,} of {trained:,}" if passes < trained else f"{passes:,}") + " trained on"
     parts = [again]
-    for word in ("held out", "rejected", "dropped", "truncated"):
-        count = report["samples_" + word.replace(" ", "_")]
+    for word in ("held out", "rejected", "dropped", "truncated", "duplicate", "beyond limit"):
+        count = report.get("samples_" + word.replace(" ", "_"))
         if count:
             parts.append(f"{count:,} {word}")
     rows, samples = report["rows_read"], report["samples_read"]

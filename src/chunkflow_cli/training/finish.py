@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from chunkflow_cli.console import working
@@ -26,6 +28,7 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.training.checkpoint import save_final
 from chunkflow_cli.training.checkpoint_folder import delete_leftovers, newest_checkpoint
+from chunkflow_cli.training.contributions import contributions
 from chunkflow_cli.training.hardware import agreed_peak_flops, device_name, peak_memory_bytes
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
@@ -83,9 +86,11 @@ def _save_model(run: Prepared, state: RunState) -> None:
     tokenizer = None
     if has_tokenizer(model.path):
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-        if (template := run.data.read.whole.chat_template) is not None:
+        wholes = run.data.read.wholes
+        if (template := next((whole.chat_template for whole in wholes if whole.chat_template), None)) is not None:
             tokenizer.chat_template = template
-        ends, generation = run.data.read.whole.entry.ends, run.parts.model.generation_config
+        ends = dict(sum((Counter(whole.entry.ends) for whole in wholes), Counter[int]()))
+        generation = run.parts.model.generation_config
         line = stop_where_answers_end(generation, ends, tokenizer, is_adapter=model.lora.enabled)
         if line is not None:
             run.console.print(line, soft_wrap=True)
@@ -160,9 +165,10 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
         whole = whole_sequence_bytes(peak, run.activation_bytes, kept, longest, run.shape.vocab_size, dtype.itemsize)
     return {
         **run.counts,
+        **_sources(run, progress.step),
         **{key: value for key, value in asdict(progress).items() if key != "step"},
         "steps": progress.step,
-        "epochs": progress.step / batches.steps_per_epoch,
+        "epochs": batches.epochs_after(progress.step),
         "longest_sample": longest,
         "k": config.chunk.k,
         "lora": config.model.lora.enabled,
@@ -177,15 +183,36 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
     }
 
 
+def _sources(run: Prepared, steps: int) -> dict[str, Any]:
+    """Return what became of the rows of each source, and what it contributed; nothing without `data.sources`."""
+    data = run.data
+    if not data.train.names:
+        return {}
+    trained = contributions(run.plan, data.train, steps)
+    truncated = np.bincount(data.read.sources[data.read.is_truncated], minlength=len(data.read.wholes)).tolist()
+    return {
+        "sources": {
+            name: {
+                **asdict(counts),
+                "samples_truncated": truncated[number],
+                "samples_held_out": counts.samples_left - len(data.train.samples_of(number)),
+                "samples_to_train": len(data.train.samples_of(number)),
+                "samples_trained": trained[name].samples,
+                **{key: value for key, value in asdict(trained[name]).items() if key != "samples"},
+            }
+            for number, (name, counts) in enumerate(zip(data.train.names, data.read.counts, strict=True))
+        }
+    }
+
+
 def _check_accounting(report: dict[str, Any], batches: GlobalBatches) -> None:
     """Check that every sample read and every target planned is accounted for.
 
     Raises:
         RunError: names each sum that does not add up.
     """
-    accounted = sum(
-        report[key] for key in ("samples_rejected", "samples_dropped", "samples_held_out", "samples_to_train")
-    )
+    words = ("rejected", "dropped", "duplicate", "beyond_limit", "held_out", "to_train")
+    accounted = sum(report[f"samples_{word}"] for word in words)
     planned = sum(len(batches[step]) for step in range(report["steps"]))
     problems = []
     if accounted != report["samples_read"]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from chunkflow_cli.config.schema import Config
+from chunkflow_cli.config.sources import name_of
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.model.identity import changed_files, model_files
@@ -80,6 +81,11 @@ def identify(config: Config, data: RunData) -> RunIdentity:
     """Return the identity of the run with this configuration over this data."""
     train = config.train
     order: dict[str, Any] = {"train.global_batch_size": train.global_batch_size, "train.shuffle": train.shuffle}
+    if train.global_batch_tokens is not None:
+        order["train.global_batch_tokens"] = train.global_batch_tokens
+    for source in config.data.sources:
+        if source.weight is not None:
+            order[f"data.sources[{name_of(source)}].weight"] = source.weight
     if train.shuffle:
         order["train.seed"] = train.seed
     return RunIdentity(
@@ -103,7 +109,7 @@ def differences(was: RunIdentity, now: RunIdentity) -> list[str]:
     ]
     changed = list(_changed(was.trained_on, now.trained_on))
     if changed:
-        lines += [f"data.path has changed: {_reason(was, now)}", *_at_most(changed)]
+        lines += [f"the data has changed: {_reason(was, now)}", *_at_most(changed)]
     if was.held_out and (changed := list(_changed(was.held_out, now.held_out))):
         lines += ["the held-out data has changed", *_at_most(changed)]
     return [*lines, *(f"model.path has changed: {line}" for line in changed_files(was.model, now.model))]
@@ -111,24 +117,31 @@ def differences(was: RunIdentity, now: RunIdentity) -> list[str]:
 
 def _shares(data: TokenizedData) -> tuple[FileShare, ...]:
     """Return the samples of each file, in the order in which they are read."""
-    if not len(data):
-        return ()
-    entry = data.whole.entry
-    files, digests = entry.files[data.indices], np.asarray(entry.digests[data.indices])
+    return tuple(share for number in range(len(data.wholes)) for share in _shares_of_source(data, number))
+
+
+def _shares_of_source(data: TokenizedData, number: int) -> Iterator[FileShare]:
+    samples, whole = data.samples_of(number), data.wholes[number]
+    if not len(samples):
+        return
+    indices, own_lengths = data.indices[samples], data.lengths[samples]
+    files, digests = whole.entry.files[indices], np.asarray(whole.entry.digests[indices])
     starts = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), len(files)]
-    shares = []
     for start, stop in itertools.pairwise(starts):
-        lengths = np.ascontiguousarray(data.lengths[start:stop], np.int64)
+        lengths = np.ascontiguousarray(own_lengths[start:stop], np.int64)
         content = hashlib.blake2b(np.ascontiguousarray(digests[start:stop]).tobytes(), digest_size=8)
         content.update(lengths.tobytes())
-        name = data.location(start).file
-        shares.append(FileShare(name, stop - start, int(lengths.sum()), content.hexdigest()))
-    return tuple(shares)
+        file = whole.location(int(indices[start])).file
+        # Two sources may read the same file.
+        name = file if whole.name is None else f"{whole.name}: {file}"
+        yield FileShare(name, stop - start, int(lengths.sum()), content.hexdigest())
 
 
 def _ingredients(data: TokenizedData) -> dict[str, str | None]:
-    meta = json.loads((data.whole.entry.folder / "meta.json").read_text(encoding="utf-8"))
-    return {name: meta.get(name) for name in ("source", "tokenizer")}
+    metas = [json.loads((whole.entry.folder / "meta.json").read_text(encoding="utf-8")) for whole in data.wholes]
+    if len(metas) == 1:
+        return {name: metas[0].get(name) for name in ("source", "tokenizer")}
+    return {name: " ".join(str(meta.get(name)) for meta in metas) for name in ("source", "tokenizer")}
 
 
 def _reason(was: RunIdentity, now: RunIdentity) -> str:

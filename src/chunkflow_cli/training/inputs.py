@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, DataConfig, LossWeighting
+from chunkflow_cli.config.sources import configs_of_sources
 from chunkflow_cli.data.cache import cache_root, stamp
-from chunkflow_cli.data.dataset import has_evaluation_data, tokenize
-from chunkflow_cli.data.tokenized import TokenizedData, hold_out
+from chunkflow_cli.data.dataset import configs_of_evaluation, tokenize
+from chunkflow_cli.data.tokenized import TokenizedData, hold_out, joined, limited, without_duplicates
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.model.rope_scaling import scaling_for
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
@@ -24,10 +26,10 @@ class RunData:
     """The samples of a run, tokenised."""
 
     read: TokenizedData
-    """All samples of `data.path`, with the counts of rejected and dropped rows."""
+    """All samples of `data.path` or `data.sources`, with the counts of what was left out."""
     train: TokenizedData
     evaluation: TokenizedData
-    """Samples held out of `data.path`, or those of `data.eval_path` or `data.eval_split`; may be empty."""
+    """Samples held out of these, or those of `data.eval_path` or `data.eval_split`; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,16 @@ class FoundData:
     """Where a process has found the samples of its run in the token cache, for those that have not read the data."""
 
     keys: tuple[str, ...]
-    """Keys of the entries: that of the data, and that of the data to evaluate on if there is some."""
+    """Keys of the entries: those of the data, and those of the data to evaluate on if there is some."""
     stamps: tuple[str | None, ...]
     """Stamps of the same entries (`data.cache.stamp`)."""
 
     @classmethod
     def of(cls, data: RunData) -> FoundData:
         """Return where the samples are that this process has loaded."""
-        wholes = [data.read.whole]
-        if data.evaluation.whole is not data.read.whole:
-            wholes.append(data.evaluation.whole)
+        wholes = [*data.read.wholes]
+        if data.evaluation.wholes[0] is not data.read.wholes[0]:
+            wholes += data.evaluation.wholes
         return cls(tuple(whole.key for whole in wholes), tuple(stamp(whole.entry.folder) for whole in wholes))
 
     def is_seen_by(self, config: Config) -> bool:
@@ -76,10 +78,13 @@ def load_run_data(config: Config, hf_config: Any | None, keys: Sequence[str] = (
         UsageError: see `data.dataset.tokenize`.
     """
 
-    def read(*, for_evaluation: bool = False) -> TokenizedData:
+    to_train, to_evaluate = configs_of_sources(config.data), configs_of_evaluation(config.data)
+    found = iter(keys) if keys else itertools.repeat(None)
+
+    def read(data: DataConfig, *, for_evaluation: bool = False) -> TokenizedData:
         return tokenize(
-            config.data,
-            key=keys[for_evaluation] if keys else None,
+            data,
+            key=next(found),
             for_evaluation=for_evaluation,
             model_path=config.model.path,
             model_limit=None if hf_config is None else position_limit(hf_config),
@@ -91,12 +96,19 @@ def load_run_data(config: Config, hf_config: Any | None, keys: Sequence[str] = (
         from chunkflow_cli.model.positions import check_positions  # imports torch
 
         check_positions(config, hf_config)
-    data = read()
+    data = joined([read(each) for each in to_train])
+    if config.data.deduplicate:
+        data = without_duplicates(data)
+    seed, limits = config.train.seed, [source.samples for source in config.data.sources]
+    data = limited(data, limits, seed)
+    for whole, limit, count in zip(data.wholes, limits, data.counts, strict=False):
+        if limit is not None and count.samples_left < limit:
+            warn_once(f"data.sources[{whole.name}].samples={limit}: the source has only {count.samples_left:,}")
     if hf_config is not None and (warning := far_positions_warning(hf_config, data.lengths)) is not None:
         warn_once(warning)
-    if has_evaluation_data(config.data):
-        return RunData(data, data, read(for_evaluation=True))
-    return RunData(data, *hold_out(data, config.data.eval_fraction, config.train.seed))
+    if to_evaluate:
+        return RunData(data, data, joined([read(each, for_evaluation=True) for each in to_evaluate]))
+    return RunData(data, *hold_out(data, config.data.eval_fraction, seed))
 
 
 def far_positions_warning(hf_config: Any, lengths: NDArray[np.int64]) -> str | None:
@@ -121,7 +133,7 @@ def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> 
 def sample_counts(data: RunData, config: DataConfig) -> dict[str, int]:
     """Return what became of the rows that were read; rows of evaluation data are counted on their own."""
     has_file = has_evaluation_data(config)
-    words = ("read", "rejected", "dropped", "truncated")
+    words = ("read", "rejected", "dropped", "truncated", "duplicate", "beyond_limit")
     return {
         "rows_read": data.read.rows_read,
         **{f"samples_{word}": getattr(data.read, f"samples_{word}") for word in words},

@@ -106,7 +106,8 @@ def load_data(config: Config, hf_config: Any | None, data: RunData | FoundData) 
 def _same(own: RunData, found: FoundData) -> RunData:
     if FoundData.of(own).keys != found.keys:
         raise UsageError(
-            f"{own.read.whole.named}: its rows, or the tokenizer, are on this node not those of the first one\n"
+            f"{', '.join(whole.named for whole in own.read.wholes)}: "
+            "its rows, or the tokenizer, are on this node not those of the first one\n"
             "  give all nodes the same files, or a file system that they share"
         )
     return own

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from chunkflow_cli.config.schema import LogBackend
@@ -38,11 +38,14 @@ class StepMetrics:
     """What the plan's costs predict for the step; None if they know no seconds."""
     eval_loss: float | None = None
     """Held-out loss after this step, if it was measured."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Losses of parts of the data: `loss/SOURCE`, `eval_loss/SOURCE`, `eval_loss/LENGTHS`."""
 
     @property
     def values(self) -> dict[str, float]:
         """The numbers of the row by their names in metrics.jsonl, without those that were not measured."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        values = {name: value for name, value in asdict(self).items() if name != "parts" and value is not None}
+        return values | self.parts
 
 
 @contextmanager

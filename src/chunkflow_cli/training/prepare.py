@@ -223,14 +223,21 @@ def _prove_parity(
 
 
 def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: Console) -> None:
-    """List the rows that are skipped, each with its reason, in rejected.jsonl."""
+    """List the rows that are skipped and the samples that are duplicates, each with its reason, in rejected.jsonl."""
     rejected = [*data.read.rejected, *(data.evaluation.rejected if has_evaluation_data(config.data) else ())]
-    if not rejected:
+    duplicates = data.read.duplicates
+    if not rejected and not duplicates:
         return
-    rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in rejected]
+    listed = [*rejected, *duplicates]
+    rows = [{"file": where.file, "line": where.line, "reason": reason} for where, reason in listed]
     path = folder.path / "rejected.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    console.print(f"Skipped {counted(len(rows), 'row')} that cannot be trained on; reasons: {path}", soft_wrap=True)
+    if rejected:
+        skipped = counted(len(rejected), "row")
+        console.print(f"Skipped {skipped} that cannot be trained on; reasons: {path}", soft_wrap=True)
+    if duplicates:
+        left_out = counted(len(duplicates), "sample")
+        console.print(f"Left out {left_out} that repeat an earlier one, listed in {path}", soft_wrap=True)
 
 
 def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSetup:

@@ -29,6 +29,9 @@ class Progress:
     loss_last: float | None = None
     eval_loss_start: float | None = None
     eval_loss_end: float | None = None
+    eval_parts_start: dict[str, float] = field(default_factory=dict)
+    """Held-out losses of sources and of ranges of lengths, by name."""
+    eval_parts_end: dict[str, float] = field(default_factory=dict)
     eval_step: int | None = None
     """The step after which `eval_loss_end` was measured."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, LogBackend
+from chunkflow_cli.config.sources import has_data
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import check_is_there
 from chunkflow_cli.processes.environment import rank
@@ -31,7 +32,7 @@ def check_inputs(loaded: LoadedConfig) -> None:
             check_is_there(config.model)
         except UsageError as error:
             missing.append(str(error))
-    if not config.data.path:
+    if not has_data(config.data):
         missing.append(
             "data.path is not set: a file (.jsonl, .csv, .parquet, ...), a folder or a Hugging Face data set id"
         )

@@ -24,7 +24,7 @@ from chunkflow_cli.data.cache import cache_root
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.layouts import check_layouts
-from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.batches import GlobalBatches, WeightedSource
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, ModelShape
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemorySettings
@@ -53,10 +53,10 @@ class RunSetup:
     def plan(self, data: TokenizedData) -> RunPlan:
         """Return the plan of all steps over these samples, which `plan` prints and `train` runs."""
         config = self.config
-        batches = GlobalBatches(len(data), config.train.global_batch_size, config.train.seed, config.train.shuffle)
+        batches = global_batches(config, data)
         return RunPlan(
             batches=batches,
-            steps=config.train.steps or config.train.epochs * batches.steps_per_epoch,
+            steps=config.train.steps or batches.steps_of_epochs(config.train.epochs),
             lengths=data.lengths,
             target_counts=data.target_counts,
             chunk_size=config.chunk.size,
@@ -93,6 +93,39 @@ class RunSetup:
             chunk_size=config.chunk.size,
             device_type="cpu" if "CPU" in self.device.name else "cuda",
         )
+
+
+def global_batches(config: Config, data: TokenizedData) -> GlobalBatches:
+    """Return the global batches of a run over these samples.
+
+    Raises:
+        UsageError: the weight of a source is so small that no sample of it is drawn in an epoch.
+    """
+    weights = [source.weight for source in config.data.sources]
+    sources = tuple(
+        WeightedSource(len(data.samples_of(number)), weight)
+        for number, weight in enumerate(weights)
+        if weight is not None
+    )
+    train = config.train
+    batches = GlobalBatches(
+        len(data),
+        train.global_batch_size,
+        train.seed,
+        train.shuffle,
+        sources,
+        train.global_batch_tokens,
+        None if train.global_batch_tokens is None else data.lengths,
+    )
+    never = (
+        [name for name, draws in zip(data.names, batches.draws_per_epoch, strict=True) if draws == 0] if sources else []
+    )
+    if never:
+        raise UsageError(
+            f"data.sources[{never[0]}].weight: no sample of it would be drawn in an epoch of {len(data):,} samples\n"
+            "  give it a larger weight, or remove the source"
+        )
+    return batches
 
 
 def read_setup(

@@ -9,7 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from chunkflow_cli.config.schema import LossWeighting
+from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch, StepResult
@@ -22,7 +25,7 @@ from chunkflow_cli.training.checkpoint_folder import newest_checkpoint
 from chunkflow_cli.training.continuation import how_to_go_on
 from chunkflow_cli.training.display import training_display
 from chunkflow_cli.training.hardware import peak_memory_bytes
-from chunkflow_cli.training.held_out import held_out_loss
+from chunkflow_cli.training.held_out import HeldOutLoss, held_out_loss
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metrics_file
 from chunkflow_cli.training.prepare import Prepared
@@ -58,7 +61,8 @@ def run_steps(run: Prepared, state: RunState) -> None:
         try:
             if progress.eval_loss_start is None and progress.step == 0 and len(run.data.evaluation):
                 display.phase("held-out loss")
-                progress.eval_loss_start = _finite_held_out_loss(run, state)
+                found = _finite_held_out_loss(run, state)
+                progress.eval_loss_start, progress.eval_parts_start = found.loss, found.parts
                 display.held_out_before(progress.eval_loss_start)
             while progress.step < steps:
                 _stop_together(run, state)
@@ -75,7 +79,8 @@ def run_steps(run: Prepared, state: RunState) -> None:
                     save_progress(run, state)
             _stop_together(run, state)
             if len(run.data.evaluation) and progress.eval_step != steps:  # the run was stopped while it was measured
-                progress.eval_loss_end = _finite_held_out_loss(run, state)
+                found = _finite_held_out_loss(run, state)
+                progress.eval_loss_end, progress.eval_parts_end = found.loss, found.parts
         except Interrupted:
             run.parts.engine.discard_gradients()
             display.phase("saving a checkpoint")
@@ -103,7 +108,7 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
         run.recorder.step = state.step
     state.at("reading the samples")
     step = _planned_step(run, progress.step)
-    result = _run_operations(run, step, on_backward)
+    result, parts = _run_operations(run, step, on_backward)
     lr = run.learning_rate(progress.step)
     run.parts.engine.set_learning_rate(lr)
     state.at("optimizer step")
@@ -128,6 +133,7 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
         peak_memory_bytes=int(run.processes.maximum(peak_memory_bytes(run.device))[0]),
         fill=step.tokens / step.room,
         predicted_seconds=_predicted_seconds(run.plan, step),
+        parts={f"loss/{name}": loss for name, loss in parts.items()},
     )
 
 
@@ -156,8 +162,10 @@ def _planned_step(run: Prepared, index: int) -> StepPlan:
     return step
 
 
-def _run_operations(run: Prepared, step: StepPlan, on_backward: Callable[[float], None]) -> StepResult:
-    """Run the operations of this process, and return the loss and the targets of all processes.
+def _run_operations(
+    run: Prepared, step: StepPlan, on_backward: Callable[[float], None]
+) -> tuple[StepResult, dict[str, float]]:
+    """Run the operations of this process, and return the loss and targets of all processes, and the loss by source.
 
     Raises:
         Interrupted: a process was asked to stop and has not run all of its operations.
@@ -171,20 +179,51 @@ def _run_operations(run: Prepared, step: StepPlan, on_backward: Callable[[float]
     except Interrupted:
         is_whole, result = False, NOTHING
     counted = result if run.processes.place.stage == 0 else NOTHING  # all stages of a pipeline know its loss
-    loss, targets, whole = run.processes.sum(counted.loss, counted.target_tokens, is_whole)
+    own = loss_by_source(run.data.train, rank, _weights(run, rank, step), result)
+    loss, targets, whole, *sums = run.processes.sum(counted.loss, counted.target_tokens, is_whole, *own.tolist())
     if whole < run.topology.processes:
         raise Interrupted
     if not np.isfinite(loss):
         _refuse_loss(run, step, rank, result)
-    return replace(result, loss=loss, target_tokens=round(targets))
+    return replace(result, loss=loss, target_tokens=round(targets)), _mean_losses(run, step, np.array(sums))
 
 
 def _run_schedule(run: Prepared, step: StepPlan, rank: RankPlan, on_backward: Callable[[int], None]) -> StepResult:
     record = None if run.recorder is None else run.recorder.record
-    weights = target_weights(rank, step, run.config.train.loss_weighting)
+    weights = _weights(run, rank, step)
     sequences = [run.data.train[int(sample)] for sample in rank.samples]
-    batch = StepBatch(rank.chunks, sequences, weights, None if run.plan.pipeline is not None else rank.spread)
+    spread = None if run.plan.pipeline is not None else rank.spread
+    batch = StepBatch(rank.chunks, sequences, weights, spread, by_sequence=bool(run.data.train.names))
     return run.parts.runner.run(rank.schedules, batch, on_backward, record)
+
+
+def _weights(run: Prepared, rank: RankPlan, step: StepPlan) -> NDArray[np.float64]:
+    return target_weights(rank, step, run.config.train.loss_weighting)
+
+
+def loss_by_source(
+    data: TokenizedData, rank: RankPlan, weights: NDArray[np.float64], result: StepResult
+) -> NDArray[np.float64]:
+    """Return the weighted loss of each source, as far as this process has computed it, (sources,)."""
+    losses = np.zeros(len(rank.samples)) if result.sequence_losses is None else result.sequence_losses
+    sums = np.bincount(data.sources[rank.samples], weights * losses, minlength=len(data.names))
+    return sums[: len(data.names)].astype(np.float64)
+
+
+def _mean_losses(run: Prepared, step: StepPlan, sums: NDArray[np.float64]) -> dict[str, float]:
+    """Return the mean loss of the step's targets of each source, weighted as the loss of the step is.
+
+    Args:
+        sums: the weighted loss of each source over all processes, (sources,).
+    """
+    data = run.data.train
+    targets = data.target_counts[step.samples]
+    if run.config.train.loss_weighting is LossWeighting.token:
+        weights = targets / step.target_tokens
+    else:
+        weights = np.full(len(targets), 1 / len(targets))
+    shares = np.bincount(data.sources[step.samples], weights, minlength=len(sums))
+    return {name: float(sums[i] / shares[i]) for i, name in enumerate(data.names) if shares[i]}
 
 
 def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResult) -> None:
@@ -212,26 +251,28 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
 def _with_held_out_loss(row: StepMetrics, run: Prepared, state: RunState) -> StepMetrics:
     """Return the row with the held-out loss, or without it if the user stops the run meanwhile: the step is done."""
     try:
-        loss = _finite_held_out_loss(run, state)
+        found = _finite_held_out_loss(run, state)
     except Interrupted:
         return row
-    state.progress.eval_loss_end, state.progress.eval_step = loss, row.step
-    return replace(row, eval_loss=loss)
+    progress = state.progress
+    progress.eval_loss_end, progress.eval_parts_end, progress.eval_step = found.loss, found.parts, row.step
+    parts = {f"eval_loss/{name}": loss for name, loss in found.parts.items()}
+    return replace(row, eval_loss=found.loss, parts=row.parts | parts)
 
 
-def _finite_held_out_loss(run: Prepared, state: RunState) -> float:
+def _finite_held_out_loss(run: Prepared, state: RunState) -> HeldOutLoss:
     """Return `held_out_loss`. Every process calls it.
 
     Raises:
         RunError: it is not finite.
         Interrupted: a process was asked to stop.
     """
-    loss = held_out_loss(run, state)
-    if not np.isfinite(loss):
+    found = held_out_loss(run, state)
+    if not np.isfinite(found.loss):
         step = state.progress.step
         when = f"after step {step} is not finite: the step has spoilt the weights" if step else "is not finite"
         raise RunError(f"the held-out loss {when}\n  {_remedy_of_spoilt_numbers(run)}")
-    return loss
+    return found
 
 
 def refuse_spoilt_weights(run: Prepared, state: RunState) -> None:
@@ -272,5 +313,4 @@ def save_progress(run: Prepared, state: RunState) -> Path:
 def _tokens_before(step: int, run: Prepared) -> int:
     """Return the number of tokens in all steps before `step`."""
     batches, lengths = run.plan.batches, run.data.train.lengths
-    epochs, rest = divmod(step, batches.steps_per_epoch)
-    return epochs * int(lengths.sum()) + sum(int(lengths[batches[i]].sum()) for i in range(step - rest, step))
+    return sum(int(lengths[batches[index]].sum()) for index in range(step))

@@ -57,7 +57,7 @@ def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> It
     yield _histogram(min(width, WIDEST), lengths)
     yield _cumulative(found)
     yield _longest(found, width)
-    batches = f"chunks are made within steps of train.global_batch_size={found['packing']['global_batch_size']} samples"
+    batches = f"chunks are made within steps of {_batch(found['packing'])}"
     notes = f"* tokens whose forward pass runs twice with chunk.k=1; {batches}"
     yield Group(_costs(found), Text(notes, style="dim"))
     if found["ranks"]["configured"] > 1:
@@ -65,6 +65,11 @@ def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> It
     if found["rejected"]["rows"]:
         yield _rejected(found["rejected"], width)
     yield _conclusion(found)
+
+
+def _batch(packing: dict[str, Any]) -> str:
+    size, tokens = packing["global_batch_size"], packing["global_batch_tokens"]
+    return f"train.global_batch_size={size} samples" if tokens is None else f"train.global_batch_tokens={tokens} tokens"
 
 
 def _headline(found: dict[str, Any], width: int) -> Text:
@@ -175,7 +180,7 @@ def _conclusion(found: dict[str, Any]) -> Text:
 def _ranks(found: dict[str, Any]) -> Table:
     ranks = found["ranks"]
     table = columns(f"{ranks['ranks']} ranks, samples", ">idle", "")
-    batch = f"{found['packing']['global_batch_size']} samples per step"
+    batch = f"steps of {_batch(found['packing'])}"
     table.add_row("dealt in turn", percent(ranks["idle_as_dealt"]), f"waiting for the slowest; {batch}")
     table.add_row("balanced by tokens", percent(ranks["idle_balanced"]), "")
     return table
@@ -199,11 +204,16 @@ def _rejected(rejected: dict[str, Any], width: int) -> Text:
 
 def _side_by_side(analyses: Sequence[dict[str, Any]]) -> Table:
     shares = ("<1K", "<8K", "<32K")
-    table = columns("data", ">samples", ">tokens", ">mean", ">longest", *(f">{share}" for share in shares))
+    are_sources = "source" in analyses[0]
+    parts = ("share_of_samples", "share_of_tokens", "share_of_targets") if are_sources else ()
+    titles = [f">{name.replace('share_', '')}".replace("_", " ") for name in parts]
+    table = columns("data", ">samples", ">tokens", ">mean", ">longest", *(f">{share}" for share in shares), *titles)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for found in analyses:
+        name = found["source"] if are_sources else Path(found["data"]).name
         table.add_row(
-            Text(Path(found["data"]).name), f"{found['samples']:,}", f"{found['tokens']:,}", f"{found['mean']:,.0f}",
+            Text(name), f"{found['samples']:,}", f"{found['tokens']:,}", f"{found['mean']:,.0f}",
             f"{found['max']:,}", *(percent(found["cdf"][share]) for share in shares),
+            *(percent(found[part]) for part in parts),
         )  # fmt: skip
     return table

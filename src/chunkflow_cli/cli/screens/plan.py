@@ -44,6 +44,9 @@ def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, mea
     """
     console.print(_headline(result))
     console.print()
+    if "sources" in result:
+        console.print(_sources(result["sources"]))
+        console.print()
     console.print(_chunks(result))
     if result["memory"] is not None:
         console.print()
@@ -71,11 +74,26 @@ def _headline(result: dict[str, Any]) -> Text:
     if layout:
         text.append("\n" + ", ".join(layout))
     text.append(f"\n{_outlook(result)}", style="bold")
+    if result["global_batch_tokens"] is None:
+        size = counted(result["global_batch_size"], "sample")
+    else:
+        size = counted(result["global_batch_tokens"], "token")
     text.append(
-        f"\n{counted(result['steps'], 'step')} of up to {counted(result['global_batch_size'], 'sample')}: "
+        f"\n{counted(result['steps'], 'step')} of up to {size}: "
         f"{result['samples']:,} samples, {result['tokens']:,} tokens, {result['target_tokens']:,} of them targets"
     )
     return text
+
+
+def _sources(sources: dict[str, Any]) -> Table:
+    """Return what each source contributes to the run."""
+    table = columns("source", ">samples", ">passes", ">tokens", ">targets", ">of samples", ">of tokens", ">of targets")
+    for name, part in sources.items():
+        table.add_row(
+            Text(name), f"{part['samples']:,}", f"{part['passes']:.2f}", f"{part['tokens']:,}", f"{part['targets']:,}",
+            percent(part["share_of_samples"]), percent(part["share_of_tokens"]), percent(part["share_of_targets"]),
+        )  # fmt: skip
+    return table
 
 
 def _outlook(result: dict[str, Any]) -> str:
