@@ -12,6 +12,7 @@ from torch import nn
 
 from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig, OptimizerName
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.engine_memory import Buffers
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run: ours, with `engine.deepspeed` merged over it."""
     stage, offload = settings.engine.zero_stage, settings.engine.offload
     host = {"device": "cpu", "pin_memory": True}
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000_000}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": Buffers.reduce}
     if stage == 3:
         # By default DeepSpeed treats blocks of experts of some architectures as leaves: it reduces their gradients once
         # per call of the block, not once per backward. A backward through several chunks would reduce partial sums.

@@ -54,6 +54,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         matmul_parameters=_active_matmul_parameters(model, config),
         parameters=parameters,
         trainable_parameters=parameters,
+        largest_trained=max(weight.numel() for weight in model.parameters()),
         is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
     probed = probe(_on_meta(model), kernels)
@@ -80,8 +81,13 @@ def _on_meta(model: Any) -> Any:
 def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
     """Return the sizes of a model of that `shape` after adapters were added: only the adapters are trained."""
     trainable, parameters = peft_model.get_nb_trainable_parameters()
-    merged = merged_bytes(peft_model)
-    return replace(shape, parameters=parameters, trainable_parameters=trainable, merged_bytes=merged)
+    return replace(
+        shape,
+        parameters=parameters,
+        trainable_parameters=trainable,
+        largest_trained=max(weight.numel() for weight in peft_model.parameters() if weight.requires_grad),
+        merged_bytes=merged_bytes(peft_model),
+    )
 
 
 def merged_bytes(model: nn.Module) -> int:

@@ -48,6 +48,8 @@ class ModelShape:
     """The recurrent layers, together; by default, there are none."""
     merged_bytes: int = 0
     """Bytes of the copies of adapted expert tensors, over all layers: each chunk that keeps activations has its own."""
+    largest_trained: int = 0
+    """Numbers in the largest weight that gets a gradient."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
