@@ -105,7 +105,9 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     }
     if settings.dtype is Dtype.bfloat16:
         config |= {"bf16": {"enabled": True}, **FLOAT32_SUMS}
-    if stage in (0, 1):
+    if stage != 2:
+        # A step ends where `step` is called. Otherwise ZeRO-3 with the optimizer on the host would copy all gradients
+        # to where the optimizer reads them after every backward, and not once per step.
         config["managed_gradient_accumulation"] = False
     merged = OmegaConf.merge(config, settings.engine.deepspeed)
     return cast("dict[str, Any]", OmegaConf.to_container(merged))

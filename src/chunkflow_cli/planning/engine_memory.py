@@ -156,11 +156,12 @@ def _stage_3(weights: HeldWeights, settings: MemorySettings) -> EngineBytes:
     # __avg_scatter_grads: a gradient, its float32 copy, and the copy that is scattered.
     alone = largest * (b + (4 if b == 2 else 0) + (4 if settings.data_parallel > 1 else 0))
     reduced = max(alone, bucket + b * largest)
-    if is_on_host:  # partition_grads: the sum comes from the host, and the norm is computed in each backward
-        of_largest = _share(largest, settings)
-        reduced += 4 * of_largest + BYTES_OF_NORM * min(of_largest, NORM_PIECE)
     at_step = own + optimizer + gradients
-    if not is_on_host:  # _prepare_fp32_grad_for_sub_group flattens
+    if is_on_host:
+        of_largest = _share(largest, settings)
+        reduced += 4 * of_largest  # partition_grads fetches the sum, adds, and sends it back
+        at_step += 4 * of_largest + BYTES_OF_NORM * min(of_largest, NORM_PIECE)
+    else:  # _prepare_fp32_grad_for_sub_group flattens
         at_step += 4 * min(share, buffers.sub_group + _share(largest, settings))
     return EngineBytes(own + gathered, gradients, optimizer, reduced, at_step, _host_of_stage_3(weights, settings))
 
