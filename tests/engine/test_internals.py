@@ -30,7 +30,7 @@ NAMES = {
     "deepspeed.runtime.zero.linear": ("zero3_linear_wrap",),
     "deepspeed.runtime.zero.partition_parameters": ("ds_id", "ds_numel", "ds_shape"),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (
-        "_hp_optimizer_states_linked", "update_lp_params",
+        "_hp_optimizer_states_linked", "grad_accum", "update_lp_params",
     ),
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": (
         "_get_param_partition_rank", "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_epilogue",

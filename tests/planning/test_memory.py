@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, chunk_tokens
+from chunkflow_cli.planning.engine_memory import Buffers
 from chunkflow_cli.planning.memory_parts import (
     HEAD_TILE_BYTES,
     TILES_ALIVE,
@@ -33,7 +34,7 @@ from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 SHAPE = ModelShape(
     layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
-    matmul_parameters=2000, parameters=2500, trainable_parameters=2500,
+    matmul_parameters=2000, parameters=2500, trainable_parameters=2500, largest_trained=400,
 )  # fmt: skip
 
 
@@ -61,8 +62,8 @@ def test_an_edge_of_recurrent_layers_is_kept_behind_each_chunk_but_the_last() ->
 # Memory by part
 
 BASE = MemorySettings(
-    element_bytes=2, optimizer_states=2, zero_stage=0, data_parallel=4, offload="none", checkpointing="none",
-    chunk_size=16, device_type="cpu",
+    element_bytes=2, optimizer_states=2, zero_stage=1, data_parallel=4, offload="none", checkpointing="none",
+    chunk_size=16, device_type="cpu", buffers=Buffers(reduce=10, gathered=1000, sub_group=300),
 )  # fmt: skip
 # A layer of SHAPE keeps two norms (4 x 8 + 2 x 2 x 8), attention 2 x (2 x 8 + 2 x 4) + 4 x 4 and 4 x 2 x 20.
 LAYER = 2 * (32 + 32) + 64 + 160
@@ -71,35 +72,77 @@ HEAD = TILES_ALIVE * 16 * 50 * 4 + 4 * 400
 STATE = 32 * 2 * 3 * 2 * 2 * (2 + 4)
 
 
+FLOAT32 = {"element_bytes": 4}
+MOMENT = 400 * (2 + 4 + 4)  # a gradient of the largest weight, its float32 copy, and the copy that is scattered
+
+
+def pinned(*sizes: int) -> int:
+    """Return the sum of the sizes, each of them the next power of two."""
+    return sum(next(2**power for power in range(30) if 2**power >= size) for size in sizes)
+
+
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "weights", "gradients", "optimizer", "step", "host"),
     [
-        ({}, MemoryParts(5000, 10000 + 5000, 30000, ACTIVATIONS, HEAD, STATE, 0)),
-        ({"zero_stage": 1}, MemoryParts(5000, 10000 + 5000, 7500, ACTIVATIONS, HEAD, STATE, 0)),
-        ({"zero_stage": 2}, MemoryParts(5000, 2500 + 5000, 7500, ACTIVATIONS, HEAD, STATE, 0)),
-        ({"zero_stage": 3}, MemoryParts(1250, 2500 + 5000, 7500, ACTIVATIONS, HEAD, STATE, 0)),
-        ({"zero_stage": 3, "data_parallel": 1}, MemoryParts(5000, 15000, 30000, ACTIVATIONS, HEAD, STATE, 0)),
-        ({"optimizer_states": 0}, MemoryParts(5000, 15000, 10000, ACTIVATIONS, HEAD, STATE, 0)),
-        ({"zero_stage": 1, "offload": "optimizer"}, MemoryParts(5000, 5000, 0, ACTIVATIONS, HEAD, STATE, 7500 + 10000)),
-        (
-            {"zero_stage": 3, "offload": "parameters"},
-            MemoryParts(1250 // 3, 5000, 0, ACTIVATIONS, HEAD, STATE, 7500 + 2500 + 1250),
-        ),
-        # In float32, gradients of a chunk are summed in place, and state elements are as wide as their gradients.
-        (
-            {"element_bytes": 4},
-            MemoryParts(10000, 10000, 30000, 2 * 16 * 3 * (2 * 96 + 112 + 320), HEAD, STATE // 6 * 8, 0),
-        ),
-        # All checkpointed layers keep their inputs, for 32 tokens; one runs again, for the 16 of a chunk.
-        ({"checkpointing": "full"}, MemoryParts(5000, 15000, 30000, 32 * 3 * 16 + 16 * LAYER, HEAD, STATE, 0)),
+        # Without ZeRO no weights are kept twice; all gradients are flattened to be summed.
+        ({"zero_stage": 0, **FLOAT32}, 10000, 10000, 20000, 10000, 0),
+        # BF16_Optimizer: float32 sums of all gradients beside those of a chunk, both flattened to be summed.
+        ({}, 5000, 10000 + 5000, 7500, 10000, 0),
+        ({"optimizer_states": 0}, 5000, 15000, 2500, 10000, 0),
+        ({"buffers": dataclasses.replace(BASE.buffers, whole=2000)}, 5000, 15000, 7500, 1600, 0),
+        # In float32, a bucket of ten; at the step the rank's own gradients, and a bucket flattened.
+        (FLOAT32, 10000, 10000 + 40, 7500, 2500 + 40, 0),
+        ({"zero_stage": 2, "data_parallel": 1, **FLOAT32}, 10000, 10000 + 40, 30000, 10000, 0),
+        # The largest weight has a buffer, the step a float32 partition and a float64 gradient.
+        ({"offload": "optimizer"}, 5000 + 800, 10000 + 40 + 400 * (2 + 4), 0, 2500 + 3200 - 2400,
+         pinned(2500, 2500, 1250, 800) + 5000),
+        ({"zero_stage": 2, "offload": "optimizer", **FLOAT32}, 10000 + 1600, 10000 + 40, 0, 3200,
+         pinned(2500, 2500, 2500, 1600) + 5000),
+        # ZeRO-3 divides everything, and gathers 1400 weights; sub-groups of 300 are flattened at the step.
+        ({"zero_stage": 3}, 1250 + 2800, 2500 + 40 + MOMENT, 7500, 1600 - 2800 - MOMENT, 0),
+        ({"zero_stage": 3, "data_parallel": 1}, 5000, 10000 + 40 + 2400, 30000, 2800 - 2400, 0),
+        ({"zero_stage": 3, "offload": "optimizer"}, 1250 + 2800, 40 + MOMENT + 400, 0, 0,
+         7500 + pinned(1200, 1200, 100, 2500)),
+        ({"zero_stage": 3, "offload": "parameters"}, 2800, 40 + MOMENT + 400, 0, 0,
+         7500 + pinned(1200, 1200, 100, 2500, 1250)),
     ],
-    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) or "zero 0" if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) or "zero 1" if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_memory_by_hand(settings: dict[str, Any], expected: MemoryParts) -> None:
-    """2500 weights on four ranks: each ZeRO stage divides more parts, and offloading moves parts to the host."""
+def test_what_deepspeed_keeps_by_hand(
+    settings: dict[str, Any], weights: int, gradients: int, optimizer: int, step: int, host: int
+) -> None:
+    """2500 weights on four ranks, the largest of 400, without a loss, whose logits would be gone at the step."""
+    middle = dataclasses.replace(SHAPE, parameters=3300, trainable_parameters=3300)
+    found = memory_parts(middle, dataclasses.replace(BASE, **settings), StageLayers(1, 3, 0, 3))
+    assert found == MemoryParts(weights, gradients, optimizer, 0, 0, 0, max(0, step), host)
+    assert found.device_total == weights + gradients + optimizer + max(0, step)
+
+
+@pytest.mark.parametrize(
+    ("settings", "activations", "state"),
+    [
+        ({}, ACTIVATIONS, STATE),
+        # In float32, state elements are as wide as their gradients.
+        (FLOAT32, 2 * 16 * 3 * (2 * 96 + 112 + 320), STATE // 6 * 8),
+        # All checkpointed layers keep their inputs, for 32 tokens; one runs again, for the 16 of a chunk.
+        ({"checkpointing": "full"}, 32 * 3 * 16 + 16 * LAYER, STATE),
+    ],
+    ids=str,
+)
+def test_what_a_chunk_keeps_by_hand(settings: dict[str, Any], activations: int, state: int) -> None:
     found = memory_parts(SHAPE, dataclasses.replace(BASE, **settings), live=32, stored=32)
-    assert found == expected
-    assert found.device_total == sum(dataclasses.astuple(expected)[:-1])
+    assert (found.activations, found.head, found.state) == (activations, HEAD, state)
+
+
+def test_the_fullest_moment_is_of_a_backward_or_of_the_step() -> None:
+    """The step's buffers come when activations and state are gone, and a gradient is reduced when the logits are."""
+    rest = memory_parts(SHAPE, dataclasses.replace(BASE, chunk_size=1))
+    assert (rest.head, rest.step) == (600 + 1600, 10000 - 2200)
+    assert rest.filled(7000, 700).step == 100
+    assert rest.filled(7000, 900).device_total == rest.device_total + 100
+    assert rest.filled(7000, 900).filled(7000, 900) == rest.filled(7000, 900)
+    on_host = dataclasses.replace(BASE, chunk_size=1, zero_stage=3, offload="optimizer")
+    assert memory_parts(SHAPE, on_host).gradients == 40 + MOMENT + 400 - 2200
 
 
 def test_memory_with_adapters_by_hand() -> None:
@@ -248,7 +291,7 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     lengths = np.array([10])
     run = RunPlan(GlobalBatches(1, 1, 0, False), 1, lengths, lengths, chunk_size=4, k=1, pipeline=PipelineLayout(2))
     settings = MemorySettings(
-        element_bytes=2, optimizer_states=2, zero_stage=0, data_parallel=1, offload="none", checkpointing="none",
+        element_bytes=2, optimizer_states=2, zero_stage=1, data_parallel=1, offload="none", checkpointing="none",
         chunk_size=4, device_type="cuda",
     )  # fmt: skip
     parts = memory_of_fullest(shape, settings, run, [SimulatedStep(run, run[0])])
@@ -303,7 +346,7 @@ def test_weights_of_stages_by_hand() -> None:
     adapters = dataclasses.replace(WIDE, parameters=13050, trainable_parameters=50)
     assert [adapters.trainable_parameters_of(part) for part in (FIRST, MIDDLE, LAST)] == [20, 20, 10]
     first, middle, last = (memory_parts(WIDE, BASE, part, live=32, stored=32) for part in (FIRST, MIDDLE, LAST))
-    assert (first.weights, middle.optimizer, last.gradients) == (6000 * 2, 2000 * 12, 5000 * (4 + 2))
+    assert (first.weights, middle.optimizer, last.gradients) == (6000 * 2, 2000 * 12 / 4, 5000 * (4 + 2))
     assert (first.head, middle.head, last.head) == (0, 0, TILES_ALIVE * 16 * 500 * 4 + 4 * 4000)
     assert [part.activations for part in (first, middle, last)] == [2 * 16 * layers * LAYER for layers in (2, 2, 1)]
     assert [part.state for part in (first, middle, last)] == [32 * 2 * layers * 2 * 2 * (2 + 4) for layers in (2, 2, 1)]

@@ -33,7 +33,7 @@ from support.published_shapes import SHAPES
 from support.wrappers import QWEN_VISION, TEXT, VISION
 
 GIB = 2**30
-OF_GPU_GIB = {24: 23.99, 80: DEVICES["h100"].memory_bytes / GIB, 141: DEVICES["h200"].memory_bytes / GIB}
+OF_GPU_GIB = {24: 23.99, 48: 47.4, 80: DEVICES["h100"].memory_bytes / GIB, 141: DEVICES["h200"].memory_bytes / GIB}
 """Memory of a GPU by the gigabytes of its name."""
 FOR_GPUS = {
     name: path for name, path in recipe_files().items() if load([f"recipe={name}"]).config.hardware.count("GPU")
@@ -61,15 +61,16 @@ def test_the_memory_that_a_recipe_states_is_the_formulas(name: str, tmp_path: Pa
     assert setup.shape is not None
     assert config.data.max_length is not None
     stored = (config.data.max_length - 1) // config.chunk.size * config.chunk.size
-    parts = memory_parts(setup.shape, setup.memory, live=config.chunk.size * config.chunk.k, stored=stored)
+    live, edges = config.chunk.size * config.chunk.k, stored // config.chunk.size
+    parts = memory_parts(setup.shape, setup.memory, live=live, stored=stored, edges=edges)
     words = re.search(r"(one|eight) GPUs? of (\d+) GB(?: and (\d+) GB of host memory)?", config.hardware)
     stated = re.search(r"not measured: (\d+) GiB", FOR_GPUS[name].read_text())
     assert words is not None
     assert stated is not None
     assert config.launch.processes == {"one": 1, "eight": 8}[words[1]]
-    assert parts.device_total / GIB < int(stated[1]) + 0.5
+    assert int(stated[1]) - 1 < parts.device_total / GIB < int(stated[1]) + 0.5
     assert int(stated[1]) < 0.96 * OF_GPU_GIB[int(words[2])]
-    assert parts.host / GIB < 0.9 * int(words[3] or 0) or parts.host == 0
+    assert parts.host < 0.9e9 * int(words[3] or 0) or parts.host == 0
 
 
 def small_copy(settings: dict[str, Any]) -> dict[str, Any]:

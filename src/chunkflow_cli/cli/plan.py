@@ -266,11 +266,12 @@ def what_does_not_fit(parts: MemoryParts, device: DeviceProfile, *, is_recurrent
     largest = max(sizes, key=lambda name: sizes[name])
     remedy = {
         "weights": "engine.zero_stage=3 on more ranks divides them",
-        "gradients": "model.lora.enabled=true needs few; engine.zero_stage=2 on more ranks divides them",
+        "gradients": "model.lora.enabled=true needs few; engine.zero_stage=3 divides them or, with offload, moves them",
         "optimizer": "engine.offload=optimizer, model.lora.enabled=true, or more ranks",
         "activations": "a smaller chunk.size or chunk.k, or model.activation_checkpointing=full",
         "head": "it is one tile of logits and the gradient of the head; model.lora.enabled=true spares the latter",
         "state": ("a larger chunk.size leaves fewer recurrent states; " if is_recurrent else "")
         + "it grows with the longest sample; data.max_length with data.overlong=drop limits that",
+        "step": "with engine.offload=optimizer, engine.zero_stage=3 needs no buffers for it",
     }[largest]
     return f"{largest} is the largest part: {remedy}"

@@ -107,8 +107,7 @@ class BaseEngine(TrainingEngine):
         Other ranks may have used them, and DeepSpeed assumes that all ranks reduce the same gradients.
         """
         for parameter in self._trained.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+            internals.add_missing_gradient(self._engine.optimizer, parameter)
 
     def discard_gradients(self) -> None:
         self._engine.zero_grad()

@@ -109,6 +109,19 @@ def mark_all_gradients_present(bf16_optimizer: Any) -> None:
         present[:] = [True] * len(present)
 
 
+def add_missing_gradient(optimizer: Any, parameter: Any) -> None:
+    """Give zeros to a parameter without a gradient.
+
+    ZeRO-1 with bfloat16 weights and the optimizer on the host moves each gradient to `grad_accum`, in float32, and
+    reduces what is there; the other optimizers reduce `.grad`.
+    """
+    if not getattr(optimizer, "use_grad_accum_attribute", False):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad_accum is None:
+        parameter.grad_accum = torch.zeros_like(parameter, dtype=torch.float32)
+
+
 # Pipeline
 
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.planning.engine_memory import Buffers
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run: ours, with `engine.deepspeed` merged over it."""
     stage, offload = settings.engine.zero_stage, settings.engine.offload
     host = {"device": "cpu", "pin_memory": True}
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": 50_000_000}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": Buffers.reduce}
     if stage == 3:
         # By default DeepSpeed treats blocks of experts of some architectures as leaves: it reduces their gradients once
         # per call of the block, not once per backward. A backward through several chunks would reduce partial sums.
@@ -105,7 +106,9 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     }
     if settings.dtype is Dtype.bfloat16:
         config |= {"bf16": {"enabled": True}, **FLOAT32_SUMS}
-    if stage in (0, 1):
+    if stage != 2:
+        # A step ends where `step` is called. Otherwise ZeRO-3 with the optimizer on the host would copy all gradients
+        # to where the optimizer reads them after every backward, and not once per step.
         config["managed_gradient_accumulation"] = False
     merged = OmegaConf.merge(config, settings.engine.deepspeed)
     return cast("dict[str, Any]", OmegaConf.to_container(merged))

@@ -18,6 +18,8 @@ from chunkflow_cli.execution.cpu_quirks import LinearThroughFloat32, matrix_dtyp
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.planning.memory_parts import HEAD_TILE_BYTES
 
+PRODUCT_BYTES = 64 * 2**20
+"""Most bytes of a product that is added to the head's float32 gradient."""
 FUSED_HEADS: set[type[nn.Module]] = {nn.Linear, LinearThroughFloat32}
 """Heads that only multiply with their weight and add their bias. Others (LoRA, quantised) run their own forward."""
 
@@ -116,6 +118,20 @@ def _tile_loss(
     return torch.dot(each, weights.to(logits.dtype)), each.detach()
 
 
+def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Add the transposed (rows, vocabulary) times (rows, channels) to `total` (vocabulary, channels).
+
+    A product in a narrower dtype than the sum is made for some tokens of the vocabulary at a time: as a whole it would
+    be as large as the head.
+    """
+    if total.dtype is hidden.dtype:
+        total.addmm_(grad_logits.T, hidden)
+        return
+    tokens = max(1, PRODUCT_BYTES // (hidden.shape[1] * hidden.element_size()))
+    for start in range(0, len(total), tokens):
+        total[start : start + tokens] += grad_logits[:, start : start + tokens].T @ hidden
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -167,10 +183,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[tile] = (grad_logits @ head).to(hidden.dtype)
             if grad_weight is not None:
-                if through_float32 is accumulate:
-                    grad_weight.addmm_(grad_logits.T, tile_hidden)
-                else:
-                    grad_weight += grad_logits.T @ tile_hidden
+                _add_product(grad_weight, grad_logits, tile_hidden)
         ctx.save_for_backward(grad_hidden)
         ctx.shared, ctx.head_dtype = shared, weight.dtype
         return total
@@ -184,7 +197,6 @@ class _FusedCrossEntropy(torch.autograd.Function):
         shared.pending -= 1
         grad_weight = grad_bias = None
         if shared.pending == 0:
-            sums = {name: (gradient * grad_total).to(ctx.head_dtype) for name, gradient in shared.sums.items()}
+            sums = {name: shared.sums.pop(name).mul_(grad_total).to(ctx.head_dtype) for name in list(shared.sums)}
             grad_weight, grad_bias = sums.get("weight"), sums.get("bias")
-            shared.sums.clear()
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None

@@ -81,6 +81,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         matmul_parameters=_active_matmul_parameters(model, config),
         parameters=parameters,
         trainable_parameters=parameters,
+        largest_trained=max(weight.numel() for weight in model.parameters()),
         is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
     probed = probe(_on_meta(model), kernels)
@@ -116,6 +117,7 @@ def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
         shape,
         parameters=parameters,
         trainable_parameters=trainable,
+        largest_trained=max(weight.numel() for weight in peft_model.parameters() if weight.requires_grad),
         merged_bytes=merged_bytes(peft_model),
         embedding_copy=copies.get(id(trained_copy(base.get_input_embeddings())), 0),
         head_copy=copies.get(id(trained_copy(base.get_output_embeddings())), 0),

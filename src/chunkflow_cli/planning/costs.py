@@ -57,6 +57,8 @@ class ModelShape:
     is multiplied with its dequantised weight."""
     spared_bytes: int = 0
     """Bytes that quantised layers take less than in the model's data type, all together."""
+    largest_trained: int = 0
+    """Numbers in the largest weight that gets a gradient."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 

@@ -6,13 +6,14 @@ source. `peak_memory` combines them with what a plan keeps at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
+from chunkflow_cli.planning.engine_memory import Buffers, HeldWeights, engine_bytes
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -44,6 +45,8 @@ class MemorySettings:
     """Most tokens of a chunk on one rank."""
     device_type: str
     """cpu | cuda"""
+    buffers: Buffers = field(default_factory=Buffers)
+    """Sizes of DeepSpeed's buffers."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,24 @@ class MemoryParts:
     activations: int
     head: int
     state: int
+    step: int
+    """What the optimizer step needs beyond all of these: its own buffers, when activations and state are gone."""
     host: int
 
     @property
     def device_total(self) -> int:
         """Bytes on the device."""
         return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
+
+    @property
+    def before_step(self) -> int:
+        """Bytes on the device at the fullest moment of forwards and backwards."""
+        return self.device_total - self.step
+
+    def filled(self, activations: int, state: int) -> MemoryParts:
+        """Return the parts with other activations and another state. The step's buffers come after them."""
+        more = activations + state - self.activations - self.state
+        return replace(self, activations=activations, state=state, step=max(0, self.step - more))
 
 
 def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: str, layers: int | None = None) -> float:
@@ -195,10 +210,8 @@ def memory_parts(
 ) -> MemoryParts:
     """Predict the bytes of one rank by part.
 
-    ZeRO divides the parts as in Rajbhandari et al. 2020, arXiv 1910.02054, section 5: weights in the model's dtype;
-    float32 master weights and optimizer states of the trainable ones; their gradients in the model's dtype while a
-    chunk goes backward, and their float32 sum over the step. What allocators waste and the workspace of kernels come on
-    top (measured on a CPU in benchmarks/LOG.md, not on GPUs).
+    `engine_memory` says what DeepSpeed keeps. What allocators waste and the workspace of kernels come on top (measured
+    on a CPU in benchmarks/LOG.md, not on GPUs).
 
     Args:
         shape: the shape of the whole model.
@@ -211,32 +224,40 @@ def memory_parts(
         chunks: chunks that hold activations at that time.
     """
     held = held or cut_layers(shape.layers, 1)[0]
-    shared = settings.data_parallel
-    trainable = shape.trainable_parameters_of(held)
-    weights = shape.parameters_of(held) * settings.element_bytes - shape.spared_bytes * held.layers // shape.layers
-    weights //= shared if settings.zero_stage == 3 else 1
-    optimizer = int(trainable * 4 * (1 + settings.optimizer_states)) // (shared if settings.zero_stage >= 1 else 1)
-    summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
-    of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0
-    host = 0
-    if settings.offload in ("optimizer", "parameters"):  # DeepSpeed then sums the gradients on the host, too
-        host, optimizer, summed = optimizer + summed, 0, 0
-    if settings.offload == "parameters":
-        host, weights = host + weights, weights // max(1, held.layers)
+    kept = engine_bytes(_held_weights(shape, held), settings)
     activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks)
     a_token = state_bytes_per_token(shape, settings.element_bytes)
-    tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
-    # The head's gradient is summed until its chunks have gone backward.
-    head = TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
-    return MemoryParts(
-        weights=weights,
-        gradients=summed + of_a_chunk,
-        optimizer=optimizer,
+    head = head_bytes(shape, settings) if held.is_last else 0
+    parts = MemoryParts(
+        weights=kept.weights,
+        gradients=kept.gradients + max(0, kept.reduced - head),  # what the loss took for a moment is free again
+        optimizer=kept.optimizer,
         activations=int(activations),
-        head=head if held.is_last else 0,
+        head=head,
         state=int((stored * a_token + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
-        host=host,
+        step=0,
+        host=kept.host,
     )
+    return replace(parts, step=max(0, kept.at_step - parts.device_total))
+
+
+def _held_weights(shape: ModelShape, held: StageLayers) -> HeldWeights:
+    return HeldWeights(
+        shape.parameters_of(held),
+        shape.trainable_parameters_of(held),
+        shape.head_parameters,
+        shape.largest_trained,
+        shape.spared_bytes * held.layers // shape.layers,
+    )
+
+
+def head_bytes(shape: ModelShape, settings: MemorySettings) -> int:
+    """Return the bytes of the loss: tiles of logits, and the float32 gradient of the head.
+
+    The gradient is summed until its chunks have gone backward. `execution.loss` makes it piece by piece.
+    """
+    tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
+    return TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
 
 
 def step_seconds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +73,7 @@ def _of_fullest_rank(shape: ModelShape, settings: MemorySettings, cases: HeldAtO
     state = cases.state_bytes(shape, settings.element_bytes)
     fullest = _undominated(activations, state)  # bytes grow with both, so one of these takes the most
     held = [dict(zip(cases._fields, case, strict=True)) for case in np.stack(cases)[:, fullest].T.tolist()]
-    return max((memory_parts(shape, settings, **case) for case in held), key=lambda parts: parts.device_total)
+    return max((memory_parts(shape, settings, **case) for case in held), key=lambda parts: parts.before_step)
 
 
 def _of_fullest_stage(
@@ -81,9 +81,24 @@ def _of_fullest_stage(
 ) -> MemoryParts:
     held = run.stage_layers(shape.layers)
     at_rest = [memory_parts(shape, settings, layers) for layers in held]
+    fullest = _fullest_before_step(shape, settings, at_rest, held, steps)
+    stage = max(range(len(held)), key=lambda stage: at_rest[stage].device_total)
+    if at_rest[stage].device_total > fullest.device_total:  # the step takes more on another stage
+        return _fullest_before_step(shape, settings, at_rest[stage : stage + 1], held[stage : stage + 1], steps)
+    return fullest
+
+
+def _fullest_before_step(
+    shape: ModelShape,
+    settings: MemorySettings,
+    at_rest: Sequence[MemoryParts],
+    held: Sequence[StageLayers],
+    steps: Sequence[SimulatedStep],
+) -> MemoryParts:
+    """Return the parts of the fullest of some stages, in forwards and backwards."""
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     is_recurrent = shape.recurrent.activation_bytes_per_token > 0
-    fullest = max(at_rest, key=lambda parts: parts.device_total)
+    fullest = max(at_rest, key=lambda parts: parts.before_step)
     for step in steps:
         for index in step.first_of_groups:
             rank = step.plan.ranks[index]
@@ -93,19 +108,19 @@ def _of_fullest_stage(
             running = again * float((tokens.held + is_recurrent * tokens.of_others).max())
             running += merged_bytes_of_running(shape, settings)
             # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
-            for stage, (layers, rest) in enumerate(zip(held, at_rest, strict=True)):
+            for layers, rest in zip(held, at_rest, strict=True):
                 activations, state = tokens.bytes_on(shape, settings, layers)
-                room = fullest.device_total - rest.device_total - running
+                room = fullest.before_step - rest.before_step - running
                 if activations.sum() + state.sum() <= room:
                     continue  # not fuller even with all of its chunks at once
                 timeline = step.timeline(index)
-                _, both = timeline.live_bytes(0, stage, activations, state)
+                _, both = timeline.live_bytes(0, layers.stage, activations, state)
                 peak = int(both.argmax())
                 if both[peak] <= room:
                     continue
-                _, live = timeline.live_bytes(0, stage, activations)
-                at_peak = replace(rest, activations=int(live[peak] + running), state=int(both[peak] - live[peak]))
-                fullest = max(fullest, at_peak, key=lambda parts: parts.device_total)
+                _, live = timeline.live_bytes(0, layers.stage, activations)
+                at_peak = rest.filled(int(live[peak] + running), int(both[peak] - live[peak]))
+                fullest = max(fullest, at_peak, key=lambda parts: parts.before_step)
     return fullest
 
 

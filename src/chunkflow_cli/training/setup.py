@@ -18,6 +18,7 @@ from chunkflow_cli.config.schema import (
     CostModelName,
     Cuts,
     Device,
+    EngineConfig,
     Spread,
 )
 from chunkflow_cli.data.cache import cache_root
@@ -27,6 +28,7 @@ from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.batches import GlobalBatches, WeightedSource
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, ModelShape
+from chunkflow_cli.planning.engine_memory import Buffers
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemorySettings
 from chunkflow_cli.planning.optimizer_states import state_numbers
 from chunkflow_cli.planning.pipeline import PipelineLayout
@@ -92,6 +94,7 @@ class RunSetup:
             checkpointing=config.model.activation_checkpointing.value,
             chunk_size=config.chunk.size,
             device_type="cpu" if "CPU" in self.device.name else "cuda",
+            buffers=_buffers(config.engine),
         )
 
 
@@ -206,6 +209,13 @@ def planned_device(config: Config) -> DeviceProfile:
     from chunkflow_cli.model.device import present_device  # imports torch
 
     return described_device(config, present_device())
+
+
+def _buffers(engine: EngineConfig) -> Buffers:
+    """Return the sizes of DeepSpeed's buffers: its own, unless `engine.deepspeed` has others."""
+    given = engine.deepspeed.get("zero_optimization", {})
+    keys = {"reduce": "reduce_bucket_size", "gathered": "stage3_max_live_parameters", "sub_group": "sub_group_size"}
+    return Buffers(**{name: int(given[key]) for name, key in keys.items() if key in given})
 
 
 def described_device(config: Config, device: DeviceProfile) -> DeviceProfile:

@@ -31,7 +31,7 @@ SHOWN_STAGES = 6
 """With more stages, the list of their live activations is shortened."""
 SHOWN_ROWS = 16
 """Rows of ranks and stages that are drawn."""
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "state")
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "state", "step")
 
 
 def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, measured: Timeline | None = None) -> None:
