@@ -32,6 +32,7 @@ from chunkflow_cli.execution.attention.layer import LayerAttention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.recurrent import RunningChunk
 from chunkflow_cli.execution.state import SequenceState, StatePiece
+from chunkflow_cli.execution.state_home import Home, OnDevice, host_home
 from chunkflow_cli.model.forward_scope import ForwardScope
 from support.models import MLA
 
@@ -571,10 +572,10 @@ class Case:
         out.backward(self.grad_out.double())
         return [out.detach(), *(leaf.grad for leaf in [*leaves, sinks] if leaf is not None and leaf.grad is not None)]
 
-    def chunked(self, backend: Backend, k: int) -> tuple[list[Tensor], SequenceState]:
+    def chunked(self, backend: Backend, k: int, home: Home | None = None) -> tuple[list[Tensor], SequenceState]:
         """Run ChunkAttention over the chunks: state passes, the last K forwards, descending backwards with recompute."""
         starts = list(range(0, LENGTH, CHUNK))
-        state = SequenceState(starts[-1])
+        state = SequenceState(starts[-1], home or OnDevice())
         leaves: dict[int, list[Tensor]] = {}
         outs: dict[int, Tensor] = {}
         live: dict[int, Tensor] = {}
@@ -612,28 +613,34 @@ class Case:
         return [*gathered, *([] if grad_sinks is None else [grad_sinks])], state
 
 
+def check_chunks(case: Case, backend: Backend, ks: tuple[int, ...]) -> None:
+    """Compare with the whole sequence: the past in one block, and in blocks that chunks straddle, on device and host.
+
+    The same blocks give the same bits, wherever they are kept.
+    """
+    truth = case.truth()
+    for k in ks:
+        homes = OnDevice(), OnDevice(block_tokens=5), host_home(CPU, block_tokens=5)
+        results = []
+        for home in homes:
+            mine, state = case.chunked(backend, k, home)
+            assert state.nbytes == 0
+            results.append(mine)
+            for part, true in zip(mine, truth, strict=True):
+                assert_close(part, true, torch.float64)
+        assert all(map(torch.equal, *results[1:]))
+
+
 @pytest.mark.parametrize("window", [None, 1, 2, 6, 8, 9, 12, 17, 100])
 def test_chunks_equal_the_whole_sequence(exact_backend: Backend, window: int | None) -> None:
     """Output and all gradients, including those that cross chunks, for windows within a chunk and over several."""
-    case = Case(AttentionRule(0.3, window), torch.float64)
-    truth = case.truth()
-    for k in (1, 2, 4):
-        mine, state = case.chunked(exact_backend, k)
-        for part, true in zip(mine, truth, strict=True):
-            assert_close(part, true, torch.float64)
-        assert state.nbytes == 0
+    check_chunks(Case(AttentionRule(0.3, window), torch.float64), exact_backend, (1, 2, 4))
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 10, 16, 100])
 def test_chunks_with_attention_in_blocks(exact_backend: Backend, block: int) -> None:
     """Blocks that divide chunks, that chunks divide, that straddle them, and one that holds everything."""
-    case = Case(AttentionRule(0.3), torch.float64, block=block)
-    truth = case.truth()
-    for k in (1, 4):
-        mine, state = case.chunked(exact_backend, k)
-        for part, true in zip(mine, truth, strict=True):
-            assert_close(part, true, torch.float64)
-        assert state.nbytes == 0
+    check_chunks(Case(AttentionRule(0.3), torch.float64, block=block), exact_backend, (1, 4))
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -683,7 +690,8 @@ def test_state_pass_ends_at_the_last_layer() -> None:
     queries, keys, values = (draw(1, heads, CHUNK, HEAD_DIM, seed=heads) for heads in (6, 2, 2))
     out = ChunkAttention.apply(queries, keys, values, None, context, LayerAttention(1, AttentionRule(0.3)))
     assert out.shape == (1, 6, CHUNK, HEAD_DIM)
-    assert torch.equal(state.read(1, "keys", 0, CHUNK), keys[0].transpose(0, 1))
+    (stored,) = state.past(1, CHUNK)
+    assert torch.equal(stored.values["keys"], keys[0].transpose(0, 1))
     with pytest.raises(AssertionError, match="attention was computed"):
         ChunkAttention.apply(queries, keys, values, None, context, LayerAttention(0, AttentionRule(0.3)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece, StateStore
+from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.planning.chunks import Chunks
 from chunkflow_cli.planning.schedule import DUMMY
 
@@ -69,6 +70,8 @@ class RunnerSettings:
     sequence_group: SequenceGroup | None = None
     """The group over which chunks may be spread. All of its ranks run the same operations on such chunks; the losses
     and target counts of each rank are its shares."""
+    state_home: Home = field(default_factory=OnDevice)
+    """Where the state of long sequences is kept."""
     stop_requested: Callable[[], bool] = lambda: False
     """Asked before every operation."""
     announce: Callable[[str], None] = lambda doing: None
@@ -81,7 +84,7 @@ class StepContext:
     def __init__(self, settings: RunnerSettings, batch: StepBatch) -> None:
         self.settings = settings
         self.batch = batch
-        self.store = StateStore()
+        self.store = StateStore(settings.state_home)
         self.random = RandomReplay(settings.device)
         self.target_tokens: dict[int, int] = {}
         """Chunk -> its targets on this rank, once it was called."""

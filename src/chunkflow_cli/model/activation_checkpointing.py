@@ -9,17 +9,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.forward_scope import recompute_contexts
+from chunkflow_cli.model.forward_scope import computes_once, recompute_contexts
 
-COSTLY = frozenset(
-    {
-        "aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu",
-        "aten::_flash_attention_forward", "aten::_efficient_attention_forward",
-        "flash_attn::_flash_attn_varlen_forward",
-    }
-)  # fmt: skip
-"""Operations whose results are small compared with the work of computing them again. Names, because flash-attn
-registers its own when it is imported, and not every run imports it."""
+COSTLY = frozenset({"aten::mm", "aten::addmm", "aten::bmm"})
+"""Operations whose results are small compared with the work of computing them again. Attention is kept as a whole, by
+itself: it computes the past in blocks, and each would be kept (`computed_once`)."""
 
 
 def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -> None:
@@ -47,4 +41,5 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
 
 def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     """Keep the results of costly operations, and compute all others again."""
-    return CheckpointPolicy.MUST_SAVE if operation.name() in COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+    is_kept = operation.name() in COSTLY and not computes_once()
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -22,6 +22,8 @@ HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Most bytes of float32 logits that exist at once (`execution.loss`)."""
 TILES_ALIVE = 3
 """Tensors as large as a tile of logits: the logits, their gradient, and a copy in the model's dtype."""
+STATE_BLOCK_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens of a block of the state store (`execution.state_home`): attention takes the past a block at a time."""
 HOST_MEMORY_BYTES_PER_SECOND = 150e9
 """Memory bandwidth that an optimizer step reaches on a server's CPUs."""
 

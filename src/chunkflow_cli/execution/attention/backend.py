@@ -70,8 +70,10 @@ class Sight:
 
     rule: AttentionRule
     packing: Packing | None = None
-    """For own attention, the segments. None for attention to the past: the keys end right before the first query, and
-    every query sees at least one of them, because the caller drops the others."""
+    """For own attention, the segments. None for attention to the past: every query sees at least one of the keys,
+    because the caller drops the others."""
+    gap: int = 0
+    """Positions between the last key and the first query, in attention to the past."""
 
 
 class Saved(NamedTuple):

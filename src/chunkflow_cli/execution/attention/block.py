@@ -12,10 +12,10 @@ from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Gr
 
 
 class BlockBackend(Backend):
-    """Calls its kernel for each segment, and once for the past.
+    """Calls its kernel for each segment, and once for a block of the past.
 
     In a kernel call, query i has the position of key `i + offset`. For own attention `offset` is 0, for the past it is
-    the number of keys.
+    the number of keys and of positions behind them.
     """
 
     @abstractmethod
@@ -26,7 +26,7 @@ class BlockBackend(Backend):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
         if sight.packing is None:
-            return self._forward(queries, keys, values, keys.shape[2], sight.rule)
+            return self._forward(queries, keys, values, keys.shape[2] + sight.gap, sight.rule)
         parts = [
             self._forward(queries[:, :, s], keys[:, :, s], values[:, :, s], 0, sight.rule) for s in sight.packing.spans
         ]
@@ -35,7 +35,7 @@ class BlockBackend(Backend):
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         if sight.packing is None:
-            return self._backward(grad_out, saved, saved.keys.shape[2], sight.rule)
+            return self._backward(grad_out, saved, saved.keys.shape[2] + sight.gap, sight.rule)
         parts = [
             self._backward(grad_out[:, :, s], Saved(*(tensor[:, :, s] for tensor in saved)), 0, sight.rule)
             for s in sight.packing.spans

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from chunkflow_cli.execution.attention.backend import (
     same_width,
     sum_heads,
 )
+from chunkflow_cli.execution.precision import accumulation_dtype
 
 LARGEST_FLASH_HEAD_DIM = 256
 """Limit of FlashAttention-2's kernels, including those inside torch."""
@@ -42,13 +43,13 @@ class _Kernel:
     def of(cls, queries: Tensor, keys: Tensor, sight: Sight) -> _Kernel:
         """Translate `sight` for queries and keys (1, heads, tokens, head_dim).
 
-        The kernels align the last query with the last key. In attention to the past, the last key is right before the
-        *first* query, so the last query is `queries` positions further right than the kernel believes.
+        The kernels align the last query with the last key. In attention to the past, the last key is `gap + 1`
+        positions before the *first* query, so queries are `queries + gap` positions further right than they believe.
         """
         rule, count = sight.rule, queries.shape[2]
         if sight.packing is not None:
             return cls(sight.packing, sight.packing, True, -1 if rule.window is None else rule.window - 1, rule)
-        window_left = -1 if rule.window is None else rule.window - 1 - count
+        window_left = -1 if rule.window is None else rule.window - 1 - count - sight.gap
         assert rule.window is None or window_left >= 0, "the caller drops queries from which the window hides the past"
         of_queries, of_keys = Packing((0, count), queries.device), Packing((0, keys.shape[2]), keys.device)
         return cls(of_queries, of_keys, False, window_left, rule)
@@ -73,6 +74,12 @@ class _VariableLengthBackend(Backend):
     def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients: ...
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
+        parts = [
+            self._part(queries[:, :, rows], keys, values, of_rows) for rows, of_rows in _calls(queries, keys, sight)
+        ]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(part, dim=2) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _part(self, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> Output:
         kernel = _Kernel.of(queries, keys, sight)
         value_dim = values.shape[3]
         queries, keys, values = map(_tokens_first, same_width(queries, keys, values))
@@ -80,12 +87,39 @@ class _VariableLengthBackend(Backend):
         return _heads_first(narrowed(out, value_dim)), log_sum_exp.unsqueeze(0)
 
     def backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
+        parts = []
+        for rows, of_rows in _calls(saved.queries, saved.keys, sight):
+            queries, out, log_sum_exp = (each[:, :, rows] for each in (saved.queries, saved.out, saved.log_sum_exp))
+            of_part = Saved(queries, saved.keys, saved.values, out, log_sum_exp)
+            parts.append(self._part_backward(grad_out[:, :, rows], of_part, of_rows))
+        if len(parts) == 1:
+            return parts[0]
+        dtype = accumulation_dtype(saved.keys.dtype)
+        grad_queries, *others = zip(*parts, strict=True)
+        grad_keys, grad_values = (torch.stack([each.to(dtype) for each in other]).sum(0) for other in others)
+        return torch.cat(grad_queries, dim=2), grad_keys, grad_values
+
+    def _part_backward(self, grad_out: Tensor, saved: Saved, sight: Sight) -> Gradients:
         kernel = _Kernel.of(saved.queries, saved.keys, sight)
         grad_out, queries, keys, values, out = map(_tokens_first, same_width(grad_out, *saved[:4]))
         flat = Saved(queries, keys, values, out, saved.log_sum_exp[0].contiguous())
         grad_queries, grad_keys, grad_values = map(_heads_first, self._backward(grad_out, flat, kernel))
         key_dim, value_dim = saved.keys.shape[3], saved.values.shape[3]
         return grad_queries[..., :key_dim], grad_keys[..., :key_dim], grad_values[..., :value_dim]
+
+
+def _calls(queries: Tensor, keys: Tensor, sight: Sight) -> list[tuple[slice, Sight]]:
+    """Return the rows of each kernel call: one, but two for a past of fewer keys than queries under a window.
+
+    A kernel with a limit to the left also limits how far to the right a query sees, to the number of keys. That hides
+    keys from the first of many queries, which see all of them: these go without a window.
+    """
+    rule, count, past = sight.rule, queries.shape[2], keys.shape[2]
+    if sight.packing is not None or rule.window is None or count <= past + 1:
+        return [(slice(0, count), sight)]
+    see_all = min(count, rule.window - sight.gap - past)
+    calls = [(slice(0, see_all), replace(sight, rule=replace(rule, window=None)))]
+    return calls if see_all == count else [*calls, (slice(see_all, count), replace(sight, gap=sight.gap + see_all))]
 
 
 class TorchFlashBackend(_VariableLengthBackend):

@@ -4,16 +4,20 @@
 `AttentionInterface` runs in chunks unchanged. The chunk is that of the forward that runs (`model.forward_scope`), so a
 model need not hand anything on.
 
-Let `lse` be the log-sum-exp of a row's scores. Attention to own tokens and to the past then merge exactly:
+Let `lse` be the log-sum-exp of a row's scores. Attention to two sets of keys then merges exactly:
 
-    lse = logaddexp(lse_own, lse_past)
-    out = out_own * exp(lse_own - lse) + out_past * exp(lse_past - lse)
+    lse = logaddexp(lse_1, lse_2)
+    out = out_1 * exp(lse_1 - lse) + out_2 * exp(lse_2 - lse)
+
+So the past is taken in blocks, as the state store brings them: own tokens first, then block after block, summed in
+float32 and rounded once. In backward, the merged `out` and `lse` give each block's exact share of the gradients.
 
 Shapes: queries (1, heads, tokens, head_dim), keys and values (1, kv_heads, tokens, head_dim).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +35,10 @@ from chunkflow_cli.execution.attention.layer import (
     counts_positions,
     describe_layer,
 )
+from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import SequenceState, StatePiece
-from chunkflow_cli.model.forward_scope import forward_value
+from chunkflow_cli.execution.state import PastBlock, StatePiece
+from chunkflow_cli.model.forward_scope import computed_once, forward_value
 
 NAME = "chunkflow"
 """The attention implementation that models are loaded with."""
@@ -58,22 +63,25 @@ class ChunkAttentionContext:
         return self.packing.boundaries[1]
 
     @property
+    def past(self) -> int:
+        """Number of tokens of the long sequence in earlier chunks."""
+        return 0 if self.piece is None else self.piece.past
+
+    @property
     def positions(self) -> Tensor:
         """The position of each token in its sequence, (tokens,)."""
         device = self.packing.device
         parts = [torch.arange(span.stop - span.start, device=device) for span in self.packing.spans]
-        if self.piece is not None:
-            parts[0] += self.piece.past
+        parts[0] += self.past
         return torch.cat(parts)
 
     def packing_of(self, layer: LayerAttention) -> Packing:
         """Return the segments that a layer's own attention stays within: finer ones if it attends within blocks."""
         if layer.block is None:
             return self.packing
-        past = 0 if self.piece is None else self.piece.past
         edges = {0, *self.packing.boundaries}
         for index, span in enumerate(self.packing.spans):
-            to_next_block = layer.block - past % layer.block if index == 0 else layer.block
+            to_next_block = layer.block - self.past % layer.block if index == 0 else layer.block
             edges.update(range(span.start + to_next_block, span.stop, layer.block))
         return Packing(tuple(sorted(edges)), self.packing.device)
 
@@ -173,22 +181,15 @@ class ChunkAttention(torch.autograd.Function):
         chunk: ChunkAttentionContext,
         layer: LayerAttention,
     ) -> Tensor:
-        piece, rule = chunk.piece, layer.rule
+        piece = chunk.piece
         if piece is not None and piece.continues and layer.owns_keys:
             own = slice(0, chunk.dependent_tokens)
             pieces = {"keys": _flat(keys[:, :, own]), "values": _flat(values[:, :, own])}
-            piece.state.write(layer.index, piece.past, pieces)
+            piece.state.write(layer.index, piece.past, pieces, layer.first_visible)
         if chunk.is_output_unused(layer):
             return queries.new_zeros(*queries.shape[:3], values.shape[3])
-        out, log_sum_exp = chunk.backend.forward(queries, keys, values, Sight(rule, chunk.packing_of(layer)))
-        seen = _PastInSight.of(chunk, layer)
-        if seen is not None:
-            rows = slice(0, seen.queries)
-            past_out, past_lse = chunk.backend.forward(queries[:, :, rows], *seen.read(), Sight(rule))
-            merged_out, merged_lse = _merge(out[:, :, rows], log_sum_exp[:, :, rows], past_out, past_lse)
-            # New tensors: under selective checkpointing the kernel's own outputs are kept and must not change.
-            out = _with_first_rows(out, merged_out)
-            log_sum_exp = _with_first_rows(log_sum_exp, merged_lse)
+        kept = computed_once(lambda: _attend(queries, keys, values, chunk, layer))
+        out, log_sum_exp = (each.detach() for each in kept)  # autograd changes what it is given
         if sinks is not None:
             # A sink is one more key per head with a learned score and no value: it takes weight and gives nothing.
             with_sink = torch.logaddexp(log_sum_exp, sinks.to(log_sum_exp.dtype).view(1, -1, 1))
@@ -206,22 +207,25 @@ class ChunkAttention(torch.autograd.Function):
         layer: LayerAttention = ctx.layer
         own_sight = Sight(layer.rule, chunk.packing_of(layer))
         grad_queries, grad_keys, grad_values = chunk.backend.backward(grad_out, saved, own_sight)
-        seen = _PastInSight.of(chunk, layer)
-        if seen is not None:
-            rows = slice(0, seen.queries)
-            queries, out, log_sum_exp = (each[:, :, rows] for each in (saved.queries, saved.out, saved.log_sum_exp))
-            of_past = Saved(queries, *seen.read(), out, log_sum_exp)
-            from_past = chunk.backend.backward(grad_out[:, :, rows], of_past, Sight(layer.rule))
-            grad_queries[:, :, rows] += from_past[0]
-            seen.add_gradient(*from_past[1:])
+        for part in _past_in_sight(chunk, layer, with_gradients=True):
+            queries, out, log_sum_exp = (
+                each[:, :, part.rows] for each in (saved.queries, saved.out, saved.log_sum_exp)
+            )
+            of_part = Saved(queries, part.keys, part.values, out, log_sum_exp)
+            from_part = chunk.backend.backward(grad_out[:, :, part.rows], of_part, part.sight)
+            grad_queries = grad_queries.to(accumulation_dtype(grad_queries.dtype))  # a sum over many blocks
+            grad_queries[:, :, part.rows] += from_part[0]
+            part.block.add_gradient({"keys": _flat(from_part[1]), "values": _flat(from_part[2])})
         piece, tokens = chunk.piece, chunk.dependent_tokens
         if piece is not None and layer.owns_keys:  # its backward comes after those of the layers that share its keys
             if piece.continues:
-                for name, gradient in (("keys", grad_keys), ("values", grad_values)):
-                    from_later = piece.state.gradient(layer.index, name, piece.past, piece.past + tokens)
-                    if from_later is not None:
-                        gradient[:, :, :tokens] += from_later.transpose(0, 1).unsqueeze(0)
+                own = {"keys": _flat(grad_keys), "values": _flat(grad_values)}
+                for rows, from_later in piece.state.own_gradients(layer.index, piece.past, piece.past + tokens):
+                    for name, gradient in from_later.items():
+                        own[name][rows] += gradient
             piece.state.release(layer.index, piece.past)
+        if piece is not None:
+            piece.state.look_ahead(piece.past)
         grad_sinks = None
         if sinks is not None:
             dtype = saved.log_sum_exp.dtype
@@ -234,48 +238,61 @@ class ChunkAttention(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, chunk: ChunkAttentionContext, layer: LayerAttention
+) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp of attention to own tokens and the past, without sinks."""
+    out, log_sum_exp = chunk.backend.forward(queries, keys, values, Sight(layer.rule, chunk.packing_of(layer)))
+    merged: tuple[Tensor, Tensor] | None = None
+    for part in _past_in_sight(chunk, layer):
+        if merged is None:  # under a window, the last block is seen by the most queries
+            rows = slice(0, layer.queries_that_see(chunk.past, chunk.past, chunk.dependent_tokens))
+            merged = out[:, :, rows].to(log_sum_exp.dtype, copy=True), log_sum_exp[:, :, rows].clone()
+        _merge(*merged, *chunk.backend.forward(queries[:, :, part.rows], part.keys, part.values, part.sight), part.rows)
+    if merged is None:
+        return out, log_sum_exp
+    assert chunk.piece is not None
+    chunk.piece.state.look_ahead(chunk.past)
+    return _with_first_rows(out, merged[0].to(out.dtype)), _with_first_rows(log_sum_exp, merged[1])
+
+
 @dataclass(frozen=True)
-class _PastInSight:
-    """The part of the past that at least one query sees, and the number of queries that see any of it."""
+class _PartOfPast:
+    """A block of the past, and the queries that see any of it."""
 
-    state: SequenceState
-    layer: int
-    queries: int
-    start: int
-    stop: int
+    block: PastBlock
+    rows: slice
+    sight: Sight
 
-    @classmethod
-    def of(cls, chunk: ChunkAttentionContext, layer: LayerAttention) -> _PastInSight | None:
-        """Return None if no query sees any of the past."""
-        piece, queries = chunk.piece, chunk.dependent_tokens
-        if piece is None or piece.past == 0:
-            return None
-        start, window = 0, layer.rule.window
-        if window is not None:
-            start, queries = max(0, piece.past - window + 1), min(queries, window - 1)
-        if layer.block is not None:
-            in_block = piece.past % layer.block  # positions of the past in the block that the chunk begins in
-            start, queries = max(start, piece.past - in_block), min(queries, layer.block - in_block)
-        return None if start == piece.past else cls(piece.state, layer.index, queries, start, piece.past)
+    @property
+    def keys(self) -> Tensor:
+        """(1, kv_heads, tokens, head_dim)"""
+        return self.block.values["keys"].transpose(0, 1).unsqueeze(0)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values, each (1, kv_heads, tokens, head_dim)."""
-        keys = self.state.read(self.layer, "keys", self.start, self.stop)
-        values = self.state.read(self.layer, "values", self.start, self.stop)
-        return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
-
-    def add_gradient(self, of_keys: Tensor, of_values: Tensor) -> None:
-        """Add gradients of what `read` returned to the store."""
-        self.state.add_gradient(self.layer, "keys", self.start, _flat(of_keys))
-        self.state.add_gradient(self.layer, "values", self.start, _flat(of_values))
+    @property
+    def values(self) -> Tensor:
+        """(1, kv_heads, tokens, value_dim)"""
+        return self.block.values["values"].transpose(0, 1).unsqueeze(0)
 
 
-def _merge(own_out: Tensor, own_lse: Tensor, past_out: Tensor, past_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention to both sets of keys, from attention to each; rounded once."""
-    merged = torch.logaddexp(own_lse, past_lse)
-    own_part = own_out * torch.exp(own_lse - merged).unsqueeze(-1)
-    past_part = past_out * torch.exp(past_lse - merged).unsqueeze(-1)
-    return (own_part + past_part).to(own_out.dtype), merged
+def _past_in_sight(
+    chunk: ChunkAttentionContext, layer: LayerAttention, *, with_gradients: bool = False
+) -> Iterator[_PartOfPast]:
+    """Yield the blocks of the past of which at least one query sees some."""
+    if chunk.piece is None or chunk.past == 0 or layer.first_visible(chunk.past) == chunk.past:
+        return
+    for block in chunk.piece.state.past(layer.index, chunk.past, with_gradients=with_gradients):
+        seeing = layer.queries_that_see(block.stop, chunk.past, chunk.dependent_tokens)
+        yield _PartOfPast(block, slice(0, seeing), Sight(layer.rule, gap=chunk.past - block.stop))
+
+
+def _merge(out: Tensor, log_sum_exp: Tensor, part_out: Tensor, part_log_sum_exp: Tensor, rows: slice) -> None:
+    """Merge attention to one more set of keys, seen by the first rows, into float32 output and log-sum-exp."""
+    out, log_sum_exp = out[:, :, rows], log_sum_exp[:, :, rows]
+    merged = torch.logaddexp(log_sum_exp, part_log_sum_exp)
+    share = torch.exp(part_log_sum_exp - merged).unsqueeze(-1)  # the rest is what was merged before
+    out.lerp_(part_out.to(out.dtype), share)
+    log_sum_exp.copy_(merged)
 
 
 def _with_first_rows(rows: Tensor, first: Tensor) -> Tensor:

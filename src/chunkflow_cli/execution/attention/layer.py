@@ -49,6 +49,22 @@ class LayerAttention:
     owns_keys: bool = True
     """False if an earlier layer's keys and values are used: they are that layer's to store and to release."""
 
+    def first_visible(self, past: int) -> int:
+        """Return the first position that a chunk with `past` tokens before it sees; `past` if it sees none of them."""
+        start = 0 if self.rule.window is None else max(0, past - self.rule.window + 1)
+        return start if self.block is None else max(start, past - past % self.block)
+
+    def queries_that_see(self, stop: int, past: int, queries: int) -> int:
+        """Return how many of the first queries of a chunk see the position before `stop`, the last one of a block.
+
+        Args:
+            past: tokens before the chunk.
+            queries: tokens of the chunk.
+        """
+        if self.rule.window is not None:
+            queries = min(queries, self.rule.window - 1 - (past - stop))
+        return queries if self.block is None else min(queries, self.block - past % self.block)
+
 
 def describe_layer(module: nn.Module, rule: AttentionRule) -> LayerAttention:
     """Return what the attention of a Hugging Face module computes, beyond what it was called with.
