@@ -19,15 +19,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_proof.cases import GOOD, MINUTES, PARITY, Section, sections
+from gpu_proof.cases import GOOD, MINUTES, PARITY, Part, Section, parts_of, sections
 from gpu_proof.profile import derived_rows
 from gpu_proof.tables import markdown, print_tables
+from gpu_proof.worker import SPOILT
 
 POLL_SECONDS = 0.2
+SECONDS_TO_END = 15.0
+"""Seconds that a process has to end, and free the GPU, after its last row."""
+AHEAD = 3
+"""Processes that import what they need before it is their turn."""
 Row = dict[str, Any]
 
 
@@ -67,6 +73,8 @@ class Proof:
     minutes: float
     dry: bool
     results: dict[str, Any] = field(default_factory=lambda: {"hardware": {}, "sections": {}})
+    _read: int = 0
+    """Bytes read of the file in which the processes write their rows, one after the other."""
     _processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def run(self, started: float) -> None:
@@ -77,23 +85,24 @@ class Proof:
         """
         measured = [section for section in self.sections if section.limit_seconds]
         slack = 60 * self.minutes - sum(section.limit_seconds for section in measured)
-        deadline = started + slack - 5  # the installation has taken its part, the tables take the rest
+        until = started + slack - 5  # the installation has taken its part, the tables take the rest
+        deadlines = {}
+        for section in measured:
+            until = deadlines[section.name] = until + section.limit_seconds
+        tasks = [[part] for section in measured for part in parts_of(section)]
+        if self.dry:  # imports take longer than tiny sections
+            tasks = [[Part(section, 0, len(section.cases)) for section in measured]]
         try:
             if not self.dry:
                 self._start("gpu_proof.prepare", "--work", str(self.work))
-            # A dry run has one process, because imports take longer than tiny sections.
-            groups = [measured] if self.dry else [[section] for section in measured]
-            waiting = self._worker(groups[0], 0)
-            for number, group in enumerate(groups):
-                deadline += sum(section.limit_seconds for section in group)
-                current = waiting
-                if number + 1 < len(groups):
-                    waiting = self._worker(groups[number + 1], 0)  # imports while the section before runs
-                self._follow(current, group, deadline)
-                self._derive()
+            waiting = [self._worker(task) for task in tasks[:AHEAD]]
+            for number, task in enumerate(tasks):
+                waiting += [self._worker(task) for task in tasks[number + AHEAD : number + AHEAD + 1]]
+                self._follow(waiting.pop(0), task, deadlines[task[-1].section.name])
         finally:
             for process in self._processes:
                 _kill(process)
+            self._derive()
             self._keep()
 
     def _start(self, module: str, *words: str) -> subprocess.Popen[str]:
@@ -103,53 +112,69 @@ class Proof:
         self._processes.append(process)
         return process
 
-    def _worker(self, group: list[Section], first: int) -> subprocess.Popen[str]:
-        """Start the process of a group of sections; it waits until it is told to begin."""
+    def _worker(self, task: list[Part]) -> subprocess.Popen[str]:
+        """Start the process of a task; it waits until it is told to begin."""
         words = [
-            *(section.name for section in group), "--first", str(first), "--rows", str(self.work / "rows.jsonl"),
-            "--work", str(self.work), "--out", str(self.out), "--minutes", str(self.minutes),
+            *map(str, task), "--rows", str(self.work / "rows.jsonl"), "--work", str(self.work), "--out", str(self.out),
+            "--minutes", str(self.minutes),
         ]  # fmt: skip
         return self._start("gpu_proof.worker", *words, *(["--dry"] if self.dry else []))
 
-    def _follow(self, process: subprocess.Popen[str], group: list[Section], deadline: float) -> None:
-        """Keep the rows of a group as its process writes them, and note why others are missing."""
+    def _follow(self, process: subprocess.Popen[str], task: list[Part], deadline: float) -> None:
+        """Keep the rows of a task as its process writes them, and note why others are missing."""
         path = self.work / "rows.jsonl"
-        path.write_text("")
+        path.touch()
         _begin(process)
-        read = 0
         while True:
             ended = process.poll() is not None  # before reading: what it has written by then is all
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            for line in (line for line in lines[read:] if line.endswith("\n")):
-                read += 1
-                self._take(json.loads(line))
-            section = next((each for each in group if len(self._rows(each)) < len(each.cases)), None)
-            if section is None:
+            self._take_new(path)
+            left = self._left(task)
+            if not left:
                 break
             if time.time() > deadline:
                 _kill(process)
-                for each in group:
-                    missing = len(each.cases) - len(self._rows(each))
-                    self._rows(each).extend(
-                        {"status": "not run", "note": "the time was over", "values": {}} for _ in range(missing)
-                    )
+                self._take_new(path)
+                left = self._left(task)
+                for part in left:
+                    self._note(part, part.stop - part.first, "not run", "the time was over")
                 break
             if ended:
                 # An error that ends a process, such as an illegal access of memory, spoils only one row.
-                self._rows(section).append(
-                    {"status": "error", "note": f"its process ended with exit code {process.returncode}", "values": {}}
-                )
-                rest = group[group.index(section) :]
-                path.write_text("")
-                read = 0
-                process = self._worker(rest, len(self._rows(section)))
+                if process.returncode != SPOILT:
+                    self._note(left[0], 1, "error", f"its process ended with exit code {process.returncode}")
+                if not (left := self._left(task)):
+                    break
+                os.truncate(path, self._read)  # it may have ended within a line
+                process = self._worker(left)
                 _begin(process)
             time.sleep(POLL_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_TO_END)
+        _kill(process)
+        os.truncate(path, self._read)
+
+    def _left(self, task: list[Part]) -> list[Part]:
+        """Return what is still to be measured."""
+        done = [(part, max(part.first, len(self._rows(part.section)))) for part in task]
+        return [Part(part.section, first, part.stop) for part, first in done if first < part.stop]
+
+    def _note(self, part: Part, count: int, status: str, note: str) -> None:
+        self._rows(part.section).extend({"status": status, "note": note, "values": {}} for _ in range(count))
         self._keep()
 
     def _rows(self, section: Section) -> list[Row]:
         rows: list[Row] = self.results["sections"].setdefault(section.name, [])
         return rows
+
+    def _take_new(self, path: Path) -> None:
+        """Take the rows that the present process has written since the last time."""
+        with path.open(encoding="utf-8") as rows:
+            rows.seek(self._read)
+            for line in rows:
+                if not line.endswith("\n"):
+                    break  # it is being written
+                self._read += len(line.encode())
+                self._take(json.loads(line))
 
     def _take(self, row: Row) -> None:
         if "hardware" in row:
@@ -180,11 +205,9 @@ class Proof:
 
 def _begin(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
-    try:
+    with suppress(BrokenPipeError):  # it has ended already, which `_follow` notices
         process.stdin.write("begin\n")
         process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has ended already, which `_follow` notices
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 GIB = 2**30
@@ -28,6 +29,8 @@ class Case:
     """What stands in the first columns."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the section needs to measure it."""
+    process: str = ""
+    """Neighbours with the same name share a process. DeepSpeed does not give back all memory of a run."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,34 @@ class Section:
     label_titles: tuple[str, ...]
     columns: tuple[Column, ...]
     cases: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cases of a section that one process measures, from `first` up to `stop`."""
+
+    section: Section
+    first: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.section.name}:{self.first}:{self.stop}"
+
+    @classmethod
+    def parse(cls, text: str, found: tuple[Section, ...]) -> Part:
+        """Return the part that `str` has written."""
+        name, first, stop = text.split(":")
+        return cls(next(section for section in found if section.name == name), int(first), int(stop))
+
+
+def parts_of(section: Section) -> list[Part]:
+    """Return what the processes of a section measure, in order."""
+    parts, first = [], 0
+    for _, cases in groupby(section.cases, key=lambda case: case.process):
+        stop = first + len(list(cases))
+        parts.append(Part(section, first, stop))
+        first = stop
+    return parts
 
 
 def error(value: float) -> str:
@@ -167,7 +198,7 @@ def _memory(dry: bool, limit: float) -> Section:
     }
     length, chunk, short = (96, 32, 8) if dry else (32768, 8192, 1024)
     cases = [
-        Case((name,), {"words": words.split(), "lengths": [length, short, length, short], "chunk_size": chunk})
+        Case((name,), {"words": words.split(), "lengths": [length, short, length, short], "chunk_size": chunk}, name)
         for name, words in settings.items()
     ]
     return Section(
@@ -261,7 +292,7 @@ def _speed(dry: bool, limit: float, *, is_whole: bool) -> Section:
     def rows(lengths: tuple[int, ...], held: int, state: str) -> list[Case]:
         run = {"lengths": [lengths[0] if dry else 8192, *lengths], "layers": held, "state": state}
         return [
-            Case((tokens_in_words(length), f"{held} of {layers}", state), {"run": run, "step": step})
+            Case((tokens_in_words(length), f"{held} of {layers}", state), {"run": run, "step": step}, f"{held} {state}")
             for step, length in enumerate(lengths, 1)
         ]
 

@@ -14,7 +14,7 @@ from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
 from gpu_proof.training import Place, prepared, run_words
-from gpu_proof.worker import NotHere, Values, attempt
+from gpu_proof.worker import NotHere, Values, attempt, reraise
 
 LORA = ("model.lora.enabled=true", "model.activation_checkpointing=selective")
 OFFLOAD_KEY = "chunk.offload_state"
@@ -46,7 +46,7 @@ def _run(name: str, run: dict[str, Any], cases: list[Case], place: Place) -> Ite
             for done in range(1, len(cases) + 1):
                 yield attempt(partial(_step, steps, planned, done))
     except Exception as error:
-        yield from (attempt(partial(_raise, error)) for _ in cases[done:])
+        yield from (attempt(partial(reraise, error)) for _ in cases[done:])
 
 
 def _step(steps: Iterator[dict[str, Any]], planned: PlannedRun, number: int) -> Values:
@@ -63,10 +63,6 @@ def _step(steps: Iterator[dict[str, Any]], planned: PlannedRun, number: int) -> 
         "predicted_bytes": parts.device_total,
         "predicted_host_bytes": parts.host,
     }
-
-
-def _raise(error: Exception) -> Values:
-    raise error
 
 
 def _not_built() -> Values:

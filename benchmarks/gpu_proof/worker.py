@@ -1,4 +1,4 @@
-"""A process that measures the rows of a section or several, and writes each to a file as soon as it has it.
+"""A process that measures rows of a section or several, and writes each to a file as soon as it has it.
 
 It imports what it needs at once, and begins when it reads a line on stdin: so the sections do not wait for imports.
 """
@@ -6,18 +6,23 @@ It imports what it needs at once, and begins when it reads a line on stdin: so t
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_proof.cases import sections
+from chunkflow_cli.processes.worker import die_with
+from gpu_proof.cases import PARITY, Part, sections
 
 PACKAGES = ("transformers", "deepspeed", "peft", "triton", "flash-attn", "flash-linear-attention")
+SPOILT = 75
+"""Exit code of a process that can measure nothing more, though all rows that it has begun are written."""
 Values = dict[str, Any]
 """A row's values by column, and more for the JSON file; `failed` tells why it did not pass."""
 
@@ -50,22 +55,23 @@ def attempt(measure: Callable[[], Values], *, may_be_refused: bool = True) -> Va
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("sections", nargs="+")
-    parser.add_argument("--first", type=int, required=True, help="index of the first section's case to begin with")
+    parser.add_argument("parts", nargs="+")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    known = {section.name: section for section in sections(dry=arguments.dry, minutes=arguments.minutes)}
-    modules = {name: importlib.import_module(f"gpu_proof.{name}") for name in arguments.sections}
+    die_with(os.getppid())
+    found = sections(dry=arguments.dry, minutes=arguments.minutes)
+    parts = [Part.parse(text, found) for text in arguments.parts]
+    modules = [importlib.import_module(f"gpu_proof.{part.section.name}") for part in parts]
 
     import transformers  # noqa: F401 - now, not within a measurement
 
     from gpu_proof.training import Place, free_memory
 
+    gc.freeze()  # what is imported stays: collecting what a run has left takes milliseconds, not a third of a second
     if not sys.stdin.readline():
         return  # the proof has ended without this section
     from common import hardware, versions
@@ -78,13 +84,30 @@ def main() -> None:
             rows.flush()
 
         write({"hardware": {**hardware(), **versions(*PACKAGES)}})
-        first = arguments.first
-        for name, module in modules.items():
-            measured: Iterator[Values] = module.rows(known[name].cases[first:], place)
-            for row in measured:
-                write({"section": name, **row})
-                free_memory()
-            first = 0
+        for part, module in zip(parts, modules, strict=True):
+            for row in _rows(module, part, place):
+                if row["status"] == "passed" and part.section.name not in PARITY:
+                    row["status"] = "measured"
+                write({"section": part.section.name, **row})
+                try:
+                    free_memory()
+                except RuntimeError:  # an error on the device stays for as long as its process
+                    sys.exit(SPOILT)
+
+
+def _rows(module: Any, part: Part, place: Any) -> Iterator[Values]:
+    """Yield a row for each case. An error outside of them is that of all that are left."""
+    left = part.stop - part.first
+    try:
+        for row in module.rows(part.section.cases[part.first : part.stop], place):
+            yield row
+            left -= 1
+    except Exception as error:
+        yield from (attempt(partial(reraise, error)) for _ in range(left))
+
+
+def reraise(error: Exception) -> Values:
+    raise error
 
 
 if __name__ == "__main__":
