@@ -72,6 +72,8 @@ class Proof:
     out: Path
     minutes: float
     dry: bool
+    worker: tuple[str, ...] = (sys.executable, "-m", "gpu_proof.worker")
+    """The command of a process that measures."""
     results: dict[str, Any] = field(default_factory=lambda: {"hardware": {}, "sections": {}})
     _read: int = 0
     """Bytes read of the file in which the processes write their rows, one after the other."""
@@ -94,7 +96,7 @@ class Proof:
             tasks = [[Part(section, 0, len(section.cases)) for section in measured]]
         try:
             if not self.dry:
-                self._start("gpu_proof.prepare", "--work", str(self.work))
+                self._start(sys.executable, "-m", "gpu_proof.prepare", "--work", str(self.work))
             waiting = [self._worker(task) for task in tasks[:AHEAD]]
             for number, task in enumerate(tasks):
                 waiting += [self._worker(task) for task in tasks[number + AHEAD : number + AHEAD + 1]]
@@ -105,10 +107,8 @@ class Proof:
             self._derive()
             self._keep()
 
-    def _start(self, module: str, *words: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *words], stdin=subprocess.PIPE, stdout=2, text=True, start_new_session=True
-        )
+    def _start(self, *command: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, text=True, start_new_session=True)
         self._processes.append(process)
         return process
 
@@ -118,7 +118,7 @@ class Proof:
             *map(str, task), "--rows", str(self.work / "rows.jsonl"), "--work", str(self.work), "--out", str(self.out),
             "--minutes", str(self.minutes),
         ]  # fmt: skip
-        return self._start("gpu_proof.worker", *words, *(["--dry"] if self.dry else []))
+        return self._start(*self.worker, *words, *(["--dry"] if self.dry else []))
 
     def _follow(self, process: subprocess.Popen[str], task: list[Part], deadline: float) -> None:
         """Keep the rows of a task as its process writes them, and note why others are missing."""
@@ -159,7 +159,9 @@ class Proof:
         return [Part(part.section, first, part.stop) for part, first in done if first < part.stop]
 
     def _note(self, part: Part, count: int, status: str, note: str) -> None:
-        self._rows(part.section).extend({"status": status, "note": note, "values": {}} for _ in range(count))
+        rows = self._rows(part.section)
+        for case in part.section.cases[len(rows) : len(rows) + count]:
+            rows.append({"case": case.labels, "status": status, "note": note, "values": {}})
         self._keep()
 
     def _rows(self, section: Section) -> list[Row]:

@@ -300,8 +300,8 @@ def _speed(dry: bool, limit: float, *, is_whole: bool) -> Section:
         "speed",
         "Training",
         "Steps of `train` over one sample: Llama-3.1-8B's shape, LoRA on all linear layers, bfloat16, chunks of 8K, "
-        "K = 1, selective checkpointing. State on the host is `chunk.offload_state=host`. MFU counts no recompute and "
-        "takes the data sheet's rate; LoRA computes two thirds of what it counts.",
+        "K = 1, selective checkpointing. State on the host is `chunk.offload_state=host`. MFU counts a full fine-tune "
+        "without recompute, at the data sheet's rate; LoRA spares a third of its products.",
         limit,
         ("tokens", "layers", "state on"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gpu_proof.cases import GIB, Section
+from gpu_proof.cases import GIB, Section, sections
 
 WIDTH = 80
 BEGIN, END = "<!-- proof: begin -->", "<!-- proof: end -->"
+KEPT = Path(__file__).with_name("results.json")
+"""The results that docs/gpu.md shows; absent until the proof has run on a GPU."""
 Results = dict[str, Any]
 """`hardware`, and under `sections` the rows of each section by name, in the order of its cases."""
 
 
-def print_tables(sections: tuple[Section, ...], results: Results) -> None:
+def print_tables(found: tuple[Section, ...], results: Results) -> None:
     console = Console(width=WIDTH, highlight=False, markup=False, emoji=False)
-    for section in sections:
+    for section in found:
         table = Table(title=section.title, title_justify="left", box=None, pad_edge=False)
         for title in section.label_titles:
             table.add_column(title, overflow="fold")
@@ -31,7 +34,7 @@ def print_tables(sections: tuple[Section, ...], results: Results) -> None:
             table.add_row(*case.labels, *_cells(section, rows, index))
         console.print(table)
         console.print()
-    for line in notes(sections, results):
+    for line in notes(found, results):
         console.print(line)
     console.print(hardware_line(results["hardware"]))
 
@@ -46,10 +49,10 @@ def _cells(section: Section, rows: list[dict[str, Any]], index: int) -> list[str
     ]
 
 
-def notes(sections: tuple[Section, ...], results: Results) -> list[str]:
+def notes(found: tuple[Section, ...], results: Results) -> list[str]:
     """Return a line for each reason why rows are empty or have failed, with the rows."""
     lines = []
-    for section in sections:
+    for section in found:
         reasons: dict[str, list[str]] = {}
         for case, row in zip(section.cases, results["sections"].get(section.name, []), strict=False):
             if row.get("note"):
@@ -75,20 +78,20 @@ def hardware_line(hardware: dict[str, Any]) -> str:
     return ", ".join(parts + [f"{name} {hardware[name]}" for name in names if name in hardware])
 
 
-def markdown(sections: tuple[Section, ...], results: Results | None) -> str:
+def markdown(found: tuple[Section, ...], results: Results | None) -> str:
     """Return the tables of docs/gpu.md: with empty cells if there are no results."""
-    found = results or {"hardware": {}, "sections": {}}
+    known = results or {"hardware": {}, "sections": {}}
     lines = [
-        f"Measured on {hardware_line(found['hardware'])}." if results else "Not measured yet: the cells are empty."
+        f"Measured on {hardware_line(known['hardware'])}." if results else "Not measured yet: the cells are empty."
     ]
-    for section in sections:
+    for section in found:
         titles = [*section.label_titles, *(column.title for column in section.columns), "result"]
         aligned = ["---" for _ in section.label_titles] + ["---:" for _ in section.columns] + ["---"]
         lines += ["", f"### {section.title}", "", *textwrap.wrap(section.about, 120), ""]
         lines += [_line(titles), _line(aligned)]
-        rows = found["sections"].get(section.name, [])
+        rows = known["sections"].get(section.name, [])
         lines += [_line([*case.labels, *_cells(section, rows, index)]) for index, case in enumerate(section.cases)]
-    found_notes = notes(sections, found)
+    found_notes = notes(found, known)
     lines += ["", *(f"- {note}" for note in found_notes)] if found_notes else []
     return "\n".join(lines)
 
@@ -97,11 +100,13 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def with_tables(page: str, tables: str) -> str:
-    """Return the text of docs/gpu.md with its tables replaced."""
+def with_tables(page: str) -> str:
+    """Return the text of docs/gpu.md with its tables, from the kept results if there are any."""
+    results = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else None
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{markdown(sections(), results)}\n\n{END}{rest.partition(END)[2]}"
 
 
-def write_page(page: Path, tables: str) -> None:
-    page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+def fill_page(page: Path) -> None:
+    """Write the tables into docs/gpu.md."""
+    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
