@@ -300,7 +300,7 @@ def _speed(dry: bool, limit: float, *, is_whole: bool) -> Section:
         "speed",
         "Training",
         "Steps of `train` over one sample: Llama-3.1-8B's shape, LoRA on all linear layers, bfloat16, chunks of 8K, "
-        "K = 1, selective checkpointing. State on the host is `chunk.offload_state=host`. MFU counts a full fine-tune "
+        "K = 1, selective checkpointing. The state is on the host with `chunk.offload_state`. MFU counts a full fine-tune "
         "without recompute, at the data sheet's rate; LoRA spares a third of its products.",
         limit,
         ("tokens", "layers", "state on"),

@@ -46,7 +46,7 @@ def model_folder(work: Path, name: str, *, dry: bool, layers: int | None = None)
     config: dict[str, Any] = {**(TINY if dry else {"8B": LLAMA_8B, "1B": LLAMA_1B, "small": SMALL}[name])}
     whole = int(config["num_hidden_layers"])
     folder = work / f"model-{name}"
-    with (work / "models.lock").open("w") as lock:
+    with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the whole model may just be written in the background
         if not folder.exists():
             _write_model(folder, config)
