@@ -32,6 +32,8 @@ from gpu_proof.worker import SPOILT
 POLL_SECONDS = 0.2
 SECONDS_TO_END = 15.0
 """Seconds that a process has to end, and free the GPU, after its last row."""
+LEAST_SECONDS = 30.0
+"""Seconds that every process may take, as long as its section has them."""
 AHEAD = 3
 """Processes that import what they need before it is their turn."""
 Row = dict[str, Any]
@@ -99,8 +101,12 @@ class Proof:
                 self._start(sys.executable, "-m", "gpu_proof.prepare", "--work", str(self.work))
             waiting = [self._worker(task) for task in tasks[:AHEAD]]
             for number, task in enumerate(tasks):
-                waiting += [self._worker(task) for task in tasks[number + AHEAD : number + AHEAD + 1]]
-                self._follow(waiting.pop(0), task, deadlines[task[-1].section.name])
+                waiting += [self._worker(later) for later in tasks[number + AHEAD : number + AHEAD + 1]]
+                section, now = task[-1].section, time.time()
+                left = sum(later[-1].section is section for later in tasks[number:])
+                # One that hangs leaves time to the others.
+                share = max(LEAST_SECONDS, 2 * (deadlines[section.name] - now) / left)
+                self._follow(waiting.pop(0), task, min(deadlines[section.name], now + share))
         finally:
             for process in self._processes:
                 _kill(process)

@@ -162,13 +162,17 @@ def _parity(dry: bool, limit: float) -> Section:
 def _steps(dry: bool, limit: float) -> Section:
     settings = [
         (stage, offload, dtype)
-        for dtype, stages in (("float32", (0, 1, 2, 3)), ("bfloat16", (1, 3)))
+        for offload, stages in (("none", (0, 1, 2, 3)), ("optimizer", (1, 2, 3)), ("parameters", (3,)))
+        for dtype, allowed in (("float32", (0, 1, 2, 3)), ("bfloat16", (1, 3)))
         for stage in stages
-        for offload in ("none", "optimizer", "parameters")
-        if offload == "none" or (stage == 3 if offload == "parameters" else stage)
+        if stage in allowed
     ]
     cases = [
-        Case((f"ZeRO-{stage}", offload, dtype), {"stage": stage, "offload": offload, "dtype": dtype})
+        Case(
+            (f"ZeRO-{stage}", offload, dtype),
+            {"stage": stage, "offload": offload, "dtype": dtype},
+            f"{offload} {dtype}",
+        )
         for stage, offload, dtype in settings
     ]
     return Section(
@@ -300,8 +304,8 @@ def _speed(dry: bool, limit: float, *, is_whole: bool) -> Section:
         "speed",
         "Training",
         "Steps of `train` over one sample: Llama-3.1-8B's shape, LoRA on all linear layers, bfloat16, chunks of 8K, "
-        "K = 1, selective checkpointing. The state is on the host with `chunk.offload_state`. MFU counts a full fine-tune "
-        "without recompute, at the data sheet's rate; LoRA spares a third of its products.",
+        "K = 1, selective checkpointing. The state is on the host with `chunk.offload_state`. MFU counts a full "
+        "fine-tune without recompute, at the data sheet's rate; LoRA spares a third of its products.",
         limit,
         ("tokens", "layers", "state on"),
         (
