@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUNDLE := .gpu-bundle
+# Without a network, gpu-proof installs the wheels of gpu-bundle; it is offline where they are.
+OFFLINE := $(if $(DRY),,$(wildcard $(BUNDLE)/*.whl))
+OUT ?= outputs/gpu-proof
 
-.PHONY: help setup demo check format docs test test-fast test-gpu bench clean
+.PHONY: help setup demo check format docs test test-fast test-gpu gpu-bundle gpu-proof bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -46,6 +50,15 @@ test: setup check ## check and all tests that need no GPU; ROOM=execution runs t
 
 test-gpu: setup ## the parity tests on CUDA
 	$(BIN)/python -m pytest tests/gpu -m gpu
+
+gpu-bundle: setup ## wheels for gpu-proof on a machine without a network, into .gpu-bundle
+	$(BIN)/python benchmarks/gpu_bundle.py download $(BUNDLE)
+
+gpu-proof: $(if $(OFFLINE),,setup) ## prove and measure on one GPU in nine minutes; DRY=1 at tiny sizes on a CPU
+	since=$$(date +%s) && \
+	$(if $(OFFLINE),$(PYTHON) benchmarks/gpu_bundle.py install $(BUNDLE) --venv .gpu-venv &&) \
+	PYTHONPATH=src:benchmarks $(if $(OFFLINE),.gpu-venv/bin,$(BIN))/python -m gpu_proof --since $$since --out $(OUT) \
+		$(if $(DRY),--dry) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: setup ## the benchmarks; each prints one JSON object
 	$(BIN)/python benchmarks/throughput.py

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -51,7 +55,34 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "bfloat16_native": cpu_has_bfloat16(),
+        **(_gpu() if torch.cuda.is_available() else {}),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    driver: list[str] = []
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return {
+        "gpu": properties.name,
+        "gpus": torch.cuda.device_count(),
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "driver": driver[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _lines(path: Path) -> list[str]:
@@ -76,21 +107,22 @@ class PlainTraining:
     model: Any
     lr: float
     grad_clip: float = 1.0
+    eps: float = 1e-8
 
     def __post_init__(self) -> None:
         self.weights = list(self.model.parameters())
         self.masters = self.weights
         if self.weights[0].dtype is not torch.float32:
             self.masters = [torch.nn.Parameter(weight.detach().float()) for weight in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=self.lr, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=self.lr, eps=self.eps, weight_decay=0.0, fused=True)
 
     def step(self, samples: Sequence[Sample]) -> float:
         """One optimizer step over the samples; returns the token-mean loss."""
         target_tokens = sum(int((sample.targets != -100).sum()) for sample in samples)
-        total = 0.0
+        total, device = 0.0, self.weights[0].device
         for sample in samples:
-            input_ids = torch.as_tensor(sample.input_ids, dtype=torch.int64)[None]
-            targets = torch.as_tensor(sample.targets, dtype=torch.int64)[None]
+            input_ids = torch.as_tensor(sample.input_ids, dtype=torch.int64, device=device)[None]
+            targets = torch.as_tensor(sample.targets, dtype=torch.int64, device=device)[None]
             # Hugging Face shifts `labels` itself unless it is given labels that are shifted already.
             loss: Tensor = self.model(
                 input_ids=input_ids,

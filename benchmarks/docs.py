@@ -1,4 +1,4 @@
-"""Write what the documentation takes from the code: docs/configuration.md, and the pictures of docs/how-it-works.md.
+"""Write what the documentation takes from the code: docs/configuration.md, the tables of docs/gpu.md, and pictures.
 
 make docs
 """
@@ -38,6 +38,10 @@ def main() -> None:
     PAGE.write_text(configuration_page(), encoding="utf-8")
     print(f"wrote {PAGE}")
     from docs_pictures import draw_all
+    from gpu_proof.tables import fill_page
+
+    fill_page(DOCS / "gpu.md")
+    print(f"filled {DOCS / 'gpu.md'}")
 
     draw_all()
     print(f"drew {DOCS / 'images'}")

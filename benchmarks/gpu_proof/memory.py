@@ -1,0 +1,38 @@
+"""Peak memory of `train` under six settings, against what `plan` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from chunkflow_cli.cli.plan import make_plan
+from gpu_proof.cases import Case
+from gpu_proof.models import model_folder, write_samples
+from gpu_proof.training import Place, prepared, run_words
+from gpu_proof.worker import Values, attempt
+
+
+def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:
+    for number, case in enumerate(cases):
+        yield attempt(partial(_measured, f"memory-{len(cases) - number}", case.facts, place), may_be_refused=place.dry)
+
+
+def _measured(name: str, facts: dict[str, Any], place: Place) -> Values:
+    data = place.work / "memory.jsonl"
+    if not data.exists():
+        write_samples(data, facts["lengths"], 256)
+    words = [
+        *run_words(place, name, model_folder(place.work, "1B", dry=place.dry), data), *facts["words"],
+        f"chunk.size={facts['chunk_size']}", "train.global_batch_size=2", "optim.lr=1e-6",
+    ]  # fmt: skip
+    with prepared(words) as (loaded, steps):
+        peak = max(row["peak_memory_bytes"] for row in steps)
+    parts = make_plan(loaded, step=1).memory
+    assert parts is not None
+    return {
+        "peak_bytes": peak,
+        "predicted_bytes": parts.device_total,
+        "predicted_host_bytes": parts.host,
+        "ratio": peak / parts.device_total,
+    }

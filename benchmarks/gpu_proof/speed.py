@@ -1,0 +1,69 @@
+"""Tokens a second, MFU and memory of an 8B model with LoRA by the length of a sample, state on the device or not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+from chunkflow_cli.cli.plan import PlannedRun, make_plan
+from chunkflow_cli.config.keys import known_keys
+from chunkflow_cli.planning.peak_memory import memory_of_fullest
+from gpu_proof.cases import Case
+from gpu_proof.models import model_folder, write_samples
+from gpu_proof.training import Place, prepared, run_words
+from gpu_proof.worker import NotHere, Values, attempt, reraise
+
+LORA = ("model.lora.enabled=true", "model.activation_checkpointing=selective")
+OFFLOAD_KEY = "chunk.offload_state"
+
+
+def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:
+    for index, (run, group) in enumerate(groupby(cases, key=lambda case: case.facts["run"])):
+        yield from _run(f"speed-{len(cases)}-{index}", run, list(group), place)
+
+
+def _run(name: str, run: dict[str, Any], cases: list[Case], place: Place) -> Iterator[Values]:
+    """Yield a row for each case. All are steps of one run, whose first step only warms up."""
+    on_host = run["state"] == "host"
+    if on_host and OFFLOAD_KEY not in known_keys():
+        yield from (attempt(_not_built) for _ in cases)
+        return
+    data = place.work / f"{name}.jsonl"
+    write_samples(data, [run["lengths"][0], *(run["lengths"][case.facts["step"]] for case in cases)], 256)
+    words = [
+        *run_words(place, name, model_folder(place.work, "8B", dry=place.dry, layers=run["layers"]), data), *LORA,
+        "train.global_batch_size=1", f"chunk.size={32 if place.dry else 8192}",
+        *([f"{OFFLOAD_KEY}=host"] if on_host else []),
+    ]  # fmt: skip
+    done = 0
+    try:
+        with prepared(words) as (loaded, steps):
+            planned = make_plan(loaded, step=1)
+            next(steps)
+            for done in range(1, len(cases) + 1):
+                yield attempt(partial(_step, steps, planned, done))
+    except Exception as error:
+        yield from (attempt(partial(reraise, error)) for _ in cases[done:])
+
+
+def _step(steps: Iterator[dict[str, Any]], planned: PlannedRun, number: int) -> Values:
+    row = next(steps, None)
+    if row is None:
+        raise NotHere("a shorter sample of the same run failed")
+    # The peak is that of all steps so far.
+    so_far = dataclasses.replace(planned.plan, lengths=planned.plan.lengths[: number + 1])
+    assert planned.setup.shape is not None
+    parts = memory_of_fullest(planned.setup.shape, planned.setup.memory, so_far, [])
+    return {
+        **{key: row[key] for key in ("tokens_per_second", "mfu", "step_seconds", "loss", "chunks")},
+        "peak_bytes": row["peak_memory_bytes"],
+        "predicted_bytes": parts.device_total,
+        "predicted_host_bytes": parts.host,
+    }
+
+
+def _not_built() -> Values:
+    raise NotHere(f"not built: this version has no {OFFLOAD_KEY}")

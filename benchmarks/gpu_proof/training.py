@@ -1,0 +1,80 @@
+"""Runs of `train` in this process, one step at a time, with what `plan` says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chunkflow_cli.config.load import LoadedConfig, load
+from chunkflow_cli.console import stderr_console
+from chunkflow_cli.engine import close_process_group
+from chunkflow_cli.training.joining import open_folder, watched
+from chunkflow_cli.training.prepare import Prepared, prepare
+from chunkflow_cli.training.progress import RunState
+from chunkflow_cli.training.requirements import check_requirements
+from chunkflow_cli.training.steps import run_steps
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a section runs."""
+
+    work: Path
+    """Folder for models, data and runs; deleted at the end."""
+    out: Path
+    """Folder for results."""
+    dry: bool
+
+
+def run_words(place: Place, name: str, model: Path, data: Path) -> list[str]:
+    """Return the words that every run of the proof has."""
+    return [
+        f"model.path={model}", f"data.path={data}", "data.format=tokens", f"data.cache_dir={place.work / 'cache'}",
+        "data.num_workers=1", "train.shuffle=false", "train.guard=false", "checkpoint.resume=never",
+        "optim.schedule=constant", "optim.warmup_ratio=0", f"train.output_dir={place.work / name}",
+    ]  # fmt: skip
+
+
+@contextmanager
+def prepared(words: Sequence[str]) -> Iterator[tuple[LoadedConfig, Iterator[dict[str, Any]]]]:
+    """Prepare a run as `train` does, and yield its configuration and its steps; nothing is saved at its end.
+
+    Each step is run when it is asked for, and is the row that `train` writes to metrics.jsonl.
+    """
+    loaded = load(list(words))
+    hf_config = check_requirements(loaded)
+    folder, data = open_folder(loaded, hf_config)
+    try:
+        with watched(folder.path, 0) as heartbeat:
+            state = RunState(heartbeat)
+            run = prepare(loaded.config, hf_config, data, folder, stderr_console(), state)
+            steps = _steps(run, state)
+            del run, state
+            yield loaded, steps
+            steps.close()  # it holds the model
+    finally:
+        folder.close()
+        close_process_group()
+        free_memory()
+
+
+def _steps(run: Prepared, state: RunState) -> Iterator[dict[str, Any]]:
+    for step in range(1, run.plan.steps + 1):
+        run_steps(dataclasses.replace(run, plan=dataclasses.replace(run.plan, steps=step)), state)
+        yield json.loads(run.folder.metrics.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def free_memory() -> None:
+    """Give back what the last run has left, and count peaks anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,114 @@
+"""A process that measures rows of a section or several, and writes each to a file as soon as it has it.
+
+It imports what it needs at once, and begins when it reads a line on stdin: so the sections do not wait for imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from chunkflow_cli.processes.worker import die_with
+from gpu_proof.cases import PARITY, Part, sections
+
+PACKAGES = ("transformers", "deepspeed", "peft", "triton", "flash-attn", "flash-linear-attention")
+SPOILT = 75
+"""Exit code of a process that can measure nothing more, though all rows that it has begun are written."""
+Values = dict[str, Any]
+"""A row's values by column, and more for the JSON file; `failed` tells why it did not pass."""
+
+
+class NotHere(Exception):  # noqa: N818 - not an error
+    """A case that this machine or this version cannot run, with the reason."""
+
+
+def attempt(measure: Callable[[], Values], *, may_be_refused: bool = True) -> Values:
+    """Return what `measure` returns, or why there is nothing: its status and a note.
+
+    Args:
+        may_be_refused: whether this machine may be one on which chunkflow refuses the case.
+    """
+    from chunkflow_cli.errors import UsageError, describe
+
+    started = time.perf_counter()
+    try:
+        values = measure()
+        row = {"status": "FAILED", "note": values["failed"]} if "failed" in values else {"status": "passed"}
+        row["values"] = values
+    except NotHere as reason:
+        row = {"status": "not here", "note": str(reason)}
+    except UsageError as error:
+        row = {"status": "refused" if may_be_refused else "error", "note": str(error)}
+    except Exception as error:
+        row = {"status": "error", "note": describe(error)}
+    return {"values": {}, **row, "took_seconds": time.perf_counter() - started}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="+")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--dry", action="store_true")
+    arguments = parser.parse_args()
+    die_with(os.getppid())
+    found = sections(dry=arguments.dry, minutes=arguments.minutes)
+    parts = [Part.parse(text, found) for text in arguments.parts]
+    modules = [importlib.import_module(f"gpu_proof.{part.section.name}") for part in parts]
+
+    import transformers  # noqa: F401 - now, not within a measurement
+
+    from gpu_proof.training import Place, free_memory
+
+    gc.freeze()  # what is imported stays: collecting what a run has left takes milliseconds, not a third of a second
+    if not sys.stdin.readline():
+        return  # the proof has ended without this section
+    from common import hardware, versions
+
+    place = Place(arguments.work, arguments.out, arguments.dry)
+    with arguments.rows.open("a", encoding="utf-8") as rows:
+
+        def write(row: dict[str, Any]) -> None:
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
+
+        write({"hardware": {**hardware(), **versions(*PACKAGES)}})
+        for part, module in zip(parts, modules, strict=True):
+            for row in _rows(module, part, place):
+                if row["status"] == "passed" and part.section.name not in PARITY:
+                    row["status"] = "measured"
+                write({"section": part.section.name, **row})
+                try:
+                    free_memory()
+                except RuntimeError:  # an error on the device stays for as long as its process
+                    sys.exit(SPOILT)
+
+
+def _rows(module: Any, part: Part, place: Any) -> Iterator[Values]:
+    """Yield a row for each case. An error outside of them is that of all that are left."""
+    left = part.stop - part.first
+    try:
+        for row in module.rows(part.section.cases[part.first : part.stop], place):
+            yield row
+            left -= 1
+    except Exception as error:
+        yield from (attempt(partial(reraise, error)) for _ in range(left))
+
+
+def reraise(error: Exception) -> Values:
+    raise error
+
+
+if __name__ == "__main__":
+    main()
