@@ -2,7 +2,7 @@
 
     python benchmarks/loss_curve.py                      SmolLM2-135M, 28 steps, half an hour on one core
     python benchmarks/loss_curve.py --samples 16 --epochs 1
-    python benchmarks/loss_curve.py --draw curve.json    draw the picture of docs/benchmarks.md again
+    python benchmarks/loss_curve.py --draw docs/images/loss-curve.json    draw the picture of docs/benchmarks.md again
 
 Both train on the demo's conversations, one long-tailed sample set: the same order, the same batches, the same learning
 rate, AdamW, float32, and the mean over the targets of a batch as loss. chunkflow packs and splits into chunks of 512
