@@ -149,11 +149,11 @@ def draw(result: dict[str, Any]) -> None:
         steps, ours, color="#0077bb", linewidth=1.6, label=f"chunkflow, chunks of {result['chunk_size']} tokens"
     )
     losses.set_ylabel("training loss")
-    losses.legend(frameon=False)
+    losses.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     relative = [abs(one - other) / other for one, other in zip(ours, theirs, strict=True)]
     differences.semilogy(steps, [max(value, 1e-9) for value in relative], "o-", color="#cc3377", markersize=3)
-    differences.set_ylim(1e-8, 1e-2)
-    differences.set_yticks([1e-8, 1e-6, 1e-4, 1e-2])
+    differences.set_ylim(1e-9, 1e-3)
+    differences.set_yticks([1e-9, 1e-7, 1e-5, 1e-3])
     differences.set_ylabel("relative\ndifference")
     differences.set_xlabel("optimizer step")
     for axes in (losses, differences):
