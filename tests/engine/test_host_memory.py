@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 
 from chunkflow_cli.config.schema import Dtype, EngineConfig, ModelConfig, OptimConfig
 from chunkflow_cli.engine import Engine, EngineSettings, import_deepspeed
+from chunkflow_cli.model import shared_weights
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.loading import load_model, model_of_weights
 
 RANKS = 4
 SHARE_OF_ONE = (1.3 - 1) / RANKS
@@ -50,6 +52,45 @@ def test_a_loaded_model_is_in_pages_that_ranks_share(saved: tuple[Path, int]) ->
     model = loaded(folder)
     assert own_bytes() - before < SHARE_OF_ONE * model_bytes
     assert sum(weight.nbytes for weight in model.parameters()) == model_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "saved", "dtype"),
+    [
+        ("llama", {}, "float32", "float32"),
+        ("llama", {"tie_word_embeddings": True}, "float32", "bfloat16"),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "bfloat16", "bfloat16"),
+    ],
+    ids=["files in the dtype of the run", "another dtype, and a tied head", "experts that are stacked"],
+)
+def test_weights_that_loading_changes_are_shared_too(
+    kind: str, settings: dict[str, Any], saved: str, dtype: str, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What the first rank has loaded moves to a file, and another rank makes the same model around its pages."""
+    tiny_model(kind, dtype=getattr(torch, saved), **settings).save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path))
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "attention": "eager"}
+    first = load_model(config, load_config(config), seed=0, **arguments)
+    before = {name: weight.clone() for name, weight in first.state_dict().items()}
+    is_mapped = shared_weights.own_bytes(first) == 0
+    shared = shared_weights.share(first)
+    assert is_mapped is (shared is None) is (saved == dtype and kind != "mixtral")
+    if shared is None:
+        return
+    other = model_of_weights(config, load_config(config), shared.map(), **arguments)
+    os.close(shared.descriptor)
+    for model in (first, other):
+        assert shared_weights.own_bytes(model) == 0
+        state = model.state_dict()
+        assert list(state) == list(before)
+        assert all(torch.equal(weight, before[name]) and weight.dtype == before[name].dtype
+                   for name, weight in state.items())  # fmt: skip
+    assert (type(other), other.training, other.dtype) == (type(first), True, getattr(torch, dtype))
+    ids = torch.arange(9)[None]
+    assert torch.equal(other(input_ids=ids).logits, first(input_ids=ids).logits), "buffers are those of the model, too"
+    with torch.no_grad():
+        next(other.parameters()).zero_()
+    assert torch.equal(next(first.parameters()), next(iter(before.values()))), "a rank's changes are its own"
 
 
 def mapped_from(folder: Path, weights: list[nn.Parameter]) -> list[bool]:

@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,33 @@ def load_model(
         if config.vocab_size is not None:
             torch.manual_seed(seed)
             model.resize_token_embeddings(config.vocab_size)
+    model.train()
+    return model
+
+
+def model_of_weights(
+    config: ModelConfig,
+    hf_config: PretrainedConfig,
+    state: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    attention: str,
+) -> Any:
+    """Return the model that `load_model` has made on another rank, around its weights, which are not copied.
+
+    Args:
+        state: the state dict of that model.
+    """
+    _quiet_peft()
+    own_config = copy.deepcopy(hf_config)
+    if hasattr(own_config, "quantization_config"):  # they are not quantised any more
+        del own_config.quantization_config
+    own_class = type(empty_model(own_config, dtype=dtype, trust_remote_code=config.trust_remote_code))
+    language = language_class(hf_config)
+    model = own_class.from_pretrained(
+        None, config=own_config, state_dict=dict(state), dtype=dtype,
+        attn_implementation=attention if language is None else attention_of(own_config, attention),
+    )  # fmt: skip
     model.train()
     return model
 

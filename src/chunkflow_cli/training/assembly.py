@@ -26,11 +26,11 @@ from chunkflow_cli.execution.stages import StageModel, check_stages
 from chunkflow_cli.execution.step import RunnerSettings
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
-from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.shape import shape_without_weights, with_frozen
 from chunkflow_cli.model.trained_weights import layer_matrices
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers
+from chunkflow_cli.training.loading import load_on_every_rank
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -72,13 +72,13 @@ def assemble(
     attention.register()
     torch.manual_seed(config.train.seed)
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
-    model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
+    processes = processes or Processes()
+    model: Any = load_on_every_rank(config, hf_config, processes, dtype=dtype, attention=attention.NAME)
     enable_activation_checkpointing(model, config.model.activation_checkpointing)
     shape = shape_without_weights(config.model, hf_config)
     if config.model.lora.enabled:
         model = add_lora(model, config.model.lora)
     shape = with_frozen(shape, model, config.optim)
-    processes = processes or Processes()
     matrices = layer_matrices(model) if config.optim.name is OptimizerName.muon else frozenset()
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device, matrices)
     runner_settings = partial(
