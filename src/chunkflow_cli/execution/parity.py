@@ -23,6 +23,7 @@ from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
+from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import plan
@@ -93,6 +94,7 @@ def compare(
     pair_weight: float = 0.0,
     tolerance: float | None = None,
     stages: int = 1,
+    state_home: Home | None = None,
 ) -> Parity:
     """Compare loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
@@ -106,11 +108,13 @@ def compare(
         k: chunks of a long sequence that keep their activations.
         tolerance: largest relative error that passes; by default that of the model's dtype.
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
+        state_home: where the chunked side keeps its state; by default, on the device.
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     with _arithmetic_of(dtype):
         return _compare(
             model, backend, sequences, TOLERANCES[dtype] if tolerance is None else tolerance, k, stages,
+            state_home or OnDevice(),
             build_chunks(
                 [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
             ),
@@ -124,6 +128,7 @@ def _compare(
     tolerance: float,
     k: int,
     stages: int,
+    state_home: Home,
     chunks: Chunks,
 ) -> Parity:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -140,7 +145,8 @@ def _compare(
     batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
-        runner = Runner(DirectEngine(module), RunnerSettings(device, accumulation_dtype(dtype)))
+        settings = RunnerSettings(device, accumulation_dtype(dtype), state_home=state_home)
+        runner = Runner(DirectEngine(module), settings)
         loss_chunked = runner.run((plan(chunks, k),), batch).loss
     if isinstance(module, StageChain):
         for name, gradient in module.gradients().items():
