@@ -7,7 +7,6 @@ what the calls mean with the kernels' documentation, by emulation; `tests/gpu` r
 from __future__ import annotations
 
 import ast
-import functools
 import importlib.util
 import sys
 import types
@@ -26,6 +25,10 @@ from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
+from chunkflow_cli.execution.attention.function import ChunkAttention, ChunkAttentionContext
+from chunkflow_cli.execution.attention.layer import LayerAttention
+from chunkflow_cli.execution.state import SequenceState, StatePiece
+from chunkflow_cli.execution.state_home import OnDevice
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 
 META = torch.device("meta")
@@ -192,7 +195,7 @@ def test_no_call_goes_unchecked() -> None:
 def test_selective_checkpointing_does_not_recompute_attention(
     backend: type[Backend], dtype: torch.dtype, key_dim: int
 ) -> None:
-    """A backward calls the forward kernel once more, unless its results were kept."""
+    """A backward calls the forward kernels once more, unless their result was kept: of own tokens, and two blocks."""
 
     def forward(mode: ActivationCheckpointing) -> Callable[[], int]:
         contexts: list[Callable[..., Any]] = []
@@ -204,7 +207,13 @@ def test_selective_checkpointing_does_not_recompute_attention(
         enable_activation_checkpointing(model, mode)
 
         def attend(inputs: Tensor) -> Tensor:
-            return _Attend.apply(inputs, backend())
+            state = SequenceState(TOKENS, OnDevice(TOKENS - 1))
+            past = torch.empty(TOKENS, KV_HEADS, key_dim, dtype=dtype, device=META)
+            state.write(0, 0, {"keys": past, "values": past})
+            packing, piece = Packing((0, TOKENS), META), StatePiece(state, TOKENS, False)
+            chunk, layer = ChunkAttentionContext(packing, backend(), piece), LayerAttention(0, AttentionRule(SCALE))
+            out: Tensor = ChunkAttention.apply(inputs, inputs, inputs, None, chunk, layer)
+            return out
 
         def count() -> int:
             inputs = torch.empty(1, KV_HEADS, TOKENS, key_dim, dtype=dtype, device=META, requires_grad=True)
@@ -215,24 +224,7 @@ def test_selective_checkpointing_does_not_recompute_attention(
 
         return count
 
-    assert forward(ActivationCheckpointing.full)() == 2 * forward(ActivationCheckpointing.selective)()
-
-
-class _Attend(torch.autograd.Function):
-    """Attention of a tensor to itself."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, backend: Backend) -> Tensor:
-        ctx.backend, ctx.sight = backend, Sight(AttentionRule(SCALE), Packing((0, TOKENS), META))
-        out, lse = backend.forward(inputs, inputs, inputs, ctx.sight)
-        ctx.save_for_backward(inputs, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        inputs, out, lse = ctx.saved_tensors
-        grads = ctx.backend.backward(grad_out, Saved(inputs, inputs, inputs, out, lse), ctx.sight)
-        return functools.reduce(torch.add, grads), None
+    assert forward(ActivationCheckpointing.full)() == 2 * forward(ActivationCheckpointing.selective)() == 6
 
 
 def test_old_gpus_are_told(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

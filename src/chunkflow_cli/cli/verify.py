@@ -18,6 +18,7 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.parity import compare, random_sequences, remove_dropout, use_float64_experts
+from chunkflow_cli.execution.state_home import state_home
 from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
@@ -67,6 +68,8 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
             chunk_size=chunk_size, k=config.chunk.k, fill_tails=config.chunk.fill_tails,
             # Far more uneven pieces than the costs of any device would give.
             pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0,
+            # Small blocks, so that the past is made of several.
+            state_home=state_home(config.chunk.offload_state, device, block_tokens=max(1, length // 3)),
         )  # fmt: skip
     result = {
         "passed": parity.passed,

@@ -147,6 +147,11 @@ class Cuts(str, Enum):
     time = "time"
 
 
+class OffloadState(str, Enum):
+    none = "none"
+    host = "host"
+
+
 class Spread(str, Enum):
     auto = "auto"
     all = "all"
@@ -321,6 +326,9 @@ class ChunkConfig:
     cuts: Cuts = Cuts.tokens
     """How long samples are cut: into chunks of equally many `tokens`, or of equal predicted `time`. Later chunks take
     longer per token, so `time` makes them shorter. That can balance pipeline stages better."""
+    offload_state: OffloadState = OffloadState.none
+    """Where the state of long samples is kept: on the device, or in `host` memory, from where it passes through the
+    device in blocks. Length is then limited by the host's memory."""
 
 
 @dataclass
@@ -495,6 +503,8 @@ class TuneConfig:
     """Values of `chunk.k` to try."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
     """Values of `chunk.cuts` to try in pipelines, where they matter. An empty list takes `chunk.cuts`."""
+    offload_state: list[OffloadState] = field(default_factory=list)
+    """Values of `chunk.offload_state` to try. An empty list takes `chunk.offload_state`."""
     samples: int = bounded(1024, at_least=1, at_most=MOST)
     """Number of samples planned for each (size, K) pair, rounded to whole global batches."""
     measure: int = bounded(3, at_least=0, at_most=MOST)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
+from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, OffloadState
 from chunkflow_cli.errors import ChunkflowError, RunError, UsageError, is_out_of_memory
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
@@ -32,6 +32,7 @@ from chunkflow_cli.execution.parity import (
 )
 from chunkflow_cli.execution.small_copy import CannotBuildError, build_small, small_config
 from chunkflow_cli.execution.small_sizes import VOCABULARY
+from chunkflow_cli.execution.state_home import Home, state_home
 from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 
@@ -51,18 +52,20 @@ def guard(
     dtype: torch.dtype,
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     is_pipeline: bool = False,
+    offload_state: OffloadState = OffloadState.none,
 ) -> Parity:
     """Prove on a small float32 model of the same architecture that chunks change nothing.
 
     Args:
         requested: `model.attention` of the run, whose device, dtype and other settings are given, too.
         is_pipeline: cut the small model into two pipeline stages, too.
+        offload_state: where the small model keeps its state.
 
     Raises:
         UsageError: the gradients differ, or the architecture cannot run in chunks.
     """
     name = hf_config.model_type
-    stages = 2 if is_pipeline else 1
+    stages, home = 2 if is_pipeline else 1, state_home(offload_state, device, block_tokens=GUARD_CHUNK_SIZE - 1)
     how = "in chunks through the stages of a pipeline" if is_pipeline else "in chunks"
     with _explained(hf_config, name, how):
         small = small_config(hf_config)
@@ -70,10 +73,12 @@ def guard(
     in_float32 = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
     backend = choose_backend(in_float32, small, device, torch.float32).backend
     with _explained(hf_config, name, how):
-        parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing, stages)
+        parity = _compare_small(small, backend, device, torch.float32, activation_checkpointing, stages, home)
         if TOLERANCES[torch.float32] < parity.grad_rel_error < ROUNDING_SUSPECTED:
             # Saturated scores can lift float32's own rounding this high; in float64 only a real difference remains.
-            parity = _compare_small(small, ReferenceBackend(), device, torch.float64, activation_checkpointing, stages)
+            parity = _compare_small(
+                small, ReferenceBackend(), device, torch.float64, activation_checkpointing, stages, home
+            )
     if not parity.passed:
         raise UsageError(
             f"models of type {name!r} cannot be trained exactly {how}: on a small random one the gradient differs by "
@@ -130,6 +135,7 @@ def _compare_small(
     dtype: torch.dtype,
     checkpointing: ActivationCheckpointing,
     stages: int,
+    home: Home,
 ) -> Parity:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -140,8 +146,9 @@ def _compare_small(
         # Where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8.
         tolerance = 1e-6 if dtype is torch.float64 else None
         parity = compare(
-            model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance, stages=stages
-        )
+            model, backend, sequences, chunk_size=GUARD_CHUNK_SIZE, k=2, tolerance=tolerance, stages=stages,
+            state_home=home,
+        )  # fmt: skip
         if not math.isfinite(parity.loss_whole):
             raise CannotBuildError("with random weights its loss is not a finite number")
         return parity

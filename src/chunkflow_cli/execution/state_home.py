@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chunkflow_cli.config.schema import OffloadState
 from chunkflow_cli.planning.memory_parts import STATE_BLOCK_TOKENS
 
 SLAB_BYTES = 2**28
@@ -253,6 +254,10 @@ class InHostMemory(Home):
         """Bytes of host memory that buffers have been cut from so far."""
         return self._buffers.used_bytes
 
+    def holds(self, storage: torch.UntypedStorage) -> bool:
+        """Return whether this is host memory of the home."""
+        return storage.data_ptr() in self._buffers.addresses
+
     def room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._buffers.take(shape, dtype)
 
@@ -273,6 +278,8 @@ class _HostBuffers:
 
     pinned: bool
     used_bytes: int = 0
+    addresses: set[int] = field(default_factory=set)
+    """Of the slabs."""
     _slab: Tensor | None = None
     _offset: int = 0
     _free: defaultdict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -290,10 +297,16 @@ class _HostBuffers:
         if self._slab is None or self._offset + room > len(self._slab):
             size = max(SLAB_BYTES, 1 << (room - 1).bit_length())
             self._slab, self._offset = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned), 0
+            self.addresses.add(self._slab.data_ptr())
         raw = self._slab[self._offset : self._offset + count]
         self._offset += room
         self.used_bytes += room
         return raw
+
+
+def state_home(kind: OffloadState, device: torch.device, block_tokens: int | None = None) -> Home:
+    """Return the home of a run's state, as `chunk.offload_state` names it."""
+    return OnDevice(block_tokens) if kind is OffloadState.none else host_home(device, block_tokens)
 
 
 def host_home(device: torch.device, block_tokens: int | None = None) -> InHostMemory:

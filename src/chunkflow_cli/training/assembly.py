@@ -23,6 +23,7 @@ from chunkflow_cli.execution.runner import Runner, ScheduleRunner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stage_runner import StageRunner
 from chunkflow_cli.execution.stages import StageModel, check_stages
+from chunkflow_cli.execution.state_home import state_home
 from chunkflow_cli.execution.step import RunnerSettings
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
@@ -86,6 +87,7 @@ def assemble(
         device,
         replay_random=has_dropout(model),
         sequence_group=SequenceGroup.join(processes.topology),
+        state_home=state_home(config.chunk.offload_state, device),
         stop_requested=stop_requested,
         announce=announce,
     )

@@ -215,6 +215,7 @@ def _prove_parity(
         parity = guard(
             hf_config, requested=config.model.attention, device=device, dtype=dtype,
             activation_checkpointing=config.model.activation_checkpointing, is_pipeline=config.parallel.pipeline > 1,
+            offload_state=config.chunk.offload_state,
         )  # fmt: skip
     console.print(
         f"Parity check passed: a small {hf_config.model_type} has the same gradients in chunks as whole "
