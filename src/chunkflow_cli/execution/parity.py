@@ -107,85 +107,56 @@ def compare(
         tolerance: largest relative error that passes; by default that of the model's dtype.
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
     """
-    dtype = next(iter(_trained(model).values())).dtype
-    chunks = build_chunks(
-        [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
-    )
-    with arithmetic_of(dtype):
-        whole = whole_gradients(model, sequences)
-        chunked = chunked_gradients(model, backend, sequences, chunks, k, stages)
-        return _parity(whole, chunked, TOLERANCES[dtype] if tolerance is None else tolerance, dtype)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    with _arithmetic_of(dtype):
+        return _compare(
+            model, backend, sequences, TOLERANCES[dtype] if tolerance is None else tolerance, k, stages,
+            build_chunks(
+                [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
+            ),
+        )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """The loss of some sequences, and its gradients by parameter, in float32 (float64 of a float64 model)."""
+def _compare(
+    model: Any,
+    backend: Backend,
+    sequences: Sequence[TokenizedSample],
+    tolerance: float,
+    k: int,
+    stages: int,
+    chunks: Chunks,
+) -> Parity:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(parameters.values())).device
+    dtype = next(iter(parameters.values())).dtype
+    weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
 
-    loss: float
-    of: dict[str, Tensor]
-
-
-def whole_gradients(model: Any, sequences: Sequence[TokenizedSample]) -> Gradients:
-    """Return loss and gradients of transformers' own training, one whole sequence per batch.
-
-    Args:
-        model: left as it was, without gradients.
-    """
-    parameters = _trained(model)
-    weight, device = _weight_of_target(sequences), next(iter(parameters.values())).device
     model.zero_grad(set_to_none=True)
     with use_implementation(model, whole_implementation(base_model(model))):
-        loss = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
-    return _taken(model, loss, parameters)
+        loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
+    whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
-
-def chunked_gradients(
-    model: Any, backend: Backend, sequences: Sequence[TokenizedSample], chunks: Chunks, k: int, stages: int = 1
-) -> Gradients:
-    """Return loss and gradients of training in chunks.
-
-    Args:
-        model: left as it was, without gradients.
-        k, stages: see `compare`.
-    """
-    parameters = _trained(model)
-    first = next(iter(parameters.values()))
-    batch = StepBatch(chunks, sequences, np.full(len(sequences), _weight_of_target(sequences)))
     model.zero_grad(set_to_none=True)
+    batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
-        runner = Runner(DirectEngine(module), RunnerSettings(first.device, accumulation_dtype(first.dtype)))
-        loss = runner.run((plan(chunks, k),), batch).loss
+        runner = Runner(DirectEngine(module), RunnerSettings(device, accumulation_dtype(dtype)))
+        loss_chunked = runner.run((plan(chunks, k),), batch).loss
     if isinstance(module, StageChain):
         for name, gradient in module.gradients().items():
             parameters[name].grad = gradient
-    return _taken(model, loss, parameters)
-
-
-def _trained(model: Any) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _weight_of_target(sequences: Sequence[TokenizedSample]) -> float:
-    return 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
-
-
-def _taken(model: Any, loss: float, parameters: dict[str, nn.Parameter]) -> Gradients:
-    taken = Gradients(loss, {name: _gradient(parameter) for name, parameter in parameters.items()})
+    chunked = {name: _gradient(parameter) for name, parameter in parameters.items()}
     model.zero_grad(set_to_none=True)
-    return taken
 
-
-def _parity(whole: Gradients, chunked: Gradients, tolerance: float, dtype: torch.dtype) -> Parity:
-    errors = {name: float((chunked.of[name] - gradient).norm()) for name, gradient in whole.of.items()}
-    norms = {name: float(gradient.norm()) for name, gradient in whole.of.items()}
+    errors = {name: float((chunked[name] - whole[name]).norm()) for name in parameters}
+    norms = {name: float(whole[name].norm()) for name in parameters}
     total = float(np.linalg.norm(list(norms.values())))
     # A parameter with next to no gradient has no meaningful relative error of its own.
     relative = {name: error / max(norms[name], 1e-6 * total) for name, error in errors.items()}
     worst = max(relative, key=lambda name: relative[name])
     return Parity(
-        loss_whole=whole.loss,
-        loss_chunked=chunked.loss,
+        loss_whole=loss_whole,
+        loss_chunked=loss_chunked,
         grad_rel_error=float(np.linalg.norm(list(errors.values()))) / total,
         grad_max_rel_error_parameter=worst,
         grad_max_rel_error=relative[worst],
@@ -250,7 +221,7 @@ def use_implementation(model: Any, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
+def _arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
     """Let a model compute in its own dtype within the block, if that is float32 or float64."""
     with ExitStack() as stack:
         if dtype is torch.float64:
