@@ -167,21 +167,23 @@ def _steps(dry: bool, limit: float) -> Section:
         for stage in stages
         if stage in allowed
     ]
+    settings += [(1, "state", "float32"), (1, "state", "bfloat16")]
     cases = [
         Case(
             (f"ZeRO-{stage}", offload, dtype),
-            {"stage": stage, "offload": offload, "dtype": dtype},
+            {"stage": stage, "offload": "none" if offload == "state" else offload, "dtype": dtype,
+             "state": "host" if offload == "state" else "device"},
             f"{offload} {dtype}",
         )
         for stage, offload, dtype in settings
-    ]
+    ]  # fmt: skip
     return Section(
         "steps",
         "One optimizer step",
         "The change of all weights in one step of AdamW, against a plain loop over whole sequences with float32 master "
-        "weights. It may be 1e-4 off in float32, and 5e-2 in bfloat16.",
+        "weights. It may be 1e-4 off in float32, and 5e-2 in bfloat16. `state` is `chunk.offload_state`.",
         limit,
-        ("engine", "offload", "data type"),
+        ("engine", "on the host", "data type"),
         (
             Column("loss_error", "loss off", error),
             Column("update_error", "update off", error),

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config.schema import Attention
+from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.attention import function as attention
+from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
+from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import (
-    Gradients,
-    arithmetic_of,
-    chunked_gradients,
+    DirectEngine,
+    float64_throughout,
     random_sequences,
-    whole_gradients,
+    use_implementation,
+    whole_implementation,
     without_kernel_packages,
 )
+from chunkflow_cli.execution.runner import Runner
+from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.recurrent_functions import installed_kernels
-from chunkflow_cli.planning.chunks import build_chunks
+from chunkflow_cli.planning.chunks import Chunks, build_chunks
+from chunkflow_cli.planning.schedule import plan
 from gpu_proof.cases import Case
 from gpu_proof.training import Place
 from gpu_proof.worker import NotHere, Values, attempt
@@ -69,15 +78,11 @@ def _compared(facts: dict[str, Any], place: Place) -> Values:
         return {"failed": str(error)}
     lengths, size = ((90, 20, 30), 32) if place.dry else ((3000, 300, 90), 512)
     sequences = random_sequences(lengths, model.config.vocab_size)
-    with ExitStack() as stack:
-        stack.enter_context(arithmetic_of(dtype))
-        if kernels == "torch":
-            stack.enter_context(without_kernel_packages())
+    with without_kernel_packages() if kernels != "fla" else nullcontext():
         whole = whole_gradients(model, sequences)
-        chunked = chunked_gradients(model, backend, sequences, build_chunks(lengths, size), 2)
-    exact = copy.deepcopy(model).double()
-    with arithmetic_of(torch.float64):
-        truth = whole_gradients(exact, sequences)
+        chunked = chunked_gradients(model, backend, sequences, build_chunks(lengths, size), k=2)
+    with float64_throughout(), without_kernel_packages():
+        truth = whole_gradients(copy.deepcopy(model).double(), sequences)
     values = {
         "loss_error": abs(chunked.loss / truth.loss - 1),
         "loss_error_whole": abs(whole.loss / truth.loss - 1),
@@ -94,9 +99,53 @@ def _compared(facts: dict[str, Any], place: Place) -> Values:
     return {**values, **({"failed": "; ".join(over)} if over else {})}
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """A loss, and its gradients by parameter."""
+
+    loss: float
+    of: dict[str, torch.Tensor]
+
+
+def whole_gradients(model: Any, sequences: Sequence[TokenizedSample]) -> Gradients:
+    """Return what transformers computes of whole sequences, one per batch."""
+    total, weight = 0.0, _weight_of_target(sequences)
+    with use_implementation(model, whole_implementation(model)):
+        for sequence in sequences:
+            ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=model.device)[None]
+            targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") * weight
+            loss.backward()
+            total += float(loss.detach())
+    return _taken(model, total)
+
+
+def chunked_gradients(
+    model: Any, backend: Backend, sequences: Sequence[TokenizedSample], chunks: Chunks, *, k: int
+) -> Gradients:
+    """Return what `train` computes in chunks, without an engine."""
+    with use_implementation(model, attention.NAME):
+        runner = Runner(DirectEngine(ChunkModel(model, backend)), RunnerSettings(model.device))
+        weights = np.full(len(sequences), _weight_of_target(sequences))
+        result = runner.run((plan(chunks, k),), StepBatch(chunks, sequences, weights))
+    return _taken(model, result.loss)
+
+
+def _weight_of_target(sequences: Sequence[TokenizedSample]) -> float:
+    return 1.0 / sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences)
+
+
+def _taken(model: Any, loss: float) -> Gradients:
+    """Take the gradients out of the model."""
+    taken = {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return Gradients(loss, taken)
+
+
 def relative_error(some: Gradients, truth: Gradients) -> float:
     """Return the norm of the difference of all gradients over that of the true ones."""
-    off = sum(float((some.of[name].double() - gradient).square().sum()) for name, gradient in truth.of.items())
+    off = sum(float((some.of[name] - gradient).square().sum()) for name, gradient in truth.of.items())
     norm = sum(float(gradient.square().sum()) for gradient in truth.of.values())
     return float((off / norm) ** 0.5)
 

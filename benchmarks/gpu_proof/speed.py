@@ -9,15 +9,13 @@ from itertools import groupby
 from typing import Any
 
 from chunkflow_cli.cli.plan import PlannedRun, make_plan
-from chunkflow_cli.config.keys import known_keys
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
-from gpu_proof.training import Place, prepared, run_words
+from gpu_proof.training import Place, prepared, run_words, words_of_state
 from gpu_proof.worker import NotHere, Values, attempt, reraise
 
 LORA = ("model.lora.enabled=true", "model.activation_checkpointing=selective")
-OFFLOAD_KEY = "chunk.offload_state"
 
 
 def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:
@@ -27,19 +25,14 @@ def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:
 
 def _run(name: str, run: dict[str, Any], cases: list[Case], place: Place) -> Iterator[Values]:
     """Yield a row for each case. All are steps of one run, whose first step only warms up."""
-    on_host = run["state"] == "host"
-    if on_host and OFFLOAD_KEY not in known_keys():
-        yield from (attempt(_not_built) for _ in cases)
-        return
     data = place.work / f"{name}.jsonl"
     write_samples(data, [run["lengths"][0], *(run["lengths"][case.facts["step"]] for case in cases)], 256)
-    words = [
-        *run_words(place, name, model_folder(place.work, "8B", dry=place.dry, layers=run["layers"]), data), *LORA,
-        "train.global_batch_size=1", f"chunk.size={32 if place.dry else 8192}",
-        *([f"{OFFLOAD_KEY}=host"] if on_host else []),
-    ]  # fmt: skip
     done = 0
     try:
+        words = [
+            *run_words(place, name, model_folder(place.work, "8B", dry=place.dry, layers=run["layers"]), data), *LORA,
+            *words_of_state(run["state"]), "train.global_batch_size=1", f"chunk.size={32 if place.dry else 8192}",
+        ]  # fmt: skip
         with prepared(words) as (loaded, steps):
             planned = make_plan(loaded, step=1)
             next(steps)
@@ -63,7 +56,3 @@ def _step(steps: Iterator[dict[str, Any]], planned: PlannedRun, number: int) -> 
         "predicted_bytes": parts.device_total,
         "predicted_host_bytes": parts.host,
     }
-
-
-def _not_built() -> Values:
-    raise NotHere(f"not built: this version has no {OFFLOAD_KEY}")

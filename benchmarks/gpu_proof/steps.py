@@ -22,7 +22,7 @@ from chunkflow_cli.training.inputs import load_run_data
 from common import PlainTraining
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
-from gpu_proof.training import Place, run_words
+from gpu_proof.training import Place, run_words, words_of_state
 from gpu_proof.worker import Values, attempt
 
 LEARNING_RATE, EPS = 0.02, 1e-3
@@ -60,12 +60,11 @@ def _sum_over_group(backend: str) -> Values:
 
 def _compared(facts: dict[str, Any], place: Place, plain: Any) -> Values:
     before, expected, plain_loss = plain(facts["dtype"])
-    name = f"step-{facts['stage']}-{facts['offload']}-{facts['dtype']}"
+    name = "-".join(map(str, facts.values()))
     words = [
-        *_words(place, name, facts["dtype"]),
-        f"engine.zero_stage={facts['stage']}",
-        f"engine.offload={facts['offload']}",
-    ]
+        *_words(place, name, facts["dtype"]), *words_of_state(facts["state"]),
+        f"engine.zero_stage={facts['stage']}", f"engine.offload={facts['offload']}",
+    ]  # fmt: skip
     began = time.perf_counter()
     report = train.run(load(words), json_output=True)
     seconds = time.perf_counter() - began

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from chunkflow_cli.config.keys import known_keys
 from chunkflow_cli.config.load import LoadedConfig, load
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.engine import close_process_group
@@ -21,6 +22,9 @@ from chunkflow_cli.training.prepare import Prepared, prepare
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.requirements import check_requirements
 from chunkflow_cli.training.steps import run_steps
+from gpu_proof.worker import NotHere
+
+OFFLOAD_KEY = "chunk.offload_state"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ def run_words(place: Place, name: str, model: Path, data: Path) -> list[str]:
         "data.num_workers=1", "train.shuffle=false", "train.guard=false", "checkpoint.resume=never",
         "optim.schedule=constant", "optim.warmup_ratio=0", f"train.output_dir={place.work / name}",
     ]  # fmt: skip
+
+
+def words_of_state(state: str) -> list[str]:
+    """Return the words that keep the state of long samples on the "device", or on the "host".
+
+    Raises:
+        NotHere: this version cannot keep it on the host.
+    """
+    if state == "device":
+        return []
+    if OFFLOAD_KEY not in known_keys():
+        raise NotHere(f"not built: this version has no {OFFLOAD_KEY}")
+    return [f"{OFFLOAD_KEY}={state}"]
 
 
 @contextmanager

@@ -117,8 +117,8 @@ def test_gradients_that_are_off_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     right = parity.chunked_gradients
 
-    def wrong(*arguments: Any) -> Any:
-        gradients = right(*arguments)
+    def wrong(*arguments: Any, k: int) -> Any:
+        gradients = right(*arguments, k=k)
         return type(gradients)(gradients.loss, {name: 1.0001 * tensor for name, tensor in gradients.of.items()})
 
     cases = sections(dry=True)[0].cases
