@@ -14,6 +14,7 @@ from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Cuts, Dtype
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.acceleration import Acceleration, check_acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
@@ -26,6 +27,7 @@ from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.positions import learned_limit
+from chunkflow_cli.model.trained_weights import apply_to
 
 LONGEST_DEFAULT = 2048
 
@@ -46,6 +48,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     dtype_name = config.verify.dtype or (Dtype.float64 if config.model.dtype is Dtype.float64 else Dtype.float32)
     dtype: torch.dtype = getattr(torch, dtype_name.value)
     hf_config = load_config(config.model)
+    check_acceleration(config, hf_config, device)
     if (reason := why_not(hf_config)) is not None:
         raise UsageError(f"models of type {hf_config.model_type!r} cannot be trained in chunks\n  {reason}")
     remove_dropout(hf_config.get_text_config())
@@ -59,6 +62,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         if config.model.lora.enabled:
             model = add_lora(model, replace(config.model.lora, dropout=0.0))
             _give_adapters_gradient(model)
+        apply_to(model, config.optim)
         model.to(device)
     vocabulary = hf_config.get_text_config().vocab_size
     lengths = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
@@ -70,6 +74,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
             pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0,
             # Small blocks, so that the past is made of several.
             state_home=state_home(config.chunk.offload_state, device, block_tokens=max(1, length // 3)),
+            acceleration=Acceleration.of(config),
         )  # fmt: skip
     result = {
         "passed": parity.passed,

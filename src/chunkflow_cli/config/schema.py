@@ -67,6 +67,11 @@ class ActivationCheckpointing(str, Enum):
     selective = "selective"
 
 
+class Kernels(str, Enum):
+    none = "none"
+    liger = "liger"
+
+
 class DataFormat(str, Enum):
     auto = "auto"
     messages = "messages"
@@ -219,6 +224,10 @@ class ModelConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """What each layer keeps for its backward pass. `none` keeps everything, `full` only the layer's input, `selective`
     also the results of matrix products and attention. Less kept means less memory and more computation."""
+    kernels: Kernels = Kernels.none
+    """Kernels of norms, rotary embeddings and gated feed-forwards. `liger` takes those of Liger, on GPUs."""
+    compile: bool = False
+    """Compile the layers with torch.compile. The first steps take longer; later ones can be faster."""
     vocab_size: int | None = bounded(None, at_least=1, at_most=MOST)
     """Rows of the embedding and the head, for a tokenizer with more tokens than the checkpoint. New rows are drawn
     around the mean of the others."""

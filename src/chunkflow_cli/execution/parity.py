@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
+from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
@@ -95,6 +96,7 @@ def compare(
     tolerance: float | None = None,
     stages: int = 1,
     state_home: Home | None = None,
+    acceleration: Acceleration | None = None,
 ) -> Parity:
     """Compare loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
@@ -109,12 +111,13 @@ def compare(
         tolerance: largest relative error that passes; by default that of the model's dtype.
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
         state_home: where the chunked side keeps its state; by default, on the device.
+        acceleration: how the chunked side runs its layers. The model stays changed by it.
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     with _arithmetic_of(dtype):
         return _compare(
             model, backend, sequences, TOLERANCES[dtype] if tolerance is None else tolerance, k, stages,
-            state_home or OnDevice(),
+            state_home or OnDevice(), acceleration,
             build_chunks(
                 [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
             ),
@@ -129,6 +132,7 @@ def _compare(
     k: int,
     stages: int,
     state_home: Home,
+    acceleration: Acceleration | None,
     chunks: Chunks,
 ) -> Parity:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -142,9 +146,14 @@ def _compare(
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
+    if acceleration is not None:
+        acceleration.use_kernels(model)
     batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
+        if acceleration is not None:
+            for part in module.stages if isinstance(module, StageChain) else (module,):
+                acceleration.compile(part.causal_lm)
         settings = RunnerSettings(device, accumulation_dtype(dtype), state_home=state_home)
         runner = Runner(DirectEngine(module), settings)
         loss_chunked = runner.run((plan(chunks, k),), batch).loss

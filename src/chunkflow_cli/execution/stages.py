@@ -118,19 +118,19 @@ class StageChain(nn.Module):
 
     def __init__(self, stages: Sequence[StageModel]) -> None:
         super().__init__()
-        self._stages = tuple(stages)
+        self.stages = tuple(stages)
         self._registered = nn.ModuleList(stages)
 
     def forward(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor | None:
         hidden: Tensor | None = None
-        for stage in self._stages:
+        for stage in self.stages:
             hidden = stage(call, hidden, state_pass=state_pass)
         return hidden
 
     def gradients(self) -> dict[str, Tensor]:
         """Return gradients by their names in the whole model; those of a weight that two stages hold are added."""
         sums: dict[str, Tensor] = {}
-        for stage in self._stages:
+        for stage in self.stages:
             for own, parameter in stage.named_parameters():
                 if parameter.grad is not None:
                     name = stage.hf_parameter_names[own]

@@ -12,6 +12,7 @@ import torch
 from chunkflow_cli.config.schema import Config, OptimizerName, PipelineSchedule
 from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Processes
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, head_of
@@ -80,6 +81,8 @@ def assemble(
     if config.model.lora.enabled:
         model = add_lora(model, config.model.lora)
     shape = with_frozen(shape, model, config.optim)
+    acceleration = Acceleration.of(config)
+    acceleration.use_kernels(model)
     matrices = layer_matrices(model) if config.optim.name is OptimizerName.muon else frozenset()
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device, matrices)
     runner_settings = partial(
@@ -94,6 +97,7 @@ def assemble(
     if len(stages) > 1:
         check_stages(model, stages)
         stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
+        acceleration.compile(model)
         pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
         pipelines = [processes.topology.pipeline_group(first) for first in range(processes.topology.replicas)]
         pipeline_runner = StageRunner(
@@ -106,6 +110,7 @@ def assemble(
     if settings.engine.zero_stage == 3 and processes.topology.processes > 1:
         _check_head_in_lockstep(model)
     chunk_model = ChunkModel(model, backend)
+    acceleration.compile(model)
     if settings.engine.zero_stage < 3:
         _on_device(chunk_model, device)
     elif device.type == "cpu":

@@ -20,6 +20,7 @@ from chunkflow_cli.data.dataset import has_evaluation_data
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import BackendChoice, choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
@@ -216,6 +217,7 @@ def _prove_parity(
             hf_config, requested=config.model.attention, device=device, dtype=dtype,
             activation_checkpointing=config.model.activation_checkpointing, is_pipeline=config.parallel.pipeline > 1,
             offload_state=config.chunk.offload_state,
+            acceleration=Acceleration.of(config),
         )  # fmt: skip
     console.print(
         f"Parity check passed: a small {hf_config.model_type} has the same gradients in chunks as whole "

@@ -9,6 +9,7 @@ import torch
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.engine import EngineSettings, check_optimizer, check_pipeline_settings, check_settings
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.acceleration import check_acceleration
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import check_adapters, check_files
@@ -41,7 +42,9 @@ def check_requirements(loaded: LoadedConfig, device: torch.device | None = None)
     if config.model.lora.enabled:
         check_adapters(config.model, hf_config)
     check_trained_weights(config, hf_config)
-    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device or training_device())
+    device = device or training_device()
+    check_acceleration(config, hf_config, device)
+    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     if config.parallel.pipeline == 1:
         check_settings(settings)
     else:

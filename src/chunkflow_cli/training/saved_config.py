@@ -24,7 +24,7 @@ FREE_KEYS = (
     "launch", "parallel", "engine.zero_stage", "engine.offload",
     # Keys that a run which ran out of memory is continued with. Chunks are exact: their size, K and cuts change the
     # rounding and nothing else. (Dropout draws other numbers for other chunks, as it does for another layout.)
-    "chunk", "model.activation_checkpointing",
+    "chunk", "model.activation_checkpointing", "model.kernels", "model.compile",
 )  # fmt: skip
 SHOWN_CHARACTERS = 60
 """Of a value in a message, at most."""

@@ -237,7 +237,8 @@ def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> P
         "version": CALIBRATION_VERSION,
         "model": hf_config.to_json_string(),
         "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
-                          config.model.lora, config.engine, config.optim.name, config.optim.freeze)),
+                          config.model.kernels, config.model.compile, config.model.lora, config.engine,
+                          config.optim.name, config.optim.freeze)),
         "device": device.name,
         "threads": threads_of_user(),
     }  # fmt: skip

@@ -17,7 +17,7 @@ Shapes: queries (1, heads, tokens, head_dim), keys and values (1, kv_heads, toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +141,19 @@ def attend(
     return out.transpose(1, 2).contiguous(), None  # some models take a view of it
 
 
-def register() -> None:
-    """Register "chunkflow" with transformers as an attention implementation."""
-    AttentionInterface.register(NAME, attend)
+_registered: Callable[..., Any] = attend
+
+
+def register(*, wrap: Callable[..., Any] | None = None) -> None:
+    """Register "chunkflow" with transformers as an attention implementation.
+
+    Args:
+        wrap: makes the function that transformers gets of `attend`, from now on; by default, it stays as it is.
+    """
+    global _registered
+    if wrap is not None:
+        _registered = wrap(attend)
+    AttentionInterface.register(NAME, _registered)
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
