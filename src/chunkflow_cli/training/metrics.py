@@ -60,7 +60,7 @@ def metric_files(
         jsonl = tensorboard = None
         if LogBackend.jsonl in backends:
             with _explained(path):
-                _keep_rows_before(path, first_step)
+                keep_rows_before(path, first_step)
                 jsonl = opened.enter_context(path.open("ab", buffering=0))
         if LogBackend.tensorboard in backends:
             from torch.utils.tensorboard import SummaryWriter
@@ -95,8 +95,12 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _keep_rows_before(path: Path, first_step: int) -> None:
+def keep_rows_before(path: Path, first_step: int) -> None:
     """Drop the rows that a killed run wrote after its last checkpoint, and an end that is half written.
+
+    Args:
+        path: a file of JSON rows with a `step`; it need not be there.
+        first_step: the step of the first row to drop.
 
     Raises:
         RunError: another line is not a row.
