@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import RunError
-from chunkflow_cli.training import finish
+from chunkflow_cli.training import final_model, finish
 from support.tokenizers import CHATML, make_tokenizer
 
 FULL = "No space left on device"
@@ -28,7 +28,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     config.model.path = str(tmp_path)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(finish, "save_final", saved_unless(lambda path: path.is_relative_to(folder)))
+    monkeypatch.setattr(final_model, "save_final", saved_unless(lambda path: path.is_relative_to(folder)))
     monkeypatch.setattr(finish, "save_progress", lambda run, state: folder / "checkpoints" / "step-00000007")
     return SimpleNamespace(
         config=config,
@@ -91,7 +91,7 @@ def test_the_model_is_saved_with_the_template_that_wrote_its_samples(
         saved["template"] = tokenizer.chat_template
         full()
 
-    monkeypatch.setattr(finish, "save_final", save_final)
+    monkeypatch.setattr(final_model, "save_final", save_final)
     run.config.model.path = str(make_tokenizer(tmp_path / "model"))
     run.config.data.chat_template = str(tmp_path / "gone.jinja")
     run.parts.model = SimpleNamespace(generation_config=GenerationConfig())
@@ -123,6 +123,6 @@ def test_no_room_for_a_checkpoint_either_leaves_the_model_elsewhere(
 
 def test_what_is_lost_is_said(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "save_progress", full)
-    monkeypatch.setattr(finish, "save_final", saved_unless(lambda path: True))
+    monkeypatch.setattr(final_model, "save_final", saved_unless(lambda path: True))
     run.folder.checkpoints.mkdir(parents=True)
     assert error_of(run).endswith(f"({FULL}): all steps are lost")

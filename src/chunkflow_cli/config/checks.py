@@ -45,6 +45,7 @@ def check(config: Config) -> None:
         _check_optim,
         _check_data,
         _check_train,
+        _check_eval,
         _check_model,
         _check_engine,
         _check_parallel,
@@ -146,6 +147,30 @@ def _check_train(config: Config) -> None:
         )
     if size is None and tokens is None:
         raise UsageError("train.global_batch_size=null needs train.global_batch_tokens\n  set one of them")
+
+
+def _check_eval(config: Config) -> None:
+    data, evaluation, engine = config.data, config.eval, config.engine
+    has_held_out = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
+    for key, value in (
+        ("early_stopping_patience", evaluation.early_stopping_patience),
+        ("keep_best", evaluation.keep_best),
+    ):
+        if value and not has_held_out:
+            raise UsageError(
+                f"eval.{key}={as_written(value)} needs held-out data\n  set data.eval_fraction, or data.eval_path"
+            )
+        if value and evaluation.every is None:
+            raise UsageError(f"eval.{key}={as_written(value)} needs eval.every: the steps between evaluations")
+    for key, value, most in (
+        ("engine.zero_stage", engine.zero_stage, 2),
+        ("parallel.pipeline", config.parallel.pipeline, 1),
+    ):
+        if evaluation.prompts and value > most:
+            raise UsageError(
+                f"eval.prompts with {key}={value}: no rank holds the whole model\n"
+                f"  set {key} to at most {most}, or remove eval.prompts"
+            )
 
 
 def _check_model(config: Config) -> None:

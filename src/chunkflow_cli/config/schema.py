@@ -409,6 +409,12 @@ class EvalConfig:
 
     every: int | None = bounded(None, at_least=1, at_most=MOST)
     """Steps between evaluations. Null evaluates only at the start and at the end."""
+    early_stopping_patience: int | None = bounded(None, at_least=1, at_most=MOST)
+    """Stop when this many evaluations in a row have not lowered the held-out loss. Null trains all steps."""
+    keep_best: bool = False
+    """Keep the model of the lowest held-out loss after a step, and save it as the final one."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts that the model answers at each evaluation, for you to read: on the screen, and in answers.jsonl."""
 
 
 @dataclass

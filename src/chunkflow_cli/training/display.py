@@ -58,6 +58,11 @@ class TrainingDisplay:
         """Print the held-out loss of the model as it came."""
         self._print(f"held-out loss {loss:.4f} before the first step")
 
+    def answer(self, prompt: str, answer: str) -> None:
+        """Print a prompt and what the model answers."""
+        lines = (answer.strip() or "(nothing)").replace("\n", "\n  ")
+        self._console.print(Text(f"  > {prompt}\n  {lines}"), soft_wrap=True)
+
     def step(self, row: StepMetrics) -> None:
         """Print a logged step."""
         left = max(0.0, self._tokens_left) / max(row.tokens_per_second, 1e-9)  # a rounded sum may end below zero

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,25 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from chunkflow_cli.console import working
-from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
+from chunkflow_cli.engine import all_or_none
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
 from chunkflow_cli.files import delete_aside, write_json
-from chunkflow_cli.model.adapters import adapter_card
-from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import training_flops
-from chunkflow_cli.training.checkpoint import save_final
+from chunkflow_cli.training.best_model import BEST, copy_model, folder_of_best
 from chunkflow_cli.training.checkpoint_folder import delete_leftovers, newest_checkpoint
 from chunkflow_cli.training.contributions import contributions
+from chunkflow_cli.training.final_model import model_writer
 from chunkflow_cli.training.hardware import agreed_peak_flops, device_name, peak_memory_bytes
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
 from chunkflow_cli.training.recorder import merge
 from chunkflow_cli.training.report.writing import write_page
 from chunkflow_cli.training.steps import refuse_spoilt_weights, save_progress
-from chunkflow_cli.training.stopping import stop_where_answers_end
 
 
 def finish(run: Prepared, state: RunState) -> dict[str, Any]:
@@ -46,8 +42,9 @@ def finish(run: Prepared, state: RunState) -> dict[str, Any]:
     """
     refuse_spoilt_weights(run, state)
     _write_trace(run)
-    _save_model(run, state)
+    final_step = _save_final(run, state)
     report = _make_report(run, state.progress)
+    report |= {"final_step": final_step, "stopped_early": state.progress.step < run.plan.steps}
     _check_accounting(report, run.plan.batches)
     if run.processes.is_first:
         delete_leftovers(run.folder.checkpoints)
@@ -59,6 +56,7 @@ def finish(run: Prepared, state: RunState) -> dict[str, Any]:
                 f"{run.folder.report} could not be written: {error.strerror}\n"
                 f"  the model is in {run.folder.final}; make room, and give the same command again"
             ) from error
+        shutil.rmtree(run.folder.path / BEST, ignore_errors=True)
     return report
 
 
@@ -72,7 +70,21 @@ def _write_trace(run: Prepared) -> None:
         run.console.print(f"trace: {path}, for https://ui.perfetto.dev and plan --trace", soft_wrap=True)
 
 
-def _save_model(run: Prepared, state: RunState) -> None:
+def _save_final(run: Prepared, state: RunState) -> int:
+    """Save the model into `final/`, with `eval.keep_best` the best one, and return the step that it is from."""
+    state.at("saving the model")
+    save = model_writer(run)
+    last, best = state.progress.step, state.progress.best_step if run.config.eval.keep_best else None
+    if best is None or best == last:
+        _save_model(run, state, save)
+        return last
+    with all_or_none(f"copying the model of step {best} to {run.folder.final}"):
+        if run.processes.is_first:
+            copy_model(folder_of_best(run.folder.path, best), run.folder.final)
+    return best
+
+
+def _save_model(run: Prepared, state: RunState, save: Callable[[Path], None]) -> None:
     """Save the model into `final/`. If that fails (a full disk), save what was learned in another way.
 
     A checkpoint comes first, because the same command then finishes the run. It takes three times the room, so the next
@@ -81,27 +93,6 @@ def _save_model(run: Prepared, state: RunState) -> None:
     Raises:
         RunError: names final/, why it could not be saved, and where to find what was learned.
     """
-    model = run.config.model
-    state.at("saving the model")
-    tokenizer = None
-    if has_tokenizer(model.path):
-        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-        wholes = run.data.read.wholes
-        if (template := next((whole.chat_template for whole in wholes if whole.chat_template), None)) is not None:
-            tokenizer.chat_template = template
-        ends = dict(sum((Counter(whole.entry.ends) for whole in wholes), Counter[int]()))
-        generation = run.parts.model.generation_config
-        line = stop_where_answers_end(generation, ends, tokenizer, is_adapter=model.lora.enabled)
-        if line is not None:
-            run.console.print(line, soft_wrap=True)
-    is_whole = not run.parts.engine.is_stage
-    whole = None if is_whole or not run.processes.is_first else skeleton(model, run.hf_config)
-    card = adapter_card(model, run.parts.model) if model.lora.enabled else ""
-
-    def save(folder: Path) -> None:
-        with working(run.console, "saving the model"):
-            save_final(folder, run.parts.model, tokenizer, run.parts.engine, skeleton=whole, card=card)
-
     try:
         save(run.folder.final)
     except Exception as error:
@@ -166,7 +157,7 @@ def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
     return {
         **run.counts,
         **_sources(run, progress.step),
-        **{key: value for key, value in asdict(progress).items() if key != "step"},
+        **{key: value for key, value in asdict(progress).items() if key not in ("step", "unevaluated")},
         "steps": progress.step,
         "epochs": batches.epochs_after(progress.step),
         "longest_sample": longest,

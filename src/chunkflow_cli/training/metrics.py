@@ -65,7 +65,7 @@ def metrics_file(
         yield lambda row: None
         return
     with _explained(path):
-        _keep_rows_before(path, first_step)
+        keep_rows_before(path, first_step)
         file = path.open("ab", buffering=0)
 
     def write(row: StepMetrics) -> None:
@@ -90,8 +90,12 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _keep_rows_before(path: Path, first_step: int) -> None:
+def keep_rows_before(path: Path, first_step: int) -> None:
     """Drop the rows that a killed run wrote after its last checkpoint, and an end that is half written.
+
+    Args:
+        path: a file of JSON rows with a `step`; it need not be there.
+        first_step: the step of the first row to drop.
 
     Raises:
         RunError: another line is not a row.

@@ -34,6 +34,12 @@ class Progress:
     eval_parts_end: dict[str, float] = field(default_factory=dict)
     eval_step: int | None = None
     """The step after which `eval_loss_end` was measured."""
+    best_eval_loss: float | None = None
+    """The lowest held-out loss after a step."""
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    unevaluated: dict[str, Any] | None = None
+    """Row of metrics of the last step, if the run was stopped before that step was evaluated."""
 
     def add(self, step: StepPlan, result: StepResult, seconds: float, *, chunk_size: int) -> None:
         """Count a step that is done; `result` holds the loss and the targets of all ranks."""
@@ -48,6 +54,19 @@ class Progress:
         self.train_seconds += seconds
         self.loss_first = result.loss if self.loss_first is None else self.loss_first
         self.loss_last = result.loss
+
+    def add_evaluation(self, loss: float) -> bool:
+        """Count an evaluation after the last step, and return whether its held-out loss is the lowest so far."""
+        self.eval_step = self.step
+        if self.best_eval_loss is not None and loss >= self.best_eval_loss:
+            self.evaluations_since_best += 1
+            return False
+        self.best_eval_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
+        return True
+
+    def forget_best(self) -> None:
+        """Count as if no step had been evaluated yet."""
+        self.best_eval_loss, self.best_step, self.evaluations_since_best = None, None, 0
 
 
 @dataclass

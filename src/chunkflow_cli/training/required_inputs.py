@@ -8,6 +8,7 @@ from pathlib import Path
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, LogBackend
 from chunkflow_cli.config.sources import has_data
+from chunkflow_cli.data.tokenizer import has_tokenizer
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import check_is_there
 from chunkflow_cli.processes.environment import rank
@@ -32,6 +33,9 @@ def check_inputs(loaded: LoadedConfig) -> None:
             check_is_there(config.model)
         except UsageError as error:
             missing.append(str(error))
+        else:
+            if config.eval.prompts and not has_tokenizer(config.model.path):
+                missing.append(f"eval.prompts needs a tokenizer, and model.path={config.model.path} has none")
     if not has_data(config.data):
         missing.append(
             "data.path is not set: a file (.jsonl, .csv, .parquet, ...), a folder or a Hugging Face data set id"

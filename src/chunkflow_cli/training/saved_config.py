@@ -19,7 +19,7 @@ CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
 # Keys that may differ between a run and its continuation: they change neither the loss nor the weights of any step.
 FREE_KEYS = (
     "train.output_dir", "train.guard", "train.trace", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune",
-    "plan", "cluster",
+    "plan", "cluster", "eval.prompts",
     # The layout: checkpoints do not depend on it. engine.deepspeed is not free, because it can change precisions.
     "launch", "parallel", "engine.zero_stage", "engine.offload",
     # Keys that a run which ran out of memory is continued with. Chunks are exact: their size, K and cuts change the

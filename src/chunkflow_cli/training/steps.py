@@ -20,16 +20,23 @@ from chunkflow_cli.planning.costs import training_flops
 from chunkflow_cli.planning.prediction import step_seconds
 from chunkflow_cli.planning.proof import validate_step
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
+from chunkflow_cli.training.best_model import bring_best
 from chunkflow_cli.training.checkpoint import random_states, save_checkpoint
-from chunkflow_cli.training.checkpoint_folder import newest_checkpoint
 from chunkflow_cli.training.continuation import how_to_go_on
 from chunkflow_cli.training.display import training_display
+from chunkflow_cli.training.evaluation import (
+    evaluate_after_step,
+    evaluate_at_start,
+    remedy_of_spoilt_numbers,
+    stops_early,
+    why_it_stops_early,
+)
 from chunkflow_cli.training.hardware import peak_memory_bytes
-from chunkflow_cli.training.held_out import HeldOutLoss, held_out_loss
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metrics_file
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
+from chunkflow_cli.training.sample_answers import answer_prompts
 from chunkflow_cli.training.saved_config import CONFIG
 from chunkflow_cli.training.trackers.following import followed, introduction
 
@@ -38,7 +45,7 @@ NOTHING = StepResult(0.0, 0, 0, ())
 
 
 def run_steps(run: Prepared, state: RunState) -> None:
-    """Train until every step of the plan is done.
+    """Train until every step of the plan is done, or the held-out loss has not fallen for too long.
 
     Raises:
         RunError: a loss, a gradient or a weight is not finite, or the plan of a step breaks a rule of exact training.
@@ -47,40 +54,52 @@ def run_steps(run: Prepared, state: RunState) -> None:
     config, progress, steps = run.config, state.progress, run.plan.steps
     state.random_states = random_states()
     backends = config.log.backends if run.processes.is_first else []
+    first = progress.step + (progress.unevaluated is None)
     with (
         training_display(run.console, steps, run.device.type) as display,
-        metrics_file(backends, run.folder.metrics, progress.step + 1) as write,
+        metrics_file(backends, run.folder.metrics, first) as write,
         followed(
-            backends if progress.step < steps else [],
-            introduction(run, progress.step + 1),
-            run.folder.path,
-            run.console,
+            backends if progress.step < steps else [], introduction(run, first), run.folder.path, run.console
         ) as follow,
     ):
         display.begin(_tokens_before(steps, run), _tokens_before(progress.step, run))
+
+        def log(row: StepMetrics) -> None:
+            write(row)
+            follow(row)
+            display.step(row)
+
+        def finish_step(row: StepMetrics, *, is_evaluated: bool) -> None:
+            """Evaluate the model after a step if it is due, and log the step, also if the evaluation is interrupted."""
+            is_logged = _is_due(config.log.every, row.step) or row.step == steps
+            try:
+                if is_evaluated:
+                    row = evaluate_after_step(row, run, state, display)
+            except Interrupted:
+                if is_logged:
+                    log(row)
+                raise
+            if is_logged or row.eval_loss is not None:
+                log(row)
+            if is_evaluated:
+                answer_prompts(run, state, display)
+
+        bring_best(run, progress)
         try:
-            if progress.eval_loss_start is None and progress.step == 0 and len(run.data.evaluation):
-                display.phase("held-out loss")
-                found = _finite_held_out_loss(run, state)
-                progress.eval_loss_start, progress.eval_parts_start = found.loss, found.parts
-                display.held_out_before(progress.eval_loss_start)
-            while progress.step < steps:
+            if progress.eval_loss_start is None and progress.step == 0:
+                evaluate_at_start(run, state, display)
+            if progress.unevaluated is not None:
+                finish_step(StepMetrics(**progress.unevaluated), is_evaluated=True)
+            while progress.step < steps and not stops_early(run, state):
                 _stop_together(run, state)
                 row = _run_step(run, state, display.advance)
-                if len(run.data.evaluation) and (row.step == steps or _is_due(config.eval.every, row.step)):
-                    display.phase("held-out loss")
-                    row = _with_held_out_loss(row, run, state)
-                if _is_due(config.log.every, row.step) or row.step == steps or row.eval_loss is not None:
-                    write(row)
-                    follow(row)
-                    display.step(row)
+                finish_step(row, is_evaluated=row.step == steps or _is_due(config.eval.every, row.step))
                 if _is_due(config.checkpoint.every, row.step):
                     display.phase("saving a checkpoint")
                     save_progress(run, state)
             _stop_together(run, state)
-            if len(run.data.evaluation) and progress.eval_step != steps:  # the run was stopped while it was measured
-                found = _finite_held_out_loss(run, state)
-                progress.eval_loss_end, progress.eval_parts_end = found.loss, found.parts
+            if progress.step < steps:
+                run.console.print(why_it_stops_early(run, state), soft_wrap=True)
         except Interrupted:
             run.parts.engine.discard_gradients()
             display.phase("saving a checkpoint")
@@ -248,33 +267,6 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
     )
 
 
-def _with_held_out_loss(row: StepMetrics, run: Prepared, state: RunState) -> StepMetrics:
-    """Return the row with the held-out loss, or without it if the user stops the run meanwhile: the step is done."""
-    try:
-        found = _finite_held_out_loss(run, state)
-    except Interrupted:
-        return row
-    progress = state.progress
-    progress.eval_loss_end, progress.eval_parts_end, progress.eval_step = found.loss, found.parts, row.step
-    parts = {f"eval_loss/{name}": loss for name, loss in found.parts.items()}
-    return replace(row, eval_loss=found.loss, parts=row.parts | parts)
-
-
-def _finite_held_out_loss(run: Prepared, state: RunState) -> HeldOutLoss:
-    """Return `held_out_loss`. Every process calls it.
-
-    Raises:
-        RunError: it is not finite.
-        Interrupted: a process was asked to stop.
-    """
-    found = held_out_loss(run, state)
-    if not np.isfinite(found.loss):
-        step = state.progress.step
-        when = f"after step {step} is not finite: the step has spoilt the weights" if step else "is not finite"
-        raise RunError(f"the held-out loss {when}\n  {_remedy_of_spoilt_numbers(run)}")
-    return found
-
-
 def refuse_spoilt_weights(run: Prepared, state: RunState) -> None:
     """Fail if a weight or an optimizer state is not finite: nothing spoilt is ever saved. Every process calls it.
 
@@ -286,14 +278,8 @@ def refuse_spoilt_weights(run: Prepared, state: RunState) -> None:
     if found is not None:
         raise RunError(
             f"after step {state.progress.step}, {found} is not finite: it is not saved\n"
-            f"  {_remedy_of_spoilt_numbers(run)}"
+            f"  {remedy_of_spoilt_numbers(run)}"
         )
-
-
-def _remedy_of_spoilt_numbers(run: Prepared) -> str:
-    newest = newest_checkpoint(run.folder.path)
-    last = "no checkpoint was saved before" if newest is None else f"the last good checkpoint is {newest}"
-    return f"lower optim.lr, or look at the data of the last steps; {last}"
 
 
 def save_progress(run: Prepared, state: RunState) -> Path:

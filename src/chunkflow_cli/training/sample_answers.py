@@ -1,0 +1,98 @@
+"""Answers to a few prompts at each evaluation (`eval.prompts`), so that a person can watch the model learn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from chunkflow_cli.data.template_choice import load_with_template
+from chunkflow_cli.execution.chunk_model import base_model
+from chunkflow_cli.training.display import TrainingDisplay
+from chunkflow_cli.training.metrics import keep_rows_before
+from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.progress import RunState
+
+ANSWERS = "answers.jsonl"
+"""File in a run's folder: a row for each prompt of each evaluation."""
+MOST_TOKENS = 64
+"""Tokens of an answer at most."""
+
+
+def answer_prompts(run: Prepared, state: RunState, display: TrainingDisplay) -> None:
+    """Let the model answer each prompt greedily, show the answers and add them to answers.jsonl.
+
+    The first process, which holds the whole model, generates; the others wait. Prompts are turns of a user if the
+    tokenizer has a chat template, and the beginning of a text otherwise. Every process calls it.
+    """
+    prompts = run.config.eval.prompts
+    if prompts and run.processes.is_first:
+        display.phase("sample answers")
+        state.at("writing sample answers")
+        step, path = state.progress.step, run.folder.path / ANSWERS
+        keep_rows_before(path, step)
+        answers = _answers(run, state, prompts)
+        with path.open("a", encoding="utf-8") as file:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
+                display.answer(prompt, answer)
+    run.processes.barrier()
+
+
+def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
+    from transformers import GenerationConfig
+
+    config, model = run.config, run.parts.model
+    tokenizer = load_with_template(config.data, config.model.path, trust_remote_code=config.model.trust_remote_code)
+    ends = {end for whole in run.data.read.wholes for end in whole.entry.ends}
+    known = model.generation_config.eos_token_id
+    ends |= {known} if isinstance(known, int) else set(known or ())
+    settings = GenerationConfig(
+        max_new_tokens=MOST_TOKENS,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+
+    def on_token(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        state.at("writing sample answers")
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    answers = []
+    with _as_it_generates(model), torch.no_grad():
+        for prompt in prompts:
+            text = prompt
+            if tokenizer.chat_template:
+                text = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **config.data.template_arguments,
+                )
+            given = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").to(run.device)
+            out = model.generate(
+                input_ids=given["input_ids"],
+                attention_mask=given["attention_mask"],
+                generation_config=settings,
+                use_cache=True,
+                stopping_criteria=[on_token],
+            )
+            answers.append(tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+@contextmanager
+def _as_it_generates(model: Any) -> Iterator[None]:
+    """Within the block, the model has an attention that works with Hugging Face's cache, and does not train."""
+    base = base_model(model)
+    ours = base.config._attn_implementation
+    model.eval()
+    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(ours)
+        model.train()
