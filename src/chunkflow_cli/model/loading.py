@@ -38,7 +38,7 @@ def load_model(
     Raises:
         UsageError: the weights cannot be found or read, or are not exactly those that the model needs.
     """
-    _quiet_peft()
+    quiet_deepspeed()
     if config.init is Init.random:
         torch.manual_seed(seed)
         with config_errors(config):
@@ -173,7 +173,7 @@ def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedCon
 
 def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
     """Return the configured model without adapters on torch's meta device."""
-    _quiet_peft()
+    quiet_deepspeed()
     with config_errors(config):
         return empty_model(
             hf_config, dtype=getattr(torch, config.dtype.value), trust_remote_code=config.trust_remote_code
@@ -213,7 +213,8 @@ def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
         return add_lora(model, config.lora)
 
 
-def _quiet_peft() -> None:
+def quiet_deepspeed() -> None:
+    """Silence what libraries print about themselves when peft or generation imports them."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its old names
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports deepspeed, which prints that it found no GPU
