@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo check format docs test test-fast test-gpu bench clean
+.PHONY: help setup demo check format docs test test-fast test-gpu test-trackers bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -46,6 +46,10 @@ test: setup check ## check and all tests that need no GPU; ROOM=execution runs t
 
 test-gpu: setup ## the parity tests on CUDA
 	$(BIN)/python -m pytest tests/gpu -m gpu
+
+test-trackers: setup ## the tests of trackers with MLflow and a real server of it (400 MB), which `make test` leaves out
+	$(BIN)/python -m pip install --quiet mlflow
+	$(BIN)/python -m pytest tests/training/test_trackers.py
 
 bench: setup ## the benchmarks; each prints one JSON object
 	$(BIN)/python benchmarks/throughput.py
