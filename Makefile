@@ -7,7 +7,7 @@ BUNDLE := .gpu-bundle
 OFFLINE := $(if $(DRY),,$(wildcard $(BUNDLE)/*.whl))
 OUT ?= outputs/gpu-proof
 
-.PHONY: help setup demo check format docs test test-fast test-gpu gpu-bundle gpu-proof bench clean
+.PHONY: help setup demo check format docs test test-fast test-gpu test-trackers gpu-bundle gpu-proof bench clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -59,6 +59,10 @@ gpu-proof: $(if $(OFFLINE),,setup) ## prove and measure on one GPU in nine minut
 	$(if $(OFFLINE),$(PYTHON) benchmarks/gpu_bundle.py install $(BUNDLE) --venv .gpu-venv &&) \
 	PYTHONPATH=src:benchmarks $(if $(OFFLINE),.gpu-venv/bin,$(BIN))/python -m gpu_proof --since $$since --out $(OUT) \
 		$(if $(DRY),--dry) $(if $(MINUTES),--minutes $(MINUTES))
+
+test-trackers: setup ## the tests of trackers with MLflow and a real server of it (400 MB), which `make test` leaves out
+	$(BIN)/python -m pip install --quiet mlflow
+	$(BIN)/python -m pytest tests/training/test_trackers.py
 
 bench: setup ## the benchmarks; each prints one JSON object
 	$(BIN)/python benchmarks/throughput.py

@@ -81,6 +81,8 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for line in dict.fromkeys(line for command in COMMANDS.values() for line in examples(command)):
         words = shlex.split(line)[1:]
         name = words[0]
+        if name == "chat":  # needs a model that reads text (test_chat.py)
+            continue
         if name in seen and name in IN_PROCESS and "-m" not in words:
             result = CliRunner().invoke(app, words)
             code, output = result.exit_code, result.output

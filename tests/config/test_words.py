@@ -258,7 +258,7 @@ def test_names_of_other_tools_lead_to_keys_that_exist() -> None:
         ("learning_rate", "optim.lr"), ("train.lr", "optim.lr"), ("optim.learning_rate", "optim.lr"), ("seed", "train.seed"),
         ("base_model", "model.path"), ("model-name-or-path", "model.path"), ("micro_batch_size", "train.global_batch_size"),
         ("cutoff_len", "data.max_length"), ("trainer.max_epochs", "train.epochs"), ("steps", "train.steps"),
-        ("modell.path", "model.path"), ("wandb_project", "log.backends"), ("sample_packing", "not needed"), ("bf16", "bfloat16"),
+        ("modell.path", "model.path"), ("wandb_project", "log.project"), ("sample_packing", "not needed"), ("bf16", "bfloat16"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_leads_to_the_right_one(name: str, meant: str) -> None:

@@ -22,10 +22,11 @@ def test_final_stops_where_answers_end(known: int | list[int] | None, stops: lis
     assert generation.eos_token_id == stops
 
 
-def test_an_adapter_leaves_the_base_models_configuration_alone() -> None:
+def test_an_adapter_is_saved_with_the_stops_and_says_that_loaders_do_not_read_them() -> None:
     generation = SimpleNamespace(eos_token_id=2)
     line = stop_where_answers_end(generation, {5: 3}, TOKENIZER, is_adapter=True)  # type: ignore[arg-type]
-    assert generation.eos_token_id == 2
+    assert generation.eos_token_id == [2, 5]
     assert line == (
-        "warning: answers end with <|im_end|> (5), where the base model does not stop: generate with eos_token_id=5"
+        "warning: answers end with <|im_end|> (5), where the base model does not stop: "
+        "generate with eos_token_id=5, as chat and export --merge do"
     )

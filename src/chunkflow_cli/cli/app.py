@@ -122,8 +122,17 @@ def export(
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the model's weights.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub", metavar="REPO", help="Upload it to this Hugging Face repository. A new one is private."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written and uploaded, and stop.")
+    ] = False,
 ) -> Result:
-    r"""Write the model of a run as a Hugging Face model directory.
+    r"""Write the model of a run as a Hugging Face model directory, with a model card.
 
     Prints its path; says on stderr what it is and how to load it.
 
@@ -134,10 +143,42 @@ def export(
       chunkflow train recipe=tiny_random model.lora.enabled=true \
         train.output_dir=outputs/lora
       chunkflow export outputs/lora --merge --output merged
+      chunkflow export outputs/lora --output adapter \
+        --push-to-hub me/adapter --dry-run
     """
     from chunkflow_cli.cli import export
 
-    return export.run(run_dir, output=output, merge=merge, json_output=request.json_output)
+    return export.run(
+        run_dir, output=output, merge=merge, push_to_hub=push_to_hub, dry_run=dry_run, json_output=request.json_output
+    )
+
+
+@command(app, without=(*CONFIGURATION, "config_dir"))
+def chat(
+    request: Request,
+    run_dir: Annotated[
+        str, typer.Argument(metavar="RUN_DIR", help="Directory of a finished run (its train.output_dir).")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Print the answer to this text, and stop.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", help="Most tokens of an answer.", min=1)
+    ] = 1024,
+) -> Result:
+    """Talk to the model of a run.
+
+    Uses its chat template, or completes text if it has none. Adapters are
+    loaded with their base model.
+
+    [bold]Examples[/]
+      chunkflow chat outputs/chats
+      chunkflow chat outputs/chats --prompt "Who are you?"
+      chunkflow chat outputs/chats --prompt "Who are you?" --max-tokens 64 --json
+    """
+    from chunkflow_cli.cli import chat
+
+    return chat.run(run_dir, prompt=prompt, max_tokens=max_tokens, json_output=request.json_output)
 
 
 @command(app, fails_unless="ready")

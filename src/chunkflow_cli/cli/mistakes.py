@@ -27,6 +27,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("recipe", "ls", "list", "cp", "copy", "init"), "recipes"),
     **dict.fromkeys(("dry-run", "schedule", "simulate", "estimate"), "plan"),
     **dict.fromkeys(("test", "parity", "prove"), "verify"),
+    **dict.fromkeys(("infer", "inference", "generate", "talk", "ask"), "chat"),
+    **dict.fromkeys(("push", "upload", "push-to-hub"), "export"),
 }
 """Commands by the names that other tools give them."""
 

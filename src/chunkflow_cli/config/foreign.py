@@ -11,7 +11,7 @@ _NO_PADDING = "not needed: chunkflow never pads"
 _FOUND = "not needed: it is found from the model"
 _BATCH = "set train.global_batch_size: the samples of an optimizer step, over all GPUs"
 _LENGTH = "set data.max_length, with data.overlong=truncate to cut longer samples; chunk.size is another thing"
-_LOGGER = "metrics go where log.backends says"
+_LOGGER = "set log.backends, as in [jsonl,wandb]"
 _QUANTISED = "set model.quantization=nf4 (4 bits, as QLoRA) or int8, with model.lora.enabled=true"
 _EVALUATE = "set eval.every to a number of steps, and data.eval_path or data.eval_fraction"
 
@@ -135,15 +135,17 @@ FOREIGN = {
     **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints", "resume"), "checkpoint.resume"),
     **dict.fromkeys(("logging_steps", "log_every_n_steps", "logging_interval", "log_every", "log_interval"),
                     "log.every"),
-    **dict.fromkeys(("report_to", "log_with", "wandb_project", "wandb_entity", "wandb_name", "wandb_run_id",
-                     "wandb_watch", "wandb_log_model", "use_wandb", "wandb", "use_tensorboard", "mlflow_tracking_uri",
-                     "metric_logger"), _LOGGER),
+    **dict.fromkeys(("report_to", "log_with", "wandb_run_id", "wandb_watch", "wandb_log_model", "use_wandb", "wandb",
+                     "use_wandb_logging", "use_tensorboard", "use_mlflow", "use_trackio", "metric_logger"), _LOGGER),
+    **dict.fromkeys(("wandb_entity", "wandb_mode", "mlflow_tracking_uri", "trackio_space_id"),
+                    "set the environment variable of this name in capitals"),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),
-                    "upload the finished model yourself: hf upload NAME RUN/final"),
+                    "upload the finished model: chunkflow export RUN_DIR --push-to-hub REPO"),
     **dict.fromkeys(("early_stopping", "early_stopping_patience", "load_best_model_at_end", "metric_for_best_model",
                      "greater_is_better"), "every planned step is trained; the run's metrics have the held-out losses"),
     "stage": "not needed: chunkflow does supervised fine-tuning (SFT)",
-    "run_name": "name the folder of the run: train.output_dir",
+    **dict.fromkeys(("run_name", "wandb_name", "wandb_run_name", "trackio_name"), "log.run_name"),
+    **dict.fromkeys(("wandb_project", "mlflow_experiment_name", "project"), "log.project"),
     # processes
     **dict.fromkeys(("deepspeed", "deepspeed_config", "ds_config"),
                     "set engine.zero_stage, engine.offload, and for buffers engine.deepspeed"),

@@ -42,7 +42,7 @@ def load_model(
     Raises:
         UsageError: the weights cannot be found or read, or are not exactly those that the model needs.
     """
-    _quiet_peft()
+    quiet_deepspeed()
     if config.init is Init.random:
         torch.manual_seed(seed)
         with config_errors(config):
@@ -74,7 +74,7 @@ def model_of_weights(
     Args:
         state: the state dict of that model.
     """
-    _quiet_peft()
+    quiet_deepspeed()
     own_config = copy.deepcopy(hf_config)
     if hasattr(own_config, "quantization_config"):  # they are not quantised any more
         del own_config.quantization_config
@@ -238,7 +238,7 @@ def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedCon
 
 def on_meta_device(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
     """Return the configured model without adapters on torch's meta device."""
-    _quiet_peft()
+    quiet_deepspeed()
     with config_errors(config):
         return empty_model(
             hf_config, dtype=getattr(torch, config.dtype.value), trust_remote_code=config.trust_remote_code
@@ -282,7 +282,8 @@ def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
         return add_lora(model, config.lora)
 
 
-def _quiet_peft() -> None:
+def quiet_deepspeed() -> None:
+    """Silence what libraries print about themselves when peft or generation imports them."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its old names
     # peft imports bitsandbytes if it is installed, which misses a kernel that is never used here (`quantised.py`).
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

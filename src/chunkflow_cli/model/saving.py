@@ -12,6 +12,7 @@ from chunkflow_cli.model.heard_bars import bars_heard
 from chunkflow_cli.model.towers import copy_processor, copy_tensors, drop_old_template
 
 AUTO_CLASS = "AutoModelForCausalLM"
+GENERATION_CONFIG = "generation_config.json"
 FILE_SIZE = "5GB"
 """Largest file of weights. Writing a file gives no sign of life, and 50 GB, the default, can take an hour."""
 OTHER_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
@@ -35,12 +36,17 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
     with bars_heard():
         whole.save_pretrained(str(folder), state_dict=weights, max_shard_size=FILE_SIZE)
     whole.generation_config = generation
-    if generation is not None:
-        generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    save_generation(folder, generation)
     _rewrite(folder / "config.json", lambda settings: config_for_both(settings, whole.config))
     if (original := getattr(model, "original", None)) is not None:
         copy_tensors(original, folder)
         copy_processor(original, folder)
+
+
+def save_generation(folder: Path, generation: Any) -> None:
+    """Write how a model generates, if it has words on that: the tokens at which it stops, and how it samples."""
+    if generation is not None:
+        generation.to_json_file(folder / GENERATION_CONFIG, keys_to_pop=["compile_config"])
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:
@@ -60,7 +66,7 @@ def loading_code(folder: Path) -> tuple[str, str]:
 
     How the base of an adapter is loaded stands in its README.md.
     """
-    package, loader = _loader_of(folder)
+    package, loader = loader_of(folder)
     call = f'model = {loader}.from_pretrained("{folder}")'
     card = folder / "README.md"
     if package == "peft" and card.is_file():
@@ -69,7 +75,7 @@ def loading_code(folder: Path) -> tuple[str, str]:
     return f"from {package} import {loader}", call
 
 
-def _loader_of(folder: Path) -> tuple[str, str]:
+def loader_of(folder: Path) -> tuple[str, str]:
     """Return the package and its class that load a saved model or adapter: of a multimodal model, the model's own."""
     if (folder / ADAPTER_CONFIG).is_file():
         has_task = read_adapter_config(folder).get("task_type")

@@ -27,7 +27,7 @@ from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.files import written_aside
 from chunkflow_cli.model.adapters import save_adapters
-from chunkflow_cli.model.saving import save_model, save_tokenizer
+from chunkflow_cli.model.saving import save_generation, save_model, save_tokenizer
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.checkpoint_folder import (
     SavedState,
@@ -148,6 +148,7 @@ def save_final(
         with written_aside(folder) as temporary:
             if has_adapters:
                 save_adapters(skeleton or model, temporary, weights, card)
+                save_generation(temporary, getattr(model, "generation_config", None))  # for a merge, and for chat
             else:
                 save_model(temporary, model, weights, skeleton=skeleton)
             if tokenizer is not None:

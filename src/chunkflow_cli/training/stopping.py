@@ -22,7 +22,7 @@ def stop_where_answers_end(
     Args:
         generation: the configuration of the model; it is changed, and saved with the model.
         ends: ids that end answers, as in `EncodedBatch.ends`.
-        is_adapter: an adapter is saved without a generation configuration, so the line says what to do instead.
+        is_adapter: whoever loads an adapter gets the base model's configuration, so the line says what to do instead.
 
     Returns:
         The line, or None if generation stops at these tokens already.
@@ -32,10 +32,10 @@ def stop_where_answers_end(
     if not missing:
         return None
     names = " and ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in missing)
+    generation.eos_token_id = [*([] if known is None else [known] if isinstance(known, int) else known), *missing]
     if is_adapter:
         return (
-            f"warning: answers end with {names}, where the base model does not stop: "
-            f"generate with eos_token_id={missing if len(missing) > 1 else missing[0]}"
+            f"warning: answers end with {names}, where the base model does not stop: generate with "
+            f"eos_token_id={missing if len(missing) > 1 else missing[0]}, as chat and export --merge do"
         )
-    generation.eos_token_id = [*([] if known is None else [known] if isinstance(known, int) else known), *missing]
     return f"final/ stops at {names} too, which ends answers of the data (generation_config.json)"
