@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chunkflow_cli.config.schema import Config, Init
+from chunkflow_cli.config.schema import Config, Init, Quantization
 from chunkflow_cli.engine import Processes, all_or_none
 from chunkflow_cli.model.loading import load_model, model_of_weights
 from chunkflow_cli.model.shared_weights import SharedWeights, share
@@ -19,7 +19,8 @@ def load_on_every_rank(
 ) -> Any:
     """Return the model on the CPU, as `load_model`. The ranks of a node share its pages until they change them.
 
-    The first rank of each node loads it. The others map its files, or what the first one has made of them.
+    The first rank of each node loads it. The others map its files, or what the first one has made of them. Random and
+    quantised weights are made by each rank; quantised ones are on its device at once.
 
     Raises:
         UsageError: as `load_model`, on all ranks.
@@ -28,7 +29,8 @@ def load_on_every_rank(
     def load() -> Any:
         return load_model(config.model, hf_config, dtype=dtype, attention=attention, seed=config.train.seed)
 
-    if processes.topology.processes == 1 or config.model.init is Init.random:
+    is_made_here = config.model.init is Init.random or config.model.quantization is not Quantization.none
+    if processes.topology.processes == 1 or is_made_here:
         return load()
     model, shared = None, None
     with all_or_none("loading the model"):
