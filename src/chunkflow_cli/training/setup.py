@@ -205,7 +205,7 @@ def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> P
         "version": CALIBRATION_VERSION,
         "model": hf_config.to_json_string(),
         "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
-                          config.model.lora, config.engine, config.optim.name)),
+                          config.model.lora, config.engine, config.optim.name, config.train.deterministic)),
         "device": device.name,
         "threads": threads_of_user(),
     }  # fmt: skip
