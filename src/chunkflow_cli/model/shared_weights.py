@@ -88,7 +88,7 @@ def share(model: Any) -> SharedWeights | None:
                 continue
             file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)
             places[id(tensor)] = file.tell(), tuple(tensor.shape), tensor.dtype
-            file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         descriptor = os.dup(file.fileno())
         shared = SharedWeights(

@@ -41,7 +41,7 @@ def ask_for_determinism(is_asked: bool) -> None:
             f"sum in several orders\n  unset it, or set it to {' or '.join(CUBLAS_VALUES)}"
         )
     os.environ.setdefault("NCCL_ALGO", NCCL_ALGORITHMS)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
 def warn_of_kernels(config: Config, shape: ModelShape, device: torch.device) -> None:
