@@ -392,6 +392,9 @@ class TrainConfig:
     """Shuffle each epoch. The order depends only on `train.seed` and the number of the epoch."""
     seed: int = bounded(0, at_least=0, at_most=LARGEST_SEED)
     """Seed of sample order, dropout, held-out samples and random weights."""
+    deterministic: bool = False
+    """On GPUs, take only kernels and sums whose order is fixed, so that the same run gives the same numbers to the bit.
+    Slower. An operation without such a kernel ends the run with its name."""
     loss_weighting: LossWeighting = LossWeighting.token
     """What counts equally in the loss: every target `token` of the global batch, or every sample (`sequence`)."""
     output_dir: str | None = a_path(None, null_is_a_name=True)

@@ -37,11 +37,14 @@ def load_on_every_rank(
         if local_rank() == 0:
             model = load()
             shared = share(model)
-    of_node: SharedWeights | None = processes.gather(shared)[processes.rank - local_rank()]
-    if model is None:
-        model = load() if of_node is None else model_of_weights(
-            config.model, hf_config, of_node.map(), dtype=dtype, attention=attention
-        )  # fmt: skip
+    own = None if shared is None else (shared, torch.get_rng_state())
+    of_node: tuple[SharedWeights, torch.Tensor] | None = processes.gather(own)[processes.rank - local_rank()]
+    if model is None and of_node is None:
+        model = load()
+    elif model is None and of_node is not None:
+        weights, random_state = of_node
+        model = model_of_weights(config.model, hf_config, weights.map(), dtype=dtype, attention=attention)
+        torch.set_rng_state(random_state)  # adapters are drawn next, on all ranks the same
     processes.barrier()
     if shared is not None:
         os.close(shared.descriptor)

@@ -50,6 +50,7 @@ from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, state_bytes
 from chunkflow_cli.planning.schedule import Op, plan
 from chunkflow_cli.processes.worker import end_with_parent
 from chunkflow_cli.training.assembly import Assembly, assemble
+from chunkflow_cli.training.determinism import ask_for_determinism
 from chunkflow_cli.training.inputs import load_run_data
 from chunkflow_cli.training.setup import described_device, read_setup, scan_kernels
 
@@ -136,6 +137,7 @@ def _nothing_fits(size: int, error: torch.OutOfMemoryError) -> UsageError:
 def _warmed_up(config: Config, hf_config: Any, size: int) -> tuple[Assembly, torch.device]:
     """Assemble the model on this machine's device, and run it once, untimed: kernels are chosen and buffers made."""
     settle_vector_math()
+    ask_for_determinism(config.train.deterministic)
     device = training_device()
     check_settings(EngineSettings(config.engine, config.optim, config.model.dtype, device))
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)

@@ -37,6 +37,7 @@ from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
 from chunkflow_cli.training.checkpoint_folder import set_aside, steps_of
 from chunkflow_cli.training.description import describe_environment, describe_plan
+from chunkflow_cli.training.determinism import warn_of_kernels
 from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops, device_name
@@ -140,6 +141,7 @@ def prepare(
         setup = _agreed_setup(config, hf_config, processes)
         shape, plan = setup.shape, setup.plan(data.train)
         assert shape is not None
+        warn_of_kernels(config, shape, device)
         parts = assemble(
             config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
             stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,

@@ -21,7 +21,7 @@ FREE_KEYS = (
     "train.output_dir", "train.guard", "train.trace", "checkpoint", "log", "data.cache_dir", "data.num_workers", "tune",
     "plan", "cluster", "eval.prompts",
     # The layout: checkpoints do not depend on it. engine.deepspeed is not free, because it can change precisions.
-    "launch", "parallel", "engine.zero_stage", "engine.offload",
+    "launch", "parallel", "engine.zero_stage", "engine.offload", "train.deterministic",
     # Keys that a run which ran out of memory is continued with. Chunks are exact: their size, K and cuts change the
     # rounding and nothing else. (Dropout draws other numbers for other chunks, as it does for another layout.)
     "chunk", "model.activation_checkpointing", "model.kernels", "model.compile",

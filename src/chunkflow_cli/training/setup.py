@@ -238,7 +238,7 @@ def calibration_path(config: Config, hf_config: Any, device: DeviceProfile) -> P
         "model": hf_config.to_json_string(),
         "settings": repr((config.model.dtype, config.model.attention, config.model.activation_checkpointing,
                           config.model.kernels, config.model.compile, config.model.lora, config.engine,
-                          config.optim.name, config.optim.freeze)),
+                          config.optim.name, config.optim.freeze, config.train.deterministic)),
         "device": device.name,
         "threads": threads_of_user(),
     }  # fmt: skip

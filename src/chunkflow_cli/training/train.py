@@ -12,6 +12,7 @@ from chunkflow_cli.processes import environment
 from chunkflow_cli.processes.failures import failures_recorded
 from chunkflow_cli.processes.stop_signals import stop_on_signals
 from chunkflow_cli.processes.watch_folder import WatchFolder
+from chunkflow_cli.training.determinism import ask_for_determinism
 from chunkflow_cli.training.display import print_training_summary
 from chunkflow_cli.training.finish import finish
 from chunkflow_cli.training.joining import open_folder, watched
@@ -31,6 +32,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         KeyboardInterrupt: the user stopped the run, and a checkpoint was saved.
     """
     config = loaded.config
+    ask_for_determinism(config.train.deterministic)
     hf_config = check_requirements(loaded)
     folder, data = open_folder(loaded, hf_config)
     streams.fall_back_to(WatchFolder(folder.path).log(environment.rank()))

@@ -180,7 +180,8 @@ class FlashAttnBackend(_VariableLengthBackend):
         grads = torch.empty_like(saved.queries), torch.empty_like(saved.keys), torch.empty_like(saved.values)
         _flash_attn_varlen_backward(
             grad_out, *saved, *grads, *kernel.bounds, dropout_p=0.0, softmax_scale=kernel.rule.scale,
-            causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0, alibi_slopes=None, deterministic=False,
+            causal=kernel.is_causal, softcap=kernel.rule.softcap or 0.0, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             **kernel.window,
         )  # fmt: skip
         return grads
