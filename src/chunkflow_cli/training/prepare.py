@@ -37,6 +37,7 @@ from chunkflow_cli.training.checkpoint_folder import set_aside, steps_of
 from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops
+from chunkflow_cli.training.host_room import check_host_room
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.inputs import FoundData, RunData
 from chunkflow_cli.training.joining import load_data
@@ -126,6 +127,7 @@ def prepare(
         setup = _agreed_setup(config, hf_config, processes)
         shape, plan = setup.shape, setup.plan(data.train)
         assert shape is not None
+        check_host_room(setup, plan)
         parts = assemble(
             config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
             stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,
