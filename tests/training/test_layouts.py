@@ -49,6 +49,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
     "lora": (*SGD, "optim.lr=5", "train.steps=2", "train.global_batch_size=9", "model.lora.enabled=true", "chunk.k=2"),
 }
+IN_HOST_MEMORY = {"sgd, K=2, tails alone", "drawn lengths"}
+"""Recipes that keep their state in host memory where several ranks share the work, in blocks of a few tokens."""
 WITHIN = {name: 5e-4 if name.startswith("adamw") else 5e-5 for name in RECIPES}
 """Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
 
@@ -66,14 +68,18 @@ def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Run each case in this process, one after the other, and return the reports."""
     from chunkflow_cli.config.load import load
     from chunkflow_cli.engine import data_parallel
+    from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS
     from chunkflow_cli.training import requirements, train
 
     train.close_process_group = lambda: None  # the next case needs it
     # Offload is refused on a machine without a GPU. Its code works there all the same, from host to host.
     data_parallel.check_settings = requirements.check_settings = lambda settings: None  # type: ignore[attr-defined]
+    STATE_BLOCK_TOKENS["cpu"] = 48
     reports = []
     for case in arguments["cases"]:
         words = [*arguments["base"], *RECIPES[case.recipe], *case.words, f"train.output_dir={case.folder}"]
+        if case.recipe in IN_HOST_MEMORY and "launch.processes=1" not in words:
+            words.append("chunk.offload_state=host")
         words = [word.replace("DRAWN", arguments["drawn"]) for word in words]
         reports.append(train.run(load(words), json_output=True))
     return reports

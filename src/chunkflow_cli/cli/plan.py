@@ -264,6 +264,7 @@ def what_does_not_fit(parts: MemoryParts, device: DeviceProfile, *, is_recurrent
         "activations": "a smaller chunk.size or chunk.k, or model.activation_checkpointing=full",
         "head": "it is one tile of logits and the gradient of the head; model.lora.enabled=true spares the latter",
         "state": ("a larger chunk.size leaves fewer recurrent states; " if is_recurrent else "")
-        + "it grows with the longest sample; chunk.offload_state=host keeps it in host memory",
+        + "it grows with the longest sample; chunk.offload_state=host keeps it in host memory, and data.max_length "
+        "with data.overlong=drop limits it",
     }[largest]
     return f"{largest} is the largest part: {remedy}"

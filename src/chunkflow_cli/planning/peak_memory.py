@@ -100,6 +100,7 @@ def _with_host_state_of_stages(
             if not len(rank.chunks):
                 continue
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
+            tokens = replace(tokens, received=np.zeros(len(tokens.held)))  # that stays on the device
             for layers in run.stage_layers(shape.layers):
                 _, kept = tokens.bytes_on(shape, on_device_too, layers)
                 begun = np.zeros(len(kept))
