@@ -436,6 +436,9 @@ def test_the_largest_part_that_does_not_fit_is_named_with_its_remedy(
     assert memory["total_bytes"] == sum(sizes.values())
     assert memory["remedy"].startswith(f"{part} is the largest part")
     assert remedy in memory["remedy"]
+    if part == "state":
+        moved = planned(*words, "chunk.offload_state=host")["memory"]
+        assert moved["host_state_bytes"] >= memory["state_bytes"] > 20 * moved["state_bytes"]
     roomy = planned(*words, "tune.memory_gib=1000")["memory"]
     assert (roomy["fits"], roomy["remedy"]) == (True, None)
 

@@ -22,6 +22,7 @@ from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_mode
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageModel
+from chunkflow_cli.execution.state_home import OnDevice, host_home
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
@@ -35,6 +36,7 @@ from chunkflow_cli.planning.memory_parts import (
 )
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers
+from chunkflow_cli.planning.state_memory import host_bytes
 
 CPU = torch.device("cpu")
 
@@ -154,16 +156,27 @@ def bytes_kept_by_forward(model: ChunkModel, call: ChunkCall) -> float:
 def test_state_bytes_against_the_state_store(
     dtype: torch.dtype, length: int, size: int, k: int, tiny_model: Callable[..., Any]
 ) -> None:
-    """To the byte: keys and values of all but the last chunk, and their gradients in float32 (float64 in float64)."""
+    """To the byte: keys and values of all but the last chunk, and their gradients in float32 (float64 in float64).
+
+    Of a layer with a window, only what a later chunk sees. In host memory, whole blocks.
+    """
     attention.register()
-    model = tiny_model("llama", dtype=dtype)
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 12}
+    model = tiny_model("gemma3_text", dtype=dtype, head_dim=16, **kinds)
+    shape = model_shape(model)
     model.set_attn_implementation(attention.NAME)
     chunks = build_chunks([length], size)
     batch = StepBatch(chunks, random_sequences([length], 96, seed=1), np.full(1, 1 / length))
-    settings = RunnerSettings(CPU, weight_dtype=torch.promote_types(dtype, torch.float32))
-    runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), settings)
-    result = runner.run((plan(chunks, k),), batch)
-    assert state_bytes(model_shape(model), length, size, dtype.itemsize) == result.peak_state_bytes
+    peaks = []
+    for home in (OnDevice(), host_home(CPU)):
+        settings = RunnerSettings(CPU, torch.promote_types(dtype, torch.float32), state_home=home)
+        runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), settings)
+        peaks.append(runner.run((plan(chunks, k),), batch).peak_state_bytes)
+    stored = (length - 1) // size * size
+    in_host_memory = host_bytes(
+        shape, stored, stored / size, element_bytes=dtype.itemsize, chunk_size=size, device_type="cpu"
+    )
+    assert peaks == [state_bytes(shape, length, size, dtype.itemsize), in_host_memory]
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "falcon_h1", "zamba2", "jamba"])

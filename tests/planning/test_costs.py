@@ -83,6 +83,39 @@ def test_seconds_of_a_profile_by_hand(checkpointed: bool) -> None:
     assert frozen.seconds_per_target == pytest.approx(4 * 400 / 0.5e6)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_seconds_of_state_in_host_memory_by_hand(checkpointed: bool) -> None:
+    """An operation takes as long as its computation, or as its copies if these take longer.
+
+    A token has 24 numbers of keys and values in three layers. A forward fetches 2 bytes of each that the chunk sees,
+    and sends its own. A backward fetches 2 + 4 and sends 4, after it has fetched 4 of its own; under checkpointing it
+    fetches 2 more.
+    """
+    plain = CostModel.profile(SHAPE, DEVICE, checkpointed=checkpointed)
+    costs = plain.with_state_on_host(dataclasses.replace(DEVICE, host_bytes_per_second=240.0))
+    chunks = build_chunks([10], 4)  # of 4, 4 and 2 tokens; the last one's are never kept
+    forward, backward = costs.state_seconds(chunks)
+    fetched = 12 if checkpointed else 10
+    assert forward == pytest.approx(np.array([2 * 4, 2 * (4 + 4), 2 * 8]) / 10)
+    assert backward == pytest.approx(np.array([4 * 4, fetched * 4 + 4 * 4, fetched * 8]) / 10)
+    assert costs.spread_over(2).state_seconds(chunks)[0] == pytest.approx(forward / 2)
+    targets = np.array([0])
+    rank = RankPlan(np.arange(1), chunks, targets, (plan(chunks, 1),))
+    computed, both = plain.of_chunks(chunks, targets), costs.of_chunks(chunks, targets)
+    assert both.backward[0] == pytest.approx(np.maximum(computed.backward[0], backward))
+    assert both.backward[0].max() > computed.backward[0].max()
+    assert rank_seconds(rank, costs) == pytest.approx(seconds_by_operation(chunks, targets, 1, costs))
+    assert not plain.state_seconds(chunks)[0].any()
+
+
+def test_a_window_hides_state_that_need_not_move() -> None:
+    """A window of 3 shows two earlier tokens, and only the last two of a chunk are kept."""
+    shape = replace(SHAPE, attention=(AttentionLayers(3, 4, 2, 2, 2, window=3),))
+    costs = CostModel.profile(shape, DEVICE, checkpointed=False).with_state_on_host(DEVICE)
+    forward, _ = costs.state_seconds(build_chunks([10], 4))
+    assert forward * DEVICE.host_bytes_per_second == pytest.approx(24 * 2 * np.array([2.0, 4.0, 2.0]))
+
+
 def test_a_profile_is_the_count_of_operations_divided_by_the_rate() -> None:
     """Without launches and with one efficiency, a step of standalone chunks takes `training_flops` / rate."""
     device = dataclasses.replace(DEVICE, attention_efficiency=0.5, layer_launch_seconds=0)

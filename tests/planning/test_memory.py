@@ -31,6 +31,7 @@ from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
+from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS
 
 SHAPE = ModelShape(
     layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
@@ -300,6 +301,26 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2 + 2 * 60 / 2, "half of two edges"
     assert parts.weights == 1000 * 2, "half of the layers, and the embedding or the head"
     assert parts.optimizer == 1000 * 4 * 3
+    moved = memory_of_fullest(
+        shape, dataclasses.replace(settings, offload_state="host"), run, [SimulatedStep(run, run[0])]
+    )
+    assert moved.state == 8 * 8 * 2 + 8 * (1 * 1 * 8) * (2 + 4), "what came in, and at most three blocks of one layer"
+    block = STATE_BLOCK_TOKENS["cuda"]
+    assert moved.host_state == (8 + block) * 8 * (2 + 4) + 2 * 60 / 2, "one of two layers, with a block begun"
+
+
+def test_state_of_llama_8b_in_host_memory() -> None:
+    """By arithmetic: 384 KiB a token, so 256K tokens are 96 GiB on the host, and three blocks of a layer 576 MiB."""
+    shape = dataclasses.replace(SHAPE, layers=32, attention=(AttentionLayers(32, 32, 8, 128, 128),))
+    settings = dataclasses.replace(BASE, chunk_size=8192, device_type="cuda", offload_state="host")
+    lengths = np.array([2**18 + 1, 100])
+    run = RunPlan(GlobalBatches(2, 2, 0, False), 1, lengths, lengths, chunk_size=8192, k=1)
+    parts = memory_of_fullest(shape, settings, run, ())
+    assert parts.host_state == 96 * 2**30
+    assert parts.state == 3 * 16384 * 384 * 1024 / 32 == 576 * 2**20
+    on_device = memory_of_fullest(shape, dataclasses.replace(settings, offload_state="none"), run, ())
+    assert (on_device.state, on_device.host_state) == (96 * 2**30, 0)
+    assert parts.device_total == on_device.device_total - on_device.state + parts.state
 
 
 def test_a_checkpointed_layer_runs_again_for_the_tokens_of_all_ranks() -> None:

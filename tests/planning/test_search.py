@@ -155,6 +155,23 @@ def test_best_first_takes_the_fastest_that_fits() -> None:
     assert [candidate.fits for candidate in candidates] == [True, True, True, False]
 
 
+def test_host_memory_is_tried_where_a_choice_does_not_fit() -> None:
+    """State on the device is faster, or as fast: a choice that fits is not tried otherwise."""
+    run = run_of([30, 20, 3, 2])
+    runs = [replace(run, chunk_size=size) for size in (4, 8, 16, 30)]
+
+    def needed(run: RunPlan, _: object) -> int:
+        return run.chunk_size // (2 if run.costs.moves_state else 1)
+
+    def offloaded(run: RunPlan) -> RunPlan | None:
+        return None if run.chunk_size == 16 else replace(run, costs=replace(run.costs, host_seconds_per_byte=1.0))
+
+    found = search(runs, [0], needed, 15, offloaded=offloaded)
+    assert [(each.chunk_size, each.offload_state, each.fits) for each in found] == [
+        (4, "none", True), (8, "none", True), (16, "none", False), (30, "host", True),
+    ]  # fmt: skip
+
+
 @pytest.mark.processes
 def test_the_search_needs_no_torch() -> None:
     """It runs on laptops without a GPU, and importing torch would take longer than the whole search."""

@@ -68,6 +68,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
 }
 APART: dict[str, tuple[str, ...]] = {"nf4": (*RECIPES["lora"], "model.quantization=nf4")}
 """Recipes that run in a few layouts only."""
+IN_HOST_MEMORY = {"sgd, K=2, tails alone", "drawn lengths"}
+"""Recipes that keep their state in host memory where several ranks share the work, in blocks of a few tokens."""
 WITHIN = {name: {"adamw": 5e-4, "muon": 5e-3}.get(name.partition(",")[0], 5e-5) for name in (*RECIPES, *APART)}
 """Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
 
@@ -85,14 +87,18 @@ def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Run each case in this process, one after the other, and return the reports."""
     from chunkflow_cli.config.load import load
     from chunkflow_cli.engine import data_parallel
+    from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS
     from chunkflow_cli.training import requirements, train
 
     train.close_process_group = lambda: None  # the next case needs it
     # Offload is refused on a machine without a GPU. Its code works there all the same, from host to host.
     data_parallel.check_settings = requirements.check_settings = lambda settings: None  # type: ignore[attr-defined]
+    STATE_BLOCK_TOKENS["cpu"] = 48
     reports = []
     for case in arguments["cases"]:
         words = [*arguments["base"], *(RECIPES | APART)[case.recipe], *case.words, f"train.output_dir={case.folder}"]
+        if case.recipe in IN_HOST_MEMORY and "launch.processes=1" not in words:
+            words.append("chunk.offload_state=host")
         words = [word.replace("DRAWN", arguments["drawn"]) for word in words]
         reports.append(train.run(load(words), json_output=True))
     return reports

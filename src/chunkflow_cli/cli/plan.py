@@ -34,6 +34,7 @@ from chunkflow_cli.planning.simulate import Timeline
 from chunkflow_cli.planning.totals import Totals, add_up, baseline_timeline
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
 from chunkflow_cli.training.contributions import contributions
+from chunkflow_cli.training.host_room import what_the_host_lacks
 from chunkflow_cli.training.inputs import load_run_data
 from chunkflow_cli.training.setup import RunSetup, checked_topology, planned_device, read_setup
 
@@ -232,13 +233,15 @@ def _balance_json(totals: Totals, plan: RunPlan) -> dict[str, Any]:
 
 def _memory_json(parts: MemoryParts, setup: RunSetup) -> dict[str, Any]:
     device, shape = setup.device, setup.shape
+    host_remedy = what_the_host_lacks(parts, setup)
+    remedy = what_does_not_fit(parts, device, is_recurrent=shape is not None and shape.recurrent.edge_bytes > 0)
     return {
         **{f"{name}_bytes": value for name, value in asdict(parts).items()},
         "total_bytes": parts.device_total,
         "device": device.name,
         "device_bytes": device.memory_bytes,
-        "fits": parts.device_total <= device.memory_bytes,
-        "remedy": what_does_not_fit(parts, device, is_recurrent=shape is not None and shape.recurrent.edge_bytes > 0),
+        "fits": parts.device_total <= device.memory_bytes and host_remedy is None,
+        "remedy": remedy or host_remedy,
     }
 
 
@@ -262,7 +265,7 @@ def what_does_not_fit(parts: MemoryParts, device: DeviceProfile, *, is_recurrent
     """
     if parts.device_total <= device.memory_bytes:
         return None
-    sizes = {name: value for name, value in asdict(parts).items() if name != "host"}
+    sizes = {name: value for name, value in asdict(parts).items() if not name.startswith("host")}
     largest = max(sizes, key=lambda name: sizes[name])
     remedy = {
         "weights": "engine.zero_stage=3 on more ranks divides them",
@@ -271,7 +274,8 @@ def what_does_not_fit(parts: MemoryParts, device: DeviceProfile, *, is_recurrent
         "activations": "a smaller chunk.size or chunk.k, or model.activation_checkpointing=full",
         "head": "it is one tile of logits and the gradient of the head; model.lora.enabled=true spares the latter",
         "state": ("a larger chunk.size leaves fewer recurrent states; " if is_recurrent else "")
-        + "it grows with the longest sample; data.max_length with data.overlong=drop limits that",
+        + "it grows with the longest sample; chunk.offload_state=host keeps it in host memory, and data.max_length "
+        "with data.overlong=drop limits it",
         "step": "with engine.offload=optimizer, engine.zero_stage=3 needs no buffers for it",
     }[largest]
     return f"{largest} is the largest part: {remedy}"

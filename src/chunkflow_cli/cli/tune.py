@@ -59,8 +59,9 @@ def run(
     tuning = prepare_tuning(loaded, config_dir)
     with progress_bar("searching", len(tuning.search.runs)) as progress:
         candidates = search(
-            tuning.search.runs, tuning.search.steps, tuning.search.memory_bytes, tuning.memory_limit_bytes, progress
-        )
+            tuning.search.runs, tuning.search.steps, tuning.search.memory_bytes, tuning.memory_limit_bytes, progress,
+            tuning.search.offloaded,
+        )  # fmt: skip
     ranked, layouts = best_first(candidates), best_of_layouts(candidates)
     if not ranked:
         raise UsageError(nothing_fits(candidates, tuning.memory_limit_bytes, tuning.longest))
@@ -94,7 +95,7 @@ def run(
 
 
 def _pair(candidate: Candidate) -> Pair:
-    return candidate.chunk_size, candidate.k
+    return candidate.chunk_size, candidate.k, candidate.offload_state
 
 
 def _row(candidate: Candidate, measured: Mapping[Pair, float]) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def _overrides(best: Candidate, config: Config) -> dict[str, dict[str, Any]]:
     sections: dict[str, dict[str, Any]] = {"chunk": {"size": best.chunk_size, "k": best.k}, "parallel": {}}
     if best.cuts != config.chunk.cuts.value:
         sections["chunk"]["cuts"] = best.cuts
+    if best.offload_state != config.chunk.offload_state.value:
+        sections["chunk"]["offload_state"] = best.offload_state
     if best.sequence != config.parallel.sequence:
         sections["parallel"]["sequence"] = best.sequence
     if best.stages != config.parallel.pipeline:

@@ -521,8 +521,6 @@ class TuneConfig:
     """Values of `chunk.k` to try."""
     cuts: list[Cuts] = field(default_factory=lambda: [Cuts.tokens, Cuts.time])
     """Values of `chunk.cuts` to try in pipelines, where they matter. An empty list takes `chunk.cuts`."""
-    offload_state: list[OffloadState] = field(default_factory=list)
-    """Values of `chunk.offload_state` to try. An empty list takes `chunk.offload_state`."""
     samples: int = bounded(1024, at_least=1, at_most=MOST)
     """Number of samples planned for each (size, K) pair, rounded to whole global batches."""
     measure: int = bounded(3, at_least=0, at_most=MOST)

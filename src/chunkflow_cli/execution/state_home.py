@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.config.schema import OffloadState
-from chunkflow_cli.planning.memory_parts import STATE_BLOCK_TOKENS
+from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS
 
 SLAB_BYTES = 2**28
 """Host memory is taken in pieces of this size. torch rounds a pinned allocation up to a power of two, and pinning takes

@@ -53,6 +53,7 @@ def present_device() -> DeviceProfile:
             name=f"this CPU, {cores} cores",
             matmul_flops=cores * per_core,
             memory_bytes=usable_memory_bytes(),
+            host_memory_bytes=usable_memory_bytes(),
         )
     flops = known_matmul_flops(device)
     name = torch.cuda.get_device_name(device)
@@ -60,4 +61,5 @@ def present_device() -> DeviceProfile:
         name if flops else f"{name} (speed unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)",
         flops or UNKNOWN_GPU_FLOPS,
         int(torch.cuda.get_device_properties(device).total_memory),
+        host_memory_bytes=usable_memory_bytes(),
     )

@@ -44,21 +44,38 @@ class Search:
     settings: MemorySettings
     measured: MeasuredMemory | None
     """Measured memory; None to predict it by formula."""
+    device: DeviceProfile
 
     def memory_bytes(self, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
         """Predict the bytes of the fullest rank or stage, in `steps` or in the step of the longest sample."""
         if self.measured is not None:
             held = activations_and_state(run, is_planned_whole=len(self.steps) == run.steps)
-            state = held.state_bytes(self.shape, self.settings.element_bytes)
+            state = held.state_bytes(self.shape, settings_of(run, self.settings))
             # The first chunk's copies are part of the measured base.
             copies = (held.chunks - 1) * merged_bytes_per_chunk(self.shape, self.settings, self.shape.layers)
             return self.measured.peak_bytes(run.chunk_size, held.live, state + copies)
         return memory_of_fullest(self.shape, settings_of(run, self.settings), run, steps).device_total
 
+    def offloaded(self, run: RunPlan) -> RunPlan | None:
+        """Return the run with its state in host memory; None if that helps nothing or does not fit there.
+
+        On a CPU, host and device are the same memory.
+        """
+        if run.costs.moves_state or run.costs.is_of_one_stage or self.settings.device_type == "cpu":
+            return None
+        moved, device = replace(run, costs=run.costs.with_state_on_host(self.device)), self.device
+        if device.host_memory_bytes is not None:
+            parts = memory_of_fullest(self.shape, settings_of(moved, self.settings), moved, ())
+            ranks = min(run.ranks * run.stages, device.devices_of_node)
+            if ranks * (parts.host + parts.host_state) > device.host_memory_bytes:
+                return None
+        return moved
+
 
 def settings_of(run: RunPlan, settings: MemorySettings) -> MemorySettings:
     """Return the memory settings with the chunk size and the number of ranks of `run`."""
-    return replace(settings, chunk_size=run.chunk_size, data_parallel=run.ranks)
+    offload_state = "host" if run.costs.moves_state else settings.offload_state
+    return replace(settings, chunk_size=run.chunk_size, data_parallel=run.ranks, offload_state=offload_state)
 
 
 def lay_out(
@@ -103,4 +120,4 @@ def lay_out(
                     chosen = replace(chosen, costs=replace(run.costs, step_seconds=slowest))
                 runs.append(chosen)
     steps = max(1, min(run.steps, round(samples / run.batches.mean_samples)))
-    return Search(tuple(runs), range(steps), shape, settings, measured)
+    return Search(tuple(runs), range(steps), shape, settings, measured, device)

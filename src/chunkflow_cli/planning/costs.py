@@ -166,6 +166,8 @@ class DeviceProfile:
     """Bandwidth to the host's memory: PCIe 4, or half of PCIe 5."""
     devices_of_node: int = 8
     """Devices that `node_bytes_per_second` connects."""
+    host_memory_bytes: int | None = None
+    """Memory of the node that the device is in, where it is known."""
 
 
 DEVICES = {
@@ -244,6 +246,8 @@ class CostModel:
     """The model whose attention is counted; if None, every query attends to all of its past."""
     scan_share: float = 0.0
     """Share of the seconds per token that convolutions and scans of recurrent layers take, where it is known."""
+    host_seconds_per_byte: float = 0.0
+    """Seconds to copy a byte of state between device and host memory; 0 if state stays on the device."""
     is_of_one_stage: bool = False
     """True if each stage of a pipeline takes these seconds; False if the stages share them."""
 
@@ -286,6 +290,45 @@ class CostModel:
             scan_share=scans / (token + scans),
         )
 
+    def with_state_on_host(self, device: DeviceProfile) -> CostModel:
+        """Return the costs with state in host memory, to which the device's data sheet gives the rate."""
+        return replace(self, host_seconds_per_byte=1 / device.host_bytes_per_second)
+
+    @property
+    def moves_state(self) -> bool:
+        """True if state is kept in host memory."""
+        return self.host_seconds_per_byte > 0
+
+    def state_seconds(self, chunks: Chunks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the seconds in which each chunk's forward and backward copy state, (chunks,) each.
+
+        A forward fetches the keys and values that the chunk sees, and sends its own. A backward fetches them with their
+        float32 gradients and sends these back, and fetches the chunk's own gradients; the recompute of checkpointing
+        fetches keys and values once more. Copies run next to what is computed, so an operation takes the larger time.
+        """
+        first = chunks.first_segment[:-1]
+        past = chunks.start[first].astype(np.float64)
+        own = (chunks.stop[first] - chunks.start[first]).astype(np.float64)
+        own[chunks.stop[first] == chunks.lengths[chunks.sequence[first]]] = 0.0  # the last chunk's are never kept
+        forward, backward = np.zeros(len(past)), np.zeros(len(past))
+        if self.moves_state and self.shape is not None:
+            again = ACTIVATION_BYTES if self._is_checkpointed else 0
+            for part in self.shape.attention:
+                seen = past if part.window is None else np.minimum(past, part.window - 1.0)
+                seen = seen if part.block is None else np.minimum(seen, past % part.block)
+                kept = own if part.owns_keys else np.zeros(len(past))
+                kept = kept if part.window is None else np.minimum(kept, part.window - 1.0)
+                forward += part.kv_elements_per_token * ACTIVATION_BYTES * (seen + kept)
+                backward += part.kv_elements_per_token * ((ACTIVATION_BYTES + 2 * 4 + again) * seen + 4 * kept)
+            edges = self.shape.recurrent.edge_bytes * ((past > 0).astype(np.float64) + (own > 0))
+            forward, backward = forward + edges, backward + edges
+        return forward * self.host_seconds_per_byte, backward * self.host_seconds_per_byte
+
+    @property
+    def _is_checkpointed(self) -> bool:
+        """True if backward runs the layers again: with checkpointing it takes three forwards."""
+        return self.backward.seconds_per_token > 2.5 * self.forward.seconds_per_token
+
     def spread_over(self, ranks: int) -> CostModel:
         """Return the costs of chunks that a sequence-parallel group splits (Ulysses, arXiv 2309.14509).
 
@@ -319,8 +362,7 @@ class CostModel:
                 cost.seconds_per_pair / ranks,
             )
 
-        # With checkpointing, backward takes three forwards: it runs its layers again, and their exchanges too.
-        again = 2 if self.backward.seconds_per_token > 2.5 * self.forward.seconds_per_token else 1
+        again = 2 if self._is_checkpointed else 1  # it runs the exchanges of its layers again, too
         return replace(
             self,
             source=f"{self.source}, spread over {ranks} ranks",
@@ -330,6 +372,8 @@ class CostModel:
             state_pass=divided(self.state_pass),
             seconds_per_target=self.seconds_per_target / ranks,
             transfer_seconds_per_token=self.transfer_seconds_per_token / ranks,
+            host_seconds_per_byte=self.host_seconds_per_byte
+            / min(ranks, 1 if self.shape is None else self.shape.kv_heads),
         )
 
     def pairs_up_to(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -386,13 +430,14 @@ class CostModel:
         tokens, pairs = chunk_tokens(chunks), self.chunk_pairs(chunks)
         head = np.zeros((stages, len(chunks)))
         head[-1] = self.seconds_per_target * chunk_targets(chunks, targets)
-        backward = shares * self.backward(tokens, pairs)
+        moved_forward, moved_backward = self.state_seconds(chunks)
+        backward = shares * np.maximum(self.backward(tokens, pairs), moved_backward)
         sent = self.transfer_latency_seconds + self.transfer_seconds_per_token * tokens
         return OperationSeconds(
-            forward=shares * self.forward(tokens, pairs) + head,
+            forward=shares * np.maximum(self.forward(tokens, pairs), moved_forward) + head,
             backward=backward,
-            recompute=shares * self.recompute(tokens, pairs) + head,
-            state_pass=shares * self.state_pass(tokens, pairs),
+            recompute=shares * np.maximum(self.recompute(tokens, pairs), moved_forward) + head,
+            state_pass=shares * np.maximum(self.state_pass(tokens, pairs), moved_forward),
             # The two products of a backward have the same size.
             input_gradient=backward / 2,
             weight_gradient=backward / 2,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
 from chunkflow_cli.planning.engine_memory import Buffers, HeldWeights, engine_bytes
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
+from chunkflow_cli.planning.state_memory import bytes_per_element, stored_elements_per_token
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of an element of weights and activations, by `model.dtype`."""
@@ -22,8 +23,6 @@ HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Most bytes of float32 logits that exist at once (`execution.loss`)."""
 TILES_ALIVE = 3
 """Tensors as large as a tile of logits: the logits, their gradient, and a copy in the model's dtype."""
-STATE_BLOCK_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens of a block of the state store (`execution.state_home`): attention takes the past a block at a time."""
 HOST_MEMORY_BYTES_PER_SECOND = 150e9
 """Memory bandwidth that an optimizer step reaches on a server's CPUs."""
 
@@ -47,6 +46,8 @@ class MemorySettings:
     """Most tokens of a chunk on one rank."""
     device_type: str
     """cpu | cuda"""
+    offload_state: str = "none"
+    """none | host"""
     buffers: Buffers = field(default_factory=Buffers)
     """Sizes of DeepSpeed's buffers."""
 
@@ -64,11 +65,13 @@ class MemoryParts:
     step: int
     """What the optimizer step needs beyond all of these: its own buffers, when activations and state are gone."""
     host: int
+    host_state: int = 0
+    """Bytes of the state store in host memory; `state` is then what of it is on the device at once."""
 
     @property
     def device_total(self) -> int:
         """Bytes on the device."""
-        return sum(getattr(self, part.name) for part in fields(self) if part.name != "host")
+        return sum(getattr(self, part.name) for part in fields(self) if not part.name.startswith("host"))
 
     @property
     def before_step(self) -> int:
@@ -161,9 +164,13 @@ def merged_bytes_of_running(shape: ModelShape, settings: MemorySettings) -> floa
     return of_layer + shape.workspace_bytes
 
 
-def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
-    """Return the bytes of a token's keys and values, and of their float32 (float64 in float64) gradients."""
-    return shape.state_elements_per_token * (element_bytes + max(4, element_bytes))
+def state_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int | None = None) -> float:
+    """Return the bytes of a token's keys and values, and of their float32 (float64 in float64) gradients.
+
+    Args:
+        chunk_size: tokens of a chunk, of which a window hides the first from later chunks. None keeps all.
+    """
+    return stored_elements_per_token(shape, chunk_size) * bytes_per_element(element_bytes)
 
 
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
@@ -173,7 +180,8 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
     an edge takes its place.
     """
     chunks = (length - 1) // chunk_size
-    return chunks * (chunk_size * state_bytes_per_token(shape, element_bytes) + shape.recurrent.edge_bytes)
+    of_tokens = round(chunk_size * state_bytes_per_token(shape, element_bytes, chunk_size))
+    return chunks * (of_tokens + shape.recurrent.edge_bytes)
 
 
 def live_tokens(
@@ -228,7 +236,9 @@ def memory_parts(
     held = held or cut_layers(shape.layers, 1)[0]
     kept = engine_bytes(_held_weights(shape, held), settings)
     activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks)
-    a_token = state_bytes_per_token(shape, settings.element_bytes)
+    a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
+    if settings.offload_state == "host":  # counted by `peak_memory`
+        stored = edges = 0
     head = head_bytes(shape, settings) if held.is_last else 0
     parts = MemoryParts(
         weights=kept.weights,

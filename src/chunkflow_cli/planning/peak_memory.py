@@ -26,6 +26,7 @@ from chunkflow_cli.planning.memory_parts import (
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers
+from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, bytes_of_blocks, host_bytes
 
 
 class HeldAtOnce(NamedTuple):
@@ -42,9 +43,14 @@ class HeldAtOnce(NamedTuple):
     chunks: NDArray[np.float64]
     """Chunks that hold activations."""
 
-    def state_bytes(self, shape: ModelShape, element_bytes: int) -> NDArray[np.float64]:
-        """Return the bytes of the state store, (cases,)."""
-        return self.stored * state_bytes_per_token(shape, element_bytes) + self.edges * shape.recurrent.edge_bytes
+    def state_bytes(self, shape: ModelShape, settings: MemorySettings) -> NDArray[np.float64]:
+        """Return the bytes of the state store on the device, (cases,)."""
+        if settings.offload_state == "host":
+            most = float(self.stored.max(initial=0.0))
+            blocks = bytes_of_blocks(shape, settings.element_bytes, settings.device_type, most)
+            return np.full(len(self.stored), float(blocks))
+        a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
+        return self.stored * a_token + self.edges * shape.recurrent.edge_bytes
 
 
 def memory_of_fullest(
@@ -61,16 +67,55 @@ def memory_of_fullest(
         steps: steps of a run with a pipeline that were simulated already.
     """
     if run.pipeline is None:
-        return _of_fullest_rank(shape, settings, activations_and_state(run, is_planned_whole=False))
+        cases = activations_and_state(run, is_planned_whole=False)
+        parts = _of_fullest_rank(shape, settings, cases)
+        return parts if settings.offload_state == "none" else _with_host_state(shape, settings, cases, parts)
     longest_step = run.batches.step_of(int(run.lengths.argmax()), run.steps)
     if longest_step is not None and all(step.plan.step != longest_step for step in steps):
         steps = [*steps, SimulatedStep(run, run[longest_step])]
-    return _of_fullest_stage(shape, settings, run, steps)
+    parts = _of_fullest_stage(shape, settings, run, steps)
+    return parts if settings.offload_state == "none" else _with_host_state_of_stages(shape, settings, run, steps, parts)
+
+
+def _with_host_state(shape: ModelShape, settings: MemorySettings, cases: HeldAtOnce, parts: MemoryParts) -> MemoryParts:
+    """Add the state of a rank: all of it in host memory, and blocks of it on the device."""
+    on_device = cases.state_bytes(shape, settings).max(initial=0.0)
+    on_host = host_bytes(
+        shape, cases.stored, cases.edges, element_bytes=settings.element_bytes, chunk_size=settings.chunk_size,
+        device_type=settings.device_type,
+    )  # fmt: skip
+    return replace(parts.filled(parts.activations, int(on_device)), host_state=int(np.max(on_host, initial=0.0)))
+
+
+def _with_host_state_of_stages(
+    shape: ModelShape, settings: MemorySettings, run: RunPlan, steps: Sequence[SimulatedStep], parts: MemoryParts
+) -> MemoryParts:
+    """Add the state of the stage that holds the most, of all sequences in flight, each with a block begun."""
+    on_device_too = replace(settings, offload_state="none")
+    block = STATE_BLOCK_TOKENS[settings.device_type]
+    a_token, most, longest = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size), 0.0, 0.0
+    for step in steps:
+        for index in step.first_of_groups:
+            rank = step.plan.ranks[index]
+            if not len(rank.chunks):
+                continue
+            tokens = _TokensOfChunks.of(rank, shape.kv_heads)
+            tokens = replace(tokens, received=np.zeros(len(tokens.held)))  # that stays on the device
+            for layers in run.stage_layers(shape.layers):
+                _, kept = tokens.bytes_on(shape, on_device_too, layers)
+                begun = np.zeros(len(kept))
+                begun[[group.start for group in rank.chunks.dependent_groups()]] = block * a_token
+                kept += begun * layers.layers / shape.layers
+                _, held = step.timeline(index).live_bytes(0, layers.stage, np.zeros(len(kept)), kept)
+                most = max(most, float(held.max(initial=0.0)))
+            longest = max(longest, float(tokens.read_later.sum()))
+    blocks = bytes_of_blocks(shape, settings.element_bytes, settings.device_type, longest)
+    return replace(parts.filled(parts.activations, parts.state + blocks), host_state=int(most))
 
 
 def _of_fullest_rank(shape: ModelShape, settings: MemorySettings, cases: HeldAtOnce) -> MemoryParts:
     activations = activation_bytes(shape, settings, shape.layers, cases.live, cases.sharers, cases.chunks)
-    state = cases.state_bytes(shape, settings.element_bytes)
+    state = cases.state_bytes(shape, settings)
     fullest = _undominated(activations, state)  # bytes grow with both, so one of these takes the most
     held = [dict(zip(cases._fields, case, strict=True)) for case in np.stack(cases)[:, fullest].T.tolist()]
     return max((memory_parts(shape, settings, **case) for case in held), key=lambda parts: parts.before_step)
@@ -170,8 +215,9 @@ class _TokensOfChunks:
         The store holds the keys and values that later chunks read, their gradients, the states of recurrent layers, and
         received hidden states.
         """
-        of_layers = self.read_later * state_bytes_per_token(shape, settings.element_bytes)
+        of_layers = self.read_later * state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
         of_layers += self.continues * shape.recurrent.edge_bytes
+        of_layers *= settings.offload_state == "none"
         received = self.received * shape.hidden_size * settings.element_bytes
         kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)
         activations = self.held * kept + merged_bytes_per_chunk(shape, settings, held.layers)

@@ -37,6 +37,8 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
     if not len(rank.chunks):
         return 0.0
     tokens, pairs = chunk_tokens(rank.chunks), costs.chunk_pairs(rank.chunks)
+    if costs.moves_state:
+        return _seconds_with_moves(rank, costs)
     targets = chunk_targets(rank.chunks, rank.target_counts)
     is_recomputed = np.zeros(len(rank.chunks), dtype=bool)
     is_recomputed[rank.recomputed] = True
@@ -51,6 +53,18 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
     spread = len(rank.spread)
     alone = seconds(costs, slice(spread, None))
     return alone + seconds(costs.spread_over(rank.group_size), slice(spread)) if spread else alone
+
+
+def _seconds_with_moves(rank: RankPlan, costs: CostModel) -> float:
+    """Predict the seconds of all operations of a rank, each as long as its computation or its copies of state."""
+    total, spread = 0.0, len(rank.spread)
+    is_recomputed = np.zeros(len(rank.chunks))
+    is_recomputed[rank.recomputed] = 1.0
+    for part, of_part in ((slice(spread), costs.spread_over(rank.group_size)), (slice(spread, None), costs)):
+        each = of_part.of_chunks(rank.chunks, rank.target_counts)
+        twice = is_recomputed * (each.state_pass[0] + each.recompute[0] - each.forward[0])
+        total += float((each.forward[0] + each.backward[0] + twice)[part].sum())
+    return total
 
 
 def stage_seconds(run: RunPlan, rank: RankPlan) -> NDArray[np.float64]:

@@ -33,6 +33,8 @@ class Candidate:
     """Ranks of a sequence-parallel group; 1 without."""
     cuts: str
     """How long sequences are cut, as in `chunk.cuts`: into pieces of equal `tokens` or equal `time`."""
+    offload_state: str
+    """Where state is kept, as in `chunk.offload_state`: on the device (`none`), or in `host` memory."""
     data_parallel: int
     """Ranks or pipelines that samples are divided among; all sequence-parallel groups together."""
     step_seconds: float
@@ -153,18 +155,26 @@ def search(
     memory_bytes: PeakMemory,
     memory_limit_bytes: int,
     on_candidate: Callable[[int], None] = lambda done: None,
+    offloaded: Callable[[RunPlan], RunPlan | None] = lambda run: None,
 ) -> list[Candidate]:
     """Predict every choice, in the given order.
+
+    State in host memory never makes a step faster, so it is tried only for choices that do not fit without.
 
     Args:
         runs: one run under different chunk sizes, K and layouts.
         steps: steps of the run that are planned; they represent all.
         memory_limit_bytes: choices that need more do not fit.
         on_candidate: called after each choice with the number of choices done.
+        offloaded: returns a run with its state in host memory; None if that is no choice.
     """
     candidates = []
     for run in runs:
-        candidates.append(_predict(run, steps, memory_bytes, memory_limit_bytes))
+        candidate = _predict(run, steps, memory_bytes, memory_limit_bytes)
+        if not candidate.fits and (moved := offloaded(run)) is not None:
+            other = _predict(moved, steps, memory_bytes, memory_limit_bytes)
+            candidate = other if other.fits else candidate
+        candidates.append(candidate)
         on_candidate(len(candidates))
     return candidates
 
@@ -212,6 +222,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
         stages=run.stages,
         sequence=run.sequence,
         cuts="time" if run.equal_time else "tokens",
+        offload_state="host" if run.costs.moves_state else "none",
         data_parallel=run.ranks,
         step_seconds=float(np.mean(seconds)) + run.costs.step_seconds,
         memory_bytes=needed,

@@ -30,7 +30,7 @@ import torch
 
 from chunkflow_cli import streams
 from chunkflow_cli.config.load import load
-from chunkflow_cli.config.schema import Config
+from chunkflow_cli.config.schema import Config, OffloadState
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
@@ -70,6 +70,7 @@ def calibrate(config: Config, sizes: Sequence[int], *, budget_seconds: float) ->
         UsageError: the model cannot be loaded or trained here, or fewer than two sizes fit into the device's memory.
     """
     hf_config = load_config(config.model)
+    config = replace(config, chunk=replace(config.chunk, offload_state=OffloadState.none))  # predicted from its size
     try:
         parts, device = _warmed_up(config, hf_config, min(sizes))
     except torch.OutOfMemoryError as error:

@@ -41,6 +41,7 @@ from chunkflow_cli.training.determinism import warn_of_kernels
 from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops, device_name
+from chunkflow_cli.training.host_room import check_host_room
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.inputs import FoundData, RunData, sample_counts
 from chunkflow_cli.training.joining import load_data
@@ -142,6 +143,7 @@ def prepare(
         shape, plan = setup.shape, setup.plan(data.train)
         assert shape is not None
         warn_of_kernels(config, shape, device)
+        check_host_room(setup, plan)
         parts = assemble(
             config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
             stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,

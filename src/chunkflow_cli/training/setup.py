@@ -19,6 +19,7 @@ from chunkflow_cli.config.schema import (
     Cuts,
     Device,
     EngineConfig,
+    OffloadState,
     Spread,
 )
 from chunkflow_cli.data.cache import cache_root
@@ -95,6 +96,7 @@ class RunSetup:
             chunk_size=config.chunk.size,
             device_type="cpu" if "CPU" in self.device.name else "cuda",
             buffers=_buffers(config.engine),
+            offload_state=config.chunk.offload_state.value,
         )
 
 
@@ -155,7 +157,7 @@ def read_setup(
         if shape is not None and cost_model is CostModelName.profile:
             is_checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
             costs = CostModel.profile(shape, device, checkpointed=is_checkpointed)
-        return RunSetup(config, shape, device, costs, topology)
+        return RunSetup(config, shape, device, _costs_of_state(config, costs, device), topology)
     if hf_config is None:
         raise UsageError("plan.cost_model=measured needs a model: set model.path")
     path = calibration_path(config, hf_config, device)
@@ -168,9 +170,15 @@ def read_setup(
             f"plan.cost_model=measured: this model, as configured, has not been measured on {device.name}\n"
             "  run chunkflow tune-chunk-size with the same recipe and keys: it measures the model and keeps the result"
         )
+    costs = _costs_of_state(config, calibration.costs, device)
     if measure is None:
-        return RunSetup(config, shape, device, calibration.costs, topology)
-    return RunSetup(config, calibration.shape, device, calibration.costs, topology, calibration)
+        return RunSetup(config, shape, device, costs, topology)
+    return RunSetup(config, calibration.shape, device, costs, topology, calibration)
+
+
+def _costs_of_state(config: Config, costs: CostModel, device: DeviceProfile) -> CostModel:
+    """Return the costs with those of state where `chunk.offload_state` keeps it."""
+    return costs.with_state_on_host(device) if config.chunk.offload_state is OffloadState.host else costs
 
 
 def scan_kernels(config: Config, device: DeviceProfile) -> frozenset[str]:

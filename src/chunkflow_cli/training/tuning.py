@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ DISTURBED = 0.4
 """Relative error of a fit above which the timings are doubted."""
 ALLOCATOR_WASTE = 0.05
 """Share of a device's memory that allocators cannot use; unused if `tune.memory_gib` sets the limit."""
-Pair = tuple[int, int]
-"""chunk.size and chunk.k."""
+Pair = tuple[int, int, str]
+"""chunk.size, chunk.k and chunk.offload_state."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ def measure_best(
     config = loaded.config
     if tuning.setup.calibration is None or config.tune.measure == 0:
         return {}
-    best = ranked[: config.tune.measure]
+    place = ranked[0].offload_state  # one process measures all
+    best = [candidate for candidate in ranked if candidate.offload_state == place][: config.tune.measure]
     if len(best) < 2:
         return {}  # there is nothing to compare
     totals = itertools.accumulate(candidate.step_seconds for candidate in best)
@@ -208,10 +209,12 @@ def measure_best(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "seconds.json")
         _run_measurement(
-            ["--out", str(out), "--pairs", *pairs, "--step", str(tuning.search.steps[0])], loaded, config_dir
+            ["--out", str(out), "--pairs", *pairs, "--step", str(tuning.search.steps[0])],
+            replace(loaded, overrides=(*loaded.overrides, f"chunk.offload_state={place}")),
+            config_dir,
         )
         rows = json.loads(out.read_text(encoding="utf-8"))
-    return {(row["chunk_size"], row["k"]): row["seconds"] for row in rows}
+    return {(row["chunk_size"], row["k"], place): row["seconds"] for row in rows}
 
 
 def _run_measurement(arguments: list[str], loaded: LoadedConfig, config_dir: str | None) -> None:

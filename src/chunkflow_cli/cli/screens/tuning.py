@@ -47,6 +47,7 @@ def print_tuning(console: Console, result: dict[str, Any]) -> None:
 
 def _layout(row: dict[str, Any]) -> str:
     words = " chunk.cuts=time" if row["cuts"] == "time" else ""
+    words += " chunk.offload_state=host" if row["offload_state"] == "host" else ""
     words += f" parallel.sequence={row['sequence']}" if row["sequence"] > 1 else ""
     words += f" parallel.pipeline={row['stages']}" if row["stages"] > 1 else ""
     return words + (f" on {row['stages'] * row['data_parallel']} devices" if row["data_parallel"] > 1 else "")
@@ -113,6 +114,7 @@ def _ranking(candidates: list[dict[str, Any]]) -> Table:
         "stages": lambda row: str(row["stages"]),
         "group": lambda row: str(row["sequence"]),
         "cuts": lambda row: row["cuts"],
+        "state": lambda row: "host" if row["offload_state"] == "host" else "device",
         "predicted": lambda row: _seconds(row["step_seconds"]),
         "measured": lambda row: _seconds(row["measured_step_seconds"]),
         "memory": lambda row: human_bytes(row["memory_bytes"]),
@@ -120,10 +122,10 @@ def _ranking(candidates: list[dict[str, Any]]) -> Table:
         "waiting": lambda row: percent(row["bubble_ratio"]),
         "full": lambda row: percent(row["fill"]),
     }
-    for column, name in (("stages", "stages"), ("group", "sequence"), ("cuts", "cuts")):
+    for column, name in (("stages", "stages"), ("group", "sequence"), ("cuts", "cuts"), ("state", "offload_state")):
         if len({row[name] for row in rows}) == 1:
             del cells[column]
-    if {"stages", "group", "cuts"} & cells.keys():  # 80 columns have no room for all
+    if {"stages", "group", "cuts", "state"} & cells.keys():  # 80 columns have no room for all
         del cells["recomputed"], cells["full"]
     if all(row["measured_step_seconds"] is None for row in rows):
         del cells["measured"]
