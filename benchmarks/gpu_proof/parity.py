@@ -36,7 +36,7 @@ from chunkflow_cli.model.recurrent_functions import installed_kernels
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import plan
 from gpu_proof.cases import Case
-from gpu_proof.training import Place
+from gpu_proof.training import Place, free_memory
 from gpu_proof.worker import NotHere, Values, attempt
 
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 0.0}
@@ -62,6 +62,7 @@ def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     for case in cases:
+        free_memory()
         yield attempt(partial(_compared, case.facts, place))
 
 

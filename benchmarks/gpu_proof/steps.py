@@ -22,7 +22,7 @@ from chunkflow_cli.training.inputs import load_run_data
 from common import PlainTraining
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
-from gpu_proof.training import Place, run_words, words_of_state
+from gpu_proof.training import Place, free_memory, run_words, words_of_state
 from gpu_proof.worker import Values, attempt
 
 LEARNING_RATE, EPS = 0.02, 1e-3
@@ -38,6 +38,7 @@ def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:
     torch.backends.cuda.matmul.allow_tf32 = False
     plain = cache(partial(_plain_step, place))  # one for each data type
     for case in cases:
+        free_memory()
         if "group" in case.facts:
             yield attempt(partial(_sum_over_group, case.facts["group"]), may_be_refused=False)
         else:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ def attempt(measure: Callable[[], Values], *, may_be_refused: bool = True) -> Va
     except UsageError as error:
         row = {"status": "refused" if may_be_refused else "error", "note": str(error)}
     except Exception as error:
-        row = {"status": "error", "note": describe(error)}
+        row = {"status": "error", "note": describe(error), "traceback": traceback.format_exc()}
     return {"values": {}, **row, "took_seconds": time.perf_counter() - started}
 
 
@@ -69,7 +70,7 @@ def main() -> None:
 
     import transformers  # noqa: F401 - now, not within a measurement
 
-    from gpu_proof.training import Place, free_memory
+    from gpu_proof.training import Place
 
     gc.freeze()  # what is imported stays: collecting what a run has left takes milliseconds, not a third of a second
     if not sys.stdin.readline():
@@ -89,10 +90,20 @@ def main() -> None:
                 if row["status"] == "passed" and part.section.name not in PARITY:
                     row["status"] = "measured"
                 write({"section": part.section.name, **row})
-                try:
-                    free_memory()
-                except RuntimeError:  # an error on the device stays for as long as its process
+                if _is_spoilt():
                     sys.exit(SPOILT)
+
+
+def _is_spoilt() -> bool:
+    """Return whether an error on the device has ended all work on it, which lasts as long as the process."""
+    import torch
+
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _rows(module: Any, part: Part, place: Any) -> Iterator[Values]:

@@ -7,6 +7,7 @@ samples are shorter than the convolution, and in one case chunks are, too.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import itertools
 import sys
@@ -39,6 +40,7 @@ from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.forward_scope import ForwardScope, forward_value
+from chunkflow_cli.model.recurrent_functions import SCANS
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Layout, plan
 from support.exact import float64_throughout
@@ -453,6 +455,23 @@ def test_a_kernel_that_takes_packed_chunks(monkeypatch: pytest.MonkeyPatch, name
         result = compared(model, SHORT_ONES)
     assert result.grad_rel_error <= TOLERANCE
     assert max(calls) > 2
+
+
+def test_packed_chunks_are_for_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, as the guard has it, transformers' own function runs where flash-linear-attention is installed, too.
+
+    It would take a packed chunk as one sequence.
+    """
+    scan, right, find = (
+        SCANS["torch_chunk_gated_delta_rule"],
+        scans_module.takes_packed_chunks,
+        importlib.util.find_spec,
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "fla" or find(name, *rest))
+    monkeypatch.setattr(scans_module, "takes_packed_chunks", lambda scan, device: right(scan, torch.device("cuda")))
+    assert right(scan, torch.device("cuda"))
+    with float64_throughout():
+        assert compared(recurrent_model("qwen3_5", torch.float64), SHORT_ONES).grad_rel_error <= TOLERANCE
 
 
 # The scope of a forward.

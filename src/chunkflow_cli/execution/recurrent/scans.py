@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import hub_kernels
 
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.execution.recurrent.sharing import Sharing
@@ -165,7 +166,10 @@ class _Call:
 
 def takes_packed_chunks(scan: Scan, device: torch.device) -> bool:
     """Return true if a kernel runs that takes a packed chunk."""
-    return scan.is_packing and device.type == "cuda" and importlib.util.find_spec(scan.package) is not None
+    # Where transformers leaves kernels out, its own function runs, which ignores the segments that it is given.
+    if not scan.is_packing or device.type != "cuda" or hub_kernels.is_torchdynamo_exporting():
+        return False
+    return importlib.util.find_spec(scan.package) is not None
 
 
 def block_for(tokens: int, block: int) -> int:
