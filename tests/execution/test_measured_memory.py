@@ -201,7 +201,7 @@ def test_what_dora_and_dropout_keep(settings: dict[str, Any], tiny_model: Callab
     width = max(NARROW["hidden_size"], NARROW["intermediate_size"])
     narrow = min(NARROW["hidden_size"], NARROW["intermediate_size"])
     workspace = 4 * (width * width + 3 * width * narrow) if "use_dora" in settings else 0
-    assert more.adapter_workspace_bytes == workspace
+    assert more.workspace_bytes == workspace
 
 
 def test_merged_copies_of_adapted_experts(tiny_model: Callable[..., Any]) -> None:

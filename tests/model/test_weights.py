@@ -225,8 +225,7 @@ QUANTISED = [
     {"load_in_8bit": True},
     {"quant_method": "gptq", "bits": 4},
     {"quant_method": "awq", "bits": 4},
-    {"quant_method": "fp8"},
-    {"quant_method": "mxfp4"},
+    {"quant_method": "fbgemm_fp8"},
     {"quant_method": "compressed-tensors"},
     {"quant_method": "none_such"},
 ]

@@ -59,7 +59,9 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "model.lora.modules_to_save=[embed_tokens,.*norm]",
     ),
 }
-WITHIN = {name: 5e-4 if name.startswith("adamw") else 5e-5 for name in RECIPES}
+APART: dict[str, tuple[str, ...]] = {"nf4": (*RECIPES["lora"], "model.quantization=nf4")}
+"""Recipes that run in a few layouts only."""
+WITHIN = {name: 5e-4 if name.startswith("adamw") else 5e-5 for name in (*RECIPES, *APART)}
 """Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
 
 
@@ -83,7 +85,7 @@ def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     data_parallel.check_settings = requirements.check_settings = lambda settings: None  # type: ignore[attr-defined]
     reports = []
     for case in arguments["cases"]:
-        words = [*arguments["base"], *RECIPES[case.recipe], *case.words, f"train.output_dir={case.folder}"]
+        words = [*arguments["base"], *(RECIPES | APART)[case.recipe], *case.words, f"train.output_dir={case.folder}"]
         words = [word.replace("DRAWN", arguments["drawn"]) for word in words]
         reports.append(train.run(load(words), json_output=True))
     return reports
@@ -169,7 +171,8 @@ def runs(base: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Run
 @pytest.fixture(scope="module")
 def truth(runs: Runs) -> dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]:
     """The results of one process with ZeRO-1."""
-    return dict(zip(RECIPES, runs.launch(1, [Case(name) for name in RECIPES]), strict=True))
+    names = (*RECIPES, *APART)
+    return dict(zip(names, runs.launch(1, [Case(name) for name in names]), strict=True))
 
 
 def compare(runs: Runs, truth: dict[str, Any], processes: int, cases: list[Case], *, serial: bool) -> None:
@@ -196,6 +199,7 @@ def test_data_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> Non
         cases += [
             Case("drawn lengths", (f"engine.offload={what}", f"engine.zero_stage={stage}")) for what, stage in offloads
         ]
+        cases.append(Case("nf4", ("engine.zero_stage=2",)))
     compare(runs, truth, processes, cases, serial=processes == 2)
 
 
@@ -231,6 +235,7 @@ def test_pipeline(runs: Runs, truth: dict[str, Any], processes: int, words: str)
     cases = [Case(name, (words,)) for name in RECIPES]
     cases += [Case("sgd, K=2, tails alone", (words, schedule)) for schedule in STEPS.values()]
     cases += [Case("sgd", (words, "engine.zero_stage=0")), Case("lora", (words, "engine.zero_stage=0"))]
+    cases += [Case("nf4", (words,))] if processes == 2 else []
     compare(runs, truth, processes, cases, serial=words == "parallel.pipeline=4")
 
 

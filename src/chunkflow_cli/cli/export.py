@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from chunkflow_cli.config.schema import ModelConfig
+from chunkflow_cli.config.schema import ModelConfig, Quantization
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import to_be_writable, written_aside
@@ -20,6 +20,7 @@ from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.quantised import dequantise
 from chunkflow_cli.model.saving import loader_of, save_model, save_tokenizer
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.run_folder import IDENTITY
@@ -87,6 +88,9 @@ def _merge(source: Path, final: Path, target: Path) -> list[str]:
     hf_config = load_config(config)
     _check_base(source, config)
     base = load_model(config, hf_config, dtype=dtype, attention="sdpa", seed=seed)
+    if config.quantization is not Quantization.none:
+        dequantise(base, dtype)
+        base.to("cpu")
     try:
         merged, is_separated = merge_adapters(base, final)
     except ValueError as error:
@@ -95,6 +99,8 @@ def _merge(source: Path, final: Path, target: Path) -> list[str]:
     if (final / "tokenizer_config.json").is_file():
         save_tokenizer(target, AutoTokenizer.from_pretrained(str(final)))
     notes = [f"Merged into {config.path}, in {config.dtype.value}"]
+    if config.quantization is not Quantization.none:
+        notes.append(f"Its weights are those of the {config.quantization.value} base that the adapter was trained on")
     if is_separated:
         notes.append("Embedding and head were one weight; now each has its own, because only one has the adapter")
     return notes

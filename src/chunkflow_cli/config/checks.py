@@ -9,7 +9,18 @@ from typing import Any
 
 from chunkflow_cli.config.deepspeed_keys import check_deepspeed
 from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys, wrong_value
-from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread, TrainOn, Turns
+from chunkflow_cli.config.schema import (
+    Attention,
+    Config,
+    CostModelName,
+    Device,
+    Dtype,
+    Init,
+    Quantization,
+    Spread,
+    TrainOn,
+    Turns,
+)
 from chunkflow_cli.errors import UsageError
 
 _COMPARISONS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -106,8 +117,31 @@ def _check_model(config: Config) -> None:
                 f"model.{key}={as_written(value)} with model.lora.enabled=true: adapters leave the model as it is, so "
                 "its new weights would stay random\n  train them first, with model.lora.enabled=false"
             )
+    _check_quantisation(config)
     if lora.path is not None and not lora.enabled:
         raise UsageError(f"model.lora.path={lora.path} with model.lora.enabled=false\n  set model.lora.enabled=true")
+
+
+def _check_quantisation(config: Config) -> None:
+    model = config.model
+    if model.quantization is Quantization.none:
+        return
+    named = f"model.quantization={model.quantization.value}"
+    problem = {
+        "model.lora.enabled=false: quantised weights cannot be trained themselves\n  set model.lora.enabled=true": (
+            not model.lora.enabled
+        ),
+        "model.init=random: there are no weights to quantise\n  set model.quantization=none": model.init is Init.random,
+        "model.dtype=float64: bitsandbytes has no float64\n  set model.dtype=float32": model.dtype is Dtype.float64,
+        "a GGUF file, whose weights are converted to floating point\n  set model.path to a folder or an id": (
+            model.path.endswith(".gguf")
+        ),
+        "engine.zero_stage=3, which divides weights and would part them from their scales\n"
+        "  set engine.zero_stage=1 or 2: the optimizer state of adapters is small": config.engine.zero_stage == 3,
+    }
+    for text, is_so in problem.items():
+        if is_so:
+            raise UsageError(f"{named} with {text}")
 
 
 def _check_engine(config: Config) -> None:

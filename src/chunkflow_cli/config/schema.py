@@ -55,6 +55,12 @@ class Attention(str, Enum):
     reference = "reference"
 
 
+class Quantization(str, Enum):
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
 class ActivationCheckpointing(str, Enum):
     none = "none"
     full = "full"
@@ -193,6 +199,9 @@ class ModelConfig:
     """Where the weights come from. `random` reads only the model's configuration: for tests and benchmarks."""
     dtype: Dtype = Dtype.bfloat16
     """Data type of weights and activations. With bfloat16, master weights and accumulated gradients stay in float32."""
+    quantization: Quantization = Quantization.none
+    """Store the frozen linear layers under adapters in 4 (`nf4`) or 8 bits (`int8`), by bitsandbytes (QLoRA). The head,
+    the embedding and stacked experts stay as they are."""
     attention: Attention = Attention.auto
     """Attention backend. `auto` takes the fastest one that supports the model on this device."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
+from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG
 from chunkflow_cli.model.adapter_targets import (
@@ -221,12 +221,21 @@ def _refuse_contradictions(lora: LoraConfig, settings: Any) -> None:
             )
 
 
+def peft_targets(model: Any, lora: LoraConfig) -> Targets:
+    """Return what gets an adapter and what is trained whole, as peft is told; on the meta device, too.
+
+    Raises:
+        UsageError: as `find_targets`.
+    """
+    return _as_peft_adapts(model, find_targets(model, lora))
+
+
 def _new_settings(model: Any, lora: LoraConfig) -> Any:
     """Return peft's settings for new adapters."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import TaskType
 
-    targets = _as_peft_adapts(model, find_targets(model, lora))
+    targets = peft_targets(model, lora)
     towers = left_out(model)
     parameter_names = [name for name, _ in model.named_parameters(remove_duplicate=False)] + sorted(towers.tensors)
     for key, is_set, what, off in (
@@ -382,8 +391,13 @@ def adapter_card(config: ModelConfig, peft_model: Any) -> str:
     if config.path.endswith(".gguf"):
         arguments["gguf_file"] = Path(config.path).name
     extra = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    if config.quantization is not Quantization.none:
+        note += (
+            f"\nIts base was stored in {config.quantization.value} (bitsandbytes) in training. "
+            "`chunkflow export --merge` merges it into these weights.\n"
+        )
     if config.rope_scaling:
-        note = (
+        note += (
             f"\nIt was trained with the base's rotary embedding scaled, by `{dict(config.rope_scaling)}`, and is of no "
             "use without it. An adapter does not hold this setting"
             + (": load it as below.\n" if extra else ": use `chunkflow export --merge`.\n")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunkflow_cli.config.schema import Init, ModelConfig
+from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable
 from chunkflow_cli.model.adapter_folder import explain_adapter_folder
@@ -199,8 +199,22 @@ def unreadable(config: ModelConfig, what: str, error: Exception) -> UsageError:
     )
 
 
+DEQUANTISED = ("fp8", "mxfp4")
+"""Methods whose weights transformers converts to floating point while it loads them, on any device."""
+
+
+def stored_quantisation(hf_config: Any) -> tuple[str, dict[str, Any]] | None:
+    """Return the method and the settings by which the weights of a model were stored; None if they are plain."""
+    settings = getattr(hf_config, "quantization_config", None)
+    if settings is None:
+        return None
+    return _method(settings), dict(settings if isinstance(settings, dict) else settings.to_dict())
+
+
 def _settle_quantisation(config: ModelConfig, hf_config: Any) -> None:
-    """Refuse quantised weights; random weights are never quantised, so drop the setting for them.
+    """Refuse quantised weights that are not dequantised on load.
+
+    The model will have plain weights, and random ones are never quantised, so the setting is dropped.
 
     Raises:
         UsageError: names the method.
@@ -210,7 +224,15 @@ def _settle_quantisation(config: ModelConfig, hf_config: Any) -> None:
             settings = getattr(part, key, None)
             if settings is None:
                 continue
-            if config.init is not Init.random:
+            is_dequantised = part is hf_config and hf_config.get_text_config() is hf_config
+            is_dequantised &= key == "quantization_config" and _method(settings) in DEQUANTISED
+            if is_dequantised and config.quantization is not Quantization.none:
+                raise UsageError(
+                    f"model.quantization={config.quantization.value}: the weights of model.path={config.path} are "
+                    f"stored in {_method(settings)}, and cannot be converted and quantised at once\n  convert them to "
+                    "bfloat16 first, as docs/models.md shows, or set model.quantization=none"
+                )
+            if config.init is not Init.random and not is_dequantised:
                 raise UsageError(
                     f"model.path={config.path}: its weights are quantised ({_method(settings)}; {key} in config.json), "
                     "and chunkflow trains floating-point weights only\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chunkflow_cli.config.schema import Init, ModelConfig
+from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.adapters import AdapterSummary, add_lora, summarize
+from chunkflow_cli.model.adapters import AdapterSummary, add_lora, peft_targets, summarize
 from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.heard_bars import HeardDownload
-from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, unreadable
+from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
+from chunkflow_cli.model.quantised import check_dequantised, check_quantised, multiply_dequantised, quantization_config
 from chunkflow_cli.model.towers import Original, copyable_files, find_original
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
-from chunkflow_cli.processes.notices import warn_once
+from chunkflow_cli.processes.notices import say_once, warn_once
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 def load_model(
     config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str, seed: int
 ) -> PreTrainedModel:
-    """Return the model in train mode, on the CPU, without adapters.
+    """Return the model in train mode, on the CPU, without adapters. A quantised one is on the device of this process.
 
     `attention` is the name of an implementation in transformers. `seed` decides the weights that are drawn: all of them
     with model.init=random, otherwise those of model.new_weights and the new rows of model.vocab_size.
@@ -109,16 +111,21 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     check_files(config)
     named = f"model.path={config.path}"
     name, extra = pretrained_arguments(config.path)
+    as_saved = _as_saved(config, hf_config)
+    stored = _dequantise_on_load(config, as_saved)
+    few_bits: dict[str, Any] = {}
+    if config.quantization is not Quantization.none:
+        few_bits["quantization_config"] = quantization_config(config.quantization, dtype)
     language = None if extra else language_class(hf_config)
     if language is not None and Path(config.path).exists():
         copyable_files(Path(config.path), named)
     with loading_report() as report:
         try:
             model, info = (language or AutoModelForCausalLM).from_pretrained(
-                name, config=_as_saved(config, hf_config), dtype=dtype,
+                name, config=as_saved, dtype=dtype,
                 attn_implementation=attention if language is None else attention_of(hf_config, attention),
                 trust_remote_code=config.trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra,
+                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra, **few_bits,
             )  # fmt: skip
         except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
                 EOFError) as error:  # fmt: skip
@@ -129,11 +136,25 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
             groups = incomplete_groups(report)
             if not groups:
                 raise unreadable(config, "weights", error) from error
+            if stored is not None:
+                raise UsageError(
+                    f"{named}: its weights are stored in {stored}, and transformers cannot convert {listed(groups)}\n"
+                    "  set model.path to the model that it was made from, which its model card names"
+                ) from error
             raise UsageError(
                 f"model.path={config.path}: parts of {listed(groups)} are missing in its files, or have other shapes "
                 "than the rest\n  download the model again"
             ) from error
     check_loaded(model, info, named, new=config.new_weights)
+    if stored is not None:
+        check_dequantised(model, stored, named)
+        say_once(f"{named}: its weights are stored in {stored}, and converted to {config.dtype.value} for training")
+        own_dtype = re.compile("|".join(model._keep_in_fp32_modules_strict or ["(?!)"]))
+        for parameter_name, parameter in model.named_parameters():  # what was not quantised has the type of the files
+            if own_dtype.search(parameter_name) is None:
+                parameter.data = parameter.data.to(dtype)
+    if few_bits:
+        multiply_dequantised(model)
     if language is not None:
         model.original = _find_original(model, config.path, named)
     if extra:
@@ -142,6 +163,20 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def _dequantise_on_load(config: ModelConfig, own: Any) -> str | None:
+    """Have transformers dequantise weights that were stored in few bits; return by which method, or None."""
+    from transformers import AutoConfig
+
+    if config.path.endswith(".gguf"):
+        return None
+    stored = stored_quantisation(AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code))
+    if stored is None:
+        return None
+    method, settings = stored
+    own.quantization_config = settings | {"dequantize": True}
+    return method
 
 
 def _find_original(model: Any, path: str, named: str) -> Original:
@@ -161,13 +196,13 @@ def _find_original(model: Any, path: str, named: str) -> Original:
 
 def _as_saved(config: ModelConfig, hf_config: PretrainedConfig) -> PretrainedConfig:
     """Return the configuration with the vocabulary size of the checkpoint, which `model.vocab_size` replaces later."""
+    own = copy.deepcopy(hf_config)
     if config.vocab_size is None:
-        return hf_config
+        return own
     from transformers import AutoConfig
 
     name, extra = pretrained_arguments(config.path)
     saved = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **extra)
-    own = copy.deepcopy(hf_config)
     own.get_text_config().vocab_size = saved.get_text_config().vocab_size
     return own
 
@@ -197,9 +232,13 @@ def check_adapters(config: ModelConfig, hf_config: PretrainedConfig) -> AdapterS
     """Return what the configured adapters train, read off the whole model without its weights.
 
     Raises:
-        UsageError: as `add_lora`.
+        UsageError: as `add_lora`, or something that is trained whole or adapted as a parameter is to be quantised.
     """
-    return summarize(skeleton(config, hf_config))
+    model = on_meta_device(config, hf_config)
+    if config.quantization is not Quantization.none and config.lora.path is None:
+        check_quantised(model, peft_targets(model, config.lora))
+    with torch.device("meta"):
+        return summarize(add_lora(model, config.lora))
 
 
 def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:

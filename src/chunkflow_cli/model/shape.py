@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chunkflow_cli.config.schema import ModelConfig
+from chunkflow_cli.config.schema import ModelConfig, Quantization
 from chunkflow_cli.model.adapters import adapted_layers, add_lora, saved_modules, trained_copy
 from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.loading import on_meta_device
+from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
 from chunkflow_cli.planning.attention_layers import by_size
 from chunkflow_cli.planning.costs import ModelShape
@@ -30,7 +31,14 @@ def shape_without_weights(
         kernels: as in `model_shape`.
     """
     model = on_meta_device(config, hf_config)
-    shape = model_shape(model, kernels)
+    layers = {} if config.quantization is Quantization.none else quantised_layers(model)
+    dtype: torch.dtype = getattr(torch, config.dtype.value)
+    shape = replace(
+        model_shape(model, kernels),
+        spared_bytes=sum(layer.weight.nbytes - stored_bytes(config.quantization, layer) for layer in layers.values()),
+        # bitsandbytes dequantises to float32 (int8), and a CPU multiplies in it (bfloat16).
+        workspace_bytes=max((layer.weight.numel() * (dtype.itemsize + 4) for layer in layers.values()), default=0),
+    )
     if not config.lora.enabled:
         return shape
     with torch.device("meta"):
@@ -116,13 +124,13 @@ def _with_extra_activations(shape: ModelShape, peft_model: Any) -> ModelShape:
             products += out * element_bytes
             workspace = max(workspace, (width * width + 3 * width * out) * element_bytes)
     if not kept or shape.layer_activation_bytes is None:
-        return replace(shape, adapter_workspace_bytes=workspace)
+        return replace(shape, workspace_bytes=shape.workspace_bytes + workspace)
     return replace(
         shape,
         layer_activation_bytes=shape.layer_activation_bytes + kept / shape.layers,
         largest_layer_activation_bytes=(shape.largest_layer_activation_bytes or 0) + kept / shape.layers,
         layer_product_bytes=(shape.layer_product_bytes or 0) + products / shape.layers,
-        adapter_workspace_bytes=workspace,
+        workspace_bytes=shape.workspace_bytes + workspace,
     )
 
 

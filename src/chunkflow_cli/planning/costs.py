@@ -52,8 +52,11 @@ class ModelShape:
     """Weights of the trained copy of the embedding that adapters come with (`model.lora.modules_to_save`)."""
     head_copy: int = 0
     """Likewise of the head. Where embedding and head share a weight, they share the copy, and both fields count it."""
-    adapter_workspace_bytes: int = 0
-    """Most bytes that an adapter needs for a moment in its forward: DoRA computes whole weights for their lengths."""
+    workspace_bytes: int = 0
+    """Most bytes that a layer needs for a moment: DoRA computes whole weights for their lengths, and a quantised layer
+    is multiplied with its dequantised weight."""
+    spared_bytes: int = 0
+    """Bytes that quantised layers take less than in the model's data type, all together."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 

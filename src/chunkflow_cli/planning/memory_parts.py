@@ -141,7 +141,7 @@ def merged_bytes_of_running(shape: ModelShape, settings: MemorySettings) -> floa
     What an adapter needs for a moment is added.
     """
     of_layer = shape.merged_bytes / shape.layers * (1 if settings.checkpointing == "none" else 2)
-    return of_layer + shape.adapter_workspace_bytes
+    return of_layer + shape.workspace_bytes
 
 
 def state_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
@@ -213,7 +213,8 @@ def memory_parts(
     held = held or cut_layers(shape.layers, 1)[0]
     shared = settings.data_parallel
     trainable = shape.trainable_parameters_of(held)
-    weights = shape.parameters_of(held) * settings.element_bytes // (shared if settings.zero_stage == 3 else 1)
+    weights = shape.parameters_of(held) * settings.element_bytes - shape.spared_bytes * held.layers // shape.layers
+    weights //= shared if settings.zero_stage == 3 else 1
     optimizer = trainable * 4 * (1 + settings.optimizer_states) // (shared if settings.zero_stage >= 1 else 1)
     summed = trainable * 4 // (shared if settings.zero_stage >= 2 else 1)
     of_a_chunk = trainable * settings.element_bytes if settings.element_bytes != 4 else 0

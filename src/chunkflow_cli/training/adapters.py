@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
-from chunkflow_cli.config.schema import LORA_LEARNING_RATE, Config, Offload, OptimizerName
+from chunkflow_cli.config.schema import LORA_LEARNING_RATE, Config, Offload, OptimizerName, Quantization
 from chunkflow_cli.model.adapter_folder import read_adapter_config
-from chunkflow_cli.model.loading import check_adapters
+from chunkflow_cli.model.loading import check_adapters, on_meta_device
+from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 
+GIB = 2**30
 SMALL = LORA_LEARNING_RATE / 4
 """Learning rates of AdamW below this one are named as small for adapters."""
 
@@ -21,6 +23,8 @@ def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
     rate, is_adamw = config.optim.lr, config.optim.name is OptimizerName.adamw
     usual = ", the default for LoRA" if is_adamw and rate == LORA_LEARNING_RATE else ""
     lines = [f"{summary}; learning rate {rate:g}{usual}"]
+    if config.model.quantization is not Quantization.none:
+        lines.append(describe_quantisation(config, hf_config))
     if config.model.lora.path is not None:
         lines.append(f"Training goes on from the adapter in {config.model.lora.path}")
     warnings = [summary.warning, _other_base(config)]
@@ -31,6 +35,22 @@ def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
     lines += [f"warning: {warning}" for warning in warnings if warning is not None]
     for line in lines:
         console.print(line, soft_wrap=True)
+
+
+def describe_quantisation(config: Config, hf_config: Any) -> str:
+    """Return the line that says what of the base is stored in few bits, and what that spares."""
+    kind, model = config.model.quantization, on_meta_device(config.model, hf_config)
+    layers = quantised_layers(model)
+    whole, stored = (
+        sum(p.nbytes for p in model.parameters()),
+        sum(stored_bytes(kind, layer) for layer in layers.values()),
+    )
+    kept = whole - sum(layer.weight.nbytes for layer in layers.values())
+    share = sum(layer.weight.numel() for layer in layers.values()) / sum(p.numel() for p in model.parameters())
+    return (
+        f"The base is stored in {kind.value}: {(stored + kept) / GIB:.2f} GiB instead of {whole / GIB:.2f}; "
+        f"{100 * share:.0f} % of its weights, the rest stays {config.model.dtype.value}"
+    )
 
 
 def _other_base(config: Config) -> str | None:

@@ -27,7 +27,7 @@ from chunkflow_cli.execution.step import RunnerSettings
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.model.shape import model_shape, with_adapters
+from chunkflow_cli.model.shape import shape_without_weights
 from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers
 
@@ -73,10 +73,9 @@ def assemble(
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
     enable_activation_checkpointing(model, config.model.activation_checkpointing)
-    shape = model_shape(model)
+    shape = shape_without_weights(config.model, hf_config)
     if config.model.lora.enabled:
         model = add_lora(model, config.model.lora)
-        shape = with_adapters(shape, model)
     processes = processes or Processes()
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     runner_settings = partial(
