@@ -314,7 +314,8 @@ def test_a_merge_finds_its_base_from_anywhere(
     text = settings.read_text()
     (run / ".hydra").mkdir()
     (run / ".hydra" / "config.yaml").write_text(
-        "model: {path: base, dtype: float32, init: pretrained}\ntrain: {seed: 0, output_dir: runs/one}\n"
+        "model: {path: base, dtype: float32, init: pretrained, rope_scaling: {rope_type: yarn, factor: 4}}\n"
+        "train: {seed: 0, output_dir: runs/one}\n"
     )
     identity = RunIdentity((), (), {}, {}, model_files(ModelConfig(path=str(project / "base"))))
     (run / "identity.json").write_text(json.dumps(identity.to_json()))
@@ -325,6 +326,11 @@ def test_a_merge_finds_its_base_from_anywhere(
     assert told.out == "merged\n"
     assert "A whole model. Load it" in told.err
     assert "no tokenizer" in told.err
+    merged = json.loads((tmp_path / "elsewhere" / "merged" / "config.json").read_text())
+    assert merged["rope_parameters"]["factor"] == 4
+    assert merged["max_position_embeddings"] == 4 * 1024
+    export.run(str(run), output="copied", merge=False)
+    assert 'AutoPeftModelForCausalLM.from_pretrained("copied")' in capsys.readouterr().err
     # Earlier versions recorded the relative path. A folder of that name here is another model.
     settings.write_text(text.replace(str(project / "base"), "base"))
     tiny_model("llama", seed=1).save_pretrained("base")

@@ -21,7 +21,7 @@ from chunkflow_cli.execution.parity import compare, random_sequences
 from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters
 from chunkflow_cli.model.hf_config import load_config, position_limit
 from chunkflow_cli.model.loading import load_model
-from chunkflow_cli.model.saving import save_model
+from chunkflow_cli.model.saving import loading_code, save_model
 from chunkflow_cli.training.inputs import far_positions_warning
 
 YARN = {"rope_type": "yarn", "factor": 4}
@@ -151,8 +151,8 @@ def test_an_adapter_says_how_to_load_its_scaled_base(tiny_model: Callable[..., A
     weights = {name: t.detach() for name, t in adapted.state_dict(keep_vars=True).items() if t.requires_grad}
     card = adapter_card(config, adapted)
     save_adapters(adapted, tmp_path / "final", weights, card)
-    code = next(line for line in card.splitlines() if line.startswith("model = "))
+    _, code = loading_code(tmp_path / "final")
     names: dict[str, Any] = {"AutoPeftModelForCausalLM": AutoPeftModelForCausalLM}
-    exec(code.replace("FOLDER", str(tmp_path / "final")), names)
+    exec(code, names)
     assert torch.equal(names["model"](IDS).logits, adapted(IDS).logits)
     assert AutoConfig.from_pretrained(tmp_path / "base").max_position_embeddings == 32

@@ -40,6 +40,9 @@ def test_the_start_says_what_is_trained_and_at_which_rate(tiny_model: Callable[.
     assert told[1].startswith("warning: optim.lr=1e-05 suits a full fine-tune")
     assert told[2].startswith("warning: engine.offload=optimizer suits a full fine-tune")
     assert len(begin(*words, "optim=sgd")) == 1
+    told = begin(*words, "model.quantization=int8")
+    linear = 2 * 2 * 2 * 64 * (64 + 32) / 2 + 2 * 3 * 64 * 96
+    assert told[1].startswith(f"{100 * linear / base:.0f} % of the base's weights are stored in int8, the others in bf")
     told = begin(f"model.path={experts}")
     assert "57 % of the weights" in told[1]
     assert told[1].endswith("model.lora.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]")

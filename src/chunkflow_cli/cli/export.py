@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from rich.text import Text
 
 from chunkflow_cli.config.schema import ModelConfig, Quantization
 from chunkflow_cli.console import stderr_console, stdout_console, working
@@ -21,7 +22,7 @@ from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.quantised import dequantise
-from chunkflow_cli.model.saving import loader_of, save_model, save_tokenizer
+from chunkflow_cli.model.saving import loading_code, save_model, save_tokenizer
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.run_folder import IDENTITY
 from chunkflow_cli.training.saved_config import CONFIG
@@ -55,8 +56,6 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
             notes = _merge(source, final, temporary)
         else:
             shutil.copytree(final, temporary, dirs_exist_ok=True)
-    if has_adapters and not merge and OmegaConf.select(OmegaConf.load(source / CONFIG), "model.rope_scaling"):
-        notes.append(f"Its base must be loaded with model.rope_scaling: {target / 'README.md'} shows how")
     has_tokenizer = (target / "tokenizer_config.json").is_file()
     if not has_tokenizer:
         notes.append("It has no tokenizer, because the model of the run has none")
@@ -69,14 +68,8 @@ def run(run_folder: str, *, output: str | None, merge: bool, json_output: bool =
 def _explain(target: Path, notes: list[str], *, is_adapter: bool) -> None:
     """Say on stderr what was written and how to load it; stdout has the path alone."""
     what = "A LoRA adapter without its base model" if is_adapter else "A whole model"
-    package, loader = loader_of(target)
-    lines = [
-        f"{what}. Load it:",
-        f"  from {package} import {loader}",
-        f'  model = {loader}.from_pretrained("{target}")',
-    ]
-    for line in [*notes, *lines]:
-        stderr_console().print(line, soft_wrap=True)
+    for line in [*notes, f"{what}. Load it:", *(f"  {line}" for line in loading_code(target))]:
+        stderr_console().print(Text(line), soft_wrap=True)
 
 
 def _merge(source: Path, final: Path, target: Path) -> list[str]:
@@ -110,7 +103,8 @@ def _saved_model(source: Path, final: Path) -> tuple[ModelConfig, int]:
     """Return the configuration of the run's base model, with a path that holds here, and the seed of random weights."""
     saved = OmegaConf.load(source / CONFIG)
     # Only what loading a model needs: other keys may be of another version.
-    known = {name: value for name, value in saved.model.items() if hasattr(ModelConfig, name) and name != "lora"}
+    names = {field.name for field in fields(ModelConfig)} - {"lora"}
+    known = {name: value for name, value in saved.model.items() if name in names}
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), known))
     assert isinstance(config, ModelConfig)
     path = _base_path(config.path, saved.train.get("output_dir"), source, final)

@@ -168,6 +168,9 @@ def dequantised_weight(layer: Any, dtype: torch.dtype) -> Tensor:
 class _Dequantised(nn.Linear):
     """The forward of a layer of bitsandbytes, which it is mixed into."""
 
+    source_cls: type
+    """What transformers has replaced."""
+
     def forward(self, input: Tensor) -> Tensor:
         product: Tensor = _Product.apply(input, self)
         return product if self.bias is None else product + self.bias.to(product.dtype)

@@ -91,7 +91,7 @@ def describe_rope_scaling(config: ModelConfig, hf_config: Any) -> str | None:
         f"for {text.max_position_embeddings:,} tokens"
     )
     if config.lora.enabled:
-        line += "; an adapter does not hold this, and README.md in final/ shows how to load it"
+        line += "; an adapter does not hold this: load its base as README.md in final/ shows"
     return line
 
 

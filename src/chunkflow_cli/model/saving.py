@@ -55,7 +55,21 @@ def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     _rewrite(folder / "tokenizer_config.json", lambda settings: tokenizer_for_both(settings) | given)
 
 
-def loader_of(folder: Path) -> tuple[str, str]:
+def loading_code(folder: Path) -> tuple[str, str]:
+    """Return the two lines of Python that load a saved model or adapter.
+
+    How the base of an adapter is loaded stands in its README.md.
+    """
+    package, loader = _loader_of(folder)
+    call = f'model = {loader}.from_pretrained("{folder}")'
+    card = folder / "README.md"
+    if package == "peft" and card.is_file():
+        lines = card.read_text(encoding="utf-8").splitlines()
+        call = next((line.replace("FOLDER", str(folder)) for line in lines if line.startswith("model = ")), call)
+    return f"from {package} import {loader}", call
+
+
+def _loader_of(folder: Path) -> tuple[str, str]:
     """Return the package and its class that load a saved model or adapter: of a multimodal model, the model's own."""
     if (folder / ADAPTER_CONFIG).is_file():
         has_task = read_adapter_config(folder).get("task_type")

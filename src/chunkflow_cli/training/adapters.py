@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 
 from chunkflow_cli.config.schema import LORA_LEARNING_RATE, Config, Offload, OptimizerName, Quantization
+from chunkflow_cli.console import human_bytes
 from chunkflow_cli.model.adapter_folder import read_adapter_config
 from chunkflow_cli.model.loading import check_adapters, on_meta_device
 from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 
-GIB = 2**30
 SMALL = LORA_LEARNING_RATE / 4
 """Learning rates of AdamW below this one are named as small for adapters."""
 
@@ -48,8 +48,8 @@ def describe_quantisation(config: Config, hf_config: Any) -> str:
     kept = whole - sum(layer.weight.nbytes for layer in layers.values())
     share = sum(layer.weight.numel() for layer in layers.values()) / sum(p.numel() for p in model.parameters())
     return (
-        f"The base is stored in {kind.value}: {(stored + kept) / GIB:.2f} GiB instead of {whole / GIB:.2f}; "
-        f"{100 * share:.0f} % of its weights, the rest stays {config.model.dtype.value}"
+        f"{100 * share:.0f} % of the base's weights are stored in {kind.value}, the others in "
+        f"{config.model.dtype.value}: {human_bytes(stored + kept)} instead of {human_bytes(whole)}"
     )
 
 

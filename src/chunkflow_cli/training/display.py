@@ -14,7 +14,7 @@ from rich.text import Text
 
 from chunkflow_cli.config.schema import TrainConfig
 from chunkflow_cli.console import counted, human_bytes, human_seconds, plain_column
-from chunkflow_cli.model.saving import loader_of
+from chunkflow_cli.model.saving import loading_code
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.training.metrics import StepMetrics
 
@@ -139,9 +139,8 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         table.add_row(name, Text(said))
     console.print()
     console.print(table)
-    package, loader = loader_of(run_folder / "final")
-    console.print(f"\nLoad it:  from {package} import {loader}", soft_wrap=True)
-    console.print(f'          model = {loader}.from_pretrained("{run_folder / "final"}")', soft_wrap=True)
+    what_is_imported, call = loading_code(run_folder / "final")
+    console.print(Text(f"\nLoad it:  {what_is_imported}\n          {call}"), soft_wrap=True)
 
 
 def _samples(report: dict[str, Any]) -> str:
