@@ -89,6 +89,7 @@ PACKAGES = (
     Package("datasets", "data sets of the Hugging Face hub", required=False),
     Package("matplotlib", "plots", required=False),
     Package("gguf", "GGUF models", required=False, extra="quant"),
+    Package("bitsandbytes", "model.quantization", required=False, extra="quant"),
     Package("tensorboard", "log.backends=[tensorboard]", required=False, extra="loggers"),
 )
 """A package comes after those that it imports: if several fail with the same error, the first is shown as its cause."""

@@ -12,7 +12,7 @@ _FOUND = "not needed: it is found from the model"
 _BATCH = "set train.global_batch_size: the samples of an optimizer step, over all GPUs"
 _LENGTH = "set data.max_length, with data.overlong=truncate to cut longer samples; chunk.size is another thing"
 _LOGGER = "metrics go where log.backends says"
-_QUANTISED = "quantised weights are not trained; model.lora.enabled=true trains adapters on the unquantised model"
+_QUANTISED = "set model.quantization=nf4 (4 bits, as QLoRA) or int8, with model.lora.enabled=true"
 _EVALUATE = "set eval.every to a number of steps, and data.eval_path or data.eval_fraction"
 
 FOREIGN = {

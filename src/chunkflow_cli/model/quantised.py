@@ -36,7 +36,7 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     if find_spec("bitsandbytes") is None:
         raise UsageError(
             f"{KEY}={quantization.value} needs the package bitsandbytes\n"
-            "  install it: pip install 'bitsandbytes>=0.46.1'"
+            "  install it: pip install 'chunkflow-cli[quant]', or bitsandbytes itself, 0.46.1 or newer"
         )
     from transformers import BitsAndBytesConfig
 
