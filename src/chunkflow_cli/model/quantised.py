@@ -31,8 +31,10 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     """Return transformers' settings of `model.quantization`.
 
     Raises:
-        UsageError: bitsandbytes is not installed.
+        UsageError: bitsandbytes is not installed, or has no such data type.
     """
+    if dtype is torch.float64:
+        raise UsageError(f"{KEY}={quantization.value}: bitsandbytes has no float64\n  set verify.dtype=float32")
     if find_spec("bitsandbytes") is None:
         raise UsageError(
             f"{KEY}={quantization.value} needs the package bitsandbytes\n"
