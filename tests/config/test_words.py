@@ -274,7 +274,7 @@ def test_wrong_keys_of_a_recipe_have_file_and_line(tmp_path: Path) -> None:
     assert error_of(str(path)).splitlines() == [
         "4 things are wrong:",
         f"  recipe {path}, line 1: there is no configuration key 'base_model'; did you mean model.path?",
-        f"  recipe {path}, line 2: there is no configuration key 'datasets'; did you mean data.path?",
+        f"  recipe {path}, line 2: there is no configuration key 'datasets'; did you mean data.sources?",
         f"  recipe {path}, line 5: there is no configuration key 'training.lr'; did you mean optim.lr?",
         f"  recipe {path}, line 6: chunk=5: chunk is a section of keys; set one of its keys, such as chunk.size",
     ]

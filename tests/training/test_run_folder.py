@@ -467,6 +467,8 @@ def test_little_room_is_told_before_training() -> None:
     assert said is not None
     assert "needs up to 40.0 MiB: 4.0 MiB for final/ and 12.0 MiB for each checkpoint" in said
     assert warning_of_little_room(config, shape, free=16 << 20, checkpoints=2) is None
+    config.eval.keep_best = True
+    assert "12.0 MiB for final/ and best/" in str(warning_of_little_room(config, shape, free=0, checkpoints=0))
 
 
 # Metrics
@@ -497,6 +499,6 @@ def test_a_file_that_holds_something_else_than_rows_is_named_and_kept(line: byte
 
 
 def test_a_full_disk_is_told_by_the_name_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_keep_rows_before", lambda *_: None)  # /dev/full has no end
+    monkeypatch.setattr(metrics, "keep_rows_before", lambda *_: None)  # /dev/full has no end
     with pytest.raises(RunError, match=r"/dev/full could not be written: No space left on device"):
         kept_steps(Path("/dev/full"))

@@ -22,11 +22,14 @@ def warning_of_little_room(config: Config, shape: ModelShape, *, free: int, chec
     checkpoint = int(shape.trainable_parameters * 4 * (1 + states))
     # An old checkpoint is deleted when the new one is complete. Without `every`, an interruption saves one.
     most = 1 if config.checkpoint.every is None else config.checkpoint.keep + 1
-    needed = final + checkpoint * max(1, most - checkpoints)
+    # The best model so far is kept until a better one is complete, and until final/ is.
+    models = 3 if config.eval.keep_best else 1
+    needed = final * models + checkpoint * max(1, most - checkpoints)
     if free >= needed:
         return None
+    folders = "final/" if models == 1 else "final/ and best/"
     return (
         f"the disk of the run's folder has {human_bytes(free)} free, and this run needs up to {human_bytes(needed)}: "
-        f"{human_bytes(final)} for final/ and {human_bytes(checkpoint)} for each checkpoint "
+        f"{human_bytes(final * models)} for {folders} and {human_bytes(checkpoint)} for each checkpoint "
         f"(checkpoint.keep={config.checkpoint.keep})"
     )

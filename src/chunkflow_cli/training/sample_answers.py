@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from chunkflow_cli.data.template_choice import load_with_template
+from chunkflow_cli.engine import all_or_none
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.chunk_model import base_model
 from chunkflow_cli.training.display import TrainingDisplay
 from chunkflow_cli.training.metrics import keep_rows_before
@@ -27,19 +29,23 @@ def answer_prompts(run: Prepared, state: RunState, display: TrainingDisplay) -> 
 
     The first process, which holds the whole model, generates; the others wait. Prompts are turns of a user if the
     tokenizer has a chat template, and the beginning of a text otherwise. Every process calls it.
+
+    Raises:
+        UsageError: the tokenizer is not that of the model; on all processes.
     """
     prompts = run.config.eval.prompts
-    if prompts and run.processes.is_first:
-        display.phase("sample answers")
-        state.at("writing sample answers")
-        step, path = state.progress.step, run.folder.path / ANSWERS
-        keep_rows_before(path, step)
-        answers = _answers(run, state, prompts)
-        with path.open("a", encoding="utf-8") as file:
-            for prompt, answer in zip(prompts, answers, strict=True):
-                file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
-                display.answer(prompt, answer)
-    run.processes.barrier()
+    if not prompts:
+        return
+    with all_or_none("writing sample answers"):
+        if run.processes.is_first:
+            display.phase("sample answers")
+            step, path = state.progress.step, run.folder.path / ANSWERS
+            keep_rows_before(path, step)
+            answers = _answers(run, state, prompts)
+            with path.open("a", encoding="utf-8") as file:
+                for prompt, answer in zip(prompts, answers, strict=True):
+                    file.write(json.dumps({"step": step, "prompt": prompt, "answer": answer}) + "\n")
+                    display.answer(prompt, answer)
 
 
 def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
@@ -48,8 +54,8 @@ def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
     config, model = run.config, run.parts.model
     tokenizer = load_with_template(config.data, config.model.path, trust_remote_code=config.model.trust_remote_code)
     ends = {end for whole in run.data.read.wholes for end in whole.entry.ends}
-    known = model.generation_config.eos_token_id
-    ends |= {known} if isinstance(known, int) else set(known or ())
+    stops = model.generation_config.eos_token_id
+    ends |= {stops} if isinstance(stops, int) else set(stops or ())
     settings = GenerationConfig(
         max_new_tokens=MOST_TOKENS,
         do_sample=False,
@@ -73,6 +79,12 @@ def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
                     **config.data.template_arguments,
                 )
             given = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").to(run.device)
+            largest, known = int(given["input_ids"].max()), int(run.hf_config.get_text_config().vocab_size)
+            if largest >= known:
+                raise UsageError(
+                    f"eval.prompts: the tokenizer of model.path={config.model.path} gives id {largest}, but the model "
+                    f"has {known} ids\n  use the tokenizer that belongs to the model, or remove eval.prompts"
+                )
             out = model.generate(
                 input_ids=given["input_ids"],
                 attention_mask=given["attention_mask"],
