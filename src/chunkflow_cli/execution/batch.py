@@ -28,6 +28,7 @@ class ChunkBatch:
     target_positions: Tensor  # (targets,) index into `input_ids`
     targets: Tensor  # (targets,)
     target_weights: Tensor  # (targets,) float32 (float64 in float64): weight of each in the loss
+    target_places: Tensor | None = None  # (targets,) for preferences: the sum that each one's log-probability is part of
 
     @property
     def target_tokens(self) -> int:
@@ -41,6 +42,7 @@ def build_batch(
     device: torch.device,
     weight_dtype: torch.dtype = torch.float32,
     sequence_group: SequenceGroup | None = None,
+    answer_starts: NDArray[np.int64] | None = None,
 ) -> ChunkBatch:
     """Return the tensors of a chunk.
 
@@ -51,11 +53,16 @@ def build_batch(
         chunk: its segments index into `sequences`, the sequences of the step.
         sequence_weights: (sequences,) weight of each target of a sequence in the loss.
         sequence_group: the group whose ranks share the tokens; this rank then gets its slice of them.
+        answer_starts: (sequences,) for preferences, the first position whose target is part of the answer. Log-
+            probabilities of other targets are summed up behind those of all sequences.
     """
     ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
     targets = np.concatenate([sequences[s.sequence].targets[s.start : s.stop] for s in chunk.segments])
     positions = np.concatenate([np.arange(s.start, s.stop) for s in chunk.segments])
     weights = np.concatenate([np.full(s.tokens, sequence_weights[s.sequence]) for s in chunk.segments])
+    places = np.array([s.sequence for s in chunk.segments]).repeat([s.tokens for s in chunk.segments])
+    if answer_starts is not None:
+        places = np.where(positions >= answer_starts[places], places, len(answer_starts))
     boundaries = (0, *np.cumsum([segment.tokens for segment in chunk.segments]).tolist())
     if sequence_group is not None:
         padding = sequence_group.padding(len(ids))
@@ -63,9 +70,9 @@ def build_batch(
             boundaries = (*boundaries, boundaries[-1] + padding)
             ids, weights = np.pad(ids, (0, padding)), np.pad(weights, (0, padding))
             targets = np.pad(targets, (0, padding), constant_values=IGNORED)
-            positions = np.append(positions, np.arange(padding))
+            positions, places = np.append(positions, np.arange(padding)), np.pad(places, (0, padding))
         mine = sequence_group.slice_of(len(ids))
-        ids, targets, positions, weights = ids[mine], targets[mine], positions[mine], weights[mine]
+        ids, targets, positions, weights, places = (each[mine] for each in (ids, targets, positions, weights, places))
     counted = np.flatnonzero(targets != IGNORED)
 
     def tensor(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -78,6 +85,7 @@ def build_batch(
         target_positions=tensor(counted),
         targets=tensor(targets[counted]),
         target_weights=tensor(weights[counted], weight_dtype),
+        target_places=None if answer_starts is None else tensor(places[counted]),
     )
 
 
@@ -96,4 +104,10 @@ def with_idle_target(batch: ChunkBatch) -> ChunkBatch:
     if batch.target_tokens:
         return batch
     zero = batch.target_positions.new_zeros(1)
-    return replace(batch, target_positions=zero, targets=zero, target_weights=batch.target_weights.new_zeros(1))
+    return replace(
+        batch,
+        target_positions=zero,
+        targets=zero,
+        target_weights=batch.target_weights.new_zeros(1),
+        target_places=zero - 1,  # the last place, whose sum counts nowhere
+    )

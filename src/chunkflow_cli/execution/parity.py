@@ -21,11 +21,14 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.execution.preference_loss import Objective, judge
+from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
-from chunkflow_cli.planning.schedule import plan
+from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
+from chunkflow_cli.planning.schedule import plan, plan_tasks
 from chunkflow_cli.planning.stage_cut import cut_layers
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
@@ -93,6 +96,7 @@ def compare(
     pair_weight: float = 0.0,
     tolerance: float | None = None,
     stages: int = 1,
+    objective: Objective | None = None,
 ) -> Parity:
     """Compare loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
@@ -106,15 +110,16 @@ def compare(
         k: chunks of a long sequence that keep their activations.
         tolerance: largest relative error that passes; by default that of the model's dtype.
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
+        objective: learn preferences of the sequences, two of which are a pair (under `kto`, one is an answer), against
+            the loss of `preference_loss` over whole sequences; None imitates them.
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    lengths = np.array([len(s.input_ids) for s in sequences], np.int64)
+    build = build_pair_chunks if objective is not None and objective.has_pairs else build_chunks
+    chunks = build(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
     with _arithmetic_of(dtype):
-        return _compare(
-            model, backend, sequences, TOLERANCES[dtype] if tolerance is None else tolerance, k, stages,
-            build_chunks(
-                [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
-            ),
-        )  # fmt: skip
+        tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+        return _compare(model, backend, sequences, tolerance, k, stages, chunks, objective)
 
 
 def _compare(
@@ -125,23 +130,34 @@ def _compare(
     k: int,
     stages: int,
     chunks: Chunks,
+    objective: Objective | None,
 ) -> Parity:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     dtype = next(iter(parameters.values())).dtype
     weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
+    prepared = None if objective is None else _random_preferences(objective, sequences)
 
     model.zero_grad(set_to_none=True)
     with use_implementation(model, whole_implementation(base_model(model))):
-        loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
+        if prepared is None:
+            loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
+        else:
+            loss_whole = whole_preference_loss(model, *prepared, device)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
-    batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
         runner = Runner(DirectEngine(module), RunnerSettings(device, accumulation_dtype(dtype)))
-        loss_chunked = runner.run((plan(chunks, k),), batch).loss
+        if prepared is None:
+            batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
+            schedule = plan(chunks, k)
+        else:
+            batch = preference_batch(chunks, *prepared, device)
+            tasks = preference_tasks(chunks, k, 2 if prepared[0].has_pairs else 1)
+            schedule = plan_tasks(tasks, join_retained=True)
+        loss_chunked = runner.run((schedule,), batch).loss
     if isinstance(module, StageChain):
         for name, gradient in module.gradients().items():
             parameters[name].grad = gradient
@@ -163,6 +179,59 @@ def _compare(
         tolerance=tolerance,
         is_float64=dtype is torch.float64,
     )
+
+
+def _random_preferences(objective: Objective, sequences: Sequence[TokenizedSample]) -> tuple[Objective, Sequences, Known]:
+    """Return the sequences as preferences, with drawn log-probabilities of a reference model."""
+    made = Sequences.of(list(sequences), objective)
+    rng = np.random.default_rng(0)
+    is_desirable = None if objective.has_pairs else np.arange(len(sequences)) % 2 == 0
+    known = Known(
+        counts=made.counts,
+        reference=-made.counts * rng.uniform(3, 5, len(made.counts)) if objective.needs_reference else None,
+        is_desirable=is_desirable,
+        samples=len(sequences) // (2 if objective.has_pairs else 1),
+        desirable=0 if is_desirable is None else int(is_desirable.sum()),
+        imitated_tokens=made.imitated_tokens if objective.nll_weight else 0,
+        divergence=0.1,
+    )
+    return objective, made, known
+
+
+def preference_batch(
+    chunks: Chunks, objective: Objective, sequences: Sequences, known: Known, device: torch.device
+) -> StepBatch:
+    """Return the batch of a step of preferences that one process runs alone."""
+    step = PreferenceStep(objective, known, sequences, device)
+    return StepBatch(chunks, sequences.samples, step.imitated_weights, preferences=step)
+
+
+def whole_preference_loss(
+    model: Any, objective: Objective, sequences: Sequences, known: Known, device: torch.device
+) -> float:
+    """Go backward through the loss of whole sequences by autograd, and return it."""
+    sums, imitated = [], 0.0
+    for index, (sequence, start) in enumerate(zip(sequences.samples, sequences.starts, strict=True)):
+        ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
+        targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        logits = logits.to(accumulation_dtype(logits.dtype))
+        entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").double()
+        sums.append(-entropy[start:].sum())
+        if index % 2 == 0:
+            imitated = imitated + entropy.sum()
+
+    def tensor(values: Any) -> Tensor | None:
+        return None if values is None else torch.as_tensor(values, device=device)
+
+    counts, reference = torch.as_tensor(known.counts, device=device), tensor(known.reference)
+    divergence = torch.tensor(known.divergence, dtype=torch.float64, device=device)
+    judged = judge(objective, torch.stack(sums), counts, reference, tensor(known.is_desirable), divergence)
+    loss = judged.losses.sum() / known.samples
+    if known.imitated_tokens:
+        loss = loss + objective.nll_weight * imitated / known.imitated_tokens
+    loss.backward()
+    return float(loss.detach())
 
 
 def _chain(model: Any, backend: Backend, stages: int) -> StageChain:

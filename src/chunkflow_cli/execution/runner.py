@@ -155,7 +155,12 @@ class _WholeModelStep(Step):
                 self._state_pass(op.chunks[0])
             case OpKind.forward:
                 head_gradient = self._head_gradient_of(op.chunks)
-                self._forward(op.chunks, [self.context.call(index, head_gradient) for index in op.chunks])
+                calls = [self.context.call(index, head_gradient, is_first=True) for index in op.chunks]
+                self._forward(op.chunks, calls)
+            case OpKind.first_pass:
+                with torch.no_grad():
+                    self._engine.forward(self.context.call(op.chunks[0], is_first=True), first_pass=True)
+                self.context.measure_state()
             case OpKind.recompute:
                 with self.context.random.replay(op.chunks[0]):
                     self._forward(op.chunks, [self.context.call(op.chunks[0])])

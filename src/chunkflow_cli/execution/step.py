@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from chunkflow_cli.execution.batch import build_batch, dummy_batch, with_idle_ta
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.loss import SharedHeadGradient
+from chunkflow_cli.execution.preferences import PreferenceStep
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece, StateStore
 from chunkflow_cli.planning.chunks import Chunks
@@ -30,6 +31,8 @@ class StepBatch:
     """(sequences,): what each target of a sequence counts in the loss."""
     spread: range | None = None
     """Chunks that the ranks of the sequence-parallel group share. None: all of them, if there is a group."""
+    preferences: PreferenceStep | None = None
+    """What weighs the targets of preferences besides `weights`; None in supervised training."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class StepResult:
     """Most bytes that this rank's state store held."""
     not_finite: tuple[int, ...]
     """Chunks whose loss is NaN or infinite."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Rewards of preferences, by TRL's names: this rank's shares."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class StepContext:
         self.target_tokens: dict[int, int] = {}
         """Chunk -> its targets on this rank, once it was called."""
         self._peak_state_bytes = 0
+        self._summed: set[int] = set()
+        """Chunks whose log-probabilities are part of the sums of preferences."""
         self.first_of_sequence = {index: group.start for group in batch.chunks.dependent_groups() for index in group}
         """Dependent chunk -> the first chunk of its sequence."""
 
@@ -87,20 +94,26 @@ class StepContext:
         spread = self.batch.spread
         return self.settings.sequence_group if spread is None or index in spread else None
 
-    def call(self, index: int, head_gradient: SharedHeadGradient | None = None) -> ChunkCall:
+    def call(self, index: int, head_gradient: SharedHeadGradient | None = None, *, is_first: bool = False) -> ChunkCall:
         """Return the model call of a chunk, with the state of the long sequence that it holds a piece of.
 
         Args:
             index: a chunk of the batch, or DUMMY for one token of zero loss.
             head_gradient: shared with the other chunks that hold activations at the same time.
+            is_first: this forward may be the one that adds the chunk's log-probabilities to the sums of preferences.
         """
+        preferences, adds_sums = self.batch.preferences, False
+        if preferences is not None and is_first and index != DUMMY and not preferences.is_complete:
+            adds_sums = index not in self._summed
+            self._summed.add(index)
         device, dtype = self.settings.device, self.settings.weight_dtype
         piece = group = None
         if index == DUMMY:
             tensors = dummy_batch(device, dtype)
         else:
             chunk, group = self.batch.chunks[index], self.sequence_group(index)
-            tensors = build_batch(chunk, self.batch.sequences, self.batch.weights, device, dtype, group)
+            starts = None if preferences is None else preferences.starts
+            tensors = build_batch(chunk, self.batch.sequences, self.batch.weights, device, dtype, group, starts)
             self.target_tokens[index] = tensors.target_tokens
             if chunk.is_dependent:
                 first = chunk.segments[0]
@@ -108,7 +121,7 @@ class StepContext:
                 piece = StatePiece(state, first.start, first.continues)
         if self.settings.lockstep:
             tensors = with_idle_target(tensors)
-        return ChunkCall(tensors, piece, head_gradient, group)
+        return ChunkCall(tensors, piece, head_gradient, group, preferences, adds_sums)
 
     def measure_state(self) -> None:
         """Count the present size of the state store towards the peak of the step."""
@@ -137,9 +150,11 @@ class StepContext:
         """
         assert not len(self.store), "the schedule left state behind"
         bad = {index for indices, loss in losses if not np.isfinite(loss) for index in indices if index != DUMMY}
+        metrics = {} if self.batch.preferences is None else self.batch.preferences.outcome()
         return StepResult(
-            loss=float(sum(loss for _, loss in losses)),
+            loss=metrics.pop("loss", float(sum(loss for _, loss in losses))),
             target_tokens=target_tokens,
             peak_state_bytes=self._peak_state_bytes,
             not_finite=tuple(sorted(bad)),
+            metrics=metrics,
         )

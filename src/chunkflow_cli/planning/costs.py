@@ -19,6 +19,8 @@ from chunkflow_cli.planning.simulate import OperationSeconds
 from chunkflow_cli.planning.stage_cut import StageLayers, layer_shares
 
 GIB = 2**30
+FIRST_PASS_OF_HEAD = 1 / 3
+"""Share of head and loss that a first pass runs: the product that gives log-probabilities, without its gradients."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +373,7 @@ class CostModel:
             backward=backward,
             recompute=shares * self.recompute(tokens, pairs) + head,
             state_pass=shares * self.state_pass(tokens, pairs),
+            first_pass=shares * self.forward(tokens, pairs) + FIRST_PASS_OF_HEAD * head,
             # The two products of a backward have the same size.
             input_gradient=backward / 2,
             weight_gradient=backward / 2,

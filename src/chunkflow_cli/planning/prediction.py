@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.balance import balance, rank_loads
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.planning.costs import CostModel, chunk_targets, chunk_tokens
+from chunkflow_cli.planning.costs import FIRST_PASS_OF_HEAD, CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
 
@@ -40,17 +40,46 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
     targets = chunk_targets(rank.chunks, rank.target_counts)
     is_recomputed = np.zeros(len(rank.chunks), dtype=bool)
     is_recomputed[rank.recomputed] = True
+    is_passed = np.zeros(len(rank.chunks), dtype=bool)
+    is_passed[rank.first_passed] = True
 
     def seconds(costs: CostModel, chunks: slice) -> float:
         again = is_recomputed[chunks]
         once, twice = (tokens[chunks], pairs[chunks]), (tokens[chunks][again], pairs[chunks][again])
-        second = costs.state_pass(*twice) + costs.recompute(*twice) - costs.forward(*twice)
+        second = costs.recompute(*twice) - costs.forward(*twice)
         head = costs.seconds_per_target * targets[chunks].sum()
-        return float(costs.forward(*once).sum() + costs.backward(*once).sum() + second.sum() + head)
+        passed = is_passed[chunks]
+        if rank.answers:
+            head *= 1 + FIRST_PASS_OF_HEAD
+        first = costs.forward(tokens[chunks][passed], pairs[chunks][passed]).sum()
+        if not rank.answers or len(rank.schedules) > 1:  # otherwise, the first pass is the state pass
+            first += costs.state_pass(*twice).sum()
+        return float(costs.forward(*once).sum() + costs.backward(*once).sum() + second.sum() + first + head)
 
     spread = len(rank.spread)
-    alone = seconds(costs, slice(spread, None))
+    alone = seconds(costs, slice(spread, None)) + _mismatched_seconds(rank, costs)
     return alone + seconds(costs.spread_over(rank.group_size), slice(spread)) if spread else alone
+
+
+def _mismatched_seconds(rank: RankPlan, costs: CostModel) -> float:
+    """Predict the seconds of the forwards of mismatched answers."""
+    if rank.mismatched is None or not len(rank.mismatched):
+        return 0.0
+    costs = costs.spread_over(rank.group_size)
+    return float(costs.forward(chunk_tokens(rank.mismatched), costs.chunk_pairs(rank.mismatched)).sum())
+
+
+def seconds_before(run: RunPlan, rank: RankPlan) -> float:
+    """Predict the seconds of the forwards of preferences that come before a rank's schedule, on one stage.
+
+    They are the mismatched answers, and the first pass of a pipeline, whose first forward passes each stage in turn.
+    """
+    seconds = _mismatched_seconds(rank, run.costs)
+    if rank.answers and run.stages > 1 and len(rank.chunks):
+        forward = operation_seconds(run, rank).first_pass
+        assert forward is not None
+        return seconds / run.stages + float(forward.sum(axis=1).max() + forward.max(axis=1).sum())
+    return seconds
 
 
 def stage_seconds(run: RunPlan, rank: RankPlan) -> NDArray[np.float64]:
@@ -77,7 +106,7 @@ def timeline(run: RunPlan, step: StepPlan) -> Timeline:
 def step_seconds(run: RunPlan, step: StepPlan) -> float:
     """Predict the seconds until the last rank is done with a step, without a pipeline and the optimizer step."""
     if run.is_in_lockstep:
-        return timeline(run, step).makespan
+        return timeline(run, step).makespan + max(seconds_before(run, rank) for rank in step.ranks)
     return max(rank_seconds(rank, run.costs) for rank in step.ranks)
 
 
