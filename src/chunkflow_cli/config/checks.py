@@ -9,7 +9,20 @@ from typing import Any
 
 from chunkflow_cli.config.deepspeed_keys import check_deepspeed
 from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys, wrong_value
-from chunkflow_cli.config.schema import Attention, Config, CostModelName, Device, Dtype, Spread, TrainOn, Turns
+from chunkflow_cli.config.schema import (
+    Attention,
+    Config,
+    CostModelName,
+    DataFormat,
+    Device,
+    Dtype,
+    LossWeighting,
+    PreferenceLoss,
+    Spread,
+    Task,
+    TrainOn,
+    Turns,
+)
 from chunkflow_cli.errors import UsageError
 
 _COMPARISONS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -30,7 +43,15 @@ def check(config: Config) -> None:
         _check_number(name, value, bounds, can_be_null=entry.default is None)
         if entry.metadata.get("path"):
             _check_path(name, value)
-    for check_section in (_check_optim, _check_data, _check_model, _check_engine, _check_parallel, _check_plan):
+    for check_section in (
+        _check_task,
+        _check_optim,
+        _check_data,
+        _check_model,
+        _check_engine,
+        _check_parallel,
+        _check_plan,
+    ):
         check_section(config)
 
 
@@ -53,6 +74,52 @@ def _check_path(name: str, value: Any) -> None:
             raise UsageError(f"{name}={path!r} has a zero byte, which no path can have")
         if path == "" and describe_keys()[name].default != "":
             raise UsageError(f"{name} is empty\n  name a path, or leave the key out")
+
+
+FORMAT_OF_TASK = {
+    Task.dpo: DataFormat.preference,
+    Task.orpo: DataFormat.preference,
+    Task.kto: DataFormat.feedback,
+}
+
+
+def _check_task(config: Config) -> None:
+    task, data, preference = config.train.task, config.data, config.preference
+    if task is Task.sft:
+        if data.format in FORMAT_OF_TASK.values():
+            tasks = " or ".join(f"train.task={each.value}" for each, of in FORMAT_OF_TASK.items() if of is data.format)
+            raise UsageError(
+                f"data.format={data.format.value} with train.task=sft, which imitates answers\n  set {tasks}"
+            )
+        return
+    if data.format not in (DataFormat.auto, FORMAT_OF_TASK[task]):
+        keys = "prompt, completion and label" if task is Task.kto else "prompt, chosen and rejected"
+        raise UsageError(
+            f"data.format={data.format.value} with train.task={task.value}, whose rows have {keys}\n"
+            f"  leave data.format out"
+        )
+    without_effect = {
+        "data.train_on": data.train_on is not TrainOn.assistant,
+        "data.turns": data.turns is not Turns.whole,
+        "data.train_on_reasoning": not data.train_on_reasoning,
+        "train.loss_weighting": config.train.loss_weighting is not LossWeighting.token,
+        "model.lora.dropout": config.model.lora.enabled and config.model.lora.dropout > 0,
+        "preference.nll_weight": task is not Task.dpo and preference.nll_weight > 0,
+        "preference.loss": task is not Task.dpo and preference.loss is not PreferenceLoss.sigmoid,
+        "preference.label_smoothing": preference.label_smoothing > 0
+        and (task is not Task.dpo or preference.loss is PreferenceLoss.ipo),
+    }
+    for name, is_set in without_effect.items():
+        if is_set:
+            values = {each: getattr(section, entry.name) for each, section, entry in walk_keys(config)}
+            how = task.value if task is not Task.dpo else f"{task.value} and preference.loss={preference.loss.value}"
+            raise UsageError(f"{name}={as_written(values[name])} has no place in train.task={how}\n  leave {name} out")
+
+
+def settle_format(config: Config) -> None:
+    """Let the task name the format of the rows, which need not be found then."""
+    if config.data.format is DataFormat.auto and config.train.task is not Task.sft:
+        config.data.format = FORMAT_OF_TASK[config.train.task]
 
 
 def _check_optim(config: Config) -> None:

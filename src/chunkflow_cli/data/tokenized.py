@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.cache import CacheEntry
+from chunkflow_cli.data.preferences import AnswerSizes
 from chunkflow_cli.data.sample import IGNORED, RejectedRow, TokenizedSample
 from chunkflow_cli.data.source import Location, Source
 from chunkflow_cli.planning.batches import held_out
@@ -60,6 +61,8 @@ class TokenizedData:
     samples_read: int
     """Samples of the rows that were read; a rejected row counts as one."""
     samples_dropped: int
+    answers: AnswerSizes | None = None
+    """Sizes of the sequences of preferences; None if a sample is one sequence to imitate."""
 
     def __post_init__(self) -> None:
         assert self.samples_read == len(self) + self.samples_rejected + self.samples_dropped
@@ -99,6 +102,20 @@ class TokenizedData:
             targets[-1] = IGNORED  # the token that it predicts is cut off
         return TokenizedSample(entry.input_ids[start:end], targets)
 
+    def sequences(self, index: int) -> list[TokenizedSample]:
+        """Return the sequences of a sample: those of both answers of a pair, otherwise one."""
+        if self.answers is None:
+            return [self[index]]
+        entry, sample = self.whole.entry, int(self.indices[index])
+        own = slice(int(entry.offsets[sample]), int(entry.offsets[sample + 1]))
+        return self.answers.sequences(index, entry.input_ids[own], entry.targets[own])
+
+    @property
+    def is_good(self) -> NDArray[np.bool_]:
+        """(samples,) labels of answers that have one."""
+        good: NDArray[np.bool_] = self.whole.entry.marks[self.indices] == 1
+        return good
+
     def location(self, index: int) -> Location:
         """Return where the sample is in the user's data."""
         return self.whole.location(int(self.indices[index]))
@@ -115,6 +132,7 @@ class TokenizedData:
             rows_read=len(np.unique(self.rows[chosen])),
             samples_read=len(chosen),
             samples_dropped=0,
+            answers=None if self.answers is None else self.answers.select(chosen),
         )
 
 

@@ -28,7 +28,9 @@ class ChunkBatch:
     target_positions: Tensor  # (targets,) index into `input_ids`
     targets: Tensor  # (targets,)
     target_weights: Tensor  # (targets,) float32 (float64 in float64): weight of each in the loss
-    target_places: Tensor | None = None  # (targets,) for preferences: the sum that each one's log-probability is part of
+    target_places: Tensor | None = (
+        None  # (targets,) for preferences: the sum that each one's log-probability is part of
+    )
 
     @property
     def target_tokens(self) -> int:

@@ -181,7 +181,9 @@ def _compare(
     )
 
 
-def _random_preferences(objective: Objective, sequences: Sequence[TokenizedSample]) -> tuple[Objective, Sequences, Known]:
+def _random_preferences(
+    objective: Objective, sequences: Sequence[TokenizedSample]
+) -> tuple[Objective, Sequences, Known]:
     """Return the sequences as preferences, with drawn log-probabilities of a reference model."""
     made = Sequences.of(list(sequences), objective)
     rng = np.random.default_rng(0)

@@ -82,7 +82,9 @@ def judge(
     """
     settings, beta = objective.settings, objective.settings.beta
     if objective.task is Task.kto:
-        assert reference is not None and is_desirable is not None and divergence is not None
+        assert reference is not None
+        assert is_desirable is not None
+        assert divergence is not None
         ratios = sums - reference
         sign = torch.where(is_desirable, 1.0, -1.0)
         share = torch.where(is_desirable, settings.desirable_weight, settings.undesirable_weight)

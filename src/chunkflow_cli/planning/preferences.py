@@ -38,9 +38,7 @@ def build_pair_chunks(
     item_sequence = np.concatenate([np.flatnonzero(joined) * 2, np.stack([apart * 2, apart * 2 + 1], 1).ravel()])
     item_lengths = np.concatenate([pairs[joined].sum(axis=1), pairs[apart].ravel()])
     is_base = np.arange(len(item_lengths)) >= int(joined.sum())
-    built = build_chunks(
-        item_lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight, is_base=is_base
-    )
+    built = build_chunks(item_lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight, is_base=is_base)
     # A whole pair's segment becomes those of its two answers.
     twice = np.where(is_base[built.sequence], 1, 2)
     first = np.concatenate([[0], np.cumsum(twice)]).astype(np.int64)

@@ -58,7 +58,9 @@ def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
     is_first = np.diff(sequence, prepend=-1) != 0
     follows = (start == np.where(is_first, 0, np.roll(stop, 1))) & (stop > start)
     if not follows.all():
-        raise ValueError(f"the pieces of sample {rank.sample_of(int(sequence[np.argmin(follows)]))} do not follow each other")
+        raise ValueError(
+            f"the pieces of sample {rank.sample_of(int(sequence[np.argmin(follows)]))} do not follow each other"
+        )
     if not np.array_equal(np.bincount(sequence, stop - start, minlength=len(chunks.lengths)), chunks.lengths):
         raise ValueError("its chunks do not hold every token of its samples")
     tokens = chunk_tokens(chunks)

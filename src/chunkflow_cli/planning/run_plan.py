@@ -97,8 +97,9 @@ class RankPlan:
         """Indices of the chunks that are forwarded for their log-probabilities first, (passed,)."""
         if self.answers and len(self.schedules) > 1:
             return np.arange(len(self.chunks))  # a pipeline runs them all before its schedule
-        return np.array([op.chunks[0] for op in self.schedule.ops if op.kind is OpKind.first_pass and op.real_chunks],
-                        np.int64)
+        return np.array(
+            [op.chunks[0] for op in self.schedule.ops if op.kind is OpKind.first_pass and op.real_chunks], np.int64
+        )
 
 
 @dataclass(frozen=True)
@@ -271,9 +272,7 @@ class RunPlan:
     @property
     def spreads_all(self) -> bool:
         """True if groups run everything together."""
-        return (
-            self.spread_all or self.pipeline is not None or self.layout.join_retained or self.answers is not None
-        )
+        return self.spread_all or self.pipeline is not None or self.layout.join_retained or self.answers is not None
 
     @property
     def state_shares(self) -> int:
@@ -345,9 +344,7 @@ class RunPlan:
                 for chunks, own in zip(ranks, targets, strict=True)
             ]
         tasks = [
-            tasks_of(chunks, self.k)
-            if self.answers is None
-            else preference_tasks(chunks, self.k, self.answers.count)
+            tasks_of(chunks, self.k) if self.answers is None else preference_tasks(chunks, self.k, self.answers.count)
             for chunks in ranks
         ]
         if self.is_in_lockstep:

@@ -175,9 +175,7 @@ class _Proof:
                 raise ValueError(f"chunk {chunk} needs no first pass after another forward")
             self._passed.add(chunk)
             self._summed.add(chunk)
-        elif (op.kind is OpKind.recompute) > (chunk in self._passed):
-            raise ValueError(f"chunk {chunk} is recomputed if and only if it had a state pass")
-        elif (op.kind is OpKind.forward) and chunk in self._passed - self._summed:
+        elif chunk not in self._summed and (op.kind is OpKind.recompute) != (chunk in self._passed):
             raise ValueError(f"chunk {chunk} is recomputed if and only if it had a state pass")
         else:
             self._summed.add(chunk)
@@ -208,7 +206,9 @@ class _WholeModel(_Proof):
         if op.kind in (OpKind.forward, OpKind.recompute) and self._needed is not None:
             for chunk in op.real_chunks:
                 if missing := self._needed[chunk] - self._summed:
-                    raise ValueError(f"the log-probabilities of chunk {min(missing)} weigh the targets of chunk {chunk}")
+                    raise ValueError(
+                        f"the log-probabilities of chunk {min(missing)} weigh the targets of chunk {chunk}"
+                    )
         if len(self._live) > self._k:
             raise ValueError(f"{len(self._live)} chunks hold activations, K is {self._k}")
 

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.chunks import cut_points
 from chunkflow_cli.planning.costs import OperationCost
-from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, seconds_before, stage_seconds, step_seconds
+from chunkflow_cli.planning.prediction import (
+    operation_seconds,
+    rank_seconds,
+    seconds_before,
+    stage_seconds,
+    step_seconds,
+)
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import Timeline, simulate
 
