@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import PreferenceConfig, PreferenceLoss, Task
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import compare, random_sequences
-from chunkflow_cli.execution.preference_loss import Objective
 
 OBJECTIVES = {
     "sigmoid": Objective(Task.dpo, PreferenceConfig(label_smoothing=0.1)),

@@ -98,6 +98,11 @@ def _check_task(config: Config) -> None:
             f"data.format={data.format.value} with train.task={task.value}, whose rows have {keys}\n"
             f"  leave data.format out"
         )
+    if task is Task.kto and config.train.global_batch_size == 1:
+        raise UsageError(
+            "train.global_batch_size=1 with train.task=kto: each prompt is also read with the answer of another sample\n"
+            "  set train.global_batch_size to 2 or more"
+        )
     without_effect = {
         "data.train_on": data.train_on is not TrainOn.assistant,
         "data.turns": data.turns is not Turns.whole,

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.precision import accumulation_dtype
-from chunkflow_cli.execution.preference_loss import Objective, judge
+from chunkflow_cli.execution.preference_loss import judge
 from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Task
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
-from chunkflow_cli.execution.preference_loss import Judged, Objective, judge
+from chunkflow_cli.execution.preference_loss import Judged, judge
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 
 OTHERS, NOTHING = 0, 1
@@ -52,11 +53,15 @@ class PreferenceStep:
         sequences: Sequences,
         device: torch.device,
         group: SequenceGroup | None = None,
+        *,
+        only_sums: bool = False,
     ) -> None:
         """
         Args:
             group: the ranks that share the tokens of all chunks; their sums are shares.
+            only_sums: only the sums are wanted: there is no loss.
         """
+        self._only_sums = only_sums
         self.objective, self.known, self.starts = objective, known, sequences.starts
         self.sums = torch.zeros(len(known.counts) + 2, dtype=torch.float64, device=device)
         self._group, self._device = group, device
@@ -100,10 +105,13 @@ class PreferenceStep:
                 torch.distributed.all_reduce(self._whole, group=self._group.process_group)
         return self._whole[:-2]
 
-    def whole_sums(self) -> NDArray[np.float64]:
-        """Return the sums of the sequences over all ranks that share their tokens, (sequences,)."""
-        whole: NDArray[np.float64] = self._whole_sums().cpu().numpy()
-        return whole
+    def whole_sums(self) -> tuple[NDArray[np.float64], float]:
+        """Return the sums of the sequences over all ranks that share their tokens, (sequences,), and that of other
+        targets."""
+        self._whole_sums()
+        assert self._whole is not None
+        whole: NDArray[np.float64] = self._whole.cpu().numpy()
+        return whole[:-2], float(whole[-2 + OTHERS])
 
     def _judge(self, sums: Tensor) -> Judged:
         known = self.known
@@ -116,7 +124,10 @@ class PreferenceStep:
         return judge(self.objective, sums, counts, tensor(known.reference), tensor(known.is_desirable), divergence)
 
     def outcome(self) -> dict[str, float]:
-        """Return the loss and TRL's metrics, as this rank's share of sums over the global batch."""
+        """Return the loss and TRL's metrics, as this rank's share of sums over the global batch; none if only sums are
+        wanted."""
+        if self._only_sums:
+            return {}
         sums, known = self._whole_sums(), self.known
         judged = self._judge(sums)
         rewards = judged.rewards.cpu().numpy()
@@ -129,7 +140,9 @@ class PreferenceStep:
             "rewards/rejected": float(rewards[~first].sum()) / max(rejected, 1),
         }
         values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
-        if self.objective.has_pairs:
+        if not self.objective.has_pairs:
+            values["kl"] = known.divergence * len(rewards) / known.samples
+        else:
             values["rewards/accuracies"] = float((rewards[0::2] > rewards[1::2]).sum()) / known.samples
         if known.imitated_tokens:
             assert self._whole is not None

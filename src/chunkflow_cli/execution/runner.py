@@ -55,6 +55,10 @@ class ScheduleRunner(ABC):
         self._stage = stage
         self._stages = stages
 
+    @property
+    def settings(self) -> RunnerSettings:
+        return self._settings
+
     @abstractmethod
     def _begin(self, schedules: tuple[Schedule, ...], batch: StepBatch, *, keeps_activations: bool) -> Step:
         """Return a step of which no operation has run."""
@@ -92,6 +96,8 @@ class ScheduleRunner(ABC):
     @torch.no_grad()
     def evaluate(self, batch: StepBatch, *, forwards: int = 0) -> float:
         """Return the weighted loss of whole sequences, computed chunk by chunk without gradient.
+
+        With preferences, that fills their sums, on all stages.
 
         Args:
             batch: the sequences and their chunks, the same on all stages.

@@ -112,6 +112,8 @@ def step_seconds(run: RunPlan, step: StepPlan) -> float:
 
 def seconds_of_whole_samples(run: RunPlan, samples: NDArray[np.int64]) -> NDArray[np.float64]:
     """Predict the seconds of each rank for a step of these samples if none were spread over a group, (ranks,)."""
-    lengths, targets = run.lengths[samples], run.target_counts[samples]
-    costs = run.costs.of_sequences(lengths, run.chunk_size, run.k, targets)
+    if run.answers is None:
+        costs = run.costs.of_sequences(run.lengths[samples], run.chunk_size, run.k, run.target_counts[samples])
+    else:
+        costs = run.answers.seconds(run.costs, samples, run.chunk_size, run.k)
     return rank_loads(costs, balance(costs, run.ranks))

@@ -188,7 +188,7 @@ class RunPlan:
         """Plan groups (single ranks without sequence parallelism) that run all of their samples together."""
         shares = balance(self._sample_seconds(samples), self.ranks // self.sequence)
         chunks = [self._chunks_of(samples[share]) for share in shares]
-        targets = [self._sequence_targets(samples[share]) for share in shares]
+        targets = [self.targets_of(samples[share]) for share in shares]
         schedules = self._schedules(chunks, targets)
         alone = self._built(self.lengths[:0], self.chunk_size)
         return tuple(
@@ -205,7 +205,8 @@ class RunPlan:
         """Return the tokens of each sequence of these samples, (sequences,)."""
         return self.lengths[samples] if self.answers is None else self.answers.lengths[samples].ravel()
 
-    def _sequence_targets(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    def targets_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the targets of each sequence of these samples, (sequences,)."""
         return self.target_counts[samples] if self.answers is None else self.answers.targets[samples].ravel()
 
     def _sample_seconds(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:

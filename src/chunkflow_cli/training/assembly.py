@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from chunkflow_cli.config.schema import Config, PipelineSchedule
+from chunkflow_cli.config.schema import Config, PipelineSchedule, Task
 from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Processes
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
@@ -19,6 +19,7 @@ from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
 from chunkflow_cli.execution.dropout import has_dropout
 from chunkflow_cli.execution.loss import FUSED_HEADS
 from chunkflow_cli.execution.messages import Links
+from chunkflow_cli.execution.parity import remove_dropout
 from chunkflow_cli.execution.runner import Runner, ScheduleRunner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stage_runner import StageRunner
@@ -71,6 +72,8 @@ def assemble(
     attention.register()
     torch.manual_seed(config.train.seed)
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+    if config.train.task is not Task.sft:  # as in TRL: first pass, reference and training must see the same model
+        remove_dropout(hf_config.get_text_config())
     model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
     enable_activation_checkpointing(model, config.model.activation_checkpointing)
     shape = model_shape(model)

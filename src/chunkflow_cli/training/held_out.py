@@ -10,6 +10,7 @@ from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import build_chunks
+from chunkflow_cli.training.preferences import held_out_outcome
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
 
@@ -25,6 +26,8 @@ def held_out_loss(run: Prepared, state: RunState) -> float:
     Raises:
         Interrupted: a process was asked to stop.
     """
+    if run.preferences is not None:
+        return _preference_loss(run, state)
     data = run.data.evaluation
     weight = 1.0 / int(data.target_counts.sum())
     groups = [np.arange(start, min(start + GROUP, len(data))) for start in range(0, len(data), GROUP)]
@@ -32,6 +35,18 @@ def held_out_loss(run: Prepared, state: RunState) -> float:
     total = sum(_group_loss(run, state, samples, weight) for samples in groups)
     run.parts.model.train()
     return total
+
+
+def _preference_loss(run: Prepared, state: RunState) -> float:
+    """Return the mean loss per held-out sample of preferences, and note their metrics."""
+    outcome = held_out_outcome(run, state)
+    loss = outcome.pop("loss")
+    state.held_out_rewards = {f"eval_{name}": value for name, value in outcome.items()}
+    accuracy = outcome.get("rewards/accuracies")
+    if state.progress.step == 0:
+        state.progress.eval_accuracy_start = accuracy
+    state.progress.eval_accuracy_end = accuracy
+    return loss
 
 
 def _group_loss(run: Prepared, state: RunState, samples: Any, weight: float) -> float:

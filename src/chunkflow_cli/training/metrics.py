@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from chunkflow_cli.config.schema import LogBackend
@@ -34,6 +34,8 @@ class StepMetrics:
     peak_memory_bytes: int
     eval_loss: float | None = None
     """Held-out loss after this step, if it was measured."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of preferences, each written under its own name."""
 
 
 @contextmanager
@@ -63,6 +65,7 @@ def metric_files(
 
         def write(row: StepMetrics) -> None:
             values = {name: value for name, value in asdict(row).items() if value is not None}
+            values |= values.pop("rewards")
             if jsonl is not None:
                 line = json.dumps(values).encode() + b"\n"
                 with _explained(path):

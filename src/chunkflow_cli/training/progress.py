@@ -31,6 +31,9 @@ class Progress:
     eval_loss_end: float | None = None
     eval_step: int | None = None
     """The step after which `eval_loss_end` was measured."""
+    eval_accuracy_start: float | None = None
+    """Share of held-out pairs whose chosen answer has the higher reward, before the first step."""
+    eval_accuracy_end: float | None = None
 
     def add(self, step: StepPlan, result: StepResult, seconds: float, *, chunk_size: int) -> None:
         """Count a step that is done; `result` holds the loss and the targets of all ranks."""
@@ -59,6 +62,8 @@ class RunState:
     """True once this process has received Ctrl-C or SIGTERM."""
     random_states: dict[str, Any] = field(default_factory=dict)
     """The random states after the last whole step. An interrupted step has drawn more numbers since."""
+    held_out_rewards: dict[str, float] = field(default_factory=dict)
+    """Metrics of preferences on the held-out samples, as they were last measured."""
 
     def at(self, doing: str) -> None:
         """Report to the launcher what this rank does next."""

@@ -24,6 +24,7 @@ from chunkflow_cli.training.hardware import peak_memory_bytes
 from chunkflow_cli.training.held_out import held_out_loss
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metric_files
+from chunkflow_cli.training.preferences import step_batch
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.saved_config import CONFIG
@@ -102,7 +103,7 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
     state.random_states = random_states()
     seconds = time.perf_counter() - start
     progress.add(step, result, seconds, chunk_size=run.config.chunk.size)
-    flops = training_flops(run.data.train.lengths[step.samples], run.shape)
+    flops = training_flops(run.plan.lengths_of(step.samples), run.shape)
     return StepMetrics(
         step=progress.step,
         loss=result.loss,
@@ -117,6 +118,7 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
         tokens_per_second=step.tokens / seconds,
         mfu=flops / seconds / (run.peak_flops * run.topology.processes),
         peak_memory_bytes=int(run.processes.maximum(peak_memory_bytes(run.device))[0]),
+        rewards=dict(result.metrics),
     )
 
 
@@ -153,16 +155,21 @@ def _run_operations(run: Prepared, step: StepPlan, on_backward: Callable[[float]
     except Interrupted:
         is_whole, result = False, NOTHING
     counted = result if run.processes.place.stage == 0 else NOTHING  # all stages of a pipeline know its loss
-    loss, targets, whole = run.processes.sum(counted.loss, counted.target_tokens, is_whole)
+    names = () if run.preferences is None else run.preferences.objective.metrics
+    rewards = [counted.metrics.get(name, 0.0) for name in names]
+    loss, targets, whole, *rewards = run.processes.sum(counted.loss, counted.target_tokens, is_whole, *rewards)
     if whole < run.topology.processes:
         raise Interrupted
     if not np.isfinite(loss):
         _refuse_loss(run, step, rank, result)
-    return replace(result, loss=loss, target_tokens=round(targets))
+    metrics = dict(zip(names, rewards, strict=True))
+    return replace(result, loss=loss, target_tokens=round(targets), metrics=metrics)
 
 
 def _run_schedule(run: Prepared, step: StepPlan, rank: RankPlan, on_backward: Callable[[int], None]) -> StepResult:
     record = None if run.recorder is None else run.recorder.record
+    if run.preferences is not None:
+        return run.parts.runner.run(rank.schedules, step_batch(run, step, rank), on_backward, record)
     weights = target_weights(rank, step, run.config.train.loss_weighting)
     sequences = [run.data.train[int(sample)] for sample in rank.samples]
     batch = StepBatch(rank.chunks, sequences, weights, None if run.plan.pipeline is not None else rank.spread)
@@ -179,7 +186,7 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
     if result.not_finite:
         index = result.not_finite[0]
         segments = rank.chunks[index].segments
-        where = [str(run.data.train.location(int(rank.samples[segment.sequence]))) for segment in segments]
+        where = [str(run.data.train.location(rank.sample_of(segment.sequence))) for segment in segments]
         found = (
             f"first in chunk {index} of {len(rank.chunks)}\n"
             f"  its samples: {', '.join(where[:8])}{' and more' if len(where) > 8 else ''}\n"
@@ -198,7 +205,7 @@ def _with_held_out_loss(row: StepMetrics, run: Prepared, state: RunState) -> Ste
     except Interrupted:
         return row
     state.progress.eval_loss_end, state.progress.eval_step = loss, row.step
-    return replace(row, eval_loss=loss)
+    return replace(row, eval_loss=loss, rewards={**row.rewards, **state.held_out_rewards})
 
 
 def _finite_held_out_loss(run: Prepared, state: RunState) -> float:
