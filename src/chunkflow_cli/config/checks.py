@@ -100,7 +100,7 @@ def _check_task(config: Config) -> None:
         )
     if task is Task.kto and config.train.global_batch_size == 1:
         raise UsageError(
-            "train.global_batch_size=1 with train.task=kto: each prompt is also read with the answer of another sample\n"
+            "train.global_batch_size=1 with train.task=kto, which reads each prompt with another sample's answer, too\n"
             "  set train.global_batch_size to 2 or more"
         )
     without_effect = {

@@ -293,7 +293,7 @@ def _answer_sizes(config: DataConfig, whole: TokenizedSource, limit: int | None)
     entry = whole.entry
     return AnswerSizes.of(
         entry.lengths, entry.target_counts, entry.marks, has_pairs=whole.format is DataFormat.preference,
-        limit=limit if config.overlong is Overlong.truncate else None,
+        limit=limit, is_cut=config.overlong is Overlong.truncate,
     )  # fmt: skip
 
 

@@ -163,10 +163,8 @@ class Encoder:
         for line, row in zip(batch.lines, batch.rows, strict=True):
             try:
                 sample = parse_sample(decode_row(row), self._format)
-                if isinstance(sample, JudgedAnswers):
-                    prepared.append((line, *self._prepare_judged(sample), sample))
-                else:
-                    prepared.append((line, *self._prepare(sample), None))
+                judged = sample if isinstance(sample, JudgedAnswers) else None
+                prepared.append((line, *self._prepare(sample), judged))
             except BadRowError as error:
                 rejected.append((line, str(error)))
         marked = [text.text for _, texts, *_ in prepared if isinstance(texts, list) for text in texts]
@@ -198,7 +196,7 @@ class Encoder:
                 rejected.append((line, str(error)))
         return _concatenate(kept, marks, sorted(rejected), notes_of(remarks, batch.file), ends, batch)
 
-    def _prepare_judged(self, sample: JudgedAnswers) -> tuple[list[MarkedText], bool]:
+    def _prepare_judged(self, sample: JudgedAnswers) -> tuple[list[MarkedText] | TokenRow, bool]:
         """Return the texts of the prompt and of each answer behind it, and True if a chat template wrote them."""
         if isinstance(sample.prompt, str):
             return [MarkedText(text, None) for text in (sample.prompt, *map(str, sample.answers))], False
@@ -214,6 +212,8 @@ class Encoder:
         """Return what to tokenise, and True if a chat template wrote it."""
         if isinstance(sample, Instruction):
             sample = sample.prompt_completion() if self._template is None else sample.conversation()
+        if isinstance(sample, JudgedAnswers):
+            return self._prepare_judged(sample)
         if isinstance(sample, Conversation):
             return self._render(sample), True
         if isinstance(sample, PromptCompletion):

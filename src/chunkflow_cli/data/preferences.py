@@ -149,15 +149,23 @@ class AnswerSizes:
     """(samples,) tokens before the answers."""
     whole: NDArray[np.int64]
     """(samples, answers), before truncation."""
+    limit: int | None
+    """Most tokens that a sequence may have."""
 
     @classmethod
     def of(
-        cls, lengths: NDArray[np.int64], targets: NDArray[np.int64], marks: NDArray[np.int64], *, limit: int | None,
-        has_pairs: bool,
+        cls, lengths: NDArray[np.int64], targets: NDArray[np.int64], marks: NDArray[np.int64], *, has_pairs: bool,
+        limit: int | None, is_cut: bool,
     ) -> AnswerSizes:  # fmt: skip
-        """Read the sizes off what the cache keeps of samples: their tokens, targets and marks, (samples,) each."""
+        """Read the sizes off what the cache keeps of samples: their tokens, targets and marks, (samples,) each.
+
+        Args:
+            limit: the most tokens that a sequence may have.
+            is_cut: longer ones are cut to that length.
+        """
         whole = np.stack([marks, lengths - marks], axis=1) if has_pairs else lengths[:, None]
-        return cls(whole if limit is None else np.minimum(whole, limit), (lengths - targets) // whole.shape[1], whole)
+        kept = whole if limit is None or not is_cut else np.minimum(whole, limit)
+        return cls(kept, (lengths - targets) // whole.shape[1], whole, limit)
 
     @property
     def targets(self) -> NDArray[np.int64]:
@@ -166,7 +174,7 @@ class AnswerSizes:
 
     def select(self, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> AnswerSizes:
         """Return the sizes of some samples."""
-        return AnswerSizes(self.lengths[chosen], self.prompts[chosen], self.whole[chosen])
+        return AnswerSizes(self.lengths[chosen], self.prompts[chosen], self.whole[chosen], self.limit)
 
     def sequences(self, index: int, tokens: NDArray[np.int32], targets: NDArray[np.int32]) -> list[TokenizedSample]:
         """Cut the tokens of a sample into its sequences."""

@@ -109,8 +109,9 @@ def log_probabilities(hidden: Tensor, head: nn.Module, targets: Tensor, transfor
         tile = slice(start, start + rows)
         if type(head) in FUSED_HEADS:  # as in training, where it multiplies in this dtype
             through = matrix_dtype(hidden)
-            bias = None if head.bias is None else head.bias.to(through)
-            logits = nn.functional.linear(hidden[tile].to(through), head.weight.to(through), bias).to(hidden.dtype)
+            weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+            bias = None if bias is None else bias.to(through)
+            logits = nn.functional.linear(hidden[tile].to(through), weight.to(through), bias).to(hidden.dtype)
         else:
             logits = head(hidden[tile])
         logits = transform(logits).to(result.dtype)

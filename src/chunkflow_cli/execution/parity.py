@@ -213,7 +213,7 @@ def whole_preference_loss(
     model: Any, objective: Objective, sequences: Sequences, known: Known, device: torch.device
 ) -> float:
     """Go backward through the loss of whole sequences by autograd, and return it."""
-    sums, imitated = [], 0.0
+    sums, imitated = [], torch.zeros((), dtype=torch.float64, device=device)
     for index, (sequence, start) in enumerate(zip(sequences.samples, sequences.starts, strict=True)):
         ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
         targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)

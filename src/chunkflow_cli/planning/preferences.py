@@ -123,7 +123,9 @@ class Answers:
         """Predict the seconds of all operations of these samples, (samples,)."""
         lengths, targets = self.lengths[samples], self.targets[samples]
         flat = costs.of_sequences(lengths.ravel(), chunk_size, k, targets.ravel()).reshape(lengths.shape)
-        seconds = flat.sum(axis=1) + FIRST_PASS_OF_HEAD * costs.seconds_per_target * targets.sum(axis=1)
+        seconds: NDArray[np.float64] = flat.sum(axis=1) + FIRST_PASS_OF_HEAD * costs.seconds_per_target * targets.sum(
+            axis=1
+        )
         if self.count == 2:  # of a pair that is apart, the last chunks of one answer are forwarded once more
             sizes = lengths.astype(np.float64)
             first = np.where(sizes <= chunk_size, sizes, np.minimum(sizes, k * chunk_size)).argmin(axis=1)

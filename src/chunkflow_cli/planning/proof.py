@@ -82,7 +82,7 @@ def _are_spread(rank: RankPlan) -> NDArray[np.bool_]:
     """Return True for each sample that the rank's whole sequence-parallel group runs together, (samples,)."""
     spread = rank.chunks.sequence[: rank.chunks.first_segment[len(rank.spread)]]
     are_spread = np.isin(np.arange(len(rank.chunks.lengths)), spread)
-    return are_spread if not rank.answers else are_spread.reshape(-1, rank.answers).all(axis=1)
+    return are_spread[:: max(1, rank.answers)]  # all answers of a sample, or none
 
 
 def validate_groups(ranks: Sequence[RankPlan]) -> None:

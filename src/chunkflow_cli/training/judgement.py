@@ -21,11 +21,6 @@ def sizes_of(data: TokenizedData) -> AnswerSizes:
     return data.answers
 
 
-def longest_of(data: TokenizedData) -> int:
-    """Return the length to which mismatched sequences are cut: that of the longest sample."""
-    return int(sizes_of(data).lengths.max())
-
-
 @dataclass(frozen=True)
 class Judgement:
     """What is known of a part of the data before training on it."""
@@ -47,19 +42,19 @@ class Judgement:
         """(samples, 1) tokens of what `mismatched` returns."""
         assert self.partners is not None
         sizes = sizes_of(self.data)
-        others = sizes.prompts + sizes.targets[self.partners, 0]
-        return np.minimum(others, longest_of(self.data))[:, None]
+        others: NDArray[np.int64] = sizes.prompts + sizes.targets[self.partners, 0]
+        return (others if sizes.limit is None else np.minimum(others, sizes.limit))[:, None]
 
     def sequences(self, samples: NDArray[np.int64]) -> list[TokenizedSample]:
         """Return all sequences of samples, in order."""
         return [sequence for sample in samples.tolist() for sequence in self.data.sequences(sample)]
 
     def mismatched(self, samples: NDArray[np.int64]) -> list[TokenizedSample]:
-        """Return the prompt of each sample with the answer of its partner."""
+        """Return the prompt of each sample with the answer of its partner, cut to the longest that a sample may be."""
         assert self.partners is not None
-        others, longest = self.partners[samples].tolist(), longest_of(self.data)
+        others, limit = self.partners[samples].tolist(), sizes_of(self.data).limit
         return [
-            mismatched(self.data.sequences(sample)[0], self.data.sequences(other)[0], longest)
+            mismatched(self.data.sequences(sample)[0], self.data.sequences(other)[0], limit)
             for sample, other in zip(samples.tolist(), others, strict=True)
         ]
 

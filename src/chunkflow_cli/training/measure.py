@@ -282,7 +282,7 @@ def _trial_batch(config: Config, data: TokenizedData, share: RankPlan, device: t
     is_good = None if objective.has_pairs else data.is_good[share.samples]
     known = Known(
         counts=sequences.counts,
-        reference=-10.0 * sequences.counts,
+        reference=np.multiply(sequences.counts, -10.0, dtype=np.float64),
         is_desirable=is_good,
         samples=len(share.samples),
         desirable=0 if is_good is None else int(is_good.sum()),
