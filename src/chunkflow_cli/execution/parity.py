@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,8 @@ def _compare(
         if prepared is None:
             loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
         else:
-            loss_whole = whole_preference_loss(model, *prepared, device)
+            loss_whole, known = _whole_preference_loss(model, *prepared, device)
+            prepared = (*prepared[:2], known)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
@@ -155,7 +156,7 @@ def _compare(
             batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
             schedule = plan(chunks, k)
         else:
-            batch = preference_batch(chunks, *prepared, device)
+            batch = _preference_batch(chunks, *prepared, device)
             tasks = preference_tasks(chunks, k, 2 if prepared[0].has_pairs else 1)
             schedule = plan_tasks(tasks, join_retained=True)
         loss_chunked = runner.run((schedule,), batch).loss
@@ -185,13 +186,13 @@ def _compare(
 def _random_preferences(
     objective: Objective, sequences: Sequence[TokenizedSample]
 ) -> tuple[Objective, Sequences, Known]:
-    """Return the sequences as preferences, with drawn log-probabilities of a reference model."""
+    """Return the sequences as preferences, with drawn differences to the log-probabilities of a reference model."""
     made = Sequences.of(list(sequences), objective)
     rng = np.random.default_rng(0)
     is_desirable = None if objective.has_pairs else np.arange(len(sequences)) % 2 == 0
     known = Known(
         counts=made.counts,
-        reference=-made.counts * rng.uniform(3, 5, len(made.counts)) if objective.needs_reference else None,
+        reference=rng.uniform(-3, 3, len(made.counts)) if objective.needs_reference else None,
         is_desirable=is_desirable,
         samples=len(sequences) // (2 if objective.has_pairs else 1),
         desirable=0 if is_desirable is None else int(is_desirable.sum()),
@@ -201,7 +202,7 @@ def _random_preferences(
     return objective, made, known
 
 
-def preference_batch(
+def _preference_batch(
     chunks: Chunks, objective: Objective, sequences: Sequences, known: Known, device: torch.device
 ) -> StepBatch:
     """Return the batch of a step of preferences that one process runs alone."""
@@ -209,10 +210,13 @@ def preference_batch(
     return StepBatch(chunks, sequences.samples, step.imitated_weights, preferences=step)
 
 
-def whole_preference_loss(
+def _whole_preference_loss(
     model: Any, objective: Objective, sequences: Sequences, known: Known, device: torch.device
-) -> float:
-    """Go backward through the loss of whole sequences by autograd, and return it."""
+) -> tuple[float, Known]:
+    """Go backward through the loss of whole sequences by autograd; return it, and what is known with a reference.
+
+    The reference is as far from the model as `known.reference` says: far off, the loss would have no gradient.
+    """
     sums, imitated = [], torch.zeros((), dtype=torch.float64, device=device)
     for index, (sequence, start) in enumerate(zip(sequences.samples, sequences.starts, strict=True)):
         ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
@@ -227,14 +231,17 @@ def whole_preference_loss(
     def tensor(values: Any) -> Tensor | None:
         return None if values is None else torch.as_tensor(values, device=device)
 
+    found = torch.stack(sums)
+    if known.reference is not None:
+        known = replace(known, reference=found.detach().cpu().numpy() + known.reference)
     counts, reference = torch.as_tensor(known.counts, device=device), tensor(known.reference)
     divergence = torch.tensor(known.divergence, dtype=torch.float64, device=device)
-    judged = judge(objective, torch.stack(sums), counts, reference, tensor(known.is_desirable), divergence)
+    judged = judge(objective, found, counts, reference, tensor(known.is_desirable), divergence)
     loss = judged.losses.sum() / known.samples
     if known.imitated_tokens:
         loss = loss + objective.nll_weight * imitated / known.imitated_tokens
     loss.backward()
-    return float(loss.detach())
+    return float(loss.detach()), known
 
 
 def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
