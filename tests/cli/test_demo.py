@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
-from chunkflow_cli.cli.demo import SUBSET_SHARES, Pair, stdlib_pairs, subset
+from chunkflow_cli.cli.demo import SUBSET_SHARES, Pair, preference, stdlib_pairs, subset
 
 SOURCE = '''"""About numbers."""
 
@@ -50,3 +51,13 @@ def test_the_standard_library_is_long_tailed_and_the_subset_keeps_the_tail() -> 
     ]
     assert sum(pair.characters < 3000 for pair in pairs) > 0.8 * len(pairs)
     assert isinstance(chosen[0], Pair)
+
+
+def test_a_preference_is_the_answer_and_a_worse_one() -> None:
+    pair = Pair("Write it.", "def f():\n    a = 1\n    b = 2\n    return a + b\n")
+    rows = [preference(pair, random.Random(seed)) for seed in range(8)]
+    worse = {row["rejected"][0]["content"] for row in rows}  # type: ignore[index]
+    assert all(row["chosen"] == [{"role": "assistant", "content": pair.answer}] for row in rows)
+    assert pair.answer not in worse
+    assert pair.answer[: len(pair.answer) // 2] in worse
+    assert any(sorted(text.splitlines()) == sorted(pair.answer.splitlines()) for text in worse)

@@ -256,7 +256,7 @@ def test_why_a_conversation_has_no_targets(encoders: dict[DataFormat, Encoder]) 
         (
             "messages",
             {"rejected": [ANSWER]},
-            "the row has rejected: preference data (DPO), and chunkflow trains on one",
+            "the row has rejected: preference data, and train.task=sft trains on one",
         ),
         ("messages", {"thinking": "hm"}, "thinking is not read in data.format=messages; put it into what the"),
         (

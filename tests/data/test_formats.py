@@ -463,7 +463,7 @@ def test_rows_that_fit_no_format_or_several(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "hint"),
     [
-        ({"prompt": "P", "chosen": "A", "rejected": "B"}, "preference data (DPO), and chunkflow trains on one answer"),
+        ({"prompt": "P", "chosen": "A", "rejected": "B"}, "preference data, and train.task=sft trains on one answer"),
         (
             {"id": "x", "object": "chat.completion", "choices": []},
             "append choices[0].message to the request's messages",

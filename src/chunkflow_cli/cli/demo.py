@@ -2,6 +2,7 @@
 
     python -m chunkflow_cli.cli.demo              write the data, train, ask the model a question
     python -m chunkflow_cli.cli.demo --data-only  write the data and exit
+    python -m chunkflow_cli.cli.demo --preferences  write the pairs of recipe=smollm2_preferences and exit
 
 Each sample asks for the source of a function, class or module, given its docstring. As in real chat data, most samples
 are short and a few are very long. Nothing is downloaded.
@@ -23,6 +24,7 @@ from pathlib import Path
 RECIPE = "smollm2_stdlib"
 ALL_PAIRS = Path("data/stdlib_pairs.jsonl")
 SUBSET = Path("data/stdlib_demo.jsonl")
+PREFERENCES = Path("data/stdlib_preferences.jsonl")
 SEED = 0
 # Characters of request and answer together, about 3.4 per token.
 SUBSET_SHARES = ((0, 2_500, 110), (3_000, 6_000, 4), (16_500, 18_000, 1))
@@ -102,6 +104,25 @@ def write_data() -> None:
         print(f"{path}: {len(rows):,} samples, the longest {max(pair.characters for pair in rows):,} characters")
 
 
+def preference(pair: Pair, generator: random.Random) -> dict[str, str | list[dict[str, str]]]:
+    """Return a request with its answer and a worse one: half of it, or its lines in another order."""
+    answer = textwrap.dedent(pair.answer)
+    first, *lines = answer.splitlines(keepends=True)
+    shuffled = "".join([first, *generator.sample(lines, len(lines))])
+    worse = shuffled if generator.random() < 0.5 and shuffled != answer else answer[: len(answer) // 2]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (answer, worse))
+    return {"prompt": [{"role": "user", "content": pair.request}], "chosen": chosen, "rejected": rejected}
+
+
+def write_preferences() -> None:
+    """Write the pairs of `recipe=smollm2_preferences`: the demo's subset, whose long tail they keep."""
+    generator = random.Random(SEED)
+    rows = [preference(pair, generator) for pair in subset(list(stdlib_pairs()))]
+    PREFERENCES.parent.mkdir(parents=True, exist_ok=True)
+    PREFERENCES.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{PREFERENCES}: {len(rows):,} pairs; train on them with chunkflow train recipe=smollm2_preferences")
+
+
 def ask(model_folder: str, question: str) -> str:
     """Return the trained model's answer, decoded greedily."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,8 +140,12 @@ def ask(model_folder: str, question: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M on the Python standard library.")
     parser.add_argument("--data-only", action="store_true", help="write the data and exit")
+    parser.add_argument("--preferences", action="store_true", help="write pairs of answers and exit")
     parser.add_argument("overrides", nargs="*", help="overrides of the recipe, e.g. train.steps=2")
     arguments = parser.parse_args()
+    if arguments.preferences:
+        write_preferences()
+        return
     write_data()
     if arguments.data_only:
         return

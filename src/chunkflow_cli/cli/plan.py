@@ -158,7 +158,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
 def as_json(planned: PlannedRun) -> dict[str, Any]:
     """Return a plan as plain values for JSON. Shares are between 0 and 1."""
     plan, step, totals, config = planned.plan, planned.step, planned.totals, planned.setup.config
-    shape, counts, longest = planned.setup.shape, totals.counts, int(plan.lengths.max())
+    shape, counts, longest = planned.setup.shape, totals.counts, int(plan.sequence_lengths.max())
     element_bytes = ELEMENT_BYTES[config.model.dtype.value]
     state = None if shape is None else state_bytes(shape, longest, plan.chunk_size, element_bytes)
     seconds = float(totals.step_seconds.sum() + plan.steps * plan.costs.step_seconds)

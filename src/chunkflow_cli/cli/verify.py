@@ -11,7 +11,8 @@ from rich.text import Text
 
 from chunkflow_cli.cli.screens.tables import facts
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Config, Cuts, Dtype
+from chunkflow_cli.config.objective import Objective
+from chunkflow_cli.config.schema import Config, Cuts, Dtype, Task
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration, check_acceleration
@@ -36,7 +37,8 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     """Compare, print the outcome unless `json_output` is set, and return what `--json` prints.
 
     The model is the configured one, with its weights, adapters and activation checkpointing. Dropout is off, because
-    two forward passes with dropout cannot agree. The data is a random long sequence and short ones that fill its tail.
+    two forward passes with dropout cannot agree. The data is a random long sequence and short ones that fill its tail;
+    under `train.task=dpo`, `orpo` and `kto` random answers, whose loss autograd knows from whole sequences.
 
     Raises:
         UsageError: the model cannot be loaded, or cannot run in chunks.
@@ -65,13 +67,17 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         apply_to(model, config.optim)
         model.to(device)
     vocabulary = hf_config.get_text_config().vocab_size
-    lengths = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
+    objective = Objective.of(config)
+    lengths: tuple[int, ...] = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
+    if objective is not None:  # two long answers, two that share a chunk, and two that are in chunks of their own
+        short = (chunk_size // 4, chunk_size // 5, chunk_size * 2 // 3, chunk_size * 3 // 4)
+        lengths = (length, max(2, length * 3 // 4), *(max(2, each) for each in short))
     with working(console, f"comparing {sum(lengths):,} tokens, whole and in chunks of {chunk_size:,}"):
         parity = compare(
             model, choice.backend, random_sequences(lengths, vocabulary, config.train.seed),
             chunk_size=chunk_size, k=config.chunk.k, fill_tails=config.chunk.fill_tails,
             # Far more uneven pieces than the costs of any device would give.
-            pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0,
+            pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0, objective=objective,
             # Small blocks, so that the past is made of several.
             state_home=state_home(config.chunk.offload_state, device, block_tokens=max(1, length // 3)),
             acceleration=Acceleration.of(config),
@@ -85,6 +91,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         "k": config.chunk.k,
         "length": length,
         "attention": choice.backend.name,
+        "task": config.train.task.value,
     }
     if not json_output:
         _print(stdout_console(), result, config)
@@ -129,7 +136,8 @@ def _print(console: Console, result: dict[str, Any], config: Config) -> None:
     rows = {
         "model": config.model.path,
         "test": f"{result['length']:,} tokens in chunks of {result['chunk_size']:,}, K = {result['k']}, "
-        f"{result['dtype']}, attention {result['attention']}",
+        f"{result['dtype']}, attention {result['attention']}"
+        + ("" if config.train.task is Task.sft else f", train.task={config.train.task.value}"),
         "loss": f"{loss} ({result['loss_rel_error']:.1e} relative difference)",
         "gradient": f"{result['grad_rel_error']:.1e} relative difference, {result['tolerance']:.0e} allowed",
         "worst weight": f"{result['grad_max_rel_error_parameter']} ({result['grad_max_rel_error']:.1e})",

@@ -14,13 +14,17 @@ from chunkflow_cli.config.schema import (
     Attention,
     Config,
     CostModelName,
+    DataFormat,
     Device,
     Dtype,
     Init,
     LearningRateSchedule,
+    LossWeighting,
     OptimizerName,
+    PreferenceLoss,
     Quantization,
     Spread,
+    Task,
     TrainOn,
     Turns,
 )
@@ -42,6 +46,7 @@ def check(config: Config) -> None:
     """
     _check_values(config)
     for check_section in (
+        _check_task,
         _check_optim,
         _check_data,
         _check_train,
@@ -88,6 +93,64 @@ def _check_path(name: str, value: Any) -> None:
         key = described(name)
         if path == "" and (key is None or key.default != ""):
             raise UsageError(f"{name} is empty\n  name a path, or leave the key out")
+
+
+FORMAT_OF_TASK = {
+    Task.dpo: DataFormat.preference,
+    Task.orpo: DataFormat.preference,
+    Task.kto: DataFormat.feedback,
+}
+
+
+def _check_task(config: Config) -> None:
+    task, data, preference = config.train.task, config.data, config.preference
+    if task is Task.sft:
+        if data.format in FORMAT_OF_TASK.values():
+            tasks = " or ".join(f"train.task={each.value}" for each, of in FORMAT_OF_TASK.items() if of is data.format)
+            raise UsageError(
+                f"data.format={data.format.value} with train.task=sft, which imitates answers\n  set {tasks}"
+            )
+        return
+    if data.format not in (DataFormat.auto, FORMAT_OF_TASK[task]):
+        keys = "prompt, completion and label" if task is Task.kto else "prompt, chosen and rejected"
+        raise UsageError(
+            f"data.format={data.format.value} with train.task={task.value}, whose rows have {keys}\n"
+            f"  leave data.format out"
+        )
+    for name, is_set in (
+        ("data.sources", data.sources),
+        ("train.global_batch_tokens", config.train.global_batch_tokens),
+    ):
+        if is_set:
+            remedy = "name all files in data.path" if name == "data.sources" else "set train.global_batch_size"
+            raise UsageError(f"{name} is for train.task=sft, not train.task={task.value}\n  {remedy}")
+    if task is Task.kto and config.train.global_batch_size == 1:
+        raise UsageError(
+            "train.global_batch_size=1 with train.task=kto, which reads each prompt with another sample's answer, too\n"
+            "  set train.global_batch_size to 2 or more"
+        )
+    without_effect = {
+        "data.train_on": data.train_on is not TrainOn.assistant,
+        "data.turns": data.turns is not Turns.whole,
+        "data.train_on_reasoning": not data.train_on_reasoning,
+        "train.loss_weighting": config.train.loss_weighting is not LossWeighting.token,
+        "model.lora.dropout": config.model.lora.enabled and config.model.lora.dropout > 0,
+        "preference.nll_weight": task is not Task.dpo and preference.nll_weight > 0,
+        "preference.loss": task is not Task.dpo and preference.loss is not PreferenceLoss.sigmoid,
+        "preference.label_smoothing": preference.label_smoothing > 0
+        and (task is not Task.dpo or preference.loss is PreferenceLoss.ipo),
+    }
+    for name, is_set in without_effect.items():
+        if is_set:
+            values = {each: getattr(section, entry.name) for each, section, entry in walk_keys(config)}
+            how = task.value if task is not Task.dpo else f"{task.value} and preference.loss={preference.loss.value}"
+            raise UsageError(f"{name}={as_written(values[name])} has no place in train.task={how}\n  leave {name} out")
+
+
+def settle_format(config: Config) -> None:
+    """Let the task name the format of the rows, which need not be found then."""
+    if config.data.format is DataFormat.auto and config.train.task is not Task.sft:
+        config.data.format = FORMAT_OF_TASK[config.train.task]
 
 
 def _check_optim(config: Config) -> None:

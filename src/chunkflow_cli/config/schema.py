@@ -80,6 +80,8 @@ class DataFormat(str, Enum):
     prompt_completion = "prompt_completion"
     text = "text"
     tokens = "tokens"
+    preference = "preference"
+    feedback = "feedback"
 
 
 class TrainOn(str, Enum):
@@ -123,6 +125,19 @@ class LearningRateSchedule(str, Enum):
 class LossWeighting(str, Enum):
     token = "token"
     sequence = "sequence"
+
+
+class Task(str, Enum):
+    sft = "sft"
+    dpo = "dpo"
+    orpo = "orpo"
+    kto = "kto"
+
+
+class PreferenceLoss(str, Enum):
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+    simpo = "simpo"
 
 
 class LogBackend(str, Enum):
@@ -377,8 +392,11 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """The run: its length, batches, order, loss and output folder."""
+    """The run: its task, length, batches, order, loss and output folder."""
 
+    task: Task = Task.sft
+    """What is learnt: the answers (`sft`), or which answer of two is preferred (`dpo`, `orpo`), or which answers are
+    good and which are not (`kto`)."""
     steps: int | None = bounded(None, at_least=1, at_most=MOST)
     """Number of optimizer steps. Null trains for `train.epochs`."""
     epochs: int = bounded(1, at_least=1, at_most=MOST)
@@ -404,6 +422,27 @@ class TrainConfig:
     `plan --trace`. The run waits for the GPU after each operation, which costs time."""
     guard: bool = True
     """Before training, check on a small float32 copy that this architecture trains exactly in chunks."""
+
+
+@dataclass
+class PreferenceConfig:
+    """The loss of `train.task=dpo`, `orpo` and `kto`."""
+
+    loss: PreferenceLoss = PreferenceLoss.sigmoid
+    """Loss of a pair under `train.task=dpo`. `simpo` compares mean log-probabilities and needs no reference model."""
+    beta: float = bounded(0.1, above=0)
+    """How closely the model stays to the reference model; the higher, the closer. Under `orpo` and `simpo`, the weight
+    of the comparison."""
+    label_smoothing: float = bounded(0.0, at_least=0, below=0.5)
+    """Probability that the answers of a pair are labelled the wrong way round (`sigmoid` and `simpo`)."""
+    gamma: float = bounded(0.5, at_least=0)
+    """Margin by which `simpo` wants the chosen answer to win."""
+    nll_weight: float = bounded(0.0, at_least=0)
+    """Weight of an additional loss that imitates the chosen answers of `train.task=dpo`, per token."""
+    desirable_weight: float = bounded(1.0, at_least=0)
+    """Weight of the good answers under `train.task=kto`."""
+    undesirable_weight: float = bounded(1.0, at_least=0)
+    """Weight of the bad answers under `train.task=kto`."""
 
 
 @dataclass
@@ -568,6 +607,7 @@ class Config:
     chunk: ChunkConfig = field(default_factory=ChunkConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -9,6 +9,7 @@ An entry is a folder `tokens/<key>/` of memory-mapped arrays:
     digests.npy        (samples,) uint64     equal if tokens and targets are equal
     files.npy          (samples,) int32      index of the file in the source
     lines.npy          (samples,) int64      line or row in that file, from 1; all samples of a row have the same
+    marks.npy          (samples,) int64      what a sample of preferences is, as in `EncodedBatch`; otherwise -1
     rejected.jsonl     {"file", "line", "reason"} per bad row; files are indices here too
     notes.jsonl        what there is to say of the rows, as in `Note`
     meta.json          the ingredients, for people; `largest_id` and `ends` as in `EncodedBatch`; checksums of the rest
@@ -53,7 +54,7 @@ from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import checksum
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Increases whenever the same ingredients would give other tokens or other files."""
 ARRAYS: dict[str, DTypeLike] = {
     "input_ids": np.int32,
@@ -63,6 +64,7 @@ ARRAYS: dict[str, DTypeLike] = {
     "digests": np.uint64,
     "files": np.int32,
     "lines": np.int64,
+    "marks": np.int64,
 }
 
 
@@ -100,6 +102,7 @@ class CacheEntry:
     digests: NDArray[np.uint64]
     files: NDArray[np.int32]
     lines: NDArray[np.int64]
+    marks: NDArray[np.int64]
     rejected: tuple[RejectedRow, ...]
     notes: tuple[Note, ...]
     ends: dict[int, int]
@@ -245,7 +248,7 @@ def _write_entry(
         arrays.append("offsets", np.zeros(1, np.int64))
         for batch in batches:
             arrays.append("offsets", arrays.counts["input_ids"] + np.cumsum(batch.lengths))
-            for name in ("input_ids", "targets", "target_counts", "digests", "lines"):
+            for name in ("input_ids", "targets", "target_counts", "digests", "lines", "marks"):
                 arrays.append(name, getattr(batch, name))
             arrays.append("files", np.full(len(batch.lengths), batch.file, np.int32))
             for row in batch.rejected:

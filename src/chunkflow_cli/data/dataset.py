@@ -20,10 +20,11 @@ from chunkflow_cli.data.building import remove_leftovers
 from chunkflow_cli.data.cache import Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.columns import rename_columns
 from chunkflow_cli.data.encoding import Encoder
-from chunkflow_cli.data.formats import PLAIN_FORMATS, detect_format, parse_sample
+from chunkflow_cli.data.formats import PLAIN_FORMATS, PREFERENCE_FORMATS, detect_format, parse_sample
 from chunkflow_cli.data.names import printable
 from chunkflow_cli.data.notes import announce
 from chunkflow_cli.data.parallel import encode_source
+from chunkflow_cli.data.preferences import AnswerSizes
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import IGNORED, BadRowError, RejectedRow
 from chunkflow_cli.data.source import Location, Source, open_source
@@ -253,11 +254,17 @@ def _found_source(
 def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int | None) -> TokenizedData:
     entry, limit = whole.entry, model_limit if config.max_length is None else config.max_length
     lengths, target_counts, bad_rows = entry.lengths, np.array(entry.target_counts), list(entry.rejected)
-    is_long = np.zeros(len(lengths), bool) if limit is None else lengths > limit
+    answers = _answer_sizes(config, whole, limit)
+    longest = lengths if answers is None else answers.whole.max(axis=1)
+    is_long = np.zeros(len(lengths), bool) if limit is None else longest > limit
     is_dropped = is_long if config.overlong is Overlong.drop else np.zeros_like(is_long)
     if limit is not None and config.overlong is Overlong.truncate:
-        lengths = np.minimum(lengths, limit)
-        for sample in np.flatnonzero(is_long):
+        if answers is not None:
+            lengths = answers.lengths.sum(axis=1)
+            target_counts = np.where((answers.targets > 0).all(axis=1), answers.targets.sum(axis=1), 0)
+        else:
+            lengths = np.minimum(lengths, limit)
+        for sample in np.flatnonzero(is_long) if answers is None else ():
             start = int(entry.offsets[sample])
             # The last position that is kept predicts a token that is not.
             target_counts[sample] = np.count_nonzero(entry.targets[start : start + limit - 1] != IGNORED)
@@ -274,7 +281,7 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
         raise UsageError(_bad_rows_message(rejected, str(rows_read), whole.named))
     if limit is not None and is_long.any() and config.overlong is Overlong.error:
         whose = "data.max_length" if config.max_length is not None else "the model's own limit"
-        raise UsageError(_overlong_message(whole, is_long, f"{limit} tokens ({whose})"))
+        raise UsageError(_overlong_message(whole, longest, is_long, f"{limit} tokens ({whose})"))
     indices = np.flatnonzero(~is_dropped & (target_counts > 0))
     if len(indices) == 0:
         raise UsageError(
@@ -291,7 +298,19 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
         target_counts[indices],
         rejected,
         (counts,),
+        answers=None if answers is None else answers.select(indices),
     )
+
+
+def _answer_sizes(config: DataConfig, whole: TokenizedSource, limit: int | None) -> AnswerSizes | None:
+    """Return the sizes of the sequences of all samples; None if a sample is one sequence to imitate."""
+    if whole.format not in PREFERENCE_FORMATS:
+        return None
+    entry = whole.entry
+    return AnswerSizes.of(
+        entry.lengths, entry.target_counts, entry.marks, has_pairs=whole.format is DataFormat.preference,
+        limit=limit, is_cut=config.overlong is Overlong.truncate,
+    )  # fmt: skip
 
 
 def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named: str) -> str:
@@ -301,8 +320,10 @@ def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named
     )
 
 
-def _overlong_message(whole: TokenizedSource, is_long: NDArray[np.bool_], limit: str) -> str:
-    lengths, count = whole.entry.lengths, int(is_long.sum())
+def _overlong_message(
+    whole: TokenizedSource, lengths: NDArray[np.int64], is_long: NDArray[np.bool_], limit: str
+) -> str:
+    count = int(is_long.sum())
     longest = np.argsort(-lengths, kind="stable")[:count]
     shown = _listed([(whole.location(sample), f"{lengths[sample]} tokens") for sample in longest])
     return (

@@ -29,6 +29,7 @@ from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.formats import PLAIN_FORMATS, parse_sample
 from chunkflow_cli.data.labels import first_token_from, labels_of
 from chunkflow_cli.data.notes import Note, Remark, notes_of
+from chunkflow_cli.data.preferences import NOT_PAIRED, joined
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -37,6 +38,7 @@ from chunkflow_cli.data.sample import (
     BadRowError,
     Conversation,
     Instruction,
+    JudgedAnswers,
     PlainText,
     PromptCompletion,
     RejectedRow,
@@ -86,6 +88,9 @@ class EncodedBatch:
     target_counts: NDArray[np.int64]  # (samples,)
     digests: NDArray[np.uint64]  # (samples,), equal if tokens and targets are equal
     lines: NDArray[np.int64]  # (samples,), the same for all samples of a row
+    marks: NDArray[np.int64]
+    """(samples,) of a pair, the tokens of its chosen sequence, which comes first; of a labelled answer 1 if it is good,
+    otherwise 0; -1 for all other samples."""
     file: int
     rejected: list[RejectedRow]
     notes: list[Note]
@@ -153,19 +158,22 @@ class Encoder:
 
     def encode(self, batch: RowBatch) -> EncodedBatch:
         """Return tokens and targets of the rows. Rows that cannot be trained on are in `rejected`, with the reason."""
-        prepared: list[tuple[int, list[MarkedText] | TokenRow, bool]] = []
+        prepared: list[tuple[int, list[MarkedText] | TokenRow, bool, JudgedAnswers | None]] = []
         rejected: list[tuple[int, str]] = []
         for line, row in zip(batch.lines, batch.rows, strict=True):
             try:
-                prepared.append((line, *self._prepare(parse_sample(decode_row(row), self._format))))
+                sample = parse_sample(decode_row(row), self._format)
+                judged = sample if isinstance(sample, JudgedAnswers) else None
+                prepared.append((line, *self._prepare(sample), judged))
             except BadRowError as error:
                 rejected.append((line, str(error)))
-        marked = [text.text for _, texts, _ in prepared if isinstance(texts, list) for text in texts]
+        marked = [text.text for _, texts, *_ in prepared if isinstance(texts, list) for text in texts]
         encoded = iter(self._tokenise(marked))
         kept: list[tuple[int, TokenRow]] = []
+        marks: list[int] = []
         remarks: list[tuple[int, list[Remark]]] = []
         ends: Counter[int] = Counter()
-        for line, texts, is_templated in prepared:
+        for line, texts, is_templated, judged in prepared:
             try:
                 if isinstance(texts, TokenRow):
                     kept.append((line, _with_targets(self._check_ids(texts))))
@@ -173,18 +181,39 @@ class Encoder:
                 label = self._label_conversation if is_templated else self._label_text
                 pairs = [(text, next(encoded)) for text in texts]
                 labelled = [label(text, ids, encoding) for text, (ids, encoding) in pairs]
-                kept += [(line, _with_targets(sample.tokens)) for sample in labelled]
+                if judged is None:
+                    kept += [(line, _with_targets(sample.tokens)) for sample in labelled]
+                else:
+                    prompt, *answers = (sample.tokens.input_ids for sample in labelled)
+                    del labelled[0], texts[0]
+                    tokens, mark = joined(prompt, answers, judged.is_good)
+                    kept.append((line, tokens))
+                    marks.append(mark)
                 remarks.append((line, [remark for text in texts for remark in text.remarks]))
                 remarks[-1][1].extend(remark for sample in labelled for remark in sample.remarks)
                 ends.update(end for sample in labelled for end in sample.ends)
             except BadRowError as error:
                 rejected.append((line, str(error)))
-        return _concatenate(kept, sorted(rejected), notes_of(remarks, batch.file), ends, batch)
+        return _concatenate(kept, marks, sorted(rejected), notes_of(remarks, batch.file), ends, batch)
+
+    def _prepare_judged(self, sample: JudgedAnswers) -> tuple[list[MarkedText] | TokenRow, bool]:
+        """Return the texts of the prompt and of each answer behind it, and True if a chat template wrote them."""
+        if isinstance(sample.prompt, str):
+            return [MarkedText(text, None) for text in (sample.prompt, *map(str, sample.answers))], False
+        if self._template is None:
+            raise BadRowError("lists of messages need a chat template, and the tokenizer has none")
+        answers = [answer for answer in sample.answers if isinstance(answer, Conversation)]
+        return [
+            MarkedText(self._template.render_prompt(sample.prompt), None),
+            *(self._template.render(answer, mark_targets=False) for answer in answers),
+        ], True
 
     def _prepare(self, sample: Sample) -> tuple[list[MarkedText] | TokenRow, bool]:
         """Return what to tokenise, and True if a chat template wrote it."""
         if isinstance(sample, Instruction):
             sample = sample.prompt_completion() if self._template is None else sample.conversation()
+        if isinstance(sample, JudgedAnswers):
+            return self._prepare_judged(sample)
         if isinstance(sample, Conversation):
             return self._render(sample), True
         if isinstance(sample, PromptCompletion):
@@ -333,6 +362,7 @@ def _overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
 
 def _concatenate(
     kept: list[tuple[int, TokenRow]],
+    marks: list[int],
     rejected: list[tuple[int, str]],
     notes: list[Note],
     stops: dict[int, int],
@@ -357,6 +387,7 @@ def _concatenate(
         digests=np.array(digests, np.uint64),
         target_counts=counted[ends] - counted[starts],
         lines=np.array([line for line, _ in kept], np.int64),
+        marks=np.array(marks or [NOT_PAIRED] * len(kept), np.int64),
         file=batch.file,
         rejected=[RejectedRow(batch.file, line, reason) for line, reason in rejected],
         notes=notes,

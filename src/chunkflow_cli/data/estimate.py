@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.fields import REASONING
-from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.formats import PREFERENCE_FORMATS, parse_sample
 from chunkflow_cli.data.messages import ROLES
 from chunkflow_cli.data.rows import decode_row, parse_json
 from chunkflow_cli.data.sample import (
@@ -38,6 +38,7 @@ from chunkflow_cli.data.sample import (
     BadRowError,
     Conversation,
     Instruction,
+    JudgedAnswers,
     Message,
     PlainText,
     PromptCompletion,
@@ -91,7 +92,7 @@ def estimate_sizes(
     Raises:
         UsageError: the source cannot be read.
     """
-    is_usual = turns is Turns.whole and train_on is not TrainOn.last and reasoning
+    is_usual = format in PREFERENCE_FORMATS or (turns is Turns.whole and train_on is not TrainOn.last and reasoning)
     quick, is_exact = _QUICK_SIZERS.get(format) if is_usual else None, format is DataFormat.tokens
     count_all, rows = train_on is TrainOn.all, 0
     columns = array("q")  # one row per sample: length, targets, file, line, digest
@@ -227,6 +228,10 @@ def _size_of_sample(sample: Sample) -> Size:
             return _size_of_sample(sample.conversation())
         case Conversation():
             return _sizes_of_conversation(sample, Turns.whole, reasoning=True)[0]
+        case JudgedAnswers(prompt, answers):
+            before = _tokens(prompt) if isinstance(prompt, str) else _size_of_sample(prompt)[0]
+            sizes = [1 + _tokens(each) if isinstance(each, str) else _size_of_sample(each)[0] for each in answers]
+            return sum(sizes), max(0, sum(sizes) - before * len(sizes))
 
 
 def _tokens_of_tools(tools: Sequence[Mapping[str, Any]]) -> int:

@@ -74,6 +74,8 @@ _READ: dict[DataFormat, frozenset[str]] = {
     DataFormat.prompt_completion: _IN_CONVERSATIONS | {"prompt"},
     DataFormat.text: _WITHIN_WHOLE_TEXTS,
     DataFormat.tokens: frozenset(_PER_TOKEN - {"inputs_embeds"}) | _WITHIN_WHOLE_TEXTS,
+    DataFormat.preference: _IN_CONVERSATIONS | {"prompt", "chosen", "rejected"},
+    DataFormat.feedback: _IN_CONVERSATIONS | {"prompt", "label"},
 }
 """Of the names above, those that the parser of each format reads, or that mean nothing next to what it reads."""
 _TEXT_KEYS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text")
@@ -115,7 +117,7 @@ def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataForma
 
 
 _REMOVE = "remove or rename the key if it does not count"
-_KTO = "keep the rows with answers to imitate, and remove the key"
+_KTO = "set train.task=kto, or keep the rows with answers to imitate, and remove the key"
 _WHERE = {
     **dict.fromkeys(REASONING, "put it into what the assistant says, or rename the key if it does not count"),
     "context": "put it into the prompt (alpaca: into input), or rename the key if it does not count",
@@ -124,7 +126,7 @@ _WHERE = {
     "tool_call_id": "put it into the tool's message",
 }
 PREFERENCE = (
-    "preference data (DPO), and chunkflow trains on one answer (SFT); to imitate the chosen one, write "
+    "preference data, and train.task=sft trains on one answer; set train.task=dpo; to imitate the chosen one, write "
     "'data.columns={chosen:messages,rejected:unused}', or chosen:completion if it is a string"
 )
 

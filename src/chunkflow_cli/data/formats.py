@@ -9,6 +9,7 @@
 | prompt_completion | the same as lists, system, tools, ... | Conversation; targets: the completion's assistant |
 | text | text | PlainText |
 | tokens | input_ids, labels, attention_mask, masks | TokenRow |
+| preference, feedback | see `data.preferences` | JudgedAnswers |
 
 `data.fields` decides about other keys: those that might change what is learnt make the row bad, the others are ignored.
 `data.messages` reads messages. Other keys of a message (name, tool_call_id, reasoning_content, ...) are passed to the
@@ -42,6 +43,7 @@ from chunkflow_cli.data.messages import (
     with_system,
     with_turns,
 )
+from chunkflow_cli.data.preferences import parse_feedback, parse_preference
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -58,6 +60,8 @@ from chunkflow_cli.data.values import integers, is_absent, kind, required, text
 from chunkflow_cli.errors import UsageError
 
 DETECTION_ROWS = 100
+PREFERENCE_FORMATS = frozenset({DataFormat.preference, DataFormat.feedback})
+"""Formats that `train.task` names; rows of them are never detected."""
 PLAIN_FORMATS = frozenset({DataFormat.text, DataFormat.tokens})
 """Formats whose rows have no answers that could be told from the rest."""
 
@@ -353,4 +357,6 @@ _PARSERS: dict[DataFormat, Callable[[dict[str, Any]], Sample]] = {
     DataFormat.prompt_completion: _parse_prompt_completion,
     DataFormat.text: _parse_text,
     DataFormat.tokens: _parse_tokens,
+    DataFormat.preference: parse_preference,
+    DataFormat.feedback: parse_feedback,
 }

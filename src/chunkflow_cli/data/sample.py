@@ -102,6 +102,17 @@ class PromptCompletion:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgedAnswers:
+    """A prompt with two answers, of which the first is preferred, or with one answer that is good or bad."""
+
+    prompt: Conversation | str
+    answers: tuple[Conversation | str, ...]
+    """Prompt and answer together, each."""
+    is_good: bool | None
+    """Label of a single answer; None for a pair."""
+
+
+@dataclass(frozen=True, slots=True)
 class Instruction:
     """An alpaca row: a conversation if there is a chat template, otherwise Stanford Alpaca's prompt."""
 
@@ -147,7 +158,7 @@ class TokenRow:
     labels: NDArray[np.int64]  # (length,) the id itself (not shifted) where the loss counts it, or IGNORED
 
 
-Sample = Conversation | PromptCompletion | Instruction | PlainText | TokenRow
+Sample = Conversation | JudgedAnswers | PromptCompletion | Instruction | PlainText | TokenRow
 
 
 @dataclass(frozen=True)

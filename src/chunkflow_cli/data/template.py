@@ -140,6 +140,17 @@ class ChatTemplate:
         is_rewritten = any(span.is_rewritten for span in spans) and CUT not in result.remarks
         return replace(result, remarks=(*result.remarks, *[REWRITTEN] * is_rewritten))
 
+    def render_prompt(self, conversation: Conversation) -> str:
+        """Return the conversation's text with what the template writes before an answer to it.
+
+        Raises:
+            BadRowError: the template rejects the conversation.
+        """
+        template = self._template_for(conversation)
+        given = self._given(conversation, template)
+        options = {**given.arguments, "add_generation_prompt": True}
+        return self._renderer.render(template, [given.messages], given.tools, **options)[0][0]
+
     def render_answers(self, conversation: Conversation, *, reasoning: bool = True) -> list[MarkedText]:
         """Return a text for each answer that is a target: the conversation up to there, the answer as the last turn.
 

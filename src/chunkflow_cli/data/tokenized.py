@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.cache import CacheEntry
+from chunkflow_cli.data.preferences import AnswerSizes
 from chunkflow_cli.data.sample import IGNORED, RejectedRow, TokenizedSample, digest_of
 from chunkflow_cli.data.source import Location, Source
 from chunkflow_cli.planning.batches import drawn, held_out
@@ -87,6 +88,8 @@ class TokenizedData:
     """What became of the rows of each source."""
     duplicates: list[tuple[Location, str]] = field(default_factory=list)
     """Samples left out as duplicates, and of what."""
+    answers: AnswerSizes | None = None
+    """Sizes of the sequences of preferences; None if a sample is one sequence to imitate."""
 
     def __post_init__(self) -> None:
         assert sum(count.samples_left for count in self.counts) == len(self)
@@ -158,6 +161,20 @@ class TokenizedData:
             targets[-1] = IGNORED  # the token that it predicts is cut off
         return TokenizedSample(entry.input_ids[start:end], targets)
 
+    def sequences(self, index: int) -> list[TokenizedSample]:
+        """Return the sequences of a sample: those of both answers of a pair, otherwise one."""
+        if self.answers is None:
+            return [self[index]]
+        entry, sample = self.whole.entry, int(self.indices[index])
+        own = slice(int(entry.offsets[sample]), int(entry.offsets[sample + 1]))
+        return self.answers.sequences(index, entry.input_ids[own], entry.targets[own])
+
+    @property
+    def is_good(self) -> NDArray[np.bool_]:
+        """(samples,) labels of answers that have one."""
+        good: NDArray[np.bool_] = self.whole.entry.marks[self.indices] == 1
+        return good
+
     def location(self, index: int) -> Location:
         """Return where the sample is in the user's data."""
         return self.wholes[int(self.sources[index])].location(int(self.indices[index]))
@@ -197,11 +214,13 @@ class TokenizedData:
 
     def _chosen(self, chosen: NDArray[np.int64], **changes: Any) -> TokenizedData:
         arrays = {name: getattr(self, name)[chosen] for name in ("sources", "indices", "lengths", "target_counts")}
-        return replace(self, **arrays, **changes)
+        answers = None if self.answers is None else self.answers.select(chosen)
+        return replace(self, **arrays, answers=answers, **changes)
 
 
 def joined(parts: Sequence[TokenizedData]) -> TokenizedData:
-    """Return the samples of several sources, one source after the other."""
+    """Return the samples of several sources, one source after the other. Only one can hold preferences."""
+    assert len(parts) == 1 or all(part.answers is None for part in parts)
     sizes = [len(part) for part in parts]
     return TokenizedData(
         wholes=tuple(part.whole for part in parts),
@@ -211,6 +230,7 @@ def joined(parts: Sequence[TokenizedData]) -> TokenizedData:
         target_counts=np.concatenate([part.target_counts for part in parts]),
         rejected=[row for part in parts for row in part.rejected],
         counts=tuple(part.counts[0] for part in parts),
+        answers=parts[0].answers,
     )
 
 

@@ -31,6 +31,8 @@ class ChunkBatch:
     target_losses: Tensor | None = None  # (targets,) receives the cross entropy of each, without weight
     target_sequences: NDArray[np.int64] | None = None  # (targets,) the sequence of each, on the host
     """Both are None if the losses of sequences are not asked for."""
+    target_places: Tensor | None = None  # (targets,) the sum that each one's log-probability is part of
+    """None without preferences."""
 
     @property
     def target_tokens(self) -> int:
@@ -46,6 +48,7 @@ def build_batch(
     sequence_group: SequenceGroup | None = None,
     *,
     keeps_losses: bool = False,
+    answer_starts: NDArray[np.int64] | None = None,
 ) -> ChunkBatch:
     """Return the tensors of a chunk.
 
@@ -57,12 +60,17 @@ def build_batch(
         sequence_weights: (sequences,) weight of each target of a sequence in the loss.
         sequence_group: the group whose ranks share the tokens; this rank then gets its slice of them.
         keeps_losses: make room for the loss of each target, to add them up by sequence.
+        answer_starts: (sequences,) for preferences, the first position whose target is part of the answer. Log-
+            probabilities of other targets are summed up behind those of all sequences.
     """
     ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
     targets = np.concatenate([sequences[s.sequence].targets[s.start : s.stop] for s in chunk.segments])
     positions = np.concatenate([np.arange(s.start, s.stop) for s in chunk.segments])
     weights = np.concatenate([np.full(s.tokens, sequence_weights[s.sequence]) for s in chunk.segments])
-    owners = np.concatenate([np.full(s.tokens, s.sequence) for s in chunk.segments])
+    owners = np.array([s.sequence for s in chunk.segments]).repeat([s.tokens for s in chunk.segments])
+    places = owners
+    if answer_starts is not None:
+        places = np.where(positions >= answer_starts[owners], owners, len(answer_starts))
     boundaries = (0, *np.cumsum([segment.tokens for segment in chunk.segments]).tolist())
     if sequence_group is not None:
         padding = sequence_group.padding(len(ids))
@@ -70,9 +78,10 @@ def build_batch(
             boundaries = (*boundaries, boundaries[-1] + padding)
             ids, weights, owners = (np.pad(array, (0, padding)) for array in (ids, weights, owners))
             targets = np.pad(targets, (0, padding), constant_values=IGNORED)
-            positions = np.append(positions, np.arange(padding))
+            positions, places = np.append(positions, np.arange(padding)), np.pad(places, (0, padding))
         mine = sequence_group.slice_of(len(ids))
-        ids, targets, positions, weights, owners = (each[mine] for each in (ids, targets, positions, weights, owners))
+        arrays = (ids, targets, positions, weights, owners, places)
+        ids, targets, positions, weights, owners, places = (each[mine] for each in arrays)
     counted = np.flatnonzero(targets != IGNORED)
 
     def tensor(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -87,6 +96,7 @@ def build_batch(
         target_weights=tensor(weights[counted], weight_dtype),
         target_losses=torch.zeros(len(counted), dtype=weight_dtype, device=device) if keeps_losses else None,
         target_sequences=owners[counted] if keeps_losses else None,
+        target_places=None if answer_starts is None else tensor(places[counted]),
     )
 
 
@@ -106,5 +116,10 @@ def with_idle_target(batch: ChunkBatch) -> ChunkBatch:
         return batch
     zero = batch.target_positions.new_zeros(1)
     return replace(
-        batch, target_positions=zero, targets=zero, target_weights=batch.target_weights.new_zeros(1), target_losses=None
+        batch,
+        target_positions=zero,
+        targets=zero,
+        target_weights=batch.target_weights.new_zeros(1),
+        target_losses=None,
+        target_places=zero - 1,  # the last place, whose sum counts nowhere
     )

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from chunkflow_cli.execution.attention.backend import Backend, Packing
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, require_attention_interface
 from chunkflow_cli.execution.batch import ChunkBatch
-from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, weighted_cross_entropy
+from chunkflow_cli.execution.loss import (
+    LogitTransform,
+    SharedHeadGradient,
+    log_probabilities,
+    weighted_cross_entropy,
+)
+from chunkflow_cli.execution.preferences import PreferenceStep
 from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attention, prepare_recurrent_layers
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
@@ -32,6 +38,10 @@ class ChunkCall:
     sequence_group: SequenceGroup | None = None
     """The group whose ranks share the chunk's tokens, each with its slice in `batch`; None if this rank has all of
     them. It is the same for all chunks of a sequence, whose state has either the heads of one rank or all heads."""
+    preferences: PreferenceStep | None = None
+    """The sums of log-probabilities that weigh the chunk's targets; None in supervised training."""
+    adds_sums: bool = False
+    """True in the forward of the chunk that adds its log-probabilities to these sums."""
 
 
 class ChunkModel(nn.Module):
@@ -53,25 +63,42 @@ class ChunkModel(nn.Module):
         """Module names of the layers that pass a recurrent state from chunk to chunk."""
         self._last_layer = None if comes_after_attention(base, last) else last
 
-    def forward(self, *calls: ChunkCall, state_pass: bool = False) -> Tensor | None:
+    def forward(self, *calls: ChunkCall, state_pass: bool = False, first_pass: bool = False) -> Tensor | None:
         """Return the loss of the chunks, run in this order; None for a state pass, which only fills the state store.
 
+        A first pass fills the store as well, and the sums of log-probabilities. With preferences, the loss only has the
+        right gradient: the weights of its targets follow from the sums, which these chunks may be the last to add to.
         For a chunk that is spread over a group, the loss is this rank's share: the sum over the targets of its slice.
         """
         if state_pass:
             for call in calls:
                 self.hidden(call, state_pass=True)
             return None
-        losses = [self._loss(call) for call in calls]
+        if all(call.preferences is None for call in calls):
+            losses = [self._loss(call, self.hidden(call)) for call in calls]
+        else:
+            hidden = [self.hidden(call, is_kept=first_pass) for call in calls]
+            for call, states in zip(calls, hidden, strict=True):
+                self._add_sums(call, states)
+            if not torch.is_grad_enabled():
+                return hidden[0].new_zeros(())
+            for call in calls:  # ranks that share tokens add up their sums here, also those without a target
+                assert call.preferences is not None
+                call.preferences.weights()
+            losses = [self._loss(call, states) for call, states in zip(calls, hidden, strict=True)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def hidden(self, call: ChunkCall, *, state_pass: bool = False) -> Tensor:
-        """Return the hidden states after the last layer and the final norm, (tokens, hidden_size)."""
+    def hidden(self, call: ChunkCall, *, state_pass: bool = False, is_kept: bool = False) -> Tensor:
+        """Return the hidden states after the last layer and the final norm, (tokens, hidden_size).
+
+        Args:
+            is_kept: without gradient, keep all state for another forward of the chunk.
+        """
         packing = Packing(call.batch.boundaries, call.batch.input_ids.device)
         last_layer = self._last_layer_of_state_pass() if state_pass else None
         context = ChunkAttentionContext(packing, self.backend, call.piece, last_layer, call.sequence_group)
         decoder = decoder_of(base_model(self.causal_lm))
-        chunk = RunningChunk(context, is_evaluated=not state_pass and not torch.is_grad_enabled())
+        chunk = RunningChunk(context, is_evaluated=not (state_pass or is_kept or torch.is_grad_enabled()))
         with ForwardScope(chunk):
             out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
@@ -85,8 +112,16 @@ class ChunkModel(nn.Module):
         """Return the layer after whose keys and values a state pass may stop; None if a later state depends on them."""
         return self._last_layer
 
-    def _loss(self, call: ChunkCall) -> Tensor:
-        hidden = self.hidden(call)
+    def _add_sums(self, call: ChunkCall, hidden: Tensor) -> None:
+        batch = call.batch
+        if call.preferences is None or not call.adds_sums:
+            return
+        assert batch.target_places is not None
+        head = head_of(self.causal_lm)
+        found = log_probabilities(hidden[batch.target_positions], head, batch.targets, self.transform)
+        call.preferences.add(batch.target_places, found)
+
+    def _loss(self, call: ChunkCall, hidden: Tensor) -> Tensor:
         head = head_of(self.causal_lm)
         if call.batch.target_tokens == 0:
             # Later chunks give gradient to its keys and values: the chunk must still go backward.
@@ -96,11 +131,14 @@ class ChunkModel(nn.Module):
             return sum(
                 (p.sum() * 0 for p in head.parameters() if p.requires_grad), nothing
             )  # the head alone is trained
+        weights = call.batch.target_weights
+        if call.preferences is not None and call.batch.target_places is not None:
+            weights = weights + call.preferences.weights()[call.batch.target_places].to(weights.dtype)
         return weighted_cross_entropy(
             hidden[call.batch.target_positions],
             head,
             call.batch.targets,
-            call.batch.target_weights,
+            weights,
             self.transform,
             shared=call.head_gradient,
             losses=call.batch.target_losses,

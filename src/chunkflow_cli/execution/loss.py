@@ -104,6 +104,29 @@ def weighted_cross_entropy(
     return total
 
 
+@torch.no_grad()
+def log_probabilities(hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform) -> Tensor:
+    """Return the log-probability of each target, (targets,), without gradient.
+
+    Args:
+        hidden: (targets, hidden_size) rows that have a target.
+    """
+    rows = tile_rows(_head_rows(head), hidden.device)
+    result = hidden.new_empty(len(targets), dtype=accumulation_dtype(hidden.dtype))
+    for start in range(0, len(targets), rows):
+        tile = slice(start, start + rows)
+        if type(head) in FUSED_HEADS:  # as in training, where it multiplies in this dtype
+            through = matrix_dtype(hidden)
+            weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+            bias = None if bias is None else bias.to(through)
+            logits = nn.functional.linear(hidden[tile].to(through), weight.to(through), bias).to(hidden.dtype)
+        else:
+            logits = head(hidden[tile])
+        logits = transform(logits).to(result.dtype)
+        result[tile] = logits.gather(1, targets[tile, None]).squeeze(1) - logits.logsumexp(dim=-1)
+    return result
+
+
 def _head_rows(head: nn.Module) -> int:
     rows = getattr(head, "out_features", None)
     return int(rows if isinstance(rows, int) else head.get_parameter("weight").shape[0])

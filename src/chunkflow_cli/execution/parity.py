@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.execution.preference_loss import judge
+from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
-from chunkflow_cli.planning.schedule import plan
+from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
+from chunkflow_cli.planning.schedule import plan, plan_tasks
 from chunkflow_cli.planning.stage_cut import cut_layers
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2}
@@ -97,6 +101,7 @@ def compare(
     stages: int = 1,
     state_home: Home | None = None,
     acceleration: Acceleration | None = None,
+    objective: Objective | None = None,
 ) -> Parity:
     """Compare loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
@@ -112,16 +117,17 @@ def compare(
         stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
         state_home: where the chunked side keeps its state; by default, on the device.
         acceleration: how the chunked side runs its layers. The model stays changed by it.
+        objective: learn preferences of the sequences, two of which are a pair (under `kto`, one is an answer), against
+            the loss of `preference_loss` over whole sequences; None imitates them.
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    lengths = np.array([len(s.input_ids) for s in sequences], np.int64)
+    build = build_pair_chunks if objective is not None and objective.has_pairs else build_chunks
+    chunks = build(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
     with _arithmetic_of(dtype):
-        return _compare(
-            model, backend, sequences, TOLERANCES[dtype] if tolerance is None else tolerance, k, stages,
-            state_home or OnDevice(), acceleration,
-            build_chunks(
-                [len(s.input_ids) for s in sequences], chunk_size, fill_tails=fill_tails, pair_weight=pair_weight
-            ),
-        )  # fmt: skip
+        tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+        home = state_home or OnDevice()
+        return _compare(model, backend, sequences, tolerance, k, stages, home, acceleration, chunks, objective)
 
 
 def _compare(
@@ -134,21 +140,26 @@ def _compare(
     state_home: Home,
     acceleration: Acceleration | None,
     chunks: Chunks,
+    objective: Objective | None,
 ) -> Parity:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     dtype = next(iter(parameters.values())).dtype
     weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
+    prepared = None if objective is None else _random_preferences(objective, sequences)
 
     model.zero_grad(set_to_none=True)
     with use_implementation(model, whole_implementation(base_model(model))):
-        loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
+        if prepared is None:
+            loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
+        else:
+            loss_whole, known = _whole_preference_loss(model, *prepared, device)
+            prepared = (*prepared[:2], known)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
     if acceleration is not None:
         acceleration.use_kernels(model)
-    batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
     with use_implementation(model, attention.NAME):
         module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
         if acceleration is not None:
@@ -156,7 +167,14 @@ def _compare(
                 acceleration.compile(part.causal_lm)
         settings = RunnerSettings(device, accumulation_dtype(dtype), state_home=state_home)
         runner = Runner(DirectEngine(module), settings)
-        loss_chunked = runner.run((plan(chunks, k),), batch).loss
+        if prepared is None:
+            batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
+            schedule = plan(chunks, k)
+        else:
+            batch = _preference_batch(chunks, *prepared, device)
+            tasks = preference_tasks(chunks, k, 2 if prepared[0].has_pairs else 1)
+            schedule = plan_tasks(tasks, join_retained=True)
+        loss_chunked = runner.run((schedule,), batch).loss
     if isinstance(module, StageChain):
         for name, gradient in module.gradients().items():
             parameters[name].grad = gradient
@@ -178,6 +196,67 @@ def _compare(
         tolerance=tolerance,
         is_float64=dtype is torch.float64,
     )
+
+
+def _random_preferences(
+    objective: Objective, sequences: Sequence[TokenizedSample]
+) -> tuple[Objective, Sequences, Known]:
+    """Return the sequences as preferences, with drawn differences to the log-probabilities of a reference model."""
+    made = Sequences.of(list(sequences), objective)
+    rng = np.random.default_rng(0)
+    is_desirable = None if objective.has_pairs else np.arange(len(sequences)) % 2 == 0
+    known = Known(
+        counts=made.counts,
+        reference=rng.uniform(-3, 3, len(made.counts)) if objective.needs_reference else None,
+        is_desirable=is_desirable,
+        samples=len(sequences) // (2 if objective.has_pairs else 1),
+        desirable=0 if is_desirable is None else int(is_desirable.sum()),
+        imitated_tokens=made.imitated_tokens if objective.nll_weight else 0,
+        divergence=0.1,
+    )
+    return objective, made, known
+
+
+def _preference_batch(
+    chunks: Chunks, objective: Objective, sequences: Sequences, known: Known, device: torch.device
+) -> StepBatch:
+    """Return the batch of a step of preferences that one process runs alone."""
+    step = PreferenceStep(objective, known, sequences, device)
+    return StepBatch(chunks, sequences.samples, step.imitated_weights, preferences=step)
+
+
+def _whole_preference_loss(
+    model: Any, objective: Objective, sequences: Sequences, known: Known, device: torch.device
+) -> tuple[float, Known]:
+    """Go backward through the loss of whole sequences by autograd; return it, and what is known with a reference.
+
+    The reference is as far from the model as `known.reference` says: far off, the loss would have no gradient.
+    """
+    sums, imitated = [], torch.zeros((), dtype=torch.float64, device=device)
+    for index, (sequence, start) in enumerate(zip(sequences.samples, sequences.starts, strict=True)):
+        ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
+        targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        logits = logits.to(accumulation_dtype(logits.dtype))
+        entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").double()
+        sums.append(-entropy[start:].sum())
+        if index % 2 == 0:
+            imitated = imitated + entropy.sum()
+
+    def tensor(values: Any) -> Tensor | None:
+        return None if values is None else torch.as_tensor(values, device=device)
+
+    found = torch.stack(sums)
+    if known.reference is not None:
+        known = replace(known, reference=found.detach().cpu().numpy() + known.reference)
+    counts, reference = torch.as_tensor(known.counts, device=device), tensor(known.reference)
+    divergence = torch.tensor(known.divergence, dtype=torch.float64, device=device)
+    judged = judge(objective, found, counts, reference, tensor(known.is_desirable), divergence)
+    loss = judged.losses.sum() / known.samples
+    if known.imitated_tokens:
+        loss = loss + objective.nll_weight * imitated / known.imitated_tokens
+    loss.backward()
+    return float(loss.detach()), known
 
 
 def _chain(model: Any, backend: Backend, stages: int) -> StageChain:

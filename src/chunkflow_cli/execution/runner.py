@@ -55,6 +55,10 @@ class ScheduleRunner(ABC):
         self._stage = stage
         self._stages = stages
 
+    @property
+    def settings(self) -> RunnerSettings:
+        return self._settings
+
     @abstractmethod
     def _begin(self, schedules: tuple[Schedule, ...], batch: StepBatch, *, keeps_activations: bool) -> Step:
         """Return a step of which no operation has run."""
@@ -92,6 +96,8 @@ class ScheduleRunner(ABC):
     @torch.no_grad()
     def evaluate(self, batch: StepBatch, *, forwards: int = 0) -> StepResult:
         """Return the weighted loss of whole sequences, computed chunk by chunk without gradient.
+
+        With preferences, that fills their sums, on all stages.
 
         Args:
             batch: the sequences and their chunks, the same on all stages.
@@ -155,7 +161,12 @@ class _WholeModelStep(Step):
                 self._state_pass(op.chunks[0])
             case OpKind.forward:
                 head_gradient = self._head_gradient_of(op.chunks)
-                self._forward(op.chunks, [self.context.call(index, head_gradient) for index in op.chunks])
+                calls = [self.context.call(index, head_gradient, is_first=True) for index in op.chunks]
+                self._forward(op.chunks, calls)
+            case OpKind.first_pass:
+                with torch.no_grad():
+                    self._engine.forward(self.context.call(op.chunks[0], is_first=True), first_pass=True)
+                self.context.measure_state()
             case OpKind.recompute:
                 with self.context.random.replay(op.chunks[0]):
                     self._forward(op.chunks, [self.context.call(op.chunks[0])])

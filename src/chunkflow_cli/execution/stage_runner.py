@@ -130,7 +130,8 @@ class _StageStep(Step):
     def _forward(self, index: int, received: Tensor | None) -> Tensor:
         if received is not None and self._keeps_activations:
             received.requires_grad_()
-        output: Tensor = self._engine.forward(self.context.call(index, self._head_gradient), received)
+        call = self.context.call(index, self._head_gradient, is_first=not self._keeps_activations)
+        output: Tensor = self._engine.forward(call, received)
         if self._keeps_activations:
             self._live[index] = _Live(received, output)
         if self._links.is_last:
@@ -163,5 +164,7 @@ class _StageStep(Step):
             sums[1] = torch.tensor([self.context.target_tokens[index] for index in range(count)])
         if count:
             self._engine.share_from_last(sums)
+        if (preferences := self.context.batch.preferences) is not None and not self._keeps_activations:
+            self._engine.share_from_last(preferences.sums)
         losses, targets = sums.tolist()
         return self.context.result([((index,), loss) for index, loss in enumerate(losses)], int(sum(targets)))

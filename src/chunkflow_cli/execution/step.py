@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from chunkflow_cli.execution.batch import build_batch, dummy_batch, with_idle_ta
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.loss import SharedHeadGradient
+from chunkflow_cli.execution.preferences import PreferenceStep
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece, StateStore
 from chunkflow_cli.execution.state_home import Home, OnDevice
@@ -34,6 +35,8 @@ class StepBatch:
     """Chunks that the ranks of the sequence-parallel group share. None: all of them, if there is a group."""
     by_sequence: bool = False
     """Also add up the loss of each sequence."""
+    preferences: PreferenceStep | None = None
+    """What weighs the targets of preferences besides `weights`; None in supervised training."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class StepResult:
     """(sequences,) sum of the cross entropy of each sequence's targets, without weights, as far as this process has
     computed it: summed over the ranks of a group and the stages of a pipeline, it is whole. None unless
     `StepBatch.by_sequence`."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Rewards of preferences, by TRL's names: this rank's shares."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class StepContext:
         self._peak_state_bytes = 0
         self._target_losses: dict[int, tuple[Tensor, NDArray[np.int64]]] = {}
         """Chunk -> (targets,) the loss of each of its targets, and the sequence that it belongs to."""
+        self._summed: set[int] = set()
+        """Chunks whose log-probabilities are part of the sums of preferences."""
         self.first_of_sequence = {index: group.start for group in batch.chunks.dependent_groups() for index in group}
         """Dependent chunk -> the first chunk of its sequence."""
 
@@ -99,19 +106,25 @@ class StepContext:
         spread = self.batch.spread
         return self.settings.sequence_group if spread is None or index in spread else None
 
-    def call(self, index: int, head_gradient: SharedHeadGradient | None = None) -> ChunkCall:
+    def call(self, index: int, head_gradient: SharedHeadGradient | None = None, *, is_first: bool = False) -> ChunkCall:
         """Return the model call of a chunk, with the state of the long sequence that it holds a piece of.
 
         Args:
             index: a chunk of the batch, or DUMMY for one token of zero loss.
             head_gradient: shared with the other chunks that hold activations at the same time.
+            is_first: this forward may be the one that adds the chunk's log-probabilities to the sums of preferences.
         """
+        preferences, adds_sums = self.batch.preferences, False
+        if preferences is not None and is_first and index != DUMMY and not preferences.is_complete:
+            adds_sums = index not in self._summed
+            self._summed.add(index)
         device, dtype = self.settings.device, self.settings.weight_dtype
         piece = group = None
         if index == DUMMY:
             tensors = dummy_batch(device, dtype)
         else:
             chunk, group = self.batch.chunks[index], self.sequence_group(index)
+            starts = None if preferences is None else preferences.starts
             tensors = build_batch(
                 chunk,
                 self.batch.sequences,
@@ -120,6 +133,7 @@ class StepContext:
                 dtype,
                 group,
                 keeps_losses=self.batch.by_sequence,
+                answer_starts=starts,
             )
             if tensors.target_losses is not None and tensors.target_sequences is not None:
                 # A chunk that is called twice computes its loss in the second call.
@@ -131,7 +145,7 @@ class StepContext:
                 piece = StatePiece(state, first.start, first.continues)
         if self.settings.lockstep:
             tensors = with_idle_target(tensors)
-        return ChunkCall(tensors, piece, head_gradient, group)
+        return ChunkCall(tensors, piece, head_gradient, group, preferences, adds_sums)
 
     def measure_state(self) -> None:
         """Count the present size of the state store towards the peak of the step."""
@@ -160,12 +174,14 @@ class StepContext:
         """
         assert not len(self.store), "the schedule left state behind"
         bad = {index for indices, loss in losses if not np.isfinite(loss) for index in indices if index != DUMMY}
+        metrics = {} if self.batch.preferences is None else self.batch.preferences.outcome()
         return StepResult(
-            loss=float(sum(loss for _, loss in losses)),
+            loss=metrics.pop("loss", float(sum(loss for _, loss in losses))),
             target_tokens=target_tokens,
             peak_state_bytes=self._peak_state_bytes,
             not_finite=tuple(sorted(bad)),
             sequence_losses=self._sequence_losses() if self.batch.by_sequence else None,
+            metrics=metrics,
         )
 
     def _sequence_losses(self) -> NDArray[np.float64]:

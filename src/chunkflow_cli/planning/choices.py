@@ -100,7 +100,7 @@ def lay_out(
     Raises:
         ValueError: chunk sizes or Ks are missing, or not positive.
     """
-    longest = int(run.lengths.max())
+    longest = int(run.sequence_lengths.max())
     runs = []
     for layout in choices.layouts:
         is_pipeline = layout.pipeline > 1

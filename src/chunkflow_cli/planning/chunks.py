@@ -132,6 +132,7 @@ def build_chunks(
     *,
     fill_tails: bool = True,
     pair_weight: float = 0.0,
+    is_base: NDArray[np.bool_] | None = None,
 ) -> Chunks:
     """Return the chunks that together hold every token of every sequence exactly once.
 
@@ -144,15 +145,20 @@ def build_chunks(
         fill_tails: let the last chunk of a long sequence take short sequences.
         pair_weight: seconds of a query-key pair divided by seconds of a token. Above 0, the pieces of a long sequence
             take equally long.
+        is_base: (sequences,) short sequences that begin a chunk each, and are treated as long ones of one piece; by
+            default none.
 
     Raises:
         ValueError: a length or the chunk size is not positive.
     """
     sizes = _checked(lengths, chunk_size)
-    long, short = np.flatnonzero(sizes > chunk_size), np.flatnonzero(sizes <= chunk_size)
+    is_long = sizes > chunk_size
+    alone = np.zeros_like(is_long) if is_base is None else is_base & ~is_long
+    long, short = np.concatenate([np.flatnonzero(alone), np.flatnonzero(is_long)]), np.flatnonzero(~is_long & ~alone)
     long_start, long_stop, pieces = _cut(sizes[long], chunk_size, pair_weight)
     tails = np.cumsum(pieces)[: len(long) if fill_tails else 0] - 1
-    bins, bin_of = _best_fit_decreasing(sizes, chunk_size, (long_stop - long_start)[tails])
+    packed = np.where(alone, chunk_size + 1, sizes)  # what stands alone goes into no bin
+    bins, bin_of = _best_fit_decreasing(packed, chunk_size, (long_stop - long_start)[tails])
     # The first bins are the tails that may be filled. The others are the standalone chunks, which go first.
     standalone = bins - len(tails)
     chunk_of_bin = np.concatenate([standalone + tails, np.arange(standalone)])

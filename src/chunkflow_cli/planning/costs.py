@@ -19,6 +19,8 @@ from chunkflow_cli.planning.simulate import OperationSeconds
 from chunkflow_cli.planning.stage_cut import StageLayers, layer_shares
 
 GIB = 2**30
+FIRST_PASS_OF_HEAD = 1 / 3
+"""Share of head and loss that a first pass runs: the product that gives log-probabilities, without its gradients."""
 
 
 @dataclass(frozen=True)
@@ -438,6 +440,7 @@ class CostModel:
             backward=backward,
             recompute=shares * np.maximum(self.recompute(tokens, pairs), moved_forward) + head,
             state_pass=shares * np.maximum(self.state_pass(tokens, pairs), moved_forward),
+            first_pass=shares * np.maximum(self.forward(tokens, pairs), moved_forward) + FIRST_PASS_OF_HEAD * head,
             # The two products of a backward have the same size.
             input_gradient=backward / 2,
             weight_gradient=backward / 2,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.planning.chunks import cut_points
+from chunkflow_cli.planning.chunks import Chunks, cut_points
 from chunkflow_cli.planning.costs import ModelShape, chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
     MemoryParts,
@@ -23,6 +23,7 @@ from chunkflow_cli.planning.memory_parts import (
     rerun_bytes_per_token,
     state_bytes_per_token,
 )
+from chunkflow_cli.planning.preferences import Answers
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers
@@ -237,8 +238,8 @@ def activations_and_state(run: RunPlan, *, is_planned_whole: bool) -> HeldAtOnce
     if is_planned_whole:
         return _of_planned_chunks(run)
     if run.sequence == 1:
-        return _of_any_batch(run, run.lengths)
-    together = _of_any_batch(run, run.lengths, spread=True)
+        return _of_any_batch(run, run.sequence_lengths)
+    together = _of_any_batch(run, run.sequence_lengths, spread=True)
     if run.spreads_all:
         return together
     alone = _of_any_batch(run, run.lengths[run.lengths <= run.longest_alone])
@@ -252,13 +253,23 @@ def _of_planned_chunks(run: RunPlan) -> HeldAtOnce:
             tokens, groups = chunk_tokens(rank.chunks), rank.chunks.dependent_groups()
             standalone = groups[0].start if groups else len(tokens)
             cases += [(size, 0.0, 0.0, 1.0, 1.0) for size in tokens[:standalone].tolist()]
+            stored = {_base(rank.chunks, group): _stored_tokens(rank.chunks, group) for group in groups}
             for group in groups:
-                of_group = tokens[group.start : group.stop]
-                last_stored = rank.chunks.first_segment[group.stop - 2]
+                of_group, base = tokens[group.start : group.stop], _base(rank.chunks, group)
                 kept = of_group[-run.k :]
-                live, stored = max(of_group.max(), kept.sum()), float(rank.chunks.stop[last_stored])
-                cases.append((live, stored, len(of_group) - 1.0, 1.0, float(len(kept))))
+                of_partner = stored.get(base ^ 1, 0.0) if rank.answers == 2 else 0.0
+                held = stored[base] + VALUES_OF_STATE * of_partner
+                cases.append((max(of_group.max(), kept.sum()), held, len(of_group) - 1.0, 1.0, float(len(kept))))
     return HeldAtOnce(*np.array(cases, dtype=np.float64).T)
+
+
+def _base(chunks: Chunks, group: range) -> int:
+    """Return the long sequence of dependent chunks."""
+    return int(chunks.sequence[chunks.first_segment[group.start]])
+
+
+def _stored_tokens(chunks: Chunks, group: range) -> float:
+    return float(chunks.stop[chunks.first_segment[group.stop - 2]])
 
 
 def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = False) -> HeldAtOnce:
@@ -266,7 +277,8 @@ def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = Fa
     batches = run.batches
     counts = np.bincount(lengths) * batches.most_repeats
     lengths = np.flatnonzero(counts)  # a million samples have only some thousand lengths
-    others: int | NDArray[np.int64] = _sum_of_longest(lengths[lengths <= size], counts, batches.most_samples - 1)
+    most_sequences = batches.most_samples * (1 if run.answers is None else run.answers.count)
+    others: int | NDArray[np.int64] = _sum_of_longest(lengths[lengths <= size], counts, most_sequences - 1)
     if batches.tokens is not None:
         others = np.clip(batches.tokens - lengths, 0, others)
     if run.equal_time:  # pieces of a long sample are of many sizes, the last one the smallest
@@ -278,6 +290,8 @@ def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = Fa
         live = live_tokens(lengths, size, run.k, others, fill_tails=run.fill_tails)
         edges = (lengths - 1) // size
         stored = edges * size
+    if run.answers is not None and run.answers.count == 2:
+        stored = stored + VALUES_OF_STATE * ((_longest_partners(run.answers, lengths) - 1) // size * size)
     stored = stored / (run.state_shares if spread else 1)
     return HeldAtOnce(
         live / ranks,
@@ -286,6 +300,21 @@ def _of_any_batch(run: RunPlan, lengths: NDArray[np.int64], *, spread: bool = Fa
         sharers=np.full(len(lengths), float(ranks)),
         chunks=np.minimum(edges + 1.0, run.k),
     )
+
+
+VALUES_OF_STATE = 0.5
+"""Share of a sequence's state that its keys and values are, at most: float32, with gradients in float32."""
+
+
+def _longest_partners(answers: Answers, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each length of an answer the longest other answer of a pair with it, (lengths,).
+
+    While the one answer goes backward, the keys and values of the other wait.
+    """
+    longest = np.zeros(int(lengths.max()) + 1, dtype=np.int64)
+    for own in (0, 1):
+        np.maximum.at(longest, answers.lengths[:, own], answers.lengths[:, 1 - own])
+    return longest[lengths]
 
 
 def _sum_of_longest(lengths: NDArray[np.int64], counts: NDArray[np.int64], samples: int) -> int:

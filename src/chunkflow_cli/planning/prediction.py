@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.balance import balance, rank_loads
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.planning.costs import CostModel, chunk_targets, chunk_tokens
+from chunkflow_cli.planning.costs import FIRST_PASS_OF_HEAD, CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
 
@@ -42,16 +42,24 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
     targets = chunk_targets(rank.chunks, rank.target_counts)
     is_recomputed = np.zeros(len(rank.chunks), dtype=bool)
     is_recomputed[rank.recomputed] = True
+    is_passed = np.zeros(len(rank.chunks), dtype=bool)
+    is_passed[rank.first_passed] = True
 
     def seconds(costs: CostModel, chunks: slice) -> float:
         again = is_recomputed[chunks]
         once, twice = (tokens[chunks], pairs[chunks]), (tokens[chunks][again], pairs[chunks][again])
-        second = costs.state_pass(*twice) + costs.recompute(*twice) - costs.forward(*twice)
+        second = costs.recompute(*twice) - costs.forward(*twice)
         head = costs.seconds_per_target * targets[chunks].sum()
-        return float(costs.forward(*once).sum() + costs.backward(*once).sum() + second.sum() + head)
+        passed = is_passed[chunks]
+        if rank.answers:
+            head *= 1 + FIRST_PASS_OF_HEAD
+        first = costs.forward(tokens[chunks][passed], pairs[chunks][passed]).sum()
+        if not rank.answers or len(rank.schedules) > 1:  # otherwise, the first pass is the state pass
+            first += costs.state_pass(*twice).sum()
+        return float(costs.forward(*once).sum() + costs.backward(*once).sum() + second.sum() + first + head)
 
     spread = len(rank.spread)
-    alone = seconds(costs, slice(spread, None))
+    alone = seconds(costs, slice(spread, None)) + _mismatched_seconds(rank, costs)
     return alone + seconds(costs.spread_over(rank.group_size), slice(spread)) if spread else alone
 
 
@@ -65,6 +73,27 @@ def _seconds_with_moves(rank: RankPlan, costs: CostModel) -> float:
         twice = is_recomputed * (each.state_pass[0] + each.recompute[0] - each.forward[0])
         total += float((each.forward[0] + each.backward[0] + twice)[part].sum())
     return total
+
+
+def _mismatched_seconds(rank: RankPlan, costs: CostModel) -> float:
+    """Predict the seconds of the forwards of mismatched answers."""
+    if rank.mismatched is None or not len(rank.mismatched):
+        return 0.0
+    costs = costs.spread_over(rank.group_size)
+    return float(costs.forward(chunk_tokens(rank.mismatched), costs.chunk_pairs(rank.mismatched)).sum())
+
+
+def seconds_before(run: RunPlan, rank: RankPlan) -> float:
+    """Predict the seconds of the forwards of preferences that come before a rank's schedule, on one stage.
+
+    They are the mismatched answers, and the first pass of a pipeline, whose first forward passes each stage in turn.
+    """
+    seconds = _mismatched_seconds(rank, run.costs)
+    if rank.answers and run.stages > 1 and len(rank.chunks):
+        forward = operation_seconds(run, rank).first_pass
+        assert forward is not None
+        return seconds / run.stages + float(forward.sum(axis=1).max() + forward.max(axis=1).sum())
+    return seconds
 
 
 def stage_seconds(run: RunPlan, rank: RankPlan) -> NDArray[np.float64]:
@@ -91,12 +120,14 @@ def timeline(run: RunPlan, step: StepPlan) -> Timeline:
 def step_seconds(run: RunPlan, step: StepPlan) -> float:
     """Predict the seconds until the last rank is done with a step, without a pipeline and the optimizer step."""
     if run.is_in_lockstep:
-        return timeline(run, step).makespan
+        return timeline(run, step).makespan + max(seconds_before(run, rank) for rank in step.ranks)
     return max(rank_seconds(rank, run.costs) for rank in step.ranks)
 
 
 def seconds_of_whole_samples(run: RunPlan, samples: NDArray[np.int64]) -> NDArray[np.float64]:
     """Predict the seconds of each rank for a step of these samples if none were spread over a group, (ranks,)."""
-    lengths, targets = run.lengths[samples], run.target_counts[samples]
-    costs = run.costs.of_sequences(lengths, run.chunk_size, run.k, targets)
+    if run.answers is None:
+        costs = run.costs.of_sequences(run.lengths[samples], run.chunk_size, run.k, run.target_counts[samples])
+    else:
+        costs = run.answers.seconds(run.costs, samples, run.chunk_size, run.k)
     return rank_loads(costs, balance(costs, run.ranks))

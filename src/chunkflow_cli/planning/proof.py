@@ -42,7 +42,7 @@ def validate_step(step: StepPlan, plan: RunPlan) -> None:
 
 def _validate_samples(step: StepPlan) -> None:
     """Prove that the ranks together take each sample of the step once; a sequence-parallel group counts as one."""
-    taken = [rank.samples if rank.sequence_rank == 0 else rank.samples[~_is_spread(rank)] for rank in step.ranks]
+    taken = [rank.samples if rank.sequence_rank == 0 else rank.samples[~_are_spread(rank)] for rank in step.ranks]
     if not np.array_equal(np.sort(np.concatenate(taken)), np.sort(step.samples)):
         raise ValueError(f"the ranks do not take each of the {len(step.samples)} samples of the step once")
 
@@ -50,7 +50,7 @@ def _validate_samples(step: StepPlan) -> None:
 def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
     """Prove that the chunks hold each token of the rank's samples once, in order, and that each chunk has room."""
     chunks = rank.chunks
-    if not np.array_equal(chunks.lengths, plan.lengths[rank.samples]):
+    if not np.array_equal(chunks.lengths, plan.lengths_of(rank.samples)):
         raise ValueError("its chunks are not made of the lengths of its samples")
     chunk = np.repeat(np.arange(len(chunks)), np.diff(chunks.first_segment))
     order = np.lexsort((chunk, chunks.sequence))
@@ -58,7 +58,9 @@ def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
     is_first = np.diff(sequence, prepend=-1) != 0
     follows = (start == np.where(is_first, 0, np.roll(stop, 1))) & (stop > start)
     if not follows.all():
-        raise ValueError(f"the pieces of sample {rank.samples[sequence[np.argmin(follows)]]} do not follow each other")
+        raise ValueError(
+            f"the pieces of sample {rank.sample_of(int(sequence[np.argmin(follows)]))} do not follow each other"
+        )
     if not np.array_equal(np.bincount(sequence, stop - start, minlength=len(chunks.lengths)), chunks.lengths):
         raise ValueError("its chunks do not hold every token of its samples")
     tokens = chunk_tokens(chunks)
@@ -70,16 +72,17 @@ def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
 def _validate_schedules(rank: RankPlan, plan: RunPlan) -> None:
     """Prove that the schedules compute the whole gradient of the rank's chunks with at most K of them kept."""
     if plan.pipeline is None:
-        validate(rank.schedule, rank.chunks, plan.k)
+        validate(rank.schedule, rank.chunks, plan.k, answers=rank.answers)
         return
     bound = activation_bound(plan.k, plan.pipeline)
     validate_pipeline(rank.schedules, rank.chunks, plan.k, most_live=bound)
 
 
-def _is_spread(rank: RankPlan) -> NDArray[np.bool_]:
-    """Return True for each sequence that the rank's whole sequence-parallel group runs together, (sequences,)."""
+def _are_spread(rank: RankPlan) -> NDArray[np.bool_]:
+    """Return True for each sample that the rank's whole sequence-parallel group runs together, (samples,)."""
     spread = rank.chunks.sequence[: rank.chunks.first_segment[len(rank.spread)]]
-    return np.isin(np.arange(len(rank.chunks.lengths)), spread)
+    are_spread = np.isin(np.arange(len(rank.chunks.lengths)), spread)
+    return are_spread[:: max(1, rank.answers)]  # all answers of a sample, or none
 
 
 def validate_groups(ranks: Sequence[RankPlan]) -> None:
@@ -115,7 +118,7 @@ def validate_groups(ranks: Sequence[RankPlan]) -> None:
 def _spread_tokens(rank: RankPlan) -> list[list[tuple[int, int, int]]]:
     """Return the sample, start and stop of each segment of each spread chunk."""
     return [
-        [(int(rank.samples[part.sequence]), part.start, part.stop) for part in rank.chunks[chunk].segments]
+        [(rank.sample_of(part.sequence), part.start, part.stop) for part in rank.chunks[chunk].segments]
         for chunk in rank.spread
     ]
 

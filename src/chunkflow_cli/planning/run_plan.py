@@ -18,7 +18,18 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import Chunks, build_chunks, join_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.pipeline import CHOSEN_BY_SECONDS, PipelineLayout, plan_pipeline
-from chunkflow_cli.planning.schedule import IDLE, Layout, Op, OpKind, Schedule, plan, plan_in_lockstep
+from chunkflow_cli.planning.preferences import Answers, preference_tasks
+from chunkflow_cli.planning.schedule import (
+    IDLE,
+    Layout,
+    Op,
+    OpKind,
+    Schedule,
+    plan,
+    plan_tasks,
+    tasks_in_lockstep,
+    tasks_of,
+)
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 
 
@@ -29,9 +40,9 @@ class RankPlan:
     samples: NDArray[np.int64]
     """(samples,) indices into the training data."""
     chunks: Chunks
-    """The chunks of the lengths of `samples`, in the same order."""
+    """The chunks of the sequences of `samples`, in the same order."""
     target_counts: NDArray[np.int64]
-    """(samples,) tokens that the loss counts."""
+    """(sequences,) tokens that the loss counts."""
     schedules: tuple[Schedule, ...]
     """One schedule per stage of the pipeline; exactly one without a pipeline."""
     group_size: int = 1
@@ -41,6 +52,14 @@ class RankPlan:
     spread: range = range(0)
     """Chunks that the ranks of the group split: always the first ones, and the same on each rank. All ranks run their
     operations in one order, because they communicate. This rank runs the other chunks alone."""
+    answers: int = 0
+    """Sequences of each sample of preferences; 0 in supervised training, where a sample is one sequence."""
+    mismatched: Chunks | None = None
+    """Chunks of prompts with other samples' answers, which `kto` forwards without gradient before the schedule."""
+
+    def sample_of(self, sequence: int) -> int:
+        """Return the sample that a sequence of the chunks is part of."""
+        return int(self.samples[sequence // max(1, self.answers)])
 
     @property
     def counted(self) -> range:
@@ -72,6 +91,15 @@ class RankPlan:
         """Indices of the chunks that are forwarded twice, (recomputed,)."""
         again = [chunk for op in self.schedule.ops if op.kind is OpKind.recompute for chunk in op.chunks]
         return np.array(again, np.int64)
+
+    @functools.cached_property
+    def first_passed(self) -> NDArray[np.int64]:
+        """Indices of the chunks that are forwarded for their log-probabilities first, (passed,)."""
+        if self.answers and len(self.schedules) > 1:
+            return np.arange(len(self.chunks))  # a pipeline runs them all before its schedule
+        return np.array(
+            [op.chunks[0] for op in self.schedule.ops if op.kind is OpKind.first_pass and op.real_chunks], np.int64
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +151,7 @@ class RunPlan:
     batches: GlobalBatches
     steps: int
     lengths: NDArray[np.int64]
-    """(samples,) tokens of the training samples."""
+    """(samples,) tokens of the training samples; of a pair, those of both answers with their prompts."""
     target_counts: NDArray[np.int64]
     """(samples,) tokens that the loss counts."""
     chunk_size: int
@@ -143,6 +171,8 @@ class RunPlan:
     (`layout.join_retained`) and pipelines always do, because their ranks must run alike."""
     costs: CostModel = field(default_factory=CostModel.proportional)
     """Costs that decide which rank runs which sequence."""
+    answers: Answers | None = None
+    """The sequences of samples of preferences; None in supervised training."""
 
     def __getitem__(self, step: int) -> StepPlan:
         """Return the plan of a step, counted from 0."""
@@ -156,19 +186,52 @@ class RunPlan:
 
     def _whole_shares(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         """Plan groups (single ranks without sequence parallelism) that run all of their samples together."""
-        lengths, targets = self.lengths[samples], self.target_counts[samples]
-        shares = balance(self._seconds_spread(lengths, targets), self.ranks // self.sequence)
-        chunks = [self._built(lengths[share], self.spread_chunk_size) for share in shares]
-        schedules = self._schedules(chunks, [targets[share] for share in shares])
-        alone = self._built(lengths[:0], self.chunk_size)
+        shares = balance(self._sample_seconds(samples), self.ranks // self.sequence)
+        chunks = [self._chunks_of(samples[share]) for share in shares]
+        targets = [self.targets_of(samples[share]) for share in shares]
+        schedules = self._schedules(chunks, targets)
+        alone = self._built(self.lengths[:0], self.chunk_size)
         return tuple(
             RankPlan(
-                samples[share], join_chunks(together, alone), targets[share], own_schedules,
+                samples[share], join_chunks(together, alone), own_targets, own_schedules,
                 group_size=self.sequence, sequence_rank=place, spread=range(len(together) if self.sequence > 1 else 0),
+                answers=0 if self.answers is None else self.answers.count, mismatched=self._mismatched(samples[share]),
             )
-            for share, together, own_schedules in zip(shares, chunks, schedules, strict=True)
+            for share, together, own_targets, own_schedules in zip(shares, chunks, targets, schedules, strict=True)
             for place in range(self.sequence)
         )  # fmt: skip
+
+    def lengths_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens of each sequence of these samples, (sequences,)."""
+        return self.lengths[samples] if self.answers is None else self.answers.lengths[samples].ravel()
+
+    def targets_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the targets of each sequence of these samples, (sequences,)."""
+        return self.target_counts[samples] if self.answers is None else self.answers.targets[samples].ravel()
+
+    def _sample_seconds(self, samples: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predict the seconds of each sample, (samples,), if its group runs it together."""
+        if self.answers is None:
+            return self._seconds_spread(self.lengths[samples], self.target_counts[samples])
+        costs = self.costs.spread_over(self.sequence)
+        return self.answers.seconds(costs, samples, self.spread_chunk_size, self.k)
+
+    def _chunks_of(self, samples: NDArray[np.int64]) -> Chunks:
+        if self.answers is None:
+            return self._built(self.lengths[samples], self.spread_chunk_size)
+        return self.answers.build_chunks(
+            samples, self.spread_chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight
+        )
+
+    def _mismatched(self, samples: NDArray[np.int64]) -> Chunks | None:
+        if self.answers is None or self.answers.mismatched is None:
+            return None
+        return self._built(self.answers.mismatched[samples], self.spread_chunk_size)
+
+    @functools.cached_property
+    def sequence_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence of all samples, (sequences,)."""
+        return self.lengths_of(np.arange(len(self.lengths)))
 
     def _mixed_shares(self, samples: NDArray[np.int64]) -> tuple[RankPlan, ...]:
         """Plan groups whose ranks run some sequences together and the others alone."""
@@ -210,7 +273,7 @@ class RunPlan:
     @property
     def spreads_all(self) -> bool:
         """True if groups run everything together."""
-        return self.spread_all or self.pipeline is not None or self.layout.join_retained
+        return self.spread_all or self.pipeline is not None or self.layout.join_retained or self.answers is not None
 
     @property
     def state_shares(self) -> int:
@@ -224,7 +287,7 @@ class RunPlan:
         No rank then holds more state than its part of that of the longest sample, spread. Thus whether a run fits does
         not depend on how its samples happen to balance.
         """
-        return max(self.chunk_size, -(-int(self.lengths.max()) // self.sequence))
+        return max(self.chunk_size, -(-int(self.sequence_lengths.max()) // self.sequence))
 
     @property
     def pair_weight(self) -> float:
@@ -246,7 +309,7 @@ class RunPlan:
         if shape is None:
             return 0.0
         tokens = float(self.lengths.sum())
-        pairs = float(self.costs.pairs_up_to(self.lengths.astype(np.float64)).sum())
+        pairs = float(self.costs.pairs_up_to(self.sequence_lengths.astype(np.float64)).sum())
         layers = sum(
             cost.seconds_per_token * tokens + cost.seconds_per_pair * pairs
             for cost in (self.costs.forward, self.costs.backward)
@@ -281,9 +344,15 @@ class RunPlan:
                 )
                 for chunks, own in zip(ranks, targets, strict=True)
             ]
+        tasks = [
+            tasks_of(chunks, self.k) if self.answers is None else preference_tasks(chunks, self.k, self.answers.count)
+            for chunks in ranks
+        ]
         if self.is_in_lockstep:
-            return [(schedule,) for schedule in plan_in_lockstep(ranks, self.k)]
-        return [(plan(chunks, self.k, self.layout) if len(chunks) else IDLE,) for chunks in ranks]
+            return [(schedule,) for schedule in tasks_in_lockstep(tasks)]
+        # The sums of preferences are complete within the call that forwards the retained chunks.
+        join = self.layout.join_retained or self.answers is not None
+        return [(plan_tasks(own, join_retained=join) if own else IDLE,) for own in tasks]
 
     @property
     def is_in_lockstep(self) -> bool:

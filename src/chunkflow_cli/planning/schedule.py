@@ -4,6 +4,7 @@
     S0 F1+2 B2+1 R0 B0             K = 2, the retained chunks in one engine call (ZeRO-3 needs that)
     F0 I0 W0                       a pipeline stage with a backward that is split in two
     S- F3+- B-+3                   in lock-step with ranks that have more to do: `-` is a dummy token
+    P0 P1 P2 F3 B3 R2 B2 F1 B1 R0 B0   the answers of a preference pair, chunks 0, 1 and 2, 3
 
 Source: ChunkFlow (arXiv 2503.02356), section 4.2, as its prose has it: the *last* K chunks of a sequence keep their
 activations, and backwards descend strictly, because the keys and values of a chunk collect gradient from every later
@@ -39,6 +40,8 @@ class OpKind(str, Enum):
     """First half of a split backward: the gradient that the previous stage waits for."""
     weight_gradient = "W"
     """Second half of a split backward. No stage waits for it, so it fills the bubbles of a pipeline."""
+    first_pass = "P"
+    """Forward without autograd that keeps log-probabilities, and keys and values as a state pass does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Schedule:
         """
         ops = []
         for word in line.split():
-            if re.fullmatch(r"[SFRBIW](\d+|-)(\+(\d+|-))*", word) is None:
+            if re.fullmatch(r"[SFRBIWP](\d+|-)(\+(\d+|-))*", word) is None:
                 raise ValueError(f"{word!r} is not an operation such as S0, F2, R1, B1 or F1+2")
             chunks = tuple(DUMMY if name == "-" else int(name) for name in word[1:].split("+"))
             ops.append(Op(OpKind(word[0]), chunks))
@@ -110,6 +113,37 @@ def split_unit(unit: Unit, k: int) -> tuple[Unit, Unit]:
     return unit[:-k], unit[-k:]
 
 
+@dataclass(frozen=True)
+class Job:
+    """Forwards without gradient, then the forwards and backwards of one unit."""
+
+    passes: Unit
+    """Chunks of `kind` that run first."""
+    early: Unit
+    """Chunks of the unit that are forwarded twice."""
+    retained: Unit
+    kind: OpKind = OpKind.state_pass
+
+    def ops(self, *, join_retained: bool) -> list[Op]:
+        """Return the operations of a rank that need not keep step with others."""
+        calls: list[Unit] = [self.retained] if join_retained else [(chunk,) for chunk in self.retained]
+        ops = [Op(self.kind, (chunk,)) for chunk in self.passes]
+        ops += [Op(OpKind.forward, call) for call in calls]
+        ops += [Op(OpKind.backward, call[::-1]) for call in reversed(calls)]
+        for chunk in reversed(self.early):
+            ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
+        return ops
+
+
+JobSequence = tuple[Job, ...]
+"""Jobs that run one after the other: one for a sequence, two for a pair whose answers are in different chunks."""
+
+
+def tasks_of(chunks: Chunks, k: int) -> list[JobSequence]:
+    """Return what supervised training has to do, a job for each unit."""
+    return [(Job(early, early, retained),) for early, retained in (split_unit(unit, k) for unit in chunks.units())]
+
+
 def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
     """Return the operations of one step of a rank without a pipeline.
 
@@ -120,18 +154,12 @@ def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
         k: how many chunks of a long sequence keep their activations.
         layout: by default, every chunk is an engine call of its own.
     """
-    ops: list[Op] = []
-    for unit in chunks.units():
-        early, retained = split_unit(unit, k)
-        calls: list[Unit] = (
-            [retained] if layout is not None and layout.join_retained else [(chunk,) for chunk in retained]
-        )
-        ops += [Op(OpKind.state_pass, (chunk,)) for chunk in early]
-        ops += [Op(OpKind.forward, call) for call in calls]
-        ops += [Op(OpKind.backward, call[::-1]) for call in reversed(calls)]
-        for chunk in reversed(early):
-            ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
-    return Schedule(tuple(ops))
+    return plan_tasks(tasks_of(chunks, k), join_retained=layout is not None and layout.join_retained)
+
+
+def plan_tasks(tasks: Sequence[JobSequence], *, join_retained: bool) -> Schedule:
+    """Return the operations of these tasks, one after the other."""
+    return Schedule(tuple(op for task in tasks for job in task for op in job.ops(join_retained=join_retained)))
 
 
 IDLE = Schedule((Op(OpKind.forward, (DUMMY,)), Op(OpKind.backward, (DUMMY,))))
@@ -149,19 +177,36 @@ def plan_in_lockstep(ranks: Sequence[Chunks], k: int) -> tuple[Schedule, ...]:
         ranks: the chunks of each rank.
         k: how many chunks of a long sequence keep their activations.
     """
-    units = [chunks.units() for chunks in ranks]
-    lanes = [_Lane(deque(unit[0] for unit in own if len(unit) == 1), []) for own in units]
-    longest_first = (sorted((unit for unit in own if len(unit) > 1), key=len, reverse=True) for own in units)
+    return tasks_in_lockstep([tasks_of(chunks, k) for chunks in ranks])
+
+
+NO_JOB = Job((), (), ())
+
+
+def tasks_in_lockstep(ranks: Sequence[Sequence[JobSequence]]) -> tuple[Schedule, ...]:
+    """Return the operations of the tasks of all ranks, as `plan_in_lockstep` does.
+
+    Args:
+        ranks: the tasks of each rank. Of all tasks, those that are a single standalone chunk come first.
+    """
+    lanes = [_Lane(deque(task[0].retained[0] for task in own if _size(task) == 1), []) for own in ranks]
+    longest_first = (sorted((task for task in own if _size(task) > 1), key=_size, reverse=True) for own in ranks)
     for together in itertools.zip_longest(*longest_first, fillvalue=()):
-        parts = [split_unit(unit, k) for unit in together]
-        most_early = max(len(early) for early, _ in parts)
-        most_retained = max(len(retained) for _, retained in parts)
-        for lane, (early, retained) in zip(lanes, parts, strict=True):
-            lane.run_sequence(early, retained, most_early, most_retained)
+        # The last jobs of all tasks go together: of a pair, the answer that needs no first pass of its last chunks.
+        for jobs in itertools.zip_longest(*together, fillvalue=NO_JOB):
+            kind = next((job.kind for job in jobs if job.passes), OpKind.state_pass)
+            most = [max(len(getattr(job, part)) for job in jobs) for part in ("passes", "early", "retained")]
+            for lane, job in zip(lanes, jobs, strict=True):
+                lane.run(job, kind, *most)
     left = max(max(len(lane.standalone) for lane in lanes), 0 if any(lane.ops for lane in lanes) else 1)
     for lane in lanes:
         lane.run_standalone(left)
     return tuple(Schedule(tuple(lane.ops)) for lane in lanes)
+
+
+def _size(task: JobSequence) -> int:
+    """Return the number of chunks of a task."""
+    return sum(len(job.early) + len(job.retained) for job in task)
 
 
 @dataclass
@@ -172,14 +217,13 @@ class _Lane:
     """Chunks that are not in the schedule yet."""
     ops: list[Op]
 
-    def run_sequence(self, early: Unit, retained: Unit, most_early: int, most_retained: int) -> None:
-        """Run a long sequence and fill up to the counts of the rank that has most to do."""
-        missing = most_early - len(early)
-        self.ops += [Op(OpKind.state_pass, (chunk,)) for chunk in (*early, *[DUMMY] * missing)]
-        self._forward_and_backward(retained, most_retained)
-        for chunk in reversed(early):
+    def run(self, job: Job, kind: OpKind, most_passes: int, most_early: int, most_retained: int) -> None:
+        """Run a job and fill up to the counts of the rank that has most to do."""
+        self.ops += [Op(kind, (chunk,)) for chunk in (*job.passes, *[DUMMY] * (most_passes - len(job.passes)))]
+        self._forward_and_backward(job.retained, most_retained)
+        for chunk in reversed(job.early):
             self.ops += [Op(OpKind.recompute, (chunk,)), Op(OpKind.backward, (chunk,))]
-        self.run_standalone(missing)
+        self.run_standalone(most_early - len(job.early))
 
     def run_standalone(self, count: int) -> None:
         """Run standalone chunks one by one, and dummies when there are no more."""

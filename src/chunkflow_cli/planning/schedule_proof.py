@@ -12,16 +12,21 @@ from chunkflow_cli.planning.schedule import Op, OpKind, Schedule
 from chunkflow_cli.planning.simulate import OperationSeconds, simulate
 
 
-def validate(schedule: Schedule, chunks: Chunks, k: int) -> None:
+def validate(schedule: Schedule, chunks: Chunks, k: int, *, answers: int = 0) -> None:
     """Prove that the schedule of a rank without a pipeline is right.
 
     Each chunk goes backward exactly once, with live activations. State is read only after it was written and before it
-    was freed. Backwards of a sequence descend. At most K chunks hold activations at once.
+    was freed. Backwards of a sequence descend. At most K chunks hold activations at once. The weights of preferences
+    are known before a forward uses them.
+
+    Args:
+        answers: sequences of a sample of preferences, whose log-probabilities weigh its targets; 0 in supervised
+            training.
 
     Raises:
         ValueError: names the first operation that breaks a rule, and the rule.
     """
-    _WholeModel(chunks, k).walk(schedule)
+    _WholeModel(chunks, k, chunks_of_samples(chunks, answers) if answers else None).walk(schedule)
 
 
 def validate_pipeline(
@@ -70,6 +75,20 @@ def validate_lockstep(schedules: Sequence[Schedule]) -> None:
                 raise ValueError(f"operation {position}: rank {rank} runs {op}, rank 0 {other}")
 
 
+def chunks_of_samples(chunks: Chunks, answers: int) -> list[set[int]]:
+    """Return for each chunk all chunks that hold a part of any of its samples of preferences, itself included."""
+    chunk_of_segment = np.repeat(np.arange(len(chunks)), np.diff(chunks.first_segment)).tolist()
+    samples = (chunks.sequence // answers).tolist()
+    of_sample: dict[int, set[int]] = {}
+    for chunk, sample in zip(chunk_of_segment, samples, strict=True):
+        of_sample.setdefault(sample, set()).add(chunk)
+    needed: list[set[int]] = [{chunk} for chunk in range(len(chunks))]
+    for chunk, sample in zip(chunk_of_segment, samples, strict=True):
+        if len(of_sample[sample]) > 1:
+            needed[chunk] |= of_sample[sample]
+    return needed
+
+
 class _Proof:
     """The state of the chunks while a schedule runs, and the rules that hold with and without a pipeline."""
 
@@ -78,7 +97,9 @@ class _Proof:
         self._k = k
         self._group_of = {chunk: group for group in chunks.dependent_groups() for chunk in group}
         self._passed: set[int] = set()
-        """Chunks that had a state pass."""
+        """Chunks that had a state pass or a first pass."""
+        self._summed: set[int] = set()
+        """Chunks whose log-probabilities are known, which may be forwarded again."""
         self._written: set[int] = set()
         self._live: dict[int, tuple[int, ...]] = {}
         """The chunks that wait for their backward, each with the chunks of its engine call."""
@@ -149,9 +170,15 @@ class _Proof:
             if chunk not in self._group_of or chunk in self._passed:
                 raise ValueError(f"chunk {chunk} needs no state pass")
             self._passed.add(chunk)
-        elif (op.kind is OpKind.recompute) != (chunk in self._passed):
+        elif op.kind is OpKind.first_pass:
+            if chunk in self._written:
+                raise ValueError(f"chunk {chunk} needs no first pass after another forward")
+            self._passed.add(chunk)
+            self._summed.add(chunk)
+        elif chunk not in self._summed and (op.kind is OpKind.recompute) != (chunk in self._passed):
             raise ValueError(f"chunk {chunk} is recomputed if and only if it had a state pass")
         else:
+            self._summed.add(chunk)
             self._live[chunk] = op.chunks
             self._live_of_group[group.start] += 1
         self._written.add(chunk)
@@ -160,12 +187,28 @@ class _Proof:
 class _WholeModel(_Proof):
     """The rules of a rank without a pipeline."""
 
+    def __init__(self, chunks: Chunks, k: int, needed: list[set[int]] | None = None) -> None:
+        """
+        Args:
+            needed: for each chunk, those whose log-probabilities weigh its targets; None in supervised training.
+        """
+        super().__init__(chunks, k)
+        self._needed = needed
+
     def _step(self, op: Op) -> None:
         if op.kind in (OpKind.input_gradient, OpKind.weight_gradient):
             raise ValueError("only pipeline stages split backwards")
         if len(op.chunks) > 1 and op.kind not in (OpKind.forward, OpKind.backward):
             raise ValueError("only forwards and backwards may join chunks")
         super()._step(op)
+        if op.kind is OpKind.first_pass and self._needed is None:
+            raise ValueError("only preferences have a first pass")
+        if op.kind in (OpKind.forward, OpKind.recompute) and self._needed is not None:
+            for chunk in op.real_chunks:
+                if missing := self._needed[chunk] - self._summed:
+                    raise ValueError(
+                        f"the log-probabilities of chunk {min(missing)} weigh the targets of chunk {chunk}"
+                    )
         if len(self._live) > self._k:
             raise ValueError(f"{len(self._live)} chunks hold activations, K is {self._k}")
 

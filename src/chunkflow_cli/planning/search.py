@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.chunks import cut_points
 from chunkflow_cli.planning.costs import OperationCost
-from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, stage_seconds, step_seconds
+from chunkflow_cli.planning.prediction import (
+    operation_seconds,
+    rank_seconds,
+    seconds_before,
+    stage_seconds,
+    step_seconds,
+)
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import Timeline, simulate
 
@@ -207,7 +213,8 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
             seconds.append(step_seconds(run, planned) if run.is_in_lockstep else float(of_ranks.max()))
         else:
             simulated.append(SimulatedStep(run, planned))
-            seconds.append(simulated[-1].makespan(of_ranks))
+            before = max(seconds_before(run, rank) for rank in planned.ranks) if run.answers is not None else 0.0
+            seconds.append(simulated[-1].makespan(of_ranks) + before)
         busy.append(float(of_ranks.mean()))
         slowest = planned.ranks[int(of_ranks.argmax())]
         recompute.append(_recompute_seconds(slowest, run) * share)

@@ -5,6 +5,7 @@ Every stage runs its operations one after the other, in the order of its schedul
     F, S    wait for the same chunk's forward on the stage before
     B, I    wait for the same chunk's backward on the stage after, and need live activations
     R, W    wait for no other stage: what they need is on their own
+    P       is not run by stages, which take their first pass before the step's schedule
 
 A message takes time, but neither stage waits while it is on its way, because it is sent during computation. The bubble
 ratio is 1 - busy / makespan, as in the worked example of ChunkFlow (arXiv 2503.02356, figures 2, 6 and 7).
@@ -22,7 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from chunkflow_cli.planning.schedule import OpKind, Schedule
 
 KINDS = "".join(OpKind)
-STATE_PASS, FORWARD, RECOMPUTE, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(6)
+KIND_NAMES = ("a state pass", "a forward", "a recompute", "a backward", *("a split backward",) * 2, "a first pass")
+STATE_PASS, FORWARD, RECOMPUTE, BACKWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, FIRST_PASS = range(7)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class OperationSeconds:
     weight_gradient: NDArray[np.float64] | None = None
     transfer: NDArray[np.float64] | None = None
     """(stages - 1, chunks) from one stage to the next: a chunk's activations, or its gradient on the way back."""
+    first_pass: NDArray[np.float64] | None = None
+    """Forward without gradient that keeps log-probabilities; None without preferences."""
 
     def __post_init__(self) -> None:
         shape = self.forward.shape
@@ -156,7 +160,8 @@ class Timeline:
         freed = np.where((kind == "B") | (kind == "W"), activations, 0.0)
         if state_bytes is not None:
             state = np.asarray(state_bytes, dtype=np.float64)[chunk]
-            taken += np.where((kind == "S") | (kind == "F"), state, 0.0)
+            is_again = (kind == "F") & np.isin(chunk, chunk[kind == "P"])
+            taken += np.where(((kind == "S") | (kind == "P") | (kind == "F")) & ~is_again, state, 0.0)
             freed += np.where((kind == "B") | (kind == "I"), state, 0.0)
         # A stage runs one operation after the other, so start, stop, start, stop... is already the order of time.
         seconds = np.stack([self.start_seconds[rows], self.stop_seconds[rows]], axis=1).ravel()
@@ -296,7 +301,7 @@ class _Rows:
             if table is not None:
                 durations[rows] = table[self.stage[rows], self.chunk[rows]]
             elif len(rows):
-                raise ValueError(f"{self.describe(int(rows[0]))}: no seconds are given for a split backward")
+                raise ValueError(f"{self.describe(int(rows[0]))}: no seconds are given for {KIND_NAMES[code]}")
         return durations
 
     def transfers(self, seconds: OperationSeconds, awaited: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -316,6 +321,7 @@ class _Rows:
         forward_at, gradient_at = self._row_of(self.is_first_forward), self._row_of(self.is_gradient)
         activations_at = self._row_of((self.kind == FORWARD) | (self.kind == RECOMPUTE))
         state_pass_at = self._row_of(self.kind == STATE_PASS)
+        first_pass_at = self._row_of(self.kind == FIRST_PASS)
         input_gradient_at = self._row_of(self.kind == INPUT_GRADIENT)
         self._row_of(self.kind == WEIGHT_GRADIENT)
 
@@ -329,7 +335,7 @@ class _Rows:
         row = np.arange(len(self.chunk))
         for needs, at in (
             (self.is_gradient, activations_at),
-            (self.kind == RECOMPUTE, state_pass_at),
+            (self.kind == RECOMPUTE, np.maximum(state_pass_at, first_pass_at)),
             (self.kind == WEIGHT_GRADIENT, input_gradient_at),
         ):
             needed = at[self.key]

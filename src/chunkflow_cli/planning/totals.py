@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
-from chunkflow_cli.planning.prediction import rank_seconds, seconds_of_whole_samples, timeline
+from chunkflow_cli.planning.prediction import rank_seconds, seconds_of_whole_samples
+from chunkflow_cli.planning.prediction import step_seconds as predicted_seconds
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.planning.simulate import Timeline, simulate
 
@@ -29,6 +30,8 @@ class Counts:
     filled_tails: int
     """Long samples whose last chunk also holds short samples."""
     recomputed_chunks: int
+    first_passed_chunks: int
+    """Chunks of preferences that are forwarded for their log-probabilities before they are forwarded with gradient."""
     lower_bound_chunks: int
     """Chunks that no plan can do without, if samples stay on their ranks."""
     operations: int
@@ -70,7 +73,7 @@ def add_up(plan: RunPlan, progress: Callable[[int], None]) -> Totals:
             room += int(rank.room[rank.counted.start :].sum())
         most_operations = max(most_operations, *(len(rank.schedule.ops) for rank in step.ranks))
         seconds[index] = [rank_seconds(rank, plan.costs) for rank in step.ranks]
-        step_seconds[index] = timeline(plan, step).makespan if plan.is_in_lockstep else seconds[index].max()
+        step_seconds[index] = predicted_seconds(plan, step) if plan.is_in_lockstep else seconds[index].max()
         if plan.sequence > 1:
             spread_samples += step.spread_samples
             whole_seconds[index] = seconds_of_whole_samples(plan, step.samples)
@@ -89,6 +92,7 @@ def _counts_of(rank: RankPlan) -> dict[str, int]:
         "dependent": dependent,
         "long_samples": len(groups),
         "filled_tails": sum(int(segments[group[-1]] > 1) for group in groups),
+        "first_passed_chunks": int((rank.first_passed >= rank.counted.start).sum()),
         "lower_bound_chunks": rank.lower_bound,
         "operations": len(rank.schedule.ops),
     }
@@ -99,7 +103,7 @@ def baseline_timeline(step: StepPlan, plan: RunPlan, pipeline: PipelineLayout) -
 
     Samples are dealt to the ranks in turn, and the timeline is that of the slowest rank.
     """
-    lengths, targets = plan.lengths[step.samples], plan.target_counts[step.samples]
+    lengths, targets = plan.lengths_of(step.samples), plan.targets_of(step.samples)
     plain = PipelineLayout(pipeline.stages, "1f1b")
     cut = replace(plan, pipeline=plain).cut
     timelines = []

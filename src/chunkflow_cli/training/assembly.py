@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from chunkflow_cli.config.schema import Config, OptimizerName, PipelineSchedule
+from chunkflow_cli.config.schema import Config, OptimizerName, PipelineSchedule, Task
 from chunkflow_cli.engine import Engine, EngineSettings, PipelineEngine, Processes
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration
@@ -20,6 +20,7 @@ from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
 from chunkflow_cli.execution.dropout import has_dropout
 from chunkflow_cli.execution.loss import FUSED_HEADS
 from chunkflow_cli.execution.messages import Links
+from chunkflow_cli.execution.parity import remove_dropout
 from chunkflow_cli.execution.runner import Runner, ScheduleRunner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stage_runner import StageRunner
@@ -75,6 +76,8 @@ def assemble(
     torch.manual_seed(config.train.seed)
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     processes = processes or Processes()
+    if config.train.task is not Task.sft:  # as in TRL: first pass, reference and training must see the same model
+        remove_dropout(hf_config.get_text_config())
     model: Any = load_on_every_rank(config, hf_config, processes, dtype=dtype, attention=attention.NAME)
     enable_activation_checkpointing(model, config.model.activation_checkpointing)
     shape = shape_without_weights(config.model, hf_config)

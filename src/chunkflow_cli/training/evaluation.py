@@ -52,7 +52,7 @@ def evaluate_after_step(row: StepMetrics, run: Prepared, state: RunState, displa
             display.phase("saving the best model so far")
             save_best(run, state)
         parts = {f"eval_loss/{name}": loss for name, loss in found.parts.items()}
-        row = replace(row, eval_loss=found.loss, parts=row.parts | parts)
+        row = replace(row, eval_loss=found.loss, parts=row.parts | parts | state.held_out_rewards)
     progress.unevaluated = None
     return row
 

@@ -143,11 +143,11 @@ def _reason(error: Exception) -> str:
 
 
 def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
-    config, lengths, batches, device = run.config, run.data.train.lengths, run.plan.batches, run.device
+    config, batches, device = run.config, run.plan.batches, run.device
     dtype: torch.dtype = getattr(torch, config.model.dtype.value)
-    longest, kept = int(lengths.max()), config.chunk.size * config.chunk.k
+    longest, kept = int(run.plan.sequence_lengths.max()), config.chunk.size * config.chunk.k
     peak = int(run.processes.maximum(peak_memory_bytes(device))[0])
-    flops = sum(training_flops(lengths[batches[step]], run.shape) for step in range(progress.step))
+    flops = sum(training_flops(run.plan.lengths_of(batches[step]), run.shape) for step in range(progress.step))
     # Measured again, because other work on the machine may have slowed the first measurement: the better one counts.
     device_flops = max(run.peak_flops, agreed_peak_flops(run.processes, device, dtype))
     seconds = max(progress.train_seconds, 1e-9)

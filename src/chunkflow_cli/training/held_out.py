@@ -14,6 +14,7 @@ from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import build_chunks
+from chunkflow_cli.training.preferences import held_out_outcome
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
 
@@ -38,6 +39,8 @@ def held_out_loss(run: Prepared, state: RunState) -> HeldOutLoss:
     Raises:
         Interrupted: a process was asked to stop.
     """
+    if run.preferences is not None:
+        return _preference_loss(run, state)
     data = run.data.evaluation
     weight = 1.0 / int(data.target_counts.sum())
     groups = [np.arange(start, min(start + GROUP, len(data))) for start in range(0, len(data), GROUP)]
@@ -47,6 +50,18 @@ def held_out_loss(run: Prepared, state: RunState) -> HeldOutLoss:
     run.parts.model.train()
     targets = members @ data.target_counts
     return HeldOutLoss(float(sums[0]), dict(zip(names, (sums[1:] / targets).tolist(), strict=True)))
+
+
+def _preference_loss(run: Prepared, state: RunState) -> HeldOutLoss:
+    """Return the mean loss per held-out sample of preferences, and note their metrics."""
+    outcome = held_out_outcome(run, state)
+    loss = outcome.pop("loss")
+    state.held_out_rewards = {f"eval_{name}": value for name, value in outcome.items()}
+    accuracy = outcome.get("rewards/accuracies")
+    if state.progress.step == 0:
+        state.progress.eval_accuracy_start = accuracy
+    state.progress.eval_accuracy_end = accuracy
+    return HeldOutLoss(loss)
 
 
 def _parts(data: TokenizedData) -> tuple[list[str], NDArray[np.bool_]]:

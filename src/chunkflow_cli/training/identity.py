@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from chunkflow_cli.config.schema import Config
+from chunkflow_cli.config.keys import as_written
+from chunkflow_cli.config.schema import Config, Task
 from chunkflow_cli.config.sources import name_of
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
@@ -88,6 +89,8 @@ def identify(config: Config, data: RunData) -> RunIdentity:
             order[f"data.sources[{name_of(source)}].weight"] = source.weight
     if train.shuffle:
         order["train.seed"] = train.seed
+    if train.task is not Task.sft:  # what is learnt, too: the reference stays that of the first step
+        order |= {"train.task": train.task.value, "preference": as_written(asdict(config.preference))}
     return RunIdentity(
         trained_on=_shares(data.train),
         held_out=_shares(data.evaluation),

@@ -30,15 +30,18 @@ import torch
 
 from chunkflow_cli import streams
 from chunkflow_cli.config.load import load
+from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Config, OffloadState
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
+from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
 from chunkflow_cli.errors import ChunkflowError, UsageError
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.hf_config import load_config
@@ -47,6 +50,7 @@ from chunkflow_cli.planning.calibration import Calibration, MemorySample, Operat
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, state_bytes
+from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Op, plan
 from chunkflow_cli.processes.worker import end_with_parent
 from chunkflow_cli.training.assembly import Assembly, assemble
@@ -244,8 +248,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
         for size, k in pairs:
             run = replace(plan_of_run, chunk_size=size, k=k)
             (share,) = run[step].ranks
-            sequences = [data[int(sample)] for sample in share.samples]
-            weights = np.full(len(sequences), 1.0 / int(share.target_counts.sum()))
+            batch = _trial_batch(config, data, share, device)
 
             def advance(tokens: int) -> None:
                 nonlocal done
@@ -254,7 +257,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
 
             began = time.perf_counter()
             try:
-                parts.runner.run(share.schedules, StepBatch(share.chunks, sequences, weights), advance)
+                parts.runner.run(share.schedules, batch, advance)
                 parts.engine.step()
             except torch.OutOfMemoryError:
                 print(f"chunk.size={size} chunk.k={k} does not fit into the memory of this device", file=sys.stderr)
@@ -269,6 +272,27 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
             "  set tune.memory_gib to less than the device has"
         )
     return seconds
+
+
+def _trial_batch(config: Config, data: TokenizedData, share: RankPlan, device: torch.device) -> StepBatch:
+    """Return the batch of a step of one process. Preferences take the model itself as reference: only time counts."""
+    objective = Objective.of(config)
+    samples = [sequence for sample in share.samples.tolist() for sequence in data.sequences(sample)]
+    if objective is None:
+        weights = np.full(len(samples), 1.0 / int(share.target_counts.sum()))
+        return StepBatch(share.chunks, samples, weights)
+    sequences = Sequences.of(samples, objective)
+    is_good = None if objective.has_pairs else data.is_good[share.samples]
+    known = Known(
+        counts=sequences.counts,
+        reference=np.multiply(sequences.counts, -10.0, dtype=np.float64),
+        is_desirable=is_good,
+        samples=len(share.samples),
+        desirable=0 if is_good is None else int(is_good.sum()),
+        imitated_tokens=sequences.imitated_tokens if objective.nll_weight else 0,
+    )
+    step = PreferenceStep(objective, known, sequences, device)
+    return StepBatch(share.chunks, sequences.samples, step.imitated_weights, preferences=step)
 
 
 def main() -> None:

@@ -39,7 +39,8 @@ class StepMetrics:
     eval_loss: float | None = None
     """Held-out loss after this step, if it was measured."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Losses of parts of the data: `loss/SOURCE`, `eval_loss/SOURCE`, `eval_loss/LENGTHS`."""
+    """Losses of parts of the data, `loss/SOURCE`, `eval_loss/SOURCE` and `eval_loss/LENGTHS`, and metrics of
+    preferences, by their names."""
 
     @property
     def values(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import counted, working
 from chunkflow_cli.data.dataset import has_evaluation_data
@@ -45,7 +46,9 @@ from chunkflow_cli.training.host_room import check_host_room
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.inputs import FoundData, RunData, sample_counts
 from chunkflow_cli.training.joining import load_data
+from chunkflow_cli.training.judgement import Judgement
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
+from chunkflow_cli.training.preferences import RunPreferences, with_references
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.recorder import Recorder
 from chunkflow_cli.training.run_folder import RunFolder, abandoned_checkpoints
@@ -83,6 +86,8 @@ class Prepared:
     """Records every operation under `train.trace`."""
     described: dict[str, Any]
     """`plan` and `environment` in plain values, for reports and trackers; empty except on the first process."""
+    preferences: RunPreferences | None = None
+    """What is known of the samples of `train.task=dpo`, `orpo` and `kto`."""
 
     @property
     def topology(self) -> Topology:
@@ -176,6 +181,9 @@ def prepare(
     )
     if folder.checkpoint is None:
         _refuse_spoilt_model(prepared, state)
+    if (objective := Objective.of(config)) is not None:
+        prepared = replace(prepared, preferences=_preferences(objective, prepared))
+        prepared = replace(prepared, preferences=with_references(prepared, state))
     _resume(prepared, state)
     if processes.is_first:
         _warn_of_little_room(prepared)
@@ -187,6 +195,16 @@ def _describe(setup: RunSetup, plan: RunPlan, device: torch.device, attention: B
         "plan": describe_plan(setup, plan),
         "environment": describe_environment(device_name(device), attention.backend.name),
     }
+
+
+def _preferences(objective: Objective, run: Prepared) -> RunPreferences:
+    train, evaluation = run.data.train, run.data.evaluation
+    batches = run.plan.batches
+    return RunPreferences(
+        objective,
+        Judgement.of(objective, train, batches),
+        Judgement.of(objective, evaluation, replace(batches, samples=len(evaluation), shuffle=False)),
+    )
 
 
 def _operations_wait(plan: RunPlan, topology: Topology) -> bool:

@@ -40,6 +40,9 @@ class Progress:
     evaluations_since_best: int = 0
     unevaluated: dict[str, Any] | None = None
     """Row of metrics of the last step, if the run was stopped before that step was evaluated."""
+    eval_accuracy_start: float | None = None
+    """Share of held-out pairs whose chosen answer has the higher reward, before the first step."""
+    eval_accuracy_end: float | None = None
 
     def add(self, step: StepPlan, result: StepResult, seconds: float, *, chunk_size: int) -> None:
         """Count a step that is done; `result` holds the loss and the targets of all ranks."""
@@ -81,6 +84,8 @@ class RunState:
     """True once this process has received Ctrl-C or SIGTERM."""
     random_states: dict[str, Any] = field(default_factory=dict)
     """The random states after the last whole step. An interrupted step has drawn more numbers since."""
+    held_out_rewards: dict[str, float] = field(default_factory=dict)
+    """Metrics of preferences on the held-out samples, as they were last measured."""
 
     def at(self, doing: str) -> None:
         """Report to the launcher what this rank does next."""

@@ -37,6 +37,7 @@ from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.schedule import Layout
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.processes.environment import threads_of_user
+from chunkflow_cli.training.judgement import answers_of
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ class RunSetup:
         """Return the plan of all steps over these samples, which `plan` prints and `train` runs."""
         config = self.config
         batches = global_batches(config, data)
+        answers = answers_of(config, data, batches)
         return RunPlan(
             batches=batches,
             steps=config.train.steps or batches.steps_of_epochs(config.train.epochs),
             lengths=data.lengths,
-            target_counts=data.target_counts,
+            target_counts=data.target_counts if answers is None else answers.targets.sum(axis=1),
             chunk_size=config.chunk.size,
             k=config.chunk.k,
             fill_tails=config.chunk.fill_tails,
@@ -74,6 +76,7 @@ class RunSetup:
             sequence=self.topology.sequence,
             spread_all=config.parallel.spread is Spread.all,
             costs=self.costs,
+            answers=answers,
         )
 
     @property

@@ -34,6 +34,7 @@ from chunkflow_cli.training.evaluation import (
 from chunkflow_cli.training.hardware import peak_memory_bytes
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metrics_file
+from chunkflow_cli.training.preferences import step_batch
 from chunkflow_cli.training.prepare import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.sample_answers import answer_prompts
@@ -135,7 +136,7 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
     state.random_states = random_states()
     seconds = time.perf_counter() - start
     progress.add(step, result, seconds, chunk_size=run.config.chunk.size)
-    flops = training_flops(run.data.train.lengths[step.samples], run.shape)
+    flops = training_flops(run.plan.lengths_of(step.samples), run.shape)
     return StepMetrics(
         step=progress.step,
         loss=result.loss,
@@ -152,7 +153,7 @@ def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], Non
         peak_memory_bytes=int(run.processes.maximum(peak_memory_bytes(run.device))[0]),
         fill=step.tokens / step.room,
         predicted_seconds=_predicted_seconds(run.plan, step),
-        parts={f"loss/{name}": loss for name, loss in parts.items()},
+        parts={f"loss/{name}": loss for name, loss in parts.items()} | dict(result.metrics),
     )
 
 
@@ -199,16 +200,25 @@ def _run_operations(
         is_whole, result = False, NOTHING
     counted = result if run.processes.place.stage == 0 else NOTHING  # all stages of a pipeline know its loss
     own = loss_by_source(run.data.train, rank, _weights(run, rank, step), result)
-    loss, targets, whole, *sums = run.processes.sum(counted.loss, counted.target_tokens, is_whole, *own.tolist())
+    names = () if run.preferences is None else run.preferences.objective.metrics
+    rewards = [counted.metrics.get(name, 0.0) for name in names]
+    loss, targets, whole, *sums = run.processes.sum(
+        counted.loss, counted.target_tokens, is_whole, *own.tolist(), *rewards
+    )
+    sums, rewards = sums[: len(own)], sums[len(own) :]
     if whole < run.topology.processes:
         raise Interrupted
     if not np.isfinite(loss):
         _refuse_loss(run, step, rank, result)
-    return replace(result, loss=loss, target_tokens=round(targets)), _mean_losses(run, step, np.array(sums))
+    metrics = dict(zip(names, rewards, strict=True))
+    result = replace(result, loss=loss, target_tokens=round(targets), metrics=metrics)
+    return result, _mean_losses(run, step, np.array(sums))
 
 
 def _run_schedule(run: Prepared, step: StepPlan, rank: RankPlan, on_backward: Callable[[int], None]) -> StepResult:
     record = None if run.recorder is None else run.recorder.record
+    if run.preferences is not None:
+        return run.parts.runner.run(rank.schedules, step_batch(run, step, rank), on_backward, record)
     weights = _weights(run, rank, step)
     sequences = [run.data.train[int(sample)] for sample in rank.samples]
     spread = None if run.plan.pipeline is not None else rank.spread
@@ -255,7 +265,7 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
     if result.not_finite:
         index = result.not_finite[0]
         segments = rank.chunks[index].segments
-        where = [str(run.data.train.location(int(rank.samples[segment.sequence]))) for segment in segments]
+        where = [str(run.data.train.location(rank.sample_of(segment.sequence))) for segment in segments]
         found = (
             f"first in chunk {index} of {len(rank.chunks)}\n"
             f"  its samples: {', '.join(where[:8])}{' and more' if len(where) > 8 else ''}\n"

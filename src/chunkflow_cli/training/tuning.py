@@ -65,7 +65,7 @@ def prepare_tuning(loaded: LoadedConfig, config_dir: str | None) -> Tuning:
     data = load_run_data(config, hf_config).train
     setup = _setup(loaded, config_dir, hf_config)
     assert setup.shape is not None
-    longest = int(data.lengths.max())
+    longest = int(setup.plan(data).sequence_lengths.max())
     tried = config.tune
     try:
         search = lay_out(

@@ -21,6 +21,7 @@ KINDS = {
     "B": ("backward", "magenta", "#cc3377"),
     "I": ("input gradient", "magenta", "#cc3377"),
     "W": ("weight gradient", "green", "#009988"),
+    "P": ("first pass", "cyan", "#33bbee"),
 }
 """Name, colour in a terminal and colour in a plot of each kind of operation, by its letter in a schedule."""
 IDLE = ("·", "idle", "dim")
@@ -123,6 +124,11 @@ def _chunks(result: dict[str, Any]) -> Table:
         "operations": f"{result['operations_per_step_and_rank']:,.1f} per step and rank, at most "
         f"{result['most_operations']:,}",
     }
+    if result["first_passed_chunks"]:
+        rows["first pass"] = (
+            f"{counted(result['first_passed_chunks'], 'chunk')}, forwarded for their log-probabilities before they are "
+            "trained on"
+        )
     if result["dummies"]:
         rows["dummies"] = f"{result['dummies']:,} passes of one token, because all ranks must run the same operations"
     if result["ranks"] > 1:

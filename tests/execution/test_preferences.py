@@ -1,0 +1,34 @@
+"""Preferences: chunked gradients against autograd of the loss over whole sequences, and losses against TRL's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from chunkflow_cli.config.objective import Objective
+from chunkflow_cli.config.schema import PreferenceConfig, PreferenceLoss, Task
+from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.execution.parity import compare, random_sequences
+
+OBJECTIVES = {
+    "sigmoid": Objective(Task.dpo, PreferenceConfig(label_smoothing=0.1)),
+    "ipo, imitating": Objective(Task.dpo, PreferenceConfig(loss=PreferenceLoss.ipo, nll_weight=0.3)),
+    "simpo": Objective(Task.dpo, PreferenceConfig(loss=PreferenceLoss.simpo, beta=2.0, label_smoothing=0.1)),
+    "orpo": Objective(Task.orpo, PreferenceConfig()),
+    "kto": Objective(Task.kto, PreferenceConfig(desirable_weight=1.5)),
+}
+LENGTHS = (90, 70, 12, 9, 25, 20, 8, 75)
+"""Two long answers; a pair that shares a chunk; two that fill a chunk each; a short and a long one."""
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_in_chunks_are_those_of_whole_sequences(tiny_model: Callable[..., Any], name: str, k: int) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    parity = compare(
+        model, ReferenceBackend(), random_sequences(LENGTHS, 96), chunk_size=32, k=k, objective=OBJECTIVES[name]
+    )
+    assert parity.passed, parity
