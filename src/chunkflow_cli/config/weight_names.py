@@ -23,7 +23,7 @@ def is_named(weight: str, name: str) -> bool:
 
 def factor_of(weight: str, factors: Mapping[str, float]) -> float:
     """Return the factor of a weight's learning rate under `optim.lr_factors`."""
-    return next((factor for name, factor in reversed(factors.items()) if is_named(weight, name)), 1.0)
+    return next((factor for name, factor in reversed(list(factors.items())) if is_named(weight, name)), 1.0)
 
 
 def check_names(key: str, names: Iterable[str]) -> None:
