@@ -50,7 +50,13 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     dtype_name = config.verify.dtype or (Dtype.float64 if config.model.dtype is Dtype.float64 else Dtype.float32)
     dtype: torch.dtype = getattr(torch, dtype_name.value)
     hf_config = load_config(config.model)
+    acceleration = Acceleration.of(config)
     check_acceleration(config, hf_config, device)
+    if acceleration and dtype is torch.float64:
+        raise UsageError(
+            "verify.dtype=float64: compiled code (model.compile) and kernels (model.kernels) are compared in float32\n"
+            "  leave verify.dtype out, or verify without them"
+        )
     if (reason := why_not(hf_config)) is not None:
         raise UsageError(f"models of type {hf_config.model_type!r} cannot be trained in chunks\n  {reason}")
     remove_dropout(hf_config.get_text_config())
@@ -80,7 +86,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
             pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0, objective=objective,
             # Small blocks, so that the past is made of several.
             state_home=state_home(config.chunk.offload_state, device, block_tokens=max(1, length // 3)),
-            acceleration=Acceleration.of(config),
+            acceleration=acceleration,
         )  # fmt: skip
     result = {
         "passed": parity.passed,

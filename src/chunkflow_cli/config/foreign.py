@@ -119,6 +119,9 @@ FOREIGN = {
                      "freeze_extra_modules"), "set optim.freeze, which names the weights that are not trained"),
     **dict.fromkeys(("neftune_noise_alpha", "noisy_embedding_alpha", "neftune"),
                     "noise in the embeddings is not supported: leave it out"),
+    **dict.fromkeys(("use_liger_kernel", "use_liger", "enable_liger_kernel", "liger_rope", "liger_rms_norm",
+                     "liger_glu_activation", "liger_swiglu"), "set model.kernels=liger"),
+    **dict.fromkeys(("torch_compile", "use_torch_compile"), "model.compile"),
     # the run
     **dict.fromkeys(("num_epochs", "num_train_epochs", "n_epochs", "epochs", "max_epochs"), "train.epochs"),
     **dict.fromkeys(("max_steps", "num_steps", "total_steps", "train_steps", "max_train_steps", "train_iters",

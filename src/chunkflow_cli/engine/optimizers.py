@@ -57,8 +57,7 @@ def make_optimizer(
     if optim.name is OptimizerName.sgd:
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
     if optim.name in EIGHT_BIT:
-        import bitsandbytes
-
+        bitsandbytes = importlib.import_module("bitsandbytes")
         # Every tensor in 8 bits, however small: which tensors are small depends on the layout of the ranks.
         kind = bitsandbytes.optim.AdamW8bit
         if optim.name is OptimizerName.paged_adamw_8bit:

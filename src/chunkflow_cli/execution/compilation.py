@@ -18,6 +18,7 @@ from chunkflow_cli.execution.chunk_model import base_model
 from chunkflow_cli.execution.recurrent import prepare_recurrent_layers
 from chunkflow_cli.model.language_part import decoder_of
 
+BACKEND = "inductor"
 MOST_VARIANTS = 64
 """Versions of a function that are compiled before torch runs it as it is: with and without gradient, of one token, and
 by the memory layout of what attention returns."""
@@ -40,7 +41,7 @@ def compile_layers(model: nn.Module) -> None:
         if getattr(layer, "gradient_checkpointing", False):
             layer._gradient_checkpointing_func = _compiling(layer._gradient_checkpointing_func)
         else:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=BACKEND)
 
 
 def _compiling(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,4 +55,4 @@ def _compiling(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(forward, dynamic=True)
+    return torch.compile(forward, dynamic=True, backend=BACKEND)

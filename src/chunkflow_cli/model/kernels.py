@@ -58,13 +58,12 @@ def use_liger(model: Any) -> None:
 
 
 def _function_of(model_type: str) -> Any:
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    functions = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
+    if model_type not in functions:
         raise UsageError(
             f"model.kernels=liger: Liger has no kernels for models of type {model_type!r}\n  take model.kernels=none"
         )
-    return MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+    return functions[model_type]
 
 
 @contextmanager
