@@ -32,9 +32,9 @@ quotes keep your shell from reading the brackets. An unknown key is an error, wi
 similar known key if there is one. [Comparison](comparison.md#the-same-settings-elsewhere) lists what other tools call
 these keys.
 
-An editor with a YAML language server (VS Code with the YAML extension, Neovim, Helix, ...) completes and checks the keys
-of a recipe: write the schema to a file with `chunkflow config schema > chunkflow.schema.json`, and begin the recipe with
-`# yaml-language-server: $schema=chunkflow.schema.json`.
+An editor with a YAML language server (VS Code with the YAML extension, Neovim, Helix, ...) completes and checks the
+keys of a recipe. Write the schema to a file with `chunkflow config schema > chunkflow.schema.json`, and begin the recipe
+with `# yaml-language-server: $schema=chunkflow.schema.json`.
 """
 
 
