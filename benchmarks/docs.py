@@ -31,6 +31,10 @@ Write a list as `'optim.betas=[0.9,0.95]'`, a mapping as `'engine.deepspeed={key
 quotes keep your shell from reading the brackets. An unknown key is an error, with the most
 similar known key if there is one. [Comparison](comparison.md#the-same-settings-elsewhere) lists what other tools call
 these keys.
+
+An editor with a YAML language server (VS Code with the YAML extension, Neovim, Helix, ...) completes and checks the
+keys of a recipe. Write the schema to a file with `chunkflow config schema > chunkflow.schema.json`, and begin the recipe
+with `# yaml-language-server: $schema=chunkflow.schema.json`.
 """
 
 

@@ -108,9 +108,11 @@ def test_a_command_without_words_prints_its_help_once(words: list[str], tmp_path
 
 
 def test_verify_prints_one_json_object_and_nothing_else(tmp_path: Path) -> None:
-    run = chunkflow("verify", "recipe=tiny_random", "chunk.size=64", "chunk.k=2", "--json", cwd=tmp_path)
+    run = chunkflow("verify", "recipe=tiny_random", "chunk.size=64", "chunk.k=2", "model.dtype=bfloat16",
+                    "verify.length=150", "verify.dtype=float32", "--json", cwd=tmp_path)  # fmt: skip
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
+    assert result["length"] == 150
     assert result["passed"] is True
     assert result["grad_rel_error"] <= 2e-6
     assert (result["chunk_size"], result["k"], result["dtype"]) == (64, 2, "float32")

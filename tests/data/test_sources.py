@@ -149,10 +149,10 @@ def test_a_rank_finds_each_source_in_the_cache(folder: Path) -> None:
 
 
 def test_evaluation_on_a_split_of_each_source(tmp_path: Path) -> None:
-    for source in ("x", "y"):
+    for source in ("x", "y/main"):
         write_rows(tmp_path / source / "train.jsonl", ids(4, 10))
         write_rows(tmp_path / source / "test.jsonl", ids(3, 20))
-    data = load_run_data(configured(tmp_path, "{path: @x}", "{path: @y}", data__eval_split="test"), None)
+    data = load_run_data(configured(tmp_path, "{path: @x}", "{path: @y, subset: main}", data__eval_split="test"), None)
     assert data.evaluation.names == ("x", "y")
     assert (len(data.train), len(data.evaluation)) == (8, 6)
 

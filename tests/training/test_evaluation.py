@@ -42,7 +42,13 @@ def train_each(folder: Path) -> None:
     for weighting in ("token", "sequence"):
         train.run(load([*common, *mixed(folder, weighting)]), json_output=True)
     common = (*common, f"data.path={folder / 'b.jsonl'}", "data.eval_fraction=0.2", "train.global_batch_size=2")
-    train.run(load([*common, f"train.steps={BEST}", f"train.output_dir={folder / 'two steps'}"]), json_output=True)
+    two = (
+        f"train.steps={BEST}",
+        f"train.output_dir={folder / 'two steps'}",
+        "train.trace=true",
+        "data.deduplicate=true",
+    )
+    train.run(load([*common, *two]), json_output=True)
     interrupted_after: list[int] = []
 
     def scripted(run: Any, state: Any) -> HeldOutLoss:
@@ -174,7 +180,8 @@ def test_early_stopping_keeps_the_best_model(folder: Path) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert not (run / "best").exists()
     plain = report_of(folder / "two steps")
-    assert (plain["final_step"], plain["stopped_early"]) == (BEST, False)
+    assert (plain["final_step"], plain["stopped_early"], plain["samples_duplicate"]) == (BEST, False, 0)
+    assert (folder / "two steps" / "trace.json").exists()
 
 
 def test_a_run_that_was_interrupted_stops_at_the_same_step(folder: Path) -> None:

@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 recipes_app = typer.Typer(cls=Commands, no_args_is_help=True)
+config_app = typer.Typer(cls=Commands, no_args_is_help=True)
 
 CONFIGURATION = ("overrides", "cfg", "resolve")
 """What a command does not take if it composes no configuration."""
@@ -318,6 +319,39 @@ def tune_chunk_size(
     from chunkflow_cli.cli import tune
 
     return tune.run(loaded, config_dir=request.config_dir, output=output, plot=plot, json_output=request.json_output)
+
+
+app.add_typer(config_app, name="config")
+
+
+@config_app.callback()
+def config() -> None:
+    """Print the JSON schema of the configuration.
+
+    [bold]Examples[/]
+      chunkflow config schema > chunkflow.schema.json
+    """
+
+
+@command(config_app, "schema", without=(*CONFIGURATION, "config_dir"))
+def schema(request: Request) -> Result:
+    """Print the JSON schema of recipes: every key with its type, bounds, default and meaning.
+
+    An editor with a YAML language server completes and checks keys by it, if
+    a recipe begins with
+    # yaml-language-server: $schema=chunkflow.schema.json
+
+    [bold]Examples[/]
+      chunkflow config schema > chunkflow.schema.json
+    """
+    import json
+
+    from chunkflow_cli.config.json_schema import json_schema
+
+    found = json_schema()
+    if not request.json_output:
+        print(json.dumps(found, indent=2))
+    return found
 
 
 app.add_typer(recipes_app, name="recipes")
