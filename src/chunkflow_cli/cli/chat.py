@@ -104,7 +104,7 @@ class Talk:
     @property
     def _padding(self) -> int | None:
         """A token for padding, of which there is none: without it transformers would print a warning."""
-        ends = self.model.generation_config.eos_token_id
+        ends: int | list[int] | None = self.model.generation_config.eos_token_id
         return ends[0] if isinstance(ends, list) else ends
 
 

@@ -39,9 +39,8 @@ class StepMetrics:
     eval_loss: float | None = None
     """Held-out loss after this step, if it was measured."""
 
-    @property
     def values(self) -> dict[str, float]:
-        """The numbers of the row by their names in metrics.jsonl, without those that were not measured."""
+        """Return the values that were measured, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -66,7 +65,7 @@ def metrics_file(
         file = path.open("ab", buffering=0)
 
     def write(row: StepMetrics) -> None:
-        line = json.dumps(row.values).encode() + b"\n"
+        line = json.dumps(row.values()).encode() + b"\n"
         with _explained(path):
             if file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
