@@ -42,9 +42,8 @@ class StepMetrics:
     """Losses of parts of the data, `loss/SOURCE`, `eval_loss/SOURCE` and `eval_loss/LENGTHS`, and metrics of
     preferences, by their names."""
 
-    @property
     def values(self) -> dict[str, float]:
-        """The numbers of the row by their names in metrics.jsonl, without those that were not measured."""
+        """Return the numbers of the row by their names in metrics.jsonl, without those that were not measured."""
         values = {name: value for name, value in asdict(self).items() if name != "parts" and value is not None}
         return values | self.parts
 
@@ -70,7 +69,7 @@ def metrics_file(
         file = path.open("ab", buffering=0)
 
     def write(row: StepMetrics) -> None:
-        line = json.dumps(row.values).encode() + b"\n"
+        line = json.dumps(row.values()).encode() + b"\n"
         with _explained(path):
             if file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -32,7 +32,7 @@ def write_page(run: Prepared, report: Mapping[str, Any], outcome: str = "finishe
         set_keys = {name: value for name, value in keys.items() if name not in defaults or defaults[name] != value}
         rows = _rows(run.folder.metrics)
         write_atomically(path, page(RunRecord(str(run.folder.path), outcome, rows, report, set_keys, keys)))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever is wrong with a page, what was learned is worth more
         run.console.print(f"warning: {path} could not be written: {describe(error)}", soft_wrap=True)
 
 

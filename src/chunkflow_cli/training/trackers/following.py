@@ -114,7 +114,7 @@ class TrackerProcess:
         """Hand over a row."""
         self._rows += 1
         if self._rows - self._done < MOST_WAITING:
-            values = {name: value for name, value in row.values.items() if name != "step"}
+            values = {name: value for name, value in row.values().items() if name != "step"}
             self._waiting.put(json.dumps({"step": row.step, "values": values}))
 
     def end(self, status: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +26,8 @@ SHOWN_CHARACTERS = 160
 
 def main() -> None:
     """Run the tracker that the first line introduces, until the run ends."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the run, which then says that it ends
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
 
