@@ -63,7 +63,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
         model.to(device)
     vocabulary = hf_config.get_text_config().vocab_size
     objective = Objective.of(config)
-    lengths = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
+    lengths: tuple[int, ...] = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
     if objective is not None:  # two long answers, two that share a chunk, and two that are in chunks of their own
         short = (chunk_size // 4, chunk_size // 5, chunk_size * 2 // 3, chunk_size * 3 // 4)
         lengths = (length, max(2, length * 3 // 4), *(max(2, each) for each in short))
@@ -73,6 +73,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
             chunk_size=chunk_size, k=config.chunk.k, fill_tails=config.chunk.fill_tails,
             # Far more uneven pieces than the costs of any device would give.
             pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0, objective=objective,
+            share_prompts=config.preference.share_prompts,
         )  # fmt: skip
     result = {
         "passed": parity.passed,
