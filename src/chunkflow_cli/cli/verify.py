@@ -87,6 +87,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
             # Small blocks, so that the past is made of several.
             state_home=state_home(config.chunk.offload_state, device, block_tokens=max(1, length // 3)),
             acceleration=acceleration,
+            share_prompts=config.preference.share_prompts,
         )  # fmt: skip
     result = {
         "passed": parity.passed,

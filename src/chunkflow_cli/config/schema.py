@@ -439,6 +439,9 @@ class PreferenceConfig:
     """Margin by which `simpo` wants the chosen answer to win."""
     nll_weight: float = bounded(0.0, at_least=0)
     """Weight of an additional loss that imitates the chosen answers of `train.task=dpo`, per token."""
+    share_prompts: bool = True
+    """Run a long prompt once for both answers of a pair. The result is the same. Pipelines, and models with recurrent
+    layers, run it for each answer."""
     desirable_weight: float = bounded(1.0, at_least=0)
     """Weight of the good answers under `train.task=kto`."""
     undesirable_weight: float = bounded(1.0, at_least=0)

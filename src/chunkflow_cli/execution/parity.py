@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chunkflow_cli.config.objective import Objective
+from chunkflow_cli.config.schema import Task
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention import function as attention
@@ -102,6 +104,7 @@ def compare(
     state_home: Home | None = None,
     acceleration: Acceleration | None = None,
     objective: Objective | None = None,
+    share_prompts: bool = True,
 ) -> Parity:
     """Compare loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
@@ -119,11 +122,19 @@ def compare(
         acceleration: how the chunked side runs its layers. The model stays changed by it.
         objective: learn preferences of the sequences, two of which are a pair (under `kto`, one is an answer), against
             the loss of `preference_loss` over whole sequences; None imitates them.
+        share_prompts: run what both sequences of a pair begin with once, where the model can.
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     lengths = np.array([len(s.input_ids) for s in sequences], np.int64)
-    build = build_pair_chunks if objective is not None and objective.has_pairs else build_chunks
-    chunks = build(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
+    if objective is None or not objective.has_pairs:
+        chunks = build_chunks(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
+    else:
+        sequences, prompts = _with_prompts(sequences)
+        is_shared = share_prompts and stages == 1 and not ChunkModel(model, backend).recurrent_layers
+        chunks = build_pair_chunks(
+            lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight,
+            prompts=prompts if is_shared else None, trunk_is_chosen=objective.task is Task.orpo,
+        )  # fmt: skip
     with _arithmetic_of(dtype):
         tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
         home = state_home or OnDevice()
@@ -196,6 +207,20 @@ def _compare(
         tolerance=tolerance,
         is_float64=dtype is torch.float64,
     )
+
+
+def _with_prompts(sequences: Sequence[TokenizedSample]) -> tuple[list[TokenizedSample], NDArray[np.int64]]:
+    """Let both sequences of each pair begin alike, for half of the shorter one; return how many tokens that are."""
+    made, prompts = [], []
+    for first, second in zip(sequences[0::2], sequences[1::2], strict=True):
+        asked = max(1, min(len(first.input_ids), len(second.input_ids)) // 2)
+        for each in (first, second):
+            ids, targets = each.input_ids.copy(), each.targets.copy()
+            ids[:asked], targets[: asked - 1] = first.input_ids[:asked], IGNORED
+            targets[asked - 1] = ids[asked]
+            made.append(TokenizedSample(ids, targets))
+        prompts.append(asked)
+    return made, np.array(prompts, np.int64)
 
 
 def _random_preferences(

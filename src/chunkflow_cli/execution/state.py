@@ -338,6 +338,13 @@ class StateStore:
             self._sequences[sequence] = SequenceState(stored_tokens, self._home)
         return self._sequences[sequence]
 
+    def put(self, sequence: int, state: SequenceState) -> None:
+        """Take the state of a sequence that was made elsewhere."""
+        self._sequences[sequence] = state
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._sequences
+
     def close(self, sequence: int) -> None:
         """Drop the state of a sequence whose first chunk has gone backward."""
         self._home.settle()

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.execution.batch import build_batch, dummy_batch, with_idle_target
+from chunkflow_cli.execution.branch_state import BranchState
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.preferences import PreferenceStep
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import StatePiece, StateStore
+from chunkflow_cli.execution.state import SequenceState, StatePiece, StateStore
 from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.planning.chunks import Chunks
 from chunkflow_cli.planning.schedule import DUMMY
@@ -100,6 +101,7 @@ class StepContext:
         """Chunks whose log-probabilities are part of the sums of preferences."""
         self.first_of_sequence = {index: group.start for group in batch.chunks.dependent_groups() for index in group}
         """Dependent chunk -> the first chunk of its sequence."""
+        self._branches = batch.chunks.branches()
 
     def sequence_group(self, index: int) -> SequenceGroup | None:
         """Return the group over which a chunk is spread, or None if this rank has all of its tokens."""
@@ -141,11 +143,18 @@ class StepContext:
             self.target_tokens[index] = tensors.target_tokens
             if chunk.is_dependent:
                 first = chunk.segments[0]
-                state = self.store.open(first.sequence, self.batch.chunks.stored_tokens(first.sequence))
+                state = self._state(first.sequence)
                 piece = StatePiece(state, first.start, first.continues)
         if self.settings.lockstep:
             tensors = with_idle_target(tensors)
         return ChunkCall(tensors, piece, head_gradient, group, preferences, adds_sums)
+
+    def _state(self, sequence: int) -> SequenceState:
+        stored, shared = self.batch.chunks.stored_tokens(sequence), self._branches.get(sequence)
+        if shared is not None and sequence not in self.store:
+            trunk = self.store.open(sequence ^ 1, self.batch.chunks.stored_tokens(sequence ^ 1))
+            self.store.put(sequence, BranchState(trunk, shared, stored))
+        return self.store.open(sequence, stored)
 
     def measure_state(self) -> None:
         """Count the present size of the state store towards the peak of the step."""

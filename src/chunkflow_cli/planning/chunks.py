@@ -98,7 +98,22 @@ class Chunks(Sequence[Chunk]):
 
     @property
     def tokens(self) -> int:
-        return int(self.lengths.sum())
+        return int((self.stop - self.start).sum())
+
+    def begin(self, chunk: int) -> int:
+        """Return the position at which the first segment of a chunk begins."""
+        return int(self.start[self.first_segment[chunk]])
+
+    def branches(self) -> dict[int, int]:
+        """Return the first positions of sequences that continue from the prompt of the other answer of their pair.
+
+        That answer, `sequence ^ 1`, runs the positions before.
+        """
+        found = {}
+        for group in self.dependent_groups():
+            if (begin := self.begin(group.start)) > 0:
+                found[int(self.sequence[self.first_segment[group.start]])] = begin
+        return found
 
     @property
     def is_dependent(self) -> NDArray[np.bool_]:

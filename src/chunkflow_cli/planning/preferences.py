@@ -4,6 +4,8 @@ The weights of a sample's targets follow from the summed log-probabilities of al
 `kto`, otherwise a pair). So each chunk of the sample must have been forwarded once before any goes backward.
 
 - A pair that fits into a chunk is placed as a whole. Its sums are known within the one forward of that chunk.
+- Of a pair whose prompt is long, one answer runs the prompt, and the other one begins where the prompt ends: it reads
+  the keys and values of the first one, and adds its gradients to theirs. To run the prompt twice always costs more.
 - Otherwise each answer begins a chunk, or several, and only whole pairs fill up what room is left. So at most two units
   depend on each other. The first is passed over without gradient (P). Then come the early chunks of the second, which
   would have a state pass anyway, and with its retained ones all sums are known. It goes backward, then the first one
@@ -18,25 +20,44 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.planning.chunks import Chunks, Unit, build_chunks
+from chunkflow_cli.planning.chunks import Chunks, Unit, build_chunks, cut_points
 from chunkflow_cli.planning.costs import FIRST_PASS_OF_HEAD, CostModel
 from chunkflow_cli.planning.schedule import Job, JobSequence, OpKind, split_unit
 
+LEAST_SHARED = 1 / 4
+"""Share of a chunk that a prompt must have to be run once for both answers: attention then takes two calls a layer."""
+
 
 def build_pair_chunks(
-    lengths: NDArray[np.int64], chunk_size: int, *, fill_tails: bool = True, pair_weight: float = 0.0
+    lengths: NDArray[np.int64],
+    chunk_size: int,
+    *,
+    fill_tails: bool = True,
+    pair_weight: float = 0.0,
+    prompts: NDArray[np.int64] | None = None,
+    trunk_is_chosen: bool = False,
 ) -> Chunks:
     """Return chunks of pairs, as `build_chunks` does of sequences.
 
     Args:
         lengths: (sequences,) tokens of each, the two answers of a pair one after the other.
+        prompts: (pairs,) tokens that both answers begin with; None runs them for each answer.
+        trunk_is_chosen: the chosen answer runs a shared prompt; otherwise, the longer one.
     """
     pairs = lengths.reshape(-1, 2)
     joined = pairs.sum(axis=1) <= chunk_size
     apart = np.flatnonzero(~joined)
+    shared = np.zeros_like(pairs)
+    if prompts is not None:
+        trunk = np.zeros(len(pairs), np.int64) if trunk_is_chosen else pairs.argmax(axis=1)
+        found = _shared_tokens(pairs[np.arange(len(pairs)), trunk], prompts, chunk_size, pair_weight)
+        shared[np.arange(len(pairs)), 1 - trunk] = np.where(joined, 0, found)
     # Items: whole pairs that fit, and the single answers of the others. A short one of these takes a bin of its own.
-    item_sequence = np.concatenate([np.flatnonzero(joined) * 2, np.stack([apart * 2, apart * 2 + 1], 1).ravel()])
-    item_lengths = np.concatenate([pairs[joined].sum(axis=1), pairs[apart].ravel()])
+    # What continues from another answer's prompt comes last, because its chunks are dependent, however short it is.
+    singles = np.stack([apart * 2, apart * 2 + 1], 1).ravel()
+    singles = singles[np.argsort(shared.ravel()[singles] > 0, kind="stable")]
+    item_sequence = np.concatenate([np.flatnonzero(joined) * 2, singles])
+    item_lengths = np.concatenate([pairs[joined].sum(axis=1), lengths[singles] - shared.ravel()[singles]])
     is_base = np.arange(len(item_lengths)) >= int(joined.sum())
     built = build_chunks(item_lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight, is_base=is_base)
     # A whole pair's segment becomes those of its two answers.
@@ -46,14 +67,30 @@ def build_pair_chunks(
     is_second = np.arange(len(index)) - first[index]
     sequence = item_sequence[built.sequence[index]] + is_second
     is_whole = twice[index] == 2
+    begins = shared.ravel()[sequence]
     return Chunks(
         chunk_size,
         first[built.first_segment],
         sequence,
-        np.where(is_whole, 0, built.start[index]),
-        np.where(is_whole, lengths[sequence], built.stop[index]),
+        begins + np.where(is_whole, 0, built.start[index]),
+        begins + np.where(is_whole, lengths[sequence], built.stop[index]),
         lengths,
     )
+
+
+def _shared_tokens(
+    trunks: NDArray[np.int64], prompts: NDArray[np.int64], chunk_size: int, pair_weight: float
+) -> NDArray[np.int64]:
+    """Return how many tokens of its prompt the other answer of each pair need not run, (pairs,).
+
+    It runs the prompt's last token, which predicts its first own one, and what is not in the state of the trunk.
+    """
+    if pair_weight > 0:
+        stored = np.array([cut_points(length, chunk_size, pair_weight)[-2] for length in trunks.tolist()], np.int64)
+    else:
+        stored = (trunks - 1) // chunk_size * chunk_size
+    found = np.minimum(prompts - 1, stored)
+    return np.where(found >= LEAST_SHARED * chunk_size, found, 0)
 
 
 def preference_tasks(chunks: Chunks, k: int, answers: int) -> list[JobSequence]:
@@ -71,7 +108,7 @@ def preference_tasks(chunks: Chunks, k: int, answers: int) -> list[JobSequence]:
             early, retained = split_unit(unit, k)
             tasks.append((Job(early, early, retained, OpKind.first_pass),))
         elif base % 2 == 0:
-            first, last = sorted((unit, other), key=lambda each: _order(each, chunks, k))
+            first, last = sorted((unit, other), key=lambda each: (chunks.begin(each[0]), *_order(each, chunks, k)))
             early, retained = split_unit(last, k)
             rest_early, rest_retained = split_unit(first, k)
             tasks.append(
@@ -98,6 +135,10 @@ class Answers:
     """(samples, answers) tokens: of the chosen and the rejected sequence of a pair, or of one labelled sequence."""
     targets: NDArray[np.int64]
     """(samples, answers) tokens that the loss counts."""
+    prompts: NDArray[np.int64] | None = None
+    """(samples,) tokens that both answers begin with, if long ones are run once for both."""
+    trunk_is_chosen: bool = False
+    """The chosen answer runs a shared prompt, because the loss counts it; otherwise, the longer one."""
     mismatched: NDArray[np.int64] | None = None
     """(samples,) tokens of the prompt with another sample's answer, which `kto` forwards without gradient."""
 
@@ -111,13 +152,21 @@ class Answers:
         return int(self.lengths.max())
 
     def build_chunks(
-        self, samples: NDArray[np.int64], chunk_size: int, *, fill_tails: bool, pair_weight: float
+        self, samples: NDArray[np.int64], chunk_size: int, *, fill_tails: bool, pair_weight: float, share: bool
     ) -> Chunks:
-        """Return the chunks of these samples, whose sequences follow each other."""
+        """Return the chunks of these samples, whose sequences follow each other.
+
+        Args:
+            share: run long prompts once, if `prompts` are known.
+        """
         lengths = self.lengths[samples].ravel()
         if self.count == 1:
             return build_chunks(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
-        return build_pair_chunks(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
+        prompts = None if self.prompts is None or not share else self.prompts[samples]
+        return build_pair_chunks(
+            lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight, prompts=prompts,
+            trunk_is_chosen=self.trunk_is_chosen,
+        )  # fmt: skip
 
     def seconds(self, costs: CostModel, samples: NDArray[np.int64], chunk_size: int, k: int) -> NDArray[np.float64]:
         """Predict the seconds of all operations of these samples, (samples,)."""
@@ -133,6 +182,10 @@ class Answers:
             before = np.maximum(size - k * chunk_size, 0)
             again = costs.forward(size - before, costs.pairs_up_to(size) - costs.pairs_up_to(before))
             seconds += np.where(lengths.sum(axis=1) > chunk_size, again, 0)
+        if self.prompts is not None:  # what the other answer need not run
+            shared = _shared_tokens(lengths.max(axis=1), self.prompts[samples], chunk_size, 0.0)
+            is_run = np.flatnonzero((shared > 0) & (lengths.sum(axis=1) > chunk_size))
+            seconds[is_run] -= costs.of_sequences(shared[is_run], chunk_size, k, np.zeros(len(is_run), np.int64))
         if self.mismatched is not None:
             sizes = self.mismatched[samples].astype(np.float64)
             seconds += costs.forward(sizes, costs.pairs_up_to(sizes)) - costs.forward.fixed_seconds

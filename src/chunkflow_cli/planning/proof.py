@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.planning.chunks import Chunks
 from chunkflow_cli.planning.costs import chunk_tokens
 from chunkflow_cli.planning.pipeline import activation_bound
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
@@ -56,17 +57,30 @@ def _validate_chunks(rank: RankPlan, plan: RunPlan) -> None:
     order = np.lexsort((chunk, chunks.sequence))
     sequence, start, stop = chunks.sequence[order], chunks.start[order], chunks.stop[order]
     is_first = np.diff(sequence, prepend=-1) != 0
-    follows = (start == np.where(is_first, 0, np.roll(stop, 1))) & (stop > start)
+    branches = chunks.branches()
+    begins = np.zeros(len(chunks.lengths), dtype=np.int64)
+    for branch, begin in branches.items():
+        begins[branch] = begin
+        _validate_branch(chunks, plan, rank.sample_of(branch), branch, begin)
+    follows = (start == np.where(is_first, begins[sequence], np.roll(stop, 1))) & (stop > start)
     if not follows.all():
         raise ValueError(
             f"the pieces of sample {rank.sample_of(int(sequence[np.argmin(follows)]))} do not follow each other"
         )
-    if not np.array_equal(np.bincount(sequence, stop - start, minlength=len(chunks.lengths)), chunks.lengths):
+    if not np.array_equal(np.bincount(sequence, stop - start, minlength=len(begins)), chunks.lengths - begins):
         raise ValueError("its chunks do not hold every token of its samples")
     tokens = chunk_tokens(chunks)
     if (tokens > rank.room).any():
         full = int(np.argmax(tokens > rank.room))
         raise ValueError(f"chunk {full} holds {tokens[full]:.0f} tokens and has room for {rank.room[full]}")
+
+
+def _validate_branch(chunks: Chunks, plan: RunPlan, sample: int, branch: int, begin: int) -> None:
+    """Prove that an answer which begins at the end of its prompt finds the prompt in the state of the other answer."""
+    if plan.answers is None or plan.answers.prompts is None or begin >= plan.answers.prompts[sample]:
+        raise ValueError(f"an answer of sample {sample} begins at token {begin}, which its prompt does not reach")
+    if begin > chunks.stored_tokens(branch ^ 1):
+        raise ValueError(f"sample {sample}: the state of one answer does not hold the prompt that the other one reads")
 
 
 def _validate_schedules(rank: RankPlan, plan: RunPlan) -> None:

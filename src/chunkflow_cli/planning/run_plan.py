@@ -220,7 +220,11 @@ class RunPlan:
         if self.answers is None:
             return self._built(self.lengths[samples], self.spread_chunk_size)
         return self.answers.build_chunks(
-            samples, self.spread_chunk_size, fill_tails=self.fill_tails, pair_weight=self.pair_weight
+            samples,
+            self.spread_chunk_size,
+            fill_tails=self.fill_tails,
+            pair_weight=self.pair_weight,
+            share=self.pipeline is None,
         )
 
     def _mismatched(self, samples: NDArray[np.int64]) -> Chunks | None:

@@ -89,6 +89,21 @@ def chunks_of_samples(chunks: Chunks, answers: int) -> list[set[int]]:
     return needed
 
 
+def _reads(chunks: Chunks) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Return for each chunk of a branch the chunks of the prompt that it reads, and the reverse."""
+    reads: dict[int, list[int]] = {}
+    read_by: dict[int, list[int]] = {}
+    branches = chunks.branches()
+    groups = {int(chunks.sequence[chunks.first_segment[group.start]]): group for group in chunks.dependent_groups()}
+    for sequence, begin in branches.items():
+        prompt = [chunk for chunk in groups.get(sequence ^ 1, ()) if chunks.begin(chunk) < begin]
+        for chunk in groups[sequence]:
+            reads[chunk] = prompt
+            for read in prompt:
+                read_by.setdefault(read, []).append(chunk)
+    return reads, read_by
+
+
 class _Proof:
     """The state of the chunks while a schedule runs, and the rules that hold with and without a pipeline."""
 
@@ -96,6 +111,7 @@ class _Proof:
         self._count = len(chunks)
         self._k = k
         self._group_of = {chunk: group for group in chunks.dependent_groups() for chunk in group}
+        self._reads, self._read_by = _reads(chunks)
         self._passed: set[int] = set()
         """Chunks that had a state pass or a first pass."""
         self._summed: set[int] = set()
@@ -152,6 +168,9 @@ class _Proof:
         # It suffices to look at the next chunk, because that one had to wait for those after it.
         if chunk + 1 < group.stop and chunk + 1 not in self._freed:
             raise ValueError(f"a later chunk of the sequence of chunk {chunk} has yet to give it gradient")
+        for branch in self._read_by.get(chunk, ()):
+            if branch not in self._freed:
+                raise ValueError(f"chunk {branch} has yet to give gradient to the prompt in chunk {chunk}")
         if self._live[chunk] not in (op.chunks, op.chunks[::-1]):
             raise ValueError("the chunks were not forwarded by one engine call of their own")
         del self._live[chunk]
@@ -166,6 +185,9 @@ class _Proof:
             raise ValueError(f"chunk {chunk} already holds activations")
         if chunk > group.start and chunk - 1 not in self._written:  # that one had to wait for those before it
             raise ValueError(f"an earlier chunk of the sequence of chunk {chunk} has not written its state")
+        for read in self._reads.get(chunk, ()):
+            if read not in self._written or read in self._freed:
+                raise ValueError(f"the prompt in chunk {read} is not in the state that chunk {chunk} reads")
         if op.kind is OpKind.state_pass:
             if chunk not in self._group_of or chunk in self._passed:
                 raise ValueError(f"chunk {chunk} needs no state pass")

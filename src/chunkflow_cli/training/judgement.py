@@ -59,8 +59,12 @@ class Judgement:
         ]
 
 
-def answers_of(config: Config, data: TokenizedData, batches: GlobalBatches) -> Answers | None:
-    """Return the sequences of samples of preferences, as planning needs them; None in supervised training."""
+def answers_of(config: Config, data: TokenizedData, batches: GlobalBatches, *, can_share: bool) -> Answers | None:
+    """Return the sequences of samples of preferences, as planning needs them; None in supervised training.
+
+    Args:
+        can_share: the model can run the prompt of a pair once for both answers.
+    """
     objective = Objective.of(config)
     if objective is None:
         return None
@@ -69,8 +73,9 @@ def answers_of(config: Config, data: TokenizedData, batches: GlobalBatches) -> A
     if objective.task is Task.orpo:
         targets[:, 0] = sizes.lengths[:, 0] - 1
     if objective.task is not Task.kto:
-        return Answers(sizes.lengths, targets)
-    return Answers(sizes.lengths, targets, Judgement.of(objective, data, batches).mismatched_lengths[:, 0])
+        prompts = sizes.prompts if config.preference.share_prompts and can_share else None
+        return Answers(sizes.lengths, targets, prompts, trunk_is_chosen=objective.task is Task.orpo)
+    return Answers(sizes.lengths, targets, mismatched=Judgement.of(objective, data, batches).mismatched_lengths[:, 0])
 
 
 def partners(batches: GlobalBatches) -> NDArray[np.int64]:

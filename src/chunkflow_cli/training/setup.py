@@ -58,7 +58,8 @@ class RunSetup:
         """Return the plan of all steps over these samples, which `plan` prints and `train` runs."""
         config = self.config
         batches = global_batches(config, data)
-        answers = answers_of(config, data, batches)
+        is_recurrent = self.shape is not None and self.shape.recurrent.edge_bytes > 0
+        answers = answers_of(config, data, batches, can_share=not is_recurrent)
         return RunPlan(
             batches=batches,
             steps=config.train.steps or batches.steps_of_epochs(config.train.epochs),

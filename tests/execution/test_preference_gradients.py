@@ -24,11 +24,20 @@ LENGTHS = (90, 70, 12, 9, 25, 20, 8, 75)
 """Two long answers; a pair that shares a chunk; two that fill a chunk each; a short and a long one."""
 
 
+@pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradients_in_chunks_are_those_of_whole_sequences(tiny_model: Callable[..., Any], name: str, k: int) -> None:
+def test_gradients_in_chunks_are_those_of_whole_sequences(
+    tiny_model: Callable[..., Any], name: str, k: int, share_prompts: bool
+) -> None:
     model = tiny_model("llama", dtype=torch.float64)
     parity = compare(
-        model, ReferenceBackend(), random_sequences(LENGTHS, 96), chunk_size=32, k=k, objective=OBJECTIVES[name]
+        model,
+        ReferenceBackend(),
+        random_sequences(LENGTHS, 96),
+        chunk_size=32,
+        k=k,
+        objective=OBJECTIVES[name],
+        share_prompts=share_prompts,
     )
     assert parity.passed, parity

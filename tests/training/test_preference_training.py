@@ -83,7 +83,7 @@ def run_each(runs: list[list[str]]) -> None:
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> Path:
     """The runs of one process, in folders of the tasks' names."""
-    run_ranks(1, "training.test_preferences:run_each", [words(folder, task, task) for task in TASKS])
+    run_ranks(1, "training.test_preference_training:run_each", [words(folder, task, task) for task in TASKS])
     return folder
 
 
@@ -155,7 +155,7 @@ def test_every_layout_learns_the_same(ours: Path) -> None:
     tasks = {"zero 0": ("dpo",), "zero 2": ("dpo",), "sequence": ("dpo", "kto"), "pipeline": ("orpo", "kto")}
     cases = [(task, name) for name in layouts for task in tasks.get(name, ("dpo", "ipo", "kto"))]
     runs = [words(ours, task, f"{task}, {name}", "launch.processes=2", *layouts[name]) for task, name in cases]
-    run_ranks(2, "training.test_preferences:run_each", runs)
+    run_ranks(2, "training.test_preference_training:run_each", runs)
     for task, name in cases:
         one, two = (load_file(ours / each / "final/model.safetensors") for each in (task, f"{task}, {name}"))
         apart = max(float((one[key] - two[key]).abs().max()) for key in one)
