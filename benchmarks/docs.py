@@ -33,8 +33,8 @@ similar known key if there is one. [Comparison](comparison.md#the-same-settings-
 these keys.
 
 An editor with a YAML language server (VS Code with the YAML extension, Neovim, Helix, ...) completes and checks the
-keys of a recipe. Write the schema to a file with `chunkflow config schema > chunkflow.schema.json`, and begin the recipe
-with `# yaml-language-server: $schema=chunkflow.schema.json`.
+keys of a recipe. Write the schema to a file with `chunkflow config schema > chunkflow.schema.json`, and begin the
+recipe with `# yaml-language-server: $schema=chunkflow.schema.json`.
 """
 
 
