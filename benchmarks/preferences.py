@@ -87,6 +87,7 @@ def exact(task: str) -> dict[str, Any]:
         apart = {name: float((final[name] - weights[name]).norm()) for name in final}
         norms = {name: float(weights[name].norm()) for name in final}
         names = [name for name in log[0] if name in ours[0] and (name in ("loss", "kl") or "rewards/" in name)]
+        say(f"{task}: {ours[-1]['loss']} and {log[-1]['loss']} in the last step")
         return {
             "longest": report["longest_sample"],
             "weights_relative_difference": sum(v**2 for v in apart.values()) ** 0.5
@@ -115,7 +116,7 @@ def train_with_trl(
     trainer, arguments = {
         "dpo": (trl.DPOTrainer, partial(trl.DPOConfig, precompute_ref_log_probs=True)),
         "orpo": (orpo.ORPOTrainer, orpo.ORPOConfig),
-        "kto": (trl.KTOTrainer, trl.KTOConfig),
+        "kto": (trl.KTOTrainer, partial(trl.KTOConfig, precompute_ref_log_probs=True)),
     }[task]
 
     class InOrder(trainer):  # type: ignore[misc,valid-type]
