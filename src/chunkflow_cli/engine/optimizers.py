@@ -28,7 +28,7 @@ def check_optimizer(settings: EngineSettings) -> None:
     """
     name, offload = settings.optim.name, settings.engine.offload
     if name in EIGHT_BIT and importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"optim.name={name.value} needs bitsandbytes\n  pip install 'chunkflow-cli[bitsandbytes]'")
+        raise UsageError(f"optim.name={name.value} needs bitsandbytes\n  pip install 'chunkflow-cli[quant]'")
     if name is OptimizerName.paged_adamw_8bit and settings.device.type == "cpu":
         raise UsageError(
             f"optim.name={name.value} pages between a GPU and the host, and this machine has no GPU\n"
