@@ -240,7 +240,9 @@ def test_every_dependency_is_checked() -> None:
     It leaves out what one key asks for, whose absence a run names before it starts.
     """
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra not in ("dev", "trackers", "liger")]
+    extras = [
+        lines for extra, lines in project["optional-dependencies"].items() if extra not in ("dev", "trackers", "liger")
+    ]
     names = {Requirement(line).name.lower() for lines in (project["dependencies"], *extras) for line in lines}
     assert names | {"packaging"} == {package.distribution for package in PACKAGES}
 

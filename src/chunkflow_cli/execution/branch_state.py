@@ -6,10 +6,12 @@ its own. The gradients of both are added into the prompt's, whose chunks go back
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
 from torch import Tensor
 
-from chunkflow_cli.execution.state import SequenceState
+from chunkflow_cli.execution.state import FirstVisible, PastBlock, SequenceState
 
 
 class BranchState(SequenceState):
@@ -21,32 +23,31 @@ class BranchState(SequenceState):
     def __init__(self, trunk: SequenceState, shared_tokens: int, stored_tokens: int) -> None:
         """
         Args:
-            trunk: the state that holds positions before `shared_tokens`.
+            trunk: the state that holds positions before `shared_tokens`. It `is_shared`.
             stored_tokens: tokens of the sequence whose state later chunks read, shared ones included.
         """
-        super().__init__(stored_tokens)
+        assert trunk.is_shared
+        super().__init__(stored_tokens, trunk.home)
         self._trunk, self._shared = trunk, shared_tokens
-        self._own = SequenceState(max(0, stored_tokens - shared_tokens))
+        self._own = SequenceState(max(0, stored_tokens - shared_tokens), trunk.home)
 
-    def write(self, layer: int, start: int, pieces: dict[str, Tensor]) -> None:
-        self._own.write(layer, start - self._shared, pieces)
-
-    def read(self, layer: int, name: str, start: int, stop: int) -> Tensor:
+    def write(
+        self, layer: int, start: int, pieces: Mapping[str, Tensor], first_visible: FirstVisible = lambda past: 0
+    ) -> None:
         shared = self._shared
-        if stop <= shared:
-            return self._trunk.read(layer, name, start, stop)
-        own = self._own.read(layer, name, max(0, start - shared), stop - shared)
-        return own if start >= shared else torch.cat([self._trunk.read(layer, name, start, shared), own])
+        self._own.write(layer, start - shared, pieces, lambda past: max(0, first_visible(past + shared) - shared))
 
-    def add_gradient(self, layer: int, name: str, start: int, gradient: Tensor) -> None:
-        before = max(0, min(len(gradient), self._shared - start))
-        if before:
-            self._trunk.add_gradient(layer, name, start, gradient[:before])
-        if before < len(gradient):
-            self._own.add_gradient(layer, name, start + before - self._shared, gradient[before:])
+    def past(self, layer: int, past: int, *, with_gradients: bool = False) -> Iterator[PastBlock]:
+        yield from self._trunk.shared_past(layer, past, self._shared, with_gradients=with_gradients)
+        if past > self._shared:
+            for block in self._own.past(layer, past - self._shared, with_gradients=with_gradients):
+                yield replace(block, start=block.start + self._shared, stop=block.stop + self._shared)
 
-    def gradient(self, layer: int, name: str, start: int, stop: int) -> Tensor | None:
-        return self._own.gradient(layer, name, start - self._shared, stop - self._shared)
+    def look_ahead(self, past: int) -> None:
+        """Bring nothing ahead: the first block that is read may be in either state."""
+
+    def own_gradients(self, layer: int, start: int, stop: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        yield from self._own.own_gradients(layer, start - self._shared, stop - self._shared)
 
     def release(self, layer: int, start: int) -> None:
         self._own.release(layer, start - self._shared)

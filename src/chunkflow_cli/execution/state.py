@@ -145,6 +145,9 @@ class SequenceState:
     stored_tokens: int
     """Tokens whose state later chunks read: all before the last chunk."""
     home: Home = field(default_factory=OnDevice)
+    is_shared: bool = False
+    """True if another sequence continues from a part of it. Then nothing is dropped that this sequence does not see,
+    and gradients begin as zeros, because two sequences add theirs."""
     _layers: dict[int, _Layer] = field(default_factory=dict)
     _edges: dict[EdgeKey, _Edge] = field(default_factory=dict)
 
@@ -159,7 +162,7 @@ class SequenceState:
         stop = start + len(next(iter(pieces.values())))
         if stop <= stored.written:
             return
-        position = max(start, first_visible(stop))
+        position = start if self.is_shared else max(start, first_visible(stop))
         # Behind tokens that are dropped, a block holds only those of this chunk: others will be dropped, too.
         end = stop if position > start else None
         while position < stop:
@@ -204,21 +207,35 @@ class SequenceState:
             arriving = look.take((id(self), past), _Place(layer, with_gradients, is_recompute()))
         if arriving is None:
             arriving = self._fetch(reads[0], with_gradients=with_gradients)
+        yield from self._brought(reads, arriving, with_gradients=with_gradients)
+
+    def shared_past(
+        self, layer: int, past: int, shared_tokens: int, *, with_gradients: bool = False
+    ) -> Iterator[PastBlock]:
+        """Yield what a chunk of a sequence that continues from the first `shared_tokens` sees of them, as `past`."""
+        reads = self._reads(layer, past, shared_tokens)
+        if reads:
+            first = self._fetch(reads[0], with_gradients=with_gradients)
+            yield from self._brought(reads, first, with_gradients=with_gradients)
+
+    def _brought(self, reads: list[_Read], arriving: Arrival, *, with_gradients: bool) -> Iterator[PastBlock]:
         for index, read in enumerate(reads):
             here = arriving
             if index + 1 < len(reads):
                 arriving = self._fetch(reads[index + 1], with_gradients=with_gradients)
             yield self._arrived(read, here.wait(), with_gradients=with_gradients)
 
-    def _reads(self, layer: int, past: int) -> list[_Read]:
+    def _reads(self, layer: int, past: int, stop: int | None = None) -> list[_Read]:
+        """Return what a chunk with `past` tokens before it sees, up to `stop`."""
         stored = self._layers[layer]
-        start = stored.first_visible(past)
+        start, stop = stored.first_visible(past), past if stop is None else min(past, stop)
         reads = [
-            _Read(block, max(start, block.start), min(past, block.stop))
+            _Read(block, max(start, block.start), min(stop, block.stop))
             for block in stored.blocks
-            if block.start < past and block.stop > start
+            if block.start < stop and block.stop > start
         ]
-        assert sum(read.stop - read.start for read in reads) == past - start, f"layer {layer}: a part was dropped"
+        found = sum(read.stop - read.start for read in reads)
+        assert found == max(0, stop - start), f"layer {layer}: a part was dropped"
         return reads
 
     def _fetch(self, read: _Read, *, with_gradients: bool) -> Arrival:
@@ -229,6 +246,10 @@ class SequenceState:
                     name: self.home.room(values.shape, accumulation_dtype(values.dtype), block.device)
                     for name, values in block.values.items()
                 }
+                if self.is_shared:
+                    for gradient in block.gradients.values():
+                        gradient.zero_()
+                    block.summed_from, block.summed_to = block.start, block.stop + block.room
             rows = block.gradient_rows(read.start, read.stop)
         kept = [Rows(values[block.rows(read.start, read.stop)]) for values in block.values.values()]
         return self.home.fetch([*kept, *rows], block.device)

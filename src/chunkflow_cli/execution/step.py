@@ -152,9 +152,10 @@ class StepContext:
     def _state(self, sequence: int) -> SequenceState:
         stored, shared = self.batch.chunks.stored_tokens(sequence), self._branches.get(sequence)
         if shared is not None and sequence not in self.store:
-            trunk = self.store.open(sequence ^ 1, self.batch.chunks.stored_tokens(sequence ^ 1))
-            self.store.put(sequence, BranchState(trunk, shared, stored))
-        return self.store.open(sequence, stored)
+            self.store.put(sequence, BranchState(self._state(sequence ^ 1), shared, stored))
+        state = self.store.open(sequence, stored)
+        state.is_shared = sequence ^ 1 in self._branches
+        return state
 
     def measure_state(self) -> None:
         """Count the present size of the state store towards the peak of the step."""
