@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
-from chunkflow_cli.planning.state_memory import bytes_per_element, stored_elements_per_token
+from chunkflow_cli.planning.state_memory import gradients_of_windows, mean_bytes_per_token
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of an element of weights and activations, by `model.dtype`."""
@@ -151,7 +151,7 @@ def state_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int
     Args:
         chunk_size: tokens of a chunk, of which a window hides the first from later chunks. None keeps all.
     """
-    return stored_elements_per_token(shape, chunk_size) * bytes_per_element(element_bytes)
+    return mean_bytes_per_token(shape, element_bytes, chunk_size)
 
 
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
@@ -162,7 +162,8 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
     """
     chunks = (length - 1) // chunk_size
     of_tokens = round(chunk_size * state_bytes_per_token(shape, element_bytes, chunk_size))
-    return chunks * (of_tokens + shape.recurrent.edge_bytes)
+    of_windows = gradients_of_windows(shape, element_bytes, chunk_size) if chunks else 0
+    return chunks * (of_tokens + shape.recurrent.edge_bytes) + of_windows
 
 
 def live_tokens(
@@ -230,8 +231,9 @@ def memory_parts(
         host, weights = host + weights, weights // max(1, held.layers)
     activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks)
     a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
-    if settings.offload_state == "host":  # counted by `peak_memory.with_state_in_host_memory`
+    if settings.offload_state == "host":  # counted by `peak_memory`
         stored = edges = 0
+    of_windows = gradients_of_windows(shape, settings.element_bytes, settings.chunk_size) if stored else 0
     tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
     # The head's gradient is summed until its chunks have gone backward.
     head = TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
@@ -241,7 +243,7 @@ def memory_parts(
         optimizer=optimizer,
         activations=int(activations),
         head=head if held.is_last else 0,
-        state=int((stored * a_token + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
+        state=int((stored * a_token + of_windows + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
         host=host,
     )
 
