@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
 from chunkflow_cli.planning.engine_memory import Buffers, HeldWeights, engine_bytes
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
-from chunkflow_cli.planning.state_memory import bytes_per_element, stored_elements_per_token
+from chunkflow_cli.planning.state_memory import gradients_of_windows, mean_bytes_per_token
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 """Bytes of an element of weights and activations, by `model.dtype`."""
@@ -170,7 +170,7 @@ def state_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int
     Args:
         chunk_size: tokens of a chunk, of which a window hides the first from later chunks. None keeps all.
     """
-    return stored_elements_per_token(shape, chunk_size) * bytes_per_element(element_bytes)
+    return mean_bytes_per_token(shape, element_bytes, chunk_size)
 
 
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:
@@ -181,7 +181,8 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
     """
     chunks = (length - 1) // chunk_size
     of_tokens = round(chunk_size * state_bytes_per_token(shape, element_bytes, chunk_size))
-    return chunks * (of_tokens + shape.recurrent.edge_bytes)
+    of_windows = gradients_of_windows(shape, element_bytes, chunk_size) if chunks else 0
+    return chunks * (of_tokens + shape.recurrent.edge_bytes) + of_windows
 
 
 def live_tokens(
@@ -239,6 +240,7 @@ def memory_parts(
     a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
     if settings.offload_state == "host":  # counted by `peak_memory`
         stored = edges = 0
+    of_windows = gradients_of_windows(shape, settings.element_bytes, settings.chunk_size) if stored else 0
     head = head_bytes(shape, settings) if held.is_last else 0
     parts = MemoryParts(
         weights=kept.weights,
@@ -246,7 +248,7 @@ def memory_parts(
         optimizer=kept.optimizer,
         activations=int(activations),
         head=head,
-        state=int((stored * a_token + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
+        state=int((stored * a_token + of_windows + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
         step=0,
         host=kept.host,
     )

@@ -27,7 +27,7 @@ from chunkflow_cli.planning.preferences import Answers
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers
-from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, bytes_of_blocks, host_bytes
+from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, bytes_of_blocks, gradients_of_windows, host_bytes
 
 
 class HeldAtOnce(NamedTuple):
@@ -51,7 +51,8 @@ class HeldAtOnce(NamedTuple):
             blocks = bytes_of_blocks(shape, settings.element_bytes, settings.device_type, most)
             return np.full(len(self.stored), float(blocks))
         a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
-        return self.stored * a_token + self.edges * shape.recurrent.edge_bytes
+        of_windows = (self.stored > 0) * gradients_of_windows(shape, settings.element_bytes, settings.chunk_size)
+        return self.stored * a_token + of_windows + self.edges * shape.recurrent.edge_bytes
 
 
 def memory_of_fullest(

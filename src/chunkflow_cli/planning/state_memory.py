@@ -35,9 +35,26 @@ def kept_share(part: AttentionLayers, chunk_size: int | None) -> float:
     return min(1.0, (part.window - 1) / chunk_size)
 
 
-def stored_elements_per_token(shape: ModelShape, chunk_size: int | None) -> float:
-    """Return the numbers in the stored keys and values of one token, over all layers; a mean over a chunk."""
-    return sum(part.kv_elements_per_token * kept_share(part, chunk_size) for part in shape.attention if part.owns_keys)
+def mean_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int | None) -> float:
+    """Return the bytes of a token's keys and values, and of their gradients; a mean over a chunk.
+
+    Under a window shorter than a chunk only the next chunk sees them, so that gradients exist of one chunk at a time
+    (`gradients_of_windows`).
+    """
+    total = 0.0
+    for part in shape.attention:
+        if part.owns_keys:
+            share = kept_share(part, chunk_size)
+            total += (
+                part.kv_elements_per_token * share * (bytes_per_element(element_bytes) if share == 1 else element_bytes)
+            )
+    return total
+
+
+def gradients_of_windows(shape: ModelShape, element_bytes: int, chunk_size: int) -> int:
+    """Return the bytes of gradients of layers with a window shorter than a chunk."""
+    parts = [part for part in shape.attention if part.owns_keys and kept_share(part, chunk_size) < 1]
+    return sum(part.kv_elements_per_token * ((part.window or 1) - 1) * max(4, element_bytes) for part in parts)
 
 
 def host_bytes(
@@ -49,14 +66,12 @@ def host_bytes(
         stored: tokens of which state is kept; a number or an array.
         edges: chunk edges, likewise.
     """
-    block = STATE_BLOCK_TOKENS[device_type]
-    filled = np.ceil(np.asarray(stored, dtype=np.float64) / block) * block
-    elements = np.zeros_like(filled)
-    for part in shape.attention:
-        if part.owns_keys:
-            share = kept_share(part, chunk_size)
-            elements += part.kv_elements_per_token * (filled if share == 1.0 else share * np.asarray(stored))
-    return elements * bytes_per_element(element_bytes) + np.asarray(edges) * shape.recurrent.edge_bytes
+    block, kept = STATE_BLOCK_TOKENS[device_type], np.asarray(stored, dtype=np.float64)
+    whole = sum(p.kv_elements_per_token for p in shape.attention if p.owns_keys and kept_share(p, chunk_size) == 1)
+    begun = (np.ceil(kept / block) * block - kept) * whole * bytes_per_element(element_bytes)
+    of_tokens = kept * mean_bytes_per_token(shape, element_bytes, chunk_size)
+    of_windows = (kept > 0) * gradients_of_windows(shape, element_bytes, chunk_size)
+    return of_tokens + begun + of_windows + np.asarray(edges) * shape.recurrent.edge_bytes
 
 
 def bytes_of_blocks(shape: ModelShape, element_bytes: int, device_type: str, stored: float) -> int:
