@@ -288,7 +288,9 @@ def config() -> None:
     """Print the JSON schema of the configuration.
 
     [bold]Examples[/]
+      chunkflow config schema
       chunkflow config schema > chunkflow.schema.json
+      chunkflow config schema --json
     """
 
 
@@ -301,7 +303,9 @@ def schema(request: Request) -> Result:
     # yaml-language-server: $schema=chunkflow.schema.json
 
     [bold]Examples[/]
+      chunkflow config schema
       chunkflow config schema > chunkflow.schema.json
+      chunkflow config schema --json
     """
     import json
 
