@@ -329,7 +329,9 @@ def config() -> None:
     """Print the JSON schema of the configuration.
 
     [bold]Examples[/]
+      chunkflow config schema
       chunkflow config schema > chunkflow.schema.json
+      chunkflow config schema --json
     """
 
 
@@ -342,7 +344,9 @@ def schema(request: Request) -> Result:
     # yaml-language-server: $schema=chunkflow.schema.json
 
     [bold]Examples[/]
+      chunkflow config schema
       chunkflow config schema > chunkflow.schema.json
+      chunkflow config schema --json
     """
     import json
 
