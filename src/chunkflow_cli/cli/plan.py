@@ -175,7 +175,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
         **asdict(counts),
         "longest": longest,
         "recompute_share": counts.recomputed_chunks / counts.chunks,
-        "fill": counts.tokens / totals.room,
+        "fill": totals.run_tokens / totals.room,
         "operations_per_step_and_rank": counts.operations / (plan.steps * plan.ranks),
         "cost_model": plan.costs.source,
         "predicted_seconds": None if plan.costs.is_of_one_stage else seconds,

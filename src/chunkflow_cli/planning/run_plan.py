@@ -115,6 +115,11 @@ class StepPlan:
     ranks: tuple[RankPlan, ...]
 
     @property
+    def run_tokens(self) -> int:
+        """Tokens in the chunks: all of the step's, without prompts that one answer of a pair runs for both."""
+        return sum(int(chunk_tokens(rank.chunks)[rank.counted.start :].sum()) for rank in self.ranks if rank.counted)
+
+    @property
     def chunks(self) -> int:
         """Number of chunks, each spread one counted once."""
         return sum(len(rank.counted) for rank in self.ranks)

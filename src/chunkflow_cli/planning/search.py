@@ -206,7 +206,7 @@ def _predict(run: RunPlan, steps: Sequence[int], memory_bytes: PeakMemory, limit
     share = 1.0 if run.costs.is_of_one_stage else 1.0 / run.stages
     counts = np.zeros(4, dtype=np.int64)
     for planned in (run[step] for step in steps):
-        counts += (planned.recomputed_chunks, planned.chunks, planned.tokens, planned.room)
+        counts += (planned.recomputed_chunks, planned.chunks, planned.run_tokens, planned.room)
         of_stages = _stage_seconds(run, planned)
         of_ranks = of_stages.mean(axis=1)
         if run.pipeline is None:

@@ -47,6 +47,8 @@ class Totals:
     counts: Counts
     room: int
     """Tokens that the chunks can hold."""
+    run_tokens: int
+    """Tokens that they hold."""
     spread_samples: int
     """Samples that whole sequence-parallel groups run together."""
     seconds: NDArray[np.float64]  # (steps, ranks), predicted; in units of tokens if costs are proportional
@@ -57,7 +59,7 @@ class Totals:
 def add_up(plan: RunPlan, progress: Callable[[int], None]) -> Totals:
     """Plan every step and return the totals; `progress` is called with the number of steps done."""
     count: Counter[str] = Counter()
-    room = spread_samples = most_operations = 0
+    room = run_tokens = spread_samples = most_operations = 0
     seconds, whole_seconds = np.zeros((2, plan.steps, plan.ranks))
     step_seconds = np.zeros(plan.steps)
     for index, step in enumerate(plan):
@@ -68,6 +70,7 @@ def add_up(plan: RunPlan, progress: Callable[[int], None]) -> Totals:
             recomputed_chunks=step.recomputed_chunks,
             dummies=step.dummies,
         )
+        run_tokens += step.run_tokens
         for rank in step.ranks:
             count.update(_counts_of(rank))
             room += int(rank.room[rank.counted.start :].sum())
@@ -79,7 +82,9 @@ def add_up(plan: RunPlan, progress: Callable[[int], None]) -> Totals:
             whole_seconds[index] = seconds_of_whole_samples(plan, step.samples)
         progress(index + 1)
     counts = Counts(**count, most_operations=most_operations)
-    return Totals(counts, room, spread_samples, seconds, step_seconds, whole_seconds if plan.sequence > 1 else seconds)
+    return Totals(
+        counts, room, run_tokens, spread_samples, seconds, step_seconds, whole_seconds if plan.sequence > 1 else seconds
+    )
 
 
 def _counts_of(rank: RankPlan) -> dict[str, int]:
