@@ -196,7 +196,8 @@ def compare(runs: Runs, truth: dict[str, Any], processes: int, cases: list[Case]
         losses = [key for key in true_report if "loss_" in key and true_report[key] is not None]
         assert len(losses) >= 2
         for key in losses:
-            assert report[key] == pytest.approx(true_report[key], rel=1e-5), (case, key)
+            within = 1e-4 if case.recipe.startswith("muon") else 1e-5  # Muon rounds to bfloat16
+            assert report[key] == pytest.approx(true_report[key], rel=within), (case, key)
         assert runs.update_error(true_weights, weights) < WITHIN[case.recipe], case
 
 
@@ -245,7 +246,8 @@ STEPS = {
 )
 def test_pipeline(runs: Runs, truth: dict[str, Any], processes: int, words: str) -> None:
     """Two and four stages, and two pipelines of two stages side by side."""
-    cases = [Case(name, (words,)) for name in RECIPES]
+    # On four stages of one layer, one would have nothing to train.
+    cases = [Case(name, (words,)) for name in RECIPES if words == "parallel.pipeline=2" or "frozen" not in name]
     cases += [Case("sgd, K=2, tails alone", (words, schedule)) for schedule in STEPS.values()]
     cases += [Case("sgd", (words, "engine.zero_stage=0")), Case("lora", (words, "engine.zero_stage=0"))]
     cases += [Case("nf4", (words,))] if processes == 2 else []

@@ -45,6 +45,7 @@ def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any])
     with quiet():
         import_deepspeed().zero.Init(module=handed_over, config_dict_or_path=config)
     internals.add_bias_within_products()
+    internals.hide_moves_from_checkpointing()
     for buffer in module.buffers():
         buffer.data = buffer.data.to(settings.device)
 

@@ -9,14 +9,18 @@ An `engine` here is DeepSpeed's own; an `optimizer` is the wrapper that it keeps
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
+from torch.utils import _python_dispatch
+from torch.utils import checkpoint as torch_checkpoint
 
+SELECTIVE_MODES = (torch_checkpoint._CachingTorchDispatchMode, torch_checkpoint._CachedTorchDispatchMode)
+"""The modes in which torch runs a forward and a recompute of selective activation checkpointing."""
 TRIED = "0.19.8"
 """The version of DeepSpeed whose sources these names were read in, and that the tests ran with."""
 
@@ -65,6 +69,49 @@ def _linear_of_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 # Backward
+
+
+def hide_moves_from_checkpointing() -> None:
+    """Run what ZeRO-3 does with weights before and after a layer outside of selective activation checkpointing.
+
+    It counts every operation of a forward and expects the same ones in the recompute, but which weights are gathered,
+    kept or freed differs between the two.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    for name in ("fetch_sub_module", "release_sub_module"):
+        method = getattr(Coordinator, name)
+        if method.__module__ != __name__:  # not exchanged yet
+            setattr(Coordinator, name, _hidden(method))
+
+
+def _hidden(method: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with _without_selective_modes():
+            return method(*arguments, **keywords)
+
+    return run
+
+
+@contextlib.contextmanager
+def _without_selective_modes() -> Iterator[None]:
+    """Take torch's modes of selective checkpointing off the stack within the block, and leave the others on it."""
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    kept = [mode for mode in modes if not isinstance(mode, SELECTIVE_MODES)]
+    if len(kept) == len(modes):
+        yield
+        return
+    for _ in modes:
+        _python_dispatch._pop_mode()
+    for mode in kept:
+        _python_dispatch._push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in kept:
+            _python_dispatch._pop_mode()
+        for mode in modes:
+            _python_dispatch._push_mode(mode)
 
 
 def begin_backward(optimizer: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import re
 import warnings
@@ -285,7 +284,5 @@ def skeleton(config: ModelConfig, hf_config: PretrainedConfig) -> Any:
 def quiet_deepspeed() -> None:
     """Silence what libraries print about themselves when peft or generation imports them."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft uses its old names
-    # peft imports bitsandbytes if it is installed, which misses a kernel that is never used here (`quantised.py`).
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # peft imports deepspeed, which prints that it found no GPU
