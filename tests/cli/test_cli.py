@@ -131,6 +131,20 @@ def test_verify_in_float64_with_adapters(tmp_path: Path) -> None:
     assert "lora_" in result["grad_max_rel_error_parameter"]
 
 
+def test_verify_lets_float64_decide_if_float32_rounds_too_much(tmp_path: Path) -> None:
+    """Weights this large saturate the scores of attention: rounding alone then moves the gradient."""
+    asset = Path(__file__).parents[2] / "src/chunkflow_cli/assets/tiny_random/config.json"
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(asset.read_text()), "initializer_range": 1.0}))
+    words = ["verify", "recipe=tiny_random", f"model.path={tmp_path}", "chunk.size=50", "--json"]
+    decided = CliRunner().invoke(app, words)
+    assert "comparing again in float64" in decided.stderr
+    assert decided.exit_code == 0
+    assert json.loads(decided.stdout)["dtype"] == "float64"
+    asked = CliRunner().invoke(app, [*words, "verify.dtype=float32"])
+    assert asked.exit_code == 1
+    assert json.loads(asked.stdout)["grad_rel_error"] > 1e-5
+
+
 def test_verify_of_a_model_that_chunks_cannot_follow_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,14 +13,21 @@ from rich.text import Text
 from chunkflow_cli.cli.screens.tables import facts
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.objective import Objective
-from chunkflow_cli.config.schema import Config, Cuts, Dtype, Task
+from chunkflow_cli.config.schema import Attention, Config, Cuts, Dtype, Quantization, Task
 from chunkflow_cli.console import stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration, check_acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
-from chunkflow_cli.execution.parity import compare, random_sequences, remove_dropout, use_float64_experts
+from chunkflow_cli.execution.guard import ROUNDING_SUSPECTED
+from chunkflow_cli.execution.parity import (
+    Parity,
+    compare,
+    random_sequences,
+    remove_dropout,
+    use_float64_experts,
+)
 from chunkflow_cli.execution.state_home import state_home
 from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
@@ -89,6 +97,16 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
             acceleration=acceleration,
             share_prompts=config.preference.share_prompts,
         )  # fmt: skip
+    if not parity.passed and _may_be_rounding(config, parity):
+        console.print(
+            f"float32: the gradient differs by {parity.grad_rel_error:.1e}, which rounding can do to some weights; "
+            "comparing again in float64",
+            soft_wrap=True,
+        )
+        del model
+        again = copy.deepcopy(config)
+        again.verify.dtype, again.model.attention = Dtype.float64, Attention.auto
+        return run(replace(loaded, config=again), json_output=json_output)
     result = {
         "passed": parity.passed,
         "loss_rel_error": parity.loss_rel_error,
@@ -103,6 +121,13 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     if not json_output:
         _print(stdout_console(), result, config)
     return result
+
+
+def _may_be_rounding(config: Config, parity: Parity) -> bool:
+    """Return whether float64 has to tell if a difference in float32 is more than rounding."""
+    has_float64 = not Acceleration.of(config) and config.model.quantization is Quantization.none
+    is_small = not parity.is_float64 and parity.grad_rel_error < ROUNDING_SUSPECTED
+    return is_small and has_float64 and config.verify.dtype is None
 
 
 def _test_size(config: Config, hf_config: Any, console: Console) -> tuple[int, int]:
