@@ -57,10 +57,10 @@ def test_an_unfinished_word_is_never_the_only_candidate() -> None:
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("chu", ["chunk.size=", "chunk.k=", "chunk.fill_tails=", "chunk.cuts="]),
+        ("chu", ["chunk.size=", "chunk.k=", "chunk.fill_tails=", "chunk.cuts=", "chunk.offload_state="]),
         ("chunk.s", ["chunk.size=", "chunk.size=8192"]),
         ("chunk.size=", ["chunk.size=8192"]),
-        ("optim.l", ["optim.lr=", "optim.lr=1e-05"]),
+        ("optim.l", ["optim.lr=", "optim.lr_factors="]),
         ("model.pa", ["model.path=", "model.path=VALUE"]),
         ("model.path=", []),
         ("model.dtype=b", ["model.dtype=bfloat16"]),

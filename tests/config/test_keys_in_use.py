@@ -53,7 +53,10 @@ def read() -> set[tuple[str, str]]:
     folder = REPOSITORY / "src" / "chunkflow_cli"
     files = [path for path in folder.rglob("*.py") if path.parent.name != "config"]
     return set().union(
-        *(reads(path.read_text(encoding="utf-8")) for path in [*files, folder / "config" / "sources.py"])
+        *(
+            reads(path.read_text(encoding="utf-8"))
+            for path in [*files, folder / "config" / "sources.py", folder / "config" / "objective.py"]
+        )
     )
 
 

@@ -227,5 +227,5 @@ def test_optimizers_that_cannot_run_are_refused(
 
 def test_eight_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match=r"needs bitsandbytes\n  pip install 'chunkflow-cli\[bitsandbytes\]'"):
+    with pytest.raises(UsageError, match=r"needs bitsandbytes\n  pip install 'chunkflow-cli\[quant\]'"):
         check_optimizer(EngineSettings(EngineConfig(), OptimConfig(OptimizerName.adamw_8bit), Dtype.float32, CPU))

@@ -385,7 +385,7 @@ def _ignore_the_scale(patch: pytest.MonkeyPatch) -> None:
 
 
 def _batches(patch: pytest.MonkeyPatch, change: Callable[[ChunkBatch], ChunkBatch]) -> None:
-    patch.setattr(step_module, "build_batch", lambda *args: change(build_batch(*args)))
+    patch.setattr(step_module, "build_batch", lambda *args, **keywords: change(build_batch(*args, **keywords)))
 
 
 @breakage

@@ -311,9 +311,9 @@ def _outputs_of_both_forwards(case: Case) -> dict[int, list[Tensor]]:
     forward, call = stage.engine.forward, StepContext.call
     current: list[int] = []
 
-    def spy_call(context: StepContext, index: int, *others: Any) -> Any:
+    def spy_call(context: StepContext, index: int, *others: Any, **keywords: Any) -> Any:
         current[:] = [index]
-        return call(context, index, *others)
+        return call(context, index, *others, **keywords)
 
     def spy_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)

@@ -16,7 +16,7 @@ from chunkflow_cli.execution.parity import compare, random_sequences
 OBJECTIVES = {
     "sigmoid": Objective(Task.dpo, PreferenceConfig(label_smoothing=0.1)),
     "ipo, imitating": Objective(Task.dpo, PreferenceConfig(loss=PreferenceLoss.ipo, nll_weight=0.3)),
-    "simpo": Objective(Task.dpo, PreferenceConfig(loss=PreferenceLoss.simpo, beta=2.0, label_smoothing=0.1)),
+    "simpo": Objective(Task.dpo, PreferenceConfig(loss=PreferenceLoss.simpo, beta=2.0, gamma=0.7, label_smoothing=0.1)),
     "orpo": Objective(Task.orpo, PreferenceConfig()),
     "kto": Objective(Task.kto, PreferenceConfig(desirable_weight=1.5)),
 }

@@ -19,7 +19,7 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner
-from chunkflow_cli.execution.stages import StageChain, StageModel
+from chunkflow_cli.execution.stages import StageChain, StageModel, check_stages
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
@@ -148,7 +148,7 @@ def test_a_stage_without_anything_to_train_is_refused(tiny_model: Callable[..., 
     """DeepSpeed would fail on an empty optimizer with a message about lists."""
     model = add_lora(tiny_model("llama"), LoraConfig(enabled=True, r=2, target_modules=["layers.0.mlp.up_proj"]))
     with pytest.raises(UsageError, match=r"stage 1 .* nothing to train"):
-        StageModel(model, CpuBackend(), StageLayers(1, 2, 1, 2))
+        check_stages(model, [StageLayers(0, 2, 0, 1), StageLayers(1, 2, 1, 2)])
 
 
 # The cut

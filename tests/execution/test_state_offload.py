@@ -62,7 +62,7 @@ def run(module: Any, home: Home, lengths: Sequence[int], k: int, size: int = SIZ
     chunks = build_chunks(lengths, size)
     batch = StepBatch(chunks, random_sequences(lengths, 60), np.full(len(lengths), 0.01))
     runner = Runner(DirectEngine(module), RunnerSettings(CPU, state_home=home))
-    return runner.evaluate(batch) if evaluates else runner.run((plan(chunks, k),), batch).loss
+    return (runner.evaluate(batch) if evaluates else runner.run((plan(chunks, k),), batch)).loss
 
 
 def results(model: Any, home: Home, k: int, stages: int = 1) -> list[Tensor]:

@@ -139,7 +139,7 @@ def test_losses_rewards_and_weights_are_those_of_trl(ours: Path, task: str) -> N
     for own, theirs in zip(rows(ours / task), log, strict=True):
         for key in ("loss", "nll_loss", "kl", *(key for key in theirs if key.startswith("rewards/"))):
             if key in theirs and not (key == "rewards/accuracies" and own["step"] == 1):  # a tie: its own reference
-                assert own[key] == pytest.approx(theirs[key], rel=3e-5, abs=1e-5), (key, own["step"])
+                assert own[key] == pytest.approx(theirs[key], rel=3e-5, abs=2e-5), (key, own["step"])
                 compared.add(key)
     assert len(compared) >= 5, compared
 
@@ -155,6 +155,7 @@ def test_every_layout_learns_the_same(ours: Path) -> None:
     tasks = {
         "prompts run twice": ("dpo", "orpo"),
         "zero 2": ("dpo",),
+        "zero 3": ("dpo",),
         "sequence": ("dpo", "kto"),
         "pipeline": ("orpo", "kto"),
     }

@@ -12,7 +12,7 @@ class Objective:
     """What a run learns from preferences."""
 
     task: Task
-    settings: PreferenceConfig
+    preference: PreferenceConfig
 
     @classmethod
     def of(cls, config: Config) -> Objective | None:
@@ -26,12 +26,12 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        return self.task is Task.kto or (self.task is Task.dpo and self.settings.loss is not PreferenceLoss.simpo)
+        return self.task is Task.kto or (self.task is Task.dpo and self.preference.loss is not PreferenceLoss.simpo)
 
     @property
     def nll_weight(self) -> float:
         """Weight of the mean cross entropy of the chosen answers; of ORPO's, with their prompts."""
-        return 1.0 if self.task is Task.orpo else self.settings.nll_weight if self.task is Task.dpo else 0.0
+        return 1.0 if self.task is Task.orpo else self.preference.nll_weight if self.task is Task.dpo else 0.0
 
     @property
     def metrics(self) -> tuple[str, ...]:

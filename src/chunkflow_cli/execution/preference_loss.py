@@ -54,27 +54,27 @@ def judge(
         is_desirable: (sequences,) label of each answer under `kto`.
         divergence: scalar, `kto`'s estimate of how far the model is from the reference, at least 0.
     """
-    settings, beta = objective.settings, objective.settings.beta
+    preference, beta = objective.preference, objective.preference.beta
     if objective.task is Task.kto:
         assert reference is not None
         assert is_desirable is not None
         assert divergence is not None
         ratios = sums - reference
         sign = torch.where(is_desirable, 1.0, -1.0)
-        share = torch.where(is_desirable, settings.desirable_weight, settings.undesirable_weight)
+        share = torch.where(is_desirable, preference.desirable_weight, preference.undesirable_weight)
         return Judged(share * (1 - torch.sigmoid(beta * sign * (ratios - divergence))), beta * ratios)
     if objective.task is Task.orpo:
         means = sums / counts
         odds = means - torch.log(-torch.expm1(means))
         return Judged(-beta * logsigmoid(_margin(odds)), beta * means)
-    if settings.loss is PreferenceLoss.simpo:
+    if preference.loss is PreferenceLoss.simpo:
         means = sums / counts
-        return Judged(_smoothed(beta * _margin(means) - settings.gamma, settings.label_smoothing), beta * means)
+        return Judged(_smoothed(beta * _margin(means) - preference.gamma, preference.label_smoothing), beta * means)
     assert reference is not None
     ratios = sums - reference
-    if settings.loss is PreferenceLoss.ipo:
+    if preference.loss is PreferenceLoss.ipo:
         return Judged((_margin(ratios / counts) - 1 / (2 * beta)).square(), beta * ratios)
-    return Judged(_smoothed(beta * _margin(ratios), settings.label_smoothing), beta * ratios)
+    return Judged(_smoothed(beta * _margin(ratios), preference.label_smoothing), beta * ratios)
 
 
 def _margin(values: Tensor) -> Tensor:

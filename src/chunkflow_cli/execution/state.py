@@ -202,12 +202,10 @@ class SequenceState:
         reads = self._reads(layer, past)
         if not reads:
             return
-        look, arriving = self.home.look_ahead, None
-        if look is not None:
-            arriving = look.take((id(self), past), _Place(layer, with_gradients, is_recompute()))
-        if arriving is None:
-            arriving = self._fetch(reads[0], with_gradients=with_gradients)
-        yield from self._brought(reads, arriving, with_gradients=with_gradients)
+        # Nothing else may hold the first block while the next ones are used.
+        yield from self._brought(
+            reads, self._first(layer, past, reads[0], with_gradients=with_gradients), with_gradients=with_gradients
+        )
 
     def shared_past(
         self, layer: int, past: int, shared_tokens: int, *, with_gradients: bool = False
@@ -215,8 +213,16 @@ class SequenceState:
         """Yield what a chunk of a sequence that continues from the first `shared_tokens` sees of them, as `past`."""
         reads = self._reads(layer, past, shared_tokens)
         if reads:
-            first = self._fetch(reads[0], with_gradients=with_gradients)
-            yield from self._brought(reads, first, with_gradients=with_gradients)
+            yield from self._brought(
+                reads, self._fetch(reads[0], with_gradients=with_gradients), with_gradients=with_gradients
+            )
+
+    def _first(self, layer: int, past: int, read: _Read, *, with_gradients: bool) -> Arrival:
+        """Return the first block, which may be on its way already."""
+        look, arriving = self.home.look_ahead, None
+        if look is not None:
+            arriving = look.take((id(self), past), _Place(layer, with_gradients, is_recompute()))
+        return self._fetch(read, with_gradients=with_gradients) if arriving is None else arriving
 
     def _brought(self, reads: list[_Read], arriving: Arrival, *, with_gradients: bool) -> Iterator[PastBlock]:
         for index, read in enumerate(reads):

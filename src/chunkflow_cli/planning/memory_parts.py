@@ -46,10 +46,10 @@ class MemorySettings:
     """Most tokens of a chunk on one rank."""
     device_type: str
     """cpu | cuda"""
-    offload_state: str = "none"
-    """none | host"""
     buffers: Buffers = field(default_factory=Buffers)
     """Sizes of DeepSpeed's buffers."""
+    offload_state: str = "none"
+    """none | host"""
 
 
 @dataclass(frozen=True)
