@@ -63,7 +63,7 @@ def test_the_memory_that_a_recipe_states_is_the_formulas(name: str, tmp_path: Pa
     stored = (config.data.max_length - 1) // config.chunk.size * config.chunk.size
     live, edges = config.chunk.size * config.chunk.k, stored // config.chunk.size
     parts = memory_parts(setup.shape, setup.memory, live=live, stored=stored, edges=edges)
-    words = re.search(r"(one|eight) GPUs? of (\d+) GB(?: and (\d+) GB of host memory)?", config.hardware)
+    words = re.search(r"(one|eight) GPUs? of (\d+) GB(?:, (\d+) GB of host memory)?", config.hardware)
     stated = re.search(r"not measured: (\d+) GiB", FOR_GPUS[name].read_text())
     assert words is not None
     assert stated is not None

@@ -139,7 +139,7 @@ def _with_extra_activations(shape: ModelShape, peft_model: Any) -> ModelShape:
             continue
         element_bytes = layer.lora_A["default"].weight.element_size()
         if not isinstance(layer.lora_dropout["default"], nn.Identity):
-            kept += width * 2 * element_bytes  # the mask is of that data type on a CPU, of bytes on a GPU
+            kept += width * (element_bytes + 1)
         if layer.use_dora["default"]:
             kept += 2 * out * element_bytes
             products += out * element_bytes
