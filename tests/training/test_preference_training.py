@@ -136,10 +136,11 @@ def test_losses_rewards_and_weights_are_those_of_trl(ours: Path, task: str) -> N
     apart = sum(float((final[key] - weights[key]).square().sum()) for key in final) ** 0.5
     assert apart < 1e-5 * sum(float(weight.square().sum()) for weight in final.values()) ** 0.5
     compared = set()
+    within = 2e-5 if task == "kto" else 1e-5  # kto's rewards miss 1e-5 by 3 %, why is not known
     for own, theirs in zip(rows(ours / task), log, strict=True):
         for key in ("loss", "nll_loss", "kl", *(key for key in theirs if key.startswith("rewards/"))):
             if key in theirs and not (key == "rewards/accuracies" and own["step"] == 1):  # a tie: its own reference
-                assert own[key] == pytest.approx(theirs[key], rel=3e-5, abs=2e-5), (key, own["step"])
+                assert own[key] == pytest.approx(theirs[key], rel=3e-5, abs=within), (key, own["step"])
                 compared.add(key)
     assert len(compared) >= 5, compared
 
