@@ -135,7 +135,7 @@ def test_other_demo_files(smollm2_folder: Path, tmp_path: Path, name: str, count
     tokenizer = load_tokenizer(str(smollm2_folder), trust_remote_code=False)
     data = load(SHARED / name, smollm2_folder, cache_dir=str(tmp_path))
     assert len(data) == data.samples_read == count
-    if data.format is DataFormat.text:
+    if data.whole.format is DataFormat.text:
         first = json.loads((SHARED / name).open().readline())
         expected = [*tokenizer(first["text"])["input_ids"], tokenizer.eos_token_id]
         assert data.target_counts.tolist() == (data.lengths - 1).tolist()
