@@ -18,7 +18,8 @@ from chunkflow_cli.config.load import LoadedConfig, load
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.training.joining import open_folder, watched
-from chunkflow_cli.training.prepare import Prepared, prepare
+from chunkflow_cli.training.prepare import prepare
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.requirements import check_requirements
 from chunkflow_cli.training.steps import run_steps

@@ -23,8 +23,8 @@ from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.shape import model_shape
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.planning.engine_memory import Buffers
-from chunkflow_cli.planning.memory_parts import MemorySettings, memory_parts
+from chunkflow_cli.planning.memory_parts import memory_parts
+from chunkflow_cli.planning.memory_settings import Buffers, MemorySettings
 from chunkflow_cli.planning.schedule import plan
 from support.two_memories import DEVICE, HOST, TwoMemories, as_accelerator
 

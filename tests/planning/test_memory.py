@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, chunk_tokens
-from chunkflow_cli.planning.engine_memory import Buffers
 from chunkflow_cli.planning.memory_parts import (
     HEAD_TILE_BYTES,
     TILES_ALIVE,
     MemoryParts,
-    MemorySettings,
     kept_bytes_per_token,
     live_tokens,
     memory_parts,
     state_bytes,
     step_seconds,
 )
+from chunkflow_cli.planning.memory_settings import Buffers, MemorySettings
 from chunkflow_cli.planning.peak_memory import activations_and_state, memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers

@@ -24,7 +24,8 @@ from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
-from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, MemoryParts, state_bytes, state_bytes_per_token
+from chunkflow_cli.planning.memory_parts import MemoryParts, state_bytes, state_bytes_per_token
+from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import timeline

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.planning.engine_memory import Buffers
+from chunkflow_cli.planning.memory_settings import Buffers
 
 
 @dataclass(frozen=True)

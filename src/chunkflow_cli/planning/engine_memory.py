@@ -20,29 +20,13 @@ that divide them, b the bytes of an element.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from chunkflow_cli.planning.memory_parts import MemorySettings
+from chunkflow_cli.planning.memory_settings import MemorySettings
 
 NORM_PIECE = 250_000_000
 """Numbers of a gradient that ZeRO-3 turns into float64 at once for its norm (`stage3._constant_buffered_norm2`)."""
 BYTES_OF_NORM = 8
 """DeepSpeed computes norms in float64 (`zero.utils.get_norm_dtype`), of a copy of each gradient."""
-
-
-@dataclass(frozen=True)
-class Buffers:
-    """Numbers of elements in DeepSpeed's buffers: the values of its keys, and a constant."""
-
-    reduce: int = 50_000_000
-    """`reduce_bucket_size`: gradients that are summed over ranks together."""
-    gathered: int = 1_000_000_000
-    """`stage3_max_live_parameters`: weights that ZeRO-3 gathers ahead of their use. It ends one weight above."""
-    sub_group: int = 1_000_000_000
-    """`sub_group_size`: weights that ZeRO-3 steps together."""
-    whole: int = 500_000_000
-    """Most gradients that ZeRO-0 and `BF16_Optimizer` copy together to sum them (`MEMORY_OPT_ALLREDUCE_SIZE`)."""
 
 
 @dataclass(frozen=True)

@@ -6,50 +6,24 @@ source. `peak_memory` combines them with what a plan keeps at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
-from chunkflow_cli.planning.engine_memory import Buffers, HeldWeights, engine_bytes
+from chunkflow_cli.planning.engine_memory import HeldWeights, engine_bytes
+from chunkflow_cli.planning.memory_settings import MemorySettings
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 from chunkflow_cli.planning.state_memory import gradients_of_windows, mean_bytes_per_token
 
-ELEMENT_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-"""Bytes of an element of weights and activations, by `model.dtype`."""
 HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Most bytes of float32 logits that exist at once (`execution.loss`)."""
 TILES_ALIVE = 3
 """Tensors as large as a tile of logits: the logits, their gradient, and a copy in the model's dtype."""
 HOST_MEMORY_BYTES_PER_SECOND = 150e9
 """Memory bandwidth that an optimizer step reaches on a server's CPUs."""
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """Settings that a rank's memory depends on, besides the model's shape."""
-
-    element_bytes: int
-    """Bytes of an element of weights and activations: 2 or 4 (8 in float64)."""
-    optimizer_states: float
-    """What the optimizer keeps per weight, in float32 numbers: 2 for AdamW (`optimizer_states.state_numbers`)."""
-    zero_stage: int
-    data_parallel: int
-    """Ranks that ZeRO divides optimizer states, gradients and weights among."""
-    offload: str
-    """none | optimizer | parameters"""
-    checkpointing: str
-    """none | full | selective"""
-    chunk_size: int
-    """Most tokens of a chunk on one rank."""
-    device_type: str
-    """cpu | cuda"""
-    buffers: Buffers = field(default_factory=Buffers)
-    """Sizes of DeepSpeed's buffers."""
-    offload_state: str = "none"
-    """none | host"""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from chunkflow_cli.planning.chunks import Chunks, cut_points
 from chunkflow_cli.planning.costs import ModelShape, chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
     MemoryParts,
-    MemorySettings,
     activation_bytes,
     kept_bytes_per_token,
     live_tokens,
@@ -23,6 +22,7 @@ from chunkflow_cli.planning.memory_parts import (
     rerun_bytes_per_token,
     state_bytes_per_token,
 )
+from chunkflow_cli.planning.memory_settings import MemorySettings
 from chunkflow_cli.planning.preferences import Answers
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan
 from chunkflow_cli.planning.search import SimulatedStep

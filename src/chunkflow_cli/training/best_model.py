@@ -13,7 +13,7 @@ from chunkflow_cli.engine import all_or_none
 from chunkflow_cli.files import written_aside
 from chunkflow_cli.training.checkpoint_folder import read_state, steps_of
 from chunkflow_cli.training.final_model import model_writer
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
 
 BEST = "best"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import human_bytes
 from chunkflow_cli.planning.costs import ModelShape
-from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES
+from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
 from chunkflow_cli.planning.optimizer_states import saved_numbers
 
 

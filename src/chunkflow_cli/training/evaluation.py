@@ -12,7 +12,7 @@ from chunkflow_cli.training.checkpoint_folder import newest_checkpoint
 from chunkflow_cli.training.display import TrainingDisplay
 from chunkflow_cli.training.held_out import HeldOutLoss, held_out_loss
 from chunkflow_cli.training.metrics import StepMetrics
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.sample_answers import answer_prompts
 

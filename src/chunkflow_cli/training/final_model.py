@@ -11,7 +11,7 @@ from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
 from chunkflow_cli.model.adapters import adapter_card
 from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.training.checkpoint import save_final
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.stopping import stop_where_answers_end
 
 

@@ -27,7 +27,7 @@ from chunkflow_cli.training.checkpoint_folder import delete_leftovers, newest_ch
 from chunkflow_cli.training.contributions import contributions
 from chunkflow_cli.training.final_model import model_writer
 from chunkflow_cli.training.hardware import agreed_peak_flops, device_name, peak_memory_bytes
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import Progress, RunState
 from chunkflow_cli.training.recorder import merge
 from chunkflow_cli.training.report.writing import write_page

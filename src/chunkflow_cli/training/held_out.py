@@ -15,7 +15,7 @@ from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.training.preferences import held_out_outcome
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 
 GROUP = 256

@@ -59,6 +59,15 @@ class Judgement:
         ]
 
 
+@dataclass(frozen=True)
+class RunPreferences:
+    """The preferences that a run learns."""
+
+    objective: Objective
+    train: Judgement
+    evaluation: Judgement
+
+
 def answers_of(config: Config, data: TokenizedData, batches: GlobalBatches, *, can_share: bool) -> Answers | None:
     """Return the sequences of samples of preferences, as planning needs them; None in supervised training.
 

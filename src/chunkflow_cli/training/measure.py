@@ -49,7 +49,8 @@ from chunkflow_cli.model.shape import shape_without_weights
 from chunkflow_cli.planning.calibration import Calibration, MemorySample, OperationSample, fit_costs, fit_memory
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
-from chunkflow_cli.planning.memory_parts import ELEMENT_BYTES, state_bytes
+from chunkflow_cli.planning.memory_parts import state_bytes
+from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
 from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Op, plan
 from chunkflow_cli.processes.worker import end_with_parent

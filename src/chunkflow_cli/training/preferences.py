@@ -12,15 +12,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Init, Task
 from chunkflow_cli.console import working
 from chunkflow_cli.data.cache import cache_root
@@ -31,21 +29,10 @@ from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.model.identity import model_files
 from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
-from chunkflow_cli.training.judgement import Judgement, sizes_of
+from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
+from chunkflow_cli.training.judgement import Judgement, RunPreferences, sizes_of
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
-
-if TYPE_CHECKING:
-    from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
-    from chunkflow_cli.training.prepare import Prepared
-
-
-@dataclass(frozen=True)
-class RunPreferences:
-    """The preferences that a run learns."""
-
-    objective: Objective
-    train: Judgement
-    evaluation: Judgement
 
 
 def step_batch(run: Prepared, step: StepPlan, rank: RankPlan) -> StepBatch:

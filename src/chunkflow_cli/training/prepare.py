@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +29,11 @@ from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.model.device import present_device, training_device
 from chunkflow_cli.model.language_part import what_is_trained
 from chunkflow_cli.model.rope_scaling import describe_rope_scaling
-from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.adapters import announce_adapters
 from chunkflow_cli.training.assembly import Assembly, assemble
-from chunkflow_cli.training.checkpoint import describe_layout, load_checkpoint
+from chunkflow_cli.training.checkpoint import load_checkpoint
 from chunkflow_cli.training.checkpoint_folder import set_aside, steps_of
 from chunkflow_cli.training.description import describe_environment, describe_plan
 from chunkflow_cli.training.determinism import warn_of_kernels
@@ -43,12 +41,12 @@ from chunkflow_cli.training.disk_room import warning_of_little_room
 from chunkflow_cli.training.display import few_steps_warning
 from chunkflow_cli.training.hardware import agreed_peak_flops, device_name
 from chunkflow_cli.training.host_room import check_host_room
-from chunkflow_cli.training.identity import RunIdentity
-from chunkflow_cli.training.inputs import FoundData, RunData, sample_counts
+from chunkflow_cli.training.inputs import FoundData, RunData
 from chunkflow_cli.training.joining import load_data
-from chunkflow_cli.training.judgement import Judgement
+from chunkflow_cli.training.judgement import Judgement, RunPreferences
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
-from chunkflow_cli.training.preferences import RunPreferences, with_references
+from chunkflow_cli.training.preferences import with_references
+from chunkflow_cli.training.prepared import Prepared, operations_wait
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.recorder import Recorder
 from chunkflow_cli.training.run_folder import RunFolder, abandoned_checkpoints
@@ -57,56 +55,6 @@ from chunkflow_cli.training.trained import announce_trained_weights
 
 PROBE_TOKENS = 256
 """Tokens of the forward that measures the bytes of activations per token."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to train, on one process. What changes while it trains is in `RunState`."""
-
-    config: Config
-    hf_config: Any
-    folder: RunFolder
-    console: Console
-    processes: Processes
-    device: torch.device
-    data: RunData
-    plan: RunPlan
-    shape: ModelShape
-    parts: Assembly
-    """The model with its engine and its runner."""
-    identity: RunIdentity | None
-    """What the run is made of; on the first process, which saves it with each checkpoint."""
-    learning_rate: Callable[[int], float]
-    """The learning rate of each step, counted from 0."""
-    peak_flops: float
-    """Operations per second that one device can do."""
-    activation_bytes: float | None
-    """Bytes of activations per token; None if they cannot be measured."""
-    recorder: Recorder | None
-    """Records every operation under `train.trace`."""
-    described: dict[str, Any]
-    """`plan` and `environment` in plain values, for reports and trackers; empty except on the first process."""
-    preferences: RunPreferences | None = None
-    """What is known of the samples of `train.task=dpo`, `orpo` and `kto`."""
-
-    @property
-    def topology(self) -> Topology:
-        return self.processes.topology
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """What became of the rows that were read, as the report has it."""
-        return sample_counts(self.data, self.config.data)
-
-    @property
-    def layout(self) -> str:
-        """The layout in words, as checkpoints name it."""
-        return describe_layout(self.topology, self.config.engine)
-
-    @property
-    def stops_between_steps_only(self) -> bool:
-        """True if operations wait for other ranks, so that a rank that stops within a step would leave them waiting."""
-        return _operations_wait(self.plan, self.topology)
 
 
 def prepare(
@@ -151,7 +99,7 @@ def prepare(
         check_host_room(setup, plan)
         parts = assemble(
             config, hf_config, attention.backend, device, processes=processes, stages=plan.stage_layers(shape.layers),
-            stop_requested=lambda: state.stop_requested and not _operations_wait(plan, topology), announce=state.at,
+            stop_requested=lambda: state.stop_requested and not operations_wait(plan, topology), announce=state.at,
         )  # fmt: skip
     if processes.is_first and (line := what_is_trained(base_model(parts.model))) is not None:
         console.print(line, soft_wrap=True)
@@ -205,10 +153,6 @@ def _preferences(objective: Objective, run: Prepared) -> RunPreferences:
         Judgement.of(objective, train, batches),
         Judgement.of(objective, evaluation, replace(batches, samples=len(evaluation), shuffle=False)),
     )
-
-
-def _operations_wait(plan: RunPlan, topology: Topology) -> bool:
-    return plan.is_in_lockstep or topology.sequence > 1 or topology.pipeline > 1
 
 
 def _print_what_runs(

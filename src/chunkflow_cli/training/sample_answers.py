@@ -15,7 +15,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.chunk_model import base_model
 from chunkflow_cli.training.display import TrainingDisplay
 from chunkflow_cli.training.metrics import keep_rows_before
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 
 ANSWERS = "answers.jsonl"

@@ -35,7 +35,7 @@ from chunkflow_cli.training.hardware import peak_memory_bytes
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.metrics import StepMetrics, metrics_file
 from chunkflow_cli.training.preferences import step_batch
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.sample_answers import answer_prompts
 from chunkflow_cli.training.saved_config import CONFIG

@@ -16,7 +16,8 @@ from chunkflow_cli.training.determinism import ask_for_determinism
 from chunkflow_cli.training.display import print_training_summary
 from chunkflow_cli.training.finish import finish
 from chunkflow_cli.training.joining import open_folder, watched
-from chunkflow_cli.training.prepare import Prepared, prepare
+from chunkflow_cli.training.prepare import prepare
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.report.writing import write_page_of_unfinished
 from chunkflow_cli.training.requirements import check_requirements

@@ -12,7 +12,7 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import describe
 from chunkflow_cli.files import write_atomically
 from chunkflow_cli.training.description import describe_config
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.report.page import RunRecord, page
 from chunkflow_cli.training.run_folder import PAGE

@@ -19,7 +19,7 @@ from chunkflow_cli.config.schema import LogBackend
 from chunkflow_cli.processes.environment import module_command
 from chunkflow_cli.training.description import describe_config
 from chunkflow_cli.training.metrics import StepMetrics
-from chunkflow_cli.training.prepare import Prepared
+from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.run_folder import METRICS
 from chunkflow_cli.training.trackers.process import CLOSE_SECONDS
 
