@@ -63,6 +63,8 @@ TEMPLATES = {
         after="{% if add_generation_prompt %}<|im_start|>assistant\n{% elif messages[-1].role != 'assistant' %}</s>{% endif %}"),
     "another last end": turns(
         "{% if loop.last and not add_generation_prompt %}«{{ m.content }}</s>»{% else %}«{{ m.content }}<|im_end|>»{% endif %}", "{{ m.content }}<|im_end|>"),
+    "breaks a line before the next": turns(
+        PLAIN, "{{ m.content }}{% if not loop.last %}{{ '\n' }}{% endif %}<|im_end|>\n"),
     "instructs late": turns(
         PLAIN, "{% if loop.index0 == ns.last %}[RULES]Be brief.[/RULES]{% endif %}{{ m.content }}<|im_end|>\n", LAST_QUESTION),
     "adds to some": turns("{% if loop.last and 'b' in m.content %}«{{ m.content }}<|im_end|>MORE»{% else %}"

@@ -266,6 +266,11 @@ class _Finder:
             if text.startswith(prompt[behind:], place):
                 start = place + len(prompt) - behind
                 return start + self._header(text, start, index), ending
+        for ending in endings:
+            prompt = self._prompt(index, ending)
+            behind, place = _after_common_mark(prompt, text)
+            if (start := _end_but_for_spaces(prompt[behind:], text, place)) is not None:
+                return start, ending
         return self._start_within_prompt(text, index), None
 
     def _header(self, text: str, start: int, index: int) -> int:
@@ -356,6 +361,20 @@ def _common(one: str, other: str) -> int:
     return next(
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
+
+
+def _end_but_for_spaces(piece: str, text: str, place: int) -> int | None:
+    """Return where a piece ends that stands in a text at `place`, but for white space; None if it does not.
+
+    Some templates (Hermes) write a line break behind a tool's result only if a turn follows. White space at the end of
+    the piece must be the same, because the words of a turn begin there.
+    """
+    letters = "".join(piece.split())
+    if not letters:
+        return None
+    found = re.compile(r"\s*" + r"\s*".join(map(re.escape, letters))).match(text, place)
+    end = piece[len(piece.rstrip()) :]
+    return found.end() + len(end) if found and text.startswith(end, found.end()) else None
 
 
 def _after_common_mark(text: str, other: str) -> tuple[int, int]:
