@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chunkflow_cli.cli import chat, export
 from chunkflow_cli.cli.finished_run import FinishedRun
 from chunkflow_cli.config.schema import LoraConfig, ModelConfig
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters
 from chunkflow_cli.model.saving import save_generation
 from support.tokenizers import CHATML, make_tokenizer
@@ -147,6 +147,28 @@ def test_what_cannot_chat_is_refused(make_run: Callable[..., Path], tmp_path: Pa
         chat.run(str(tmp_path), prompt="Hi", max_tokens=9)
 
 
+def test_what_is_no_run_or_damaged_is_said(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run()
+    for folder, hint in (
+        ("none", "no such directory"),
+        ("run/final", "that it belongs to, .*run"),
+        ("base", "name the"),
+    ):
+        with pytest.raises(UsageError, match=f"not the directory of a finished run.*\n.*{hint}"):
+            FinishedRun.at(str(tmp_path / folder))
+    with pytest.raises(UsageError, match="is inside of"):
+        export.run(str(run), output=str(run / "final" / "x"), merge=False)
+    with pytest.raises(UsageError, match="--prompt is not valid UTF-8"):
+        chat.run(str(run), prompt="\udcff", max_tokens=1)
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        (run / "final" / name).write_text("{")
+        with pytest.raises(RunError, match=rf"the result of this run is damaged: .*{name}"):
+            FinishedRun.at(str(run))
+    (run / ".hydra" / "config.yaml").write_text("- a")
+    with pytest.raises(UsageError, match=r"config.yaml is damaged: it is not the configuration of a run"):
+        FinishedRun(run).config["model"]
+
+
 def test_a_merge_stops_where_the_run_learnt_to(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(lora=True)
     export.run(str(run), output=str(tmp_path / "merged"), merge=True)
@@ -224,15 +246,17 @@ def test_the_card_tells_what_was_trained(make_run: Callable[..., Path], tmp_path
     }  # fmt: skip
     (run / "report.json").write_text(json.dumps(report))
     config = json.loads((run / ".hydra" / "config.yaml").read_text())
-    config["train"]["global_batch_size"] = 20
+    config["train"] |= {"global_batch_size": None, "global_batch_tokens": 2000, "task": "dpo"}
+    config["data"]["path"] = "<script>.jsonl"
     config["optim"] = {"name": "adamw", "lr": 1e-5, "schedule": "cosine"}
     (run / ".hydra" / "config.yaml").write_text(json.dumps(config))
     export.run(str(run), output=str(tmp_path / "out"), merge=False)
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         "| samples | 1,000 read; 1,800 passes; 100 held out |", "| tokens | 123,456, 23,456 of them targets (as planned) |",
-        "| steps | 90 of 20 samples, 2 epochs |", "| training loss | 2.5000 in the first step, 1.2500 in the last |",
+        "| steps | 90 of up to 2,000 tokens, 2 epochs |", "| training loss | 2.5000 in the first step, 1.2500 in the last |",
         "| optimizer | adamw, peak learning rate 1e-05, cosine |", r"| hardware | 2 x A \| B, 1 min 0 s |",
+        "| data | &lt;script&gt;.jsonl |", "\n- dpo\n",
     ):  # fmt: skip
         assert line in card
     assert "held-out loss" not in card

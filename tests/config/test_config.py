@@ -146,7 +146,19 @@ def test_deepspeed_section_is_open() -> None:
         (["optim=null"], ["optim=null", "optim=NAME"]),
         (["chunk.size=4,8"], ["chunk.size=4,8", "several values", "--multirun"]),
         (["chunk.size=range(1,3)"], ["chunk.size=range(1,3)", "--multirun"]),
-        (["optim=adamx"], ["optim/adamx", "sgd"]),
+        (["optim=adamx"], ["optim=adamx", "sgd", "did you mean optim=adamw?"]),
+        (["optim.lr_factors=[a]"], ["optim.lr_factors=[a]", "{key: value}"]),
+        (["optim.lr_factors={a: x}"], ["optim.lr_factors.a=x", "a number"]),
+        (["optim.freeze=['']"], ['optim.freeze=[""]', "name a weight"]),
+        (["data.sources={path: a}"], ["data.sources={path: a}", "[{path: chats.jsonl}]"]),
+        (["data.sources=[{path: a, columns: [b]}]"], ["data.sources[0].columns=[b]", "{key: value}"]),
+        (["eval.prompts=[a,' ']"], ["eval.prompts=[a, ]", "an empty prompt"]),
+        (["optim=sgd", "optim.betas=[0.8,0.9]"], ["optim.betas=[0.8,0.9]", "optim.name=sgd", "take optim=adamw"]),
+        (["optim.momentum=0.9"], ["optim.momentum=0.9", "optim.name=adamw", "optim=sgd"]),
+        (["model.lora.r=8"], ["model.lora.r=8", "model.lora.enabled=false", "set model.lora.enabled=true"]),
+        (["preference.beta=0.5"], ["preference.beta=0.5", "train.task=sft", "set train.task=dpo"]),
+        (["train.task=dpo", "preference.gamma=1"], ["preference.gamma=1.0", "preference.loss=sigmoid", "simpo"]),
+        (["log.run_name=x"], ["log.run_name=x", "log.backends=[jsonl]", "add wandb"]),
         (["~chunk.size"], ["~chunk.size", "cannot be removed", "set its value"]),
         (["~chunk"], ["~chunk", "cannot be removed"]),
         (["engine.zero_stage=4"], ["engine.zero_stage=4", "at least 0 and at most 3"]),
@@ -243,6 +255,15 @@ def test_errors_in_a_recipe_name_the_key_and_the_value(content: str, expected: s
     with pytest.raises(UsageError) as caught:
         load([f"recipe={path}"])
     assert expected in str(caught.value)
+
+
+def test_a_key_of_a_recipe_without_effect_is_refused_unless_the_command_line_takes_it_away(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model:\n  lora:\n    r: 64\n")
+    with pytest.raises(UsageError, match=r"mine.yaml, line 3: model.lora.r=64 has no effect"):
+        load([f"recipe={path}"])
+    path.write_text("model:\n  lora:\n    r: 64\n    enabled: true\n")
+    load([f"recipe={path}", "model.lora.enabled=false"])
 
 
 def test_an_error_in_a_file_of_a_group_names_the_key(tmp_path: Path) -> None:

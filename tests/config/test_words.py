@@ -131,6 +131,7 @@ def test_null_is_no_value_where_the_key_allows_it(tmp_path: Path) -> None:
 
 def test_lists_interpolations_and_quotes_keep_their_meaning() -> None:
     words = [
+        "model.lora.enabled=true",
         "model.lora.target_modules=[.*\\.q_proj, 'a,b', 1.10]",
         'model.path="a \\"b\\""',
         "data.path=${model.path}/x y",

@@ -58,6 +58,8 @@ ROWS: dict[DataFormat, dict[str, Any]] = {
     DataFormat.prompt_completion: {"prompt": [USER], "completion": [ANSWER]},
     DataFormat.text: {"text": "Some text."},
     DataFormat.tokens: {"input_ids": [5, 6, 7, 8], "labels": [IGNORED, 6, 7, 8]},
+    DataFormat.preference: {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "B"}]},
+    DataFormat.feedback: {"prompt": [USER], "completion": [ANSWER], "label": True},
 }
 # The first token is no target anyway.
 flags = st.lists(st.sampled_from([0, 1]), min_size=4, max_size=4).filter(lambda values: 0 in values[1:])
@@ -166,7 +168,7 @@ def test_fields_that_say_nothing_or_describe_the_row_are_ignored(
         "reasoning": "off",
     }
     neutral = {"weight": 1, "train": True, "images": [], "rejected": "", "tool_choice": "auto", "score_chosen": 1.0}
-    row = ROWS[format] | empty | notes | neutral | {"nan": float("nan")}
+    row = empty | notes | neutral | {"nan": float("nan")} | ROWS[format]
     assert learnt(encoders[format], row) == learnt(encoders[format], ROWS[format])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from chunkflow_cli.config.schema import BadRows, DataFormat, Overlong
-from chunkflow_cli.data.sample import IGNORED
+from chunkflow_cli.data.formats import parse_sample
+from chunkflow_cli.data.sample import IGNORED, PromptCompletion
 from chunkflow_cli.errors import UsageError
 from support.tokenized import load, write_rows
 from support.tokenizers import make_tokenizer
@@ -128,6 +130,22 @@ BAD = {
     "another prompt": ({"prompt": "why?", "chosen": [ASKED, BLUE], "rejected": [ASKED, GREEN]}, "prompt is a string"),
     "none chosen": ({"prompt": "p", "rejected": "b"}, "no key 'chosen'"),
     "weighted": ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": 0.5}, "weight is 0.5"),
+    "a weighted answer": (
+        {"prompt": [ASKED], "chosen": [{**BLUE, "weight": 0}], "rejected": [GREEN]},
+        r"chosen\[0\] asks not",
+    ),
+    "no answer": (
+        {"prompt": [ASKED], "chosen": [BLUE], "rejected": [ASKED]},
+        "rejected has no message of the assistant",
+    ),
+    "the same tokens": ({"prompt": [ASKED], "chosen": [BLUE], "rejected": [{**BLUE, "name": "n"}]}, "the same tokens"),
+    "asked elsewhere": (
+        {"question": "why?", "chosen": "a", "rejected": "b"},
+        r"question is not read.*\{question:prompt\}",
+    ),
+    "asked twice": ({"prompt": "p", "chosen": "a", "rejected": "b", "messages": [ASKED]}, "messages is not read"),
+    "system": ({"prompt": "p", "chosen": "a", "rejected": "b", "system_prompt": "s"}, "has no place for system_prompt"),
+    "printed": ({"prompt": str([ASKED]), "chosen": "a", "rejected": "b"}, "prompt is a string of messages as Python"),
 }
 
 
@@ -139,6 +157,18 @@ def test_a_bad_pair_is_named_with_its_reason(tmp_path: Path, name: str) -> None:
     model = make_tokenizer(tmp_path / "model")
     with pytest.raises(UsageError, match=rf"1 of 2 rows cannot be trained on\n.*jsonl:2: .*{reason}"):
         load(path, model, format=DataFormat.preference)
+
+
+def test_cells_of_tables_are_read_as_what_they_hold() -> None:
+    """In CSV all cells are strings: labels, and lists of messages in JSON."""
+    for label in ("true", "True", "1", "1.0", 1, True):
+        assert parse_sample({"prompt": "p", "completion": "a", "label": label}, DataFormat.feedback).is_good is True
+    assert parse_sample({"prompt": "p", "completion": "a", "label": "0"}, DataFormat.feedback).is_good is False
+    for row, format in ((PAIRS["messages"][1], DataFormat.preference), (FEEDBACK["messages"][1], DataFormat.feedback)):
+        cells = {key: json.dumps(value) if isinstance(value, list) else value for key, value in row.items()}
+        assert parse_sample(cells, format) == parse_sample(row, format)
+    text = {"prompt": "Write a chat.", "completion": json.dumps([ASKED])}
+    assert parse_sample(text, DataFormat.prompt_completion) == PromptCompletion(**text)
 
 
 def test_marks_survive_selection(tmp_path: Path) -> None:

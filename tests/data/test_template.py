@@ -38,6 +38,9 @@ SPELT_OUT = chatml(
     "{{ m.content }}{% for c in m.tool_calls or [] %}<f={{ c['function'].name }}>{% for k, v in "
     "c['function'].arguments.items() %}<p={{ k }}>{{ v | string }}</p>{% endfor %}{% endfor %}"
 )
+ARGUMENTS_ONLY = chatml(
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+)
 NAMES_ONLY = chatml("{{ m.content }}{% for c in m.tool_calls or [] %}{{ c['function'].name }}{% endfor %}")
 R1 = chatml("{{ m.content.split('</think>')[-1] }}")
 QWEN3 = chatml(
@@ -100,6 +103,7 @@ THOUGHT = "<think>\na whale has lungs\n</think>\n\nno"
         (ONE_OF_BOTH, answer("", CALL), None),
         (chatml("{{ m.content or m.tool_calls }}"), answer("I look.", CALL), "learn tool calls of the assistant"),
         (NAMES_ONLY, answer("I look.", CALL), "learn arguments of tool calls"),
+        (ARGUMENTS_ONLY, answer("", CALL), "learn names of tool calls"),
         (BOTH, answer("I look.", CALL), None),
         (ESCAPED, answer('I "look".\n', CALL), None),
         (SPELT_OUT, answer("I look.", CALL), None),

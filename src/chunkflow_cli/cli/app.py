@@ -285,9 +285,12 @@ def plan(
 
     needs_model = any(each.format is not DataFormat.tokens for each in configs_of_sources(loaded.config.data))
     check_set(loaded.tree, ("model.path", "data.path") if needs_model else ("data.path",))
+    from chunkflow_cli.training.reading_ahead import read_ahead
+
+    keys = read_ahead(loaded.config)
     from chunkflow_cli.cli import plan
 
-    return plan.run(loaded, step=step, plot=plot, trace=trace, json_output=request.json_output)
+    return plan.run(loaded, step=step, plot=plot, trace=trace, keys=keys, json_output=request.json_output)
 
 
 @command(app, "tune-chunk-size")
@@ -316,9 +319,14 @@ def tune_chunk_size(
         --output tuned.yaml
     """
     loaded = request.load(require=("model.path", "data.path"))
+    from chunkflow_cli.training.reading_ahead import read_ahead
+
+    keys = read_ahead(loaded.config)
     from chunkflow_cli.cli import tune
 
-    return tune.run(loaded, config_dir=request.config_dir, output=output, plot=plot, json_output=request.json_output)
+    return tune.run(
+        loaded, config_dir=request.config_dir, output=output, plot=plot, keys=keys, json_output=request.json_output
+    )
 
 
 app.add_typer(config_app, name="config")

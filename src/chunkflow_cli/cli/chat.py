@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from chunkflow_cli.cli.finished_run import FinishedRun
 from chunkflow_cli.console import counted, stderr_console, working
+from chunkflow_cli.data.tokenizer import load_tokenizer
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import position_limit
@@ -32,6 +33,8 @@ def run(run_folder: str, *, prompt: str | None, max_tokens: int, json_output: bo
     Raises:
         UsageError: the run is not finished or has no tokenizer, `--json` has no prompt, or the prompt is too long.
     """
+    if prompt is not None and not _is_text(prompt):
+        raise UsageError("--prompt is not valid UTF-8: type it again, or set the terminal to UTF-8")
     if json_output and prompt is None:
         raise UsageError("--json prints one answer: add --prompt TEXT")
     finished = FinishedRun.at(run_folder)
@@ -44,6 +47,15 @@ def run(run_folder: str, *, prompt: str | None, max_tokens: int, json_output: bo
         return {"prompt": prompt, "answer": answer}
     talk_until_the_end(talk)
     return None
+
+
+def _is_text(words: str) -> bool:
+    """Return False for what the command line holds of bytes that are not UTF-8."""
+    try:
+        words.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass
@@ -127,7 +139,7 @@ def talk_until_the_end(talk: Talk) -> None:
         except EOFError:
             print(file=sys.stderr)
             return
-        if not text.strip():
+        if not text.strip() or not _is_text(text):
             continue
         try:
             talk.answer(text)
@@ -140,7 +152,7 @@ def load(run: FinishedRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model of a run, with its adapters, and its tokenizer."""
     quiet_deepspeed()
     remote = bool(run.config["model"].get("trust_remote_code"))
-    tokenizer = AutoTokenizer.from_pretrained(str(run.final), trust_remote_code=remote)
+    tokenizer = load_tokenizer(str(run.final), trust_remote_code=remote, named=str(run.final))
     if run.has_adapters:
         from peft import PeftModel
 

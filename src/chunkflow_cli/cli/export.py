@@ -40,6 +40,10 @@ def run(
     with to_be_writable(f"--output={target}", "name another directory"):
         if target.exists() and any(target.iterdir()):
             raise UsageError(f"--output={target} is not empty: choose another directory")
+        if target.resolve().is_relative_to(source.final.resolve()):
+            raise UsageError(
+                f"--output={target} is inside of {source.final}, which is exported: choose another directory"
+            )
     if merge and not source.has_adapters:
         raise UsageError(f"--merge: {source.final} has no LoRA adapters: export it without --merge")
     upload = None if push_to_hub is None else Upload.to(push_to_hub, is_dry=dry_run)

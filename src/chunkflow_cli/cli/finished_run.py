@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +13,15 @@ import torch
 from omegaconf import OmegaConf
 
 from chunkflow_cli.config.schema import ModelConfig
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
+from chunkflow_cli.model.folder import damage_of
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import changed_files, model_files
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.run_folder import IDENTITY
-from chunkflow_cli.training.saved_config import CONFIG
+from chunkflow_cli.training.saved_config import CONFIG, read_saved_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,10 +39,18 @@ class FinishedRun:
 
         Raises:
             UsageError: it holds no finished run.
+            RunError: a file of its model is damaged.
         """
         run = cls(Path(folder))
         if not run.final.is_dir():
-            raise UsageError(f"{run.folder} is not the directory of a finished run: it has no {run.final}")
+            raise UsageError(
+                f"{run.folder} is not the directory of a finished run: it has no final/{_hint(run.folder)}"
+            )
+        if reason := damage_of(run.final):
+            raise RunError(
+                f"the result of this run is damaged: {reason}\n"
+                "  repeat the train command of the run, which says how to mend it"
+            )
         return run
 
     @property
@@ -59,7 +69,7 @@ class FinishedRun:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration of the run. It may be of another version, so keys may be missing."""
-        config = OmegaConf.to_container(OmegaConf.load(self.folder / CONFIG), resolve=True)
+        config = OmegaConf.to_container(read_saved_config(self.folder), resolve=True)
         assert isinstance(config, dict)
         return {str(name): value for name, value in config.items()}
 
@@ -130,10 +140,26 @@ class FinishedRun:
         path = self.folder / IDENTITY
         if not path.is_file():
             return  # a run of an earlier version
-        was = RunIdentity.from_json(json.loads(path.read_text(encoding="utf-8")), path).model
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: it is not JSON") from error
+        was = RunIdentity.from_json(content, path).model
         now = model_files(config)
         if was and now and (changed := changed_files(was, now)):
             raise UsageError(
                 f"{config.path} is not the base model of this run any more: {'; '.join(changed)}\n"
                 "  the adapters fit only the weights that they were trained on: put those back"
             )
+
+
+def _hint(folder: Path) -> str:
+    """Return a line for a directory that holds no finished run."""
+    if not folder.exists():
+        return "\n  there is no such directory"
+    inside = next((parent for parent in folder.absolute().parents if (parent / CONFIG).is_file()), None)
+    if inside is not None:
+        return f"\n  did you mean the run that it belongs to, {os.path.relpath(inside)}?"
+    if (folder / CONFIG).is_file():
+        return "\n  the run has not finished: the same train command goes on with it"
+    return "\n  name the train.output_dir of a finished run"

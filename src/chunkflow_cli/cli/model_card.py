@@ -6,6 +6,7 @@ It says nothing about the machine or its folders: of local paths, only the last 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 
 from chunkflow_cli.cli.finished_run import FinishedRun
@@ -26,9 +27,10 @@ def model_card(run: FinishedRun, folder: Path, *, is_merged: bool) -> str:
     training = "\n".join(["## Training", "", "| | |", "|---|---|", *(_row(*row) for row in _training(run))]) + "\n"
     if (folder / CARD).is_file():
         return (folder / CARD).read_text(encoding="utf-8").rstrip() + "\n\n" + training
+    task = run.config["train"].get("task", "sft")
     base, is_random = run.config["model"]["path"], run.config["model"].get("init") == "random"
     package, loader = loader_of(folder)
-    head = [f"library_name: {package}", "pipeline_tag: text-generation", "tags:", "- chunkflow", "- sft"]
+    head = [f"library_name: {package}", "pipeline_tag: text-generation", "tags:", "- chunkflow", f"- {task}"]
     head += ["- lora"] if is_merged else []
     head += [f"base_model: {base}"] if _is_on_hub(base, "model") and not is_random else []
     data = [path for path in _data(run) if _is_on_hub(path, "dataset")]
@@ -36,7 +38,7 @@ def model_card(run: FinishedRun, folder: Path, *, is_merged: bool) -> str:
     how = "with LoRA adapters, which are merged," if is_merged else "from random weights" if is_random else "in full"
     return (
         "\n".join(["---", *head, "---"])
-        + f"\n\n# {printable(_named(base, 'model'))}, fine-tuned\n\nFine-tuned {how} with chunkflow.\n\n"
+        + f"\n\n# {_text(_named(base, 'model'))}, fine-tuned\n\nFine-tuned {how} with chunkflow.\n\n"
         + f"```python\nfrom {package} import {loader}\n\n"
         + f'model = {loader}.from_pretrained("FOLDER")\n```\n\n`FOLDER` is the folder of this file.\n\n{training}'
     )
@@ -64,7 +66,9 @@ def _training(run: FinishedRun) -> Iterable[tuple[str, str]]:
             f"{report['tokens_trained']:,}, {report['target_tokens_trained']:,} of them targets (as planned)",
         )
         yield "longest sample", f"{report['longest_sample']:,} tokens"
-        yield "steps", f"{report['steps']:,} of {train['global_batch_size']:,} samples, {report['epochs']:.3g} epochs"
+        size, tokens = train.get("global_batch_size"), train.get("global_batch_tokens")
+        batch = f"{size:,} samples" if tokens is None else f"up to {tokens:,} tokens"
+        yield "steps", f"{report['steps']:,} of {batch}, {report['epochs']:.3g} epochs"
         yield "training loss", f"{report['loss_first']:.4f} in the first step, {report['loss_last']:.4f} in the last"
         if report.get("eval_loss_end") is not None:
             yield "held-out loss", f"{report['eval_loss_start']:.4f} before, {report['eval_loss_end']:.4f} after"
@@ -83,7 +87,12 @@ def _training(run: FinishedRun) -> Iterable[tuple[str, str]]:
 
 
 def _row(name: str, value: str) -> str:
-    return f"| {name} | {printable(value).replace('|', chr(92) + '|')} |"
+    return f"| {name} | {_text(value).replace('|', chr(92) + '|')} |"
+
+
+def _text(value: str) -> str:
+    """Return words that Markdown shows as they are: names of files may hold tags."""
+    return escape(printable(value), quote=False)
 
 
 def _data(run: FinishedRun) -> list[str]:

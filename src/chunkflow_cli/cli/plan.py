@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def run(
     step: int = 1,
     plot: str | None = None,
     trace: str | None = None,
+    keys: Sequence[str] = (),
     json_output: bool = False,
 ) -> dict[str, Any]:
     """Plan the configured run, print it unless `json_output` is set, and return what `--json` prints.
@@ -71,6 +73,7 @@ def run(
         step: the step whose schedule is shown, counted from 1.
         plot: a PNG, SVG or PDF file for the operations of that step over time.
         trace: the folder of a run with `train.trace=true`; its measured times are shown next to the predicted ones.
+        keys: `FoundData.keys`, if this process has read the data before.
 
     Raises:
         UsageError: the configuration, the data or the trace is wrong.
@@ -78,7 +81,7 @@ def run(
     if plot is not None:
         check_plot_path(plot)
     measured = None if trace is None else _read_trace(Path(trace), step)
-    planned = make_plan(loaded, step=step)
+    planned = make_plan(loaded, step=step, keys=keys)
     if plot is not None:
         panels = {f"step {step} of {planned.plan.steps}: predicted": planned.timeline}
         if measured is not None:
@@ -125,8 +128,12 @@ def _times(timeline: Timeline) -> dict[str, float]:
     }
 
 
-def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
+def make_plan(loaded: LoadedConfig, *, step: int, keys: Sequence[str] = ()) -> PlannedRun:
     """Plan every step of the run, and predict the timeline of one, counted from 1.
+
+    Args:
+        step: the one.
+        keys: `FoundData.keys`, if this process has read the data before.
 
     Raises:
         UsageError: there is no data, the data needs a tokenizer, or the run has no such step.
@@ -142,7 +149,7 @@ def make_plan(loaded: LoadedConfig, *, step: int) -> PlannedRun:
             "model.path is not set: the plan needs the model's tokenizer and configuration, but not its weights\n"
             "  to plan rows of token ids without a model, set data.format=tokens"
         )
-    data = load_run_data(config, hf_config).train
+    data = load_run_data(config, hf_config, keys).train
     setup = read_setup(config, hf_config, planned_device(config))
     plan = setup.plan(data)
     if not 1 <= step <= plan.steps:

@@ -30,6 +30,7 @@ from chunkflow_cli.errors import RunError
 from chunkflow_cli.processes import environment, worker
 from chunkflow_cli.processes.environment import SWEEP, child_environment, module_command
 from chunkflow_cli.processes.stop_signals import is_second, stop_signals_handled
+from chunkflow_cli.training.reading_ahead import read_ahead
 from chunkflow_cli.training.required_inputs import check_inputs
 
 
@@ -55,11 +56,14 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     loaded = launch.with_processes(request.load(overrides))
     if environment.worker_folder() is None:  # the launcher of a worker has checked all this
         _announce_and_check(loaded)
+    keys = () if environment.is_started_by_launcher() else read_ahead(loaded.config)
     if launch.is_needed(loaded):
-        return launch.run(loaded, config_dir=request.config_dir, debug=request.debug, json_output=request.json_output)
+        return launch.run(
+            loaded, keys=keys, config_dir=request.config_dir, debug=request.debug, json_output=request.json_output
+        )
     from chunkflow_cli.training import train
 
-    return train.run(loaded, json_output=request.json_output)
+    return train.run(loaded, keys=keys, json_output=request.json_output)
 
 
 def _announce_and_check(loaded: LoadedConfig) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def run(
     config_dir: str | None = None,
     output: str | None = None,
     plot: str | None = None,
+    keys: Sequence[str] = (),
     json_output: bool = False,
 ) -> dict[str, Any]:
     """Search, write the overrides of the best pair, print the ranking unless `json_output` is set, and return it.
@@ -44,6 +45,7 @@ def run(
         config_dir: passed on to the processes that measure.
         output: file for the overrides; by default outputs/RECIPE/tuned.yaml.
         plot: a PNG, SVG or PDF file for the heat map.
+        keys: `FoundData.keys`, if this process has read the data before.
 
     Raises:
         UsageError: there is no data, the grid is empty, or no pair fits into memory.
@@ -56,7 +58,7 @@ def run(
         raise UsageError("data.path is not set: the chunk size is tuned to your data")
     if config.tune.device is Device.measured:
         check_measurable(config)
-    tuning = prepare_tuning(loaded, config_dir)
+    tuning = prepare_tuning(loaded, config_dir, keys)
     with progress_bar("searching", len(tuning.search.runs)) as progress:
         candidates = search(
             tuning.search.runs, tuning.search.steps, tuning.search.memory_bytes, tuning.memory_limit_bytes, progress,

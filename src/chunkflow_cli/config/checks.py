@@ -214,6 +214,10 @@ def _check_train(config: Config) -> None:
 
 def _check_eval(config: Config) -> None:
     data, evaluation, engine = config.data, config.eval, config.engine
+    if not all(prompt.strip() for prompt in evaluation.prompts):
+        raise UsageError(
+            f"eval.prompts={as_written(evaluation.prompts)} has an empty prompt\n  write a text for the model to answer"
+        )
     has_held_out = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
     for key, value in (
         ("early_stopping_patience", evaluation.early_stopping_patience),

@@ -163,12 +163,16 @@ def _field_docstrings() -> dict[tuple[str, str], str]:
     return found
 
 
+EMPTY = '""'
+"""An empty text in a list, in the syntax of an override."""
+
+
 def as_written(value: Any) -> str:
     """Return a value in the syntax of an override."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(as_written, value))}]"
+        return f"[{','.join(as_written(each) or EMPTY for each in value)}]"
     if isinstance(value, dict):
         return f"{{{','.join(f'{name}:{as_written(each)}' for name, each in value.items())}}}"
     if isinstance(value, Enum):
@@ -230,6 +234,10 @@ def wrong_value(name: str, value: Any) -> str:
     if written in GONE:
         return f"{written} is gone: {GONE[written]}"
     key = described(name) or describe_keys().get(name.partition("[")[0])
+    mapping = describe_keys().get(name.rpartition(".")[0])
+    if key is None and mapping is not None and mapping.is_mapping:
+        kind = get_args(mapping.kind)[1]
+        return f"{written} must be {'a number' if kind is float else 'a text'}"
     if key is None:
         example = next((known for known in known_keys() if known.startswith(f"{name}.")), "")
         return f"{written}: {name} is a section of keys\n  set one of its keys, such as {example}"

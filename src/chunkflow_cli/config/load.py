@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chunkflow_cli.config.checks import check, settle_format
+from chunkflow_cli.config.effects import check_effects
 from chunkflow_cli.config.home import expand_home, expand_homes
 from chunkflow_cli.config.key_files import KeyFile, read_key_file
 from chunkflow_cli.config.keys import described, did_you_mean, unknown_key, wrong_value
@@ -48,7 +49,12 @@ def load(overrides: Sequence[str], config_dir: str | None = None, *, require: Se
         UsageError: a key is unknown or missing, or its value is wrong.
     """
     recipe, tree = compose(overrides, config_dir)
-    return convert(tree, recipe=recipe, overrides=overrides, require=require)
+    loaded = convert(tree, recipe=recipe, overrides=overrides, require=require)
+    words, _ = read_words(overrides)
+    config_dir = config_dir and expand_home(config_dir, "--config-dir")
+    places = {name: file.where(name) for file in _read_files(words, config_dir)[1] for name in file.lines}
+    check_effects(loaded.config, [word.name for word in words], places)
+    return loaded
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> tuple[str, DictConfig]:
@@ -121,13 +127,12 @@ def _give_types_to_sources(tree: DictConfig, files: Sequence[KeyFile]) -> None:
         for key in element:
             if described(f"{of}.{key}") is None:
                 raise refused(f"{of}.{key}", unknown_key(f"{of}.{key}"))
-        try:
-            tree.data.sources[index] = OmegaConf.merge(OmegaConf.structured(SourceConfig), element)
-        except OmegaConfBaseException as error:
-            key = str(error.full_key)
-            raise refused(
-                f"{of}.{key}", wrong_value(f"{of}.{key}", element[key.partition("[")[0].partition(".")[0]])
-            ) from error
+        for key, value in element.items():
+            try:
+                OmegaConf.merge(OmegaConf.structured(SourceConfig), {key: value})
+            except OmegaConfBaseException as error:
+                raise refused(f"{of}.{key}", wrong_value(f"{of}.{key}", value)) from error
+        tree.data.sources[index] = OmegaConf.merge(OmegaConf.structured(SourceConfig), element)
 
 
 def convert(tree: DictConfig, *, recipe: str, overrides: Sequence[str], require: Sequence[str] = ()) -> LoadedConfig:
@@ -280,6 +285,8 @@ def _describe(error: BaseException) -> tuple[str, str]:
         if name and isinstance(cause, ValidationError):
             return wrong_value(name, cause.value), name
     text = re.split("Config search path|full_key:", str(error))[0]
+    if merged := re.fullmatch(r"Error merging override \+*([\w.]+)=(.*)", text.strip(), re.DOTALL):
+        return wrong_value(merged[1], merged[2]), merged[1]
     what, options, listed = text.partition("Available options in ")
     if options:  # Hydra lists them in a line each
         group, *names = listed.split()

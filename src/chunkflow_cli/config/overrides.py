@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chunkflow_cli.config.keys import GONE, describe_keys, known_keys, unknown_key, wrong_value
+from chunkflow_cli.config.keys import GONE, describe_keys, did_you_mean, known_keys, unknown_key, wrong_value
 from chunkflow_cli.config.recipe_files import shipped_folder
 from chunkflow_cli.config.texts import for_the_shell, unquoted
 from chunkflow_cli.config.words import FILES, Word, choices, hydra_form, mapping_of, read_words, text_problem
@@ -94,7 +95,7 @@ def _problem(word: Word, folders: Sequence[Path]) -> str | None:
     if any((folder / name).is_dir() for folder in folders):
         if value is not None and value.lower() in ("", "null"):
             return f"{word.typed} is not a file in {name}/\n  write {name}=NAME, or leave it out"
-        return None if value is None else _several_values(word)
+        return None if value is None else _several_values(word) or _no_such_file(word, folders)
     if value is not None and f"{name}={value}" in GONE:
         return wrong_value(name, value)
     if name not in describe_keys():
@@ -107,6 +108,15 @@ def _problem(word: Word, folders: Sequence[Path]) -> str | None:
     if word.sign == "+" and mapping is None:
         return f"{word.typed}: the key exists\n  leave out the +"
     return _several_values(word)
+
+
+def _no_such_file(word: Word, folders: Sequence[Path]) -> str | None:
+    """Return the error for a word that chooses a file of a group that is not there."""
+    names = sorted({path.stem for folder in folders for path in (folder / word.name).glob("*.yaml")})
+    value = unquoted(word.value or "")
+    if not re.fullmatch(r"[\w-]+", value) or value in names:
+        return None
+    return f"{word.typed} must be one of {', '.join(names)}{did_you_mean(value, names, f'{word.name}=')}"
 
 
 def _several_values(word: Word) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.sample import BadRowError
-from chunkflow_cli.data.values import is_absent, kind
+from chunkflow_cli.data.values import flag, is_absent, kind
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a row's system prompt."""
@@ -79,6 +79,15 @@ _READ: dict[DataFormat, frozenset[str]] = {
 }
 """Of the names above, those that the parser of each format reads, or that mean nothing next to what it reads."""
 _TEXT_KEYS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text")
+_ASKED = ("instruction", "input", "question", "query", "problem", "messages", "conversations", "conversation")
+"""Names that data sets give to what is asked."""
+_TEXTS_READ = {
+    DataFormat.alpaca: ("instruction", "input", "output", "history", *SYSTEM),
+    DataFormat.prompt_completion: ("prompt", "completion", *SYSTEM),
+    DataFormat.preference: ("prompt", "chosen", "rejected", *SYSTEM),
+    DataFormat.feedback: ("prompt", "completion", *SYSTEM),
+}
+"""Where the formats that name the question by a key of their own have their texts."""
 
 
 def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
@@ -91,11 +100,45 @@ def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
     for key, value in row.items():
         if (key in suspects or key.endswith(("_mask", "_masks"))) and key not in _READ[format] and not is_absent(value):
             _check_field(row, key, value, format)
+    if format in _TEXTS_READ:
+        _check_asked(row, format)
+
+
+def _check_asked(row: Mapping[str, Any], format: DataFormat) -> None:
+    """Raise if a row has what is asked under a key that its format does not read, and not in a text that it reads."""
+    names = _TEXTS_READ[format]
+    for key in (key for key in _ASKED if key in row and key not in names and not is_absent(row[key])):
+        texts = [text for name in names for text in _strings(row.get(name))]
+        if not all(any(said.strip() in text for text in texts) for said in _said(row[key])):
+            remedy = "write it into the prompt" if "prompt" in names else "write it into the instruction"
+            if "prompt" in names and is_absent(row.get("prompt")):
+                remedy = f"name it: 'data.columns={{{key}:prompt}}'"
+            raise BadRowError(f"{key} is not read in data.format={format.value}; {remedy}, or {_REMOVE}")
+
+
+def _said(value: object) -> Iterable[str]:
+    """Yield a text, or the contents of a list of messages."""
+    for turn in value if isinstance(value, list) else [value]:
+        yield from _strings([turn.get("content"), turn.get("value")] if isinstance(turn, dict) else turn)
+
+
+def check_has_no_turns(row: Mapping[str, Any]) -> None:
+    """Raise if a row whose prompt is a string has a field that only a chat template could write.
+
+    Raises:
+        BadRowError: it has one.
+    """
+    for key in ("tools", "functions", "chat_template_kwargs", *SYSTEM):
+        if not is_absent(row.get(key)) and row[key] != "[]":
+            raise BadRowError(f"a prompt that is a string has no place for {key}; write it into the prompt")
 
 
 def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataFormat) -> None:
     if key in SWITCHES or key == "sample_weight":
         _check_weight(key, value)
+    elif key in _PREFERENCE and format in (DataFormat.preference, DataFormat.feedback):
+        read = "chosen and rejected" if format is DataFormat.preference else "completion and label"
+        raise BadRowError(f"{key} is not read in data.format={format.value}, but {read}; {_REMOVE}")
     elif key in _PREFERENCE:
         # A row may keep the pair next to the chosen answer in the format's own key: that is SFT on it.
         if is_absent(row.get("chosen")) or row["chosen"] not in [row.get(name) for name in _TEXT_KEYS]:
@@ -103,6 +146,9 @@ def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataForma
     elif key == "prompt":
         _check_prompt(row, value)
     elif key in ("label", "kto_tag"):
+        if format is DataFormat.feedback:
+            remedy = "remove it" if "label" in row else f"name it: 'data.columns={{{key}:label}}'"
+            raise BadRowError(f"{key} is not read in data.format=feedback, but label; {remedy}")
         if isinstance(value, bool):  # a number or a word is the class of a text
             raise BadRowError(f"{key} is {_shown(value)}, feedback on an answer (KTO); {_KTO}")
     elif key in _MEDIA:
@@ -134,11 +180,9 @@ PREFERENCE = (
 def _check_weight(key: str, value: Any) -> None:
     if key in ("loss", "training") and not isinstance(value, bool):
         return  # a measurement or a note; only messages have them as switches
-    if isinstance(value, str):  # of a table without types
-        value = {"1": 1, "1.0": 1, "true": True, "0": 0, "0.0": 0, "false": False}.get(value.strip().lower(), value)
-    if not isinstance(value, (int, float)) or value not in (0, 1):
+    if flag(value) is None:
         raise BadRowError(f"{key} is {_shown(value)}, and all rows count equally; {_REMOVE}")
-    if value == 0:
+    if not flag(value):
         raise BadRowError(f"{key} is {_shown(value)}: the row asks not to be trained on; leave it out")
 
 

@@ -30,8 +30,8 @@ from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.fields import (
     MASKS,
     PREFERENCE,
-    SYSTEM,
     check_ends_with_answer,
+    check_has_no_turns,
     check_lists_of_tokens,
     check_row,
 )
@@ -42,6 +42,7 @@ from chunkflow_cli.data.messages import (
     system_prompt,
     with_system,
     with_turns,
+    with_turns_in_texts,
 )
 from chunkflow_cli.data.preferences import parse_feedback, parse_preference
 from chunkflow_cli.data.rows import decode_row
@@ -62,6 +63,7 @@ from chunkflow_cli.errors import UsageError
 DETECTION_ROWS = 100
 PREFERENCE_FORMATS = frozenset({DataFormat.preference, DataFormat.feedback})
 """Formats that `train.task` names; rows of them are never detected."""
+_OF_TURNS_OR_TEXT = PREFERENCE_FORMATS | {DataFormat.prompt_completion}
 PLAIN_FORMATS = frozenset({DataFormat.text, DataFormat.tokens})
 """Formats whose rows have no answers that could be told from the rest."""
 
@@ -75,6 +77,8 @@ def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:
     """
     if format in (DataFormat.messages, DataFormat.sharegpt):
         row = with_turns(row)
+    elif format in _OF_TURNS_OR_TEXT:
+        row = with_turns_in_texts(row)
     check_row(row, format)
     return _PARSERS[format](row)
 
@@ -260,9 +264,7 @@ def _parse_prompt_completion(row: Mapping[str, Any]) -> Conversation | PromptCom
         raise BadRowError(
             f"prompt is {kind(prompt)} and completion is {kind(completion)}: both must be strings, or lists of messages"
         )
-    for key in ("tools", "functions", "chat_template_kwargs", *SYSTEM):
-        if not is_absent(row.get(key)) and row[key] != "[]":
-            raise BadRowError(f"a prompt that is a string has no place for {key}; write it into the prompt")
+    check_has_no_turns(row)
     return PromptCompletion(prompt, completion)
 
 

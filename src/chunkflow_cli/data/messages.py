@@ -15,6 +15,7 @@ Tools may be a list or, as in LLaMA-Factory, a JSON string of one. A bare `{"nam
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +76,32 @@ def with_turns(row: dict[str, Any]) -> dict[str, Any]:
     """
     written = {key: row[key] for key in ("messages", "conversations") if isinstance(row.get(key), str)}
     return row | {key: _from_json(value, key) for key, value in written.items()} if written else row
+
+
+def with_turns_in_texts(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its prompt and answers as lists of messages, if a table holds them as JSON strings.
+
+    An answer may be text that looks the same. It is messages if the prompt is, or if both answers of a pair are.
+
+    Raises:
+        BadRowError: a string holds messages as Python prints them.
+    """
+    texts = {key: row[key] for key in ("prompt", "completion", "chosen", "rejected") if isinstance(row.get(key), str)}
+    found = {key: turns for key, value in texts.items() if (turns := _turns_in(value, key))}
+    return {**row, **found} if "prompt" in found or {"chosen", "rejected"} <= found.keys() else row
+
+
+def _turns_in(value: str, key: str) -> list[Any] | None:
+    """Return the messages in a JSON string; None if it is another text."""
+    if not value.lstrip().startswith("[{"):
+        return None
+    if re.match(r"\s*\[\{'(role|from|content|value)': ", value):
+        raise BadRowError(f"{key} is a string of messages as Python prints them; write them as JSON")
+    turns = _strict_json(value)
+    are_turns = isinstance(turns, list) and all(
+        isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns
+    )
+    return turns if isinstance(turns, list) and are_turns else None
 
 
 def _message(turn: Mapping[str, Any], place: str, are_targets: bool) -> Message:

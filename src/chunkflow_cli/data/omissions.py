@@ -161,11 +161,11 @@ def _of_assistant(message: Mapping[str, Any], search: _Search) -> Iterator[str]:
     for key in REASONING_KEYS:
         if isinstance(message.get(key), str) and not search.has_content(message[key]):
             yield f"{key} of the assistant"
-    names = [call["function"]["name"] for call in calls]
-    if not all(search.has(name) for name in names):
-        yield "tool calls of the assistant"
-    elif not all(_has_value(call["function"].get("arguments"), search) for call in calls):
-        yield "arguments of tool calls"
+    has_names = all(search.has(call["function"]["name"]) for call in calls)
+    has_arguments = all(_has_value(call["function"].get("arguments"), search) for call in calls)
+    if not (has_names and has_arguments):
+        what = "tool calls of the assistant" if not has_names else "arguments of tool calls"
+        yield "names of tool calls" if has_arguments else what
 
 
 def _lost_of_content(content: str, search: _Search, *, has_calls: bool) -> str:

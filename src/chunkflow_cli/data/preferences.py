@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.data.fields import check_has_no_turns
 from chunkflow_cli.data.messages import parse_messages, parse_template_arguments, parse_tools, with_system
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -29,7 +30,7 @@ from chunkflow_cli.data.sample import (
     TokenizedSample,
     TokenRow,
 )
-from chunkflow_cli.data.values import kind, required
+from chunkflow_cli.data.values import flag, kind, required
 
 NOT_PAIRED = -1
 """Mark of a sample that is no preference."""
@@ -65,18 +66,17 @@ def parse_feedback(row: Mapping[str, Any]) -> JudgedAnswers:
     Raises:
         BadRowError: a key is missing or has another form.
     """
-    completion, label = required(row, "completion"), required(row, "label")
-    if not isinstance(label, bool) and label not in (0, 1):
-        raise BadRowError(f"label is {label!r}, and must be true for a good answer or false for a bad one")
+    completion, label = required(row, "completion"), flag(required(row, "label"))
+    if label is None:
+        said = repr(row["label"]) if isinstance(row["label"], (str, int, float)) else kind(row["label"])
+        raise BadRowError(f"label is {said}, and must be true for a good answer or false for a bad one")
     if isinstance(completion, str):
-        return _texts(row, ("completion",), bool(label))
-    return _conversations(row, ("completion",), bool(label))
+        return _texts(row, ("completion",), label)
+    return _conversations(row, ("completion",), label)
 
 
 def _texts(row: Mapping[str, Any], keys: Sequence[str], label: bool | None) -> JudgedAnswers:
-    for key in ("tools", "functions", "chat_template_kwargs", "system"):
-        if row.get(key):
-            raise BadRowError(f"a prompt that is a string has no place for {key}; write it into the prompt")
+    check_has_no_turns(row)
     answers = [row[key] for key in keys]
     if row.get("prompt") is None and label is None:
         shared = _shared(*answers)
@@ -102,8 +102,27 @@ def _conversations(row: Mapping[str, Any], keys: Sequence[str], label: bool | No
     def conversation(turns: tuple[Message, ...]) -> Conversation:
         return Conversation(turns, tools, arguments)
 
-    answers = (parse_messages(row[key], key, are_targets=True) for key in keys)
+    answers = [_answer(row[key], key) for key in keys]
     return JudgedAnswers(conversation(asked), tuple(conversation((*asked, *answer)) for answer in answers), label)
+
+
+def _answer(value: object, key: str) -> tuple[Message, ...]:
+    """Return the turns of an answer, of which every token counts.
+
+    Raises:
+        BadRowError: the assistant says nothing in them, or one of them asks not to be counted.
+    """
+    turns = parse_messages(value, key, are_targets=True)
+    said = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    if not said:
+        raise BadRowError(f"{key} has no message of the assistant, so it is no answer")
+    for index in said:
+        if not turns[index].is_target:
+            raise BadRowError(
+                f"{key}[{index}] asks not to be trained on (weight, train or loss), and preferences count every token "
+                "of an answer; move it to the prompt, or remove that key"
+            )
+    return turns
 
 
 def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
@@ -134,6 +153,8 @@ def joined(prompt: NDArray[np.int64], answers: Sequence[NDArray[np.int64]], labe
     start = max(1, after_prompt(prompt, answers))  # nothing predicts the first token
     if any(len(answer) <= start for answer in answers):
         raise BadRowError("an answer is empty, or its tokens are all part of the prompt")
+    if label is None and np.array_equal(*answers):
+        raise BadRowError("chosen and rejected become the same tokens, so neither is preferred")
     labels = [np.concatenate([np.full(start, IGNORED), answer[start:]]) for answer in answers]
     mark = len(answers[0]) if label is None else int(label)
     return TokenRow(np.concatenate(answers), np.concatenate(labels)), mark

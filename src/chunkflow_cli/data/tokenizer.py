@@ -85,17 +85,21 @@ def _hub_has_tokenizer(model_id: str) -> bool:
     return False
 
 
-def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_path: str, *, trust_remote_code: bool, named: str | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a local folder, a GGUF file or a hub id.
+
+    Args:
+        named: how messages name it; by default, as `model.path`.
 
     Raises:
         UsageError: there is none, or it cannot be loaded. (AutoTokenizer does not always raise: for a folder with only
             a configuration it may return a tokenizer with one token.)
     """
+    named = named or f"model.path={model_path}"
     path = Path(model_path).expanduser()
     if path.exists() and not has_tokenizer(model_path):
         raise UsageError(
-            f"model.path={model_path} has no tokenizer\n"
+            f"{named} has no tokenizer\n"
             "  copy the tokenizer's files (tokenizer.json ...) there, or use tokenised data: data.format=tokens"
         )
     from huggingface_hub.errors import StrictDataclassError
@@ -116,11 +120,9 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool) -> PreTrainedTok
         if not isinstance(error, faults) and type(error) is not Exception:
             raise  # a broken tokenizer.json is a plain Exception
         reason = str(error).strip().partition("\n")[0]
-        raise UsageError(f"model.path={model_path}: its tokenizer cannot be loaded\n  {reason}") from error
+        raise UsageError(f"{named}: its tokenizer cannot be loaded\n  {reason}") from error
     if len(tokenizer) < 2:
-        raise UsageError(
-            f"model.path={model_path}: its tokenizer has only {len(tokenizer)} tokens\n  are files missing?"
-        )
+        raise UsageError(f"{named}: its tokenizer has only {len(tokenizer)} tokens\n  are files missing?")
     loaded: PreTrainedTokenizerBase = tokenizer
     return loaded
 

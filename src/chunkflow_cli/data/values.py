@@ -17,6 +17,15 @@ def is_absent(value: object) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value) or value != value
 
 
+def flag(value: object) -> bool | None:
+    """Return what 0, 1, false or true says, also in a string, as all cells of CSV are; None for other values."""
+    if isinstance(value, str):
+        return {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}.get(
+            value.strip().lower()
+        )
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
+
+
 def required(row: Mapping[str, Any], key: str, place: str = "") -> Any:
     """Return the value of a key that must be there.
 

@@ -119,6 +119,24 @@ def tensors_of(file: Path, named: str) -> dict[str, Any]:
     return tensors
 
 
+def damage_of(saved: Path) -> str | None:
+    """Return what is missing or damaged in the folder of a saved model or adapter; None if nothing is."""
+    adapter, tokenizer, named = saved / "adapter_model.safetensors", saved / "tokenizer.json", str(saved)
+    try:
+        check_settings(saved, named)
+        if (saved / "adapter_config.json").exists():
+            tensors_of(adapter, named)
+        else:
+            check_weights(saved, named)
+        if tokenizer.exists():
+            _read_json(tokenizer, named)
+    except FileNotFoundError:
+        return f"{adapter} is missing"
+    except UsageError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
 def _shards(index: Path, named: str) -> list[Path]:
     """Return the files that an index names."""
     content = _read_json(index, named)

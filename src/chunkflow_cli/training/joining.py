@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,16 @@ from chunkflow_cli.training.inputs import FoundData, RunData, load_run_data
 from chunkflow_cli.training.run_folder import RunFolder, open_run_folder, shared_run_folder
 
 
-def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> tuple[RunFolder, RunData | FoundData]:
+def open_folder(
+    loaded: LoadedConfig, hf_config: Any | None, keys: Sequence[str] = ()
+) -> tuple[RunFolder, RunData | FoundData]:
     """Open and lock the folder of the run once for all ranks, and read its data on the process that does so.
 
     Our launcher has opened the folder for its workers, and tells them in their environment where the data is in the
     token cache. If torchrun or deepspeed started the ranks, rank 0 does both, and tells the others.
+
+    Args:
+        keys: `FoundData.keys`, if this process has read the data before.
 
     Returns:
         The folder, and the data; on the other ranks, where it has been found.
@@ -40,7 +45,7 @@ def open_folder(loaded: LoadedConfig, hf_config: Any | None) -> tuple[RunFolder,
     if (given := worker_folder()) is not None:
         return shared_run_folder(given, resume), FoundData.parse(os.environ[FOUND_DATA])
     if processes() == 1:
-        data = load_run_data(loaded.config, hf_config)
+        data = load_run_data(loaded.config, hf_config, keys)
         return open_run_folder(loaded, identify(loaded.config, data)), data
     init_process_group(training_device())
     opened: tuple[RunFolder, RunData] | None = None

@@ -58,12 +58,18 @@ def with_processes(loaded: LoadedConfig) -> LoadedConfig:
 
 
 def run(
-    loaded: LoadedConfig, *, config_dir: str | None = None, debug: bool = False, json_output: bool = False
+    loaded: LoadedConfig,
+    *,
+    keys: Sequence[str] = (),
+    config_dir: str | None = None,
+    debug: bool = False,
+    json_output: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune with several ranks, print a summary unless `json_output` is set, and return the content of report.json.
 
     Args:
         loaded: the configuration that `with_processes` returns.
+        keys: `FoundData.keys`, if this process has read the data before.
         config_dir: passed on to the workers.
         debug: show the traceback of a rank that failed.
 
@@ -90,7 +96,7 @@ def run(
     _check_devices(config.launch.processes, hosts, gpus)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
-    data = load_run_data(config, hf_config)  # ranks that see the same cache neither read nor hash it again
+    data = load_run_data(config, hf_config, keys)  # ranks that see the same cache neither read nor hash it again
     folder = open_run_folder(loaded, identify(config, data))
     streams.fall_back_to(folder.path / "logs" / "launcher.log")
     try:

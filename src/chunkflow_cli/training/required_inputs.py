@@ -6,10 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import Config, LogBackend
+from chunkflow_cli.config.schema import Config, Init, LogBackend
 from chunkflow_cli.config.sources import has_data
 from chunkflow_cli.data.tokenizer import has_tokenizer
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.folder import check_weights
 from chunkflow_cli.model.hf_config import check_is_there
 from chunkflow_cli.processes.environment import rank
 from chunkflow_cli.training.trackers.backends import PACKAGES
@@ -31,6 +32,8 @@ def check_inputs(loaded: LoadedConfig) -> None:
     else:
         try:
             check_is_there(config.model)
+            if config.model.init is Init.pretrained and Path(config.model.path).exists():
+                check_weights(Path(config.model.path), f"model.path={config.model.path}")
         except UsageError as error:
             missing.append(str(error))
         else:

@@ -17,7 +17,7 @@ from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.console import counted, stderr_console
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import write_json
-from chunkflow_cli.model.folder import check_weights, tensors_of
+from chunkflow_cli.model.folder import damage_of
 from chunkflow_cli.training.checkpoint_folder import NAME, STATE, newest_checkpoint, read_state, steps_of
 from chunkflow_cli.training.identity import RunIdentity, differences
 from chunkflow_cli.training.saved_config import CONFIG, OVERRIDES, differing_keys, save_config
@@ -94,18 +94,11 @@ class RunFolder:
 
     def _check_final(self) -> None:
         """Raise if the weights of a finished run are no longer there, or not whole."""
-        adapter = self.final / "adapter_model.safetensors"
-        try:
-            if (self.final / "adapter_config.json").exists():
-                tensors_of(adapter, str(self.final))
-            else:
-                check_weights(self.final, str(self.final))
-        except (UsageError, OSError) as error:
-            reason = f"{adapter} is missing" if isinstance(error, OSError) else str(error).partition("\n")[0]
+        if reason := damage_of(self.final):
             raise RunError(
                 f"{self.path} is a finished run, but its result is damaged: {reason}\n"
                 f"  delete {self.report}, and the same command writes {self.final} again, from the last checkpoint on"
-            ) from error
+            )
 
     def close(self) -> None:
         """Release the folder. If the run has left nothing in it, delete what was made for it."""

@@ -57,7 +57,7 @@ def differing_keys(run_folder: Path, tree: Any) -> list[Difference]:
     Raises:
         UsageError: the folder's configuration is damaged; names the file.
     """
-    theirs = _comparable(OmegaConf.structured(Config)) | _comparable(_read(run_folder / CONFIG))
+    theirs = _comparable(OmegaConf.structured(Config)) | _comparable(read_saved_config(run_folder))
     mine = _comparable(tree)
     return [
         Difference(key, theirs.get(key), mine.get(key))
@@ -66,14 +66,22 @@ def differing_keys(run_folder: Path, tree: Any) -> list[Difference]:
     ]
 
 
-def _read(path: Path) -> Any:
+def read_saved_config(run_folder: Path) -> Any:
+    """Return the configuration of a run, as a tree.
+
+    Raises:
+        UsageError: it is damaged or missing; names the file.
+    """
+    path = run_folder / CONFIG
     try:
         tree = OmegaConf.create(path.read_text(encoding="utf-8"))
         content = OmegaConf.to_container(tree, resolve=True)
         if isinstance(content, dict) and {"model", "data", "train"} <= content.keys():
             return tree
         reason = "it is not the configuration of a run"
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
     raise UsageError(f"{path} is damaged: {reason}")
 

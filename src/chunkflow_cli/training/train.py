@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from chunkflow_cli import streams
@@ -24,8 +25,11 @@ from chunkflow_cli.training.requirements import check_requirements
 from chunkflow_cli.training.steps import run_steps
 
 
-def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
+def run(loaded: LoadedConfig, *, keys: Sequence[str] = (), json_output: bool = False) -> dict[str, Any]:
     """Fine-tune as configured, print a summary unless `json_output` is set, and return the content of report.json.
+
+    Args:
+        keys: `FoundData.keys`, if this process has read the data before.
 
     Raises:
         UsageError: the configuration or the data is wrong.
@@ -35,7 +39,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     config = loaded.config
     ask_for_determinism(config.train.deterministic)
     hf_config = check_requirements(loaded)
-    folder, data = open_folder(loaded, hf_config)
+    folder, data = open_folder(loaded, hf_config, keys)
     streams.fall_back_to(WatchFolder(folder.path).log(environment.rank()))
     try:
         with failures_recorded(), watched(folder.path, config.launch.hang_seconds) as heartbeat:

@@ -48,11 +48,12 @@ class Tuning:
     """Tokens of the longest sample."""
 
 
-def prepare_tuning(loaded: LoadedConfig, config_dir: str | None) -> Tuning:
+def prepare_tuning(loaded: LoadedConfig, config_dir: str | None, keys: Sequence[str] = ()) -> Tuning:
     """Read the model's sizes and the data, measure or look up costs, and lay out all choices.
 
     Args:
         config_dir: `--config-dir` of the command line, for the process that measures.
+        keys: `FoundData.keys`, if this process has read the data before.
 
     Raises:
         UsageError: the grid is empty, or a layout does not fit the model or the number of processes.
@@ -62,7 +63,7 @@ def prepare_tuning(loaded: LoadedConfig, config_dir: str | None) -> Tuning:
     layouts = tried_layouts(config)
     hf_config = load_config(config.model)
     check_layouts(config, hf_config, layouts)
-    data = load_run_data(config, hf_config).train
+    data = load_run_data(config, hf_config, keys).train
     setup = _setup(loaded, config_dir, hf_config)
     assert setup.shape is not None
     longest = int(setup.plan(data).sequence_lengths.max())
