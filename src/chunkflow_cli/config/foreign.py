@@ -1,7 +1,7 @@
 """Names that other tools give to what chunkflow has under another name, or does not need.
 
 They come from the documentation of TRL and the Hugging Face trainer, Axolotl, LLaMA-Factory, Unsloth, torchtune and
-DeepSpeed. docs/comparison.md has a table for readers.
+DeepSpeed. docs/coming-from.md has tables for readers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ _PACKED = "not needed: chunkflow always packs short samples, and they never see 
 _NO_PADDING = "not needed: chunkflow never pads"
 _FOUND = "not needed: it is found from the model"
 _BATCH = "set train.global_batch_size: the samples of an optimizer step, over all GPUs"
-_LENGTH = "set data.max_length, with data.overlong=truncate to cut longer samples; chunk.size is another thing"
+_LENGTH = "set data.max_length, with data.overlong=truncate to cut longer samples; chunk.size is not a length limit"
 _LOGGER = "set log.backends, as in [jsonl,wandb]"
 _QUANTISED = "set model.quantization=nf4 (4 bits, as QLoRA) or int8, with model.lora.enabled=true"
 _EVALUATE = "set eval.every to a number of steps, and data.eval_path or data.eval_fraction"
