@@ -153,7 +153,7 @@ FOREIGN = {
     **dict.fromkeys(("load_best_model_at_end", "save_best_model", "keep_best"), "eval.keep_best"),
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"),
                     "not needed: the lowest held-out loss is the best (eval.keep_best)"),
-    "stage": "not needed: chunkflow does supervised fine-tuning (SFT)",
+    "stage": "set train.task=sft (the default), dpo, orpo or kto",
     **dict.fromkeys(("run_name", "wandb_name", "wandb_run_name", "trackio_name"), "log.run_name"),
     **dict.fromkeys(("wandb_project", "mlflow_experiment_name", "project"), "log.project"),
     # processes
