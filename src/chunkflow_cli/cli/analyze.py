@@ -273,7 +273,7 @@ def _tokenizer(
 
 
 def _vocabulary_and_limit(model: ModelConfig) -> tuple[int | None, int | None]:
-    """Return vocabulary size and longest sequence of a model; None for a directory with only a tokenizer."""
+    """Return vocabulary size and longest sequence of a model; None for a folder with only a tokenizer."""
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not (folder / "config.json").exists() and has_tokenizer(model.path):
         return None, None

@@ -132,7 +132,7 @@ def talk_until_the_end(talk: Talk) -> None:
         try:
             talk.answer(text)
         except UsageError as error:
-            print(f"{error}; the chat begins anew", file=sys.stderr)
+            print(f"{error}; the chat starts over", file=sys.stderr)
             talk.said.clear()
 
 

@@ -79,7 +79,7 @@ def _recipes(config_dir: str | None) -> list[str]:
 
     try:
         return list(recipe_files(config_dir))
-    except UsageError:  # --config-dir is not a directory: the command will report it
+    except UsageError:  # --config-dir is not a folder: the command will report it
         return []
 
 

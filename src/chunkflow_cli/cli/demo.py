@@ -96,7 +96,7 @@ def subset(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def write_data() -> None:
-    """Write all pairs and the subset below the current directory."""
+    """Write all pairs and the subset below the current folder."""
     pairs = list(stdlib_pairs())
     SUBSET.parent.mkdir(parents=True, exist_ok=True)
     for path, rows in ((ALL_PAIRS, pairs), (SUBSET, subset(pairs))):

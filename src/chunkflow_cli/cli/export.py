@@ -1,4 +1,4 @@
-"""`chunkflow export`: write the model of a run as a Hugging Face directory, and on request upload it to the hub."""
+"""`chunkflow export`: write the model of a run as a Hugging Face folder, and on request upload it to the hub."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def run(
     """
     source = FinishedRun.at(run_folder)
     target = Path(output) if output is not None else source.folder / "export"
-    with to_be_writable(f"--output={target}", "name another directory"):
+    with to_be_writable(f"--output={target}", "name another folder"):
         if target.exists() and any(target.iterdir()):
-            raise UsageError(f"--output={target} is not empty: choose another directory")
+            raise UsageError(f"--output={target} is not empty: choose another folder")
     if merge and not source.has_adapters:
         raise UsageError(f"--merge: {source.final} has no LoRA adapters: export it without --merge")
     upload = None if push_to_hub is None else Upload.to(push_to_hub, is_dry=dry_run)
@@ -62,11 +62,11 @@ def run(
 
 
 def _write(source: FinishedRun, target: Path, *, merge: bool) -> list[str]:
-    """Write the directory, complete or not at all, and return what to say of it."""
+    """Write the folder, complete or not at all, and return what to say of it."""
     notes: list[str] = []
     with (
         working(stderr_console(), "writing the model"),
-        to_be_writable(f"--output={target}", "name another directory"),
+        to_be_writable(f"--output={target}", "name another folder"),
         written_aside(target) as temporary,
     ):
         if merge:

@@ -40,7 +40,7 @@ class FinishedRun:
         """
         run = cls(Path(folder))
         if not run.final.is_dir():
-            raise UsageError(f"{run.folder} is not the directory of a finished run: it has no {run.final}")
+            raise UsageError(f"{run.folder} is not the folder of a finished run: it has no {run.final}")
         return run
 
     @property

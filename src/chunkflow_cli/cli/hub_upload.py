@@ -1,4 +1,4 @@
-"""Upload a directory to a repository of the Hugging Face hub."""
+"""Upload a folder to a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 

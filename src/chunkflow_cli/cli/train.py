@@ -66,9 +66,9 @@ def _announce_and_check(loaded: LoadedConfig) -> None:
     """Print what is about to be trained, and check that it is there, before torch is imported."""
     config = loaded.config
     if config.model.path and has_data(config.data) and environment.rank() == 0:
-        recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
+        recipe = "" if loaded.recipe == "default" else f"recipe {loaded.recipe}: "
         data = printable(shown_data(config.data))
-        stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)
+        stderr_console().print(f"{recipe}training {config.model.path} on {data}", soft_wrap=True)
         check_data(config.data)
     check_inputs(loaded)
 
@@ -106,7 +106,7 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
         try:
             code = _run_job(train, number, show_output=not json_output)
         except KeyboardInterrupt:
-            console.print(f"To go on with all runs, give the same command with train.output_dir={root}", soft_wrap=True)
+            console.print(f"To resume all runs, repeat the command with train.output_dir={root}", soft_wrap=True)
             raise
         runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code, **_losses(folder)})
         if code != 0:

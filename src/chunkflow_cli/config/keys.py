@@ -181,7 +181,7 @@ def as_written(value: Any) -> str:
 GONE = {
     **dict.fromkeys(
         ("chunk.k_per", "tune.k_per"),
-        "every long sample keeps chunk.k chunks, because a K for each sample brought nothing\n  remove the key",
+        "every long sample keeps chunk.k chunks, because a K for each sample had no benefit\n  remove the key",
     ),
     "parallel.parts": "a stage holds one part of the model; interleaved schedules were never run\n  remove the key",
     "parallel.schedule=interleaved": "interleaved schedules were never run\n"

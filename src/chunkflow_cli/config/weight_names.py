@@ -36,6 +36,6 @@ def check_names(key: str, names: Iterable[str]) -> None:
         try:
             re.compile(name)
         except re.error as error:
-            raise UsageError(f"{key}: {name!r} is no regular expression: {error}") from error
+            raise UsageError(f"{key}: {name!r} is not a regular expression: {error}") from error
         if not name:
             raise UsageError(f"{key}={as_written([name])} has an empty name\n  name a weight, or leave the key out")

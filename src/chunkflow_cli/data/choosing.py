@@ -138,7 +138,7 @@ def _choose_subset(found: Found, subsets: Subsets, wish: Wish) -> Chosen:
     chosen = _choose(found, {file: splits[file] for file in found.files}, wish)
     apart = [other for other in subsets.files if other != name]
     if wish.subset is None and apart:
-        note = f"the subset {name} is read, and not: {', '.join(apart)}"
+        note = f"only the subset {name} is read, not: {', '.join(apart)}"
         return replace(chosen, notes=(note, *chosen.notes))
     return chosen
 
@@ -159,7 +159,7 @@ def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chos
         others = [name for name in [*known, *parts] if name not in wanted]
         apart = [f"{name or 'no split'} ({found.names(parts[name])})" for name in dict.fromkeys(others)]
         if apart and wish.split not in (None, ALL) and wish.split_key == "data.split":
-            notes.append(f"the split {wish.split} is read, and not: {', '.join(apart)}")
+            notes.append(f"only the split {wish.split} is read, not: {', '.join(apart)}")
     elif wish.split not in (None, TRAIN, ALL):
         raise UsageError(
             f"{wish.named} has no split {wish.split}: no name of a file or folder in it is that of a split\n"

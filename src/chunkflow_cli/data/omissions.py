@@ -28,7 +28,7 @@ _TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS}
 
 _CUT_OUT = (
     *(f"{key} of the assistant" for key in REASONING_KEYS),
-    "what stands before </think> in the assistant's content",
+    "the text before </think> in the assistant's content",
 )
 CUT = Remark(
     "the model will not learn the reasoning of earlier answers, which the chat template writes in the last one only; "
@@ -175,7 +175,7 @@ def _lost_of_content(content: str, search: _Search, *, has_calls: bool) -> str:
     lines = (line.strip() for part in _TAG.split(content) for line in part.splitlines())
     if sum(search.has(line) for line in lines if line):
         return "a part of the assistant's content"
-    return "the assistant's content beside tool calls" if has_calls else "the assistant's content"
+    return "the assistant's content next to tool calls" if has_calls else "the assistant's content"
 
 
 def _has_value(value: object, search: _Search) -> bool:

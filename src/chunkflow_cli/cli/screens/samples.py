@@ -38,7 +38,7 @@ def print_samples(console: Console, named: str, samples: Sequence[ShownSample], 
     order = ", from the shortest to the longest" if len(samples) > 1 else ", the median in length"
     which = f"{len(samples):,} of {counted(available, 'sample')}{order if len(samples) < available else ''}"
     console.print(Text(f"{shortened(named, console.width - len(which) - 2)}  {which}", style="bold"))
-    console.print(Text.assemble("What the loss counts is in ", (f"{OPEN}brackets{CLOSE}", TARGET), "."))
+    console.print(Text.assemble("The tokens that the loss counts are in ", (f"{OPEN}brackets{CLOSE}", TARGET), "."))
     for sample in samples:
         console.print()
         console.print(_header(sample, console.width))
