@@ -1,4 +1,4 @@
-"""The command line: each command's help and options. Its module, which does the work, is imported late."""
+"""Define the help and options of each command. The module that does the work is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ recipes_app = typer.Typer(cls=Commands, no_args_is_help=True)
 config_app = typer.Typer(cls=Commands, no_args_is_help=True)
 
 CONFIGURATION = ("overrides", "cfg", "resolve")
-"""What a command does not take if it composes no configuration."""
+"""Options that a command lacks if it does not compose a configuration."""
 
 Plot = Annotated[
     str | None,

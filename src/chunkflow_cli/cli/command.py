@@ -1,4 +1,4 @@
-"""What all commands share: their options, the composed configuration, and the exit code."""
+"""Code that all commands share: options, the composed configuration, and the exit code."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ from chunkflow_cli.console import human_bytes, progress_bar, stdout_console
 from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
 GRACE_SECONDS = 5.0
-"""A check that takes too long gets this much more time to say where it hangs."""
+"""Extra seconds that a check gets after its time limit, to report where it hangs."""
 CHECKS_AT_ONCE = 4
-"""Each may import all of torch."""
+"""Number of checks that run at once. Each may import all of torch."""
 Answer = dict[str, Any]
-"""What a check found: plain values."""
+"""The result of a check, as plain values."""
 LITTLE_SPACE = 2**30
 """Free bytes in the token cache below which doctor warns."""
 
@@ -54,7 +54,7 @@ class Package:
     extra: str | None = None
     """The extra of chunkflow-cli that installs it."""
     is_for_gpus: bool = False
-    """True if it is of no use without a GPU."""
+    """True if the package is useless without a GPU."""
 
     @property
     def module(self) -> str:
@@ -104,7 +104,7 @@ class Problem:
     required: bool = True
     """True if training cannot work before this is fixed."""
     error: str | None = None
-    """The exception or crash that it comes from. Problems of one error are shown as one."""
+    """The exception or crash behind the problem. Problems with the same error are shown as one."""
 
 
 UNANSWERED = {

@@ -62,7 +62,7 @@ def run(
 
 
 def _write(source: FinishedRun, target: Path, *, merge: bool) -> list[str]:
-    """Write the folder, complete or not at all, and return what to say of it."""
+    """Write the folder completely or not at all, and return notes for the user."""
     notes: list[str] = []
     with (
         working(stderr_console(), "writing the model"),
@@ -78,7 +78,7 @@ def _write(source: FinishedRun, target: Path, *, merge: bool) -> list[str]:
 
 
 def _explain(target: Path, notes: list[str], *, is_adapter: bool) -> None:
-    """Say on stderr what was written and how to load it; stdout has the path alone."""
+    """Print on stderr what was written and how to load it. stdout gets only the path."""
     what = "A LoRA adapter without its base model" if is_adapter else "A whole model"
     for line in [*notes, f"{what}. Load it:", *(f"  {line}" for line in loading_code(target))]:
         stderr_console().print(Text(line), soft_wrap=True)
@@ -100,7 +100,7 @@ def _say_what_would_be(source: FinishedRun, target: Path, upload: Upload | None,
 
 
 def _merge(source: FinishedRun, target: Path) -> list[str]:
-    """Write the base model with the run's adapters merged, and return what to say of it."""
+    """Write the base model with the run's adapters merged, and return notes for the user."""
     from transformers import AutoTokenizer, GenerationConfig
 
     base, config = source.load_base(), source.base_config

@@ -1,4 +1,4 @@
-"""The folder of a finished run as `export` and `chat` read it: its model, the base of its adapters, its words."""
+"""Read the folder of a finished run for `export` and `chat`: model, base model, configuration and report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class FinishedRun:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration of the run. It may be of another version, so keys may be missing."""
+        """The configuration of the run. Another version may have written it, so keys may be missing."""
         config = OmegaConf.to_container(OmegaConf.load(self.folder / CONFIG), resolve=True)
         assert isinstance(config, dict)
         return {str(name): value for name, value in config.items()}
@@ -73,7 +73,7 @@ class FinishedRun:
 
     @cached_property
     def base_config(self) -> ModelConfig:
-        """The configuration of the model that the run began with, with a path that holds here.
+        """The configuration of the model that the run started from, with a path that is valid now.
 
         Raises:
             UsageError: the model was a folder or file, and is there no more.
@@ -98,7 +98,7 @@ class FinishedRun:
         return load_model(config, hf_config, dtype=dtype, attention="sdpa", seed=int(self.config["train"]["seed"]))
 
     def _base_path(self, typed: str) -> str:
-        """Return where the base model is: the path that the adapter names, or what was typed, from where it was typed.
+        """Return the path of the base model: the one in the adapter, or the run's `model.path`, as the run resolved it.
 
         Raises:
             UsageError: the model was a folder or file, and is there no more.

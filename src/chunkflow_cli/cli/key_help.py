@@ -1,4 +1,4 @@
-"""The end of a command's `--help`: the configuration keys that it is most often given."""
+"""Add the most common configuration keys to the end of a command's `--help`."""
 
 from __future__ import annotations
 

@@ -20,17 +20,17 @@ from chunkflow_cli.console import stdout_console
 from chunkflow_cli.errors import UsageError
 
 ONE_LINE_COLUMNS = 210
-"""A terminal of this width shows a recipe on one line, a narrower one on two: with 80 columns, none of them wraps."""
+"""Smallest terminal width that shows each recipe on one line. A narrower terminal shows two lines per recipe."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe file says about itself."""
+    """The description of a recipe, read from its file."""
 
     name: str
     path: str
     model: str
-    """As in the file, with interpolations unresolved; empty if the recipe leaves it to you."""
+    """The model as written in the file, with interpolations unresolved; empty if the recipe does not set it."""
     hardware: str
     chunk_size: int
     k: int

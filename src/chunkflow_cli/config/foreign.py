@@ -1,4 +1,4 @@
-"""Names that other tools give to what chunkflow has under another name, or does not need.
+"""Map the configuration names of other tools to chunkflow's keys, or to the reason why none is needed.
 
 They come from the documentation of TRL and the Hugging Face trainer, Axolotl, LLaMA-Factory, Unsloth, torchtune and
 DeepSpeed. docs/coming-from.md has tables for readers.
@@ -180,10 +180,10 @@ FOREIGN = {
     **dict.fromkeys(("config", "config_file", "config_path", "recpie", "receipe", "recipie", "reciep"),
                     "did you mean recipe=NAME, or recipe=PATH of a YAML file?"),
 }  # fmt: skip
-"""What to write instead, by name: a key, or a sentence."""
+"""Replacement for each name: a key, or a sentence."""
 
 
 def foreign_name(name: str) -> str | None:
-    """Return what to write instead of another tool's name, which may have a section in front; None if it is unknown."""
+    """Return the replacement for another tool's name, which may have a section prefix; None if the name is unknown."""
     plain = name.lower().replace("-", "_")
     return FOREIGN.get(plain) or (FOREIGN.get(plain.rpartition(".")[2]) if "." in plain else None)

@@ -19,7 +19,7 @@ from chunkflow_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class Wish:
-    """Which part of the data the user wants, and the words for it."""
+    """The part of the data that the user wants, with the names for messages."""
 
     named: str
     """Key and path, for messages: `data.path=chats`."""
@@ -50,14 +50,14 @@ class Wish:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Files to read, and what there is to say about the others."""
+    """Files to read, and notes about the others."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
 
 def choose_files(path: str, wish: Wish) -> Chosen | None:
-    """Return the files at a local path that are wished for, or None if nothing is there.
+    """Return the wanted files at a local path, or None if nothing is there.
 
     Raises:
         UsageError: what is there is not data, or has no such split or subset.
@@ -144,7 +144,7 @@ def _choose_subset(found: Found, subsets: Subsets, wish: Wish) -> Chosen:
 
 
 def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chosen:
-    """Return the files of the split that is wished for. Without any split, all files are."""
+    """Return the files of the wanted split. If the files have no splits, return all of them."""
     files, notes = found.files, []
     if any(splits.values()):
         parts = by_split(splits)

@@ -1,4 +1,4 @@
-"""What a chat template does not write of a conversation.
+"""Find the parts of a conversation that a chat template does not write.
 
 Templates leave out what they do not know (`reasoning_content`, ids of calls), what they do not want (reasoning before
 `</think>`), and what they have no place for (text beside a tool call). So whatever a turn says is searched in the
@@ -37,7 +37,7 @@ CUT = Remark(
 
 
 class Turn(NamedTuple):
-    """A message as a template gets it, and the text in which its words must stand."""
+    """A message as a template gets it, and the rendered text that must contain its words."""
 
     message: Mapping[str, Any]
     number: int
@@ -104,7 +104,7 @@ def _on_ids(message: Mapping[str, Any], whole: str) -> Iterator[Remark]:
 
 
 class _Search:
-    """Searches words in a range of a text, and knows how far it came."""
+    """Searches for words in a range of a text, and remembers its position."""
 
     def __init__(self, text: str, start: int, stop: int) -> None:
         self.text, self.start, self.stop = text, start, stop

@@ -62,11 +62,11 @@ class Source(Protocol):
 
     @property
     def size(self) -> int:
-        """What `RowBatch.position` reaches."""
+        """The final value of `RowBatch.position`."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, about."""
+        """Approximate number of bytes of all rows."""
 
     def location(self, file: int, line: int) -> Location:
         """Return where a row is in the user's data."""

@@ -1,4 +1,4 @@
-"""What a chat template gets of a conversation.
+"""Convert a conversation to the input of a chat template.
 
 A template that never mentions `tools`, `tool_calls` or the role `tool` would silently drop the first two and may reject
 the third. Then the definitions are written into the system message (which, like any system message, replaces a default
@@ -56,7 +56,7 @@ def template_traits(template: str) -> TemplateTraits:
 
 @dataclass(frozen=True, slots=True)
 class MessageForm:
-    """What a template takes that others do not."""
+    """The form of messages that a template needs."""
 
     parts: bool = False
     """It writes a content only if that is a list of parts, as some templates for images do."""

@@ -40,7 +40,7 @@ def copyable_files(folder: Path, named: str) -> list[Path]:
     for file in files:
         if file.suffix != ".safetensors":
             raise UsageError(
-                f"{named}: {file.name} is not a safetensors file, so the untrained parts of a multimodal model cannot be "
+                f"{named}: {file.name} is not a safetensors file, so the untrained parts of the model cannot be "
                 "copied from it\n  load the model with transformers, and save it again with save_pretrained"
             )
     return files

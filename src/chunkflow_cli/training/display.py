@@ -136,7 +136,7 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         after = report.get("eval_parts_end", {})
         parts = [f"{name} {loss:.4f} -> {after[name]:.4f}" for name, loss in report.get("eval_parts_start", {}).items()]
         if parts:
-            rows["its parts"] = ", ".join(parts)
+            rows["by part"] = ", ".join(parts)
     whole = report.get("whole_sequence_peak_bytes_predicted")
     longest = f"whole sequences ({report['longest_sample']:,} tokens)"
     against = f"; {longest} would take about {human_bytes(whole)}" if whole else ""

@@ -18,7 +18,7 @@ from chunkflow_cli.console import counted, percent, shortened
 from chunkflow_cli.data.lengths import histogram, short_count
 
 WIDEST = 140
-"""Columns of the histogram at most: longer bars show no more."""
+"""Maximum width of the histogram in columns. Longer bars would show no more."""
 SHOWN_REASONS = 5
 
 
@@ -164,7 +164,7 @@ def _costs(found: dict[str, Any]) -> Table:
 
 
 def _conclusion(found: dict[str, Any]) -> Text:
-    """Say what truncation would lose, and what chunks waste."""
+    """Return a sentence about what truncation would lose and how much room chunks leave empty."""
     packing = found["packing"]
     chunk = next(row for row in packing["chunks"] if row["chunk_size"] == packing["configured_chunk_size"])
     text = Text()

@@ -1,4 +1,4 @@
-"""The sentences of `chunkflow tune-chunk-size`: why the best pair is the best, or why nothing fits."""
+"""Explain the result of `chunkflow tune-chunk-size`: why the best pair is best, or why nothing fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from chunkflow_cli.console import human_seconds
 from chunkflow_cli.planning.search import Candidate
 
 ALIKE = 0.01
-"""Relative difference between two times below which they are called equal: predictions are not better than that."""
+"""Relative difference below which two times count as equal, because predictions are not more precise."""
 
 
 def explain(
@@ -17,7 +17,7 @@ def explain(
     best_of_layouts: Sequence[Candidate],
     measured_seconds: float | None = None,
 ) -> str:
-    """Return two sentences: where the best pair's time goes, and what its neighbours would cost.
+    """Return two sentences: how the best pair spends its time, and what its neighbours would cost.
 
     Args:
         measured_seconds: of a step with the best pair, if it has run.

@@ -98,7 +98,7 @@ def _sources(sources: dict[str, Any]) -> Table:
 
 
 def _outlook(result: dict[str, Any]) -> str:
-    """Return what matters most: how long the run takes, and whether it fits."""
+    """Return how long the run takes and whether it fits into memory."""
     seconds, memory = result["predicted_seconds"], result["memory"]
     parts = [] if seconds is None else [f"about {human_seconds(seconds)}"]
     if memory is not None:
@@ -151,7 +151,7 @@ def _chunks(result: dict[str, Any]) -> Table:
 
 
 def _recurrent(recurrent: dict[str, Any], chunk_size: int) -> str:
-    """Return what recurrent layers keep behind each chunk of a long sample, and whether the chunk size suits them."""
+    """Return what recurrent layers keep after each chunk of a long sample, and whether the chunk size suits them."""
     tokens, block = recurrent["equal_tokens"], recurrent["block"]
     text = f"layers keep {human_bytes(recurrent['edge_bytes'])} after each chunk of a long sample"
     if tokens is not None:
