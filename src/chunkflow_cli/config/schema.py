@@ -271,7 +271,7 @@ class SourceConfig:
     """Share of the samples to draw from this source, relative to the weights of the others. Set it for all sources or
     for none."""
     samples: int | None = bounded(None, at_least=1, at_most=MOST)
-    """Largest number of samples to use, drawn with `train.seed`. Null uses all of them."""
+    """Largest number of samples to use, drawn with `train.seed`. By default, all of them."""
     format: DataFormat | None = None
     """Format of the rows."""
     split: str | None = None
@@ -300,7 +300,8 @@ class DataConfig:
     """Split to train on, for a Hugging Face data set or a folder with files named after splits. Join several with `+`;
     `all` takes all of them."""
     subset: str | None = None
-    """Subset of a Hugging Face data set, or of a folder with subsets. Null takes the only subset or the default one."""
+    """Subset of a Hugging Face data set, or of a folder with subsets. By default, the only subset or the data set's
+    default one."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of the rows to rename, as in {question: instruction, answer: output}."""
     format: DataFormat = DataFormat.auto
@@ -315,11 +316,11 @@ class DataConfig:
     conversation. `split` makes one sample per answer, as the model sees it at inference."""
     chat_template: str | None = a_path(None)
     """Chat template for conversations: a Jinja file, or the name of one of the tokenizer's templates. It is saved with
-    the model. Null takes the tokenizer's template."""
+    the model. By default, the tokenizer's template."""
     template_arguments: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, as in {enable_thinking: false}. Pass the same ones when you use the model."""
     max_length: int | None = bounded(None, at_least=2, at_most=MOST)
-    """Largest number of tokens in a sample. Null takes the model's own limit."""
+    """Largest number of tokens in a sample. By default, the model's own limit."""
     overlong: Overlong = Overlong.error
     """What to do with a sample of more than `data.max_length` tokens: stop and name it (`error`), leave it out
     (`drop`), or cut off its end (`truncate`)."""
@@ -334,9 +335,9 @@ class DataConfig:
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
     """Fraction of the rows of each source to hold out, drawn with `train.seed`."""
     cache_dir: str | None = a_path(None)
-    """Folder for tokenised data. Null means ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow if that is set."""
+    """Folder for tokenised data. By default ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow if that is set."""
     num_workers: int | None = bounded(None, at_least=1, at_most=1024)
-    """Number of processes that tokenise the data. Null starts one per core."""
+    """Number of processes that tokenise the data. By default, one per core."""
 
 
 @dataclass
@@ -403,7 +404,7 @@ class TrainConfig:
     """What to learn: to write the given answers (`sft`), to prefer one of two answers (`dpo`, `orpo`), or to prefer
     answers labelled good over answers labelled bad (`kto`)."""
     steps: int | None = bounded(None, at_least=1, at_most=MOST)
-    """Number of optimizer steps. Null trains for `train.epochs`."""
+    """Number of optimizer steps. By default, `train.epochs` decides."""
     epochs: int = bounded(1, at_least=1, at_most=MOST)
     """Number of passes over the data. Ignored if `train.steps` is set."""
     global_batch_size: int | None = bounded(256, at_least=1, at_most=MOST)
@@ -459,9 +460,9 @@ class EvalConfig:
     """Evaluation on held-out data."""
 
     every: int | None = bounded(None, at_least=1, at_most=MOST)
-    """Number of steps between evaluations. Null evaluates only at the start and at the end."""
+    """Number of steps between evaluations. By default, the model is evaluated only at the start and at the end."""
     early_stopping_patience: int | None = bounded(None, at_least=1, at_most=MOST)
-    """Stop after this many evaluations in a row that did not lower the held-out loss. Null trains all steps."""
+    """Stop after this many evaluations in a row that did not lower the held-out loss. By default, train all steps."""
     keep_best: bool = False
     """Keep the model with the lowest held-out loss after a step, and save it as the final one."""
     prompts: list[str] = field(default_factory=list)
@@ -473,8 +474,8 @@ class CheckpointConfig:
     """Checkpoints, from which an interrupted run resumes."""
 
     every: int | None = bounded(None, at_least=1, at_most=MOST)
-    """Number of steps between checkpoints. Null saves one only on interruption. Set it to survive kill -9 and power
-    cuts."""
+    """Number of steps between checkpoints. By default, one is saved only on interruption. Set it to survive kill -9 and
+    power cuts."""
     keep: int = bounded(2, at_least=1, at_most=MOST)
     """Number of checkpoints to keep. Older ones are deleted."""
     resume: str = a_path("auto")
@@ -492,10 +493,10 @@ class LogConfig:
     """Where metrics are written. `jsonl` writes metrics.jsonl in the run's folder. The others are trackers: each needs
     its package, also gets the configuration and the plan, and never ends the run if it fails."""
     project: str | None = None
-    """Project in wandb and trackio, experiment in mlflow. Null takes the tracker's own environment variable, such as
-    WANDB_PROJECT, or else `chunkflow`."""
+    """Project in wandb and trackio, experiment in mlflow. By default, the value of the tracker's own environment
+    variable, such as WANDB_PROJECT, or else `chunkflow`."""
     run_name: str | None = None
-    """Name of the run in trackers. Null takes the name of the run's folder."""
+    """Name of the run in trackers. By default, the name of the run's folder."""
 
 
 @dataclass
@@ -565,7 +566,7 @@ class TuneConfig:
     device: Device = Device.measured
     """Device to plan for. `measured` means the device of this machine."""
     memory_gib: float | None = bounded(None, above=0)
-    """Memory of a rank's device in GiB. Null takes 95 % of it: allocators waste the rest."""
+    """Memory of a rank's device in GiB. By default, 95 % of what it has: allocators waste the rest."""
     chunk_sizes: list[int] = field(
         default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
         metadata={"at_least": 1, "at_most": MOST},
@@ -590,10 +591,11 @@ class ClusterConfig:
     gpus_per_node: int = bounded(8, at_least=1, at_most=MOST_RANKS)
     """Number of GPUs per node. Sequence-parallel groups within a node use its own links."""
     node_gb_per_second: float | None = bounded(None, above=0)
-    """One-way bandwidth between two GPUs of a node, in 10^9 bytes per second. Null takes the device's data sheet."""
+    """One-way bandwidth between two GPUs of a node, in 10^9 bytes per second. By default, that of the device's data
+    sheet."""
     network_gb_per_second: float | None = bounded(None, above=0)
     """One-way bandwidth between nodes for each GPU, in 10^9 bytes per second. Pipeline stages and gradients use it,
-    too. Null means 50, or 25 for an A100."""
+    too. By default 50, or 25 for an A100."""
     pipelines: list[int] = field(default_factory=list, metadata={"at_least": 1, "at_most": MOST_RANKS})
     """Numbers of stages that tune-chunk-size tries on `launch.processes` devices. An empty list keeps
     `parallel.pipeline`."""
@@ -606,9 +608,9 @@ class VerifyConfig:
     """The comparison that `chunkflow verify` makes."""
 
     length: int | None = bounded(None, at_least=8, at_most=MOST)
-    """Number of tokens in the long test sequence. Null means three and a half chunks, at most 2048."""
+    """Number of tokens in the long test sequence. By default three and a half chunks, at most 2048."""
     dtype: Dtype | None = None
-    """Data type of the comparison. Null means float32, or float64 if `model.dtype` is float64: bfloat16 would hide
+    """Data type of the comparison. By default float32, or float64 if `model.dtype` is float64: bfloat16 would hide
     small errors in its own rounding."""
 
 
