@@ -29,7 +29,7 @@ Set a key on the command line as `key=value`, or in a recipe. Later settings win
 
 Write a list as `'optim.betas=[0.9,0.95]'`, a mapping as `'engine.deepspeed={key: value}'`, and no value as `null`. The
 quotes keep your shell from reading the brackets. An unknown key is an error, with the most
-similar known key if there is one. [Comparison](comparison.md#the-same-settings-elsewhere) lists what other tools call
+similar known key if there is one. [Coming from another tool](coming-from.md) lists what other tools call
 these keys.
 
 An editor with a YAML language server (VS Code with the YAML extension, Neovim, Helix, ...) completes and checks the

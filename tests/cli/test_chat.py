@@ -125,10 +125,10 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(
     fine = {"role": "assistant", "content": "I am fine"}
     assert asked[:2] == [[user], [user, assistant, more]]
     assert asked[2][:-1] == [user, assistant, more, fine]
-    assert asked[3:] == [[user]], "too long: the chat begins anew"
+    assert asked[3:] == [[user]], "too long: the chat starts over"
     printed = capsys.readouterr()
     assert printed.out == "I am …\nI am fine\nI am fine\n"
-    assert "and the model takes at most 150; the chat begins anew" in printed.err
+    assert "and the model takes at most 150; the chat starts over" in printed.err
 
 
 def test_what_cannot_chat_is_refused(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_cannot_chat_is_refused(make_run: Callable[..., Path], tmp_path: Pa
         file.unlink()
     with pytest.raises(UsageError, match="has no tokenizer"):
         chat.run(str(run), prompt="Hi", max_tokens=9)
-    with pytest.raises(UsageError, match="is not the directory of a finished run"):
+    with pytest.raises(UsageError, match="is not the folder of a finished run"):
         chat.run(str(tmp_path), prompt="Hi", max_tokens=9)
 
 

@@ -244,7 +244,7 @@ def test_train_names_what_it_trains_and_checks_the_data_before_torch(tmp_path: P
     )
     assert (run.returncode, run.stdout) == (2, "")
     said, error, place, remedy = run.stderr.splitlines()
-    assert said == "tiny_random: a [b] on my [bold]chats.jsonl"
+    assert said == "recipe tiny_random: training a [b] on my [bold]chats.jsonl"
     assert error == "error: data.path=my [bold]chats.jsonl: 1 of 2 rows cannot be trained on"
     assert place.startswith("  my [bold]chats.jsonl:2: not valid JSON")
     assert "data.bad_rows=skip" in remedy

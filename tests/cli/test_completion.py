@@ -92,7 +92,7 @@ def test_each_shell_is_answered(shell: str, tmp_path: Path) -> None:
     found = "\n".join(complete(shell, "chunkflow", "verify", "recipe=tiny_random", "chunk.", cwd=tmp_path))
     assert "chunk.fill_tails=" in found
     if shell != "bash":
-        assert "Most tokens in a chunk" in found
+        assert "Largest number of tokens in a chunk" in found
 
 
 def test_a_candidate_and_its_meaning_are_on_one_line(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_copy_into_a_directory_names_the_keys_that_are_missing(
 
 
 @pytest.mark.parametrize(
-    ("destination", "expected"), [("run.txt", "run.txt.yaml"), ("no/such/run.yaml", "a directory that exists")]
+    ("destination", "expected"), [("run.txt", "run.txt.yaml"), ("no/such/run.yaml", "a folder that exists")]
 )
 def test_an_unusable_destination_is_refused(
     destination: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

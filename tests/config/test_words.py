@@ -372,7 +372,7 @@ def test_every_number_has_bounds_and_is_finite() -> None:
         ("{gradient_accumulation_steps: 4}", "set train.global_batch_size"),
         ("{zero_optimization: {stage: 2}}", "set engine.zero_stage"),
         ("{fp16: {enabled: true}}", "set model.dtype"),
-        ("{nonsense: 1}", "engine.deepspeed.nonsense is no key that chunkflow passes to DeepSpeed"),
+        ("{nonsense: 1}", "engine.deepspeed.nonsense is not a key that chunkflow passes to DeepSpeed"),
         ("{zero_optimisation: {overlap_comm: true}}", "did you mean engine.deepspeed.zero_optimization?"),
         ("{zero_optimization: {reduce_buckt_size: 4}}", "did you mean engine.deepspeed.zero_optimization.reduce_bucket_size?"),
         ("{zero_optimization: {reduce_bucket_size: lots}}", "must be an integer of at least 0"),

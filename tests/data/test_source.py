@@ -300,7 +300,7 @@ def test_the_other_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     folder = make(tmp_path / "d", "train.jsonl", "dev.jsonl", "test/x.jsonl", "rest.jsonl")
     assert files_of(folder) == files_of(folder) == ["train.jsonl"]
     assert capsys.readouterr().err == (
-        f"warning: data.path={folder}: the split train is read, and not: "
+        f"warning: data.path={folder}: only the split train is read, not: "
         "validation (dev.jsonl), test (test/x.jsonl), no split (rest.jsonl)\n"
     )
     assert files_of(folder, split="val") == files_of(folder, split=None) == ["dev.jsonl"]

@@ -93,13 +93,13 @@ THOUGHT = "<think>\na whale has lungs\n</think>\n\nno"
         (CHATML, answer("no", reasoning="lungs"), "learn reasoning of the assistant"),
         (CHATML, answer("no", thinking="lungs"), "learn thinking of the assistant"),
         (KNOWS_REASONING, answer("no", thinking="lungs"), None),
-        (R1, answer(THOUGHT), "learn what stands before </think> in the assistant's content"),
+        (R1, answer(THOUGHT), "learn the text before </think> in the assistant's content"),
         (R1, answer("no"), None),
         (QWEN3, answer(THOUGHT), None),
         (QWEN3, answer("<think>lungs</think>no"), None),
         (chatml("{{ m.content[:9] }}"), answer("one line\nand another"), "learn a part of the assistant's content"),
         (chatml("{{ m.content | trim }}"), answer("\n no \n"), None),
-        (ONE_OF_BOTH, answer("I look.", CALL), "learn the assistant's content beside tool calls"),
+        (ONE_OF_BOTH, answer("I look.", CALL), "learn the assistant's content next to tool calls"),
         (ONE_OF_BOTH, answer("", CALL), None),
         (chatml("{{ m.content or m.tool_calls }}"), answer("I look.", CALL), "learn tool calls of the assistant"),
         (NAMES_ONLY, answer("I look.", CALL), "learn arguments of tool calls"),
@@ -140,8 +140,10 @@ def test_tools_and_ids_that_are_left_out_are_said() -> None:
     assert said(*turns, text=with_ids) == []
     assert f"the model will not see {definitions}" in said(*turns, text=with_ids + "{# tools #}", tools=tools)
     knows_none = said(*turns, text=CHATML, tools=tools)
-    assert knows_none[0].startswith("the chat template knows no tools: their definitions stand in the system message")
-    assert "calls stand in the answer, as JSON; results are user messages" in knows_none[0]
+    assert knows_none[0].startswith(
+        "the chat template has no place for tools: their definitions are in the system message"
+    )
+    assert "calls are in the answer, as JSON; results are user messages" in knows_none[0]
 
 
 @pytest.mark.parametrize("text", [chatml("{{ m.content.text }}"), chatml("{{ m.text }}")])

@@ -124,9 +124,9 @@ def test_one_of_several_templates_is_chosen_by_name(tmp_path: Path) -> None:
         (b"{% if %}", "is not a valid chat template: line 1: Expected an expression"),
         (b"\n{{ messages | nope }}", "is not a valid chat template: line 2: No filter named 'nope'"),
         (b"{% for m in messages %}" * 30 + b"{% endfor %}" * 30, "is not a valid chat template: too many statically"),
-        (b"# A README", "is no chat template: it never reads messages"),
-        (b"GGUF\xff\xfe", "is no chat template: it is not a text in UTF-8 (byte 4)"),
-        (b" " * (1 << 21), "is no chat template: it has more than 1024 KiB"),
+        (b"# A README", "is not a chat template: it never reads messages"),
+        (b"GGUF\xff\xfe", "is not a chat template: it is not a text in UTF-8 (byte 4)"),
+        (b" " * (1 << 21), "is not a chat template: it has more than 1024 KiB"),
     ],
 )
 def test_a_file_that_is_no_template_is_refused(content: bytes, message: str, chatml: Path, tmp_path: Path) -> None:

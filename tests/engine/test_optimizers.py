@@ -213,7 +213,7 @@ def test_owners_share_the_work() -> None:
 @pytest.mark.parametrize(
     ("engine", "name", "expected"),
     [
-        (EngineConfig(), "paged_adamw_8bit", r"this machine has no GPU\n  take optim=adamw_8bit"),
+        (EngineConfig(), "paged_adamw_8bit", r"this machine has no GPU\n  set optim=adamw_8bit"),
         (EngineConfig(offload=Offload.optimizer), "muon", "only AdamW and SGD run on the host"),
     ],
 )

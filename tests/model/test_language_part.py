@@ -281,11 +281,11 @@ def test_what_has_no_language_part_is_refused_by_name(published: Callable[[str],
     settings = json.loads((published("qwen3_vl") / "config.json").read_text())
     torch.save({}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UsageError, match=r"pytorch_model\.bin is no safetensors file"):
+    with pytest.raises(UsageError, match=r"pytorch_model\.bin is not a safetensors file"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": ["Qwen3VLModel"]}))
     with pytest.raises(UsageError, match=rf"model.path={tmp_path}: Qwen3VLModel has no head over a vocabulary"):
         load(tmp_path, init=Init.random)
     AutoConfig.for_model("clip").save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=rf"model.path={tmp_path}: CLIP is no causal language model"):
+    with pytest.raises(UsageError, match=rf"model.path={tmp_path}: CLIP is not a causal language model"):
         on_meta_device(config_of(tmp_path), load_config(config_of(tmp_path)))

@@ -279,7 +279,7 @@ def test_a_checkpoint_in_few_bits_is_converted_on_load(
         (tmp_path / "uneven" / "config.json").write_text(json.dumps(values | {"quantization_config": how}))
         uneven = ModelConfig(path=str(tmp_path / "uneven"), dtype=dtype)
         hf_config = load_config(uneven)
-        with pytest.raises(UsageError, match=r"cannot convert .* whose sizes are no multiples of 128"):
+        with pytest.raises(UsageError, match=r"cannot convert .* whose sizes are not multiples of 128"):
             load_model(uneven, hf_config, dtype=own_dtype, attention="eager", seed=0)
     with pytest.raises(UsageError, match="cannot be converted and quantised at once"):
         load_config(ModelConfig(path=str(tmp_path), quantization=Quantization.nf4))

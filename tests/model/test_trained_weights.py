@@ -53,10 +53,10 @@ def test_of_several_factors_the_last_counts() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["optim.freeze=['(']"], "is no regular expression"),
+        (["optim.freeze=['(']"], "is not a regular expression"),
         (["optim.lr_factors={a: -1}"], "must be at least 0"),
         (["optim.min_lr_ratio=0.1", "optim.schedule=constant"], "does not decay"),
-        (["optim.name=muon"], "take optim=muon"),
+        (["optim.name=muon"], "set optim=muon"),
     ],
 )
 def test_keys_that_cannot_work_are_refused(words: list[str], expected: str) -> None:

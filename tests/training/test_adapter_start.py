@@ -33,7 +33,7 @@ def test_the_start_says_what_is_trained_and_at_which_rate(tiny_model: Callable[.
     words = (f"model.path={dense}", "model.lora.r=2", "model.lora.target_modules=[q_proj]")
     (line,) = begin(*words)
     assert line == (
-        f"LoRA trains {100 * width / base:.2g} % of the weights: {width} of rank 2 on q_proj; learning rate 0.0002, "
+        f"LoRA trains {100 * width / base:.2g} % of the weights: {width} in adapters of rank 2 on q_proj; learning rate 0.0002, "
         "the default for LoRA"
     )
     told = begin(*words, "optim.lr=1e-5", "engine.offload=optimizer")

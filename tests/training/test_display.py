@@ -52,10 +52,14 @@ def test_a_cpu_has_no_mfu() -> None:
 @pytest.mark.parametrize(
     ("samples", "config", "said"),
     [
-        (500, TrainConfig(), ["only 2 optimizer steps", "train.global_batch_size=256 (to 25)", "train.epochs=1"]),
+        (
+            500,
+            TrainConfig(),
+            ["only 2 optimizer steps", "train.global_batch_size from 256 to 25", "train.epochs above 1"],
+        ),
         (500, TrainConfig(epochs=3, global_batch_size=64), []),
         (500, TrainConfig(steps=2), []),
-        (8, TrainConfig(global_batch_size=1), ["only 8 optimizer steps", "raise train.epochs=1"]),
+        (8, TrainConfig(global_batch_size=1), ["only 8 optimizer steps", "raise train.epochs above 1"]),
     ],
 )
 def test_few_steps_are_warned_of(samples: int, config: TrainConfig, said: list[str]) -> None:

@@ -68,7 +68,7 @@ def stop(folder: Path, *words: str, after: int, says: str = "") -> int:
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=120)
     assert run.returncode == 130, err
-    assert "The same command goes on from" in err
+    assert "The same command resumes from" in err
     assert says in err.replace("\n", " ")
     stopped_at = int(rows(folder)[-1]["step"])
     assert (folder / "checkpoints" / f"step-{stopped_at:08d}").is_dir()

@@ -35,7 +35,7 @@ def record(*, steps: int = 4, evil: str = EVIL, outcome: str = "finished", **mor
     ]  # fmt: skip
     report = {
         **COUNTS, "steps": steps, "loss_first": 4.0, "loss_last": 4.0 / steps, "eval_loss_start": 6.0,
-        "eval_loss_end": 5.0 / steps, "train_seconds": 2.0, "tokens_trained": 600, "chunks": 12, "recomputed_chunks": 4,
+        "eval_loss_end": 5.0 / steps, "eval_parts_start": {"<1K": 1.75}, "train_seconds": 2.0, "tokens_trained": 600, "chunks": 12, "recomputed_chunks": 4,
         "target_tokens_planned": 500, "target_tokens_trained": 500, "plan": PLAN, "environment": {"device": evil},
     }  # fmt: skip
     keys = {"data.path": evil, "optim.lr": 1e-5}
@@ -70,7 +70,7 @@ def test_the_charts_hold_the_numbers_of_the_rows_and_texts_stay_texts() -> None:
     titles = [chart.title for chart in charts_of(run)]
     assert titles == [
         "Loss", "Training loss by source", "Held-out loss by length", "Held-out loss by source", "Learning rate",
-        "Gradient norm", "Speed", "Seconds of a step", "Memory", "Chunks in a step", "Fill of the chunks",
+        "Gradient norm", "Speed", "Seconds per step", "Memory", "Chunks per step", "How full the chunks are",
     ]  # fmt: skip
     *charts, script = html.scripts
     assert "pointermove" in script
@@ -83,7 +83,7 @@ def test_the_charts_hold_the_numbers_of_the_rows_and_texts_stay_texts() -> None:
         ],
     }  # fmt: skip
     assert [each["name"] for each in data[1]["series"]] == [EVIL, "chats"]
-    assert [each["name"] for each in data[2]["series"]] == ["<1K"]
+    assert data[2]["series"] == [{"name": "<1K", "steps": [0, 2, 4], "values": ["1.75", "1.5", "1.5"]}]
     assert data[8]["series"][0]["values"][0] == "1 GiB"
     tags = {tag for tag, _ in html.elements}
     assert "img" not in tags

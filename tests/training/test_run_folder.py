@@ -280,7 +280,7 @@ def test_other_data_is_refused_with_both_values(tmp_path: Path) -> None:
         f"the run in {tmp_path / 'run'} has done 7 steps, and would not be the same run any more\n"
         "  the data has changed: its files hold something else\n"
         "    a.jsonl: was 40 samples, 480 tokens (fingerprint 1f3a9c00), is 50 samples, 600 tokens (fingerprint 77b2)\n"
-        "  restore what has changed; or begin anew in another train.output_dir, or with checkpoint.resume=never"
+        "  restore what has changed, or start over in another train.output_dir or with checkpoint.resume=never"
     )
     assert checkpoint.is_dir()
     with pytest.raises(UsageError, match=rf"^checkpoint\.resume={checkpoint} has done 7 steps, and would not be"):
@@ -310,7 +310,7 @@ def test_without_a_checkpoint_a_run_begins_anew_and_says_so(tmp_path: Path, caps
     assert run.checkpoint is None
     assert run.read_identity() == other
     run.close()
-    assert "was stopped before its first checkpoint: it begins anew" in capsys.readouterr().err
+    assert "was stopped before its first checkpoint: it starts over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -439,11 +439,11 @@ def test_the_printed_command_is_the_one_that_goes_on(tmp_path: Path, monkeypatch
         config = loaded(run if given else None, *typed).config
         output_dir = [override("train.output_dir", str(run))] if given else []
         said = how_to_go_on(config, run, checkpoint, ["train", "--json", "recipe=tiny_random", *output_dir, *typed])
-        program, command, *found = shlex.split(said.partition("To go on: ")[2])
+        program, command, *found = shlex.split(said.partition("To resume: ")[2])
         assert (program, command) == ("chunkflow", "train")
         return found
 
-    assert how_to_go_on(loaded(run).config, run, checkpoint, []) == f"The same command goes on from {checkpoint}"
+    assert how_to_go_on(loaded(run).config, run, checkpoint, []) == f"The same command resumes from {checkpoint}"
     monkeypatch.chdir(tmp_path)
     for typed, given in (
         (["checkpoint.resume=never"], True), (["checkpoint.resume=never"], False), ([f"checkpoint.resume={tmp_path}"], True),

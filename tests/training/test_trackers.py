@@ -144,7 +144,7 @@ def test_mlflow_on_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         os.killpg(server.pid, signal.SIGKILL)
         said = follow("mlflow", tmp_path / "run", [5, 6])
     assert said.startswith("warning: mlflow: API request to ")
-    assert said.endswith("; the run goes on without it\nwarning: mlflow missed 2 of 2 rows; metrics.jsonl has them\n")
+    assert said.endswith("; the run continues without it\nwarning: mlflow missed 2 of 2 rows; metrics.jsonl has them\n")
 
 
 @contextmanager
@@ -178,16 +178,16 @@ def asked(url: str) -> Any:
 @pytest.mark.parametrize(
     ("fault", "warned", "done"),
     [
-        ({"init": "raise ValueError('no <key>')"}, "trackio: no <key>; the run goes on without it", 0),
+        ({"init": "raise ValueError('no <key>')"}, "trackio: no <key>; the run continues without it", 0),
         ({"init": "os._exit(3)"}, "trackio: its process has ended; see ", 0),
-        ({"log": "raise ValueError('full')"}, "trackio: full; the run goes on without it", 2),
+        ({"log": "raise ValueError('full')"}, "trackio: full; the run continues without it", 2),
         (
             {"log": "time.sleep(99)"},
             "trackio did not finish within 1 s, and was stopped; what it has not sent is in ",
             1,
         ),
         ({"finish": "time.sleep(99)"}, "trackio did not finish within 1 s, and was stopped; what it has not", 3),
-        ({"finish": "raise SystemExit"}, "trackio: SystemExit; the run goes on without it", 3),
+        ({"finish": "raise SystemExit"}, "trackio: SystemExit; the run continues without it", 3),
     ],
     ids=["at start", "crash", "in the middle", "hangs in the middle", "hangs at the end", "at the end"],
 )

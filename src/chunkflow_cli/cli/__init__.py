@@ -1,1 +1,1 @@
-"""The command line: one command, one file; `screens` is what a person sees."""
+"""The command line: one file per command. `screens` prints the results for people."""

@@ -48,7 +48,7 @@ TRUNCATIONS = (2048, 4096, 8192, 32768)
 PADDED_BATCH = 8
 """Samples in a padded micro-batch."""
 RANKS = 8
-"""Data-parallel ranks to balance: a node of eight GPUs."""
+"""Number of data-parallel ranks in the balance table: a node of eight GPUs."""
 LONGEST_SHOWN = 5
 REJECTED_LISTED = 100
 """Rejected rows that the JSON lists. The counts by reason include all of them."""
@@ -70,7 +70,7 @@ class MeasuredData:
     model_limit: int | None
     """The longest sequence that the model supports; `data.max_length` without a model."""
     rows: int
-    """Rows that the samples are of."""
+    """Number of rows that the samples come from."""
     shown: Sequence[ShownSample] | None = None
 
 
@@ -273,7 +273,7 @@ def _tokenizer(
 
 
 def _vocabulary_and_limit(model: ModelConfig) -> tuple[int | None, int | None]:
-    """Return vocabulary size and longest sequence of a model; None for a directory with only a tokenizer."""
+    """Return vocabulary size and longest sequence of a model; None for a folder with only a tokenizer."""
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not (folder / "config.json").exists() and has_tokenizer(model.path):
         return None, None
@@ -327,7 +327,7 @@ def _rejected(rejected: Sequence[tuple[Location, str]]) -> dict[str, Any]:
 
 
 def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> dict[str, Any]:
-    """Return packing, chunks and balance, within the global batches that training would use in an epoch."""
+    """Return packing, chunks and balance, computed within the global batches of one epoch of training."""
     train = config.train
     batches = GlobalBatches(
         len(lengths),

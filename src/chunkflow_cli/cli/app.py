@@ -1,4 +1,4 @@
-"""The command line: each command's help and options. Its module, which does the work, is imported late."""
+"""Define the help and options of each command. The module that does the work is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ recipes_app = typer.Typer(cls=Commands, no_args_is_help=True)
 config_app = typer.Typer(cls=Commands, no_args_is_help=True)
 
 CONFIGURATION = ("overrides", "cfg", "resolve")
-"""What a command does not take if it composes no configuration."""
+"""Options that a command lacks if it does not compose a configuration."""
 
 Plot = Annotated[
     str | None,
@@ -45,8 +45,8 @@ RecipeName = Annotated[
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """Exact chunked fine-tuning of language models on long-tailed data.
 
-    Short samples are packed and long ones are split into chunks of one size.
-    Peak memory depends on the chunk, not on the longest sample. Loss and
+    Packs short samples and splits long ones into chunks of one size. Peak
+    memory depends on the chunk size and hardly on the longest sample. Loss and
     gradients are those of ordinary training.
 
     [bold]Examples[/]
@@ -94,10 +94,10 @@ def train(
 
 @command(app, fails_unless="passed")
 def verify(request: Request) -> Result:
-    """Check that chunked training of a model equals whole-sequence training.
+    """Check that a model trains exactly in chunks.
 
-    Compares loss and gradients on made-up sequences. Exits with code 1 if they
-    differ by more than rounding.
+    Compares loss and gradients in chunks with those of whole sequences, on
+    random tokens. Exits with code 1 if they differ by more than rounding.
 
     [bold]Examples[/]
       chunkflow verify recipe=tiny_random
@@ -113,29 +113,29 @@ def verify(request: Request) -> Result:
 @command(app, without=(*CONFIGURATION, "config_dir"))
 def export(
     request: Request,
-    run_dir: Annotated[
-        str, typer.Argument(metavar="RUN_DIR", help="Directory of a finished run (its train.output_dir).")
-    ],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run (its train.output_dir).")],
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", metavar="DIR", help="Directory to write. Default: RUN_DIR/export.", callback=home_expanded
+            "--output", metavar="DIR", help="Folder to write. Default: RUN_DIR/export.", callback=home_expanded
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA adapters into the model's weights.")] = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
-            "--push-to-hub", metavar="REPO", help="Upload it to this Hugging Face repository. A new one is private."
+            "--push-to-hub",
+            metavar="REPO",
+            help="Upload the result to this Hugging Face repository. A new repository is private.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written and uploaded, and stop.")
+        bool, typer.Option("--dry-run", help="Print what would be written and uploaded, and stop.")
     ] = False,
 ) -> Result:
-    r"""Write the model of a run as a Hugging Face model directory, with a model card.
+    r"""Write the model of a run as a Hugging Face folder, with a model card.
 
-    Prints its path; says on stderr what it is and how to load it.
+    Prints the path on stdout, and on stderr how to load the model.
 
     [bold]Examples[/]
       chunkflow train recipe=tiny_random train.output_dir=outputs/tiny
@@ -157,14 +157,12 @@ def export(
 @command(app, without=(*CONFIGURATION, "config_dir"))
 def chat(
     request: Request,
-    run_dir: Annotated[
-        str, typer.Argument(metavar="RUN_DIR", help="Directory of a finished run (its train.output_dir).")
-    ],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run (its train.output_dir).")],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Print the answer to this text, and stop.")
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Print the answer to this prompt, and stop.")
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", help="Most tokens of an answer.", min=1)
+        int, typer.Option("--max-tokens", metavar="N", help="Maximum number of tokens in an answer.", min=1)
     ] = 1024,
 ) -> Result:
     """Talk to the model of a run.
@@ -186,13 +184,13 @@ def chat(
 def doctor(
     request: Request,
     seconds: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Longest time that one check may take.", min=1.0)
+        float, typer.Option("--timeout", metavar="SECONDS", help="Time limit of each check.", min=1.0)
     ] = 60.0,
 ) -> Result:
     """Check this machine: packages, GPUs, attention backends and caches.
 
     Prints what is missing or broken and how to fix it. With overrides, checks
-    what that run needs. Exits with code 1 if training cannot work.
+    what that run needs. Exits with code 1 if training cannot work here.
 
     [bold]Examples[/]
       chunkflow doctor
@@ -214,8 +212,8 @@ def analyze(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[DATA]... [OVERRIDES]...",
-            help="Files, directories, globs or data set ids, and overrides such as recipe=NAME.",
+            metavar="DATA|OVERRIDES",
+            help="Files, folders, globs or data set ids, and overrides such as recipe=NAME.",
             autocompletion=complete_override,
         ),
     ] = None,
@@ -224,7 +222,7 @@ def analyze(
         typer.Option(
             "--show",
             metavar="N",
-            help="Also print N samples, from the shortest to the longest, with the tokens marked that the loss counts.",
+            help="Also print N samples, from the shortest to the longest, and mark the tokens that the loss counts.",
             min=1,
         ),
     ] = None,
@@ -233,7 +231,7 @@ def analyze(
     """Show the lengths of the samples in a data set.
 
     Also shows what padding, packing, truncation and chunks of several sizes
-    would cost. Lengths are exact with a model's tokenizer, otherwise estimated.
+    would cost. Lengths are exact if a model is named, otherwise estimated.
 
     [bold]Examples[/]
       chunkflow analyze recipe=tiny_random
@@ -257,21 +255,21 @@ def analyze(
 @command(app)
 def plan(
     request: Request,
-    step: Annotated[int, typer.Option("--step", metavar="N", help="Step whose schedule is shown, counted from 1.")] = 1,
+    step: Annotated[int, typer.Option("--step", metavar="N", help="Step to show the schedule of, counted from 1.")] = 1,
     plot: Plot = None,
     trace: Annotated[
         str | None,
         typer.Option(
             "--trace",
             metavar="RUN_DIR",
-            help="Directory of a run with train.trace=true. Shows its operations next to the predicted ones.",
+            help="Folder of a run with train.trace=true, to show its operations next to the predicted ones.",
             callback=home_expanded,
         ),
     ] = None,
 ) -> Result:
     """Show what train would do: chunks, schedule, balance, time and memory.
 
-    Needs the data and the model's configuration and tokenizer, not its weights.
+    Reads the data and the model's configuration and tokenizer, not its weights.
 
     [bold]Examples[/]
       chunkflow plan recipe=tiny_random
@@ -301,7 +299,7 @@ def tune_chunk_size(
         typer.Option(
             "--output",
             metavar="FILE",
-            help="File for the overrides of the best pair. Default: outputs/RECIPE/tuned.yaml.",
+            help="File for the keys of the best pair. Default: outputs/RECIPE/tuned.yaml.",
             callback=home_expanded,
         ),
     ] = None,
@@ -309,8 +307,8 @@ def tune_chunk_size(
 ) -> Result:
     r"""Find the fastest chunk.size and chunk.k that fit your data, model and memory.
 
-    Plans every pair over your data, and runs a step of the best few if the
-    device is this machine's.
+    Plans your data with every pair of values. If the device is this machine's,
+    also runs a real step with each of the best pairs.
 
     [bold]Examples[/]
       chunkflow tune-chunk-size recipe=tiny_random tune.device=h100
@@ -336,6 +334,8 @@ app.add_typer(config_app, name="config")
 def config() -> None:
     """Print the JSON schema of the configuration.
 
+    An editor can use it to complete and check the keys of a recipe.
+
     [bold]Examples[/]
       chunkflow config schema
       chunkflow config schema > chunkflow.schema.json
@@ -345,10 +345,11 @@ def config() -> None:
 
 @command(config_app, "schema", without=(*CONFIGURATION, "config_dir"))
 def schema(request: Request) -> Result:
-    """Print the JSON schema of recipes: every key with its type, bounds, default and meaning.
+    """Print the JSON schema of recipes.
 
-    An editor with a YAML language server completes and checks keys by it, if
-    a recipe begins with
+    It has every key with its type, bounds, default and meaning. An editor with
+    a YAML language server completes and checks the keys of a recipe whose first
+    line is
     # yaml-language-server: $schema=chunkflow.schema.json
 
     [bold]Examples[/]
@@ -386,7 +387,7 @@ def recipes() -> None:
 def list_recipes(request: Request) -> Result:
     """List the recipes with model, chunk size, K, longest sample and hardware.
 
-    Those in DIR/recipes of --config-dir are listed, too.
+    Includes the recipes in DIR/recipes of --config-dir DIR.
 
     [bold]Examples[/]
       chunkflow recipes list
@@ -402,7 +403,7 @@ def list_recipes(request: Request) -> Result:
 def show_recipe(request: Request, name: RecipeName) -> Result:
     """Print the file of a recipe.
 
-    The keys that it leaves out keep their defaults.
+    Keys that the recipe leaves out keep their defaults.
 
     [bold]Examples[/]
       chunkflow recipes show tiny_random
@@ -419,7 +420,7 @@ def copy_recipe(
     request: Request,
     name: RecipeName,
     destination: Annotated[
-        str | None, typer.Argument(metavar="DEST", help="File or directory to write. Default: ./NAME.yaml.")
+        str | None, typer.Argument(metavar="DEST", help="File or folder to write. Default: ./NAME.yaml.")
     ] = None,
 ) -> Result:
     """Copy a recipe to a file that you can edit, and print how to run it.

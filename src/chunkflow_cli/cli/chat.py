@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run(run_folder: str, *, prompt: str | None, max_tokens: int, json_output: bool = False) -> dict[str, Any] | None:
-    """Answer `prompt`, or without one everything that is typed, until Ctrl-D.
+    """Answer `prompt`. Without a prompt, answer what the user types until Ctrl-D.
 
     Returns:
         Prompt and answer; None after a chat.
@@ -60,14 +60,14 @@ def _is_text(words: str) -> bool:
 
 @dataclass
 class Talk:
-    """A model and what was said so far."""
+    """A model and the conversation so far."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template_arguments: dict[str, Any]
-    """As the run had them: the model has learnt the words that the template makes with them."""
+    """The arguments that the run used, because the model learned the text that the template writes with them."""
     max_tokens: int
-    """Most tokens of an answer."""
+    """Maximum number of tokens in an answer."""
     said: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -115,7 +115,7 @@ class Talk:
 
     @property
     def _padding(self) -> int | None:
-        """A token for padding, of which there is none: without it transformers would print a warning."""
+        """A padding token. Nothing is padded, but transformers prints a warning if there is none."""
         ends: int | list[int] | None = self.model.generation_config.eos_token_id
         return ends[0] if isinstance(ends, list) else ends
 
@@ -125,7 +125,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def talk_until_the_end(talk: Talk) -> None:
-    """Answer what is typed until Ctrl-D. Ctrl-C ends an answer."""
+    """Answer what the user types until Ctrl-D. Ctrl-C stops an answer."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # only Ctrl-C means an answer
         signal.signal(number, signal.SIG_DFL)
     what = "Chat" if talk.is_chat else "The model has no chat template and completes what you type"
@@ -144,7 +144,7 @@ def talk_until_the_end(talk: Talk) -> None:
         try:
             talk.answer(text)
         except UsageError as error:
-            print(f"{error}; the chat begins anew", file=sys.stderr)
+            print(f"{error}; the chat starts over", file=sys.stderr)
             talk.said.clear()
 
 
@@ -169,14 +169,14 @@ def load(run: FinishedRun) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 class _Printer(TextStreamer):
-    """Collects the words of an answer, and prints them as they come."""
+    """Collects the text of an answer, and prints it while it is generated."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, show: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.text, self._show = "", show
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take words that no later token changes."""
+        """Receive text that no later token changes."""
         self.text += text
         if self._show:
             print(text, end="", flush=True)

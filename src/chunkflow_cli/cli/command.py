@@ -1,4 +1,4 @@
-"""What all commands share: their options, the composed configuration, and the exit code."""
+"""Code that all commands share: options, the composed configuration, and the exit code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Request:
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="OVERRIDES", help="group.key=value, recipe=NAME, or FILE.yaml", autocompletion=complete_override
+            metavar="OVERRIDES",
+            help="key=value (such as chunk.size=4096), recipe=NAME, or FILE.yaml",
+            autocompletion=complete_override,
         ),
     ] = None
     json_output: Annotated[
@@ -50,13 +52,15 @@ class Request:
     cfg: Annotated[
         str | None, typer.Option("--cfg", metavar="job", help="Print the composed configuration and exit.")
     ] = None
-    resolve: Annotated[bool, typer.Option("--resolve", help="With --cfg, resolve interpolations.")] = False
+    resolve: Annotated[
+        bool, typer.Option("--resolve", help="With --cfg, resolve references to other keys (${...}).")
+    ] = False
     config_dir: Annotated[
         str | None,
         typer.Option(
             "--config-dir",
             metavar="DIR",
-            help="Directory to search first: recipes in DIR/recipes, groups in DIR.",
+            help="Folder to search first for recipes (DIR/recipes) and Hydra groups (DIR).",
             callback=home_expanded,
         ),
     ] = None

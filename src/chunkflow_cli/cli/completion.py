@@ -13,7 +13,7 @@ import textwrap
 import typer
 
 Candidates = list[tuple[str, str]]
-"""(what to type, what it means)."""
+"""Pairs of (text to type, its meaning)."""
 
 
 def complete_override(ctx: typer.Context, incomplete: str) -> Candidates:
@@ -29,7 +29,7 @@ def complete_recipe(ctx: typer.Context, incomplete: str) -> Candidates:
 
 
 def candidates(word: str, config_dir: str | None = None) -> Candidates:
-    """Return what an override that begins with `word` may become.
+    """Return the possible completions of an override that begins with `word`.
 
     >>> [text for text, _ in candidates("chunk.s")]
     ['chunk.size=', 'chunk.size=8192']
@@ -42,7 +42,7 @@ def candidates(word: str, config_dir: str | None = None) -> Candidates:
 
 
 def _keys(typed: str, config_dir: str | None) -> Candidates:
-    """Return keys, and sections in place of their keys, that begin with what is typed."""
+    """Return the keys that begin with the typed text, or their sections in their place."""
     from chunkflow_cli.config.keys import describe_keys
 
     level: dict[str, str] = {}
@@ -79,12 +79,12 @@ def _recipes(config_dir: str | None) -> list[str]:
 
     try:
         return list(recipe_files(config_dir))
-    except UsageError:  # --config-dir is not a directory: the command will report it
+    except UsageError:  # --config-dir is not a folder: the command will report it
         return []
 
 
 def _first_sentence(text: str) -> str:
-    """Return one line: Typer breaks longer ones, and fish takes each line for a candidate."""
+    """Return the first sentence on one line: Typer wraps longer text, and fish reads each line as a candidate."""
     return textwrap.shorten(text.replace("`", "").partition(". ")[0].rstrip("."), 60, placeholder=" ...")
 
 

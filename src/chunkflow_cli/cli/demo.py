@@ -28,7 +28,7 @@ PREFERENCES = Path("data/stdlib_preferences.jsonl")
 SEED = 0
 # Characters of request and answer together, about 3.4 per token.
 SUBSET_SHARES = ((0, 2_500, 110), (3_000, 6_000, 4), (16_500, 18_000, 1))
-"""(at least, below, number of samples): mostly short, some longer, and one of eight or more chunks of 512 tokens."""
+"""Tuples (minimum tokens, limit, number of samples): mostly short samples, some longer, one of eight chunks or more."""
 QUESTION = "What is the capital of France?"
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__", "lib2to3"}
 
@@ -96,7 +96,7 @@ def subset(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def write_data() -> None:
-    """Write all pairs and the subset below the current directory."""
+    """Write all pairs and the subset below the current folder."""
     pairs = list(stdlib_pairs())
     SUBSET.parent.mkdir(parents=True, exist_ok=True)
     for path, rows in ((ALL_PAIRS, pairs), (SUBSET, subset(pairs))):

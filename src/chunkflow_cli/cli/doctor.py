@@ -34,11 +34,11 @@ from chunkflow_cli.console import human_bytes, progress_bar, stdout_console
 from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
 GRACE_SECONDS = 5.0
-"""A check that takes too long gets this much more time to say where it hangs."""
+"""Extra seconds that a check gets after its time limit, to report where it hangs."""
 CHECKS_AT_ONCE = 4
-"""Each may import all of torch."""
+"""Number of checks that run at once. Each may import all of torch."""
 Answer = dict[str, Any]
-"""What a check found: plain values."""
+"""The result of a check, as plain values."""
 LITTLE_SPACE = 2**30
 """Free bytes in the token cache below which doctor warns."""
 
@@ -54,7 +54,7 @@ class Package:
     extra: str | None = None
     """The extra of chunkflow-cli that installs it."""
     is_for_gpus: bool = False
-    """True if it is of no use without a GPU."""
+    """True if the package is useless without a GPU."""
 
     @property
     def module(self) -> str:
@@ -104,7 +104,7 @@ class Problem:
     required: bool = True
     """True if training cannot work before this is fixed."""
     error: str | None = None
-    """The exception or crash that it comes from. Problems of one error are shown as one."""
+    """The exception or crash behind the problem. Problems with the same error are shown as one."""
 
 
 UNANSWERED = {
@@ -125,7 +125,7 @@ def run(
     """Run all checks, print the findings unless `json_output` is set, and return what `--json` prints.
 
     Args:
-        overrides: the run to check: its model, dtype, attention, offloading and cache directory.
+        overrides: the run to check: its model, dtype, attention, offloading and cache folder.
         seconds: the longest time that one check, or all together, may take.
 
     Raises:
@@ -195,7 +195,7 @@ def ask(check: str, arguments: Sequence[Any], seconds: float) -> Answer:
 
     If it raised, crashed or did not answer in time, the answer is {"raised": what happened, "root": the cause of that}.
     """
-    # -P: a run would not import from the current directory either. Files instead of pipes: a process that the hanging
+    # -P: a run would not import from the current folder either. Files instead of pipes: a process that the hanging
     # one has started would hold a pipe open.
     command = [sys.executable, "-P", "-m", "chunkflow_cli.cli.probes", str(seconds), check.partition(" ")[0]]
     command += map(json.dumps, arguments)
@@ -352,15 +352,15 @@ def _attention_problems(answers: dict[str, Answer], reasons: dict[str, str | Non
 
 
 def cache_problems(answer: Answer) -> list[Problem]:
-    """Return what is wrong with the directory for tokenised data."""
+    """Return what is wrong with the folder for tokenised data."""
     if "raised" in answer:
         return []
     if answer["error"]:
         what = f"tokenised data cannot be written to {answer['path']}: {answer['error']}"
-        return [Problem(what, "set data.cache_dir=DIR to a directory that you can write to")]
+        return [Problem(what, "set data.cache_dir=DIR to a folder that you can write to")]
     if answer["free_bytes"] < LITTLE_SPACE:
         what = f"only {human_bytes(answer['free_bytes'])} are free for tokenised data in {answer['path']}"
-        return [Problem(what, "set data.cache_dir=DIR to a directory with more space", required=False)]
+        return [Problem(what, "set data.cache_dir=DIR to a folder with more space", required=False)]
     return []
 
 

@@ -1,4 +1,4 @@
-"""`chunkflow export`: write the model of a run as a Hugging Face directory, and on request upload it to the hub."""
+"""`chunkflow export`: write the model of a run as a Hugging Face folder, and on request upload it to the hub."""
 
 from __future__ import annotations
 
@@ -37,13 +37,11 @@ def run(
     """
     source = FinishedRun.at(run_folder)
     target = Path(output) if output is not None else source.folder / "export"
-    with to_be_writable(f"--output={target}", "name another directory"):
+    with to_be_writable(f"--output={target}", "name another folder"):
         if target.exists() and any(target.iterdir()):
-            raise UsageError(f"--output={target} is not empty: choose another directory")
+            raise UsageError(f"--output={target} is not empty: choose another folder")
         if target.resolve().is_relative_to(source.final.resolve()):
-            raise UsageError(
-                f"--output={target} is inside of {source.final}, which is exported: choose another directory"
-            )
+            raise UsageError(f"--output={target} is inside of {source.final}, which is exported: choose another folder")
     if merge and not source.has_adapters:
         raise UsageError(f"--merge: {source.final} has no LoRA adapters: export it without --merge")
     upload = None if push_to_hub is None else Upload.to(push_to_hub, is_dry=dry_run)
@@ -66,11 +64,11 @@ def run(
 
 
 def _write(source: FinishedRun, target: Path, *, merge: bool) -> list[str]:
-    """Write the directory, complete or not at all, and return what to say of it."""
+    """Write the folder completely or not at all, and return notes for the user."""
     notes: list[str] = []
     with (
         working(stderr_console(), "writing the model"),
-        to_be_writable(f"--output={target}", "name another directory"),
+        to_be_writable(f"--output={target}", "name another folder"),
         written_aside(target) as temporary,
     ):
         if merge:
@@ -82,7 +80,7 @@ def _write(source: FinishedRun, target: Path, *, merge: bool) -> list[str]:
 
 
 def _explain(target: Path, notes: list[str], *, is_adapter: bool) -> None:
-    """Say on stderr what was written and how to load it; stdout has the path alone."""
+    """Print on stderr what was written and how to load it. stdout gets only the path."""
     what = "A LoRA adapter without its base model" if is_adapter else "A whole model"
     for line in [*notes, f"{what}. Load it:", *(f"  {line}" for line in loading_code(target))]:
         stderr_console().print(Text(line), soft_wrap=True)
@@ -104,7 +102,7 @@ def _say_what_would_be(source: FinishedRun, target: Path, upload: Upload | None,
 
 
 def _merge(source: FinishedRun, target: Path) -> list[str]:
-    """Write the base model with the run's adapters merged, and return what to say of it."""
+    """Write the base model with the run's adapters merged, and return notes for the user."""
     from transformers import AutoTokenizer, GenerationConfig
 
     base, config = source.load_base(), source.base_config

@@ -1,4 +1,4 @@
-"""The folder of a finished run as `export` and `chat` read it: its model, the base of its adapters, its words."""
+"""Read the folder of a finished run for `export` and `chat`: model, base model, configuration and report."""
 
 from __future__ import annotations
 
@@ -43,13 +43,11 @@ class FinishedRun:
         """
         run = cls(Path(folder))
         if not run.final.is_dir():
-            raise UsageError(
-                f"{run.folder} is not the directory of a finished run: it has no final/{_hint(run.folder)}"
-            )
+            raise UsageError(f"{run.folder} is not the folder of a finished run: it has no final/{_hint(run.folder)}")
         if reason := damage_of(run.final):
             raise RunError(
                 f"the result of this run is damaged: {reason}\n"
-                "  repeat the train command of the run, which says how to mend it"
+                "  repeat the train command of the run, which says how to repair it"
             )
         return run
 
@@ -68,7 +66,7 @@ class FinishedRun:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration of the run. It may be of another version, so keys may be missing."""
+        """The configuration of the run. Another version may have written it, so keys may be missing."""
         config = OmegaConf.to_container(read_saved_config(self.folder), resolve=True)
         assert isinstance(config, dict)
         return {str(name): value for name, value in config.items()}
@@ -83,7 +81,7 @@ class FinishedRun:
 
     @cached_property
     def base_config(self) -> ModelConfig:
-        """The configuration of the model that the run began with, with a path that holds here.
+        """The configuration of the model that the run started from, with a path that is valid now.
 
         Raises:
             UsageError: the model was a folder or file, and is there no more.
@@ -108,7 +106,7 @@ class FinishedRun:
         return load_model(config, hf_config, dtype=dtype, attention="sdpa", seed=int(self.config["train"]["seed"]))
 
     def _base_path(self, typed: str) -> str:
-        """Return where the base model is: the path that the adapter names, or what was typed, from where it was typed.
+        """Return the path of the base model: the one in the adapter, or the run's `model.path`, as the run resolved it.
 
         Raises:
             UsageError: the model was a folder or file, and is there no more.

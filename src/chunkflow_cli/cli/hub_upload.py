@@ -1,4 +1,4 @@
-"""Upload a directory to a repository of the Hugging Face hub."""
+"""Upload a folder to a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Upload:
 
     @property
     def missing_login(self) -> str:
-        """What to add to a message if there is no token."""
+        """Text to add to a message if no token is found."""
         return "" if self.is_logged_in else ": you are not logged in to the hub\n  hf auth login, or set HF_TOKEN"
 
     def send(self, folder: Path) -> str:

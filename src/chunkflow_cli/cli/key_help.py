@@ -1,4 +1,4 @@
-"""The end of a command's `--help`: the configuration keys that it is most often given."""
+"""Add the most common configuration keys to the end of a command's `--help`."""
 
 from __future__ import annotations
 
@@ -65,4 +65,4 @@ def _print_keys(names: tuple[str, ...]) -> None:
         table.add_row(name, text)
     console = stdout_console()
     console.print(Panel(table, title="Common keys", title_align="left", border_style="dim"), soft_wrap=False)
-    console.print(" To print all keys: --cfg job. To complete keys with TAB: --install-completion")
+    console.print(" All keys with their values: --cfg job. TAB completion: --install-completion")

@@ -1,4 +1,4 @@
-"""Mistakes that Typer finds, such as an unknown command or option, told in the style of all other errors."""
+"""Report mistakes that Typer finds, such as an unknown command or option, in the style of all other errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("infer", "inference", "generate", "talk", "ask"), "chat"),
     **dict.fromkeys(("push", "upload", "push-to-hub"), "export"),
 }
-"""Commands by the names that other tools give them."""
+"""Commands by their names in other tools."""
 
 
 class Commands(TyperGroup):
@@ -61,7 +61,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def options_explained(ctx: Any, args: Sequence[str]) -> Iterator[None]:
-    """Turn the error for an unknown option into one that names all of them, with the keys that are meant.
+    """Turn the error for an unknown option into one that names all unknown options, with the keys that they may mean.
 
     Args:
         ctx: Typer's context of the command.
@@ -116,7 +116,7 @@ def _option_problems(ctx: Any, args: Sequence[str]) -> list[str]:
 
 
 def _meant_by_option(name: str, value: str, options: Sequence[str], *, takes_overrides: bool) -> str:
-    """Return what to write instead of an unknown option; empty if nothing is like it."""
+    """Return a replacement for an unknown option; empty if nothing similar exists."""
     from chunkflow_cli.config.foreign import foreign_name
     from chunkflow_cli.config.keys import known_keys, unknown_key
     from chunkflow_cli.config.words import FILES

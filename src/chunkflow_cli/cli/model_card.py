@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained on what, with which plan, and what came of it.
+"""Write the model card of an export: base model, data, plan and results.
 
 It says nothing about the machine or its folders: of local paths, only the last part is named.
 """
@@ -45,7 +45,7 @@ def model_card(run: FinishedRun, folder: Path, *, is_merged: bool) -> str:
 
 
 def _training(run: FinishedRun) -> Iterable[tuple[str, str]]:
-    """Yield the rows of the table: as much as the run's files say."""
+    """Yield the rows of the table, as far as the run's files contain them."""
     config, report = run.config, run.report
     train, optim = config["train"], config.get("optim", {})
     yield "base model", _named(config["model"]["path"], "model")

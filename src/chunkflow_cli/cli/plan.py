@@ -206,7 +206,7 @@ def as_json(planned: PlannedRun) -> dict[str, Any]:
 
 
 def _sources_json(planned: PlannedRun) -> dict[str, Any]:
-    """Return what each source contributes to the run; nothing without `data.sources`."""
+    """Return what each source contributes to the run; an empty result without `data.sources`."""
     found = contributions(planned.plan, planned.data)
     return {"sources": {name: asdict(each) for name, each in found.items()}} if found else {}
 

@@ -90,7 +90,7 @@ def attention(requested: str, path: str, trust_remote_code: bool, dtype: str) ->
 
 
 def backend(name: str, dtype: str) -> Answer:
-    """Compare an attention backend with plain matrix products, both ways: {"error": the difference, or None}."""
+    """Compare an attention backend with plain matrix products, in both passes: {"error": the difference, or None}."""
     import torch
 
     from chunkflow_cli.errors import UsageError
@@ -108,7 +108,7 @@ def backend(name: str, dtype: str) -> Answer:
 
 
 def cache(cache_dir: str | None) -> Answer:
-    """Return free space of the directory of tokenised data or its nearest parent, and why it cannot be written to."""
+    """Return free space of the folder of tokenised data or its nearest parent, and why it cannot be written to."""
     from chunkflow_cli.data.cache import cache_root
 
     folder = cache_root(cache_dir)
@@ -124,7 +124,7 @@ def cache(cache_dir: str | None) -> Answer:
 
 
 def training() -> Answer:
-    """Import together what every run imports: the command, the engine and a model's code."""
+    """Import everything that a run imports in one process: the command, the engine and a model's code."""
     importlib.import_module("chunkflow_cli.training.train")
     importlib.import_module("deepspeed")
     importlib.import_module("transformers.models.llama.modeling_llama")

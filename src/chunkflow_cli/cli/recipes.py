@@ -20,17 +20,17 @@ from chunkflow_cli.console import stdout_console
 from chunkflow_cli.errors import UsageError
 
 ONE_LINE_COLUMNS = 210
-"""A terminal of this width shows a recipe on one line, a narrower one on two: with 80 columns, none of them wraps."""
+"""Smallest terminal width that shows each recipe on one line. A narrower terminal shows two lines per recipe."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe file says about itself."""
+    """The description of a recipe, read from its file."""
 
     name: str
     path: str
     model: str
-    """As in the file, with interpolations unresolved; empty if the recipe leaves it to you."""
+    """The model as written in the file, with interpolations unresolved; empty if the recipe does not set it."""
     hardware: str
     chunk_size: int
     k: int
@@ -44,7 +44,7 @@ def list_recipes(config_dir: str | None, *, json_output: bool = False) -> dict[s
     """Print every recipe with what you need to choose one.
 
     Raises:
-        UsageError: `config_dir` is not a directory, or a recipe in it is not valid YAML.
+        UsageError: `config_dir` is not a folder, or a recipe in it is not valid YAML.
     """
     recipes = [describe(name, path) for name, path in recipe_files(config_dir).items()]
     if not json_output:
@@ -70,7 +70,7 @@ def show(name: str, config_dir: str | None, *, json_output: bool = False) -> dic
 
 
 def copy(name: str, destination: str | None, config_dir: str | None, *, json_output: bool = False) -> dict[str, Any]:
-    """Copy a recipe to `destination` (a file, or a directory; default ./NAME.yaml) and print how to run it.
+    """Copy a recipe to `destination` (a file, or a folder; default ./NAME.yaml) and print how to run it.
 
     Raises:
         UsageError: there is no such recipe, or the file exists, cannot be written, or does not end in .yaml.
@@ -91,7 +91,7 @@ def copy(name: str, destination: str | None, config_dir: str | None, *, json_out
         ) from error
     except OSError as error:
         raise UsageError(
-            f"{target} cannot be written: {error.strerror}\n  name a file in a directory that exists"
+            f"{target} cannot be written: {error.strerror}\n  name a file in a folder that exists"
         ) from error
     command = f"chunkflow train {shlex.quote(f'recipe={target}')}"
     if not {"path", "sources"} & _read(path).get("data", {}).keys():

@@ -1,4 +1,4 @@
-"""The samples that `chunkflow analyze --show N` prints: which ones, and as which segments of text."""
+"""Choose the samples that `chunkflow analyze --show N` prints, and divide them into segments of text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ShownSample:
-    """A sample as it is trained on, with what turns its ids into text."""
+    """A sample as it is trained on, with the tokenizer that turns its ids into text."""
 
     location: Location
     input_ids: NDArray[np.int32]  # (tokens,)
     is_target: NDArray[np.bool_]  # (tokens,)
     tokens_cut: int
-    """Tokens at its end that `data.overlong=truncate` leaves out."""
+    """Number of tokens that `data.overlong=truncate` cuts off its end."""
     tokenizer: PreTrainedTokenizerBase | None
-    """None: the ids themselves are shown."""
+    """None shows the ids themselves."""
 
     @property
     def tokens(self) -> int:
@@ -39,7 +39,7 @@ class ShownSample:
         return int(self.is_target.sum())
 
     def segments(self) -> Iterator[tuple[int, int, bool]]:
-        """Yield the runs of tokens that are targets, or are none, in order: first token, end, and which of the two."""
+        """Yield runs of targets and of other tokens, in order: first token, end, and whether they are targets."""
         ends = [*(np.flatnonzero(np.diff(self.is_target)) + 1).tolist(), self.tokens]
         start = 0
         for end in ends:

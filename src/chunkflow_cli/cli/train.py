@@ -67,12 +67,12 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
 
 
 def _announce_and_check(loaded: LoadedConfig) -> None:
-    """Print what is about to be trained, and check that it is there, before torch is imported."""
+    """Print model and data, and check that they exist, before torch is imported."""
     config = loaded.config
     if config.model.path and has_data(config.data) and environment.rank() == 0:
-        recipe = "" if loaded.recipe == "default" else f"{loaded.recipe}: "
+        recipe = "" if loaded.recipe == "default" else f"recipe {loaded.recipe}: "
         data = printable(shown_data(config.data))
-        stderr_console().print(f"{recipe}{config.model.path} on {data}", soft_wrap=True)
+        stderr_console().print(f"{recipe}training {config.model.path} on {data}", soft_wrap=True)
         check_data(config.data)
     check_inputs(loaded)
 
@@ -110,7 +110,7 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
         try:
             code = _run_job(train, number, show_output=not json_output)
         except KeyboardInterrupt:
-            console.print(f"To go on with all runs, give the same command with train.output_dir={root}", soft_wrap=True)
+            console.print(f"To resume all runs, repeat the command with train.output_dir={root}", soft_wrap=True)
             raise
         runs.append({"overrides": words, "output_dir": str(folder), "exit_code": code, **_losses(folder)})
         if code != 0:
@@ -123,7 +123,7 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
 
 
 def _losses(folder: Path) -> dict[str, float | None]:
-    """Return the last training loss and the last held-out loss of a run; nothing of one that has no report."""
+    """Return the last training loss and the last held-out loss of a run; an empty result if it has no report."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -132,7 +132,7 @@ def _losses(folder: Path) -> dict[str, float | None]:
 
 
 def _table_of_runs(runs: Sequence[dict[str, Any]]) -> Table:
-    """Return a table of the runs of a sweep: what sets each apart, and how it ended."""
+    """Return a table of the runs of a sweep: the keys in which they differ, and how each ended."""
     common = set.intersection(*(set(run["overrides"]) for run in runs))
     table = columns("run", "with", ">loss", ">held-out", "")
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"

@@ -124,7 +124,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
 
 
 def _may_be_rounding(config: Config, parity: Parity) -> bool:
-    """Return whether float64 has to tell if a difference in float32 is more than rounding."""
+    """Return whether a difference in float32 may be rounding, so that float64 must decide."""
     has_float64 = not Acceleration.of(config) and config.model.quantization is Quantization.none
     is_small = not parity.is_float64 and parity.grad_rel_error < ROUNDING_SUSPECTED
     return is_small and has_float64 and config.verify.dtype is None

@@ -159,7 +159,7 @@ def _check_optim(config: Config) -> None:
         raise UsageError(f"optim.betas={as_written(betas)} must be two numbers, such as [0.9,0.999]")
     optim = config.optim
     if optim.name is OptimizerName.muon and optim.momentum == 0:
-        raise UsageError("optim.name=muon with optim.momentum=0 is no Muon\n  take optim=muon, which sets 0.95")
+        raise UsageError("optim.name=muon with optim.momentum=0 is not Muon\n  set optim=muon, which sets 0.95")
     if optim.schedule is LearningRateSchedule.constant and optim.min_lr_ratio > 0:
         raise UsageError(
             f"optim.min_lr_ratio={optim.min_lr_ratio:g} with optim.schedule=constant, which does not decay\n"

@@ -113,7 +113,7 @@ def _problems(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -
         elif kind is None:
             hint = did_you_mean(str(key), list(known), f"engine.deepspeed.{prefix}")
             examples = f"\n  it passes on {', '.join(list(known)[:4])}{', ...' if len(known) > 4 else ''}"
-            problems.append(f"{full} is no key that chunkflow passes to DeepSpeed{hint or examples}")
+            problems.append(f"{full} is not a key that chunkflow passes to DeepSpeed{hint or examples}")
         elif isinstance(kind, Mapping):
             if isinstance(value, Mapping):
                 problems += _problems(value, kind, f"{name}.")

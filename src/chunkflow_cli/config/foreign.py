@@ -1,7 +1,7 @@
-"""Names that other tools give to what chunkflow has under another name, or does not need.
+"""Map the configuration names of other tools to chunkflow's keys, or to the reason why none is needed.
 
 They come from the documentation of TRL and the Hugging Face trainer, Axolotl, LLaMA-Factory, Unsloth, torchtune and
-DeepSpeed. docs/comparison.md has a table for readers.
+DeepSpeed. docs/coming-from.md has tables for readers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ _PACKED = "not needed: chunkflow always packs short samples, and they never see 
 _NO_PADDING = "not needed: chunkflow never pads"
 _FOUND = "not needed: it is found from the model"
 _BATCH = "set train.global_batch_size: the samples of an optimizer step, over all GPUs"
-_LENGTH = "set data.max_length, with data.overlong=truncate to cut longer samples; chunk.size is another thing"
+_LENGTH = "set data.max_length, with data.overlong=truncate to cut longer samples; chunk.size is not a length limit"
 _LOGGER = "set log.backends, as in [jsonl,wandb]"
 _QUANTISED = "set model.quantization=nf4 (4 bits, as QLoRA) or int8, with model.lora.enabled=true"
 _EVALUATE = "set eval.every to a number of steps, and data.eval_path or data.eval_fraction"
@@ -154,7 +154,7 @@ FOREIGN = {
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"),
                     "not needed: the lowest held-out loss is the best (eval.keep_best)"),
     **dict.fromkeys(("stage", "rl", "rlhf", "trainer_type", "training_type", "rlhf_type"),
-                    "set train.task=sft, dpo, orpo or kto"),
+                    "set train.task=sft (the default), dpo, orpo or kto"),
     **dict.fromkeys(("dpo_beta", "pref_beta", "kto_beta", "orpo_alpha", "orpo_beta", "simpo_beta", "rl_beta"),
                     "preference.beta"),
     **dict.fromkeys(("loss_type", "pref_loss", "dpo_loss_type", "dpo_loss"),
@@ -191,10 +191,10 @@ FOREIGN = {
     **dict.fromkeys(("config", "config_file", "config_path", "recpie", "receipe", "recipie", "reciep"),
                     "did you mean recipe=NAME, or recipe=PATH of a YAML file?"),
 }  # fmt: skip
-"""What to write instead, by name: a key, or a sentence."""
+"""Replacement for each name: a key, or a sentence."""
 
 
 def foreign_name(name: str) -> str | None:
-    """Return what to write instead of another tool's name, which may have a section in front; None if it is unknown."""
+    """Return the replacement for another tool's name, which may have a section prefix; None if the name is unknown."""
     plain = name.lower().replace("-", "_")
     return FOREIGN.get(plain) or (FOREIGN.get(plain.rpartition(".")[2]) if "." in plain else None)

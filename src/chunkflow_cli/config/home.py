@@ -1,4 +1,4 @@
-"""`~` in paths. The shell expands it only at the beginning of a word, so never behind `key=`."""
+"""Expand `~` in paths. The shell expands it only at the beginning of a word, so not after `key=`."""
 
 from __future__ import annotations
 

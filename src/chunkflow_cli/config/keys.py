@@ -34,7 +34,7 @@ class Key:
     is_path: bool = False
     """Whether its text, or each text of its list, is a path."""
     null_is_a_name: bool = False
-    """Whether `key=null` on the command line is a text."""
+    """Whether `key=null` on the command line means the string `null`."""
 
     @property
     def is_list(self) -> bool:
@@ -68,7 +68,7 @@ class Key:
 
     @property
     def can_be_null(self) -> bool:
-        """Whether `key=null` on the command line is no value."""
+        """Whether `key=null` on the command line means no value."""
         return type(None) in self.kinds and not self.null_is_a_name
 
     @property
@@ -185,7 +185,7 @@ def as_written(value: Any) -> str:
 GONE = {
     **dict.fromkeys(
         ("chunk.k_per", "tune.k_per"),
-        "every long sample keeps chunk.k chunks, because a K for each sample brought nothing\n  remove the key",
+        "every long sample keeps chunk.k chunks, because a K for each sample had no benefit\n  remove the key",
     ),
     "parallel.parts": "a stage holds one part of the model; interleaved schedules were never run\n  remove the key",
     "parallel.schedule=interleaved": "interleaved schedules were never run\n"
@@ -195,18 +195,18 @@ GONE = {
         for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second", "pipelines", "sequences")
     },
 }
-"""What became of keys, and of one value (key=value), that earlier versions had."""
+"""Removed keys, and one removed value (key=value), with their replacement or the reason."""
 
 
 def unknown_key(name: str) -> str:
-    """Return the error for a key that does not exist: what became of it, or which key it may be meant for."""
+    """Return the error for a key that does not exist: its replacement, or the key that may be meant."""
     if name in GONE:
         return f"{name} is gone: {GONE[name]}"
     return f"there is no configuration key {name!r}{_hint(name)}"
 
 
 def _hint(name: str) -> str:
-    """Return a line that leads from a wrong key to the right one, or an empty string."""
+    """Return a line that suggests the right key for a wrong one, or an empty string."""
     if _INDEX.search(name):
         inside = [
             key

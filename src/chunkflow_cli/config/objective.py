@@ -1,4 +1,4 @@
-"""What a run learns from preferences, as its configuration says."""
+"""Read from the configuration what a run learns from preferences."""
 
 from __future__ import annotations
 

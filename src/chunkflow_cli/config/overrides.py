@@ -56,7 +56,7 @@ def sweep(words: Sequence[str]) -> list[list[str]]:
 
 
 def check_words(words: Sequence[Word], config_dir: str | None = None) -> list[str]:
-    """Return an error for each word that Hydra would accept without a word, or would explain in its own terms.
+    """Return an error for each word that Hydra would accept silently, or would reject with a message about its grammar.
 
     Args:
         words: as `read_words` returns them.

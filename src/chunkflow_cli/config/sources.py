@@ -1,4 +1,4 @@
-"""Several data sets: what each source is called, the configuration that it is read with, and what is wrong with it."""
+"""Handle several data sets: the name of each source, its configuration, and its mistakes."""
 
 from __future__ import annotations
 

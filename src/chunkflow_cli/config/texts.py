@@ -1,4 +1,4 @@
-"""Texts in Hydra's grammar: quote one so that it arrives unchanged, and split a list without its grammar."""
+"""Quote strings for Hydra's grammar so that they arrive unchanged, and split lists without that grammar."""
 
 from __future__ import annotations
 

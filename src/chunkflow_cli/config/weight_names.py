@@ -1,4 +1,4 @@
-"""Names of weights in the configuration: which weights of a model a name means."""
+"""Match names in the configuration with the weights of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chunkflow_cli.errors import UsageError
 
 
 def is_named(weight: str, name: str) -> bool:
-    """Return whether a name of the configuration means a weight.
+    """Return whether a name in the configuration matches a weight.
 
     It is one or more whole parts of the weight's name, or a regular expression for all of it: `layers.1` means
     `model.layers.1.mlp.up_proj.weight` and no weight of layer 10.
@@ -36,6 +36,6 @@ def check_names(key: str, names: Iterable[str]) -> None:
         try:
             re.compile(name)
         except re.error as error:
-            raise UsageError(f"{key}: {name!r} is no regular expression: {error}") from error
+            raise UsageError(f"{key}: {name!r} is not a regular expression: {error}") from error
         if not name:
             raise UsageError(f"{key}={as_written([name])} has an empty name\n  name a weight, or leave the key out")

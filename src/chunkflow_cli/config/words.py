@@ -1,4 +1,4 @@
-"""The words of a command line: what each one sets, decided by the declared type of its key and not by a grammar.
+"""Parse the words of a command line by the declared type of each key, not by a grammar.
 
 A key that holds text takes it as it is typed: spaces, `=`, commas, brackets, accents and what looks like a number. Four
 things keep their meaning: quotes around the whole text (`"..."`, `'...'`), `null` where the key can be null, `${...}`,
@@ -36,10 +36,10 @@ class Word:
     typed: str
     """As the user typed it."""
     sign: str
-    """`+`, `++`, `~`, or nothing."""
+    """The prefix `+`, `++` or `~`, or an empty string."""
     name: str
     value: str | None
-    """What stands behind the `=`; None without one."""
+    """The text after the `=`; None if there is no `=`."""
 
 
 def read_words(words: Sequence[str]) -> tuple[list[Word], list[str]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 QUIET_SECONDS = 86_400.0
-"""Age of the newest file of another machine's folder from which on nobody is taken to build it."""
+"""Age in seconds of the newest file after which a folder of another machine counts as abandoned."""
 _LOCK = ".lock"
 
 

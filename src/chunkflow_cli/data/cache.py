@@ -70,7 +70,7 @@ ARRAYS: dict[str, DTypeLike] = {
 
 @dataclass(frozen=True)
 class Ingredients:
-    """Everything that decides the content of an entry."""
+    """Everything that determines the content of an entry."""
 
     source: str
     """Fingerprint of the data."""
@@ -188,7 +188,7 @@ def open_entry(folder: Path, *, is_checked: bool = False) -> CacheEntry | None:
 
 
 def stamp(folder: Path) -> str | None:
-    """Return what tells an entry from a copy of it on another disk; None if there is no entry.
+    """Return a stamp that differs between an entry and its copy on another disk; None if there is no entry.
 
     Nodes that share a file system see the same file, with the same number and the same time to the nanosecond.
     """

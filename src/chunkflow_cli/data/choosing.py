@@ -19,7 +19,7 @@ from chunkflow_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class Wish:
-    """Which part of the data the user wants, and the words for it."""
+    """The part of the data that the user wants, with the names for messages."""
 
     named: str
     """Key and path, for messages: `data.path=chats`."""
@@ -50,14 +50,14 @@ class Wish:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Files to read, and what there is to say about the others."""
+    """Files to read, and notes about the others."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
 
 def choose_files(path: str, wish: Wish) -> Chosen | None:
-    """Return the files at a local path that are wished for, or None if nothing is there.
+    """Return the wanted files at a local path, or None if nothing is there.
 
     Raises:
         UsageError: what is there is not data, or has no such split or subset.
@@ -138,13 +138,13 @@ def _choose_subset(found: Found, subsets: Subsets, wish: Wish) -> Chosen:
     chosen = _choose(found, {file: splits[file] for file in found.files}, wish)
     apart = [other for other in subsets.files if other != name]
     if wish.subset is None and apart:
-        note = f"the subset {name} is read, and not: {', '.join(apart)}"
+        note = f"only the subset {name} is read, not: {', '.join(apart)}"
         return replace(chosen, notes=(note, *chosen.notes))
     return chosen
 
 
 def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chosen:
-    """Return the files of the split that is wished for. Without any split, all files are."""
+    """Return the files of the wanted split. If the files have no splits, return all of them."""
     files, notes = found.files, []
     if any(splits.values()):
         parts = by_split(splits)
@@ -159,7 +159,7 @@ def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chos
         others = [name for name in [*known, *parts] if name not in wanted]
         apart = [f"{name or 'no split'} ({found.names(parts[name])})" for name in dict.fromkeys(others)]
         if apart and wish.split not in (None, ALL) and wish.split_key == "data.split":
-            notes.append(f"the split {wish.split} is read, and not: {', '.join(apart)}")
+            notes.append(f"only the split {wish.split} is read, not: {', '.join(apart)}")
     elif wish.split not in (None, TRAIN, ALL):
         raise UsageError(
             f"{wish.named} has no split {wish.split}: no name of a file or folder in it is that of a split\n"

@@ -1,4 +1,4 @@
-"""Rows whose columns have other names than the formats know: `data.columns`."""
+"""Rename the columns of rows (`data.columns`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkflow_cli.errors import UsageError
 
 @dataclass(frozen=True)
 class RenamedColumns:
-    """A source with other names for some columns. A column that had a new name before is gone."""
+    """A source with renamed columns. A column that already had one of the new names is replaced."""
 
     source: Source
     columns: Mapping[str, str]

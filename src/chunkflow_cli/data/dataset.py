@@ -70,7 +70,7 @@ def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
 CHECKED_ROWS = 1000
 """Rows whose form is checked before anything slow begins."""
 CHECKED_BATCHES = 32
-"""Batches in which they must be: a batch ends at a mebibyte, so that long samples take no longer than short ones."""
+"""Maximum number of batches to check. A batch ends at 1 MiB, so that long samples take no longer than short ones."""
 
 
 def check_data(config: DataConfig) -> None:
@@ -223,7 +223,7 @@ def _ingredients(
     tokenizer: PreTrainedTokenizerBase | None,
     vocab_size: int | None,
 ) -> Ingredients:
-    """Return what decides the tokens of a source: of each key, the value that it has for this format."""
+    """Return the keys that determine the tokens of a source, with their values for this format."""
     return Ingredients(
         source=source.fingerprint(),
         tokenizer=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
@@ -333,7 +333,7 @@ def _overlong_message(
 
 
 def _told_once(rejected: Sequence[tuple[Location, str]]) -> list[tuple[Location, str]]:
-    """Return bad rows with the same reason as the row before them marked as such: a reason may be long."""
+    """Return the bad rows, with a short mark in place of a reason that repeats the one before it."""
     before = [None, *(reason for _, reason in rejected)]
     return [
         (row, "the same" if reason == last else reason) for (row, reason), last in zip(rejected, before, strict=False)

@@ -267,7 +267,7 @@ class Encoder:
         return _Labelled(TokenRow(ids, labels), remarks, ends)
 
     def _on_end(self, token: int) -> list[Remark]:
-        """Return a remark if an answer ends with a token at which only some programs stop."""
+        """Return a remark if an answer ends with a token at which only some programs stop generating."""
         if token == self._eos or self._backend is None:
             return []
         name = self._backend.id_to_token(token)

@@ -50,7 +50,7 @@ from chunkflow_cli.data.source import Location, Source
 
 CHARACTERS_PER_TOKEN = 4.0
 CHARACTERS_PER_EXTRA_BYTE = 2.5
-"""What each byte of UTF-8 beyond one per character weighs."""
+"""Weight of each UTF-8 byte beyond one per character."""
 TOKENS_PER_TURN = 5
 """`<|im_start|>`, the role, a newline, `<|im_end|>`, a newline."""
 
@@ -244,7 +244,7 @@ def _tokens_of_message(message: Message) -> int:
 
 
 def _weight(text: str) -> float:
-    """Return how many characters of English have about as many tokens as a text."""
+    """Return the number of English characters that have about as many tokens as a text."""
     extra = len(text.encode("utf-8", "surrogatepass")) - len(text)
     return len(text) + CHARACTERS_PER_EXTRA_BYTE * extra
 

@@ -1,4 +1,4 @@
-"""Which fields of a row count: the rule for keys that a format does not read.
+"""Decide which fields of a row matter: the rule for keys that a format does not read.
 
 A format reads the keys in the table of `data.formats`. Of the others, some names mean something in the training data of
 other tools: masks, weights, reasoning, tools, images, the halves of a preference pair. Such a field changes what those
@@ -48,7 +48,7 @@ _CONTEXT = {
     *SYSTEM,
     *REASONING,
 }
-"""What the model sees before an answer, or says in it."""
+"""Fields that the model sees before an answer, or writes in it."""
 _FREE_VALUES: dict[str, tuple[object, ...]] = {
     "tools": ("[]",),
     "functions": ("[]",),
@@ -57,10 +57,10 @@ _FREE_VALUES: dict[str, tuple[object, ...]] = {
     "response_format": ("text", {"type": "text"}),
     "reasoning": ("on", "off"),
 }
-"""Values that ask for nothing: of JSON strings, of parameters of API requests, and of notes (Nemotron)."""
+"""Values without effect: of JSON strings, of parameters of API requests, and of notes (Nemotron)."""
 _ANSWERS = ("completion", "response", "output", "answer", "answers", "choices")
 _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
-"""Lists that tokenizers add and no trainer reads."""
+"""Lists that tokenizers add and that no trainer reads."""
 _SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, "sample_weight", "label", "kto_tag", "prompt"}
 _SUSPECTS_WITH_IDS = _SUSPECTS | _BESIDE_IDS
 
@@ -204,7 +204,7 @@ def _is_written(value: object, row: Mapping[str, Any]) -> bool:
 
 
 SHORTEST_QUOTE = 20
-"""Characters. Shorter strings occur in others by chance."""
+"""Minimum length in characters. Shorter strings occur in other texts by chance."""
 
 
 def _strings(value: object) -> Iterable[str]:
@@ -275,7 +275,7 @@ def check_message(turn: Mapping[str, Any], place: str, role: str) -> None:
 
 
 def is_trained(turn: Mapping[str, Any], place: str, *, can_be: bool, role: str) -> bool:
-    """Return True if the loss counts a message: what its `weight` or `train` key says, otherwise `can_be`.
+    """Return whether the loss counts a message: the value of its `weight` or `train` key, otherwise `can_be`.
 
     Args:
         can_be: False for messages that the loss never counts: those of other roles, and those of a prompt.

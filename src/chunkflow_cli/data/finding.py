@@ -1,4 +1,4 @@
-"""Find the data files at a path. Every file counts, or is named with the reason why it does not."""
+"""Find the data files at a path. Every other file is listed with the reason why it is not read."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NAMED = 5
 """Maximum number of files that a line names."""
 END_BYTES = 1 << 16
 UNSEARCHED = frozenset({".git", ".cache", ".venv", ".ipynb_checkpoints", "__MACOSX", "__pycache__", "node_modules"})
-"""Folders that other programs keep next to data."""
+"""Folders that other programs keep next to data, and that are not searched."""
 RUN_FILES = frozenset({"metrics.jsonl", "report.json", "rejected.jsonl", "trace.json", "checkpoints", "final"})
-"""What a run writes into its folder."""
+"""Files that a run writes into its folder."""
 OUTPUT = "a run's output"
 MODEL_FILES = frozenset({"tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors",
                          "model.safetensors.index.json", "pytorch_model.bin", "adapter_model.safetensors"})  # fmt: skip

@@ -65,7 +65,7 @@ PREFERENCE_FORMATS = frozenset({DataFormat.preference, DataFormat.feedback})
 """Formats that `train.task` names; rows of them are never detected."""
 _OF_TURNS_OR_TEXT = PREFERENCE_FORMATS | {DataFormat.prompt_completion}
 PLAIN_FORMATS = frozenset({DataFormat.text, DataFormat.tokens})
-"""Formats whose rows have no answers that could be told from the rest."""
+"""Formats whose rows have no answers that could be distinguished from other text."""
 
 
 def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:
@@ -153,7 +153,7 @@ _HINTS = (
     (("contents",), "Gemini's form; write messages: the role model is assistant, the text of parts is content"),
     (("tokens",), "if they are ids, rename tokens to input_ids"),
 )
-"""Keys of rows that people have, and what to do about them."""
+"""Keys of common rows in other formats, and what to do about them."""
 
 
 def _hint(keys: str) -> str:

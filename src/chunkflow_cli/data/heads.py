@@ -1,4 +1,4 @@
-"""Look at the head of a file: whether it holds what its name says, and how to read it."""
+"""Check the first bytes of a file: whether its content matches its name, and how to read it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAGIC = {
 ARROW_STREAM = b"\xff\xff\xff\xff"
 LFS_POINTER = b"version https://git-lfs"
 WEB_PAGES = {b"<!doctype html": "an HTML page", b"<html": "an HTML page", b"<?xml": "an XML document"}
-"""What a server sends where data should be: a page to log in, or an error."""
+"""Beginnings of web pages, which a server sends instead of data: a login page, or an error."""
 
 
 class FileKind(str, Enum):

@@ -1,4 +1,4 @@
-"""What a chat template inserts into conversations that no row has, such as a default system message."""
+"""Find text that a chat template adds to conversations, such as a default system message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.sample import BadRowError
 
 PROSE_WORDS = 4
-"""A line of so many words is no header of a turn, such as `### Response:` or `GPT4 Correct User:`."""
+"""Number of words from which a line is prose, and not the header of a turn such as `### Response:`."""
 SHOWN_CHARACTERS = 100
 _WORD = re.compile(r"[A-Za-z0-9']+|[^\x00-\x7F]")
 

@@ -1,4 +1,4 @@
-"""Which tokens of a text are targets.
+"""Decide which tokens of a text are targets.
 
 A token is a target if and only if it holds a character of a target span. The whole text is tokenised once, so a token
 may straddle the edge between prompt and answer: the prompt `2 + 2 = ` ends with a space, and the tokenizer makes one

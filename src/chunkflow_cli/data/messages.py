@@ -1,4 +1,4 @@
-"""Messages of a row, as OpenAI, ShareGPT, Anthropic and their relatives write them, in one form.
+"""Convert the messages of a row from the forms of OpenAI, ShareGPT, Anthropic and others to one form.
 
 A turn is `{role, content}` or `{from, value}`. Content is a string, or a list of text parts, which are joined without
 anything between them, as chat templates for images and text do. Parts of another type make the row bad.
@@ -129,7 +129,7 @@ def _message(turn: Mapping[str, Any], place: str, are_targets: bool) -> Message:
 
 
 def _one_of(turn: Mapping[str, Any], key: str, other: str, place: str) -> str:
-    """Return which of two keys a message has; `key` if it has neither."""
+    """Return the one of two keys that a message has; `key` if it has neither."""
     if turn.get(key) is not None and turn.get(other) is not None:
         raise BadRowError(f"{place} has both {key} and {other}; keep one")
     return other if turn.get(key) is None and other in turn else key

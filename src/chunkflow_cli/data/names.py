@@ -1,4 +1,4 @@
-"""What the name of a file says: data in which form, certainly no data, or something unknown."""
+"""Classify a file by its name: data of some form, certainly not data, or unknown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_DATA = re.compile(
     r"|safetensors|gguf|pth?|bin|md5|sha1|sha256)",
     re.IGNORECASE | re.DOTALL,
 )
-"""Names that repositories have next to their data, and what is no text. Nobody misses these files in training."""
+"""Names of files that are certainly not training data, such as READMEs and images."""
 
 
 def kind_of_name(path: Path) -> str | None:

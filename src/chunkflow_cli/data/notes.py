@@ -1,4 +1,4 @@
-"""What happens to rows on their way to tokens that their owner might not expect: found row by row, said once.
+"""Collect notes about rows that may surprise the user: found row by row, printed once.
 
 A remark neither rejects a row nor changes its tokens. The cache keeps the remarks of a data set with their number of
 rows, so a run that finds its tokens in the cache says the same as the one that made them.
@@ -16,11 +16,11 @@ from chunkflow_cli.processes.notices import say_once
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """A fact about a row, in words that are the same for all rows that it holds for."""
+    """A fact about a row, worded the same for all rows that it applies to."""
 
     text: str
     is_warning: bool = True
-    """True if something of the row is lost or may not work; False if it is only good to know."""
+    """True if a part of the row is lost or may not work; False if the note is only information."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a chat template does not write of a conversation.
+"""Find the parts of a conversation that a chat template does not write.
 
 Templates leave out what they do not know (`reasoning_content`, ids of calls), what they do not want (reasoning before
 `</think>`), and what they have no place for (text beside a tool call). So whatever a turn says is searched in the
@@ -28,7 +28,7 @@ _TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS}
 
 _CUT_OUT = (
     *(f"{key} of the assistant" for key in REASONING_KEYS),
-    "what stands before </think> in the assistant's content",
+    "the text before </think> in the assistant's content",
 )
 CUT = Remark(
     "the model will not learn the reasoning of earlier answers, which the chat template writes in the last one only; "
@@ -37,7 +37,7 @@ CUT = Remark(
 
 
 class Turn(NamedTuple):
-    """A message as a template gets it, and the text in which its words must stand."""
+    """A message as a template gets it, and the rendered text that must contain its words."""
 
     message: Mapping[str, Any]
     number: int
@@ -104,7 +104,7 @@ def _on_ids(message: Mapping[str, Any], whole: str) -> Iterator[Remark]:
 
 
 class _Search:
-    """Searches words in a range of a text, and knows how far it came."""
+    """Searches for words in a range of a text, and remembers its position."""
 
     def __init__(self, text: str, start: int, stop: int) -> None:
         self.text, self.start, self.stop = text, start, stop
@@ -175,7 +175,7 @@ def _lost_of_content(content: str, search: _Search, *, has_calls: bool) -> str:
     lines = (line.strip() for part in _TAG.split(content) for line in part.splitlines())
     if sum(search.has(line) for line in lines if line):
         return "a part of the assistant's content"
-    return "the assistant's content beside tool calls" if has_calls else "the assistant's content"
+    return "the assistant's content next to tool calls" if has_calls else "the assistant's content"
 
 
 def _has_value(value: object, search: _Search) -> bool:

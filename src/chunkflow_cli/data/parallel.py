@@ -17,7 +17,7 @@ from chunkflow_cli.errors import RunError
 from chunkflow_cli.processes.environment import child_environment, cores, module_command
 
 BYTES_PER_WORKER = 4_000_000
-"""Data per worker process that makes its start worthwhile: importing and loading a tokenizer takes seconds."""
+"""Bytes of data per worker process below which starting it is not worth the seconds that it takes."""
 
 
 def encode_source(source: Source, encoder: Encoder, *, num_workers: int | None) -> Iterator[EncodedBatch]:

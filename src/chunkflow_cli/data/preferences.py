@@ -33,7 +33,7 @@ from chunkflow_cli.data.sample import (
 from chunkflow_cli.data.values import flag, kind, required
 
 NOT_PAIRED = -1
-"""Mark of a sample that is no preference."""
+"""Mark of a sample that is not a preference."""
 
 
 def parse_preference(row: Mapping[str, Any]) -> JudgedAnswers:

@@ -25,7 +25,7 @@ BATCH_ROWS = 256
 """Maximum rows of a batch. A batch also ends at `BATCH_BYTES` of text."""
 BATCH_BYTES = 1 << 20
 ROW_BYTES = 1 << 28
-"""Most bytes of a row: 60 million tokens of English."""
+"""Maximum number of bytes in a row: about 60 million tokens of English."""
 TABLE_BYTES = 1 << 26
 """About how many bytes of a parquet file are decoded at once."""
 

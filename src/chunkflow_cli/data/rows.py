@@ -24,7 +24,7 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class UnreadableRow:
-    """A row that cannot be parsed, in a file of which the others can."""
+    """A row that cannot be parsed, in a file whose other rows can be."""
 
     reason: str
 

@@ -65,7 +65,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the row itself gives the chat template, which counts before `data.template_arguments`."""
+    """Template arguments of the row itself. They take precedence over `data.template_arguments`."""
 
     def with_last_answer(self) -> Conversation:
         """Return the conversation in which no answer but the last is a target (`data.train_on=last`).

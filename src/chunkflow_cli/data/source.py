@@ -62,11 +62,11 @@ class Source(Protocol):
 
     @property
     def size(self) -> int:
-        """What `RowBatch.position` reaches."""
+        """The final value of `RowBatch.position`."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, about."""
+        """Approximate number of bytes of all rows."""
 
     def location(self, file: int, line: int) -> Location:
         """Return where a row is in the user's data."""
@@ -223,7 +223,7 @@ def _local_files(parts: Sequence[tuple[Wish, Chosen | None]]) -> LocalFiles:
         if chosen is None:
             a_list = " A data set of the hub cannot be part of a list." if len(parts) > 1 else ""
             raise UsageError(
-                f"{wish.named}: there is no such file or folder (looked from {printable(Path.cwd())}){a_list}"
+                f"{wish.named}: there is no such file or folder (relative to {printable(Path.cwd())}){a_list}"
             )
         for note in chosen.notes:
             warn_once(f"{wish.named}: {note}")

@@ -1,4 +1,4 @@
-"""Splits by name: which files of a folder are for training, which for validation, which for tests.
+"""Find splits by name: which files of a folder are for training, validation and tests.
 
 The words are those of the `datasets` library (`datasets.data_files`): a word counts where it stands alone in the name
 of a folder or a file, that is, between the name's ends, digits and `-._ `. So `train.jsonl`, `my-train.jsonl`,
@@ -21,7 +21,7 @@ Thing = TypeVar("Thing")
 
 TRAIN = "train"
 HELD_OUT = ("validation", "test")
-"""Splits to evaluate on, the first one that there is."""
+"""Splits to evaluate on; the first that exists is used."""
 ALL = "all"
 """The name of all splits together, as in `datasets`."""
 WORDS = {
@@ -41,7 +41,7 @@ def canonical(split: str) -> str:
 
 
 def split_in(name: str) -> str | None:
-    """Return the split that a name of a file or folder speaks of.
+    """Return the split that the name of a file or folder contains.
 
     A name that speaks of several is no training data: better to leave out too much, in words, than to train on tests.
     """

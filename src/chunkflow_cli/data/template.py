@@ -365,7 +365,7 @@ DATED = Remark(
 )
 REWRITTEN = Remark(
     "the chat template writes an answer otherwise once another turn follows it; data.turns=whole trains on answers as "
-    "they stand in the whole conversation, data.turns=split on each as the model writes it at inference",
+    "they appear in the whole conversation, data.turns=split on each as the model writes it at inference",
     is_warning=False,
 )
 OUTLINES = 1000

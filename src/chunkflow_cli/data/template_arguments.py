@@ -1,4 +1,4 @@
-"""Variables that a chat template gets next to the conversation: `data.template_arguments`, and those of a row.
+"""Variables for the chat template, from `data.template_arguments` and from rows.
 
 They are what `apply_chat_template` takes as further keywords, such as `enable_thinking=False`. Names that it takes for
 itself are refused, and so are names that the template never reads: a misspelt argument would have no effect.
@@ -30,7 +30,7 @@ class TemplateArguments:
 
     values: Mapping[str, Any]
     reserved: frozenset[str]
-    """Names that mean something else: the conversation, the special tokens, and options of `apply_chat_template`."""
+    """Reserved names: the conversation, the special tokens, and options of `apply_chat_template`."""
 
     @classmethod
     def checked(cls, values: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -132,7 +132,7 @@ def _instead(name: str, templates: list[str], arguments: TemplateArguments) -> s
 
 
 def _settings(template: str) -> set[str]:
-    """Return the variables that a template means to be given: it never sets them, or asks whether they are defined.
+    """Return the variables that a template expects as arguments: it never sets them, or asks if they are defined.
 
     Others it may read from outside as well, if it sets them on some paths only.
     """

@@ -71,7 +71,9 @@ def chosen_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
     text = _read(path, named)
     compiled_template(text, named)
     if "messages" not in names_read(text):
-        raise UsageError(f"{named} is no chat template: it never reads messages\n  name a Jinja file that writes them")
+        raise UsageError(
+            f"{named} is not a chat template: it never reads messages\n  name a Jinja file that writes them"
+        )
     return text
 
 
@@ -80,10 +82,10 @@ def _read(path: Path, named: str) -> str:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
-            raise UsageError(f"{named} is no chat template: it has more than {MOST_BYTES // 1024} KiB")
+            raise UsageError(f"{named} is not a chat template: it has more than {MOST_BYTES // 1024} KiB")
         # Line ends as transformers reads them, when it finds the template next to a tokenizer.
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UsageError(f"{named} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{named} is no chat template: it is not a text in UTF-8 (byte {error.start})") from error
+        raise UsageError(f"{named} is not a chat template: it is not a text in UTF-8 (byte {error.start})") from error

@@ -1,4 +1,4 @@
-"""What a chat template gets of a conversation.
+"""Convert a conversation to the input of a chat template.
 
 A template that never mentions `tools`, `tool_calls` or the role `tool` would silently drop the first two and may reject
 the third. Then the definitions are written into the system message (which, like any system message, replaces a default
@@ -56,7 +56,7 @@ def template_traits(template: str) -> TemplateTraits:
 
 @dataclass(frozen=True, slots=True)
 class MessageForm:
-    """What a template takes that others do not."""
+    """The form of messages that a template needs."""
 
     parts: bool = False
     """It writes a content only if that is a list of parts, as some templates for images do."""
@@ -122,15 +122,17 @@ def _rewritten(conversation: Conversation, traits: TemplateTraits) -> Iterator[R
     roles = {message.role for message in conversation.messages} - traits.role_names
     parts = []
     if conversation.tools and not traits.names_tools:
-        parts.append(f'their definitions stand in the system message, after "{TOOLS_HEADER}"')
+        parts.append(f'their definitions are in the system message, after "{TOOLS_HEADER}"')
     if any(message.tool_calls for message in conversation.messages) and not traits.names_tool_calls:
-        parts.append("calls stand in the answer, as JSON")
+        parts.append("calls are in the answer, as JSON")
     if "tool" in roles:
         parts.append(f"results are {UNNAMED_ROLES['tool']} messages")
     if parts:
-        yield Remark(f"the chat template knows no tools: {'; '.join(parts)}; write the same when you use the model")
+        yield Remark(
+            f"the chat template has no place for tools: {'; '.join(parts)}; write the same when you use the model"
+        )
     if "developer" in roles:
-        yield Remark("the chat template knows no developer messages: they are written as system messages")
+        yield Remark("the chat template has no place for developer messages: they are written as system messages")
 
 
 UNNAMED_ROLES = {"tool": "user", "developer": "system"}

@@ -1,4 +1,4 @@
-"""What Jinja makes of messages and a chat template, as transformers runs it.
+"""Render chat templates with Jinja, as transformers does.
 
 **Today's date.** For a template that writes it (`strftime_now`), today is `TEMPLATE_DATE`, the date that Llama 3.1's
 own template writes if it is given none. With the real date the same data would become other tokens every day: another

@@ -48,7 +48,7 @@ class TokenizedSource:
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What became of the rows of one source, before any are held out."""
+    """Counts of what happened to the rows of one source, before any are held out."""
 
     rows_read: int = 0
     samples_read: int = 0

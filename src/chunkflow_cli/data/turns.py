@@ -1,4 +1,4 @@
-"""Where the assistant's turns are in the text that a chat template makes of a conversation.
+"""Locate the assistant's turns in the text that a chat template makes of a conversation.
 
 Everything is found in the conversation's skeleton (`data.skeleton`), where words are marks that occur nowhere else.
 
@@ -37,7 +37,7 @@ class Render(Protocol):
 
 
 Ending = Literal["none", "prompt", "thinking", "no thinking"]
-"""What is written behind messages: nothing, the generation prompt, or that for answers with or without reasoning."""
+"""Text after the messages: none, the generation prompt, or the prompt for answers with or without reasoning."""
 PROMPT_OPTIONS: Mapping[Ending, Mapping[str, bool]] = {
     "none": {},
     "prompt": {"add_generation_prompt": True},
@@ -91,7 +91,7 @@ class EndTokens:
 
 @dataclass(frozen=True, slots=True)
 class TurnSpan:
-    """Where the targets of a turn are in a text, `[start, stop)`."""
+    """Range of the targets of a turn in a text, `[start, stop)`."""
 
     start: int
     stop: int
@@ -117,7 +117,7 @@ class Outline:
     turns: Mapping[int, TurnSpan]
     """By index of the message."""
     reason: str | None
-    """Why the turns cannot be found."""
+    """The reason why the turns cannot be found."""
     ends: tuple[int, ...]  # (marks,), where each mark ends
 
     def moved(self, index: int, places: Sequence[tuple[int, int]]) -> TurnSpan:

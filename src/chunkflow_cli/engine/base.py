@@ -75,7 +75,7 @@ class BaseEngine(TrainingEngine):
         self._update()
         norm = self._norm if self._zero_stage == 0 else float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
-            raise RunError(f"the gradient norm is {norm}: the weights of this step are spoilt and are not saved")
+            raise RunError(f"the gradient norm is {norm}: the weights after this step are corrupt and are not saved")
         return norm
 
     @abstractmethod

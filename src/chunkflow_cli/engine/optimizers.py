@@ -32,12 +32,12 @@ def check_optimizer(settings: EngineSettings) -> None:
     if name is OptimizerName.paged_adamw_8bit and settings.device.type == "cpu":
         raise UsageError(
             f"optim.name={name.value} pages between a GPU and the host, and this machine has no GPU\n"
-            "  take optim=adamw_8bit"
+            "  set optim=adamw_8bit"
         )
     if offload is not Offload.none and name not in (OptimizerName.adamw, OptimizerName.sgd):
         raise UsageError(
             f"engine.offload={offload.value} with optim.name={name.value}: only AdamW and SGD run on the host\n"
-            "  take engine.offload=none, or optim=adamw"
+            "  set engine.offload=none, or optim=adamw"
         )
 
 

@@ -48,12 +48,12 @@ def check_settings(settings: EngineSettings) -> None:
     if settings.dtype is Dtype.bfloat16 and stage not in STAGES_WITH_FLOAT32_SUMS:
         raise UsageError(
             f"engine.zero_stage={stage} would add up the gradients of all chunks in bfloat16 and lose the small ones\n"
-            "  take engine.zero_stage=1 or 3, which add them up in float32"
+            "  set engine.zero_stage=1 or 3, which add them up in float32"
         )
     if offload is not Offload.none and settings.device.type == "cpu":
         raise UsageError(
             f"engine.offload={offload.value} moves data from a GPU to the host, and this machine has no GPU\n"
-            "  take engine.offload=none"
+            "  set engine.offload=none"
         )
     if offload is Offload.optimizer and stage not in (1, 2, 3):
         raise UsageError(f"engine.offload=optimizer needs engine.zero_stage=1, 2 or 3, not {stage}")
@@ -72,12 +72,12 @@ def check_pipeline_settings(settings: EngineSettings, stages: int) -> None:
     if stage > 1:
         raise UsageError(
             f"engine.zero_stage={stage} with parallel.pipeline={stages}: it reduces gradients within every backward, "
-            "and the stages of a pipeline are never at the same one\n  take engine.zero_stage=1 (or 0)"
+            "and the stages of a pipeline are never at the same one\n  set engine.zero_stage=1 (or 0)"
         )
     if offload is not Offload.none:
         raise UsageError(
             f"engine.offload={offload.value} with parallel.pipeline={stages} is not supported\n"
-            "  take engine.offload=none: each stage already keeps the optimizer states of its own layers only"
+            "  set engine.offload=none: each stage already keeps the optimizer states of its own layers only"
         )
 
 

@@ -51,7 +51,7 @@ def check_acceleration(config: Config, hf_config: Any, device: torch.device) -> 
     check_kernels(config.model, hf_config.get_text_config().model_type, device)
     if not config.model.compile:
         return
-    remedy = "take model.compile=false"
+    remedy = "set model.compile=false"
     if config.engine.zero_stage == 3:
         raise UsageError(
             "model.compile=true with engine.zero_stage=3, which gathers weights within each layer\n"
@@ -60,7 +60,7 @@ def check_acceleration(config: Config, hf_config: Any, device: torch.device) -> 
     if config.model.activation_checkpointing is ActivationCheckpointing.selective:
         raise UsageError(
             "model.compile=true with model.activation_checkpointing=selective, which chooses by operations that "
-            "compiled code does not show\n  take model.activation_checkpointing=full or none"
+            "compiled code does not show\n  set model.activation_checkpointing=full or none"
         )
     if config.parallel.schedule is PipelineSchedule("zero_bubble") and config.parallel.pipeline > 1:
         raise UsageError(

@@ -35,7 +35,7 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     except ValueError as error:
         raise UsageError(
-            f"model.activation_checkpointing={mode.value}: {error}\n  take model.activation_checkpointing=none"
+            f"model.activation_checkpointing={mode.value}: {error}\n  set model.activation_checkpointing=none"
         ) from error
 
 

@@ -33,6 +33,6 @@ def explain_adapter_folder(path: str) -> str | None:
     run = Path(path).parent if Path(path).name == "final" else "RUN"
     return (
         f"model.path={path} is an adapter, which needs the model that it was trained on\n"
-        f"  to go on training it: model.path={base} model.lora.enabled=true model.lora.path={path}\n"
+        f"  to continue training it: model.path={base} model.lora.enabled=true model.lora.path={path}\n"
         f"  to train on from the merged model: chunkflow export {run} --merge --output merged, then model.path=merged"
     )

@@ -72,8 +72,8 @@ class AdapterSummary:
         share = 100 * self.trained / self.base
         whole = f", and all {self.saved_weights:,} of {', '.join(self.saved)}" if self.saved else ""
         return (
-            f"{self.kind} trains {share:.2g} % of the weights: {self.trained - self.saved_weights:,} of rank "
-            f"{self.rank} on {where}{whole}"
+            f"{self.kind} trains {share:.2g} % of the weights: {self.trained - self.saved_weights:,} in adapters of "
+            f"rank {self.rank} on {where}{whole}"
         )
 
     @property

@@ -24,7 +24,7 @@ LFS_POINTER = b"version https://git-lfs"
 """How the small text begins that git puts in the place of a large file that it has not fetched."""
 LONGEST_HEADER = 100_000_000
 """Bytes of the longest header that the safetensors library reads."""
-AGAIN = "the download broke off, or the file is damaged: download it again"
+AGAIN = "the download was interrupted, or the file is damaged: download it again"
 REPAIR = "repair it, or download it again"
 SHOWN = 3
 """Maximum number of names that a message lists."""
@@ -148,7 +148,7 @@ def _shards(index: Path, named: str) -> list[Path]:
     if missing:
         raise UsageError(
             f"{named}: {len(missing)} of the {len(shards)} files that {index.name} names are missing: "
-            f"{listed(missing)}\n  download the model again; a download that broke off continues where it stopped"
+            f"{listed(missing)}\n  download the model again; an interrupted download continues where it stopped"
         )
     return shards
 

@@ -174,7 +174,7 @@ def unreadable(config: ModelConfig, what: str, error: Exception) -> UsageError:
     if "Unrecognized configuration class" in reason:
         kind = type(error).__name__ if (found := re.search(r"'[\w.]*\.(\w+)'", reason)) is None else found[1]
         return UsageError(
-            f"model.path={config.path}: {kind.removesuffix('Config')} is no causal language model (a decoder of text), "
+            f"model.path={config.path}: {kind.removesuffix('Config')} is not a causal language model, "
             "and chunkflow trains only those\n  set model.path to a model that generates text"
         )
     if "trust_remote_code" in reason:
@@ -189,7 +189,7 @@ def unreadable(config: ModelConfig, what: str, error: Exception) -> UsageError:
     if what != "config.json":
         return UsageError(
             f"model.path={config.path}: its {what} cannot be used\n  {reason}\n"
-            "  if the download broke off, start again with network: it continues where it stopped"
+            "  if the download was interrupted, run again with a network: it continues where it stopped"
         )
     return UsageError(
         f"model.path={config.path}: neither a local folder nor in the local cache, and the Hugging Face hub "

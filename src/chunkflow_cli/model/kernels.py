@@ -35,7 +35,7 @@ def check_kernels(config: ModelConfig, model_type: str, device: torch.device) ->
     if config.kernels is Kernels.none:
         return
     if device.type == "cpu":
-        raise UsageError("model.kernels=liger: its Triton kernels need a GPU\n  take model.kernels=none")
+        raise UsageError("model.kernels=liger: its Triton kernels need a GPU\n  set model.kernels=none")
     if importlib.util.find_spec("liger_kernel") is None:
         raise UsageError("model.kernels=liger needs liger-kernel\n  pip install 'chunkflow-cli[liger]'")
     _function_of(model_type)
@@ -61,7 +61,7 @@ def _function_of(model_type: str) -> Any:
     functions = importlib.import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     if model_type not in functions:
         raise UsageError(
-            f"model.kernels=liger: Liger has no kernels for models of type {model_type!r}\n  take model.kernels=none"
+            f"model.kernels=liger: Liger has no kernels for models of type {model_type!r}\n  set model.kernels=none"
         )
     return functions[model_type]
 

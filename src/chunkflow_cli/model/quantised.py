@@ -67,7 +67,7 @@ def check_dequantised(model: Any, method: str, named: str) -> None:
         if any(size > FP8_BLOCK and size % FP8_BLOCK for size in sizes):
             raise UsageError(
                 f"{named}: its weights are stored in {method}, and transformers cannot convert {name} "
-                f"{tuple(parameter.shape)}, whose sizes are no multiples of {FP8_BLOCK}\n"
+                f"{tuple(parameter.shape)}, whose sizes are not multiples of {FP8_BLOCK}\n"
                 "  set model.path to the model that it was made from, which its model card names"
             )
 

@@ -57,7 +57,11 @@ def apply_rope_scaling(config: ModelConfig, hf_config: Any) -> None:
     if not isinstance(original, int) or isinstance(original, bool) or original < 1:
         raise UsageError(
             f"{said}: the factor counts from the length before any scaling, and "
-            + (f"{ORIGINAL} is no such number" if original is not None else f"config.json scales already ({kind})")
+            + (
+                f"{ORIGINAL} is not a number of tokens"
+                if original is not None
+                else f"config.json scales already ({kind})"
+            )
             + f"\n  add {ORIGINAL} to {KEY}"
             + (f"; in config.json it is {before[ORIGINAL]}" if ORIGINAL in before else "")
         )

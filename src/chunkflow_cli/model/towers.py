@@ -40,8 +40,8 @@ def copyable_files(folder: Path, named: str) -> list[Path]:
     for file in files:
         if file.suffix != ".safetensors":
             raise UsageError(
-                f"{named}: {file.name} is no safetensors file, from which the parts of a multimodal model that are not "
-                "trained could be copied\n  load the model with transformers, and save it anew with save_pretrained"
+                f"{named}: {file.name} is not a safetensors file, so the untrained parts of the model cannot be "
+                "copied from it\n  load the model with transformers, and save it again with save_pretrained"
             )
     return files
 

@@ -26,7 +26,7 @@ def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
     if config.model.quantization is not Quantization.none:
         lines.append(describe_quantisation(config, hf_config))
     if config.model.lora.path is not None:
-        lines.append(f"Training goes on from the adapter in {config.model.lora.path}")
+        lines.append(f"Training continues from the adapter in {config.model.lora.path}")
     warnings = [summary.warning, _other_base(config)]
     if is_adamw and rate < SMALL:
         warnings.append(f"optim.lr={rate:g} suits a full fine-tune: adapters usually need about {LORA_LEARNING_RATE:g}")

@@ -61,7 +61,7 @@ def bring_best(run: Prepared, progress: Progress) -> None:
     if run.processes.gather(wanted.exists())[0]:
         return
     run.console.print(
-        f"warning: the best model so far, of step {step}, is not in {theirs}: from here on, the best one is kept anew",
+        f"warning: the best model so far, of step {step}, is not in {theirs}: the best one from here on is kept",
         soft_wrap=True,
     )
     progress.forget_best()

@@ -128,9 +128,9 @@ def check_files(checkpoint: Path, files: Mapping[str, str], *, share: slice = sl
 def damaged(checkpoint: Path, reason: str) -> RunError:
     """Return the error about a damaged checkpoint. It names the one before, from which the run can go on."""
     before = [path for path in steps_of(checkpoint.parent) if path.name < checkpoint.name]
-    remedy = "there is no earlier one: restore it from a copy, or begin anew with checkpoint.resume=never"
+    remedy = "there is no earlier one: restore it from a copy, or start over with checkpoint.resume=never"
     if before and NAME.fullmatch(checkpoint.name):
-        remedy = f"go on from the one before it: checkpoint.resume={before[-1]}"
+        remedy = f"resume from the one before it: checkpoint.resume={before[-1]}"
     return RunError(f"the checkpoint {checkpoint} is damaged: {reason}\n  {remedy}")
 
 

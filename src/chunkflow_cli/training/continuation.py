@@ -18,21 +18,21 @@ PLAIN = re.compile(r"[\w./+@-]+")
 def how_to_go_on(config: Config, run_folder: Path, checkpoint: Path, typed: Sequence[str]) -> str:
     """Return how a run that was stopped goes on from a checkpoint, in words or as a command.
 
-    The same command does, unless it names a checkpoint, begins a run anew (`checkpoint.resume`), or is one of a sweep.
+    The same command does, unless it names a checkpoint, starts a new run (`checkpoint.resume`), or is one of a sweep.
 
     Args:
         typed: the words of this process's command line, after the program.
     """
     is_sweep = environment.is_run_of_sweep()
     if config.checkpoint.resume == "auto" and not is_sweep:
-        return f"The same command goes on from {checkpoint}"
+        return f"The same command resumes from {checkpoint}"
     added = ["checkpoint.resume=auto"]
     if config.train.output_dir is None:
         added.append(override("train.output_dir", str(run_folder)))
     if environment.is_started_by_launcher() and environment.worker_folder() is None:
-        return f"Saved {checkpoint}\n  To go on, add to the same command: {shlex.join(added)}"
+        return f"Saved {checkpoint}\n  To resume, add to the same command: {shlex.join(added)}"
     words = [word for word in typed if RESUME.match(word) is None and word != "--json"]
-    return f"Saved {checkpoint}\n  To go on: {shlex.join(['chunkflow', *words, *added])}"
+    return f"Saved {checkpoint}\n  To resume: {shlex.join(['chunkflow', *words, *added])}"
 
 
 def override(key: str, value: str) -> str:

@@ -113,10 +113,10 @@ def few_steps_warning(plan: RunPlan, config: TrainConfig) -> str | None:
     else:
         key, size, most = "train.global_batch_tokens", config.global_batch_tokens, int(plan.lengths.sum())
     batch = most * config.epochs // FEW_STEPS
-    smaller = f"lower {key}={size} (to {batch}), or " if batch else ""
+    smaller = f"lower {key} from {size} to {batch}, or " if batch else ""
     return (
         f"warning: the run has only {counted(plan.steps, 'optimizer step')}, which hardly changes a model\n"
-        f"  {smaller}raise train.epochs={config.epochs}"
+        f"  {smaller}raise train.epochs above {config.epochs}"
     )
 
 
@@ -136,7 +136,7 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         after = report.get("eval_parts_end", {})
         parts = [f"{name} {loss:.4f} -> {after[name]:.4f}" for name, loss in report.get("eval_parts_start", {}).items()]
         if parts:
-            rows["of parts"] = ", ".join(parts)
+            rows["by part"] = ", ".join(parts)
     whole = report.get("whole_sequence_peak_bytes_predicted")
     longest = f"whole sequences ({report['longest_sample']:,} tokens)"
     against = f"; {longest} would take about {human_bytes(whole)}" if whole else ""

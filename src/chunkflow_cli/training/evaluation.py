@@ -82,7 +82,7 @@ def _finite_held_out_loss(run: Prepared, state: RunState) -> HeldOutLoss:
     found = held_out_loss(run, state)
     if not np.isfinite(found.loss):
         step = state.progress.step
-        when = f"after step {step} is not finite: the step has spoilt the weights" if step else "is not finite"
+        when = f"after step {step} is not finite: the step has corrupted the weights" if step else "is not finite"
         raise RunError(f"the held-out loss {when}\n  {remedy_of_spoilt_numbers(run)}")
     return found
 

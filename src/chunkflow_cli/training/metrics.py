@@ -86,7 +86,7 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"{path} could not be written: {error.strerror}\n"
-            "  make room, or make it writable; the same command goes on from the last checkpoint"
+            "  make room, or make it writable; the same command resumes from the last checkpoint"
         ) from error
 
 
@@ -109,7 +109,7 @@ def keep_rows_before(path: Path, first_step: int) -> None:
         if step is None:
             raise RunError(
                 f"{path}:{number} is not a row of metrics: the file is damaged, or of something else\n"
-                "  move it away: the run goes on without the rows in it"
+                "  move it away: the run continues without the rows in it"
             )
         if step >= first_step:
             break

@@ -163,7 +163,7 @@ def _print_what_runs(
     console.print(
         Text.assemble(
             (str(folder.path), "bold"),
-            f"  {device.type}{processes}, {config.model.dtype.value}, "
+            f": {device.type}{processes}, {config.model.dtype.value}, "
             f"attention {attention.backend.name} ({attention.reason})",
         ),
         soft_wrap=True,
@@ -257,7 +257,7 @@ def _resume(run: Prepared, state: RunState) -> None:
         run.console.print(f"  saved on {resumed.saved_on}, continued on {run.layout}", soft_wrap=True)
     if resumed.is_reseeded:
         run.console.print(
-            f"  random numbers (dropout) are drawn anew, seeded by train.seed and step {step}", soft_wrap=True
+            f"  random numbers (dropout) are drawn again, seeded by train.seed and step {step}", soft_wrap=True
         )
 
 

@@ -141,7 +141,7 @@ def open_run_folder(loaded: LoadedConfig, identity: RunIdentity) -> RunFolder:
                 save_config(folder.path, loaded)
                 write_json(folder.path / IDENTITY, identity.to_json())
             if folder.checkpoint is None and _has_results(folder.path):
-                _say(f"The run in {folder.path} was stopped before its first checkpoint: it begins anew")
+                _say(f"The run in {folder.path} was stopped before its first checkpoint: it starts over")
     except BaseException:
         folder.close()
         raise
@@ -213,7 +213,7 @@ def _unfinished_run(recipe_folder: Path, loaded: LoadedConfig) -> RunFolder | No
             if differing_keys(path, loaded.tree):
                 continue
         except UsageError as error:
-            _say(f"warning: {error}; whether this run could go on there is not known")
+            _say(f"warning: {error}; so it is not known whether this run could resume there")
             continue
         if (path / "report.json").exists():
             return None
@@ -348,7 +348,7 @@ def _check_identity(folder: RunFolder, now: RunIdentity, resume: str) -> None:
         lines = "".join(f"\n  {line}" for line in found)
         raise UsageError(
             f"{named} {what}{lines}\n"
-            "  restore what has changed; or begin anew in another train.output_dir, or with checkpoint.resume=never"
+            "  restore what has changed, or start over in another train.output_dir or with checkpoint.resume=never"
         )
 
 

@@ -38,5 +38,5 @@ def _of_muon(model: Any, share: TrainedShare) -> str:
     matrices = sum(sizes[name] for name in layer_matrices(model))
     if not matrices:
         raise UsageError("optim.name=muon: no matrix of the layers is trained, which is all that Muon trains\n"
-                         "  take optim=adamw, or leave some out of optim.freeze")  # fmt: skip
+                         "  set optim=adamw, or leave some out of optim.freeze")  # fmt: skip
     return f"Muon trains {100 * matrices / share.trained:.3g} % of the trained weights, AdamW the others"

@@ -1,1 +1,1 @@
-"""What a person sees of a command's result: one screen, one file."""
+"""Print the results of commands for people: one file per screen."""

@@ -18,7 +18,7 @@ from chunkflow_cli.console import counted, percent, shortened
 from chunkflow_cli.data.lengths import histogram, short_count
 
 WIDEST = 140
-"""Columns of the histogram at most: longer bars show no more."""
+"""Maximum width of the histogram in columns. Longer bars would show no more."""
 SHOWN_REASONS = 5
 
 
@@ -41,9 +41,9 @@ def print_analyses(console: Console, analyses: Sequence[tuple[NDArray[np.int64],
         title, tokenizer, recipe = (
             (words, "bold") for words in ("Lengths are estimated", "model.path=MODEL", "recipe=NAME")
         )
-        text = " from the text and may be off by a quarter, in other languages than English by a factor of two."
+        text = " from the text. They may be off by a quarter, or by a factor of two for languages other than English."
         console.print(Text.assemble(title, text))
-        console.print(Text.assemble("For exact lengths, name a tokenizer: ", tokenizer, " or ", recipe, "."))
+        console.print(Text.assemble("For exact lengths, name a model: ", tokenizer, " or ", recipe, "."))
 
 
 def print_next_command(console: Console, command: str) -> None:
@@ -58,7 +58,7 @@ def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> It
     yield _cumulative(found)
     yield _longest(found, width)
     batches = f"chunks are made within steps of {_batch(found['packing'])}"
-    notes = f"* tokens whose forward pass runs twice with chunk.k=1; {batches}"
+    notes = f"* share of the tokens that run forward twice with chunk.k=1; {batches}"
     yield Group(_costs(found), Text(notes, style="dim"))
     if found["ranks"]["configured"] > 1:
         yield _ranks(found)
@@ -87,7 +87,7 @@ def _headline(found: dict[str, Any], width: int) -> Text:
         f"{found['targets']:,} of them targets ({percent(found['target_share'])})\n"
     )
     text.append(
-        f"mean {found['mean']:,.0f}, median {quantiles['p50']:,}, p90 {quantiles['p90']:,}, "
+        f"per sample: mean {found['mean']:,.0f}, median {quantiles['p50']:,}, p90 {quantiles['p90']:,}, "
         f"p99 {quantiles['p99']:,}, p99.9 {quantiles['p999']:,}, longest {found['max']:,}"
     )
     if found["duplicates"]:
@@ -150,7 +150,7 @@ def _longest(found: dict[str, Any], width: int) -> Table:
 def _costs(found: dict[str, Any]) -> Table:
     """Show what each way of making batches wastes."""
     padding, packing = found["padding"], found["packing"]
-    table = columns("batches made by", ">padding", ">recomputed*", "")
+    table = columns("batches made by", ">empty", ">recomputed*", "")
     batch = f"micro-batches of {padding['batch_size']}"
     table.add_row("padding, as they come", percent(padding["as_they_come"]), "", batch)
     table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, not shuffled")
@@ -164,7 +164,7 @@ def _costs(found: dict[str, Any]) -> Table:
 
 
 def _conclusion(found: dict[str, Any]) -> Text:
-    """Say what truncation would lose, and what chunks waste."""
+    """Return a sentence about what truncation would lose and how much room chunks leave empty."""
     packing = found["packing"]
     chunk = next(row for row in packing["chunks"] if row["chunk_size"] == packing["configured_chunk_size"])
     text = Text()
@@ -173,7 +173,8 @@ def _conclusion(found: dict[str, Any]) -> Text:
         cut = cuts[-1]
         lost = percent(cut["tokens_lost"] / found["tokens"])
         text.append(f"Truncating at {short_count(cut['limit'])} would lose {lost} of all tokens. ")
-    text.append(f"Chunks of {short_count(chunk['chunk_size'])} lose none, and {percent(chunk['waste'])} is padding.")
+    size, empty = short_count(chunk["chunk_size"]), percent(chunk["waste"])
+    text.append(f"Chunks of {size} lose none, and {empty} of their room stays empty.")
     return text
 
 
@@ -198,7 +199,7 @@ def _rejected(rejected: dict[str, Any], width: int) -> Text:
     more = len(rejected["reasons"]) - SHOWN_REASONS
     if more > 0:
         text.append(f"          and {counted(more, 'more reason')}\n", style="not bold")
-    text.append("train stops at these rows, or skips them with data.bad_rows=skip", style="not bold")
+    text.append("train stops at these rows, unless data.bad_rows=skip leaves them out", style="not bold")
     return text
 
 

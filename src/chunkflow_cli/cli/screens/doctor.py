@@ -12,7 +12,7 @@ from chunkflow_cli.cli.screens.tables import columns, facts
 from chunkflow_cli.console import counted, human_bytes
 
 NAMED = ("torch", "transformers", "deepspeed")
-"""Packages whose versions are printed although they are fine: every report of a problem needs them."""
+"""Packages whose versions are always printed, because every bug report needs them."""
 STYLES = {"ok": "green", "missing": "yellow", "too old": "yellow", "too new": "yellow", "broken": "red"}
 
 

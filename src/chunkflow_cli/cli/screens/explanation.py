@@ -1,4 +1,4 @@
-"""The sentences of `chunkflow tune-chunk-size`: why the best pair is the best, or why nothing fits."""
+"""Explain the result of `chunkflow tune-chunk-size`: why the best pair is best, or why nothing fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from chunkflow_cli.console import human_seconds
 from chunkflow_cli.planning.search import Candidate
 
 ALIKE = 0.01
-"""Relative difference between two times below which they are called equal: predictions are not better than that."""
+"""Relative difference below which two times count as equal, because predictions are not more precise."""
 
 
 def explain(
@@ -17,7 +17,7 @@ def explain(
     best_of_layouts: Sequence[Candidate],
     measured_seconds: float | None = None,
 ) -> str:
-    """Return two sentences: where the best pair's time goes, and what its neighbours would cost.
+    """Return two sentences: how the best pair spends its time, and what its neighbours would cost.
 
     Args:
         measured_seconds: of a step with the best pair, if it has run.
@@ -36,8 +36,8 @@ def nothing_fits(candidates: Sequence[Candidate], limit_bytes: int, longest: int
         f"no pair fits into {limit_bytes / 2**30:.1f} GiB: the smallest, chunk.size={least.chunk_size} "
         f"chunk.k={least.k}{layout}, needs {_gib(least)} (the longest sample has {longest:,} tokens)\n"
         "  lower data.max_length or tune.chunk_sizes, or set model.activation_checkpointing=full,\n"
-        "  model.lora.enabled=true or engine.offload=optimizer; `chunkflow plan` shows the parts"
-        + ("\n  more stages divide the model: cluster.pipelines" if layout else "")
+        "  model.lora.enabled=true or engine.offload=optimizer; `chunkflow plan` shows what takes the memory"
+        + ("\n  or divide the model into more stages: cluster.pipelines" if layout else "")
     )
 
 
@@ -105,7 +105,7 @@ def _by_times(compared: Sequence[Candidate], best: Candidate) -> dict[str, list[
 
 def _times(other: Candidate, best: Candidate) -> str:
     ratio = other.step_seconds / best.step_seconds
-    return "as long" if abs(ratio - 1) < ALIKE else f"{ratio:.2f} times as long ({_why(other, best)})"
+    return "just as long" if abs(ratio - 1) < ALIKE else f"{ratio:.2f} times as long ({_why(other, best)})"
 
 
 def _why(other: Candidate, best: Candidate) -> str:
@@ -118,7 +118,7 @@ def _why(other: Candidate, best: Candidate) -> str:
     }
     slower = other.step_seconds >= best.step_seconds
     name = max(differences, key=lambda key: differences[key] if slower else -differences[key])
-    return f"{'more' if slower else 'less'} {'of ' if name.startswith('the ') else ''}{name}"
+    return f"{'more' if slower else 'less'} time for {name}"
 
 
 def _gib(candidate: Candidate) -> str:

@@ -98,13 +98,13 @@ def _sources(sources: dict[str, Any]) -> Table:
 
 
 def _outlook(result: dict[str, Any]) -> str:
-    """Return what matters most: how long the run takes, and whether it fits."""
+    """Return how long the run takes and whether it fits into memory."""
     seconds, memory = result["predicted_seconds"], result["memory"]
     parts = [] if seconds is None else [f"about {human_seconds(seconds)}"]
     if memory is not None:
         fits = "fits" if memory["fits"] else "does not fit"
-        have = f"{human_bytes(memory['device_bytes'])} of {memory['device']}"
-        parts.append(f"{human_bytes(memory['total_bytes'])} of the {have}: {fits}")
+        have = human_bytes(memory["device_bytes"])
+        parts.append(f"{human_bytes(memory['total_bytes'])} of {have} memory: {fits} ({memory['device']})")
     return ", ".join(parts) or "neither time nor memory is known without a model"
 
 
@@ -113,12 +113,13 @@ def _chunks(result: dict[str, Any]) -> Table:
     longest = f"{result['longest']:,} tokens"
     dependent = f"none: the longest sample has {longest}"
     if result["dependent"]:
-        samples, tails = counted(result["long_samples"], "long sample"), counted(result["filled_tails"], "tail")
-        dependent = f"{result['dependent']:,} from {samples} (longest: {longest}); {tails} filled"
+        samples, filled = counted(result["long_samples"], "long sample"), result["filled_tails"]
+        tails = f"; {counted(filled, 'last piece')} filled with short samples" if filled else ""
+        dependent = f"{result['dependent']:,} pieces of {samples} (longest: {longest}){tails}"
     rows = {
-        "chunks": f"{result['chunks']:,}, {percent(result['fill'])} full (lower bound: "
-        f"{result['lower_bound_chunks']:,} chunks)",
-        "standalone": f"{result['standalone']:,}",
+        "chunks": f"{result['chunks']:,}, {percent(result['fill'])} full "
+        f"(at least {result['lower_bound_chunks']:,} are needed)",
+        "standalone": f"{result['standalone']:,} of whole samples",
         "dependent": dependent,
         "recomputed": f"{counted(result['recomputed_chunks'], 'chunk')} ({percent(result['recompute_share'])})",
         "operations": f"{result['operations_per_step_and_rank']:,.1f} per step and rank, at most "
@@ -150,13 +151,13 @@ def _chunks(result: dict[str, Any]) -> Table:
 
 
 def _recurrent(recurrent: dict[str, Any], chunk_size: int) -> str:
-    """Return what recurrent layers keep behind each chunk of a long sample, and whether the chunk size suits them."""
+    """Return what recurrent layers keep after each chunk of a long sample, and whether the chunk size suits them."""
     tokens, block = recurrent["equal_tokens"], recurrent["block"]
-    text = f"layers keep {human_bytes(recurrent['edge_bytes'])} behind each chunk of a long sample"
+    text = f"layers keep {human_bytes(recurrent['edge_bytes'])} after each chunk of a long sample"
     if tokens is not None:
-        text += f", as much as attention keeps of {tokens:,} tokens"
+        text += f", as much as attention keeps for {tokens:,} tokens"
     if block is not None and chunk_size % block:
-        text += f"; they compute in blocks of {block} tokens, so take a multiple as chunk.size"
+        text += f"; they compute in blocks of {block} tokens, so use a multiple as chunk.size"
     return text
 
 
@@ -173,7 +174,7 @@ def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:
     if memory["host_state_bytes"]:
         console.print(f"and {human_bytes(memory['host_state_bytes'])} of host memory for state (chunk.offload_state)")
     if "CPU" in memory["device"]:
-        console.print("On a CPU, train reports about 0.5 GiB more: Python and its libraries.")
+        console.print("On a CPU, train reports about 0.5 GiB more, for Python and its libraries.")
     if not memory["fits"]:
         where = f"the {human_bytes(memory['device_bytes'])} of {memory['device']}"
         console.print(Text.assemble(("does not fit", "bold red"), f" into {where}: {memory['remedy']}"))
@@ -195,14 +196,14 @@ def _print_step(console: Console, result: dict[str, Any], timeline: Timeline) ->
     if "pipeline" in result:
         pipeline = result["pipeline"]
         console.print(
-            f"bubbles {percent(pipeline['bubble_ratio'])}, or {percent(pipeline['bubble_ratio_recompute_idle'])} if "
-            "recomputing counts as idle"
+            f"idle {percent(pipeline['bubble_ratio'])} of the time (bubbles), or "
+            f"{percent(pipeline['bubble_ratio_recompute_idle'])} if recomputing counts as idle"
         )
-        console.print(f"live activations per stage: at most {_listed(pipeline['live_activations'])}")
+        console.print(f"chunks that hold activations, per stage: at most {_listed(pipeline['live_activations'])}")
         times = pipeline["baseline_makespan"] / pipeline["makespan"]
         console.print(
-            f"plain 1F1B, one sequence per micro-batch: bubbles {percent(pipeline['baseline_bubble_ratio'])}, "
-            f"{times:.2f} times as long"
+            f"plain 1F1B with one sample per micro-batch: idle {percent(pipeline['baseline_bubble_ratio'])} of the "
+            f"time, {times:.2f} times as long"
         )
 
 

@@ -100,7 +100,7 @@ def _finish_axes(axes: Any, x: str, y: str) -> None:
 
 
 LABELLED_OPERATIONS = 120
-"""With more operations per row, the numbers of the chunks could not be read."""
+"""Maximum number of operations per row that are labelled with their chunk; more labels would be unreadable."""
 
 
 def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:

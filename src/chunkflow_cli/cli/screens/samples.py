@@ -13,19 +13,19 @@ from chunkflow_cli.cli.samples import ShownSample
 from chunkflow_cli.console import counted, percent, shortened
 
 OPEN, CLOSE = "⟦", "⟧"
-"""Around targets. Colour alone would not survive a pipe, and not everyone sees it."""
+"""Brackets around targets. Colour alone is lost in a pipe, and not everyone can see it."""
 WHOLE_TOKENS = 600
-"""Samples of more tokens are shortened."""
+"""Maximum number of tokens in a sample that is shown whole."""
 EDGE_TOKENS = 50
-"""What is shown at each end of a segment whose sample is shortened."""
+"""Number of tokens shown at each end of a segment of a shortened sample."""
 EDGE_SEGMENTS = 5
-"""What is shown at each end of a sample that is shortened."""
+"""Number of segments shown at each end of a shortened sample."""
 TARGET, GAP = "green", "dim"
 _SPACE = " \t\n"
 _SIGNS = str.maketrans({" ": "␣", "\t": "⇥", "\n": "↵"})
 """White space at the edges of targets."""
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""What a terminal obeys instead of showing it: control characters, and marks that turn the direction of writing."""
+"""Characters that a terminal acts on instead of showing: control characters, and marks of writing direction."""
 
 
 def print_samples(console: Console, named: str, samples: Sequence[ShownSample], available: int) -> None:
@@ -38,7 +38,7 @@ def print_samples(console: Console, named: str, samples: Sequence[ShownSample], 
     order = ", from the shortest to the longest" if len(samples) > 1 else ", the median in length"
     which = f"{len(samples):,} of {counted(available, 'sample')}{order if len(samples) < available else ''}"
     console.print(Text(f"{shortened(named, console.width - len(which) - 2)}  {which}", style="bold"))
-    console.print(Text.assemble("What the loss counts is in ", (f"{OPEN}brackets{CLOSE}", TARGET), "."))
+    console.print(Text.assemble("The tokens that the loss counts are in ", (f"{OPEN}brackets{CLOSE}", TARGET), "."))
     for sample in samples:
         console.print()
         console.print(_header(sample, console.width))
@@ -59,10 +59,10 @@ class _Parts(NamedTuple):
 
     head: str
     gap: str
-    """What is said of tokens that are left out; empty: the head is all there is before `last`."""
+    """The note about omitted tokens. If it is empty, `head` is everything before `last`."""
     tail: str
     last: str
-    """The special token that ends it, or nothing."""
+    """The special token that ends the segment, or an empty string."""
 
 
 def _body(sample: ShownSample) -> Text:

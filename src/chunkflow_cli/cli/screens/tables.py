@@ -1,4 +1,4 @@
-"""The parts that screens are made of: tables without lines, and bars."""
+"""Building blocks of screens: tables without lines, and bars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 BLOCKS = " ▏▎▍▌▋▊▉█"
 """Eighths of a character."""
 SHORTEST_BAR = 1
-"""Eighths of a character for anything above zero: a long tail of a few samples must be seen."""
+"""Shortest bar for a value above zero, in eighths of a character, so that a long tail of few samples is visible."""
 
 
 def columns(*names: str, gap: int = 2) -> Table:

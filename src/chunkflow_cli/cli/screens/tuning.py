@@ -13,10 +13,10 @@ from chunkflow_cli.console import counted, human_bytes, human_seconds, percent
 from chunkflow_cli.data.lengths import short_count
 
 SHADES = ((1.02, "black on green"), (1.10, "black on bright_green"), (1.25, "black on yellow"), (1e9, "black on red"))
-"""Cell styles, by the largest ratio of a pair's time to the best time that they are used for."""
+"""Pairs (ratio, style): the cell style for times up to this ratio to the best time."""
 RANKED_SHOWN = 6
 LAYOUT = ("sequence", "stages", "cuts")
-"""What two candidates of the same pair may differ in."""
+"""The fields in which two candidates of the same pair may differ."""
 
 
 def print_tuning(console: Console, result: dict[str, Any]) -> None:

@@ -22,11 +22,11 @@ BUCKET = re.compile(r"[<>≤≥]?=? ?\d[\d,.]*[KM]?( ?(-|–|to) ?\d[\d,.]*[KM]?
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a page is made of."""
+    """The content of a page."""
 
     name: str
     outcome: str
-    """How the run ended: `finished`, or in words why not."""
+    """How the run ended: `finished`, or the reason why it did not finish."""
     rows: Sequence[Row]
     """The rows of metrics.jsonl."""
     report: Mapping[str, Any]
@@ -56,7 +56,7 @@ def page(run: RunRecord) -> str:
         + _table("Plan", _plan(report["plan"]))
         + _table("Planned and measured", _as_planned(run), head=("", "planned", "measured"))
         + _table("Accounting", _accounting(report))
-        + _table("Keys that were set", ((name, as_text(value)) for name, value in run.set_keys.items()))
+        + _table("Keys that differ from the defaults", ((name, as_text(value)) for name, value in run.set_keys.items()))
         + _table("Environment", ((name, as_text(value)) for name, value in report.get("environment", {}).items()))
         + "</section><details><summary>All configuration keys</summary>"
         + _table("", ((name, as_text(value)) for name, value in run.keys.items()))
@@ -76,44 +76,49 @@ def charts_of(run: RunRecord) -> list[Chart]:
         (series,) = held_out
         held_out = [Series(series.name, [0, *series.steps], [before, *series.values], are_points=True)]
     by_source = [name for name in parts["eval_loss"] if name not in buckets]
+    start = {f"eval_loss/{name}": loss for name, loss in run.report.get("eval_parts_start", {}).items()}
+    evaluated = [{"step": 0} | start, *rows]
     charts = [
         Chart("Loss", [*_series(rows, "loss", "training loss"), *held_out]),
         Chart("Training loss by source", _parts(rows, parts["loss"])),
-        Chart("Held-out loss by length", _parts(rows, buckets, are_points=True), "Tokens of the sample."),
-        Chart("Held-out loss by source", _parts(rows, by_source, are_points=True)),
+        Chart("Held-out loss by length", _parts(evaluated, buckets, are_points=True), "By tokens in the sample."),
+        Chart("Held-out loss by source", _parts(evaluated, by_source, are_points=True)),
         Chart("Learning rate", _series(rows, "lr", "learning rate"), show=lambda value: f"{value:.3g}", from_zero=True),
         Chart("Gradient norm", _series(rows, "grad_norm", "norm before clipping"), from_zero=True),
         Chart("Speed", _series(rows, "tokens_per_second", "tokens per second"), show=_whole, from_zero=True),
         Chart(
-            "Seconds of a step",
+            "Seconds per step",
             [*_series(rows, "step_seconds", "measured"), *_series(rows, "predicted_seconds", "predicted")],
-            f"Predicted by the {run.report.get('plan', {}).get('cost_model', '')}.", from_zero=True,
+            f"Prediction from: {run.report.get('plan', {}).get('cost_model', '')}.", from_zero=True,
         ),
         _memory(run),
         Chart(
-            "Chunks in a step",
+            "Chunks per step",
             [*_series(rows, "chunks", "chunks"), *_series(rows, "recomputed_chunks", "recomputed")],
-            "A recomputed chunk runs forward a second time, before its backward pass.", show=_whole, from_zero=True,
+            "A recomputed chunk runs forward twice.", show=_whole, from_zero=True,
         ),
-        Chart("Fill of the chunks", _series(rows, "fill", "tokens / room"), show=lambda value: f"{100 * value:.3g} %",
-              from_zero=True),
+        Chart("How full the chunks are", _series(rows, "fill", "tokens / room"),
+              show=lambda value: f"{100 * value:.3g} %", from_zero=True),
     ]  # fmt: skip
     return [chart for chart in charts if chart.series]
 
 
 def is_bucket(name: str) -> bool:
-    """Return whether a part of a loss is one of lengths, such as `<1K` or `1K-4K`, and no source."""
+    """Return whether a part of a loss is a range of lengths, such as `<1K` or `1K-4K`, and not a source."""
     return BUCKET.fullmatch(name) is not None
 
 
 def as_text(value: Any) -> str:
-    """Return a value of the configuration as a person would write it."""
+    """Return a value of the configuration as a person would write it, without empty entries of mappings."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(as_text, value))}]"
+    if isinstance(value, dict):
+        set_ones = {name: each for name, each in value.items() if each not in (None, "", {}, [])}
+        return f"{{{', '.join(f'{name}: {as_text(each)}' for name, each in set_ones.items())}}}"
     return str(value)
 
 
@@ -143,7 +148,9 @@ def _whole(value: float) -> str:
 
 def _of_what(run: RunRecord) -> str:
     return (
-        "Of the whole process, libraries included." if run.report.get("environment", {}).get("device") == "cpu" else ""
+        "Memory of the whole process, with libraries."
+        if run.report.get("environment", {}).get("device") == "cpu"
+        else ""
     )
 
 
@@ -176,16 +183,16 @@ def _figures(run: RunRecord) -> Iterable[str]:
 
 
 def _plan(plan: Mapping[str, Any]) -> Iterable[Sequence[str]]:
-    """Yield what the run was going to do."""
-    yield "samples", f"{plan['samples']:,} in an epoch, of at most {plan['longest_sample']:,} tokens"
-    yield "tokens", f"{plan['tokens']:,} in an epoch, {plan['target_tokens']:,} of them targets"
-    yield "steps", f"{plan['steps']:,}, {plan['steps_per_epoch']:,} in an epoch"
+    """Yield the plan of the run."""
+    yield "samples", f"{plan['samples']:,} per epoch; the longest has {plan['longest_sample']:,} tokens"
+    yield "tokens", f"{plan['tokens']:,} per epoch, {plan['target_tokens']:,} of them targets"
+    yield "steps", f"{plan['steps']:,}; an epoch has {plan['steps_per_epoch']:,}"
     yield "chunks", f"at most {plan['chunk_size']:,} tokens, K = {plan['k']}"
     yield "layout", plan["layout"] if plan["schedule"] is None else f"{plan['layout']}, {plan['schedule']}"
 
 
 def _as_planned(run: RunRecord) -> Iterable[Sequence[str]]:
-    """Yield what was planned, and what was measured."""
+    """Yield the planned and the measured figures."""
     report, plan, rows = run.report, run.report["plan"], run.rows
     yield "steps", f"{plan['steps']:,}", f"{_steps(report):,}"
     yield "targets", f"{report['target_tokens_planned']:,}", f"{report['target_tokens_trained']:,}"
@@ -210,7 +217,7 @@ def _accounting(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
     names = {
         "rows_read": "rows read", "samples_read": "samples read", "samples_rejected": "rejected",
         "samples_dropped": "dropped", "samples_truncated": "truncated", "samples_held_out": "held out",
-        "samples_to_train": "to train on", "samples_trained": "trained on, over all epochs",
+        "samples_to_train": "to train on", "samples_trained": "trained on, in all epochs",
         "target_tokens_planned": "targets planned", "target_tokens_trained": "targets trained on",
     }  # fmt: skip
     for name, shown in names.items():

@@ -165,7 +165,7 @@ class TrackerProcess:
         """Print the first thing that goes wrong; what follows from it is in the tracker's log."""
         if not self._has_warned:
             self._has_warned = True
-            self._print(f"warning: {self._name}: {reason}; the run goes on without it")
+            self._print(f"warning: {self._name}: {reason}; the run continues without it")
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
