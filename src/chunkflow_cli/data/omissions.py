@@ -74,10 +74,7 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
             # Without a place of its own, a turn may stand anywhere.
             is_elsewhere = turn.region is None and _stands_somewhere(turn.message, whole)
             if lost and turn.is_target and not search.found and not is_elsewhere:
-                raise BadRowError(
-                    f"the chat template writes nothing of what the assistant says in turn {turn.number}, "
-                    "so it cannot be learnt; use a template that writes it"
-                )
+                raise BadRowError(nothing_written(turn.number))
         else:
             lost = list(_of_others(turn.message, search))
         lost += _of_other_keys(turn.message, template, whole)
@@ -94,6 +91,14 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
     if any(_name_of(tool) not in whole for tool in tools):
         remarks.append(Remark("the model will not see definitions of tools, which the chat template leaves out"))
     return list(dict.fromkeys(remarks))
+
+
+def nothing_written(number: int) -> str:
+    """Return why a row is bad that has an answer of which the template writes nothing."""
+    return (
+        f"the chat template writes nothing of what the assistant says in turn {number}, "
+        "so it cannot be learnt; use a template that writes it"
+    )
 
 
 def _on_ids(message: Mapping[str, Any], whole: str) -> Iterator[Remark]:
