@@ -1,12 +1,13 @@
-"""The guard of `train` over every causal language model of the installed transformers.
+"""The guard of `train` over every causal language model of the installed transformers, and every multimodal one.
 
     python benchmarks/architectures.py                          all, about ten minutes of one core
     python benchmarks/architectures.py qwen3_5_text jamba       some
     python benchmarks/architectures.py --docs                   and write the table of docs/models.md
 
 Each architecture is checked in its default configuration; where that has no values, or leaves out a kind of layer, in
-that of a published model (`SETTINGS`). A whole model is never built. Each check is a process of its own, with a limit
-of time and memory. `--docs` keeps results in benchmarks/architectures.json; a run of some replaces theirs.
+that of a published model (`SETTINGS`). Of a multimodal model, the language part is checked. A whole model is never
+built. Each check is a process of its own, with a limit of time and memory. `--docs` keeps results in
+benchmarks/architectures.json; a run of some replaces theirs.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ RESULTS = HERE / "architectures.json"
 PAGE = HERE.parent / "docs" / "models.md"
 BEGIN, END = "<!-- benchmarks/architectures.py: begin -->", "<!-- benchmarks/architectures.py: end -->"
 CAUSAL: dict[str, str] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+WRAPPERS: dict[str, Any] = {
+    **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+"""Decoders of text with towers for images, video or sound."""
 
 INDEXER = {
     "indexer_budget": 2048, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1,
@@ -80,7 +86,7 @@ class Outcome:
     """What the guard says of an architecture."""
 
     kind: str
-    """decoder, encoder, encoder-decoder or multimodal; only decoders of text are checked."""
+    """decoder, wrapper, encoder, encoder-decoder, drafter or multimodal; the first two are checked."""
     result: str
     """exact, refused, not built, failed, or not checked."""
     grad_rel_error: float | None = None
@@ -90,6 +96,7 @@ class Outcome:
     peak_mib: int = 0
 
 
+CHECKED = ("decoder", "wrapper")
 KINDS = {
     "bert-generation": "encoder", "trocr": "encoder-decoder", "musicgen": "multimodal", "musicgen_melody": "multimodal",
     "gemma4_assistant": "drafter", "gemma4_unified_assistant": "drafter",
@@ -104,13 +111,12 @@ def kind_of(model_type: str) -> str:
     config = _config(model_type, {})
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
+    if model_type in WRAPPERS:
+        return "wrapper"
     if model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
-    if any(part in name for name in config.sub_configs for part in ("vision", "audio", "vq_")):
-        text = config.get_text_config().model_type
-        is_text_part = text != model_type and CAUSAL.get(text) == CAUSAL[model_type]
-        return "decoder" if is_text_part else "multimodal"
-    return "multimodal" if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else "decoder"
+    has_tower = any(part in name for name in config.sub_configs for part in ("vision", "audio", "vq_"))
+    return "multimodal" if has_tower else "decoder"
 
 
 def _config(model_type: str, settings: dict[str, Any]) -> Any:
@@ -120,7 +126,7 @@ def _config(model_type: str, settings: dict[str, Any]) -> Any:
 def check(model_type: str) -> Outcome:
     """Run the guard on one architecture, in this process."""
     kind = kind_of(model_type)
-    if kind != "decoder":
+    if kind not in CHECKED:
         return Outcome(kind, "not checked")
     before = time.process_time()
     try:
@@ -164,9 +170,9 @@ def check_apart(model_type: str, *, seconds: float, memory_gib: float) -> Outcom
     try:
         if receiver.poll(seconds):
             return receiver.recv()
-        return Outcome("decoder", "failed", why=f"not done within {seconds:.0f} seconds")
+        return Outcome(kind_of(model_type), "failed", why=f"not done within {seconds:.0f} seconds")
     except EOFError:
-        return Outcome("decoder", "failed", why="the process was killed")
+        return Outcome(kind_of(model_type), "failed", why="the process was killed")
     finally:
         process.kill()
         process.join()
@@ -184,27 +190,41 @@ def write_page(outcomes: dict[str, dict[str, Any]]) -> None:
 
 def section(outcomes: dict[str, dict[str, Any]]) -> str:
     """Return the generated section: counts, what is exact and how far off, and why the others are refused."""
-    decoders = {name: each for name, each in sorted(outcomes.items()) if each["kind"] == "decoder"}
-    exact = {name: _error(each) for name, each in decoders.items() if each["result"] == "exact"}
-    reasons: dict[str, list[str]] = {}
-    for name, each in decoders.items():
-        if name not in exact:
-            reasons.setdefault(_reason(each), []).append(name)
-    kinds = [each["kind"] for each in outcomes.values()]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}s" for kind in ("encoder", "encoder-decoder", "drafter"))
+    kinds = [each["kind"] for name, each in outcomes.items() if name in CAUSAL]
+    others = ("encoder", "encoder-decoder", "drafter", "wrapper", "multimodal model")
+    counts = ", ".join(f"{kinds.count(kind.removesuffix(' model'))} {kind}s" for kind in others[:-1])
+    decoders, wrappers = (
+        {name: each for name, each in sorted(outcomes.items()) if each["kind"] == kind} for kind in CHECKED
+    )
     lines = [
-        f"transformers {transformers.__version__} lists {len(outcomes)} causal language models: {len(decoders)} "
-        f"decoders of text, {counts} and {kinds.count('multimodal')} multimodal models.",
-        f"Of the decoders, {len(exact)} train exactly in chunks. The number is the relative difference between the",
-        "gradients of a small copy, in float32 or, where marked with *, in float64.",
+        f"transformers {transformers.__version__} lists {len(kinds)} causal language models: {len(decoders)} decoders "
+        f"of text, {counts} (next table) and {kinds.count('multimodal')} other {others[-1]}s.",
+        f"Of the decoders, {_exact(decoders)} train exactly in chunks. The number is the relative difference between",
+        "the gradients of a small copy, in float32 or, where marked with *, in float64.",
         "",
-        *_grid([f"{name} {error}" for name, error in exact.items()], 4),
+        *_tables(decoders),
         "",
-        "| refused | why |",
-        "|---|---|",
-        *(f"| {', '.join(names)} | {reason} |" for reason, names in sorted(reasons.items(), key=lambda each: each[1])),
+        f"It lists {len(wrappers)} multimodal wrappers around a decoder of text. Of {_exact(wrappers)} the "
+        "[language part](#multimodal-models) trains exactly in chunks:",
+        "",
+        *_tables(wrappers),
     ]
     return "\n".join(lines)
+
+
+def _exact(outcomes: dict[str, dict[str, Any]]) -> int:
+    return sum(each["result"] == "exact" for each in outcomes.values())
+
+
+def _tables(outcomes: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a table of what is exact, and one of what is refused, and why."""
+    exact = [f"{name} {_error(each)}" for name, each in outcomes.items() if each["result"] == "exact"]
+    reasons: dict[str, list[str]] = {}
+    for name, each in outcomes.items():
+        if each["result"] != "exact":
+            reasons.setdefault(_reason(each), []).append(name)
+    rows = (f"| {', '.join(names)} | {reason} |" for reason, names in sorted(reasons.items(), key=lambda each: each[1]))
+    return [*_grid(exact, 4), "", "| refused | why |", "|---|---|", *rows]
 
 
 def _error(outcome: dict[str, Any]) -> str:
@@ -251,14 +271,15 @@ def _checked(names: Iterable[str], seconds: float, memory_gib: float) -> dict[st
 
 def main() -> None:
     args = _parser().parse_args()
-    if unknown := sorted(set(args.names) - set(CAUSAL)):
-        raise SystemExit(f"no causal language models of transformers {transformers.__version__}: {', '.join(unknown)}")
+    everything = {**CAUSAL, **WRAPPERS}
+    if unknown := sorted(set(args.names) - set(everything)):
+        raise SystemExit(f"no language models of transformers {transformers.__version__}: {', '.join(unknown)}")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     settle_vector_math()
-    outcomes = _checked(args.names or CAUSAL, args.seconds, args.memory_gib)
+    outcomes = _checked(args.names or everything, args.seconds, args.memory_gib)
     if args.docs:
         known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
         merged = dict(sorted((known | outcomes).items()))

@@ -154,7 +154,7 @@ def test_what_is_no_run_or_damaged_is_said(make_run: Callable[..., Path], tmp_pa
         ("run/final", "that it belongs to, .*run"),
         ("base", "name the"),
     ):
-        with pytest.raises(UsageError, match=f"not the directory of a finished run.*\n.*{hint}"):
+        with pytest.raises(UsageError, match=f"not the folder of a finished run.*\n.*{hint}"):
             FinishedRun.at(str(tmp_path / folder))
     with pytest.raises(UsageError, match="is inside of"):
         export.run(str(run), output=str(run / "final" / "x"), merge=False)

@@ -26,10 +26,8 @@ _CLOSING = re.compile(r"</\w+>|\[/[A-Z_]+\]")
 _TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS}
 
 
-_CUT_OUT = (
-    *(f"{key} of the assistant" for key in REASONING_KEYS),
-    "the text before </think> in the assistant's content",
-)
+_BEFORE_TAG = "the text before {tag} in the assistant's content"
+_CUT_OUT = (*(f"{key} of the assistant" for key in REASONING_KEYS), _BEFORE_TAG.format(tag="</think>"))
 CUT = Remark(
     "the model will not learn the reasoning of earlier answers, which the chat template writes in the last one only; "
     "data.turns=split makes a sample of each answer, with its reasoning"
@@ -74,10 +72,7 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
             # Without a place of its own, a turn may stand anywhere.
             is_elsewhere = turn.region is None and _stands_somewhere(turn.message, whole)
             if lost and turn.is_target and not search.found and not is_elsewhere:
-                raise BadRowError(
-                    f"the chat template writes nothing of what the assistant says in turn {turn.number}, "
-                    "so it cannot be learnt; use a template that writes it"
-                )
+                raise BadRowError(nothing_written(turn.number))
         else:
             lost = list(_of_others(turn.message, search))
         lost += _of_other_keys(turn.message, template, whole)
@@ -94,6 +89,14 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
     if any(_name_of(tool) not in whole for tool in tools):
         remarks.append(Remark("the model will not see definitions of tools, which the chat template leaves out"))
     return list(dict.fromkeys(remarks))
+
+
+def nothing_written(number: int) -> str:
+    """Return why a row is bad that has an answer of which the template writes nothing."""
+    return (
+        f"the chat template writes nothing of what the assistant says in turn {number}, "
+        "so it cannot be learnt; use a template that writes it"
+    )
 
 
 def _on_ids(message: Mapping[str, Any], whole: str) -> Iterator[Remark]:
@@ -171,7 +174,7 @@ def _of_assistant(message: Mapping[str, Any], search: _Search) -> Iterator[str]:
 def _lost_of_content(content: str, search: _Search, *, has_calls: bool) -> str:
     closing = list(_CLOSING.finditer(content))
     if closing and content[closing[-1].end() :].strip() and search.has(content[closing[-1].end() :]):
-        return f"what stands before {closing[-1].group()} in the assistant's content"
+        return _BEFORE_TAG.format(tag=closing[-1].group())
     lines = (line.strip() for part in _TAG.split(content) for line in part.splitlines())
     if sum(search.has(line) for line in lines if line):
         return "a part of the assistant's content"

@@ -24,6 +24,8 @@ from chunkflow_cli.data.omissions import REASONING_KEYS, written_forms
 
 FIRST_MARK = "\U000f0000"
 _FIRST, _LAST = ord(FIRST_MARK), 0xFFFFD
+SPARE_MARKS = chr(_LAST - 1), chr(_LAST)
+"""Marks that no conversation has."""
 RUN = re.compile(r"([\U000F0000-\U000FFFFD])\1*")
 """A mark in a text. It is written several times in a row for an id, whose length templates check."""
 _ESCAPED_MARK = re.compile(r"(?i)\\+(?:u(db[89ab][0-9a-f])\\+u(d[c-f][0-9a-f]{2})|U000(f[0-9a-f]{4}))")
@@ -132,7 +134,7 @@ def skeleton_of(messages: Sequence[Mapping[str, Any]], tools: object, tags: tupl
         key = orjson.dumps([bare, tools], option=orjson.OPT_NON_STR_KEYS)
     except (TypeError, ValueError):
         return None
-    if len(marks.pieces) > _LAST - _FIRST or len(_ENCODED_MARK.findall(key)) != marks.written:
+    if len(marks.pieces) > _LAST - _FIRST - 1 or len(_ENCODED_MARK.findall(key)) != marks.written:
         return None
     return Skeleton(bare, marks.pieces, key)
 

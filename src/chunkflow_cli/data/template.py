@@ -40,7 +40,8 @@ from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_mar
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
 from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
 from chunkflow_cli.data.template_rendering import TEMPLATE_DATE, Renderer
-from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, EndTokens, Outline, TurnSpan, not_found, outline
+from chunkflow_cli.data.turn_text import EndTokens
+from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, Outline, TurnSpan, not_found, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,7 +211,7 @@ class ChatTemplate:
             options = {**given.arguments, **PROMPT_OPTIONS["prompt"]}
             with suppress(BadRowError):  # a template may reject what stands before an answer
                 prompt = self._renderer.render(template, [given.messages[:-1]], given.tools, **options)[0][0]
-                text = self._tokens.without_prompt(text, prompt)
+                text = self._tokens.without_prompt(text, prompt, given.messages[-1])
         return len(text.rstrip())
 
     def _found(self, template: str, given: TemplateInput, *, reasoning: bool) -> _Found:
@@ -234,13 +235,18 @@ class ChatTemplate:
             BadRowError: the template writes the turn behind something else.
         """
         index, span = len(given.messages) - 1, found.spans[len(given.messages) - 1]
-        if span.ending is None:
-            raise BadRowError(
-                f"the chat template does not write turn {index + 1} behind the generation prompt, so data.turns=split "
-                "cannot show it as at inference; data.turns=whole trains on what the template writes"
-            )
-        options = {**given.arguments, **PROMPT_OPTIONS[span.ending]}
+        if span.ending == "none":  # the first turn, which no prompt asks for
+            return found
+        options = {**given.arguments, **PROMPT_OPTIONS[span.ending or "prompt"]}
         prompt = self._renderer.render(template, [given.messages[:index]], given.tools, **options)[0][0]
+        if span.ending is None:
+            asked = self._renderer.render(template, [given.messages[:index]], given.tools, **given.arguments)[0][0]
+            added = prompt[len(asked) :] if prompt.startswith(asked) else ""
+            raise BadRowError(
+                f"the chat template does not write turn {index + 1} behind its generation prompt, which ends with "
+                f"{(added or prompt)[-PROMPT_SHOWN:]!r}, so data.turns=split cannot show it as at inference; "
+                "data.turns=whole trains on what the template writes"
+            )
         # The skeleton's prompt is not always that of the words: a template may look at the last of them.
         if span.after_prompt and found.text.startswith(prompt):
             return found
@@ -304,7 +310,7 @@ class ChatTemplate:
         )
         spans: dict[int, TurnSpan] = {}
         for index, before, text in zip(targets, prefixes, [*throughs, whole], strict=False):
-            through = self._tokens.without_prompt(text, before)
+            through = self._tokens.without_prompt(text, before, messages[index])
             if not (whole.startswith(through) and through.startswith(before)):
                 raise BadRowError(not_found(index))
             end, own = self._tokens.end_of_turn(through, len(before))
@@ -368,6 +374,8 @@ REWRITTEN = Remark(
     "they appear in the whole conversation, data.turns=split on each as the model writes it at inference",
     is_warning=False,
 )
+PROMPT_SHOWN = 30
+"""Characters of a generation prompt that a message shows."""
 OUTLINES = 1000
 """Outlines that are kept. Most data sets have fewer forms of conversations."""
 

@@ -18,7 +18,6 @@ A turn that is not found so, or that would hold words of another message, is an 
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,8 +25,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
+from chunkflow_cli.data.omissions import nothing_written
 from chunkflow_cli.data.sample import BadRowError
-from chunkflow_cli.data.skeleton import FIRST_MARK, RUN, Written, written
+from chunkflow_cli.data.skeleton import FIRST_MARK, RUN, SPARE_MARKS, Written, written
+from chunkflow_cli.data.turn_text import (
+    EndTokens,
+    Tags,
+    after_common_mark,
+    common_length,
+    end_but_for_spaces,
+    strings_of,
+)
 
 
 class Render(Protocol):
@@ -44,49 +52,8 @@ PROMPT_OPTIONS: Mapping[Ending, Mapping[str, bool]] = {
     "thinking": {"add_generation_prompt": True, "enable_thinking": True},
     "no thinking": {"add_generation_prompt": True, "enable_thinking": False},
 }
-_TAG = re.compile(r"</?[^<>\s]+>|\[/?[A-Z_]+\]")
 REMEDY = "data.train_on=all makes every token a target instead"
-
-
-@dataclass(frozen=True, slots=True)
-class EndTokens:
-    """Added tokens of a tokenizer, by what they can be at the end of a turn."""
-
-    all: tuple[str, ...]
-    of_turns: tuple[str, ...]
-    """Those that end a turn, and not only a part of it as `</tool_call>` does."""
-    starts: tuple[str, ...]
-    """Those that may begin the next turn and thereby end one that has no end of its own."""
-    eos: str | None = None
-
-    def end_of_turn(self, through: str, start: int) -> tuple[int, bool]:
-        """Return the end of the targets of a turn that begins at `start`, and whether a token of its own ends it."""
-        stripped = through.rstrip()
-        if len(stripped) <= start or not stripped.endswith(self.all):
-            return len(through), False
-        return len(stripped), stripped.endswith(self.of_turns)
-
-    def borrowed(self, whole: str, end: int) -> tuple[int, str]:
-        """Return the token that begins the next turn at `end`, and where it stops; `end` and "" if there is none."""
-        rest = whole[end:]
-        # White space belongs to the end, too, unless a closing tag is all that the turn ends with.
-        behind = 0 if whole.endswith(self.all, 0, end) else len(rest) - len(rest.lstrip())
-        token = next((token for token in self.starts if whole.startswith(token, end + behind)), "")
-        return (end + behind + len(token) if token else end), token
-
-    def without_prompt(self, through: str, prompt: str) -> str:
-        """Return a text that ends with an answer, without a generation prompt that stands behind it unasked.
-
-        Args:
-            prompt: what the template writes before that answer.
-        """
-        if not self.eos:
-            return through
-        turns, eos, rest = through.rpartition(self.eos)
-        if not (eos and rest.strip()):
-            return through
-        is_prompt = prompt.endswith(rest) or prompt.rpartition(eos)[2].startswith(rest)
-        return turns + eos if is_prompt and len(turns + eos) > prompt.rindex(rest) else through
+SPLIT = "data.turns=split makes a sample of each answer, as the model writes it at inference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,43 +117,35 @@ def outline(
     try:
         for index in targets:
             turns[index] = finder.find(index)
-        _check_apart(text, messages, turns)
     except BadRowError as error:
         reason = str(error)
+    else:
+        index_ = finder.not_apart(turns)
+        reason = None if index_ is None else finder.why_not(index_)
     return Outline(written(text), turns, reason, tuple(run.end() for run in RUN.finditer(text)))
 
 
-def _check_apart(text: str, messages: Sequence[Any], turns: dict[int, TurnSpan]) -> None:
-    """Raise unless turns follow each other, and each holds its own words and no others."""
-    for (index, turn), (_, following) in pairwise(turns.items()):
-        if following.start < turn.end:
-            raise BadRowError(not_found(index))
-    speakers: dict[str, set[int]] = {}
-    for number, message in enumerate(messages):
-        for mark in RUN.findall(_strings_of(message)):
-            speakers.setdefault(mark, set()).add(number)
-    for run in RUN.finditer(text):
-        for index, turn in turns.items():
-            is_inside = turn.start <= run.start() < turn.end
-            if index not in speakers[run[1]] if is_inside else speakers[run[1]] == {index}:
-                raise BadRowError(not_found(index))
-
-
-def _strings_of(value: Any) -> str:
-    """Return all strings of a message, one after the other."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        return "\n".join(_strings_of(item) for item in value.values())
-    return "\n".join(_strings_of(item) for item in value) if isinstance(value, (list, tuple)) else ""
-
-
-def not_found(index: int) -> str:
+def not_found(index: int, remedy: str = REMEDY) -> str:
     """Return why a row is bad in which turn `index` cannot be told apart from what is around it."""
     return (
         f"the chat template writes turn {index + 1} differently within the whole conversation, "
-        f"so its targets cannot be found; {REMEDY}"
+        f"so its targets cannot be found; {remedy}"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a template writes a message as the answer to a question."""
+
+    header: str
+    """What stands between the question and the answer."""
+    opening: str
+    """What the answer begins with, up to its first mark."""
+    mark: str
+    ending: Ending | None
+
+
+_QUESTION, _ANOTHER = ({"role": "user", "content": mark} for mark in SPARE_MARKS)
 
 
 class _Finder:
@@ -196,8 +155,13 @@ class _Finder:
         self, render: Render, messages: Sequence[Any], whole: str, tokens: EndTokens, switches_thinking: bool
     ) -> None:
         self._render, self._messages, self._whole, self._tokens = render, messages, whole, tokens
+        self._tags = Tags(tokens.all)
         self._others: tuple[Ending, ...] = ("no thinking", "thinking") if switches_thinking else ()
         self._texts: dict[tuple[int, Ending], str] = {(len(messages), "none"): whole}
+        self._speakers: dict[str, set[int]] = {}
+        for number, message in enumerate(messages):
+            for mark in RUN.findall(strings_of(message)):
+                self._speakers.setdefault(mark, set()).add(number)
 
     def look_ahead(self, targets: Sequence[int]) -> None:
         """Render what the targets need, all at once, which is faster."""
@@ -215,13 +179,51 @@ class _Finder:
                 self._texts.update({(count, ending): text for count, text in zip(counts, texts, strict=True)})
 
     def find(self, index: int) -> TurnSpan:
+        try:
+            return self._find(index)
+        except BadRowError as error:
+            if index or self._prompt(index):
+                raise BadRowError(self.why_not(index)) from error
+            raise BadRowError(
+                f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}'
+            ) from error
+
+    def not_apart(self, turns: Mapping[int, TurnSpan]) -> int | None:
+        """Return a turn that runs into the next one, or does not hold its own words alone; None if there is none."""
+        for (index, turn), (_, following) in pairwise(turns.items()):
+            if following.start < turn.end:
+                return index
+        for run in RUN.finditer(self._whole):
+            speakers = self._speakers[run[1]]
+            for index, turn in turns.items():
+                is_inside = turn.start <= run.start() < turn.end
+                if index not in speakers if is_inside else speakers == {index}:
+                    return index
+        return None
+
+    def why_not(self, index: int) -> str:
+        """Return why turn `index` cannot be found, and what to do."""
+        is_own = [self._speakers[run] == {index} for run in RUN.findall(self._whole)]
+        last = self._as_last(index)
+        with_split = False
+        with suppress(BadRowError):
+            with_split = index + 1 < len(self._messages) and self._start_in(last, index)[1] is not None
+        remedy = SPLIT if with_split else REMEDY
+        own = {mark for mark, speakers in self._speakers.items() if speakers == {index}}
+        if own and not any(is_own):
+            if own & set(RUN.findall(last)):
+                return f"the chat template writes nothing of turn {index + 1} once another turn follows it; {remedy}"
+            return nothing_written(index + 1)
+        if any(is_own) and not all(is_own[is_own.index(True) : len(is_own) - is_own[::-1].index(True)]):
+            return f"the chat template writes turn {index + 1} in pieces, with other turns between them; {remedy}"
+        return not_found(index, remedy)
+
+    def _find(self, index: int) -> TurnSpan:
         start, ending = self._start_in(self._whole, index)
-        last = self._tokens.without_prompt(self._text(index + 1), self._prompt(index))
+        last = self._tokens.without_prompt(self._as_last(index), self._prompt(index), self._messages[index])
         if index + 1 == len(self._messages):
             return self._span(index, start, len(last), ending)
-        end = self._end_in_whole(last, index)
-        if end < start:
-            raise BadRowError(not_found(index))
+        end = self._end_in_whole(last, index, start)
         span = self._span(index, start, end, ending)
         try:
             start_as_last, ending_as_last = self._start_in(last, index)
@@ -233,6 +235,15 @@ class _Finder:
             span, is_rewritten=is_rewritten, is_cut=not set(RUN.findall(as_last)) <= set(RUN.findall(self._whole))
         )
 
+    def _as_last(self, index: int) -> str:
+        """Return a text that ends with turn `index`."""
+        try:
+            return self._text(index + 1)
+        except BadRowError:
+            if index:
+                raise
+            return self._render([[_QUESTION, self._messages[0]]])[0]  # a conversation must have a question (Qwen3.5)
+
     def _text(self, count: int, ending: Ending = "none") -> str:
         """Return what the template writes of the first messages."""
         if (count, ending) not in self._texts:
@@ -240,16 +251,13 @@ class _Finder:
         return self._texts[count, ending]
 
     def _prompt(self, index: int, ending: Ending = "prompt") -> str:
-        """Return what the model gets before it writes turn `index`."""
+        """Return what the model gets before it writes turn `index`; nothing if no prompt opens the conversation."""
         if index:
             return self._text(index, ending)
-        try:
+        with suppress(BadRowError):  # most templates look at the first message
             prompt = self._text(0, ending)
-        except BadRowError:
-            prompt = ""  # most templates look at the first message
-        if not prompt or not self._whole.startswith(prompt):
-            raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
-        return prompt
+            return prompt if self._whole.startswith(prompt) else ""
+        return ""
 
     def _span(self, index: int, start: int, end: int, ending: Ending | None) -> TurnSpan:
         stop, own = self._tokens.end_of_turn(self._whole[:end], start)
@@ -259,19 +267,71 @@ class _Finder:
 
     def _start_in(self, text: str, index: int) -> tuple[int, Ending | None]:
         """Return where turn `index` begins in a text, and the prompt that stands before it, if one does in full."""
+        try:
+            return self._start_after_prompt(text, index)
+        except BadRowError:
+            for form in self._forms(index):
+                if (start := self._start_by_form(text, index, form)) is not None:
+                    return start
+            raise
+
+    def _start_after_prompt(self, text: str, index: int) -> tuple[int, Ending | None]:
+        if not self._prompt(index):
+            raise BadRowError(not_found(index))
         endings: tuple[Ending, ...] = ("prompt", *self._others)
         for ending in endings:
             prompt = self._prompt(index, ending)
-            behind, place = _after_common_mark(prompt, text)
+            behind, place = after_common_mark(prompt, text)
             if text.startswith(prompt[behind:], place):
                 start = place + len(prompt) - behind
                 return start + self._header(text, start, index), ending
+        for ending in endings:  # <think> and another number of line ends
+            prompt = self._prompt(index, ending)
+            behind, place = after_common_mark(prompt, text)
+            bare = prompt[behind:].rstrip("\n")
+            if self._before_prompt(index) - behind < len(bare) < len(prompt) - behind and text.startswith(bare, place):
+                rest = text[place + len(bare) :]
+                return len(text) - len(rest.lstrip("\n")), ending
         for ending in endings:
             prompt = self._prompt(index, ending)
-            behind, place = _after_common_mark(prompt, text)
-            if (start := _end_but_for_spaces(prompt[behind:], text, place)) is not None:
-                return start, ending
+            behind, place = after_common_mark(prompt, text)
+            if (after := end_but_for_spaces(prompt[behind:], text, place)) is not None:
+                return after, ending
         return self._start_within_prompt(text, index), None
+
+    def _forms(self, index: int) -> Iterator[_Form]:
+        """Yield how the template writes a message as an answer to a question, as the last turn and before another."""
+        for asked in ([_QUESTION, self._messages[index]], [_QUESTION, self._messages[index], _ANOTHER]):
+            with suppress(BadRowError):
+                text = self._render([asked])[0]
+                finder = _Finder(self._render, asked, text, self._tokens, bool(self._others))
+                start, ending = finder._start_after_prompt(text, 1)
+                behind, place = after_common_mark(finder._prompt(1), text)
+                first = RUN.search(text, start)
+                if behind and first is not None and finder._speakers[first[1]] == {1}:
+                    header = text[place + finder._before_prompt(1) - behind : start]
+                    yield _Form(header, text[start : first.start()], first[0], ending)
+
+    def _start_by_form(self, text: str, index: int, form: _Form) -> tuple[int, Ending | None] | None:
+        """Return where turn `index` begins in a text, if it stands there in a form that it has as an answer."""
+        place = text.find(form.mark)
+        if place < 0 or text.find(form.mark, place + 1) >= 0:
+            return None
+        is_answer = text.endswith(form.header + form.opening, 0, place)
+        if not index:
+            return (place - len(form.opening), "none") if is_answer else None
+        if is_answer and form.header.strip():
+            is_prompted = form.ending is not None and self._prompt(index, form.ending).endswith(form.header)
+            return place - len(form.opening), form.ending if is_prompted else None
+        # Some write no header behind a tool's result (Apertus), and leave out a part of both turns (DeepSeek).
+        before = self._text(index)
+        behind, start = after_common_mark(before, text)
+        rest = before[behind:]
+        common = self._tags.outside(text, start + common_length(rest, text[start:place])) - start
+        own = text[start + common : place].lstrip()
+        parts = common == len(rest) or (self._tags.end(rest[:common]) and self._tags.begin(rest[common:]))
+        is_own = form.opening.endswith(own) and self._tags.begin(own)
+        return (place - len(own), None) if parts and (is_own or (common == len(rest) and own == form.opening)) else None
 
     def _header(self, text: str, start: int, index: int) -> int:
         """Return the length of what stands at a turn's start though it is a prompt elsewhere.
@@ -289,14 +349,14 @@ class _Finder:
     def _start_within_prompt(self, text: str, index: int) -> int:
         """Return where turn `index` begins in a text that has only a part of the prompt."""
         prompt = self._prompt(index)
-        behind, place = _after_common_mark(prompt, text)
+        behind, place = after_common_mark(prompt, text)
         rest, least = prompt[behind:], self._before_prompt(index) - behind
-        common = _common(rest, text[place:])
+        common = common_length(rest, text[place:])
         if common >= least and text[place + common : place + common + 1] >= FIRST_MARK:
             return place + common  # words of the answer
         for cut in range(common, max(least, 0), -1):
-            if self._ends_with_tag(rest[:cut]) and self._outside_token(text, place + cut) == place + cut:
-                if self._begins_with_tag(rest[cut:]):
+            if self._tags.end(rest[:cut]) and self._tags.outside(text, place + cut) == place + cut:
+                if self._tags.begin(rest[cut:]) or self._tags.begin(text[place + cut :]):
                     return place + cut
                 break
         raise BadRowError(not_found(index))
@@ -306,24 +366,39 @@ class _Finder:
         if not index:
             return 0
         without, prompt = self._text(index), self._prompt(index)
-        common = _common(without, prompt)
+        common = common_length(without, prompt)
         if common == len(without):
             return common
         # The two may part within a token: <|endoftext|>, which ends a conversation, and <|assistant|> begin alike.
-        return min(self._outside_token(without, common), self._outside_token(prompt, common))
+        return min(self._tags.outside(without, common), self._tags.outside(prompt, common))
 
-    def _end_in_whole(self, last: str, index: int) -> int:
-        """Return where turn `index` ends, which ends the text `last`."""
-        behind, place = _after_common_mark(last, self._whole)
-        if self._whole.startswith(last[behind:], place):
+    def _end_in_whole(self, last: str, index: int, start: int) -> int:
+        """Return where turn `index` ends, which ends the text `last`, and begins at `start`."""
+        behind, place = after_common_mark(last, self._whole)
+        if self._whole.startswith(last[behind:], place) and place + len(last) - behind >= start:
             return place + len(last) - behind
         followed = self._text(index + 1, "prompt")
-        behind, place = _after_common_mark(followed, self._whole)
+        behind, place = after_common_mark(followed, self._whole)
         rest = followed[behind:]
         for prompt in self._prompts_of_users():
             end = len(rest) - len(prompt)
-            if end >= 0 and rest.endswith(prompt) and self._whole.startswith(rest[:end], place):
+            if place + end >= max(place, start) and rest.endswith(prompt) and self._whole.startswith(rest[:end], place):
                 return place + end
+        return self._end_by_tail(last, index)
+
+    def _end_by_tail(self, last: str, index: int) -> int:
+        """Return where the only token stands behind the words of turn `index` that ends it as the last turn, too."""
+        runs = list(RUN.finditer(self._whole))
+        own = [number for number, run in enumerate(runs) if self._speakers[run[1]] == {index}]
+        # The id of a call is in the tool's message as well.
+        others = [run for run in runs[own[-1] :] if index not in self._speakers[run[1]]] if own else []
+        if others and index + 1 in self._speakers[others[0][1]]:
+            place = runs[own[-1]].end()
+            gap = self._whole[place : others[0].start()]
+            tail = last[max((run.end() for run in RUN.finditer(last)), default=len(last)) :].rstrip()
+            for ending in self._tags.endings(tail):
+                if gap.count(ending) == 1 and self._tags.end(ending):
+                    return place + gap.index(ending) + len(ending)
         raise BadRowError(not_found(index))
 
     def _prompts_of_users(self) -> Iterator[str]:
@@ -331,60 +406,3 @@ class _Finder:
         for index, message in enumerate(self._messages[:-1], 1):
             if message["role"] == "user":
                 yield self._prompt(index)[self._before_prompt(index) :]
-
-    def _ends_with_tag(self, text: str) -> bool:
-        return text.endswith(("\n", *self._tokens.all)) or _TAG_AT_END.search(text[-_LONGEST:]) is not None
-
-    def _begins_with_tag(self, text: str) -> bool:
-        text = text.lstrip()
-        return text.startswith(self._tokens.all) or _TAG.match(text) is not None
-
-    def _outside_token(self, text: str, place: int) -> int:
-        """Return where the token or tag begins that a place lies in; the place itself if it is in none."""
-        first = max(0, place - _LONGEST)
-        around, inside = text[first : place + _LONGEST], place - first
-        starts = [tag.start() for tag in _TAG.finditer(around) if tag.start() < inside < tag.end()]
-        for token in self._tokens.all:
-            start = around.find(token, max(0, inside - len(token) + 1))
-            if 0 <= start < inside:
-                starts.append(start)
-        return first + min(starts, default=inside)
-
-
-_TAG_AT_END = re.compile(rf"(?:{_TAG.pattern})\Z")
-_LONGEST = 100
-"""Characters of the longest token that a turn might begin or end with."""
-
-
-def _common(one: str, other: str) -> int:
-    """Return how many characters two texts begin with in common."""
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-
-
-def _end_but_for_spaces(piece: str, text: str, place: int) -> int | None:
-    """Return where a piece ends that stands in a text at `place`, but for white space; None if it does not.
-
-    Some templates (Hermes) write a line break behind a tool's result only if a turn follows. White space at the end of
-    the piece must be the same, because the words of a turn begin there.
-    """
-    letters = "".join(piece.split())
-    if not letters:
-        return None
-    found = re.compile(r"\s*" + r"\s*".join(map(re.escape, letters))).match(text, place)
-    end = piece[len(piece.rstrip()) :]
-    return found.end() + len(end) if found and text.startswith(end, found.end()) else None
-
-
-def _after_common_mark(text: str, other: str) -> tuple[int, int]:
-    """Return the places behind the last mark of a text that both have once; the beginnings if there is none."""
-    end = len(text)
-    while end := next((place for place in range(end, 0, -1) if text[place - 1] >= FIRST_MARK), 0):
-        mark = text[end - 1]
-        count = text.count(mark)
-        run = mark * count
-        if text.endswith(run, 0, end) and other.count(mark) == count and run in other:
-            return end, other.index(run) + count
-        end -= 1
-    return 0, 0
