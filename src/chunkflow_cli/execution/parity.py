@@ -341,7 +341,7 @@ def use_implementation(model: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def _arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
-    """Let a model compute in its own dtype within the block, if that is float32 or float64."""
+    """Make a model compute in its own dtype within the block, if that is float32 or float64."""
     with ExitStack() as stack:
         if dtype is torch.float64:
             stack.enter_context(float64_throughout())

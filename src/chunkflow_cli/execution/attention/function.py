@@ -86,7 +86,7 @@ class ChunkAttentionContext:
         return Packing(tuple(sorted(edges)), self.packing.device)
 
     def is_output_unused(self, layer: LayerAttention) -> bool:
-        """Return whether nothing comes of the layer's output: in a state pass, no keys of a later layer.
+        """Return whether nothing uses the layer's output: in a state pass, no later layer stores keys.
 
         Layers that share keys are the last ones of a model.
         """
