@@ -379,7 +379,7 @@ def _run(rows: _Rows, seconds: OperationSeconds) -> Timeline:
     """Run each stage as far as it can go, then the stages that waited for it: each row is visited about once."""
     awaited_rows, never = rows.awaited()
     count = len(rows.chunk)
-    # A row that waits for nothing that comes waits for row `count`, which never stops. Lists are faster for scalars.
+    # A row whose message never comes waits for row `count`, which never stops. Scalars are faster in lists.
     awaited = np.where(never, count, awaited_rows).tolist()
     durations, transfers = rows.durations(seconds).tolist(), rows.transfers(seconds, awaited_rows).tolist()
     starts, stops = [0.0] * count, [-1.0] * (count + 1)
