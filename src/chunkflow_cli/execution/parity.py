@@ -210,7 +210,7 @@ def _compare(
 
 
 def _with_prompts(sequences: Sequence[TokenizedSample]) -> tuple[list[TokenizedSample], NDArray[np.int64]]:
-    """Let both sequences of each pair begin alike, for half of the shorter one; return how many tokens that are."""
+    """Give both sequences of each pair the same beginning, half of the shorter one; return its number of tokens."""
     made, prompts = [], []
     for first, second in zip(sequences[0::2], sequences[1::2], strict=True):
         asked = max(1, min(len(first.input_ids), len(second.input_ids)) // 2)

@@ -1,4 +1,4 @@
-"""Sizes of a small copy of an architecture: each kind of size is reduced with all that a configuration insists on.
+"""Sizes of a small copy of an architecture: each kind is reduced together with the sizes that depend on it.
 
 Configurations have many names for the same size, and sizes that depend on each other. A size whose name is missing here
 stays as it is. Where sizes no longer fit together, no model can be built, and `small_copy.py` leaves a kind out.

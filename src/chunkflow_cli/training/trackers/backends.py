@@ -91,7 +91,7 @@ class MLflow:
     drops_repeated = False
 
     def __init__(self, run: Introduction) -> None:
-        # By default, a server that is down is asked for minutes. Rows wait meanwhile.
+        # By default, requests to a server that is down are repeated for minutes, while rows wait.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow.entities import Param
