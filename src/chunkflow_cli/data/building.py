@@ -1,8 +1,8 @@
 """The temporary folder in which a cache entry is built, and the removal of those that killed processes left behind.
 
-A folder that is being built, `.<key>.<host>-<random>`, has a lock next to it, `<folder>.lock`, which the kernel releases
-when the process ends. So a leftover is a folder whose lock is free. A lock may not reach other machines of a network
-file system; their folders count as left only when nothing in them has changed for a day.
+A folder that is being built, `.<key>.<host>-<random>`, has a lock next to it, `<folder>.lock`, which the kernel
+releases when the process ends. So a leftover is a folder whose lock is free. A lock may not reach other machines of a
+network file system; their folders count as leftovers only when nothing in them has changed for a day.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: C
 
 
 def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSetup:
-    """Return the setup of the first rank on all ranks: they may run on different machines, and must make the same plan."""
+    """Return the setup of the first rank on all ranks: their machines may differ, but not their plans."""
     own = None
     if processes.is_first:
         device = described_device(config, present_device())
