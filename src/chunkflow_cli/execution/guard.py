@@ -2,9 +2,9 @@
 
 It compares chunked and whole-sequence training on a small random model of the same architecture, made so that nothing
 hides: windows shorter than the test sequences, large initial weights, one layer of each kind, every multiplier of the
-configuration. It computes in float32, and repeats in float64 what rounding may have caused. The run's attention
-kernel is checked separately, in the run's dtype (`kernel_check.py`). Kernels of packages for recurrent layers are not checked here:
-`chunkflow verify verify.dtype=bfloat16` runs them.
+configuration. It computes in float32, and repeats in float64 what rounding may have caused. The run's attention kernel
+is checked separately, in the run's dtype (`kernel_check.py`). Kernels of packages for recurrent layers are not checked
+here: `chunkflow verify verify.dtype=bfloat16` runs them.
 """
 
 from __future__ import annotations

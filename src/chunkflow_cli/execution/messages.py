@@ -4,8 +4,9 @@ Every process knows the plan of all stages, so it knows which messages come, in 
 is exchanged about them. Sends return at once and receives are posted ahead, so messages overlap with computation.
 
 There is no deadlock, because no operation waits for a send: a stage waits only for messages, and a message is sent
-right after the operation that produces it. `simulate` follows the same rules, so a schedule that ends there ends here. Messages of one direction between two stages are received in the order in which the *sender's* schedule
-produces them, even if the receiver needs them in another order; early ones wait in `_Inbox`.
+right after the operation that produces it. `simulate` follows the same rules, so a schedule that ends there ends here.
+Messages of one direction between two stages are received in the order in which the *sender's* schedule produces them,
+even if the receiver needs them in another order; early ones wait in `_Inbox`.
 
 NCCL adds two rules. It runs the operations of one process group strictly in turn, and a send is over only when it is
 received. So each direction of each edge has a group of its own, in which both sides have the same order. And whatever

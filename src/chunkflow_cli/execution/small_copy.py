@@ -1,8 +1,8 @@
 """Build a small copy of an architecture that trains in a second and exposes mistakes.
 
 All sizes of the configuration are reduced. If no model can be built from the result, one kind of size is left
-unchanged, and so on. The features that expose mistakes are always there: windows shorter than the test sequences, layers of each
-kind, and weights so large that scores matter.
+unchanged, and so on. The features that expose mistakes are always there: windows shorter than the test sequences,
+layers of each kind, and weights so large that scores matter.
 """
 
 from __future__ import annotations
