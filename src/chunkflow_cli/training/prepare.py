@@ -232,7 +232,7 @@ def _prove_parity(
     if not config.train.guard:
         console.print("train.guard=false: skipped the check that this model trains exactly in chunks")
         return
-    doing = "proving that this architecture trains exactly in chunks"
+    doing = "checking that this architecture trains exactly in chunks"
     state.at(doing)
     with working(console, doing):
         parity = guard(
