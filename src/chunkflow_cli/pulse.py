@@ -1,4 +1,4 @@
-"""Signs of life from work without operations: data is read, hashed and tokenised, weights are loaded and saved.
+"""Report signs of life during work without operations: reading and tokenising data, loading and saving weights.
 
 A run whose ranks begin no new operation for `launch.hang_seconds` counts as hanging. Loading a large model takes longer
 on a slow disk. So the places that move bytes call `bytes_moved`, and the heartbeat of a rank listens.

@@ -1,4 +1,4 @@
-"""Standard streams that take any text, and that a run does not need to go on.
+"""Standard streams that accept any text, and without which a run can continue.
 
 A run must outlive what reads its output: a pager that is closed, a lost connection, a full disk. Python raises an error
 at the next write then, or at a character that the terminal's encoding lacks. `prepare` replaces `sys.stdout` and
@@ -22,7 +22,7 @@ PLAIN = {
     "…": "...", "–": "-", "·": ".", "×": "x", "─": "-", "━": "-", "│": "|", "┃": "|", "█": "#",
     "⟦": "[[", "⟧": "]]", "␣": "_", "⇥": "\\t", "↵": "\\n",
 }  # fmt: skip
-"""What stands for our characters in an encoding that lacks them."""
+"""Replacements for our characters in an encoding that lacks them."""
 STDIN, STDOUT, STDERR = 0, 1, 2
 """The numbers of the standard descriptors."""
 _ERRORS = "chunkflow.plain"

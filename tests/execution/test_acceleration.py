@@ -73,7 +73,7 @@ def test_compiled_layers_are_exact_in_chunks(traced: Any, checkpointing: str, st
     ("words", "expected"),
     [
         (["engine.zero_stage=3"], r"gathers weights within each layer"),
-        (["model.activation_checkpointing=selective"], r"take model\.activation_checkpointing=full or none"),
+        (["model.activation_checkpointing=selective"], r"set model\.activation_checkpointing=full or none"),
         (["parallel.pipeline=2", "parallel.schedule=zero_bubble"], r"splits the backward"),
         (["model.lora.enabled=true", "model.lora.dropout=0.1"], r"or model\.lora\.dropout=0"),
         ([], r"needs a C\+\+ compiler on a CPU"),
@@ -153,7 +153,7 @@ def test_kernels_are_those_of_one_model_and_compared_with_its_own(monkeypatch: p
 @pytest.mark.parametrize(
     ("device", "model_type", "installed", "expected"),
     [
-        (CPU, "qwen2", True, r"need a GPU\n  take model\.kernels=none"),
+        (CPU, "qwen2", True, r"need a GPU\n  set model\.kernels=none"),
         (CUDA, "qwen2", False, r"pip install 'chunkflow-cli\[liger\]'"),
         (CUDA, "llama", True, r"Liger has no kernels for models of type 'llama'"),
     ],

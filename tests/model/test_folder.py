@@ -110,7 +110,7 @@ def test_a_configuration_of_no_possible_model_is_explained(settings: dict[str, o
     values = {"model_type": "llama", "num_attention_heads": 2, **sizes, **settings}
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = ModelConfig(path=str(tmp_path))
-    with pytest.raises(UsageError, match=r"^model\.path=.*(no usable config\.json|no causal language model)"):
+    with pytest.raises(UsageError, match=r"^model\.path=.*(no usable config\.json|not a causal language model)"):
         on_meta_device(config, load_config(config))
 
 

@@ -14,7 +14,7 @@ from chunkflow_cli.config.schema import Config
 
 _BOUNDS = {"at_least": "minimum", "at_most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
 _INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}
-"""`${chunk.size}` may stand in the place of any value."""
+"""An interpolation such as `${chunk.size}`, which may replace any value."""
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 
 

@@ -1,8 +1,8 @@
 """The temporary folder in which a cache entry is built, and the removal of those that killed processes left behind.
 
-A folder that is being built, `.<key>.<host>-<random>`, has a lock beside it, `<folder>.lock`, which the kernel releases
-when the process ends. So a leftover is a folder whose lock is free. A lock may not reach other machines of a network
-file system; their folders count as left only when nothing in them has changed for a day.
+A folder that is being built, `.<key>.<host>-<random>`, has a lock next to it, `<folder>.lock`, which the kernel
+releases when the process ends. So a leftover is a folder whose lock is free. A lock may not reach other machines of a
+network file system; their folders count as leftovers only when nothing in them has changed for a day.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def folder_to_build_in(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new folder beside the entry `name`, which nobody else removes; what is left of it is removed at the end.
+    """Yield a new folder next to the entry `name`, which no other process removes. Its remains are removed at the end.
 
     Raises:
         OSError: the folder cannot be written.

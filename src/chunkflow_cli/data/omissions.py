@@ -1,12 +1,12 @@
 """Find the parts of a conversation that a chat template does not write.
 
-Templates leave out what they do not know (`reasoning_content`, ids of calls), what they do not want (reasoning before
-`</think>`), and what they have no place for (text beside a tool call). So whatever a turn says is searched in the
-template's text. White space at the ends of a content does not count, nor around the tags in it, and the text may be
+Templates leave out fields that they do not know (`reasoning_content`, ids of calls), text that they remove (reasoning
+before `</think>`), and text that they have no place for (next to a tool call). So every text of a turn is searched for
+in the rendered conversation. White space at the ends of a content and around its tags is ignored, and the text may be
 escaped as in JSON.
 
-A turn to be learnt of which nothing is written is a bad row: its only target would be the end of the turn. Any other
-omission is a remark.
+If nothing of a target turn is written, the row is bad: its only target would be the end of the turn. Any other omission
+is a remark.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A conversation with its words replaced by marks, and where a chat template puts each of them.
+"""Replace the texts of a conversation by marks, and find where a chat template puts each of them.
 
-A template that writes a mark in the place of a text writes the text there as well, unless it looks at the text. So the
-skeleton of a conversation tells where everything stands, and words cannot be confused with what the template writes: a
-mark is a character of a private area of Unicode that nothing else in the skeleton has. What templates do look at stays:
-keys, names, and the tags that the template itself names, such as `</think>`.
+A template writes a mark where it would write the text, unless it looks at the text. The skeleton of a conversation, its
+copy with marks, therefore shows the place of every text, and texts cannot be confused with what the template itself
+writes: a mark is a character of a private area of Unicode that occurs nowhere else in the skeleton. What templates do
+look at is kept: keys, names, and the tags that the template itself names, such as `</think>`.
 
-Whether a template looked at more than that is not assumed but checked: `Written.places` puts the words back, and must
-get the text that the template made of the conversation, to the character.
+That a template looks at nothing else is checked: `Written.places` puts the texts back, and the result must equal what
+the template makes of the conversation itself, character for character.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """Messages with marks in the place of words."""
+    """Messages with marks in place of their texts."""
 
     messages: list[dict[str, Any]]
     pieces: list[Piece]

@@ -43,7 +43,8 @@ def canonical(split: str) -> str:
 def split_in(name: str) -> str | None:
     """Return the split that the name of a file or folder contains.
 
-    A name that speaks of several is no training data: better to leave out too much, in words, than to train on tests.
+    A name that contains several is not training data: leaving out too much, with a warning, is better than training on
+    tests.
     """
     found = {_SPLIT_OF_WORD[word.lower()] for word in _WORD.findall(name)}
     return next((split for split in ("test", "validation", "train") if split in found), None)

@@ -9,19 +9,19 @@ plain text instead of a special token, all of that text is a target.
 some of the answers count, each turn is found in the conversation's skeleton (`data.turns`), which is rendered once for
 all conversations of the same form. If the template changes words themselves, as with `| upper`, the skeleton shows
 another text; then *prefixes* are rendered: the text before turn i is `messages[:i]` with the generation prompt, the
-text up to its end is `messages[:i+1]`, and both must be prefixes of the whole text, to the character. What cannot be
-found so is rejected, because a guess would train on the wrong tokens.
+text up to its end is `messages[:i+1]`, and both must be exact prefixes of the whole text. A turn that cannot be found
+is rejected, because a guess would train on the wrong tokens.
 
-**Two texts of a conversation.** Many templates write an earlier turn otherwise than the last: without its reasoning, or
-with another token at its end. `ChatTemplate.render` returns the whole conversation's text, in which targets are what
-stands there. `ChatTemplate.render_answers` returns a text for each answer, which ends with it: what the model is given
-at inference, then the answer as the last turn.
+**Two texts of a conversation.** Many templates write an earlier turn differently from the last one: without its
+reasoning, or with another token at its end. `ChatTemplate.render` returns the text of the whole conversation, with the
+targets as they appear there. `ChatTemplate.render_answers` returns one text per answer: what the model gets at
+inference, then the answer as the last turn.
 
 **Turns without an end of their own.** Some templates (GLM) end a turn with the token that begins the next one. That
 token is then a target as well: the model has to generate it to stop.
 
-**What is said.** A row's text comes with remarks: on what the template leaves out (`data.omissions`), and on what it
-inserts that no row has, such as a default system message.
+**Remarks.** A row's text comes with remarks about text that the template leaves out (`data.omissions`) or adds, such as
+a default system message.
 """
 
 from __future__ import annotations

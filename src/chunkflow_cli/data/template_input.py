@@ -3,8 +3,8 @@
 A template that never mentions `tools`, `tool_calls` or the role `tool` would silently drop the first two and may reject
 the third. Then the definitions are written into the system message (which, like any system message, replaces a default
 one), calls become the text of the assistant's turn (as JSON, one per line), and a tool's answer becomes a user turn.
-Each of the three is decided independently, from the template's text alone. A remark says so, because nobody else does
-the same at inference.
+Each of the three is decided independently, from the template's text alone. A remark says so, because other programs do
+not do the same at inference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Render chat templates with Jinja, as transformers does.
 
 **Today's date.** For a template that writes it (`strftime_now`), today is `TEMPLATE_DATE`, the date that Llama 3.1's
-own template writes if it is given none. With the real date the same data would become other tokens every day: another
-run than yesterday's, and nothing that a cache could hold or a stopped run could go on from.
+own template writes by default. With the real date, the same data would have other tokens every day, so no cache could
+keep them, and a run could not resume on the next day.
 """
 
 from __future__ import annotations

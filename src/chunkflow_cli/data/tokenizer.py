@@ -1,4 +1,4 @@
-"""A model's tokenizer: find it, load it, fingerprint it, and what else the data needs to know of it."""
+"""Find, load and fingerprint a model's tokenizer, and read from it what the data needs."""
 
 from __future__ import annotations
 

@@ -1,19 +1,21 @@
 """Locate the assistant's turns in the text that a chat template makes of a conversation.
 
-Everything is found in the conversation's skeleton (`data.skeleton`), where words are marks that occur nowhere else.
+All searches use the conversation's skeleton (`data.skeleton`), where texts are replaced by marks that occur nowhere
+else.
 
-**Where a turn begins.** `messages[:i]` with the generation prompt are what the model gets at inference. After the last
-mark of this text that the whole text has too, both must go on alike; where the prompt ends, the answer begins. Some
-prompts end with more than the turn has, such as `<think>`, or with another: then the prompt for `enable_thinking=false`
-or `true` may fit. Otherwise the answer begins where the two part, if its words do, or if that is behind a tag or a line
-and the prompt goes on with a tag.
+**Where a turn begins.** `messages[:i]` with the generation prompt is what the model gets at inference. After the last
+mark that this text and the whole text have in common, both must continue in the same way. The answer begins where the
+prompt ends. Some prompts end with something that the turn lacks, such as `<think>`; then the prompt for
+`enable_thinking=false` or `true` may fit. Otherwise the answer begins where the two texts differ, if its words begin
+there, or if the place follows a tag or a line and the prompt continues with a tag.
 
-**Where it ends.** `messages[:i+1]` ends with turn i. After the last mark that this and the whole text have in common,
-both must go on alike, up to the end of the first. Some templates end the last turn otherwise (gpt-oss) or the whole
-conversation with a token (Phi-3). Then the end is what stands before the generation prompt that follows turn i. Others
-write a generation prompt behind every conversation, asked or not (Command R7B): a turn ends with the EOS before it.
+**Where it ends.** `messages[:i+1]` ends with turn i. After the last mark that this text and the whole text have in
+common, both must continue in the same way, up to the end of the first. Some templates end the last turn differently
+(gpt-oss), or add a token at the end of the conversation (Phi-3). Then turn i ends before the generation prompt that
+follows it. Others write a generation prompt after every conversation (Command R7B); then a turn ends with the EOS
+before it.
 
-A turn that is not found so, or that would hold words of another message, is an error.
+A turn that cannot be located like this, or that would contain words of another message, is an error.
 """
 
 from __future__ import annotations

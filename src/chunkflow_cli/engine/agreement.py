@@ -1,4 +1,4 @@
-"""What the processes of a run must agree on before any of them goes on."""
+"""Let the processes of a run agree on values before any of them continues."""
 
 from __future__ import annotations
 

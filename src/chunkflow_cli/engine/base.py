@@ -1,4 +1,4 @@
-"""What the engines of both layouts share: DeepSpeed's engine, the optimizer, clipping, and saving and loading."""
+"""Base class of the engines of both layouts: DeepSpeed's engine, the optimizer, clipping, saving and loading."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class BaseEngine(TrainingEngine):
         return float(torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None]))
 
     def _measure_and_clip(self, *_: Any) -> None:
-        """Run between DeepSpeed's sum of the gradients and its update.
+        """Measure and clip the gradient, between DeepSpeed's sum of the gradients and its update.
 
         Without ZeRO, DeepSpeed does not return the norm by which it clips, and in a pipeline that norm is wrong: a tied
         weight counts twice, and the norms of different stages are averaged.

@@ -21,7 +21,7 @@ _open_coalescing: list[AbstractContextManager[Any]] = []
 """Contexts that collect gradients and are not finished. When a step fails they are left as they are: a context that is
 garbage-collected would reduce its gradients, together with ranks that may be gone."""
 WRAPPER = "causal_lm."
-"""Prefix of a parameter's name where the engine drives a module around the Hugging Face model."""
+"""Prefix of parameter names if the engine runs a module that wraps the Hugging Face model."""
 
 
 def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from chunkflow_cli.processes.meeting import announce_port, announced_port
 from chunkflow_cli.processes.watch_folder import WatchFolder
 
 PATIENCE = timedelta(days=1)
-"""How long a collective waits. A rank may compute on its long sample, or save the model, for hours while others wait.
+"""Timeout of a collective. A rank may compute on its long sample, or save the model, for hours while others wait.
 The launcher's watchdog (`launch.hang_seconds`) finds ranks that hang, and says which operation each is at."""
 
 

@@ -1,4 +1,4 @@
-"""What training asks of an engine, whatever the layout of the run."""
+"""The interface of an engine, the same for every layout of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TrainingEngine(Protocol):
     """
 
     module: nn.Module
-    """What `forward` runs: the whole model, or one stage of a pipeline."""
+    """The module that `forward` runs: the whole model, or one stage of a pipeline."""
     device: torch.device
     """The device of the module's inputs."""
 
@@ -69,7 +69,7 @@ class TrainingEngine(Protocol):
 
     @abstractmethod
     def first_not_finite(self) -> str | None:
-        """Return the first weight or optimizer state that is NaN or infinite, in words; None if all are finite.
+        """Return a description of the first weight or optimizer state that is NaN or infinite; None if all are finite.
 
         Weights are looked at in the data type of the model as well, which may hold smaller numbers than the optimizer.
         The answer is the same on every rank. All ranks call it.

@@ -1,4 +1,4 @@
-"""Every name of DeepSpeed that its documentation does not promise, reached here and nowhere else.
+"""Access the names of DeepSpeed that its documentation does not promise. No other module uses them.
 
 Such a name may change with any release. So `pyproject.toml` bounds DeepSpeed's version, and
 `tests/engine/test_internals.py` lists the names and checks that the installed DeepSpeed still has each of them.
@@ -72,7 +72,7 @@ def _linear_of_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def hide_moves_from_checkpointing() -> None:
-    """Run what ZeRO-3 does with weights before and after a layer outside of selective activation checkpointing.
+    """Run the hooks of ZeRO-3 before and after a layer outside of selective activation checkpointing.
 
     It counts every operation of a forward and expects the same ones in the recompute, but which weights are gathered,
     kept or freed differs between the two.

@@ -25,9 +25,9 @@ from chunkflow_cli.engine.state_files import Part, StateFiles
 from chunkflow_cli.engine.whole_parameters import Whole, WholeParameters, choose_owners
 
 STEP = "step"
-"""The optimizer state that is one number per parameter: how often it has been stepped."""
+"""Name of the optimizer state that counts the steps of a parameter."""
 BLOCK = 256
-"""Numbers of a block in 8 bits: they share a scale."""
+"""Number of 8-bit values in a block, which share a scale."""
 
 
 def flat_states(optimizer: torch.optim.Optimizer, stepped: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Which numbers of which parameters a process keeps, and how they move between DeepSpeed's memory and files.
+"""Find the numbers of parameters that a process keeps, and copy them between DeepSpeed's memory and files.
 
 Every optimizer of DeepSpeed steps flat float32 tensors, and the torch optimizer within keeps its states for these:
 
@@ -43,7 +43,7 @@ class Partition:
     """Index of the first kept number in the flattened parameter."""
     count: int
     stepped: Tensor
-    """What the optimizer steps: the parameter itself, or a flat tensor that holds parts of many."""
+    """The tensor that the optimizer steps: the parameter itself, or a flat tensor that holds parts of many."""
     offset: int
     """Index of the first kept number in `stepped`, flattened."""
 

@@ -1,4 +1,4 @@
-"""What an engine is made from: the checked settings, DeepSpeed's configuration and the optimizer."""
+"""Check the settings of an engine, and make DeepSpeed's configuration from them."""
 
 from __future__ import annotations
 

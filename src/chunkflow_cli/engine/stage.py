@@ -26,7 +26,7 @@ from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_setting
 
 
 class Stage(Protocol):
-    """What the engine asks of the module that it drives, besides being a `torch.nn.Module`."""
+    """The interface of the module that the engine runs, in addition to `torch.nn.Module`."""
 
     tied_weight: nn.Parameter | None
     """The weight that the first and the last stage share, on these two."""

@@ -1,4 +1,4 @@
-"""What makes a model's layers faster and changes only their rounding: `model.kernels` and `model.compile`."""
+"""Make a model's layers faster with `model.kernels` and `model.compile`, which change only rounding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Acceleration:
 
     @classmethod
     def of(cls, config: Config) -> Acceleration:
-        """Return what a configuration asks for."""
+        """Return the acceleration that a configuration asks for."""
         return cls(config.model.kernels, config.model.compile)
 
     def __bool__(self) -> bool:

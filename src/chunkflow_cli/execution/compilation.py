@@ -1,4 +1,4 @@
-"""Compile the layers of a model with `torch.compile`, all but what crosses tokens.
+"""Compile the layers of a model with `torch.compile`, except for functions that mix tokens.
 
 Attention and recurrent layers read and write the state of a long sample, so they run as they are, between two compiled
 parts of a layer. Sizes are symbolic: chunks of other lengths need no other code. Layers of one class share their code.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 def settle_vector_math() -> None:
-    """Make the first threaded call of the vector math library, whose result may be wrong, and throw it away."""
+    """Make the first threaded call of the vector math library, whose result may be wrong, and discard it."""
     torch.ones(2**17).exp_()
 
 

@@ -2,9 +2,9 @@
 
 It compares chunked and whole-sequence training on a small random model of the same architecture, made so that nothing
 hides: windows shorter than the test sequences, large initial weights, one layer of each kind, every multiplier of the
-configuration. It computes in float32, and what rounding may have caused again in float64. The run's attention kernel is
-checked apart, in the run's dtype (`kernel_check.py`). Kernels of packages for recurrent layers are not checked here:
-`chunkflow verify verify.dtype=bfloat16` runs them.
+configuration. It computes in float32, and repeats in float64 what rounding may have caused. The run's attention kernel
+is checked separately, in the run's dtype (`kernel_check.py`). Kernels of packages for recurrent layers are not checked
+here: `chunkflow verify verify.dtype=bfloat16` runs them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from chunkflow_cli.model.activation_checkpointing import enable_activation_check
 ROUNDING_SUSPECTED = 1e-3
 """A float32 difference below this is checked again in float64."""
 ROUNDING_OF_KERNELS = 4
-"""How much more than the model's own operations other kernels may round."""
+"""Factor by which other kernels may round more than the model's own operations."""
 
 GUARD_LENGTHS = (145, 21, 1, 2, 40)
-"""The last piece of the first one is a single token; segments of one and two are shorter than a convolution."""
+"""Lengths of the test sequences: one whose last piece is a single token, and some shorter than a convolution."""
 GUARD_CHUNK_SIZE = 48
 
 

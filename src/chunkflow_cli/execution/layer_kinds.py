@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 MOST_LAYERS = 8
-"""Layers of a small copy. Architectures have up to seven kinds; more are told apart by numbers that matter little."""
+"""Layers of a small copy. Architectures have up to seven kinds; others differ in numbers that matter little."""
 
 Build = Callable[[Any], nn.Module]
 """Build the model of a configuration without weights, on the meta device."""

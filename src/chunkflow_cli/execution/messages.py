@@ -3,10 +3,10 @@
 Every process knows the plan of all stages, so it knows which messages come, in which order and in which shape: nothing
 is exchanged about them. Sends return at once and receives are posted ahead, so messages overlap with computation.
 
-Why there is no deadlock: no operation waits for a send, so a stage only ever waits for a message, and a message is sent
-right after the operation that produces it. `simulate` runs a schedule by the same rules, so a schedule that ends there
-ends here, too. Messages of one direction between two stages are received in the order in which the *sender's* schedule
-produces them, even if the receiver wants them in another order; early ones wait in `_Inbox`.
+There is no deadlock, because no operation waits for a send: a stage waits only for messages, and a message is sent
+right after the operation that produces it. `simulate` follows the same rules, so a schedule that ends there ends here.
+Messages of one direction between two stages are received in the order in which the *sender's* schedule produces them,
+even if the receiver needs them in another order; early ones wait in `_Inbox`.
 
 NCCL adds two rules. It runs the operations of one process group strictly in turn, and a send is over only when it is
 received. So each direction of each edge has a group of its own, in which both sides have the same order. And whatever

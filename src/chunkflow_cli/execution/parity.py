@@ -210,7 +210,7 @@ def _compare(
 
 
 def _with_prompts(sequences: Sequence[TokenizedSample]) -> tuple[list[TokenizedSample], NDArray[np.int64]]:
-    """Let both sequences of each pair begin alike, for half of the shorter one; return how many tokens that are."""
+    """Give both sequences of each pair the same beginning, half of the shorter one; return its number of tokens."""
     made, prompts = [], []
     for first, second in zip(sequences[0::2], sequences[1::2], strict=True):
         asked = max(1, min(len(first.input_ids), len(second.input_ids)) // 2)
@@ -341,7 +341,7 @@ def use_implementation(model: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def _arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
-    """Let a model compute in its own dtype within the block, if that is float32 or float64."""
+    """Make a model compute in its own dtype within the block, if that is float32 or float64."""
     with ExitStack() as stack:
         if dtype is torch.float64:
             stack.enter_context(float64_throughout())

@@ -29,7 +29,7 @@ from chunkflow_cli.config.schema import PreferenceLoss, Task
 
 @dataclass(frozen=True)
 class Judged:
-    """What the sums of a step's sequences come to. The sequences of a rank are a part of the step."""
+    """Losses and rewards that follow from the sums of a step's sequences. A rank has a part of the sequences."""
 
     losses: Tensor
     """(pairs,) or, under `kto`, (sequences,)."""

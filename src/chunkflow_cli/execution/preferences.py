@@ -20,12 +20,12 @@ from chunkflow_cli.execution.preference_loss import Judged, judge
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 
 OTHERS, NOTHING = 0, 1
-"""Places behind the sums of the sequences: for targets outside of the answers, and for those that count nowhere."""
+"""Places after the sums of the sequences: for targets outside of the answers, and for targets that do not count."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the sequences of a rank before a step, and of the whole step."""
+    """Facts about the sequences of a rank and about the whole step that are known before the step."""
 
     counts: NDArray[np.int64]
     """(sequences,) number of tokens in each answer."""

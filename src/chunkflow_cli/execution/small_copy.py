@@ -1,8 +1,8 @@
-"""A small copy of an architecture: it trains in a second, and no mistake can hide in it.
+"""Build a small copy of an architecture that trains in a second and exposes mistakes.
 
-All sizes of the configuration are reduced. Where no model can be made of the result, one kind of size is left as it is,
-and so on. What shows mistakes is always there: windows shorter than the test's sequences, layers of each kind, weights
-so large that scores matter.
+All sizes of the configuration are reduced. If no model can be built from the result, one kind of size is left
+unchanged, and so on. The features that expose mistakes are always there: windows shorter than the test sequences,
+layers of each kind, and weights so large that scores matter.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from chunkflow_cli.model.hf_config import with_parts
 from chunkflow_cli.model.loading import empty_model, random_model
 
 MOST_PARAMETERS = 400_000_000
-"""A copy with more could take all memory, and minutes."""
+"""Maximum number of parameters. A larger copy could take all memory, and minutes."""
 PROJECTION_STD = 1.6
 """Spread of a projection of a normalised input: weights are drawn with this over sqrt(hidden_size), 0.2 at 64. Scores
 are far from zero then, so a missing soft cap or multiplier shows, but not so large that rounding drowns everything."""
 
 
 class CannotBuildError(Exception):
-    """No small model can be made of a configuration. The text is the library's reason, one line."""
+    """Raised if no small model can be built from a configuration. The text is the library's reason on one line."""
 
 
 def small_config(hf_config: Any) -> Any:
@@ -71,7 +71,7 @@ def build_small(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _attempts() -> Iterator[tuple[frozenset[str], int]]:
-    """Yield which kinds of sizes to leave as they are, and the heads of keys to keep.
+    """Yield the kinds of sizes to leave unchanged, and the number of key heads to keep.
 
     First none; then one kind, and the kinds that hang together most; at last all but the number of layers, and all.
     """

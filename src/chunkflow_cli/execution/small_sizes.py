@@ -1,4 +1,4 @@
-"""Sizes of a small copy of an architecture: each kind of size is reduced with all that a configuration insists on.
+"""Sizes of a small copy of an architecture: each kind is reduced together with the sizes that depend on it.
 
 Configurations have many names for the same size, and sizes that depend on each other. A size whose name is missing here
 stays as it is. Where sizes no longer fit together, no model can be built, and `small_copy.py` leaves a kind out.
@@ -62,7 +62,7 @@ def _lower(config: Any, names: Sequence[str], most: int) -> None:
 
 
 def shorten_reach(config: Any) -> None:
-    """Shorten whatever lets a token see, or count, so many tokens and no more: a shorter test would not notice it."""
+    """Shorten windows and other limits on what a token sees or counts, which a shorter test would not reach."""
     _lower(config, [name for name in vars(config) if _is_reach(name)], REACH)
     _lower(config, ("index_topk", "index_block_size", "index_topk_blocks"), PICKED)
     rope = vars(config).get("rope_parameters") or {}

@@ -83,7 +83,7 @@ class _Read(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What is read in a pass of a chunk."""
+    """Identify one read in a pass of a chunk."""
 
     layer: int
     with_gradients: bool
@@ -275,7 +275,7 @@ class SequenceState:
         return PastBlock(read.start, read.stop, values, gradients, keep)
 
     def look_ahead(self, past: int) -> None:
-        """Begin to bring what the chunk with `past` tokens before it is expected to read next, if state has to move."""
+        """Start to copy what the chunk with `past` tokens before it is expected to read next, if state has to move."""
         look, of_pass = self.home.look_ahead, (id(self), past)
         place = None if look is None else look.guess(of_pass)
         if look is None or place is None or place.layer not in self._layers:

@@ -43,7 +43,7 @@ class Arrival(ABC):
 
 
 class LookAhead:
-    """Guesses which rows are needed next, so that they are on their way before: those that were the last time.
+    """Guesses the rows that are needed next, the same as last time, so that their copy starts early.
 
     A pass is a forward or backward of one chunk. Chunks read the same places in the same order, such as the first
     blocks of layer after layer, so what has followed a place in the pass of one chunk follows it in that of the next.
@@ -55,7 +55,7 @@ class LookAhead:
         self._ahead: tuple[tuple[Hashable, Hashable], Arrival] | None = None
 
     def take(self, of_pass: Hashable, place: Hashable) -> Arrival | None:
-        """Return what is on its way, if it is what is needed now, at this place of a pass."""
+        """Return the rows that are being copied, if they are needed now, at this place of a pass."""
         if self._last is not None and self._last[0] == of_pass:
             self._follows[self._last[1]] = place
         self._last = of_pass, place
@@ -72,11 +72,11 @@ class LookAhead:
         return self._follows.get(self._last[1])
 
     def put(self, of_pass: Hashable, place: Hashable, arrival: Arrival) -> None:
-        """Remember what is on its way."""
+        """Remember a copy that has started."""
         self._ahead = (of_pass, place), arrival
 
     def forget(self) -> None:
-        """Give up what is on its way."""
+        """Discard a copy that has started."""
         if self._ahead is not None:
             self._ahead[1].wait()
         self._ahead = self._last = None
@@ -113,7 +113,7 @@ class Home(ABC):
         """Begin to bring rows to the device. What is written to them there is kept only after `put`."""
 
     def settle(self) -> None:  # noqa: B027 - nothing moves on the device
-        """Give up the device memory of what is under way."""
+        """Release the device memory of copies that are under way."""
 
 
 class OnDevice(Home):

@@ -42,7 +42,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What the operations of one step computed."""
+    """The result of the operations of one step."""
 
     loss: float
     """Weighted sum over all targets of the step. If chunks are spread over a group: over this rank's share of them."""
@@ -79,13 +79,13 @@ class RunnerSettings:
     state_home: Home = field(default_factory=OnDevice)
     """Where the state of long sequences is kept."""
     stop_requested: Callable[[], bool] = lambda: False
-    """Asked before every operation."""
+    """Called before every operation; if it returns True, the run stops."""
     announce: Callable[[str], None] = lambda doing: None
     """Called with every operation before it begins, and before it waits for a message."""
 
 
 class StepContext:
-    """What the operations of one step share, whichever runner runs them."""
+    """The context that all operations of one step share, for every runner."""
 
     def __init__(self, settings: RunnerSettings, batch: StepBatch) -> None:
         self.settings = settings

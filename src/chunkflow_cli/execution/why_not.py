@@ -1,4 +1,4 @@
-"""Why some architectures cannot be trained exactly in chunks, where only their modeling code says it."""
+"""Reasons why some architectures cannot be trained exactly in chunks, as read from their modeling code."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ REASONS = {
 
 
 def why_not(hf_config: Any) -> str | None:
-    """Return why an architecture that the guard refuses is not exact in chunks, or None if nothing is known."""
+    """Return the reason why an architecture that the guard refuses is not exact in chunks; None if it is unknown."""
     return REASONS.get(hf_config.model_type) or REASONS.get(hf_config.get_text_config().model_type)

@@ -26,7 +26,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def explain_adapter_folder(path: str) -> str | None:
-    """Return what to say if `model.path` is the folder of an adapter; None if it is none."""
+    """Return an error message if `model.path` is the folder of an adapter, otherwise None."""
     if not (Path(path) / ADAPTER_CONFIG).is_file():
         return None
     base = read_adapter_config(Path(path)).get("base_model_name_or_path") or "BASE"

@@ -1,4 +1,4 @@
-"""Which modules and parameters get an adapter. Every name that a user writes matches something, or is refused.
+"""Find the modules and parameters that get an adapter. A name that matches nothing is refused.
 
 The rules are peft's: a name matches a module that is called so, or whose name ends with it after a dot. A word with
 characters that no name has, such as `*`, is a regular expression for whole names.

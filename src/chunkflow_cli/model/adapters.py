@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA), by peft: add them to a model, go on from saved ones, say what they train, save them."""
+"""Low-rank adapters (LoRA) with peft: add them to a model, load saved ones, summarise what they train, save them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ SUPPORTED = frozenset({
     "ensure_weight_tying", "init_lora_weights", "fan_in_fan_out", "runtime_config", "megatron_core",
     "qalora_group_size",
 })  # fmt: skip
-"""Settings of a saved adapter that training goes on with. Any other one that is set changes what is computed."""
+"""Settings of a saved adapter that training can continue with. Any other setting would change the computation."""
 WORTH_A_WARNING = 0.01
-"""Share of the weights that no name of a linear layer reaches, above which their missing adapters are named."""
+"""Share of weights outside of linear layers above which a warning names their missing adapters."""
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What the adapters of a model train, and what they leave out."""
+    """Summary of what the adapters of a model train, and what they leave out."""
 
     kind: str
     """LoRA | DoRA"""
@@ -61,11 +61,11 @@ class AdapterSummary:
     saved: tuple[str, ...]
     """The modules that are trained whole, without the numbers of their layers."""
     saved_weights: int
-    """Their weights, a shared one counted once."""
+    """Number of weights in these modules; shared weights count once."""
     unreached: tuple[str, ...]
     """Fused parameters without an adapter, such as those of experts: no name of a linear layer reaches them."""
     unreached_share: float
-    """Their share of the model's weights, between 0 and 1."""
+    """Share of the model's weights in these parameters, between 0 and 1."""
 
     def __str__(self) -> str:
         where = ", ".join(self.where)
@@ -78,7 +78,7 @@ class AdapterSummary:
 
     @property
     def warning(self) -> str | None:
-        """What to say of fused parameters without an adapter, and the key that adapts them; None if they are few."""
+        """Warning about fused parameters without an adapter, with the key that adapts them; None if they are few."""
         if self.unreached_share < WORTH_A_WARNING:
             return None
         verb = "has" if len(self.unreached) == 1 else "have"
@@ -205,7 +205,7 @@ def saved_settings(lora: LoraConfig) -> Any:
 
 
 def _refuse_contradictions(lora: LoraConfig, settings: Any) -> None:
-    """Refuse keys that are set to something else than the saved adapter has: its rank and places cannot change."""
+    """Refuse keys that contradict the saved adapter, whose rank and targets cannot change."""
     defaults = LoraConfig()
     theirs = {"r": settings.r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
     theirs |= {"use_rslora": settings.use_rslora, "use_dora": settings.use_dora}

@@ -15,13 +15,13 @@ from chunkflow_cli.errors import UsageError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHTS = (SINGLE, INDEX, PICKLED, PICKLED_INDEX)
-"""Names of the file that holds or lists the weights, in the order in which transformers looks for them."""
+"""Names of files that hold or list the weights, in the order in which transformers looks for them."""
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 """JSON files that are read with a model."""
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.jinja")
 """Patterns of the files of a tokenizer."""
 LFS_POINTER = b"version https://git-lfs"
-"""How the small text begins that git puts in the place of a large file that it has not fetched."""
+"""First bytes of the text that git-lfs writes in place of a large file that was not fetched."""
 LONGEST_HEADER = 100_000_000
 """Bytes of the longest header that the safetensors library reads."""
 AGAIN = "the download was interrupted, or the file is damaged: download it again"

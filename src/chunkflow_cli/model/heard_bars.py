@@ -1,4 +1,4 @@
-"""Take progress bars of libraries as signs of life (`pulse`): of downloads, and of weights loaded and saved."""
+"""Report the progress bars of libraries as signs of life (`pulse`): downloads, and weights loaded and saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HeardDownload(tqdm):  # type: ignore[type-arg]
 
 @contextmanager
 def bars_heard() -> Iterator[None]:
-    """Hear what transformers counts within the block: each weight that it loads, and each file that it writes."""
+    """Report what transformers counts within the block: each weight that it loads, and each file that it writes."""
     from transformers.utils import logging
 
     def hear(make: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Which files a model is made from, so that a run never goes on with another model, nor merges adapters into one."""
+"""Identify the files of a model, so that a run never resumes with another model or merges adapters into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language part of a multimodal model: what is trained of it, and what is left as it is.
+"""The language part of a multimodal model, which is trained, and the other parts, which are not.
 
 A multimodal model is a wrapper: a class with towers for images or sound around a decoder of text and its head. Here the
 wrapper's own class is built without the towers, so every weight keeps the name that it has in the wrapper: in
@@ -67,7 +67,7 @@ def left_out(model: Any) -> LeftOut:
 
 
 def what_is_trained(model: Any) -> str | None:
-    """Return a line that says what of a multimodal model is trained; None for any other model."""
+    """Return a line that says which part of a multimodal model is trained; None for any other model."""
     parts = left_out(model).parts
     if not parts:
         return None

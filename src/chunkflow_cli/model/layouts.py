@@ -1,4 +1,4 @@
-"""Which layouts a model can be divided into."""
+"""Check that a model can be divided into a layout."""
 
 from __future__ import annotations
 

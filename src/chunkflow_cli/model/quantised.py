@@ -54,7 +54,7 @@ FP8_BLOCK = 128
 
 
 def check_dequantised(model: Any, method: str, named: str) -> None:
-    """Refuse sizes with which transformers would take the blocks of an FP8 checkpoint for others.
+    """Refuse sizes for which transformers would use wrong blocks of an FP8 checkpoint.
 
     It divides each weight into as many equal blocks as there are scales. In a checkpoint, the last block is smaller.
 

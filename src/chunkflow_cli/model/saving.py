@@ -44,7 +44,7 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
 
 
 def save_generation(folder: Path, generation: Any) -> None:
-    """Write how a model generates, if it has words on that: the tokens at which it stops, and how it samples."""
+    """Write a model's generation configuration, if it has one: the tokens at which it stops, and how it samples."""
     if generation is not None:
         generation.to_json_file(folder / GENERATION_CONFIG, keys_to_pop=["compile_config"])
 

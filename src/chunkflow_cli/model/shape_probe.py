@@ -1,4 +1,4 @@
-"""Read what planning needs off one forward of a model on torch's meta device: every shape, but no numbers.
+"""Run one forward of a model on torch's meta device, and read from it the sizes that planning needs.
 
 The model's own code says which heads each attention layer has, which window, and what a recurrent layer hands on. No
 table of architectures is needed, and new ones are read as old ones are.
@@ -34,7 +34,7 @@ PROBE_ATTENTION = "chunkflow_shape"
 
 @dataclass(frozen=True)
 class Probed:
-    """What a forward shows."""
+    """Sizes read from a forward."""
 
     attention: tuple[AttentionLayers, ...]
     recurrent: RecurrentLayers
@@ -77,7 +77,7 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 class _Held:
-    """A tensor that autograd holds; it says when it is let go."""
+    """A tensor that autograd keeps; it reports when it is released."""
 
     def __init__(self, tensor: Tensor, address: int, release: Callable[[int], None]) -> None:
         self.tensor, self._address, self._release = tensor, address, release

@@ -1,4 +1,4 @@
-"""What training leaves of a multimodal model: found in the files that it was loaded from, and copied into a saved one.
+"""Find the untrained parts of a multimodal model in its files, and copy them into a saved model.
 
 The copies are bit for bit, and have the names that the files have.
 """

@@ -1,4 +1,4 @@
-"""Which weights of a model are trained, and which of them are matrices of its layers."""
+"""Determine which weights of a model are trained, and which of them are matrices of its layers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every step of a run will do, and what it will cost: numpy and the standard library only."""
+"""Plan what every step of a run does and what it costs, with numpy and the standard library only."""

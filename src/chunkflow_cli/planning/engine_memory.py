@@ -2,11 +2,11 @@
 
 Read in the sources of DeepSpeed 0.19.8, and counted on its own path by `tests/engine/test_engine_memory.py`. What each
 ZeRO stage divides is in Rajbhandari et al. 2020, arXiv 1910.02054, section 5. What their table leaves out decides
-whether a model fits: gradients are summed in float32 beside those of a chunk, sums over ranks go through buffers, and
+whether a model fits: gradients are summed in float32 next to those of a chunk, sums over ranks go through buffers, and
 the optimizer step has buffers of its own. Below, N and T are the numbers of all and of trained weights, n the ranks
 that divide them, b the bytes of an element.
 
-| class of DeepSpeed | runs | on the device in backwards, besides b N of weights |
+| class of DeepSpeed | runs | on the device in backwards, in addition to b N of weights |
 |---|---|---|
 | none | ZeRO-0 | 4 T of gradients, the optimizer's states |
 | `BF16_Optimizer` | ZeRO-1 in bfloat16 | 4 T + 2 T of gradients, 4 T / n of master weights, states / n |
@@ -92,7 +92,7 @@ def _stage_0(weights: HeldWeights, settings: MemorySettings) -> EngineBytes:
 
 
 def _bf16_optimizer(weights: HeldWeights, settings: MemorySettings) -> EngineBytes:
-    """Count `BF16_Optimizer`: every rank holds the float32 sums of all weights, beside `.grad` in bfloat16."""
+    """Count `BF16_Optimizer`: every rank holds the float32 sums of all weights, next to `.grad` in bfloat16."""
     own, trained = weights.bytes_in(settings.element_bytes), weights.trained
     gradients = trained * (4 + settings.element_bytes)
     optimizer = _optimizer_bytes(_share(trained, settings), settings)

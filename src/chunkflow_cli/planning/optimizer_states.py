@@ -1,4 +1,4 @@
-"""How much an optimizer keeps for each weight."""
+"""Count the states that an optimizer keeps for each weight."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, bytes_of_blo
 
 
 class HeldAtOnce(NamedTuple):
-    """What one rank holds at once, in several cases, (cases,) each. One of the cases is the fullest."""
+    """Tokens and chunks that one rank holds at once, in several cases, (cases,) each. One case is the fullest."""
 
     live: NDArray[np.float64]
     """Tokens that hold activations."""
@@ -40,7 +40,7 @@ class HeldAtOnce(NamedTuple):
     edges: NDArray[np.float64]
     """Chunk edges in the state store."""
     sharers: NDArray[np.float64]
-    """Ranks that share the chunks."""
+    """Number of ranks that share the chunks."""
     chunks: NDArray[np.float64]
     """Chunks that hold activations."""
 

@@ -23,7 +23,7 @@ from enum import Enum
 from chunkflow_cli.planning.chunks import Chunks, Unit
 
 DUMMY = -1
-"""In place of a chunk: one token of zero loss, for a rank that must do something because the others do."""
+"""Stands for a chunk of one token with zero loss, which a rank runs because the others run one."""
 
 
 class OpKind(str, Enum):
@@ -94,7 +94,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a schedule needs to know about how the engine runs it."""
+    """Facts about the engine that a schedule depends on."""
 
     join_retained: bool = False
     """Run the retained chunks of a sequence as one engine call: ZeRO-3 traces one forward for one backward."""
@@ -140,7 +140,7 @@ JobSequence = tuple[Job, ...]
 
 
 def tasks_of(chunks: Chunks, k: int) -> list[JobSequence]:
-    """Return what supervised training has to do, a job for each unit."""
+    """Return the jobs of supervised training, one for each unit."""
     return [(Job(early, early, retained),) for early, retained in (split_unit(unit, k) for unit in chunks.units())]
 
 

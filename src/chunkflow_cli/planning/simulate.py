@@ -314,7 +314,7 @@ class _Rows:
         return transfers
 
     def awaited(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return for each row the row of another stage that it waits for, -1 if none, and if it waits in vain.
+        """Return for each row the row of another stage that it waits for (-1: none), and if that never comes.
 
         What an operation needs from its own stage comes before it in the schedule or never.
         """
@@ -360,7 +360,7 @@ class _Rows:
         return f"stage {stage}, operation {position} ({ops[position]})"
 
     def why_never(self, row: int) -> str:
-        """Name what a row waits for in vain."""
+        """Describe what a row waits for that never comes."""
         chunk, stage = int(self.chunk[row]), int(self.stage[row])
         awaited, never = self.awaited()
         if awaited[row] >= 0 and not never[row]:
@@ -379,7 +379,7 @@ def _run(rows: _Rows, seconds: OperationSeconds) -> Timeline:
     """Run each stage as far as it can go, then the stages that waited for it: each row is visited about once."""
     awaited_rows, never = rows.awaited()
     count = len(rows.chunk)
-    # A row that waits in vain waits for row `count`, which never stops. Single numbers are faster in lists.
+    # A row whose message never comes waits for row `count`, which never stops. Scalars are faster in lists.
     awaited = np.where(never, count, awaited_rows).tolist()
     durations, transfers = rows.durations(seconds).tolist(), rows.transfers(seconds, awaited_rows).tolist()
     starts, stops = [0.0] * count, [-1.0] * (count + 1)

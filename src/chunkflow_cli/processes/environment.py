@@ -1,4 +1,4 @@
-"""Facts that a process of a run finds in its environment: its launcher, its rank, the number of ranks, its threads.
+"""Read facts about a run from the environment: launcher, rank, number of ranks, threads.
 
 Three kinds of process run `chunkflow train`:
 

@@ -1,4 +1,4 @@
-"""Why a worker failed. It writes a record, and its launcher shows the record of the rank that failed first."""
+"""Record why a worker failed. The launcher shows the record of the rank that failed first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chunkflow_cli.processes.watch_folder import WatchFolder
 
 @dataclass(frozen=True)
 class FailureRecord:
-    """Why a worker failed: in its own words or, if it left none, as its launcher sees it."""
+    """The reason why a worker failed, from its own record or, if there is none, as its launcher sees it."""
 
     exit_code: int
     """1: the run failed; 2: a mistake of the user; 130: the worker was asked to stop; -N: signal N killed it."""

@@ -1,4 +1,4 @@
-"""Which rank failed first, and the message that says so. The failures of other ranks usually follow from that one."""
+"""Find the rank that failed first, and explain it. The failures of other ranks usually follow from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chunkflow_cli.processes.heartbeat import Place
 from chunkflow_cli.processes.workers import GONE
 
 LAST_LINES = 10
-"""Lines of the failed rank's log in an error message."""
+"""Number of lines of the failed rank's log in an error message."""
 LAST_LINES_WITH_TRACEBACK = 60
 
 

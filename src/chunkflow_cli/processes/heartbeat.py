@@ -37,7 +37,7 @@ class Heartbeat:
             self.again()
 
     def again(self) -> None:
-        """Record that this rank is still at the same, and makes progress (`pulse`)."""
+        """Record that this rank is still at the same operation and makes progress (`pulse`)."""
         if self._file is not None:
             self._beats += 1
             step, doing = self._at

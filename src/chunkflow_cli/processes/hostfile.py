@@ -1,4 +1,4 @@
-"""The nodes of a run, as `launch.hostfile` lists them."""
+"""Read the nodes of a run from `launch.hostfile`."""
 
 from __future__ import annotations
 

@@ -20,13 +20,13 @@ PREFIXES = (
     "CUDA_", "CUBLAS_", "CUDNN_", "TORCH_", "PYTORCH_", "TRITON_", "TORCHINDUCTOR_", "MKL_", "KMP_",
     "SSL_CERT_", "REQUESTS_CA_", "CURL_CA_", "WANDB_", "MLFLOW_", "TRACKIO_",
 )  # fmt: skip
-"""How the names of these variables begin."""
+"""Prefixes of the names of these variables."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 """Names in lower or upper case."""
 OF_THE_LOADER = ("LD_LIBRARY_PATH", "LD_PRELOAD")
 """What the loader of shared libraries reads when a process starts."""
 OF_A_MACHINE = ("CUDA_VISIBLE_DEVICES",)
-"""What has the beginning of such a name and belongs to one machine: the launcher sets it on each node."""
+"""Variables with these prefixes that belong to one machine: the launcher sets them on each node."""
 
 
 def for_other_nodes(environment: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Lines that a run says once: on its first rank, and not again in the same process."""
+"""Print lines once per run: on its first rank, and not again in the same process."""
 
 from __future__ import annotations
 

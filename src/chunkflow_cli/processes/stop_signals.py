@@ -66,7 +66,7 @@ def interruptible() -> Iterator[None]:
 
 
 def is_second(received: Sequence[int]) -> bool:
-    """Return whether the last of these stop signals asks to stop at once: not the first, and no mere hang-up."""
+    """Return whether the last of these stop signals asks to stop at once: not the first, and not a hang-up."""
     return len([number for number in received if number != signal.SIGHUP]) > 1
 
 

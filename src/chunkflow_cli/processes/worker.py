@@ -1,4 +1,4 @@
-"""A rank as a process: it enters the run, says what it is doing, dies with its launcher, and leaves.
+"""Run a rank as a process: enter the run, report what it does, end with its launcher, and leave.
 
 A worker uses the run folder that its launcher opened and locked, is killed when its launcher exits, and reports what it
 is doing (`heartbeat.py`) and why it failed (`failures.py`).

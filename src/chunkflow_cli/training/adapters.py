@@ -1,4 +1,4 @@
-"""What a run with adapters says at its start: what it trains, at which rate, and on which base."""
+"""Announce at the start of a run what its adapters train, at which rate, and on which base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = LORA_LEARNING_RATE / 4
 
 
 def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
-    """Say what the adapters train, and at which rate. The first process calls it."""
+    """Print what the adapters train, and at which rate. The first process calls it."""
     summary = check_adapters(config.model, hf_config)
     rate, is_adamw = config.optim.lr, config.optim.name is OptimizerName.adamw
     usual = ", the default for LoRA" if is_adamw and rate == LORA_LEARNING_RATE else ""
@@ -38,7 +38,7 @@ def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
 
 
 def describe_quantisation(config: Config, hf_config: Any) -> str:
-    """Return the line that says what of the base is stored in few bits, and what that spares."""
+    """Return a line that says which part of the base is quantised, and how many bytes that saves."""
     kind, model = config.model.quantization, on_meta_device(config.model, hf_config)
     layers = quantised_layers(model)
     whole, stored = (

@@ -1,7 +1,7 @@
 """The model of the lowest held-out loss (`eval.keep_best`), in the folder best/ of a run until it becomes final/.
 
-A run may go on from a checkpoint that is older than the best model so far. So each best model has a folder of its own,
-best/step-<step>, which stays as long as the run or one of its checkpoints counts on it.
+A run may resume from a checkpoint that is older than the best model so far. So each best model has a folder of its own,
+best/step-<step>, which is kept as long as the run or one of its checkpoints refers to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command that goes on with a run that was stopped."""
+"""Build the command that resumes a run that was stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN = re.compile(r"[\w./+@-]+")
 
 
 def how_to_go_on(config: Config, run_folder: Path, checkpoint: Path, typed: Sequence[str]) -> str:
-    """Return how a run that was stopped goes on from a checkpoint, in words or as a command.
+    """Return how to resume a run from a checkpoint, as a sentence or as a command.
 
     The same command does, unless it names a checkpoint, starts a new run (`checkpoint.resume`), or is one of a sweep.
 

@@ -1,4 +1,4 @@
-"""What each source of the data contributes to the steps of a run."""
+"""Compute what each source of the data contributes to the steps of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is, in plain values: its configuration, its plan and its environment, for trackers and reports."""
+"""Describe a run in plain values, for trackers and reports: its configuration, plan and environment."""
 
 from __future__ import annotations
 

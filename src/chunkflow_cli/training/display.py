@@ -55,7 +55,7 @@ class TrainingDisplay:
             self._bar.update(self._task, description=text)
 
     def held_out_before(self, loss: float) -> None:
-        """Print the held-out loss of the model as it came."""
+        """Print the held-out loss before the first step."""
         self._print(f"held-out loss {loss:.4f} before the first step")
 
     def answer(self, prompt: str, answer: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run does at an evaluation: the held-out loss, the best model, sample answers, and whether to stop early."""
+"""Evaluate a run: the held-out loss, the best model, sample answers, and early stopping."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chunkflow_cli.training.sample_answers import answer_prompts
 
 
 def evaluate_at_start(run: Prepared, state: RunState, display: TrainingDisplay) -> None:
-    """Evaluate the model as it came.
+    """Evaluate the model before the first step.
 
     Raises:
         RunError: the held-out loss is not finite.

@@ -1,6 +1,6 @@
-"""What a run is made of: the samples it trains on, their order, and the model that it starts from.
+"""Identify a run: the samples it trains on, their order, and the model that it starts from.
 
-A run that goes on must go on with the same, or the position in its data means nothing. So the identity of a run is
+A run can resume only with the same identity, because otherwise its position in the data means nothing. The identity is
 kept in its folder (identity.json) and in each checkpoint (state.json), and compared before the first step.
 """
 
@@ -44,7 +44,7 @@ class FileShare:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must stay the same from the first step of a run to its last."""
+    """The facts that must stay the same from the first step of a run to its last."""
 
     trained_on: tuple[FileShare, ...]
     held_out: tuple[FileShare, ...]

@@ -1,4 +1,4 @@
-"""How a rank finds the folder and the data of its run: on its own, as our worker, or started by another launcher."""
+"""Find the folder and the data of a run, for a single process, our worker, or a rank of another launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preferences of a run: what is known of its samples, the batches of its steps, and their held-out loss.
+"""Preferences of a run: facts about its samples, the batches of its steps, and their held-out loss.
 
 The reference model is the model that the run starts from. Its log-probabilities are computed once, before the first
 step, and kept next to the tokenised data, so no second model is ever on a device.

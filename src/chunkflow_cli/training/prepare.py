@@ -176,7 +176,7 @@ def _prove_parity(
     if not config.train.guard:
         console.print("train.guard=false: skipped the check that this model trains exactly in chunks")
         return
-    doing = "proving that this architecture trains exactly in chunks"
+    doing = "checking that this architecture trains exactly in chunks"
     state.at(doing)
     with working(console, doing):
         parity = guard(
@@ -210,7 +210,7 @@ def _write_rejected(config: Config, data: RunData, folder: RunFolder, console: C
 
 
 def _agreed_setup(config: Config, hf_config: Any, processes: Processes) -> RunSetup:
-    """Return the setup of the first rank on all ranks: they may run on different machines, and must plan alike."""
+    """Return the setup of the first rank on all ranks: their machines may differ, but not their plans."""
     own = None
     if processes.is_first:
         device = described_device(config, present_device())

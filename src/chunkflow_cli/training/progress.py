@@ -1,4 +1,4 @@
-"""The values that change while a run goes on."""
+"""The values that change during a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration that a run's folder holds, and how it differs from the one of a run that is to go on there."""
+"""Save the configuration of a run, and compare it with that of a run that is to resume there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the trained model stops generating: at what ends the answers that it has learnt."""
+"""Make the trained model stop generating at the tokens that end the answers it learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights a run trains, and how: checked before it starts, and said at its start."""
+"""Check before a run which weights it trains, and print that at its start."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_trained_weights(config: Config, hf_config: Any) -> list[str]:
 
 
 def announce_trained_weights(config: Config, hf_config: Any, console: Console) -> None:
-    """Say what is frozen and what Muon trains. The first process calls it."""
+    """Print what is frozen and what Muon trains. The first process calls it."""
     for line in check_trained_weights(config, hf_config):
         console.print(line, soft_wrap=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,9 @@ def _costs(found: dict[str, Any]) -> Table:
     table.add_row("padding, as they come", percent(padding["as_they_come"]), "", batch)
     table.add_row("padding, sorted", percent(padding["sorted_by_length"]), "", f"{batch}, not shuffled")
     longest = packing["to_longest"]
-    table.add_row("packing", percent(longest["waste"]), "", f"{longest['bins']:,} bins of {longest['size']:,} tokens")
+    table.add_row(
+        "packing", percent(longest["waste"]), "", f"{counted(longest['bins'], 'bin')} of {longest['size']:,} tokens"
+    )
     for chunk in packing["chunks"]:
         recomputed = chunk["recomputed_token_share"]
         table.add_row(f"chunks of {short_count(chunk['chunk_size'])}", percent(chunk["waste"]),
@@ -192,7 +195,9 @@ def _rejected(rejected: dict[str, Any], width: int) -> Text:
     for reason, place in list(rejected["reasons"].items())[:SHOWN_REASONS]:
         line = f"{place['rows']:>8,}  {reason}, first "
         if len(line) + len(place["first"]) > width:
-            line, room = f"{place['rows']:>8,}  {reason}\n          first ", width - 16
+            count, indent = f"{place['rows']:>8,}  ", " " * 10
+            line = textwrap.fill(reason, width, initial_indent=count, subsequent_indent=indent)
+            line, room = f"{line}\n{indent}first ", width - 16
         else:
             room = width - len(line)
         text.append(line + shortened(place["first"], room) + "\n", style="not bold")

@@ -57,7 +57,7 @@ def choose_backend(requested: Attention, hf_config: Any, device: torch.device, d
 
 
 def _objection(name: str, hf_config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why this backend cannot run this model here, or None if it can."""
+    """Return the reason why this backend cannot run this model here, or None if it can."""
     if name == "reference":
         return None
     softcap = getattr(hf_config.get_text_config(), "attn_logit_softcapping", None) is not None

@@ -65,7 +65,7 @@ class CpuBackend(BlockBackend):
 
 @dataclass(frozen=True)
 class _Layout:
-    """The arrangement of queries and keys for the kernel, which wants equally many heads of both, and its options.
+    """The arrangement of queries and keys for the kernel, which needs equally many heads of both, and its options.
 
     For the past, the queries of the heads that share a key head are laid one after the other, so that keys, the larger
     side, are never copied. The kernel's causal mask does not allow that for own attention: there, keys are repeated.

@@ -231,7 +231,7 @@ def _efficient_backward(grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Grad
 
 
 def _fold_and_repeat(queries: Tensor, keys: Tensor, kernel: _Kernel) -> tuple[int, int]:
-    """Return by how much to fold queries and to repeat keys: the kernel wants equally many heads of both.
+    """Return by how much to fold queries and to repeat keys: the kernel needs equally many heads of both.
 
     Folding copies only queries, which are few next to the keys of the past, but a causal mask does not allow it.
     """
@@ -252,7 +252,7 @@ def _unfold(tensor: Tensor, group: int) -> Tensor:
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:
-    """Turn (1, heads, tokens, head_dim) into (tokens, heads, head_dim); the kernels want head_dim contiguous."""
+    """Turn (1, heads, tokens, head_dim) into (tokens, heads, head_dim); the kernels need head_dim contiguous."""
     flat = tensor[0].transpose(0, 1)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 

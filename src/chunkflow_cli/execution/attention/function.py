@@ -1,8 +1,8 @@
 """Exact attention of a chunk: the only part of a model that chunking changes.
 
 `attend` is registered with transformers under the name "chunkflow", so any model that takes its attention from
-`AttentionInterface` runs in chunks unchanged. The chunk is that of the forward that runs (`model.forward_scope`), so a
-model need not hand anything on.
+`AttentionInterface` runs in chunks unchanged. The chunk is that of the running forward (`model.forward_scope`), so a
+model does not pass anything on.
 
 Let `lse` be the log-sum-exp of a row's scores. Attention to two sets of keys then merges exactly:
 
@@ -86,7 +86,7 @@ class ChunkAttentionContext:
         return Packing(tuple(sorted(edges)), self.packing.device)
 
     def is_output_unused(self, layer: LayerAttention) -> bool:
-        """Return whether nothing comes of the layer's output: in a state pass, no keys of a later layer.
+        """Return whether nothing uses the layer's output: in a state pass, no later layer stores keys.
 
         Layers that share keys are the last ones of a model.
         """

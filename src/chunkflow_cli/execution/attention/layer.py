@@ -1,4 +1,4 @@
-"""The attention of one layer of a Hugging Face model: what it computes, and what chunks cannot reproduce.
+"""Describe what the attention of one layer computes, and refuse what chunks cannot reproduce.
 
 transformers hands an attention function tensors and keyword arguments. Some of what a layer does is in neither, but in
 attributes of its module and in the mask that transformers would have made: this module reads it there.

@@ -30,7 +30,7 @@ def convolve_in_chunks(convolve: Convolution) -> Convolution:
             return convolve(inputs, weight, bias, activation=activation, **others)
         sharing = Sharing(chunk.group, tokens=2, heads=1)
         is_split = sharing.divides([inputs.shape[1]])
-        if is_split:  # channels do not know of each other
+        if is_split:  # channels are independent
             (inputs,) = sharing.to_heads({0: inputs}).values()
             weight, bias = sharing.own_heads(weight), None if bias is None else sharing.own_heads(bias)
         else:

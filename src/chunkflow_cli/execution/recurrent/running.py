@@ -1,4 +1,4 @@
-"""The chunk that is running, and how its recurrent layers take a state from the store and leave one in it."""
+"""The running chunk, through which recurrent layers read a state from the store and write one to it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RunningChunk:
         return self.context.piece is not None and self.context.piece.continues
 
     def begin_layer(self, name: str) -> None:
-        """Note the recurrent layer that now runs."""
+        """Record the recurrent layer that now runs."""
         self.layer = name
         self.calls.clear()
 
@@ -60,7 +60,7 @@ class RunningChunk:
         return f"{kind}{self.calls[kind] - 1}"
 
     def enter(self, part: str, *, needs_gradient: bool) -> Tensor | None:
-        """Return what the chunk before has left; None at the beginning of a sequence.
+        """Return the state that the previous chunk stored; None at the beginning of a sequence.
 
         Args:
             part: the name under which it was left.
@@ -78,7 +78,7 @@ class RunningChunk:
         return entered
 
     def leave(self, part: str, value: Tensor, output: Tensor) -> Tensor:
-        """Leave a state for the next chunk; return the output, through which that state gets its gradient."""
+        """Store a state for the next chunk; return the output, through which that state gets its gradient."""
         piece = self.context.piece
         assert piece is not None
         key = self._key(part, piece.past + self.context.dependent_tokens)

@@ -1,6 +1,6 @@
 """Convolutions and scans of a chunk whose tokens the ranks of a group share.
 
-A scan needs all tokens, but its heads do not know of each other, and neither do the channels of a convolution. So ranks
+A scan needs all tokens, but its heads are independent, and so are the channels of a convolution. So ranks
 exchange tokens for heads and back, as in attention (`sequence_parallel`). Each then runs a part of the heads, keeps
 their state, and has its share of the gradients of weights. Where heads do not divide evenly among the ranks, each rank
 runs all of them for all tokens, and takes its slice of the result.

@@ -1,4 +1,4 @@
-"""What each tracker's library is told. Runs in the tracker's own process; each library is imported there alone."""
+"""Adapt each tracker's library. This runs in the tracker's own process, and only there the library is imported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MLFLOW_BATCH, MLFLOW_VALUE = 100, 6000
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a tracker is told about the run before its first row."""
+    """Facts about the run that a tracker gets before the first row."""
 
     folder: str
     """Folder for the tracker's own files, in the folder of the run."""
@@ -41,9 +41,9 @@ class Tracker(Protocol):
     """A run as a tracker knows it."""
 
     id: str
-    """With which the run goes on there later."""
+    """The id under which the tracker continues the run later."""
     where: str
-    """Where people look at it."""
+    """The place where people look at the run."""
     drops_repeated: bool
     """True if it drops its own rows from `first_step` on; others are not given a step twice."""
 
@@ -91,7 +91,7 @@ class MLflow:
     drops_repeated = False
 
     def __init__(self, run: Introduction) -> None:
-        # By default, a server that is down is asked for minutes. Rows wait meanwhile.
+        # By default, requests to a server that is down are repeated for minutes, while rows wait.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from mlflow.entities import Param

@@ -1,4 +1,4 @@
-"""Hand the rows of a run to its trackers. None of them can delay or end the run."""
+"""Send the rows of a run to its trackers. None of them can delay or end the run."""
 
 from __future__ import annotations
 
