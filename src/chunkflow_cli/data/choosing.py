@@ -80,6 +80,8 @@ def choose_files(path: str, wish: Wish) -> Chosen | None:
 
 
 def _choose_file(path: Path, wish: Wish) -> Chosen:
+    if not path.is_file():
+        raise UsageError(f"{wish.named} is neither a file nor a folder\n  write the rows to a file, and name that")
     if kind_of_name(path) is None:
         raise UsageError(f"{wish.named}: unknown file type\n  data files are {SUFFIXES}")
     if wish.subset is not None:
