@@ -160,7 +160,7 @@ def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chos
         files = [file for file in files if file in chosen]
         others = [name for name in [*known, *parts] if name not in wanted]
         apart = [f"{name or 'no split'} ({found.names(parts[name])})" for name in dict.fromkeys(others)]
-        if apart and wish.split not in (None, ALL) and wish.split_key == "data.split":
+        if apart and wish.split not in (None, ALL) and wish.split_key != "data.eval_split":
             notes.append(f"the split {wish.split} is read, and not: {', '.join(apart)}")
     elif wish.split not in (None, TRAIN, ALL):
         raise UsageError(
