@@ -93,9 +93,9 @@ def _check_names(scaling: Mapping[str, Any], known: frozenset[str], said: str) -
             raise UsageError(f"{said}: there is no setting {name!r}{did_you_mean(name, sorted(known))}")
     kinds = [scaling[name] for name in ("rope_type", "type") if name in scaling]
     if len({str(kind) for kind in kinds}) != 1 or kinds[0] not in KINDS:
-        given = " and ".join(map(str, kinds)) or "nothing"
+        given = " and ".join(map(str, kinds)) or "not set"
         raise UsageError(
-            f"{said}: rope_type is {given}\n  set it to one of {', '.join(KINDS)}, as in {{rope_type: yarn}}"
+            f"{said}: rope_type is {given}\n  set it to yarn, linear or llama3, as in {{rope_type: yarn, factor: 4}}"
         )
 
 
