@@ -54,9 +54,11 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     from chunkflow_cli.training import launch
 
     loaded = launch.with_processes(request.load(overrides))
+    keys: Sequence[str] = ()
     if environment.worker_folder() is None:  # the launcher of a worker has checked all this
         _announce_and_check(loaded)
-    keys = () if environment.is_started_by_launcher() else read_ahead(loaded.config)
+        if not environment.is_started_by_launcher():
+            keys = read_ahead(loaded.config)
     if launch.is_needed(loaded):
         return launch.run(
             loaded, keys=keys, config_dir=request.config_dir, debug=request.debug, json_output=request.json_output
