@@ -152,6 +152,7 @@ def test_deepspeed_section_is_open() -> None:
         (["optim.freeze=['']"], ['optim.freeze=[""]', "name a weight"]),
         (["data.sources={path: a}"], ["data.sources={path: a}", "[{path: chats.jsonl}]"]),
         (["data.sources=[{path: a, columns: [b]}]"], ["data.sources[0].columns=[b]", "{key: value}"]),
+        (["eval.prompts=[\udcff]"], ["eval.prompts", "is not valid UTF-8"]),
         (["eval.prompts=[a,' ']"], ["eval.prompts=[a, ]", "an empty prompt"]),
         (["optim=sgd", "optim.betas=[0.8,0.9]"], ["optim.betas=[0.8,0.9]", "optim.name=sgd", "take optim=adamw"]),
         (["optim.momentum=0.9"], ["optim.momentum=0.9", "optim.name=adamw", "optim=sgd"]),

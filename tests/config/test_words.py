@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from chunkflow_cli.cli.train import combinations
+from chunkflow_cli.cli.train import combinations, run_sweep
 from chunkflow_cli.config import key_files
 from chunkflow_cli.config.checks import check
 from chunkflow_cli.config.foreign import FOREIGN
@@ -161,6 +161,11 @@ def test_commas_are_several_runs_only_in_a_sweep(tmp_path: Path) -> None:
     assert {run[1] for run in runs} == {'train.output_dir="x,y"'}
     assert [run[2] for run in runs[:2]] == ["chunk.size=64", "chunk.size=128"]
     assert combinations(["recipe=a,b", "chunk.k=range(1,3)"])[-1] == ["recipe=b", "chunk.k=2"]
+    assert combinations(["eval.prompts=[a,b],[c]"]) == [["eval.prompts=[a,b]"], ["eval.prompts=[c]"]]
+    with pytest.raises(UsageError, match=r"eval.prompts=\[a\],\[b\] must be a list in brackets"):
+        load(["eval.prompts=[a],[b]"])
+    with pytest.raises(UsageError, match=r"train.output_dir=a,b: .* in one directory"):
+        run_sweep(["recipe=tiny_random", "train.output_dir=a,b"], config_dir=None, json_output=True)
     assert load([f"train.output_dir={tmp_path}/a,b"]).config.train.output_dir == f"{tmp_path}/a,b"
 
 

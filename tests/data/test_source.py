@@ -296,6 +296,14 @@ def test_splits_by_name_are_those_of_datasets(tmp_path: Path) -> None:
             assert ours == theirs, (names, split)
 
 
+def test_train_and_test_sets_are_splits_and_a_pipe_is_no_file(tmp_path: Path) -> None:
+    folder = make(tmp_path / "d", "trainset.jsonl", "testset.jsonl", "asset.jsonl")
+    assert [file.path.name for file in open_source(folder).files] == ["trainset.jsonl"]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UsageError, match=r"pipe.jsonl is neither a file nor a folder"):
+        open_source(str(tmp_path / "pipe.jsonl"))
+
+
 def test_the_other_splits_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make(tmp_path / "d", "train.jsonl", "dev.jsonl", "test/x.jsonl", "rest.jsonl")
     assert files_of(folder) == files_of(folder) == ["train.jsonl"]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from chunkflow_cli.data import template_rendering
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
 from chunkflow_cli.data.template import ChatTemplate, MarkedText
 from chunkflow_cli.data.tokenizer import load_tokenizer
@@ -128,6 +129,14 @@ def test_what_a_template_leaves_out_of_an_answer_is_said(
 def test_what_a_template_leaves_out_of_other_turns_is_said(turn: Message, lost: str) -> None:
     turns = (turn, user("Q"), answer("no"))
     assert f"the model will not see {lost}, which the chat template leaves out" in said(*turns, text=LAST_USER_ONLY)
+
+
+def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox bounds each loop, but not loops within loops."""
+    monkeypatch.setattr(template_rendering, "LONGEST_SECONDS", 0.05)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UsageError, match=r"it may never end\n  name another template with data.chat_template"):
+        rendered(user("Q"), answer("A"), text=loops + CHATML)
 
 
 def test_tools_and_ids_that_are_left_out_are_said() -> None:

@@ -69,6 +69,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index of nothing": (write("model.safetensors.index.json", "{}"), "has no weight_map"),
     "a list": (write("config.json", "[]"), r"config\.json is not a JSON object"),
     "half a generation_config": (write("generation_config.json", '{"a":'), r"generation_config\.json cannot be read"),
+    "codes without their scales": (
+        lambda folder: save_file({"b.weight": torch.ones(3, 4, dtype=torch.int8)}, folder / "b.safetensors"),
+        r"b\.safetensors holds weights in I8: b\.weight",
+    ),
     "an impossible generation_config": (
         write("generation_config.json", '{"max_new_tokens": -4}'), r"generation_config\.json is invalid: .*max_new_tokens",
     ),

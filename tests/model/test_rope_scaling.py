@@ -88,9 +88,10 @@ def test_the_model_is_that_of_transformers(tiny_model: Callable[..., Any], tmp_p
     [
         ("llama", {}, {"rope_type": "yarn"}, "has no factor of 1 or more"),
         ("llama", {}, {"rope_type": "yarn", "factor": 0.5}, "has no factor of 1 or more"),
-        ("llama", {}, {"factor": 4}, "None"),
-        ("llama", {}, {"rope_type": "yarm", "factor": 4}, "yarm"),
-        ("llama", {}, {**YARN, "beta_fats": 3}, "beta_fats"),
+        ("llama", {}, {"factor": 4}, "rope_type is not set\n  set it to yarn"),
+        ("llama", {}, {"rope_type": "yarm", "factor": 4}, "rope_type is yarm"),
+        ("llama", {}, {**YARN, "type": "linear"}, "rope_type is yarn and linear"),
+        ("llama", {}, {**YARN, "beta_fats": 3}, "there is no setting 'beta_fats'\n  did you mean beta_fast?"),
         ("llama", {}, {"rope_type": "llama3", "factor": 4}, "low_freq_factor"),
         ("llama", {}, {"rope_type": "dynamic", "factor": 4}, "depends on the longest position seen"),
         ("gpt2", {}, YARN, "has no rotary embedding"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from chunkflow_cli.training.reference_cache import read_kept, write_kept
 from support.ranks import run_ranks
 from support.tokenizers import make_tokenizer
 
@@ -171,3 +172,16 @@ def test_every_layout_learns_the_same(ours: Path) -> None:
             for key in ("loss", *(key for key in own if "rewards" in key), "target_tokens"):
                 is_a_tie = key == "rewards/accuracies" and own["step"] == 1  # the model is its own reference still
                 assert is_a_tie or other[key] == pytest.approx(own[key], rel=1e-4, abs=1e-5), (task, name, key)
+
+
+def test_damaged_log_probabilities_of_the_reference_are_computed_anew(tmp_path: Path) -> None:
+    values, path = np.arange(6.0).reshape(3, 2), tmp_path / "x" / "kept"
+    assert read_kept(path) is None
+    write_kept(path, values)
+    found = read_kept(path)
+    assert found is not None
+    np.testing.assert_array_equal(found, values)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert read_kept(path) is None

@@ -398,6 +398,14 @@ def test_the_identity_of_a_model_is_that_of_its_files(tmp_path: Path) -> None:
     (line,) = differences(first, identity())
     assert line.startswith("model.path has changed: model.safetensors was 200,000 bytes (")
     assert identity("model.init=random") == drawn
+    adapter, words_of_adapter = tmp_path / "adapter", ("model.lora.enabled=true", f"model.lora.path={tmp_path}/adapter")
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"one")
+    with_adapter = identity(*words_of_adapter)
+    assert identity(*words_of_adapter) == with_adapter
+    (adapter / "adapter_model.safetensors").write_bytes(b"two")
+    (line,) = differences(with_adapter, identity(*words_of_adapter))
+    assert line.startswith("model.lora.path has changed: adapter_model.safetensors was 3 bytes (")
 
 
 # Checkpoints and the way on

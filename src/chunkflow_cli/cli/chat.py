@@ -41,7 +41,7 @@ def run(run_folder: str, *, prompt: str | None, max_tokens: int, json_output: bo
     if not finished.has_tokenizer:
         raise UsageError(f"{finished.final} has no tokenizer, so it cannot read text\n  its data were token ids")
     with working(stderr_console(), "loading the model"):
-        talk = Talk(*load(finished), finished.config["data"].get("template_arguments") or {}, max_tokens)
+        talk = Talk(*load(finished), finished.config.get("data", {}).get("template_arguments") or {}, max_tokens)
     if prompt is not None:
         answer = talk.answer(prompt, show=not json_output)
         return {"prompt": prompt, "answer": answer}

@@ -67,7 +67,7 @@ class FinishedRun:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration of the run. Another version may have written it, so keys may be missing."""
-        config = OmegaConf.to_container(read_saved_config(self.folder), resolve=True)
+        config = OmegaConf.to_container(read_saved_config(self.folder, ("model", "train")), resolve=True)
         assert isinstance(config, dict)
         return {str(name): value for name, value in config.items()}
 

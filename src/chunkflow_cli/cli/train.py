@@ -26,7 +26,7 @@ from chunkflow_cli.config.words import as_word
 from chunkflow_cli.console import stderr_console, stdout_console
 from chunkflow_cli.data.dataset import check_data
 from chunkflow_cli.data.names import printable
-from chunkflow_cli.errors import RunError
+from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.processes import environment, worker
 from chunkflow_cli.processes.environment import SWEEP, child_environment, module_command
 from chunkflow_cli.processes.stop_signals import is_second, stop_signals_handled
@@ -54,9 +54,11 @@ def run(request: Request, *, overrides_file: str | None, multirun: bool) -> Resu
     from chunkflow_cli.training import launch
 
     loaded = launch.with_processes(request.load(overrides))
+    keys: Sequence[str] = ()
     if environment.worker_folder() is None:  # the launcher of a worker has checked all this
         _announce_and_check(loaded)
-    keys = () if environment.is_started_by_launcher() else read_ahead(loaded.config)
+        if not environment.is_started_by_launcher():
+            keys = read_ahead(loaded.config)
     if launch.is_needed(loaded):
         return launch.run(
             loaded, keys=keys, config_dir=request.config_dir, debug=request.debug, json_output=request.json_output
@@ -96,6 +98,11 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
     console = stderr_console()
     jobs = combinations(overrides)
     loaded = [load(words, config_dir) for words in jobs]
+    folders = dict.fromkeys(str(each.config.train.output_dir) for each in loaded)
+    if len(folders) > 1:
+        raise UsageError(
+            f"train.output_dir={','.join(folders)}: the runs of a sweep are folders in one directory\n  name one"
+        )
     default = f"outputs/{loaded[0].recipe}/multirun-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     root = Path(loaded[0].config.train.output_dir or default)
     runs, failed = [], []

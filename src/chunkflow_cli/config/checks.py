@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -218,6 +219,9 @@ def _check_eval(config: Config) -> None:
         raise UsageError(
             f"eval.prompts={as_written(evaluation.prompts)} has an empty prompt\n  write a text for the model to answer"
         )
+    for prompt in evaluation.prompts:
+        if re.search(r"[\ud800-\udfff]", prompt):
+            raise UsageError(f"eval.prompts: {prompt!r} is not valid UTF-8\n  write it in UTF-8")
     has_held_out = data.eval_path is not None or data.eval_split is not None or data.eval_fraction > 0
     for key, value in (
         ("early_stopping_patience", evaluation.early_stopping_patience),

@@ -56,6 +56,11 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
+def is_list(text: str) -> bool:
+    """Return whether a text is one list in brackets: `[a],[b]` is two."""
+    return text.startswith("[") and text.endswith("]") and len(split_list(text)) == 1
+
+
 def for_the_shell(name: str, text: str) -> str:
     """Return the word that sets a key to a text as a person types it: quoted for Hydra and for the shell."""
     return shlex.quote(f"{name}=" + quoted(text, '"'))

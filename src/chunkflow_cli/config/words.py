@@ -16,7 +16,7 @@ from pathlib import Path
 
 from chunkflow_cli.config.foreign import foreign_name
 from chunkflow_cli.config.keys import Key, describe_element_keys, describe_keys, known_keys, unknown_key
-from chunkflow_cli.config.texts import for_the_shell, is_quoted, quoted, split_list, unquoted
+from chunkflow_cli.config.texts import for_the_shell, is_list, is_quoted, quoted, split_list, unquoted
 
 FILES = ("recipe", "overrides")
 """Words that name YAML files: `recipe=NAME`, `recipe=FILE`, and `overrides=FILE`, which `--overrides FILE` becomes."""
@@ -94,7 +94,7 @@ def choices(word: Word) -> list[str] | None:
     None leaves it to Hydra's grammar.
     """
     key = describe_keys().get(word.name)
-    holds_text = word.name in FILES or (key is not None and key.is_text)
+    holds_text = word.name in FILES or (key is not None and (key.is_text or key.is_text_list))
     if word.value is None or not holds_text or _SWEEP.fullmatch(word.value):
         return None
     parts = split_list(word.value)
@@ -116,9 +116,12 @@ def text_problem(word: Word) -> str | None:
             f"  for the characters themselves, write {literal}"
         )
     if key.is_text_list and not key.is_text:
-        is_list = (value.startswith("[") and value.endswith("]")) or value.startswith("${")
-        return None if is_list else f"{word.typed} must be a list in brackets\n  write '{word.name}=[{value}]'"
-    if key.is_text_list and value.startswith("[") and value.endswith("]"):
+        return (
+            None
+            if is_list(value) or value.startswith("${")
+            else f"{word.typed} must be a list in brackets\n  write '{word.name}=[{value}]'"
+        )
+    if key.is_text_list and is_list(value):
         return None
     if word.name in _READ and "," in value and _plain(key, value) and not _exists(value):
         parts = ",".join(split_list(value.strip("{}")))
@@ -155,9 +158,9 @@ def _keys_of_section(word: Word) -> list[Word]:
 
 def _value(key: Key, value: str) -> str:
     """Return a value in Hydra's grammar."""
-    if key.has_sections and value.startswith("[") and value.endswith("]"):
+    if key.has_sections and is_list(value):
         return f"[{','.join(_section(key, part.strip()) for part in split_list(value[1:-1]))}]"
-    if (key.is_text or key.is_text_list) and value.startswith("[") and value.endswith("]") and key.is_text_list:
+    if key.is_text_list and is_list(value):
         return f"[{','.join(part if is_quoted(part) else quoted(part) for part in split_list(value[1:-1]))}]"
     if key.is_text:
         return quoted(value) if _plain(key, value) else value

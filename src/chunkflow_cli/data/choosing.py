@@ -80,6 +80,8 @@ def choose_files(path: str, wish: Wish) -> Chosen | None:
 
 
 def _choose_file(path: Path, wish: Wish) -> Chosen:
+    if not path.is_file():
+        raise UsageError(f"{wish.named} is neither a file nor a folder\n  write the rows to a file, and name that")
     if kind_of_name(path) is None:
         raise UsageError(f"{wish.named}: unknown file type\n  data files are {SUFFIXES}")
     if wish.subset is not None:
@@ -158,7 +160,7 @@ def _choose(found: Found, splits: Mapping[Path, str | None], wish: Wish) -> Chos
         files = [file for file in files if file in chosen]
         others = [name for name in [*known, *parts] if name not in wanted]
         apart = [f"{name or 'no split'} ({found.names(parts[name])})" for name in dict.fromkeys(others)]
-        if apart and wish.split not in (None, ALL) and wish.split_key == "data.split":
+        if apart and wish.split not in (None, ALL) and wish.split_key != "data.eval_split":
             notes.append(f"only the split {wish.split} is read, not: {', '.join(apart)}")
     elif wish.split not in (None, TRAIN, ALL):
         raise UsageError(

@@ -60,6 +60,8 @@ def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
     """
     path, key, subset = config.path, key_of_path(config), config.subset
     split, split_key = (config.eval_split, "data.eval_split") if for_evaluation else (config.split, "data.split")
+    if not for_evaluation and config.sources and config.sources[0].split:
+        split_key = f"data.sources[{name_of(config.sources[0])}].split"
     if for_evaluation and config.eval_path is not None:
         subset = subset if config.eval_path == path else None
         path, key = config.eval_path, "data.eval_path"

@@ -82,12 +82,12 @@ _TEXT_KEYS = ("messages", "conversations", "prompt", "completion", "instruction"
 _ASKED = ("instruction", "input", "question", "query", "problem", "messages", "conversations", "conversation")
 """Names that data sets give to what is asked."""
 _TEXTS_READ = {
-    DataFormat.alpaca: ("instruction", "input", "output", "history", *SYSTEM),
-    DataFormat.prompt_completion: ("prompt", "completion", *SYSTEM),
-    DataFormat.preference: ("prompt", "chosen", "rejected", *SYSTEM),
-    DataFormat.feedback: ("prompt", "completion", *SYSTEM),
+    DataFormat.alpaca: ("output", "instruction", "input", "history", *SYSTEM),
+    DataFormat.prompt_completion: ("completion", "prompt", *SYSTEM),
+    DataFormat.preference: ("chosen", "rejected", "prompt", *SYSTEM),
+    DataFormat.feedback: ("completion", "prompt", *SYSTEM),
 }
-"""Where the formats that name the question by a key of their own have their texts."""
+"""Where the formats that name the question by a key of their own have their texts, that of the answer first."""
 
 
 def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
@@ -107,6 +107,8 @@ def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
 def _check_asked(row: Mapping[str, Any], format: DataFormat) -> None:
     """Raise if a row has what is asked under a key that its format does not read, and not in a text that it reads."""
     names = _TEXTS_READ[format]
+    if names[0] not in row:
+        return  # the parser says which key is missing
     for key in (key for key in _ASKED if key in row and key not in names and not is_absent(row[key])):
         texts = [text for name in names for text in _strings(row.get(name))]
         if not all(any(said.strip() in text for text in texts) for said in _said(row[key])):
@@ -137,8 +139,9 @@ def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataForma
     if key in SWITCHES or key == "sample_weight":
         _check_weight(key, value)
     elif key in _PREFERENCE and format in (DataFormat.preference, DataFormat.feedback):
-        read = "chosen and rejected" if format is DataFormat.preference else "completion and label"
-        raise BadRowError(f"{key} is not read in data.format={format.value}, but {read}; {_REMOVE}")
+        if format is DataFormat.feedback:
+            raise BadRowError(f"the row has {key}, and train.task=kto reads completion and label; {_PAIRS}")
+        raise BadRowError(f"{key} is not read, but chosen and rejected; {_REMOVE}")
     elif key in _PREFERENCE:
         # A row may keep the pair next to the chosen answer in the format's own key: that is SFT on it.
         if is_absent(row.get("chosen")) or row["chosen"] not in [row.get(name) for name in _TEXT_KEYS]:
@@ -163,6 +166,7 @@ def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataForma
 
 
 _REMOVE = "remove or rename the key if it does not count"
+_PAIRS = "set train.task=dpo for pairs, or remove or rename the key if it does not count"
 _KTO = "set train.task=kto, or keep the rows with answers to imitate, and remove the key"
 _WHERE = {
     **dict.fromkeys(REASONING, "put it into what the assistant says, or rename the key if it does not count"),

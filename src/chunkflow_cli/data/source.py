@@ -221,7 +221,7 @@ def _local_files(parts: Sequence[tuple[Wish, Chosen | None]]) -> LocalFiles:
     files: list[SourceFile] = []
     for wish, chosen in parts:
         if chosen is None:
-            a_list = " A data set of the hub cannot be part of a list." if len(parts) > 1 else ""
+            a_list = "\n  a data set of the hub cannot be part of a list" if len(parts) > 1 else ""
             raise UsageError(
                 f"{wish.named}: there is no such file or folder (relative to {printable(Path.cwd())}){a_list}"
             )

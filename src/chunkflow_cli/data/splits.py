@@ -5,9 +5,10 @@ of a folder or a file, that is, between the name's ends, digits and `-._ `. So `
 `train-00000-of-00002.parquet` and `train/a.jsonl` belong to `train`, and `training_notes.jsonl` and `latest.jsonl` to
 no split. Upper and lower case are the same.
 
-Two rules differ from that library, so that no file disappears. Files whose names have no split are not left out where
-no file is named after `train`: they are the training data. And the rules hold for each file: one folder named after a
-split does not take away the splits of files next to it.
+Three rules differ from that library, so that no file disappears and none is trained on that is for tests. Files whose
+names have no split are not left out where no file is named after `train`: they are the training data. The rules hold
+for each file: one folder named after a split does not take away the splits of files next to it. And `trainset` and
+`testset` are `train` and `test`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
-_WORD = re.compile(rf"(?:^|(?<=[-._ 0-9]))({'|'.join(_SPLIT_OF_WORD)})(?=[-._ 0-9]|$)", re.IGNORECASE)
+_WORD = re.compile(rf"(?:^|(?<=[-._ 0-9]))({'|'.join(_SPLIT_OF_WORD)})(?:set)?(?=[-._ 0-9]|$)", re.IGNORECASE)
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5,}\..*", re.DOTALL)
 """Files as `datasets` writes them to the hub. In a folder `data`, what comes first is the split's name."""
 

@@ -8,15 +8,21 @@ keep them, and a run could not resume on the next day.
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from types import FrameType
 from typing import Any
 
 from chunkflow_cli.data.sample import BadRowError
 from chunkflow_cli.data.template_input import MessageForm, in_form, template_traits
+from chunkflow_cli.errors import UsageError
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
+LONGEST_SECONDS = 20
+"""CPU time that a template may take for a conversation; usual ones take microseconds."""
 
 
 class Renderer:
@@ -41,6 +47,7 @@ class Renderer:
 
         Raises:
             BadRowError: the template fails.
+            UsageError: it does not end.
         """
         form = self._form(template)
         if form.parts or form.json_arguments:
@@ -84,17 +91,45 @@ class Renderer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            with _fixed_date(template):
+            with _fixed_date(template), _ending():
                 rendered: tuple[list[str], Any] = render_jinja_template(
                     conversations=conversations, tools=tools, chat_template=template, **options, **self._special_tokens
                 )
-        except (MemoryError, ImportError):  # of this machine
+        except (MemoryError, ImportError, UsageError):  # of this machine, or of the template itself
             raise
         except Exception as error:  # a template is a program, and may fail in any way: 1 / 0, a macro without an end
             raise BadRowError(
                 f"the chat template rejects the conversation: {str(error) or type(error).__name__}"
             ) from error
         return rendered
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Stop the block once it has computed for `LONGEST_SECONDS`: loops within loops of a template may never end.
+
+    Only the main thread can be stopped so. All rendering of this program is there, in this process or in a worker.
+
+    Raises:
+        UsageError: it was stopped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise UsageError(
+            f"the chat template has computed for {LONGEST_SECONDS} seconds on one conversation: it may never end\n"
+            "  name another template with data.chat_template"
+        )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextmanager

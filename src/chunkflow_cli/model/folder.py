@@ -26,6 +26,10 @@ LONGEST_HEADER = 100_000_000
 """Bytes of the longest header that the safetensors library reads."""
 AGAIN = "the download was interrupted, or the file is damaged: download it again"
 REPAIR = "repair it, or download it again"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of numbers, as safetensors names them, that are the weights themselves. Others need scales."""
+QUANTISATIONS = ("quantization_config", "compression_config")
+"""Keys of config.json that describe quantised weights."""
 SHOWN = 3
 """Maximum number of names that a message lists."""
 
@@ -65,7 +69,7 @@ def check_settings(path: Path, named: str) -> None:
 
 
 def check_weights(path: Path, named: str) -> None:
-    """Check that the files of the weights are all there and complete, by their sizes and headers.
+    """Check that the files of the weights are all there, complete and in floating point, by their sizes and headers.
 
     Raises:
         UsageError: names the file and what to do.
@@ -74,9 +78,17 @@ def check_weights(path: Path, named: str) -> None:
         return
     files = weight_files(path, named)
     _refuse_pointers(files, named)
+    is_quantised = any(name in (path / "config.json").read_text(encoding="utf-8") for name in QUANTISATIONS)
     for file in files:
         if file.suffix == ".safetensors":
-            tensors_of(file, named)
+            coded = {name: tensor.get("dtype") for name, tensor in tensors_of(file, named).items()}
+            coded = {name: kind for name, kind in coded.items() if name.endswith("weight") and kind not in FLOATS}
+            if coded and not is_quantised:
+                raise UsageError(
+                    f"{named}: {file.name} holds weights in {', '.join(sorted(set(coded.values())))}: {listed(coded)}\n"
+                    "  config.json does not say what the numbers mean (quantization_config): take the model that they "
+                    "were made from"
+                )
 
 
 def weight_files(path: Path, named: str) -> list[Path]:

@@ -86,6 +86,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             f"model.path={config.path}: its config.json has output_router_logits=true, and the auxiliary loss of a "
             "router is not supported\n  set it to false there to train without that loss"
         )
+    if (layers := getattr(text, "num_hidden_layers", 1)) < 1:
+        raise UsageError(f"model.path={config.path}: its config.json has num_hidden_layers={layers}\n  correct it")
     apply_rope_scaling(config, hf_config)
     refuse_length_dependent_rope(text)
     refuse_unsupported_attention(text)

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from chunkflow_cli.config.schema import Init, ModelConfig
+from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG
 
 BLOCKS, BLOCK_BYTES = 64, 1 << 16
 """Of each file, so many blocks of this size are hashed: weights that were trained on differ in almost every block, and
@@ -26,6 +27,15 @@ def model_files(config: ModelConfig) -> dict[str, str]:
     suffixes = () if config.init is Init.random else WEIGHTS
     files = (path for path in folder.iterdir() if path.name == "config.json" or path.suffix in suffixes)
     return {path.name: _sampled(path) for path in sorted(files) if path.is_file()}
+
+
+def adapter_files(config: ModelConfig) -> dict[str, str]:
+    """Return size and hash of each file of the adapter that training goes on from; empty without `model.lora.path`."""
+    if config.lora.path is None:
+        return {}
+    folder = Path(config.lora.path)
+    files = (folder / name for name in (ADAPTER_CONFIG, "adapter_model.safetensors"))
+    return {path.name: _sampled(path) for path in files if path.is_file()}
 
 
 def changed_files(was: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from chunkflow_cli.config.keys import as_written
+from chunkflow_cli.config.keys import as_written, did_you_mean
 from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.errors import UsageError
 
@@ -24,6 +24,7 @@ SETTINGS = frozenset({
 })  # fmt: skip
 """Settings of a scaling. Another scaling replaces all of them; others, such as the base, stay."""
 REPLACEABLE = frozenset({"default", "linear", "yarn", "llama3"})
+KINDS = ("yarn", "linear", "llama3", "dynamic", "longrope")
 FAR = "full_attention"
 """The kind of layer that is scaled where kinds differ, as transformers itself does: windows never see far."""
 ORIGINAL = "original_max_position_embeddings"
@@ -44,6 +45,7 @@ def apply_rope_scaling(config: ModelConfig, hf_config: Any) -> None:
             f"{said}: a model of type {text.model_type!r} has no rotary embedding that transformers can scale\n"
             f"  remove {KEY}"
         )
+    _check_names(scaling, SETTINGS | before.keys(), said)
     kind = str(before.get("rope_type", "default"))
     if kind not in REPLACEABLE:
         raise UsageError(
@@ -82,6 +84,23 @@ def apply_rope_scaling(config: ModelConfig, hf_config: Any) -> None:
     with _complaints(said):
         text.standardize_rope_params()
         text.validate_rope()
+
+
+def _check_names(scaling: Mapping[str, Any], known: frozenset[str], said: str) -> None:
+    """Refuse names that no scaling has: transformers would name one of its own functions.
+
+    Raises:
+        UsageError: names what is wrong.
+    """
+    for name in scaling:
+        if name not in known:
+            raise UsageError(f"{said}: there is no setting {name!r}{did_you_mean(name, sorted(known))}")
+    kinds = [scaling[name] for name in ("rope_type", "type") if name in scaling]
+    if len({str(kind) for kind in kinds}) != 1 or kinds[0] not in KINDS:
+        given = " and ".join(map(str, kinds)) or "not set"
+        raise UsageError(
+            f"{said}: rope_type is {given}\n  set it to yarn, linear or llama3, as in {{rope_type: yarn, factor: 4}}"
+        )
 
 
 def describe_rope_scaling(config: ModelConfig, hf_config: Any) -> str | None:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from chunkflow_cli.config.schema import Config, Task
 from chunkflow_cli.config.sources import name_of
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
-from chunkflow_cli.model.identity import changed_files, model_files
+from chunkflow_cli.model.identity import adapter_files, changed_files, model_files
 from chunkflow_cli.training.inputs import RunData
 
 SHOWN = 5
@@ -54,6 +54,8 @@ class RunIdentity:
     """Hashes of the data's bytes and of the tokenizer: they explain a difference, and are not compared themselves."""
     model: dict[str, str]
     """File of the model -> its size and hash; of weights, a part is hashed."""
+    adapter: dict[str, str] = field(default_factory=dict)
+    """The same of the adapter in `model.lora.path`. Runs of earlier versions have none."""
 
     @property
     def samples(self) -> int:
@@ -97,6 +99,7 @@ def identify(config: Config, data: RunData) -> RunIdentity:
         order=order,
         ingredients=_ingredients(data.read),
         model=model_files(config.model),
+        adapter=adapter_files(config.model),
     )
 
 
@@ -115,7 +118,10 @@ def differences(was: RunIdentity, now: RunIdentity) -> list[str]:
         lines += [f"the data has changed: {_reason(was, now)}", *_at_most(changed)]
     if was.held_out and (changed := list(_changed(was.held_out, now.held_out))):
         lines += ["the held-out data has changed", *_at_most(changed)]
-    return [*lines, *(f"model.path has changed: {line}" for line in changed_files(was.model, now.model))]
+    lines += [f"model.path has changed: {line}" for line in changed_files(was.model, now.model)]
+    if was.adapter:
+        lines += [f"model.lora.path has changed: {line}" for line in changed_files(was.adapter, now.adapter)]
+    return lines
 
 
 def _shares(data: TokenizedData) -> tuple[FileShare, ...]:

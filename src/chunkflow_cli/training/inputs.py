@@ -102,6 +102,9 @@ def load_run_data(
     data = joined([read(each) for each in to_train])
     if config.data.deduplicate:
         data = without_duplicates(data)
+    for one, other in itertools.combinations(data.wholes, 2):
+        if one.key == other.key and not config.data.deduplicate:
+            warn_once(f"data.sources: {one.name} and {other.name} hold the same rows, which count twice")
     seed, limits = config.train.seed, [source.samples for source in config.data.sources]
     data = limited(data, limits, seed)
     for whole, limit, count in zip(data.wholes, limits, data.counts, strict=False):

@@ -9,11 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,13 +23,14 @@ from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch
-from chunkflow_cli.model.identity import model_files
+from chunkflow_cli.model.identity import adapter_files, model_files
 from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 from chunkflow_cli.training.judgement import Judgement, RunPreferences, sizes_of
 from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
+from chunkflow_cli.training.reference_cache import read_kept, write_kept
 
 
 def step_batch(run: Prepared, step: StepPlan, rank: RankPlan) -> StepBatch:
@@ -221,8 +219,8 @@ def with_references(run: Prepared, state: RunState) -> RunPreferences:
     parts = []
     for name, part in (("training", preferences.train), ("held-out", preferences.evaluation)):
         state.at(f"reference model on the {name} data")
-        path = cache_root(run.config.data.cache_dir).parent / "references" / f"{_key(run, part)}.npy"
-        kept = run.processes.gather(_read(path) if run.processes.is_first else None)[0]
+        path = cache_root(run.config.data.cache_dir).parent / "references" / f"{_key(run, part)}"
+        kept = run.processes.gather(read_kept(path) if run.processes.is_first else None)[0]
         if kept is None and len(part.data):
             with working(run.console, f"log-probabilities of the reference model, {name} data"):
                 sums, _ = all_sums(run, state, part.sequences, sizes_of(part.data).lengths)
@@ -231,7 +229,7 @@ def with_references(run: Prepared, state: RunState) -> RunPreferences:
                     columns.append(all_sums(run, state, part.mismatched, part.mismatched_lengths)[0])
             kept = np.concatenate(columns, axis=1)
             if run.processes.is_first:
-                _write(path, kept)
+                write_kept(path, kept)
         kept = np.zeros((0, 3)) if kept is None else kept
         count = sizes_of(part.data).lengths.shape[1]
         others = kept[:, count] if part.partners is not None else None
@@ -247,31 +245,10 @@ def _key(run: Prepared, part: Judgement) -> str:
         "model": [run.hf_config.to_json_string(), model_files(model), model.init.value, model.dtype.value],
         "quantization": model.quantization.value,
         "seed": run.config.train.seed if model.init is Init.random or model.new_weights or model.vocab_size else None,
-        "adapter": [repr(model.lora), run.config.train.seed] if model.lora.path is not None else None,
+        "adapter": [repr(model.lora), adapter_files(model), run.config.train.seed] if model.lora.path else None,
         "data": part.data.whole.key,
     }
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for values in (part.data.indices, sizes_of(part.data).lengths, part.partners):
         digest.update(b"" if values is None else np.ascontiguousarray(values, np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _read(path: Path) -> NDArray[np.float64] | None:
-    try:
-        values: NDArray[np.float64] = np.load(path, allow_pickle=False)
-        return values
-    except (OSError, ValueError, EOFError):  # none, or one that a killed process left half written
-        return None
-
-
-def _write(path: Path, values: NDArray[np.float64]) -> None:
-    """Keep the values for other runs; without room for them, this run has them all the same."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.npy")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, values)
-        temporary.replace(path)
-    except OSError as error:
-        print(
-            f"warning: {path} could not be written: {error.strerror}; the next run computes it again", file=sys.stderr
-        )

@@ -17,6 +17,7 @@ from chunkflow_cli.config.sources import configs_of_sources
 from chunkflow_cli.data.dataset import configs_of_evaluation, open_data
 from chunkflow_cli.data.source import HubDataset
 from chunkflow_cli.data.tokenizer import keep_torch_out, let_torch_in
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.training.inputs import FoundData, load_run_data
 
@@ -37,8 +38,13 @@ def read_ahead(config: Config) -> tuple[str, ...]:
     if needs_torch or not sys.modules.keys().isdisjoint(("torch", "transformers")) or not _is_small(config):
         return ()
     with _transformers_without_torch():
-        hf_config = load_config(config.model) if config.model.path else None
-        data = load_run_data(config, hf_config, checks_positions=False)
+        try:
+            hf_config = load_config(config.model) if config.model.path else None
+            data = load_run_data(config, hf_config, checks_positions=False)
+        except (ImportError, UsageError) as error:
+            if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+                return ()  # the code of a rare configuration or tokenizer imports torch
+            raise
         return FoundData.of(data).keys
 
 

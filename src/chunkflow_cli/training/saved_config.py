@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,11 @@ def differing_keys(run_folder: Path, tree: Any) -> list[Difference]:
     ]
 
 
-def read_saved_config(run_folder: Path) -> Any:
+def read_saved_config(run_folder: Path, sections: Collection[str] = ("model", "data", "train")) -> Any:
     """Return the configuration of a run, as a tree.
+
+    Args:
+        sections: what it must have.
 
     Raises:
         UsageError: it is damaged or missing; names the file.
@@ -76,7 +80,7 @@ def read_saved_config(run_folder: Path) -> Any:
     try:
         tree = OmegaConf.create(path.read_text(encoding="utf-8"))
         content = OmegaConf.to_container(tree, resolve=True)
-        if isinstance(content, dict) and {"model", "data", "train"} <= content.keys():
+        if isinstance(content, dict) and content.keys() >= set(sections):
             return tree
         reason = "it is not the configuration of a run"
     except OSError as error:
