@@ -311,7 +311,8 @@ class ChatTemplate:
         spans: dict[int, TurnSpan] = {}
         for index, before, text in zip(targets, prefixes, [*throughs, whole], strict=False):
             through = self._tokens.without_prompt(text, before)
-            if not (whole.startswith(through) and through.startswith(before)):
+            is_cut = through != text and any(str(self._tokens.eos) in turn["content"] for turn in messages)
+            if is_cut or not (whole.startswith(through) and through.startswith(before)):
                 raise BadRowError(not_found(index))
             end, own = self._tokens.end_of_turn(through, len(before))
             stop, borrowed = (end, "") if own else self._tokens.borrowed(whole, end)

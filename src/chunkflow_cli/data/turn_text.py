@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from chunkflow_cli.data.skeleton import FIRST_MARK
 
@@ -110,3 +111,12 @@ def after_common_mark(text: str, other: str) -> tuple[int, int]:
             return end, other.index(run) + count
         end -= 1
     return 0, 0
+
+
+def strings_of(value: Any) -> str:
+    """Return all strings of a message, one after the other."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return "\n".join(strings_of(item) for item in value.values())
+    return "\n".join(strings_of(item) for item in value) if isinstance(value, (list, tuple)) else ""
