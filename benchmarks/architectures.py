@@ -35,7 +35,12 @@ from chunkflow_cli.errors import ChunkflowError
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.execution.why_not import why_not
-from chunkflow_cli.model.hf_config import refuse_length_dependent_rope, refuse_unsupported_attention
+from chunkflow_cli.model.hf_config import (
+    NoLanguagePartError,
+    refuse_length_dependent_rope,
+    refuse_unsupported_attention,
+)
+from chunkflow_cli.model.loading import empty_model
 from common import emit, hardware, say
 
 HERE = Path(__file__).parent
@@ -53,11 +58,25 @@ INDEXER = {
     "indexer_budget": 2048, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1,
     "indexer_head_dim": 256,
 }  # fmt: skip
+COMPASS = {
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
+GLM_V = {"text_config": {"rope_parameters": GLM_ROPE}}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
-        "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11}},
+    "diffusion_gemma": {"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 0, "<|visual token 000000|>": 1}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "qwen3_omni_moe_thinker": {
+        "text_config": {"num_attention_heads": 32, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8}
     },
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152}},
+    "cohere_compass": {"text_config": COMPASS},
+    "cohere_compass_text": COMPASS,
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 500_000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {
@@ -67,6 +86,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "gemma4_text": {"num_kv_shared_layers": 20, "num_hidden_layers": 35, "final_logit_softcapping": 30.0},
     "glm4_moe": {"head_dim": 128},
+    **dict.fromkeys(("glm46v", "glm4v", "glmga"), GLM_V),
+    "glm4v_moe": {"text_config": {"rope_parameters": GLM_ROPE, "head_dim": 128}},
     "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "num_hidden_layers": 40},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
@@ -79,6 +100,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXER,
 }  # fmt: skip
 """What a published model sets that the default configuration leaves out: a kind of layer, or sharing."""
+
+
+CANNOT_BE_BUILT = {
+    "requires the timm library": "its vision tower needs the package timm, which is not installed here",
+    "pixel_values|input_features|object has no attribute 'device'": "it takes no text without images or sound, so that "
+    "training in chunks can be compared with nothing",
+}
+"""What errors say of a small copy."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +158,20 @@ def check(model_type: str) -> Outcome:
     if kind not in CHECKED:
         return Outcome(kind, "not checked")
     before = time.process_time()
+    error_, is_float64, why = None, False, ""
     try:
         config = _config(model_type, SETTINGS.get(model_type, {}))
         refuse_length_dependent_rope(config.get_text_config())
         refuse_unsupported_attention(config.get_text_config())
         parity = guard(config, requested=Attention.auto, device=torch.device("cpu"), dtype=torch.float32)
     except ChunkflowError as error:
-        result, why = ("not built" if "train.guard" in str(error) else "refused"), _shortened(config, str(error))
-        error_, is_float64 = None, False
+        is_known = why_not(config) is not None or _is_no_language_model(config)
+        is_unproved = "train.guard" in str(error) or isinstance(error.__cause__, ImportError)
+        result, why = "not built" if is_unproved and not is_known else "refused", _shortened(config, str(error))
     except Exception as error:  # a crash of the guard is a result, too
-        result, why, error_, is_float64 = "failed", f"{type(error).__name__}: {str(error)[:300]}", None, False
+        result, why = "failed", f"{type(error).__name__}: {str(error)[:300]}"
     else:
-        result, why, error_, is_float64 = "exact", "", parity.grad_rel_error, parity.is_float64
+        result, error_, is_float64 = "exact", parity.grad_rel_error, parity.is_float64
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     return Outcome(kind, result, error_, is_float64, why, round(time.process_time() - before, 1), peak)
 
@@ -149,9 +180,25 @@ def _shortened(config: Any, message: str) -> str:
     """Return what is known of the reason, or the reason in a message of the guard, without the sentence around it."""
     if known := why_not(config):
         return known
+    if _is_no_language_model(config):
+        return "transformers has no decoder of text with a head in it that could be trained alone"
+    for sign, reason in CANNOT_BE_BUILT.items():
+        if re.search(sign, message):
+            return reason
     _, _, reason = message.partition("in chunks")
     lines = (reason or message).strip(":\n ").splitlines()
     return " ".join(line.strip() for line in lines if "chunkflow verify" not in line)
+
+
+def _is_no_language_model(config: Any) -> bool:
+    """Return whether loading refuses the model, before any guard."""
+    try:
+        empty_model(config, dtype=torch.float32)
+    except NoLanguagePartError:
+        return True
+    except Exception as error:  # as in `model.hf_config.unreadable`; others are for the guard
+        return "Unrecognized configuration class" in str(error)
+    return False
 
 
 def check_apart(model_type: str, *, seconds: float, memory_gib: float) -> Outcome:

@@ -253,12 +253,7 @@ def test_a_conversation_may_begin_with_an_answer(tmp_path: Path) -> None:
         ),
         (CHATML.replace("in messages", "in messages | reverse"), chat("Q", "A"), "writes turn 2 differently"),
         (
-            "{% if messages[0].role != 'system' %}{{ 'Be kind.' }}{% endif %}" + CHATML,
-            chat("A", "Q", "A", roles=("assistant", "user")),
-            "begins with an assistant turn",
-        ),
-        (
-            CHATML.replace("{{ '<|im_start|>' +", "{{ ('Be kind.' if loop.first else '') + '<|im_start|>' +"),
+            CHATML.replace("{{ '<|im_start|>' +", "{{ '<|im_start|>opening ' if loop.first else '<|im_start|>' +"),
             chat("A", "Q", "A", roles=("assistant", "user")),
             "begins with an assistant turn",
         ),

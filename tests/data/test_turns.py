@@ -7,6 +7,7 @@ test; with `{% generation %}` marks in their place, Jinja itself says where the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from chunkflow_cli.config.load import load as load_config
 from chunkflow_cli.config.schema import DataConfig, DataFormat, TrainOn, Turns
 from chunkflow_cli.data.dataset import open_data
 from chunkflow_cli.data.estimate import estimate_sizes
+from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
 from chunkflow_cli.data.template import REWRITTEN, ChatTemplate, MarkedText
 from chunkflow_cli.data.tokenized import hold_out
@@ -81,6 +83,32 @@ NEVER = ("says it twice", "backwards")
 """Templates of which most conversations cannot be told apart."""
 
 
+CALL = "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>"
+CALLS = "{% for c in m.tool_calls or [] %}" + CALL + "{% endfor %}"
+OF_CALLS = {
+    "ids in earlier calls": turns(  # Apriel
+        "«{{ m.content }}" + CALLS.replace("</call>", "{{ '' if last else ' ' + c.id }}</call>") + "<|im_end|>»\n"
+    ).replace("<|im_start|>", "{% set last = loop.last %}<|im_start|>", 1),
+    "another end of the last call": turns(  # Nemotron Nano v2
+        "«{{ m.content }}" + CALLS + "{{ '' if loop.last or not m.tool_calls else '\n' }}<|im_end|>»\n"),
+    "another end of the last result": turns(  # Hermes 2
+        "«{{ m.content }}" + CALLS + "<|im_end|>»\n",
+        "{{ m.content }}{{ '\n' if m.role == 'tool' and not loop.last else '' }}<|im_end|>\n"),
+    "no header behind results": turns(  # Apertus
+        "«{{ m.content }}" + CALLS + "<|im_end|>»\n").replace(
+        "<|im_start|>", "{% if m.role != 'assistant' or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>", 1).replace(
+        "{{ m.role }}\n", "{{ m.role }}\n{% endif %}", 1),
+    "parts of later calls and results": turns(  # DeepSeek
+        "«{% if m.tool_calls and loop.index0 < 2 %}<calls>{% endif %}{{ m.content }}" + CALLS + "<|im_end|>»",
+        "{{ m.content }}{{ '</result>' if m.role == 'tool' else '<|im_end|>' }}").replace(
+        "<|im_start|>", "{% if m.role != 'assistant' or not m.tool_calls or loop.index0 < 2 %}<|im_start|>", 1).replace(
+        "{{ m.role }}\n", "{{ m.role }}\n{% endif %}", 1).replace(PROMPT,
+        "{% if messages[-1].role == 'tool' %}<results_end>{% endif %}" + PROMPT),
+}  # fmt: skip
+OF_CALLS = {name: "{# 'tool' #}" + text for name, text in OF_CALLS.items()}
+"""Templates that write a turn with calls, or what is before it, otherwise when it is the last."""
+
+
 @functools.cache
 def tokenizer(text: str) -> Any:
     tokens = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
@@ -92,14 +120,14 @@ def tokenizer(text: str) -> Any:
 
 @functools.cache
 def template(name: str) -> ChatTemplate:
-    return ChatTemplate(tokenizer(TEMPLATES[name].translate({ord("«"): None, ord("»"): None})))
+    return ChatTemplate(tokenizer((TEMPLATES | OF_CALLS)[name].translate({ord("«"): None, ord("»"): None})))
 
 
-def truth(name: str, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+def truth(name: str, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # A line end behind a tag is trimmed, one behind an expression is not.
-    marked = TEMPLATES[name].replace("«", "{% generation %}").replace("»", "{% endgeneration %}{{ '' }}")
+    marked = (TEMPLATES | OF_CALLS)[name].replace("«", "{% generation %}").replace("»", "{% endgeneration %}{{ '' }}")
     texts, spans = render_jinja_template(
         conversations=[messages], chat_template=marked, return_assistant_tokens_mask=True
     )
@@ -113,7 +141,8 @@ WORDS = st.lists(
     ), max_size=4,
 ).map("".join)  # fmt: skip
 ROLES = st.sampled_from([("user", "assistant") * n for n in (1, 2, 3)] + [("user", "user", "assistant", "assistant"),
-                        ("system", "user", "assistant", "user", "assistant")])  # fmt: skip
+                        ("system", "user", "assistant", "user", "assistant"), ("assistant", "user", "assistant"),
+                        ("system", "assistant", "user", "assistant")])  # fmt: skip
 
 
 @st.composite
@@ -184,7 +213,8 @@ def test_a_sample_of_split_is_a_prompt_and_its_answer(name: str, messages: list[
         options: list[dict[str, bool]] = [{}, {"enable_thinking": False}]
         asked = [form._renderer.render(tokenizer_text(name), [messages[:place]], None, add_generation_prompt=True, **option)
                  for option in options]  # fmt: skip
-        assert text.text[:start] in [prompts[0] for prompts, _ in asked]
+        if any(message["role"] == "user" for message in messages[:place]):
+            assert text.text[:start] in [prompts[0] for prompts, _ in asked]
         alone, expected = truth(name, messages[: place + 1])
         assert same_up_to_prompt(text.text[start:], alone[expected[-1][0] :])
 
@@ -200,6 +230,70 @@ def same_up_to_prompt(ours: str, theirs: str) -> bool:
         theirs.removeprefix("<think></think>"),
         theirs.removeprefix("\n"),
     )
+
+
+def call(number: int, arguments: dict[str, str]) -> dict[str, Any]:
+    return {"id": f"id{number}", "type": "function", "function": {"name": "tide", "arguments": arguments}}
+
+
+@pytest.mark.parametrize("name", OF_CALLS)
+def test_calls_are_found_though_the_last_is_written_otherwise(name: str) -> None:
+    """Several steps in a row, and calls at once. A call without arguments has no word to find it by."""
+    first: dict[str, str] = {} if name == "another end of the last call" else {"place": "Brae"}
+    messages = [
+        {"role": "user", "content": "tides?"},
+        {"role": "assistant", "content": "", "tool_calls": [call(1, first)]},
+        {"role": "tool", "content": "noon", "tool_call_id": "id1"},
+        {"role": "assistant", "content": "", "tool_calls": [call(2, {"place": "Voe"}), call(3, {"place": "Unst"})]},
+        {"role": "tool", "content": "dusk", "tool_call_id": "id2"},
+        {"role": "tool", "content": "dawn", "tool_call_id": "id3"},
+        {"role": "assistant", "content": "So it is."},
+        {"role": "user", "content": "thanks"},
+        {"role": "assistant", "content": "Bye."},
+    ]  # fmt: skip
+    row = parse_sample({"messages": messages}, DataFormat.messages)
+    assert isinstance(row, Conversation)
+    text, expected = truth(name, messages)
+    found = template(name).render(row, mark_targets=True)
+    assert found.text == text
+    assert [each.strip() for each in spans(found)] == [text[start:stop].strip() for start, stop in expected]
+
+
+def test_an_answer_in_pieces_is_refused_with_what_to_do() -> None:
+    """Gemma 4 writes what an answer says beside a call behind the call's result."""
+    beside = (
+        "{% if m.tool_calls and not loop.last %}[{{ loop.nextitem.content }}]{% endif %}{{ m.content }}<|im_end|>\n"
+    )
+    skip = "{% for m in messages %}{% if m.role != 'tool' %}"
+    text = (
+        turns(CALLS + beside)
+        .replace("{% for m in messages %}", skip, 1)
+        .replace("{% endfor %}{% if add", "{% endif %}{% endfor %}{% if add")
+    )
+    form = ChatTemplate(tokenizer(text))
+    messages = [
+        {"role": "user", "content": "tide?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call(1, {"place": "Brae"})]},
+        {"role": "tool", "content": "noon"},
+        {"role": "assistant", "content": "At noon."},
+    ]
+    row = parse_sample({"messages": messages}, DataFormat.messages)
+    assert isinstance(row, Conversation)
+    with pytest.raises(BadRowError, match=r"turn 2 in pieces, with other turns between them; data[.]turns=split"):
+        form.render(row, mark_targets=True)
+
+
+def test_an_answer_of_which_only_the_last_writes_something_is_refused() -> None:
+    row = as_sample(chat("Q", "<think>\nday\n</think>\n\n", "R", "A"))
+    with pytest.raises(BadRowError, match=r"writes nothing of turn 2 once another turn follows it; data[.]turns=split"):
+        template("forgets reasoning").render(row, mark_targets=True)
+    assert len(template("forgets reasoning").render_answers(row)) == 2
+
+
+def test_an_answer_that_stands_behind_no_prompt_names_the_prompt() -> None:
+    row = as_sample(chat("Q", "A"))
+    with pytest.raises(BadRowError, match=r"which ends with '.*<think>..', so data[.]turns=split"):
+        template("forgets it always").render_answers(row)
 
 
 def test_earlier_answers_that_are_written_otherwise_are_said() -> None:

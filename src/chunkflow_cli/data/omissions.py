@@ -72,7 +72,7 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
             # Without a place of its own, a turn may stand anywhere.
             is_elsewhere = turn.region is None and _stands_somewhere(turn.message, whole)
             if lost and turn.is_target and not search.found and not is_elsewhere:
-                raise BadRowError(nothing_written(turn.number))
+                raise BadRowError(nothing_written(turn.number, is_cut=turn.is_cut))
         else:
             lost = list(_of_others(turn.message, search))
         lost += _of_other_keys(turn.message, template, whole)
@@ -91,8 +91,17 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
     return list(dict.fromkeys(remarks))
 
 
-def nothing_written(number: int) -> str:
-    """Return why a row is bad that has an answer of which the template writes nothing."""
+SPLIT = "data.turns=split makes a sample of each answer, as the model writes it at inference"
+
+
+def nothing_written(number: int, *, is_cut: bool) -> str:
+    """Return why a row is bad that has an answer of which the template writes nothing.
+
+    Args:
+        is_cut: it writes something of it when it is the last turn.
+    """
+    if is_cut:
+        return f"the chat template writes nothing of turn {number} once another turn follows it; {SPLIT}"
     return (
         f"the chat template writes nothing of what the assistant says in turn {number}, "
         "so it cannot be learnt; use a template that writes it"

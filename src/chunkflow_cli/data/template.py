@@ -211,7 +211,7 @@ class ChatTemplate:
             options = {**given.arguments, **PROMPT_OPTIONS["prompt"]}
             with suppress(BadRowError):  # a template may reject what stands before an answer
                 prompt = self._renderer.render(template, [given.messages[:-1]], given.tools, **options)[0][0]
-                text = self._tokens.without_prompt(text, prompt, given.messages[-1])
+                text = self._tokens.without_prompt(text, prompt)
         return len(text.rstrip())
 
     def _found(self, template: str, given: TemplateInput, *, reasoning: bool) -> _Found:
@@ -310,8 +310,9 @@ class ChatTemplate:
         )
         spans: dict[int, TurnSpan] = {}
         for index, before, text in zip(targets, prefixes, [*throughs, whole], strict=False):
-            through = self._tokens.without_prompt(text, before, messages[index])
-            if not (whole.startswith(through) and through.startswith(before)):
+            through = self._tokens.without_prompt(text, before)
+            is_cut = through != text and any(str(self._tokens.eos) in turn["content"] for turn in messages)
+            if is_cut or not (whole.startswith(through) and through.startswith(before)):
                 raise BadRowError(not_found(index))
             end, own = self._tokens.end_of_turn(through, len(before))
             stop, borrowed = (end, "") if own else self._tokens.borrowed(whole, end)

@@ -2,7 +2,7 @@
 
 A template that never mentions `tools`, `tool_calls` or the role `tool` would silently drop the first two and may reject
 the third. Then the definitions are written into the system message (which, like any system message, replaces a default
-one), calls become the text of the assistant's turn (as JSON, one per line), and a tool's answer becomes a user turn.
+one), calls become the text of the assistant's turn (as JSON, one per line), and results of tools become a user turn.
 Each of the three is decided independently, from the template's text alone. A remark says so, because other programs do
 not do the same at inference.
 """
@@ -96,6 +96,8 @@ class TemplateInput:
 def as_template_input(conversation: Conversation, traits: TemplateTraits) -> TemplateInput:
     """Return messages and tools for a template. Tools become text if the template does not support them."""
     messages: list[dict[str, Any]] = []
+    are_targets: list[bool] = []
+    before = ""
     for message in conversation.messages:
         role = message.role if message.role in traits.role_names else UNNAMED_ROLES.get(message.role, message.role)
         turn: dict[str, Any] = {**message.extra, "role": role, "content": message.content}
@@ -104,8 +106,13 @@ def as_template_input(conversation: Conversation, traits: TemplateTraits) -> Tem
         elif message.tool_calls:
             calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
             turn["content"] = "\n".join(filter(None, [message.content, *calls]))
-        messages.append(turn)
-    are_targets = [message.is_target for message in conversation.messages]
+        if role == UNNAMED_ROLES["tool"] and message.role == before == "tool":
+            # One user message for the results of one answer: many of these templates want roles to alternate.
+            messages[-1]["content"] = f"{messages[-1]['content']}\n{message.content}"
+        else:
+            messages.append(turn)
+            are_targets.append(message.is_target)
+        before = message.role
     remarks = tuple(_rewritten(conversation, traits))
     if not conversation.tools or traits.names_tools:
         return TemplateInput(messages, are_targets, [dict(tool) for tool in conversation.tools] or None, remarks)

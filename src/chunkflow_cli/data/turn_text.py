@@ -53,20 +53,18 @@ class EndTokens:
         token = next((token for token in self.starts if whole.startswith(token, end + behind)), "")
         return (end + behind + len(token) if token else end), token
 
-    def without_prompt(self, through: str, prompt: str, message: Any) -> str:
+    def without_prompt(self, through: str, prompt: str) -> str:
         """Return a text that ends with an answer, without a generation prompt that stands behind it unasked.
 
         Args:
             prompt: what the template writes before that answer.
-            message: the answer. What stands behind an EOS token in its own words is no prompt.
         """
         if not self.eos:
             return through
         turns, eos, rest = through.rpartition(self.eos)
         if not (eos and rest.strip()):
             return through
-        begins_prompt = prompt.rpartition(eos)[2].startswith(rest) and eos not in strings_of(message)
-        is_prompt = prompt.endswith(rest) or begins_prompt
+        is_prompt = prompt.endswith(rest) or prompt.rpartition(eos)[2].startswith(rest)
         return turns + eos if is_prompt and len(turns + eos) > prompt.rindex(rest) else through
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
-from chunkflow_cli.data.omissions import nothing_written
+from chunkflow_cli.data.omissions import SPLIT, nothing_written
 from chunkflow_cli.data.sample import BadRowError
 from chunkflow_cli.data.skeleton import FIRST_MARK, RUN, SPARE_MARKS, Written, written
 from chunkflow_cli.data.turn_text import (
@@ -55,7 +55,6 @@ PROMPT_OPTIONS: Mapping[Ending, Mapping[str, bool]] = {
     "no thinking": {"add_generation_prompt": True, "enable_thinking": False},
 }
 REMEDY = "data.train_on=all makes every token a target instead"
-SPLIT = "data.turns=split makes a sample of each answer, as the model writes it at inference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +183,7 @@ class _Finder:
         try:
             return self._find(index)
         except BadRowError as error:
-            if index or self._prompt(index):
+            if self._prompt(index):
                 raise BadRowError(self.why_not(index)) from error
             raise BadRowError(
                 f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}'
@@ -212,17 +211,18 @@ class _Finder:
             with_split = index + 1 < len(self._messages) and self._start_in(last, index)[1] is not None
         remedy = SPLIT if with_split else REMEDY
         own = {mark for mark, speakers in self._speakers.items() if speakers == {index}}
-        if own and not any(is_own):
-            if own & set(RUN.findall(last)):
-                return f"the chat template writes nothing of turn {index + 1} once another turn follows it; {remedy}"
-            return nothing_written(index + 1)
+        if own and not any(is_own) and not self._messages[index].get("tool_calls"):
+            return nothing_written(index + 1, is_cut=with_split and bool(own & set(RUN.findall(last))))
         if any(is_own) and not all(is_own[is_own.index(True) : len(is_own) - is_own[::-1].index(True)]):
             return f"the chat template writes turn {index + 1} in pieces, with other turns between them; {remedy}"
         return not_found(index, remedy)
 
     def _find(self, index: int) -> TurnSpan:
         start, ending = self._start_in(self._whole, index)
-        last = self._tokens.without_prompt(self._as_last(index), self._prompt(index), self._messages[index])
+        text = self._as_last(index)
+        last = self._tokens.without_prompt(text, self._prompt(index))
+        if last != text and any(str(self._tokens.eos) in strings_of(message) for message in self._messages):
+            raise BadRowError(not_found(index))  # what stands behind a word of somebody is no prompt
         if index + 1 == len(self._messages):
             return self._span(index, start, len(last), ending)
         end = self._end_in_whole(last, index, start)
@@ -242,9 +242,9 @@ class _Finder:
         try:
             return self._text(index + 1)
         except BadRowError:
-            if index:
+            if not self._opens(index):
                 raise
-            return self._render([[_QUESTION, self._messages[0]]])[0]  # a conversation must have a question (Qwen3.5)
+            return self._render([[*self._messages[:index], _QUESTION, self._messages[index]]])[0]
 
     def _text(self, count: int, ending: Ending = "none") -> str:
         """Return what the template writes of the first messages."""
@@ -254,12 +254,16 @@ class _Finder:
 
     def _prompt(self, index: int, ending: Ending = "prompt") -> str:
         """Return what the model gets before it writes turn `index`; nothing if no prompt opens the conversation."""
-        if index:
+        if not self._opens(index):
             return self._text(index, ending)
-        with suppress(BadRowError):  # most templates look at the first message
-            prompt = self._text(0, ending)
-            return prompt if self._whole.startswith(prompt) else ""
+        with suppress(BadRowError):  # most templates look at the first message, some for a question
+            prompt = self._text(index, ending)
+            return prompt if index or self._whole.startswith(prompt) else ""
         return ""
+
+    def _opens(self, index: int) -> bool:
+        """Return whether nobody has asked before turn `index`."""
+        return all(message["role"] == "system" for message in self._messages[:index])
 
     def _span(self, index: int, start: int, end: int, ending: Ending | None) -> TurnSpan:
         stop, own = self._tokens.end_of_turn(self._whole[:end], start)
@@ -291,9 +295,9 @@ class _Finder:
             prompt = self._prompt(index, ending)
             behind, place = after_common_mark(prompt, text)
             bare = prompt[behind:].rstrip("\n")
-            if self._before_prompt(index) - behind < len(bare) < len(prompt) - behind and text.startswith(bare, place):
-                rest = text[place + len(bare) :]
-                return len(text) - len(rest.lstrip("\n")), ending
+            is_longer = self._before_prompt(index) - behind < len(bare) < len(prompt) - behind
+            if is_longer and text.startswith(bare + "\n", place):
+                return len(text) - len(text[place + len(bare) :].lstrip("\n")), ending
         for ending in endings:
             prompt = self._prompt(index, ending)
             behind, place = after_common_mark(prompt, text)
@@ -320,7 +324,7 @@ class _Finder:
         if place < 0 or text.find(form.mark, place + 1) >= 0:
             return None
         is_answer = text.endswith(form.header + form.opening, 0, place)
-        if not index:
+        if not self._prompt(index):
             return (place - len(form.opening), "none") if is_answer else None
         if is_answer and form.header.strip():
             is_prompted = form.ending is not None and self._prompt(index, form.ending).endswith(form.header)
@@ -386,17 +390,16 @@ class _Finder:
             end = len(rest) - len(prompt)
             if place + end >= max(place, start) and rest.endswith(prompt) and self._whole.startswith(rest[:end], place):
                 return place + end
-        return self._end_by_tail(last, index)
+        return self._end_by_tail(last, index, start)
 
-    def _end_by_tail(self, last: str, index: int) -> int:
+    def _end_by_tail(self, last: str, index: int, start: int) -> int:
         """Return where the only token stands behind the words of turn `index` that ends it as the last turn, too."""
-        runs = list(RUN.finditer(self._whole))
-        own = [number for number, run in enumerate(runs) if self._speakers[run[1]] == {index}]
-        # The id of a call is in the tool's message as well.
-        others = [run for run in runs[own[-1] :] if index not in self._speakers[run[1]]] if own else []
-        if others and index + 1 in self._speakers[others[0][1]]:
-            place = runs[own[-1]].end()
-            gap = self._whole[place : others[0].start()]
+        runs = [run for run in RUN.finditer(self._whole) if run.start() >= start]
+        # A call without arguments has no words, and the id of a call is in the tool's message as well.
+        following = next((run for run in runs if index not in self._speakers[run[1]]), None)
+        if following is not None and index + 1 in self._speakers[following[1]]:
+            place = max((run.end() for run in runs if self._speakers[run[1]] == {index}), default=start)
+            gap = self._whole[place : following.start()]
             tail = last[max((run.end() for run in RUN.finditer(last)), default=len(last)) :].rstrip()
             for ending in self._tags.endings(tail):
                 if gap.count(ending) == 1 and self._tags.end(ending):

@@ -23,7 +23,7 @@ from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapters import trained_copy
 from chunkflow_cli.model.forward_scope import ForwardScope
-from chunkflow_cli.model.language_part import decoder_of
+from chunkflow_cli.model.language_part import decoder_of, is_language_part, names_in_forward
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ChunkModel(nn.Module):
         base = base_model(causal_lm)
         require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
-        self.transform = logit_transform(base.config.get_text_config())
+        self.transform = logit_transform(base)
         self.recurrent_layers = prepare_recurrent_layers(base)
         """Module names of the layers that pass a recurrent state from chunk to chunk."""
         self._last_layer = None if comes_after_attention(base, last) else last
@@ -156,21 +156,24 @@ def head_of(causal_lm: nn.Module) -> Any:
     return trained_copy(base_model(causal_lm).get_output_embeddings())
 
 
-def logit_transform(config: Any) -> LogitTransform:
+def logit_transform(model: Any) -> LogitTransform:
     """Return the change that a Hugging Face model makes to its logits, read from its configuration.
 
     Models that do something else differ from their own whole-sequence training, and the parity guard refuses them.
     """
+    config = model.config.get_text_config()
+    # The class around a decoder may leave out what the decoder's own class does (Cohere2Vision).
+    names = names_in_forward(model) if is_language_part(model) else None
+
+    def setting(name: str) -> float | None:
+        value = getattr(config, name, None) if names is None or name in names else None
+        return None if value is None else float(value)
+
     scale = 1.0
-    if getattr(config, "logits_scaling", None) is not None:  # granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    if getattr(config, "logit_scale", None) is not None:  # cohere multiplies
-        scale = float(config.logit_scale)
-    if getattr(config, "lm_head_multiplier", None) is not None:  # falcon_h1 multiplies
-        scale = float(config.lm_head_multiplier)
-    if getattr(config, "output_multiplier", None) is not None:  # muse_glimmer multiplies
-        scale = float(config.output_multiplier)
-    softcap = getattr(config, "final_logit_softcapping", None)  # gemma2, gemma3
-    if softcap is None:
-        softcap = getattr(config, "logits_soft_cap", None)  # recurrent_gemma
-    return LogitTransform(scale, None if softcap is None else float(softcap))
+    if (divisor := setting("logits_scaling")) is not None:  # granite divides
+        scale = 1.0 / divisor
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # cohere, falcon_h1, muse_glimmer
+        if (factor := setting(name)) is not None:
+            scale = factor
+    softcap = setting("final_logit_softcapping")  # gemma2, gemma3
+    return LogitTransform(scale, setting("logits_soft_cap") if softcap is None else softcap)  # recurrent_gemma

@@ -31,6 +31,7 @@ from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
+from chunkflow_cli.model.language_part import text_only
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
 from chunkflow_cli.planning.schedule import plan, plan_tasks
@@ -261,7 +262,7 @@ def _whole_preference_loss(
     for index, (sequence, start) in enumerate(zip(sequences.samples, sequences.starts, strict=True)):
         ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
         targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0]
+        logits = model(input_ids=ids, use_cache=False, **text_only(model, ids)).logits[0]
         logits = logits.to(accumulation_dtype(logits.dtype))
         entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").double()
         sums.append(-entropy[start:].sum())
@@ -314,7 +315,7 @@ def remove_dropout(config: Any) -> None:
 def _whole_loss(model: Any, sequence: TokenizedSample, weight: float, device: torch.device) -> float:
     ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
     targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
-    logits = model(input_ids=ids, use_cache=False).logits[0]
+    logits = model(input_ids=ids, use_cache=False, **text_only(model, ids)).logits[0]
     logits = logits.to(accumulation_dtype(logits.dtype))
     loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") * weight
     loss.backward()

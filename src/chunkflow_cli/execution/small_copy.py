@@ -19,6 +19,7 @@ from chunkflow_cli.execution.layer_kinds import keep_layer_kinds
 from chunkflow_cli.execution.parity import remove_dropout, use_implementation, whole_implementation
 from chunkflow_cli.execution.small_sizes import FEW_HEADS, HIDDEN, MORE_HEADS, SHRINKINGS, Before, number, shorten_reach
 from chunkflow_cli.model.hf_config import with_parts
+from chunkflow_cli.model.language_part import text_only
 from chunkflow_cli.model.loading import empty_model, random_model
 
 MOST_PARAMETERS = 400_000_000
@@ -138,7 +139,8 @@ def _try_out(config: Any) -> None:
     with torch.no_grad():
         model = build_small(copy.deepcopy(config), torch.device("cpu"), torch.float32)
         with use_implementation(model, whole_implementation(model)):
-            model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+            ids = torch.zeros(1, 8, dtype=torch.int64)
+            model(input_ids=ids, use_cache=False, **text_only(model, ids))
 
 
 DECAYS = ("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias")

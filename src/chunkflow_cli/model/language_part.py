@@ -8,6 +8,7 @@ checkpoints, in adapters and in `final/`, which gets the tensors of the towers f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -75,6 +76,20 @@ def what_is_trained(model: Any) -> str | None:
     return f"Training the language part of {type(model).__name__}; {listed(parts)} {rest}"
 
 
+def names_in_forward(model: Any) -> frozenset[str]:
+    """Return the names of attributes that the class around the head of a model reads in its forward."""
+    head = model.get_output_embeddings()
+    owner = next(module for module in model.modules() if any(child is head for child in module.children()))
+    return frozenset(inspect.unwrap(type(owner).forward).__code__.co_names)
+
+
+def text_only(model: Any, input_ids: Any) -> dict[str, Any]:
+    """Return what a whole model wants to be told in training of tokens that are all text."""
+    name = "mm_token_type_ids"
+    wants = is_language_part(model) and name in inspect.signature(type(model).forward).parameters
+    return {name: input_ids * 0} if wants else {}
+
+
 def decoder_of(model: Any) -> Any:
     """Return a Hugging Face model without its head and without its towers."""
     decoder = model.get_decoder()
@@ -107,7 +122,14 @@ def _without_towers(whole: Any) -> Any:
         whole.__init__(self, config, *arguments, **settings)
         self.left_out = _leave_out(self)
 
-    return type(whole.__name__, (whole,), {"__init__": build, "__module__": whole.__module__, "__doc__": whole.__doc__})
+    def head(self: Any) -> Any:
+        if (own := whole.get_output_embeddings(self)) is not None:
+            return own
+        decoder = self.get_decoder()  # nemotron_h_omni's is a model with its head
+        return decoder.get_output_embeddings() if decoder is not self and hasattr(decoder, "lm_head") else None
+
+    methods = {"__init__": build, "get_output_embeddings": head}
+    return type(whole.__name__, (whole,), {**methods, "__module__": whole.__module__, "__doc__": whole.__doc__})
 
 
 def _leave_out(model: Any) -> LeftOut:
@@ -132,6 +154,7 @@ def _leave_out(model: Any) -> LeftOut:
             tensors += [f"{name}.{tensor}" for tensor in part.state_dict()]
         else:
             tensors.append(name)
+            owner._is_hf_initialized = True  # transformers would draw what is no longer there (llava_next)
         setattr(owner, own, None)
     return LeftOut(tuple(parts), frozenset(tensors))
 

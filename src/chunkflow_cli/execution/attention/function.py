@@ -165,8 +165,8 @@ def require_attention_interface(model: Any) -> None:
     """
     if not model._can_set_attn_implementation():
         raise UsageError(
-            f"{type(model).__name__} computes its attention itself, not through transformers' AttentionInterface: it "
-            "cannot be trained in chunks\n  some older models do, among them those with ALiBi (bloom, mpt, falcon)"
+            f"{type(model).__name__} computes its attention itself, not through transformers' AttentionInterface: keys "
+            "of earlier chunks cannot be added there, nor packed samples kept apart"
         )
 
 
