@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from torch import nn
 from transformers import AutoConfig
 
 from chunkflow_cli.cli import plan
@@ -52,10 +53,12 @@ def write_ids(path: Path, lengths: list[int]) -> str:
 @pytest.fixture(scope="module")
 def one_process_group() -> Iterator[None]:
     """Keep the process group open: DeepSpeed reuses the groups of its first engine for every later one in this process."""
+    linear = nn.functional.linear
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "close_process_group", lambda: None)
         yield
     close_process_group()
+    assert nn.functional.linear is linear, "layers of later runs in this process would keep what those of ZeRO-3 keep"
 
 
 class Ran:

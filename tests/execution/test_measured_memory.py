@@ -36,7 +36,7 @@ from chunkflow_cli.planning.memory_parts import (
 )
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers
-from chunkflow_cli.planning.state_memory import host_bytes
+from chunkflow_cli.planning.state_memory import gradients_of_windows, host_bytes
 
 CPU = torch.device("cpu")
 
@@ -158,7 +158,7 @@ def test_state_bytes_against_the_state_store(
 ) -> None:
     """To the byte: keys and values of all but the last chunk, and their gradients in float32 (float64 in float64).
 
-    Of a layer with a window, only what a later chunk sees. In host memory, whole blocks (to two thousandths).
+    Of a layer with a window, only what a later chunk sees. In host memory, whole blocks.
     """
     attention.register()
     kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 12}
@@ -167,17 +167,16 @@ def test_state_bytes_against_the_state_store(
     model.set_attn_implementation(attention.NAME)
     chunks = build_chunks([length], size)
     batch = StepBatch(chunks, random_sequences([length], 96, seed=1), np.full(1, 1 / length))
-    peaks = []
-    for home in (OnDevice(), host_home(CPU)):
+    peaks, in_host_memory = [], host_home(CPU)
+    for home in (OnDevice(), in_host_memory):
         settings = RunnerSettings(CPU, torch.promote_types(dtype, torch.float32), state_home=home)
         runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), settings)
         peaks.append(runner.run((plan(chunks, k),), batch).peak_state_bytes)
     stored = (length - 1) // size * size
-    in_host_memory = host_bytes(
-        shape, stored, stored / size, element_bytes=dtype.itemsize, chunk_size=size, device_type="cpu"
-    )
-    assert peaks[0] == state_bytes(shape, length, size, dtype.itemsize)
-    assert peaks[1] == pytest.approx(in_host_memory, rel=0.002)  # gradients of a window begin with the first read
+    blocks = host_bytes(shape, stored, stored / size, element_bytes=dtype.itemsize, chunk_size=size, device_type="cpu")
+    assert peaks == [state_bytes(shape, length, size, dtype.itemsize), blocks]
+    rounded_up = in_host_memory.host_bytes - blocks  # to whole multiples, buffer by buffer
+    assert 0 <= rounded_up < (gradients_of_windows(shape, dtype.itemsize, size) if stored else 1), "more in between"
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "falcon_h1", "zamba2", "jamba"])
@@ -202,7 +201,11 @@ def test_memory_of_recurrent_layers_without_a_model(name: str) -> None:
     "settings", [{"use_dora": True}, {"dropout": 0.1}, {"use_dora": True, "dropout": 0.1}], ids=str
 )
 def test_what_dora_and_dropout_keep(settings: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
-    """Besides what plain adapters keep: without dropout, results of a layer and of its adapter."""
+    """Besides what plain adapters keep: of dropout, its result and its mask; of DoRA, the layer's and adapter's results.
+
+    On a CPU, the mask of dropout takes 3 bytes more than on CUDA. But the inputs of frozen layers are counted with the
+    model, and dropout leaves no use for them.
+    """
     shape = model_shape(tiny_model("llama", **NARROW))
 
     def adapted(**more: Any) -> Any:
@@ -211,8 +214,7 @@ def test_what_dora_and_dropout_keep(settings: dict[str, Any], tiny_model: Callab
     more = with_adapters(shape, adapted(**settings))
     predicted = kept_bytes_per_token(more, 4, "none") - kept_bytes_per_token(shape, 4, "none")
     measured = measured_activation_bytes(adapted(**settings)) - measured_activation_bytes(adapted())
-    # On a CPU, torch keeps the mask of dropout in bytes or in the data type of the input.
-    assert (0.65 if "dropout" in settings else 0.85) < predicted / measured < 1.15
+    assert predicted / measured == pytest.approx(1, abs=0.1 if "dropout" in settings else 0.15)
     width = max(NARROW["hidden_size"], NARROW["intermediate_size"])
     narrow = min(NARROW["hidden_size"], NARROW["intermediate_size"])
     workspace = 4 * (width * width + 3 * width * narrow) if "use_dora" in settings else 0

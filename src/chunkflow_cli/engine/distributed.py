@@ -135,7 +135,8 @@ def meet(watch: WatchFolder) -> None:
 
 
 def close_process_group() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and undo what the engine did to torch."""
+    internals.give_linear_back()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # DeepSpeed's own, so that it forgets its groups, and the next run of this process makes new ones.
         import_deepspeed().comm.destroy_process_group()

@@ -9,6 +9,7 @@ An `engine` here is DeepSpeed's own; an `optimizer` is the wrapper that it keeps
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -56,6 +57,17 @@ def add_bias_within_products() -> None:
 
     if nn.functional.linear is linear.zero3_linear_wrap:
         nn.functional.linear = _linear_of_rows
+
+
+def give_linear_back() -> None:
+    """Undo what ZeRO-3 does to torch for the rest of the process, if it has.
+
+    Its linear layers keep their input for backward even where weights are frozen. A later run of the process, as in a
+    sweep, would take more memory than it needs and than is planned.
+    """
+    if partitioning := sys.modules.get("deepspeed.runtime.zero.partition_parameters"):
+        own = nn.functional.linear
+        nn.functional.linear = getattr(partitioning.InsertPostInitMethodToModuleSubClasses, "linear_bk", own)
 
 
 def _linear_of_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

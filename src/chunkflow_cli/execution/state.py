@@ -280,7 +280,9 @@ class SequenceState:
         place = None if look is None else look.guess(of_pass)
         if look is None or place is None or place.layer not in self._layers:
             return
-        if reads := self._reads(place.layer, past):
+        reads = self._reads(place.layer, past)
+        # Gradients that begin with this read get their room when those of the chunk itself have left theirs.
+        if reads and not (place.with_gradients and not reads[0].block.gradients):
             look.put(of_pass, place, self._fetch(reads[0], with_gradients=place.with_gradients))
 
     def own_gradients(self, layer: int, start: int, stop: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:

@@ -217,6 +217,11 @@ class ChunkAttention(torch.autograd.Function):
         layer: LayerAttention = ctx.layer
         own_sight = Sight(layer.rule, chunk.packing_of(layer))
         grad_queries, grad_keys, grad_values = chunk.backend.backward(grad_out, saved, own_sight)
+        piece = chunk.piece
+        if piece is not None and layer.owns_keys:  # its backward comes after those of the layers that share its keys
+            if piece.continues:
+                _add_from_later_chunks(grad_keys, grad_values, piece, layer.index, chunk.dependent_tokens)
+            piece.state.release(layer.index, piece.past)  # first: under a window, one chunk has gradients at a time
         for part in _past_in_sight(chunk, layer, with_gradients=True):
             queries, out, log_sum_exp = (
                 each[:, :, part.rows] for each in (saved.queries, saved.out, saved.log_sum_exp)
@@ -226,14 +231,6 @@ class ChunkAttention(torch.autograd.Function):
             grad_queries = grad_queries.to(accumulation_dtype(grad_queries.dtype))  # a sum over many blocks
             grad_queries[:, :, part.rows] += from_part[0]
             part.block.add_gradient({"keys": _flat(from_part[1]), "values": _flat(from_part[2])})
-        piece, tokens = chunk.piece, chunk.dependent_tokens
-        if piece is not None and layer.owns_keys:  # its backward comes after those of the layers that share its keys
-            if piece.continues:
-                own = {"keys": _flat(grad_keys), "values": _flat(grad_values)}
-                for rows, from_later in piece.state.own_gradients(layer.index, piece.past, piece.past + tokens):
-                    for name, gradient in from_later.items():
-                        own[name][rows] += gradient
-            piece.state.release(layer.index, piece.past)
         if piece is not None:
             piece.state.look_ahead(piece.past)
         grad_sinks = None
@@ -246,6 +243,14 @@ class ChunkAttention(torch.autograd.Function):
             grad_queries.to(saved.queries.dtype), grad_keys.to(saved.keys.dtype), grad_values.to(saved.values.dtype),
             grad_sinks, None, None,
         )  # fmt: skip
+
+
+def _add_from_later_chunks(grad_keys: Tensor, grad_values: Tensor, piece: StatePiece, layer: int, tokens: int) -> None:
+    """Add what later chunks have put into the store to the gradients of a chunk's first `tokens` keys and values."""
+    own = {"keys": _flat(grad_keys), "values": _flat(grad_values)}
+    for rows, from_later in piece.state.own_gradients(layer, piece.past, piece.past + tokens):
+        for name, gradient in from_later.items():
+            own[name][rows] += gradient
 
 
 def _attend(
