@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.costs import DEVICES, DeviceProfile
 from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
@@ -26,11 +27,23 @@ UNKNOWN_GPU_FLOPS = 100e12
 
 
 def training_device() -> torch.device:
-    """Return the device of this process: the GPU whose number is its local rank, or the CPU if there is no GPU."""
+    """Return the device of this process: the GPU whose number is its local rank, or the CPU if there is no GPU.
+
+    Raises:
+        UsageError: the process does not see a GPU of that number.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        number, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= seen:  # DeepSpeed takes that number, too
+            raise UsageError(
+                f"LOCAL_RANK={number}, but this process sees {seen} GPU{'s' if seen > 1 else ''} "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})\n"
+                "  start as many processes on a machine as it has GPUs, and let each see all of them "
+                "(srun --gpu-bind=none)"
+            )
+        torch.cuda.set_device(number)
     return torch.device("cuda", torch.cuda.current_device())
 
 
