@@ -22,6 +22,8 @@ MATMUL_FLOPS = {
     "3090": 71e12,
 }
 """Part of a GPU's name -> its FLOP/s in dense bfloat16, from the makers' data sheets. The first match counts."""
+DATA_SHEETS = {"H200": "h200", "B200": "b200", "H100 80GB HBM3": "h100", "A100-SXM4-80GB": "a100"}
+"""Part of a GPU's name -> the data sheet of its memory and links, where NVLink connects a node."""
 UNKNOWN_GPU_FLOPS = 100e12
 """FLOP/s assumed of a GPU that is not in the table. The ratios between chunks do not depend on it."""
 
@@ -52,6 +54,8 @@ def known_matmul_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if " MIG " in name:  # a part of the GPU that it names
+        return None
     return next((flops for part, flops in MATMUL_FLOPS.items() if part in name), None)
 
 
@@ -70,9 +74,14 @@ def present_device() -> DeviceProfile:
         )
     flops = known_matmul_flops(device)
     name = torch.cuda.get_device_name(device)
-    return DeviceProfile(
-        name if flops else f"{name} (speed unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)",
-        flops or UNKNOWN_GPU_FLOPS,
-        int(torch.cuda.get_device_properties(device).total_memory),
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    if flops is None:
+        name = f"{name} (speed unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)"
+    sheet = next((DEVICES[sheet] for part, sheet in DATA_SHEETS.items() if flops and part in name), None)
+    return replace(
+        sheet or DeviceProfile(name, UNKNOWN_GPU_FLOPS, memory),
+        name=name,
+        matmul_flops=flops or UNKNOWN_GPU_FLOPS,
+        memory_bytes=memory,
         host_memory_bytes=usable_memory_bytes(),
     )
