@@ -30,7 +30,7 @@ ASSUMED = (
     "torch", "triton", "numpy", "tokenizers", "safetensors", "huggingface-hub", "accelerate", "einops", "jinja2",
     "markdown-it-py", "msgpack", "ninja", "packaging", "psutil", "py-cpuinfo", "pygments", "pyyaml", "tqdm",
 )  # fmt: skip
-"""Packages that the machine has, with what they need. DeepSpeed also needs g++ there, for its CPU optimizer."""
+"""Packages that the machine has, with what they need."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 

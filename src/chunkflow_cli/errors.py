@@ -13,6 +13,8 @@ _REFUSED = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG,
 )  # fmt: skip
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says on a CPU, where page-locked memory runs out, and where cuBLAS gets none."""
 
 
 class ChunkflowError(Exception):
@@ -67,9 +69,9 @@ def is_unexpected(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out; torch says it on the CPU in a plain RuntimeError."""
-    is_torch_on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or is_torch_on_cpu
+    """Return whether an error says that memory ran out; outside of its allocator for GPUs, torch says it in words."""
+    is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or is_said
 
 
 def _is_refused_by_file_system(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 
 from chunkflow_cli.config.schema import Attention
 from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.execution import small_copy
+from chunkflow_cli.execution import parity, small_copy
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.execution.parity import Parity, float64_throughout, without_kernel_packages
@@ -192,7 +192,15 @@ def test_a_copy_that_would_be_large(tiny_config: Callable[..., Any], monkeypatch
         guarded(tiny_config("llama"))
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you ...")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you ..."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _fail_to_build(monkeypatch, error)
     with pytest.raises(RunError, match=r"^out of memory: (.|\n)*small copy(.|\n)*train\.guard=false"):
@@ -260,3 +268,27 @@ def test_without_kernel_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         assert scan(1) == 2
     with pytest.raises(AssertionError, match="no float32"):
         scan(1)
+
+
+def test_float32_is_not_rounded_to_tensorfloat32(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA's containers let products round to ten bits: the guard's float32 would be 1e-3 off, and refuse a model."""
+    found = []
+
+    def compared(*_: Any) -> Any:
+        found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(parity, "_compare", compared)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        with pytest.raises(UsageError, match="seen"):
+            guarded(tiny_config("llama"))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert found == [("highest", False)]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import chunkflow_cli
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention
+from chunkflow_cli.execution.attention import flash
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.flash import FlashAttnBackend, TorchFlashBackend
@@ -246,3 +247,47 @@ def test_old_gpus_are_told(tiny_config: Callable[..., Any], monkeypatch: pytest.
     assert choose_backend(Attention.torch_flash, config, device, torch.float32).backend.name == "torch_flash"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose_backend(Attention.torch_flash, config, device, torch.bfloat16).backend.name == "torch_flash"
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_told(
+    tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It was often compiled for another torch: `auto` then takes torch's kernels, and a request is refused."""
+    from chunkflow_cli.errors import UsageError
+
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config, device = tiny_config("llama", head_dim=64), torch.device("cuda", 0)
+    choice = choose_backend(Attention.auto, config, device, torch.bfloat16)
+    assert (choice.backend.name, choice.reason) == (
+        "torch_flash",
+        "flash_attn: the package flash-attn cannot be imported (undefined symbol: _ZN3c10): install one that was built "
+        "for this PyTorch",
+    )
+    with pytest.raises(UsageError, match="undefined symbol"):
+        choose_backend(Attention.flash_attn, config, device, torch.bfloat16)
+    sys.modules.pop("flash_attn", None)
+
+
+def test_no_block_of_the_past_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds of segments go to a GPU once, from pinned memory: other copies wait for all that was computed before."""
+    sent: list[tuple[bool, Any]] = []
+
+    class OnHost:
+        def pin_memory(self) -> OnHost:
+            sent.append((True, None))
+            return self
+
+        def to(self, device: Any, non_blocking: bool = False) -> Tensor:
+            sent.append((non_blocking, device))
+            return torch.zeros(2, dtype=torch.int32)
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: OnHost())
+    queries: Any = types.SimpleNamespace(shape=(1, 1, 12345, 8), device=device)
+    for _ in range(3):
+        _ = flash._Kernel.of(queries, queries, Sight(AttentionRule(SCALE))).bounds
+    assert sent == [(True, None), (True, device)]

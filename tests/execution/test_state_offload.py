@@ -24,6 +24,7 @@ from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences, use_implementation
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
+from chunkflow_cli.execution.state import SequenceState, StateStore
 from chunkflow_cli.execution.state_home import (
     CopyingMover,
     Home,
@@ -136,14 +137,14 @@ def test_copies_on_a_stream(
     assert taken.count(True) > 0.4 * len(taken)
 
 
-@pytest.mark.parametrize("broken", ["wait_event", "wait_stream", "settle"])
+@pytest.mark.parametrize("broken", ["wait_event", "wait_stream", "_await_leaving"])
 def test_copies_on_a_stream_need_every_wait(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     """Without one of the waits, the emulated streams show it."""
     model = model_of(tiny_model, "llama")
-    if broken == "settle":  # what leaves is freed at once
-        monkeypatch.setattr(StreamingMover, "settle", lambda self: self._leaving.clear())
+    if broken == "_await_leaving":  # what leaves is freed at once
+        monkeypatch.setattr(StreamingMover, broken, lambda self: setattr(self, "_leaving", None))
     else:
         stream = ComputingStream if broken == "wait_event" else LateStream
         monkeypatch.setattr(stream, broken, lambda *_: None)
@@ -155,6 +156,37 @@ def test_copies_on_a_stream_need_every_wait(
             assert "under way" in str(error) or "in use" in str(error)  # noqa: PT017
             return
     assert late[0].isnan().any()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_host_memory_is_read_and_used_again_after_it_was_written(is_shared: bool) -> None:
+    """The two streams wait for each other where they meet in host memory, and so does the process itself."""
+    ones = torch.ones(BLOCK, 1, 4)
+    with late_streams():
+        home = InHostMemory(LateMover(CPU), BLOCK)
+        state = SequenceState(2 * BLOCK, home, is_shared=is_shared)
+        state.write(0, 0, {"keys": ones})
+        freed = home.room(ones.shape, torch.float32, CPU)
+        home.put([(freed, ones * torch.nan)])  # still under way when the gradients get this memory
+        if is_shared:
+            del freed
+            (block,) = state.past(0, BLOCK, with_gradients=True)
+            assert not block._gradients["keys"].any()
+        else:
+            freed.zero_()
+            assert home.fetch([Rows(freed[1:3])], CPU).wait()[0].isnan().all()
+
+
+def test_nothing_of_a_failed_step_reaches_the_next() -> None:
+    """A step that ends early leaves rows on their way. The next sequence may get the same place in memory."""
+    with late_streams():
+        home = InHostMemory(LateMover(CPU), BLOCK)
+        kept = home.room((BLOCK, 1, 4), torch.float32, CPU).zero_()
+        arrival = home.fetch([Rows(kept)], CPU)
+        home.look_ahead.put((id(kept), 1), 0, arrival)
+        StateStore(home)
+        assert home.look_ahead._ahead is None
+        assert not arrival._rows[0].any()  # type: ignore[attr-defined]
 
 
 # The stream of CUDA, as its documentation describes it.
@@ -170,6 +202,9 @@ class LateStream:
 
     def wait_stream(self, other: ComputingStream) -> None:
         self.has_waited = True
+
+    def wait_event(self, event: tuple[LateStream, int]) -> None:
+        self.queue.append((event[0].run, (event[1],), []))
 
     def record_event(self) -> tuple[LateStream, int]:
         self.has_waited = False
@@ -187,6 +222,9 @@ class ComputingStream:
 
     def wait_event(self, event: tuple[LateStream, int]) -> None:
         event[0].run(event[1])
+
+    def wait_stream(self, other: LateStream) -> None:
+        other.run(len(other.queue))
 
 
 class Queueing(TorchDispatchMode):

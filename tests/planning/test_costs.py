@@ -22,6 +22,7 @@ from chunkflow_cli.planning.costs import (
     chunk_tokens,
     training_flops,
 )
+from chunkflow_cli.planning.memory_parts import MemorySettings, offload_seconds
 from chunkflow_cli.planning.prediction import rank_seconds
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RankPlan
@@ -88,15 +89,14 @@ def test_seconds_of_state_in_host_memory_by_hand(checkpointed: bool) -> None:
     """An operation takes as long as its computation, or as its copies if these take longer.
 
     A token has 24 numbers of keys and values in three layers. A forward fetches 2 bytes of each that the chunk sees,
-    and sends its own. A backward fetches 2 + 4 and sends 4, after it has fetched 4 of its own; under checkpointing it
-    fetches 2 more.
+    and sends its own. A backward fetches 2 + 4, and 4 of its own; under checkpointing it fetches 2 more. It sends less.
     """
     plain = CostModel.profile(SHAPE, DEVICE, checkpointed=checkpointed)
     costs = plain.with_state_on_host(dataclasses.replace(DEVICE, host_bytes_per_second=240.0))
     chunks = build_chunks([10], 4)  # of 4, 4 and 2 tokens; the last one's are never kept
     forward, backward = costs.state_seconds(chunks)
-    fetched = 12 if checkpointed else 10
-    assert forward == pytest.approx(np.array([2 * 4, 2 * (4 + 4), 2 * 8]) / 10)
+    fetched = 8 if checkpointed else 6
+    assert forward == pytest.approx(np.array([2 * 4, 2 * 4, 2 * 8]) / 10)
     assert backward == pytest.approx(np.array([4 * 4, fetched * 4 + 4 * 4, fetched * 8]) / 10)
     assert costs.spread_over(2).state_seconds(chunks)[0] == pytest.approx(forward / 2)
     targets = np.array([0])
@@ -113,7 +113,23 @@ def test_a_window_hides_state_that_need_not_move() -> None:
     shape = replace(SHAPE, attention=(AttentionLayers(3, 4, 2, 2, 2, window=3),))
     costs = CostModel.profile(shape, DEVICE, checkpointed=False).with_state_on_host(DEVICE)
     forward, _ = costs.state_seconds(build_chunks([10], 4))
-    assert forward * DEVICE.host_bytes_per_second == pytest.approx(24 * 2 * np.array([2.0, 4.0, 2.0]))
+    assert forward * DEVICE.host_bytes_per_second == pytest.approx(24 * 2 * np.array([2.0, 2.0, 2.0]))
+
+
+def test_seconds_of_weights_and_gradients_in_host_memory_by_hand() -> None:
+    """ZeRO-3 on two ranks: 8 bytes of each gradient cross the link in a backward, and 2 of each weight in each pass."""
+    device = replace(DEVICE, host_bytes_per_second=10.0)
+    settings = MemorySettings(2, 2, 3, 2, "none", "full", 4, "cuda")
+    weights, gradients = 2 * SHAPE.parameters / 20, 8 * SHAPE.trainable_parameters / 20
+    assert offload_seconds(SHAPE, settings, device) == (0, 0)
+    assert offload_seconds(SHAPE, replace(settings, offload="optimizer"), device) == (0, gradients)
+    on_host = replace(settings, offload="parameters")
+    assert offload_seconds(SHAPE, on_host, device) == (weights, 2 * weights + gradients)
+    assert offload_seconds(SHAPE, replace(on_host, zero_stage=1), device) == (0, 0)
+    plain, tokens, pairs = CostModel.profile(SHAPE, DEVICE, checkpointed=True), np.ones(1), np.ones(1)
+    longer = plain.with_seconds_of_passes(3.0, 5.0)
+    for name, more in (("forward", 3), ("backward", 5), ("recompute", 3), ("state_pass", 3)):
+        assert getattr(longer, name)(tokens, pairs) - getattr(plain, name)(tokens, pairs) == pytest.approx(more)
 
 
 def test_a_profile_is_the_count_of_operations_divided_by_the_rate() -> None:

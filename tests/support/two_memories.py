@@ -146,21 +146,11 @@ class _Storages(TorchDispatchMode):
 
 
 def as_accelerator(memories: TwoMemories, monkeypatch: Any) -> None:
-    """Let DeepSpeed believe that its accelerator is the device of `memories`, and that host memory can be pinned.
-
-    Adam on the host is torch's, which keeps the same states; DeepSpeed's would be compiled first.
-    """
+    """Let DeepSpeed believe that its accelerator is the device of `memories`, and that host memory can be pinned."""
     import_deepspeed()
-    import deepspeed.ops.adam
     from deepspeed.accelerator import get_accelerator
 
-    class AdamOnHost(torch.optim.AdamW):
-        def __init__(self, groups: Any, *, adamw_mode: bool, **settings: Any) -> None:
-            assert adamw_mode
-            super().__init__(groups, fused=True, **settings)
-
     accelerator = get_accelerator()
-    monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", AdamOnHost)
     for name in ("current_device_name", "device_name"):
         monkeypatch.setattr(accelerator, name, lambda *_: str(DEVICE))
     monkeypatch.setattr(accelerator, "_name", str(DEVICE))

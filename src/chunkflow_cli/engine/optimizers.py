@@ -63,10 +63,7 @@ def make_optimizer(
         if optim.name is OptimizerName.paged_adamw_8bit:
             kind = bitsandbytes.optim.PagedAdamW8bit
         return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, weight_decay=0.0, min_8bit_size=1)  # type: ignore[no-any-return]
-    if settings.engine.offload is not Offload.none:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)  # type: ignore[no-any-return]
+    # Also on the host: DeepSpeed's would be compiled first, which needs a compiler and the right CUDA toolkit.
     adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
     if optim.name in (OptimizerName.muon, OptimizerName.adafactor):
         return WholeParameters(groups, _of_whole(optim), rest=adamw)

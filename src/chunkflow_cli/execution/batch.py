@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
+from chunkflow_cli.execution.sending import on_device
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.planning.chunks import Chunk
 
@@ -85,7 +86,7 @@ def build_batch(
     counted = np.flatnonzero(targets != IGNORED)
 
     def tensor(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.as_tensor(array).to(device=device, dtype=dtype, non_blocking=True)
+        return on_device(torch.as_tensor(array).to(dtype), device)
 
     return ChunkBatch(
         input_ids=tensor(ids)[None],

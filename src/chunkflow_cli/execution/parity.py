@@ -24,7 +24,7 @@ from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
-from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.execution.precision import accumulation_dtype, float32_products
 from chunkflow_cli.execution.preference_loss import judge
 from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.runner import Runner
@@ -348,6 +348,7 @@ def _arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
             stack.enter_context(float64_throughout())
         if dtype in (torch.float32, torch.float64):
             stack.enter_context(without_kernel_packages())
+            stack.enter_context(float32_products())
         yield
 
 

@@ -252,9 +252,9 @@ class SequenceState:
                     name: self.home.room(values.shape, accumulation_dtype(values.dtype), block.device)
                     for name, values in block.values.items()
                 }
-                if self.is_shared:
-                    for gradient in block.gradients.values():
-                        gradient.zero_()
+                if self.is_shared:  # not in host memory itself, to which copies of its last use may still be under way
+                    zeros = [torch.zeros_like(each, device=block.device) for each in block.gradients.values()]
+                    self.home.put(list(zip(block.gradients.values(), zeros, strict=True)))
                     block.summed_from, block.summed_to = block.start, block.stop + block.room
             rows = block.gradient_rows(read.start, read.stop)
         kept = [Rows(values[block.rows(read.start, read.stop)]) for values in block.values.values()]
@@ -359,6 +359,7 @@ class StateStore:
 
     def __init__(self, home: Home | None = None) -> None:
         self._home = home or OnDevice()
+        self._home.settle()  # what a step has left that was interrupted, or ran out of memory
         self._sequences: dict[int, SequenceState] = {}
 
     def open(self, sequence: int, stored_tokens: int) -> SequenceState:

@@ -174,44 +174,72 @@ class CopyingMover(Mover):
             kept.copy_(value)
 
 
-class StreamingMover(Mover):
-    """Copies on a CUDA stream of its own, next to what is computed.
+class _Leaving(NamedTuple):
+    """Tensors of the device that are copied to host memory."""
 
-    All copies run in turn on one stream, so one that reads host memory comes after the one that has written it.
-    Device tensors are allocated and freed by the computing stream. The copying stream waits for that stream before it
+    event: Any
+    """The end of the copies."""
+    tensors: list[Tensor]
+    spans: list[tuple[int, int]]
+    """First addresses of where they go, and those behind the last."""
+
+
+class StreamingMover(Mover):
+    """Copies on two CUDA streams, one for each direction of the link, next to what is computed.
+
+    Device tensors are allocated and freed by the computing stream. A copying stream waits for that stream before it
     touches them, because their memory may still be in use there by what had it before. The computing stream waits for a
     copy before it uses what arrives, or frees what leaves. These waits are on the device; the process never waits. So
     no tensor needs `record_stream`, whose memory is given back late (torch.Tensor.record_stream, first warning).
+
+    Host memory needs one wait more: what is read may just be written. All but the last that left has been waited for by
+    the computing stream, so only rows of that one are looked for. And what is written has been read: the computing
+    stream has waited for all that arrived.
     """
 
     pins = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._leaving: list[tuple[Any, list[Tensor]]] = []
+        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._leaving: _Leaving | None = None
 
     def to_device(self, rows: Sequence[Rows], device: torch.device) -> Arrival:
         arriving = _empty_like(rows, device)
-        return _OnItsWay(arriving, self._copy(arriving, rows), device)
+        if self._leaving is not None and _overlap(_spans(kept for kept, _ in rows), self._leaving.spans):
+            self._in.wait_event(self._leaving.event)
+        return _OnItsWay(arriving, self._copy(self._in, arriving, rows), device)
 
     def to_host(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self.settle()
-        leaving = [value.contiguous() for _, value in pairs]
-        event = self._copy([kept for kept, _ in pairs], [Rows(value) for value in leaving])
-        self._leaving.append((event, leaving))
+        self._await_leaving()
+        targets, tensors = [kept for kept, _ in pairs], [value.contiguous() for _, value in pairs]
+        event = self._copy(self._out, targets, [Rows(tensor) for tensor in tensors])
+        self._leaving = _Leaving(event, tensors, _spans(targets))
 
     def settle(self) -> None:
-        for event, _ in self._leaving:
-            torch.cuda.current_stream(self._device).wait_event(event)
-        self._leaving.clear()
+        self._await_leaving()
+        torch.cuda.current_stream(self._device).wait_stream(self._in)  # a step that failed has waited for nothing
 
-    def _copy(self, targets: Sequence[Tensor], rows: Sequence[Rows]) -> Any:
-        """Copy on the own stream; return the event of its end."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+    def _await_leaving(self) -> None:
+        if self._leaving is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._leaving.event)
+            self._leaving = None
+
+    def _copy(self, stream: Any, targets: Sequence[Tensor], rows: Sequence[Rows]) -> Any:
+        """Copy on a stream; return the event of its end."""
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
             _copy_rows(targets, rows)
-            return self._stream.record_event()
+            return stream.record_event()
+
+
+def _spans(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Return the addresses of contiguous tensors, from the first up to the one behind the last."""
+    return [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
+
+
+def _overlap(some: Iterable[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
+    return any(first < end and start < last for start, end in some for first, last in others)
 
 
 class _OnItsWay(Arrival):

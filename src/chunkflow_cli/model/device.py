@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.costs import DEVICES, DeviceProfile
 from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
@@ -21,16 +22,30 @@ MATMUL_FLOPS = {
     "3090": 71e12,
 }
 """Part of a GPU's name -> its FLOP/s in dense bfloat16, from the makers' data sheets. The first match counts."""
+DATA_SHEETS = {"H200": "h200", "B200": "b200", "H100 80GB HBM3": "h100", "A100-SXM4-80GB": "a100"}
+"""Part of a GPU's name -> the data sheet of its memory and links, where NVLink connects a node."""
 UNKNOWN_GPU_FLOPS = 100e12
 """FLOP/s assumed of a GPU that is not in the table. The ratios between chunks do not depend on it."""
 
 
 def training_device() -> torch.device:
-    """Return the device of this process: the GPU whose number is its local rank, or the CPU if there is no GPU."""
+    """Return the device of this process: the GPU whose number is its local rank, or the CPU if there is no GPU.
+
+    Raises:
+        UsageError: the process does not see a GPU of that number.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        number, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= seen:  # DeepSpeed takes that number, too
+            raise UsageError(
+                f"LOCAL_RANK={number}, but this process sees {seen} GPU{'s' if seen > 1 else ''} "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})\n"
+                "  start as many processes on a machine as it has GPUs, and let each see all of them "
+                "(srun --gpu-bind=none)"
+            )
+        torch.cuda.set_device(number)
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -39,6 +54,8 @@ def known_matmul_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if " MIG " in name:  # a part of the GPU that it names
+        return None
     return next((flops for part, flops in MATMUL_FLOPS.items() if part in name), None)
 
 
@@ -57,9 +74,14 @@ def present_device() -> DeviceProfile:
         )
     flops = known_matmul_flops(device)
     name = torch.cuda.get_device_name(device)
-    return DeviceProfile(
-        name if flops else f"{name} (speed unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)",
-        flops or UNKNOWN_GPU_FLOPS,
-        int(torch.cuda.get_device_properties(device).total_memory),
+    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    if flops is None:
+        name = f"{name} (speed unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)"
+    sheet = next((DEVICES[sheet] for part, sheet in DATA_SHEETS.items() if flops and part in name), None)
+    return replace(
+        sheet or DeviceProfile(name, UNKNOWN_GPU_FLOPS, memory),
+        name=name,
+        matmul_flops=flops or UNKNOWN_GPU_FLOPS,
+        memory_bytes=memory,
         host_memory_bytes=usable_memory_bytes(),
     )

@@ -296,6 +296,17 @@ class CostModel:
         """Return the costs with state in host memory, to which the device's data sheet gives the rate."""
         return replace(self, host_seconds_per_byte=1 / device.host_bytes_per_second)
 
+    def with_seconds_of_passes(self, forward: float, backward: float) -> CostModel:
+        """Return the costs with so many seconds more for each forward of a chunk, and for each backward."""
+
+        def longer(cost: OperationCost, seconds: float) -> OperationCost:
+            return replace(cost, fixed_seconds=cost.fixed_seconds + seconds)
+
+        return replace(
+            self, forward=longer(self.forward, forward), backward=longer(self.backward, backward),
+            recompute=longer(self.recompute, forward), state_pass=longer(self.state_pass, forward),
+        )  # fmt: skip
+
     @property
     def moves_state(self) -> bool:
         """True if state is kept in host memory."""
@@ -306,13 +317,14 @@ class CostModel:
 
         A forward fetches the keys and values that the chunk sees, and sends its own. A backward fetches them with their
         float32 gradients and sends these back, and fetches the chunk's own gradients; the recompute of checkpointing
-        fetches keys and values once more. Copies run next to what is computed, so an operation takes the larger time.
+        fetches keys and values once more. Copies of both directions run next to each other and to what is computed, so
+        an operation takes the largest time.
         """
         first = chunks.first_segment[:-1]
         past = chunks.start[first].astype(np.float64)
         own = (chunks.stop[first] - chunks.start[first]).astype(np.float64)
         own[chunks.stop[first] == chunks.lengths[chunks.sequence[first]]] = 0.0  # the last chunk's are never kept
-        forward, backward = np.zeros(len(past)), np.zeros(len(past))
+        fetched, sent, fetched_back, sent_back = (np.zeros(len(past)) for _ in range(4))
         if self.moves_state and self.shape is not None:
             again = ACTIVATION_BYTES if self._is_checkpointed else 0
             for part in self.shape.attention:
@@ -320,11 +332,15 @@ class CostModel:
                 seen = seen if part.block is None else np.minimum(seen, past % part.block)
                 kept = own if part.owns_keys else np.zeros(len(past))
                 kept = kept if part.window is None else np.minimum(kept, part.window - 1.0)
-                forward += part.kv_elements_per_token * ACTIVATION_BYTES * (seen + kept)
-                backward += part.kv_elements_per_token * ((ACTIVATION_BYTES + 2 * 4 + again) * seen + 4 * kept)
-            edges = self.shape.recurrent.edge_bytes * ((past > 0).astype(np.float64) + (own > 0))
-            forward, backward = forward + edges, backward + edges
-        return forward * self.host_seconds_per_byte, backward * self.host_seconds_per_byte
+                fetched += part.kv_elements_per_token * ACTIVATION_BYTES * seen
+                sent += part.kv_elements_per_token * ACTIVATION_BYTES * kept
+                fetched_back += part.kv_elements_per_token * ((ACTIVATION_BYTES + 4 + again) * seen + 4 * kept)
+                sent_back += part.kv_elements_per_token * 4 * seen
+            edges = self.shape.recurrent.edge_bytes
+            fetched, sent_back = fetched + edges * (past > 0), sent_back + edges * (past > 0)
+            sent, fetched_back = sent + edges * (own > 0), fetched_back + edges * (own > 0)
+        rate = self.host_seconds_per_byte
+        return np.maximum(fetched, sent) * rate, np.maximum(fetched_back, sent_back) * rate
 
     @property
     def _is_checkpointed(self) -> bool:

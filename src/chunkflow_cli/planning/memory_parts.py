@@ -269,3 +269,19 @@ def step_seconds(
         return reduce + touched / device.memory_bytes_per_second
     crossed = share * (4 + settings.element_bytes) / device.host_bytes_per_second
     return reduce + crossed + touched / HOST_MEMORY_BYTES_PER_SECOND
+
+
+def offload_seconds(shape: ModelShape, settings: MemorySettings, device: DeviceProfile) -> tuple[float, float]:
+    """Predict the seconds in which ZeRO-3 copies over the host link in each forward of a chunk, and in each backward.
+
+    With offload, a backward fetches the rank's float32 sums of gradients, adds to them and sends them back
+    (`partition_grads` in DeepSpeed's stage3.py). With parameters on the host, every pass fetches the weights, and under
+    checkpointing a backward is two passes. All of it runs on the computing stream, so it adds to what is computed.
+    """
+    if settings.zero_stage < 3 or settings.offload == "none":
+        return 0.0, 0.0
+    sums = 2 * 4 * shape.trainable_parameters
+    weights = settings.element_bytes * shape.parameters if settings.offload == "parameters" else 0
+    passes = 1 if settings.checkpointing == "none" else 2
+    rate = settings.data_parallel * device.host_bytes_per_second
+    return weights / rate, (passes * weights + sums) / rate

@@ -256,12 +256,16 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
                 done += tokens
                 progress(done)
 
-            began = time.perf_counter()
+            began, fits = time.perf_counter(), True
             try:
                 parts.runner.run(share.schedules, batch, advance)
                 parts.engine.step()
             except torch.OutOfMemoryError:
+                fits = False
+            if not fits:  # behind the block above, where the error still holds the activations
                 print(f"chunk.size={size} chunk.k={k} does not fit into the memory of this device", file=sys.stderr)
+                if parts.engine.needs_joined_retained_chunks:
+                    break  # ZeRO-3 is left in the middle of a pass, with weights on their way
                 parts.engine.discard_gradients()
                 continue
             if device.type == "cuda":

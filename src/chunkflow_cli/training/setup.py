@@ -29,6 +29,7 @@ from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.batches import GlobalBatches, WeightedSource
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, ModelShape
+from chunkflow_cli.planning.memory_parts import offload_seconds
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES, Buffers, MemorySettings
 from chunkflow_cli.planning.optimizer_states import state_numbers
 from chunkflow_cli.planning.pipeline import PipelineLayout
@@ -160,7 +161,11 @@ def read_setup(
         if shape is not None and cost_model is CostModelName.profile:
             is_checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
             costs = CostModel.profile(shape, device, checkpointed=is_checkpointed)
-        return RunSetup(config, shape, device, _costs_of_state(config, costs, device), topology)
+        setup = RunSetup(config, shape, device, _costs_of_state(config, costs, device), topology)
+        if shape is not None and cost_model is CostModelName.profile:
+            copies = offload_seconds(shape, setup.memory, device)
+            setup = replace(setup, costs=setup.costs.with_seconds_of_passes(*copies))
+        return setup
     if hf_config is None:
         raise UsageError("plan.cost_model=measured needs a model: set model.path")
     path = calibration_path(config, hf_config, device)

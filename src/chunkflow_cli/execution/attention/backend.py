@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.sending import on_device
 
 Output: TypeAlias = tuple[Tensor, Tensor]
 """Output and log-sum-exp."""
@@ -61,7 +62,7 @@ class Packing:
     @cached_property
     def cumulative(self) -> Tensor:
         """`boundaries` as int32 on the device, the form that variable-length kernels take."""
-        return torch.tensor(self.boundaries, dtype=torch.int32, device=self.device)
+        return on_device(torch.tensor(self.boundaries, dtype=torch.int32), self.device)
 
 
 @dataclass(frozen=True)

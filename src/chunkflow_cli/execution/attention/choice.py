@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from itertools import takewhile
@@ -87,4 +88,15 @@ def _objection(name: str, hf_config: Any, device: torch.device, dtype: torch.dty
         return f"it supports head_dim up to {LARGEST_FLASH_HEAD_DIM}, and the model has layers of {widest}"
     elif importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed (pip install 'chunkflow-cli[flash]')"
+    elif (broken := _why_not_imported()) is not None:
+        return f"the package flash-attn cannot be imported ({broken}): install one that was built for this PyTorch"
     return None if dtype in (torch.bfloat16, torch.float16) else f"it does not support {dtype}"
+
+
+def _why_not_imported() -> str | None:
+    """Return why flash-attn cannot be imported: often, it was compiled for another version of torch."""
+    try:
+        importlib.import_module("flash_attn.flash_attn_interface")
+    except (ImportError, OSError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -28,6 +29,12 @@ LARGEST_FLASH_HEAD_DIM = 256
 """Limit of FlashAttention-2's kernels, including those inside torch."""
 
 
+@functools.lru_cache(maxsize=256)
+def _one_segment(tokens: int, device: torch.device) -> Packing:
+    """Return the bounds of queries or of a block of the past: the same few for all layers and blocks."""
+    return Packing((0, tokens), device)
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """The arguments of a variable-length kernel that say which keys each query sees."""
@@ -51,7 +58,7 @@ class _Kernel:
             return cls(sight.packing, sight.packing, True, -1 if rule.window is None else rule.window - 1, rule)
         window_left = -1 if rule.window is None else rule.window - 1 - count - sight.gap
         assert rule.window is None or window_left >= 0, "the caller drops queries from which the window hides the past"
-        of_queries, of_keys = Packing((0, count), queries.device), Packing((0, keys.shape[2]), keys.device)
+        of_queries, of_keys = _one_segment(count, queries.device), _one_segment(keys.shape[2], keys.device)
         return cls(of_queries, of_keys, False, window_left, rule)
 
     @property

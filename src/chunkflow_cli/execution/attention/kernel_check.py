@@ -12,6 +12,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.flash import TorchFlashBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
+from chunkflow_cli.execution.precision import float32_products
 from chunkflow_cli.model.attention_heads import attention_heads
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -33,7 +34,7 @@ def check_backend(
 ) -> None:
     """Compare a kernel in the run's own dtype with plain matrix products in float32.
 
-    Own and past attention, with and without a window, forward and backward.
+    Own and past attention, of many queries and of one, with and without a window, forward and backward.
 
     Args:
         head_dims: channels of key and value heads.
@@ -50,7 +51,8 @@ def check_backend(
         for window in (None,) if no_window else (None, WINDOW):
             what = f"in {dtype} at head_dim {key_dim}{', with a window' if window else ''}"
             try:
-                error = _largest_error(backend, device, dtype, (key_dim, value_dim), window)
+                with float32_products():
+                    error = _largest_error(backend, device, dtype, (key_dim, value_dim), window)
             except RuntimeError as failure:
                 raise _unusable(
                     backend, f"cannot run on this device {what}: {str(failure).splitlines()[0]}"
@@ -77,11 +79,11 @@ def _largest_error(
     rule = AttentionRule(scale=key_dim**-0.5, window=window)
     queries, grad_out = draw(HEADS, TOKENS, key_dim), draw(HEADS, TOKENS, value_dim)
     largest = 0.0
-    for past in (False, True):
+    for past, tokens in ((False, TOKENS), (True, TOKENS), (True, 1)):  # of one query, kernels lay out heads as rows
         count = PAST if past and window is None else TOKENS
         keys, values = draw(KV_HEADS, count, key_dim), draw(KV_HEADS, count, value_dim)
         sight = Sight(rule, None if past else Packing((0, 30, TOKENS), device))
-        inputs = (queries, keys, values, grad_out)
+        inputs = (queries[:, :, :tokens], keys, values, grad_out[:, :, :tokens])
         mine = _results(backend, inputs, dtype, sight)
         truth = _results(ReferenceBackend(), inputs, torch.float32, sight)
         for one, other in zip(mine, truth, strict=True):
