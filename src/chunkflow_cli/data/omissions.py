@@ -171,7 +171,7 @@ def _of_assistant(message: Mapping[str, Any], search: _Search) -> Iterator[str]:
 def _lost_of_content(content: str, search: _Search, *, has_calls: bool) -> str:
     closing = list(_CLOSING.finditer(content))
     if closing and content[closing[-1].end() :].strip() and search.has(content[closing[-1].end() :]):
-        return f"what stands before {closing[-1].group()} in the assistant's content"
+        return f"the text before {closing[-1].group()} in the assistant's content"
     lines = (line.strip() for part in _TAG.split(content) for line in part.splitlines())
     if sum(search.has(line) for line in lines if line):
         return "a part of the assistant's content"
