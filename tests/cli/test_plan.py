@@ -380,7 +380,7 @@ def test_a_hybrid_model_is_planned_by_its_own_layers(tmp_path: Path, monkeypatch
     assert result["state_bytes_longest"] == result["memory"]["state_bytes"] == 9 * (100 * keys_and_values + edge)
     text = " ".join(shown.file.getvalue().split())  # type: ignore[attr-defined]
     assert "recurrent layers keep 14.2 KiB after each chunk of a long sample, as much as attention keeps for 19" in text
-    assert "blocks of 64 tokens, so take a multiple as chunk.size" in text
+    assert "blocks of 64 tokens, so use a multiple as chunk.size" in text
     state_alone, device = MemoryParts(0, 0, 0, 0, 0, 10, 0, 0), DeviceProfile("small", 1.0, memory_bytes=5)
     remedies = [plan.what_does_not_fit(state_alone, device, is_recurrent=recurrent) for recurrent in (False, True)]
     assert ["a larger chunk.size leaves fewer recurrent states" in str(remedy) for remedy in remedies] == [False, True]
