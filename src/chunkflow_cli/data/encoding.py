@@ -190,8 +190,8 @@ class Encoder:
                     tokens, mark = joined(prompt, answers, sample.is_good)
                     kept.append((line, tokens))
                     marks.append(mark)
-                said = [remark for part in (*texts, *labelled) for remark in part.remarks]
-                remarks.append((line, said + [EMPTY_ANSWER] * has_empty_answer(sample)))
+                said = [remark for text in texts for remark in text.remarks] + [EMPTY_ANSWER] * has_empty_answer(sample)
+                remarks.append((line, said + [remark for each in labelled for remark in each.remarks]))
                 ends.update(end for each in labelled for end in each.ends)
             except BadRowError as error:
                 rejected.append((line, str(error)))
