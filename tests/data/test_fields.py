@@ -172,6 +172,19 @@ def test_fields_that_say_nothing_or_describe_the_row_are_ignored(
     assert learnt(encoders[format], row) == learnt(encoders[format], ROWS[format])
 
 
+def test_an_empty_answer_is_named(encoders: dict[DataFormat, Encoder]) -> None:
+    """A null of a spreadsheet becomes one, and a model that has learnt it ends at once."""
+    for format, row in (
+        (DataFormat.messages, {"messages": [USER, {**ANSWER, "content": " "}]}),
+        (DataFormat.alpaca, {"instruction": "I", "output": ""}),
+        (DataFormat.prompt_completion, {"prompt": "Q", "completion": ""}),
+        (DataFormat.preference, {"prompt": [USER], "chosen": [ANSWER], "rejected": [{**ANSWER, "content": ""}]}),
+    ):
+        for answer, said in ((row, True), (ROWS[format], False)):
+            notes = encoders[format].encode(RowBatch(0, [1], [json.dumps(answer).encode()], 0)).notes
+            assert any(note.text.startswith("an answer is empty") for note in notes) is said, format
+
+
 def test_a_weight_in_a_table_without_types() -> None:
     """All cells of CSV are strings."""
     for one in ("1", "1.0", "True"):

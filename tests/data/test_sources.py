@@ -111,6 +111,16 @@ def test_a_limit_above_the_source_is_said(folder: Path, capsys: pytest.CaptureFi
     assert "data.sources[b].samples=8: the source has only 7" in capsys.readouterr().err
 
 
+def test_the_same_rows_twice_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ("{path: @a.jsonl, name: one}", "{path: @a.jsonl, name: two}")
+    load_run_data(configured(folder, *twice), None)
+    assert "data.sources: one and two hold the same rows, which count twice" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"data.sources\[two\].path=.*: none of its samples is left to train on"):
+        load_run_data(configured(folder, *twice, data__deduplicate=True), None)
+    load_run_data(configured(folder, "{path: @a.jsonl}", data__eval_path=str(folder / "a.jsonl")), None)
+    assert "so the held-out loss is a training loss" in capsys.readouterr().err
+
+
 def test_duplicates_are_left_out_and_named(folder: Path) -> None:
     """Equal ids with other targets are another sample, and so is one that is equal only up to where it is cut."""
     write_rows(folder / "c.jsonl", [

@@ -45,6 +45,7 @@ from chunkflow_cli.data.sample import (
     Sample,
     TokenRow,
     digest_of,
+    has_empty_answer,
 )
 from chunkflow_cli.data.skeleton import reasoning_in
 from chunkflow_cli.data.source import RowBatch
@@ -71,6 +72,7 @@ NO_FIRST_TOKEN = Remark(
     "target; begin the prompt with a line end"
 )
 NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
+EMPTY_ANSWER = Remark("an answer is empty: the model learns to end at once instead of answering")
 NO_EOS = Remark("the tokenizer has no EOS token, so the model does not learn to stop")
 NO_END = Remark(
     "the chat template ends the last answer with no special token, so the model does not learn to stop; let "
@@ -158,13 +160,12 @@ class Encoder:
 
     def encode(self, batch: RowBatch) -> EncodedBatch:
         """Return tokens and targets of the rows. Rows that cannot be trained on are in `rejected`, with the reason."""
-        prepared: list[tuple[int, list[MarkedText] | TokenRow, bool, JudgedAnswers | None]] = []
+        prepared: list[tuple[int, list[MarkedText] | TokenRow, bool, Sample]] = []
         rejected: list[tuple[int, str]] = []
         for line, row in zip(batch.lines, batch.rows, strict=True):
             try:
                 sample = parse_sample(decode_row(row), self._format)
-                judged = sample if isinstance(sample, JudgedAnswers) else None
-                prepared.append((line, *self._prepare(sample), judged))
+                prepared.append((line, *self._prepare(sample), sample))
             except BadRowError as error:
                 rejected.append((line, str(error)))
         marked = [text.text for _, texts, *_ in prepared if isinstance(texts, list) for text in texts]
@@ -173,7 +174,7 @@ class Encoder:
         marks: list[int] = []
         remarks: list[tuple[int, list[Remark]]] = []
         ends: Counter[int] = Counter()
-        for line, texts, is_templated, judged in prepared:
+        for line, texts, is_templated, sample in prepared:
             try:
                 if isinstance(texts, TokenRow):
                     kept.append((line, _with_targets(self._check_ids(texts))))
@@ -181,17 +182,17 @@ class Encoder:
                 label = self._label_conversation if is_templated else self._label_text
                 pairs = [(text, next(encoded)) for text in texts]
                 labelled = [label(text, ids, encoding) for text, (ids, encoding) in pairs]
-                if judged is None:
-                    kept += [(line, _with_targets(sample.tokens)) for sample in labelled]
+                if not isinstance(sample, JudgedAnswers):
+                    kept += [(line, _with_targets(each.tokens)) for each in labelled]
                 else:
-                    prompt, *answers = (sample.tokens.input_ids for sample in labelled)
+                    prompt, *answers = (each.tokens.input_ids for each in labelled)
                     del labelled[0], texts[0]
-                    tokens, mark = joined(prompt, answers, judged.is_good)
+                    tokens, mark = joined(prompt, answers, sample.is_good)
                     kept.append((line, tokens))
                     marks.append(mark)
-                remarks.append((line, [remark for text in texts for remark in text.remarks]))
-                remarks[-1][1].extend(remark for sample in labelled for remark in sample.remarks)
-                ends.update(end for sample in labelled for end in sample.ends)
+                said = [remark for text in texts for remark in text.remarks] + [EMPTY_ANSWER] * has_empty_answer(sample)
+                remarks.append((line, said + [remark for each in labelled for remark in each.remarks]))
+                ends.update(end for each in labelled for end in each.ends)
             except BadRowError as error:
                 rejected.append((line, str(error)))
         return _concatenate(kept, marks, sorted(rejected), notes_of(remarks, batch.file), ends, batch)

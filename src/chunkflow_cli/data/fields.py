@@ -21,7 +21,7 @@ SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a row's system prompt."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names that chat templates give to an assistant's reasoning."""
-SWITCHES = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
+SWITCHES = ("weight", "train", "training", "trainable", "should_train", "loss", "loss_weight", "loss_scale")
 """Names of 0 or 1, which says if the loss counts a turn: OpenAI and Mistral, Axolotl, Tinker, ms-swift."""
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "response_mask")
 """Lists of 0 and 1 which say if the loss counts a token: TRL, transformers, ms-swift, verl."""
@@ -249,7 +249,19 @@ _REFUSED_IN_MESSAGES = {
     *_MEDIA,
     *_PREFERENCE,
     *MASKS,
-    *("mask", "masked", "train_detail", "training_detail", "labels", "prefix", "documents", "chat_template_kwargs"),
+    *(
+        "mask",
+        "masked",
+        "is_masked",
+        "ignore",
+        "skip",
+        "train_detail",
+        "training_detail",
+        "labels",
+        "prefix",
+        "documents",
+        "chat_template_kwargs",
+    ),
     *("tools", "parts", "choices"),
 }
 

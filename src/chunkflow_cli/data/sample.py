@@ -169,6 +169,19 @@ class TokenizedSample:
     targets: NDArray[np.int32]  # (length,) the id that each position has to predict (labels shifted once), or IGNORED
 
 
+def has_empty_answer(sample: object) -> bool:
+    """Return whether nothing but its end is to be learnt of an answer."""
+    if isinstance(sample, JudgedAnswers):
+        return any(map(has_empty_answer, sample.answers))
+    if isinstance(sample, Conversation):
+        return any(
+            turn.is_target and not turn.content.strip() and not turn.tool_calls and not any(turn.extra.values())
+            for turn in sample.messages
+        )
+    answer = sample.output if isinstance(sample, Instruction) else getattr(sample, "completion", None)
+    return isinstance(answer, str) and not answer.strip()
+
+
 def digest_of(input_ids: NDArray[np.int32], targets: NDArray[np.int32]) -> int:
     """Return a hash of 64 bits: in a million samples, two different ones collide once in 37 million data sets."""
     digest = hashlib.blake2b(np.ascontiguousarray(input_ids).data, digest_size=8)

@@ -15,6 +15,7 @@ from chunkflow_cli.config.sources import configs_of_sources
 from chunkflow_cli.data.cache import cache_root, stamp
 from chunkflow_cli.data.dataset import configs_of_evaluation, has_evaluation_data, tokenize
 from chunkflow_cli.data.tokenized import TokenizedData, hold_out, joined, limited, without_duplicates
+from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.model.rope_scaling import scaling_for
 from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
@@ -113,8 +114,29 @@ def load_run_data(
     if hf_config is not None and (warning := far_positions_warning(hf_config, data.lengths)) is not None:
         warn_once(warning)
     if to_evaluate:
-        return RunData(data, data, joined([read(each, for_evaluation=True) for each in to_evaluate]))
-    return RunData(data, *hold_out(data, config.data.eval_fraction, seed))
+        run_data = RunData(data, data, joined([read(each, for_evaluation=True) for each in to_evaluate]))
+    else:
+        run_data = RunData(data, *hold_out(data, config.data.eval_fraction, seed))
+    _check_parts(run_data)
+    return run_data
+
+
+def _check_parts(data: RunData) -> None:
+    """Refuse a source of which nothing is trained on, and say if the held-out rows are those that are trained on.
+
+    Raises:
+        UsageError: names the source.
+    """
+    for number, whole in enumerate(data.train.wholes):
+        if not len(data.train.samples_of(number)):
+            raise UsageError(
+                f"{whole.named}: none of its samples is left to train on; they are duplicates of others, "
+                "or held out\n  remove the source, or change data.deduplicate or data.eval_fraction"
+            )
+    trained = {whole.key: whole.named for whole in data.train.wholes}
+    for whole in data.evaluation.wholes:
+        if data.train is data.read and whole.key in trained and len(data.evaluation):
+            warn_once(f"{whole.named} holds the rows of {trained[whole.key]}, so the held-out loss is a training loss")
 
 
 def far_positions_warning(hf_config: Any, lengths: NDArray[np.int64]) -> str | None:

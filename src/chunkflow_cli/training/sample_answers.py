@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from chunkflow_cli.data.template_choice import load_with_template
 from chunkflow_cli.engine import all_or_none
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.chunk_model import base_model
+from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.training.display import TrainingDisplay
 from chunkflow_cli.training.metrics import keep_rows_before
 from chunkflow_cli.training.prepared import Prepared
@@ -57,7 +59,6 @@ def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
     stops = model.generation_config.eos_token_id
     ends |= {stops} if isinstance(stops, int) else set(stops or ())
     settings = GenerationConfig(
-        max_new_tokens=MOST_TOKENS,
         do_sample=False,
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
@@ -72,12 +73,18 @@ def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
         for prompt in prompts:
             text = prompt
             if tokenizer.chat_template:
-                text = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}],
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **config.data.template_arguments,
-                )
+                try:
+                    text = tokenizer.apply_chat_template(
+                        [{"role": "user", "content": prompt}],
+                        tokenize=False,
+                        add_generation_prompt=True,
+                        **config.data.template_arguments,
+                    )
+                except TemplateError as error:
+                    raise UsageError(
+                        f"eval.prompts: the chat template rejects {prompt!r} as a user's turn: {error}\n"
+                        "  remove eval.prompts"
+                    ) from error
             given = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").to(run.device)
             largest, known = int(given["input_ids"].max()), int(run.hf_config.get_text_config().vocab_size)
             if largest >= known:
@@ -85,14 +92,21 @@ def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
                     f"eval.prompts: the tokenizer of model.path={config.model.path} gives id {largest}, but the model "
                     f"has {known} ids\n  use the tokenizer that belongs to the model, or remove eval.prompts"
                 )
+            length = given["input_ids"].shape[1]
+            limit = position_limit(run.hf_config) or length + MOST_TOKENS
+            if length >= limit:
+                raise UsageError(
+                    f"eval.prompts: a prompt has {length:,} tokens, and the model takes at most {limit:,}\n  shorten it"
+                )
             out = model.generate(
+                max_new_tokens=min(MOST_TOKENS, limit - length),
                 input_ids=given["input_ids"],
                 attention_mask=given["attention_mask"],
                 generation_config=settings,
                 use_cache=True,
                 stopping_criteria=[on_token],
             )
-            answers.append(tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+            answers.append(tokenizer.decode(out[0, length:], skip_special_tokens=True))
     return answers
 
 
