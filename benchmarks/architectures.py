@@ -65,11 +65,21 @@ COMPASS = {
 GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
 GLM_V = {"text_config": {"rope_parameters": GLM_ROPE}}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11}},
+    "deepseek_ocr2": {"text_config": {
+        "mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6, "n_routed_experts": 64,
+    }},
     "diffusion_gemma": {"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
     "emu3": {"vocabulary_map": {"<|extra_200|>": 0, "<|visual token 000000|>": 1}},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
-    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "4/8"},
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": 128,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 16, 16, 16]},
+        }
+    },
+    "qwen3_omni_moe": {
+        "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 768}}
+    },
     "qwen3_omni_moe_thinker": {
         "text_config": {"num_attention_heads": 32, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8}
     },
@@ -165,7 +175,7 @@ def check(model_type: str) -> Outcome:
         refuse_unsupported_attention(config.get_text_config())
         parity = guard(config, requested=Attention.auto, device=torch.device("cpu"), dtype=torch.float32)
     except ChunkflowError as error:
-        is_known = why_not(config) is not None or _is_no_language_model(config)
+        is_known = why_not(config) is not None or _why_not_loaded(config) is not None
         is_unproved = "train.guard" in str(error) or isinstance(error.__cause__, ImportError)
         result, why = "not built" if is_unproved and not is_known else "refused", _shortened(config, str(error))
     except Exception as error:  # a crash of the guard is a result, too
@@ -180,8 +190,8 @@ def _shortened(config: Any, message: str) -> str:
     """Return what is known of the reason, or the reason in a message of the guard, without the sentence around it."""
     if known := why_not(config):
         return known
-    if _is_no_language_model(config):
-        return "transformers has no decoder of text with a head in it that could be trained alone"
+    if unknown := _why_not_loaded(config):
+        return unknown
     for sign, reason in CANNOT_BE_BUILT.items():
         if re.search(sign, message):
             return reason
@@ -190,15 +200,16 @@ def _shortened(config: Any, message: str) -> str:
     return " ".join(line.strip() for line in lines if "chunkflow verify" not in line)
 
 
-def _is_no_language_model(config: Any) -> bool:
-    """Return whether loading refuses the model, before any guard."""
+def _why_not_loaded(config: Any) -> str | None:
+    """Return why loading refuses the model, before any guard; None if it does not."""
     try:
         empty_model(config, dtype=torch.float32)
-    except NoLanguagePartError:
-        return True
+    except NoLanguagePartError as error:
+        return "it has" + str(error).partition(" has")[2].partition(", so")[0]
     except Exception as error:  # as in `model.hf_config.unreadable`; others are for the guard
-        return "Unrecognized configuration class" in str(error)
-    return False
+        if "Unrecognized configuration class" in str(error):
+            return "AutoModelForCausalLM does not know it, and it has no language part of its own"
+    return None
 
 
 def check_apart(model_type: str, *, seconds: float, memory_gib: float) -> Outcome:

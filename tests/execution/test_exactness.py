@@ -604,7 +604,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "recurrent_gemma", {}, "'recurrent_gemma' cannot be trained exactly in chunks(.|\n)*keep their state in the model",
     ),
     "bloom, alibi": (
-        "bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained in chunks(.|\n)*computes its attention itself",
+        "bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained in chunks(.|\n)*grows with the distance of two tokens(.|\n)*ALiBi",
     ),
     "doge, own mask": ("doge", {}, "'doge' cannot be trained in chunks(.|\n)*DogeAttention uses a mask of its own"),
     "inkling, position bias": (

@@ -65,5 +65,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         },
         "vision_config": {**VISION, "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24},
     },
+    "llava_next": {  # has a parameter of its own beside its towers
+        "text_config": {**TEXT, "model_type": "mistral", "sliding_window": None},
+        "vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 16},
+    },
+    "cohere2_vision": {  # its decoder's class scales logits, and it does not
+        "text_config": {**TEXT, "model_type": "cohere2", "sliding_window": 11, "logit_scale": 0.25,
+                        "layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": {**VISION, "model_type": "siglip_vision_model"}, "downsample_factor": 1,
+    },
 }  # fmt: skip
 """Model type -> settings of its configuration."""

@@ -54,7 +54,7 @@ from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import checksum
 
-CACHE_VERSION = 6
+CACHE_VERSION = 7
 """Increases whenever the same ingredients would give other tokens or other files."""
 ARRAYS: dict[str, DTypeLike] = {
     "input_ids": np.int32,

@@ -25,6 +25,7 @@ REASONS = {
     "gpt_neox_japanese": _OWN_SCORES,
     "gptj": _OWN_SCORES,
     "hrm_text": "its layers run several times in a forward, and a layer's keys and values are kept once",
+    "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
     "minimax": "its linear attention steps through tokens in code of its own, whose state cannot be handed on",
     "modernbert-decoder": "a dense layer and a norm stand between its decoder and the weights of its head",
     "mpt": _ALIBI,
