@@ -15,8 +15,9 @@ settings.register_profile("chunkflow", deadline=None)  # two shared cores: the c
 settings.load_profile("chunkflow")
 
 SLOWEST_FIRST = (
-    "test_train", "test_layouts", "test_many_ranks", "test_help", "test_cli", "test_pipeline", "test_checkpoint",
-    "test_tune", "test_doctor", "test_plan", "test_engine", "test_completion", "test_sequence_parallel", "test_launch",
+    "test_layouts", "test_resuming", "test_pipeline", "test_checkpoint", "test_many_ranks", "test_train", "test_launch",
+    "test_help", "test_sequence_parallel", "test_tune", "test_cli", "test_exactness", "test_plan", "test_state_offload",
+    "test_recurrent", "test_doctor", "test_engine", "test_completion",
 )  # fmt: skip
 """Files that take minutes or nearly so: two workers take a file each, and the last one to begin should be short."""
 

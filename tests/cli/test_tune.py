@@ -323,8 +323,10 @@ def test_groups_and_pipelines_are_tried_together_and_the_file_names_both() -> No
 
 
 def test_larger_groups_leave_less_state_and_activations_per_rank() -> None:
+    """Without ZeRO, whose buffers at the step are larger than all else of so small a model."""
     words = [PROFILE, "tune.chunk_sizes=[64]", "tune.ks=[1]", "launch.processes=8", "cluster.sequences=[1,2]"]
+    words.append("engine.zero_stage=0")
     for pipelines in ("cluster.pipelines=[1]", "cluster.pipelines=[4]"):
         found = tuned(*words, pipelines, "tune.cuts=[tokens]")
         alone, grouped = sorted(found["candidates"], key=lambda row: row["sequence"])
-        assert grouped["memory_bytes"] <= alone["memory_bytes"]  # equal if the optimizer step takes the most
+        assert grouped["memory_bytes"] < alone["memory_bytes"]

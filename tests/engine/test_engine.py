@@ -2,63 +2,66 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
+from torch import Tensor, nn
 
-from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig
-from chunkflow_cli.engine import EngineSettings, check_settings, deepspeed_config
+from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfig, OptimizerName
+from chunkflow_cli.engine import Engine, EngineSettings, check_settings, deepspeed_config
 from chunkflow_cli.errors import UsageError
+from support.ranks import run_ranks
 
 pytestmark = pytest.mark.processes
 
 CPU = torch.device("cpu")
 
-ACCUMULATE = """
-import json, sys, torch
-from chunkflow_cli.config.schema import Dtype, EngineConfig, OptimConfig, OptimizerName
-from chunkflow_cli.engine import Engine, EngineSettings
+LAYOUTS = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
 
-class Model(torch.nn.Module):
-    def __init__(self):
+
+class Model(nn.Module):
+    """A weight whose gradient is the sum of the factors."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(64, 64))  # float32, in which some models keep some weights
-        self.other = torch.nn.Parameter(torch.zeros(64, 64, dtype=getattr(torch, sys.argv[2])))
-    def forward(self, factor):
+        self.weight = nn.Parameter(torch.zeros(64, 64))  # float32, in which some models keep some weights
+        self.other = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+
+    def forward(self, factor: float) -> Tensor:
         return (self.weight.float() * factor).sum() + 0 * self.other.float().sum()
 
-stage, dtype = int(sys.argv[1]), Dtype(sys.argv[2])
-model = Model()
-settings = EngineSettings(EngineConfig(zero_stage=stage), OptimConfig(name=OptimizerName.sgd, lr=1.0, grad_clip=0.0),
-                          dtype, torch.device("cpu"))
-engine = Engine(model, settings)
-weights, norms = [], []
-for count in (256, 3):
-    for index in range(count + 1):
-        engine.backward(engine.forward(1.0 if index == 0 else 2.0 ** -9))
-    norms.append(engine.step() / 64)
-    whole = engine.whole_weights(model, trained_only=False)
-    weights.append(whole["weight"].float().flatten()[0].item())
-print(json.dumps({"weights": weights, "norms": norms}))
-"""
+
+def accumulate(_: None) -> dict[tuple[int, str], tuple[list[float], list[float]]]:
+    """Return a weight and the gradient norm after each of two steps, on every layout."""
+    optim, found = OptimConfig(name=OptimizerName.sgd, lr=1.0, grad_clip=0.0), {}
+    for stage, dtype in LAYOUTS:
+        model = Model(getattr(torch, dtype))
+        engine = Engine(model, EngineSettings(EngineConfig(zero_stage=stage), optim, Dtype(dtype), CPU))
+        weights, norms = [], []
+        for count in (256, 3):
+            for index in range(count + 1):
+                engine.backward(engine.forward(1.0 if index == 0 else 2.0**-9))
+            norms.append(engine.step() / 64)
+            whole = engine.whole_weights(model, trained_only=False) or {}
+            weights.append(whole["weight"].float().flatten()[0].item())
+        found[stage, dtype] = weights, norms
+    return found
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"),
-                                              (1, "bfloat16"), (3, "bfloat16")])  # fmt: skip
-def test_gradients_of_many_backwards_add_up_in_float32(stage: int, dtype: str) -> None:
+@pytest.fixture(scope="module")
+def accumulated() -> dict[tuple[int, str], tuple[list[float], list[float]]]:
+    return run_ranks(1, "test_engine:accumulate")[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), LAYOUTS)
+def test_gradients_of_many_backwards_add_up_in_float32(
+    stage: int, dtype: str, accumulated: dict[tuple[int, str], tuple[list[float], list[float]]]
+) -> None:
     """1 + 256 x 2^-9 is 1.5. A sum in bfloat16 stays at 1, and ZeRO-2 without coalescing keeps only the last term."""
-    run = subprocess.run(
-        [sys.executable, "-c", ACCUMULATE, str(stage), dtype], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout.splitlines()[-1])
+    weights, norms = accumulated[stage, dtype]
     second = 1 + 3 * 2.0**-9
-    assert result["norms"] == pytest.approx([1.5, second], rel=1e-5)
+    assert norms == pytest.approx([1.5, second], rel=1e-5)
     tolerance = 1e-6 if dtype == "float32" else 2**-8
-    assert result["weights"] == pytest.approx([-1.5, -1.5 - second], rel=tolerance)
+    assert weights == pytest.approx([-1.5, -1.5 - second], rel=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -332,15 +332,15 @@ class CountingMover(CopyingMover):
         return arrival
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
-def test_the_past_is_never_whole_on_the_device(tiny_model: Callable[..., Any], name: str) -> None:
-    """With 64 chunks there is as much on the device as with 16, and of state three blocks of one layer."""
+@pytest.mark.parametrize(("name", "many"), [("llama", 64), ("qwen3_5", 32)])
+def test_the_past_is_never_whole_on_the_device(tiny_model: Callable[..., Any], name: str, many: int) -> None:
+    """With many chunks there is as much on the device as with 16, and of state three blocks of one layer."""
     model, size, block = model_of(tiny_model, name), 8, 16
     shape = model_shape(model)
     (attention,) = shape.attention
     a_token = attention.kv_elements_per_token // attention.layers * 4  # keys and values of one layer
     kept: dict[tuple[str, int], OnDeviceBytes] = {}
-    for place, chunks in (("device", 4), ("device", 16), ("host", 16), ("host", 64)):
+    for place, chunks in (("device", 4), ("device", 16), ("host", 16), ("host", many)):
         mover = CountingMover()
         home = InHostMemory(mover, block) if place == "host" else OnDevice(block)
         with use_implementation(model, "chunkflow"), OnDeviceBytes(home) as counted:
@@ -351,5 +351,5 @@ def test_the_past_is_never_whole_on_the_device(tiny_model: Callable[..., Any], n
         assert mover.peak <= most + shape.recurrent.edge_bytes
     a_chunk = size * a_token
     assert kept["device", 16].peak - kept["device", 4].peak > 12 * 2 * a_chunk, "this test would not notice"
-    assert kept["host", 64].peak - kept["host", 16].peak < a_chunk
-    assert kept["host", 64].largest == kept["host", 16].largest
+    assert kept["host", many].peak - kept["host", 16].peak < a_chunk
+    assert kept["host", many].largest == kept["host", 16].largest

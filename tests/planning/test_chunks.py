@@ -253,9 +253,9 @@ def test_the_plan_does_not_depend_on_the_container() -> None:
 def test_many_lengths_plan_quickly() -> None:
     """A plan that scans the open bins is quadratic: minutes for 200,000 samples instead of a fraction of a second."""
     lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1.2, 200_000).astype(np.int64) + 1, 300_000)
-    start = time.perf_counter()
+    start = time.process_time()
     chunks = build_chunks(lengths, 8192)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert chunks.tokens / (len(chunks) * chunks.chunk_size) > 0.999
 
 

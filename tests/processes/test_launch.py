@@ -252,7 +252,7 @@ def test_kill_9_of_the_launcher_leaves_no_orphan(scenario: str, start: Start, tm
     ranks = pids(tmp_path, 3)
     assert all(map(is_alive, ranks))
     launcher.kill()
-    wait_until_gone(ranks, within=5)
+    wait_until_gone(ranks, within=20)
 
 
 def test_a_worker_exits_if_its_launcher_died_while_it_started(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -320,8 +320,8 @@ def test_a_second_signal_kills_at_once(start: Start, tmp_path: Path) -> None:
     time.sleep(0.5)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGINT)
-    ended(launcher, 130, within=3)
-    wait_until_gone(ranks, within=1)
+    ended(launcher, 130, within=10)
+    wait_until_gone(ranks, within=10)
 
 
 def test_ranks_that_do_not_stop_are_killed_after_the_grace_period(start: Start, tmp_path: Path) -> None:
@@ -329,10 +329,10 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace_period(start: Start, 
     launcher = start("sleeping", grace=0.5)
     ranks = pids(tmp_path, 3)
     launcher.terminate()
-    err = ended(launcher, 1, within=5)
+    err = ended(launcher, 1, within=20)
     assert "launch.grace_seconds=0.5" in err
     assert "rank 2: step 2, saving a checkpoint" in err
-    wait_until_gone(ranks, within=1)
+    wait_until_gone(ranks, within=10)
 
 
 def test_a_signal_before_anything_can_be_saved_ends_the_run(start: Start, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_signal_before_anything_can_be_saved_ends_the_run(start: Start, tmp_pa
     launcher = start("unprepared")
     pids(tmp_path, 3)
     launcher.terminate()
-    assert ended(launcher, 130, within=5) == "interrupted\n"
+    assert ended(launcher, 130, within=15) == "interrupted\n"
 
 
 # Hangs
@@ -535,7 +535,9 @@ def test_garbage_among_the_orders_does_not_end_the_thread_that_follows_them(
     (watch.order / "inside").mkdir(parents=True)
     time.sleep(0.03)
     write_order(watch, Order.STOP)
-    time.sleep(0.1)
+    deadline = time.monotonic() + 20
+    while not obeyed and time.monotonic() < deadline:
+        time.sleep(0.005)
     ended.set()
     thread.join()
     assert obeyed == [signal.SIGTERM]

@@ -258,14 +258,34 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_while_saving(arguments: tuple[str, int, str]) -> None:
+MOMENTS = [
+    (0, "between its files"), (1, "between its files"), (0, "before state.json"), (0, "before the new name"),
+    (0, "between two names"),
+]  # fmt: skip
+"""Rank that is killed, and when."""
+
+
+def die_at_every_moment(root: str) -> list[int]:
+    """Fork this rank for each moment, which spares it another start; return the exit codes."""
+    codes = []
+    for index, moment in enumerate(MOMENTS):
+        child = os.fork()
+        if child == 0:
+            try:
+                die_while_saving(Path(root, str(index)), *moment)
+            finally:
+                os._exit(1)  # when the other rank has gone
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return codes
+
+
+def die_while_saving(root: Path, victim: int, moment: str) -> None:
     """Save step 1, then kill one rank while it saves the next checkpoint, at the given moment."""
     from torch import distributed
 
-    root, victim, moment = arguments
     rank = int(os.environ["RANK"])
-    distributed.init_process_group("gloo")
-    folder = Path(root, "checkpoints")
+    distributed.init_process_group("gloo", init_method=f"file://{root}-meeting", rank=rank, world_size=2)
+    folder = root / "checkpoints"
     save(folder, 1, rank=rank, ranks=2)
     if rank == victim:
         if moment == "between its files":
@@ -289,30 +309,29 @@ def die_while_saving(arguments: tuple[str, int, str]) -> None:
     save(folder, 1 if moment == "between two names" else 2, rank=rank, ranks=2)
 
 
-@pytest.mark.parametrize(
-    ("victim", "moment"),
-    [
-        (0, "between its files"),
-        (1, "between its files"),
-        (0, "before state.json"),
-        (0, "before the new name"),
-        (0, "between two names"),
-    ],
-)
-def test_a_rank_killed_while_it_saves_leaves_the_previous_checkpoint(victim: int, moment: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one for each of MOMENTS, in which a rank was killed."""
+    root = tmp_path_factory.mktemp("killed")
+    codes = run_ranks(2, "test_checkpoint:die_at_every_moment", str(root))
+    assert [codes[victim][index] for index, (victim, _) in enumerate(MOMENTS)] == [-signal.SIGKILL] * len(MOMENTS)
+    return root
+
+
+@pytest.mark.parametrize("index", range(len(MOMENTS)), ids=[f"{victim} {moment}" for victim, moment in MOMENTS])
+def test_a_rank_killed_while_it_saves_leaves_the_previous_checkpoint(index: int, killed: Path) -> None:
     """Neither its files nor those of the other ranks are taken for a checkpoint."""
-    with pytest.raises(AssertionError, match="-9"):
-        run_ranks(2, "test_checkpoint:die_while_saving", (str(tmp_path), victim, moment))
-    found = newest_checkpoint(tmp_path)
+    folder = killed / str(index)
+    found = newest_checkpoint(folder)
     assert found is not None
     assert json.loads((found / "state.json").read_text())["progress"]["step"] == 1
     assert torch.equal(whole(StateFiles(found), "weight"), torch.full((10, 100), 1.0))
     assert len(list(found.glob("random-*.pt"))) == 2
-    save(tmp_path / "checkpoints", 2)  # the run continues, and no leftovers remain
-    newest = newest_checkpoint(tmp_path)
+    save(folder / "checkpoints", 2)  # the run continues, and no leftovers remain
+    newest = newest_checkpoint(folder)
     assert newest is not None
     assert newest.name == "step-00000002"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
 def other_things_of_two_ranks(root: str) -> dict[str, Any]:

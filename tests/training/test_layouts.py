@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from support.muon import orthogonalise_in_float64
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
 
 LENGTHS = [300, 150, 64, 40, 31, 20, 9, 5, 3]
 SGD = ("optim=sgd", "optim.lr=0.5", "optim.grad_clip=0.1")
-ADAMW = ("optim.lr=1e-3", "train.steps=20")
+ADAMW = ("optim.lr=1e-3", "train.steps=8")
 BASE = (
     "model.init=pretrained", "model.dtype=float32", "data.format=tokens", "train.guard=false", "train.shuffle=true",
     "optim.schedule=constant", "optim.warmup_ratio=0", "chunk.size=64", "data.num_workers=1",
@@ -41,7 +42,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "muon, frozen, K=2, tails alone": (
         *ADAMW,
         "optim=muon",
-        "optim.freeze=[layers.1,layers.2.mlp]",
+        "optim.freeze=[layers.1.self_attn,layers.1.mlp,layers.2.mlp]",  # layer 1 has no matrix left, but norms
         "train.global_batch_size=4",
         "chunk.k=2",
         "chunk.fill_tails=false",
@@ -70,7 +71,7 @@ APART: dict[str, tuple[str, ...]] = {"nf4": (*RECIPES["lora"], "model.quantizati
 """Recipes that run in a few layouts only."""
 IN_HOST_MEMORY = {"sgd, K=2, tails alone", "drawn lengths"}
 """Recipes that keep their state in host memory where several ranks share the work, in blocks of a few tokens."""
-WITHIN = {name: {"adamw": 5e-4, "muon": 5e-3}.get(name.partition(",")[0], 5e-5) for name in (*RECIPES, *APART)}
+WITHIN = {name: {"adamw": 5e-4, "muon": 5e-4}.get(name.partition(",")[0], 5e-5) for name in (*RECIPES, *APART)}
 """Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
 
 
@@ -91,6 +92,7 @@ def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     from chunkflow_cli.training import requirements, train
 
     train.close_process_group = lambda: None  # the next case needs it
+    orthogonalise_in_float64()
     # Offload is refused on a machine without a GPU. Its code works there all the same, from host to host.
     data_parallel.check_settings = requirements.check_settings = lambda settings: None  # type: ignore[attr-defined]
     STATE_BLOCK_TOKENS["cpu"] = 48
@@ -196,8 +198,15 @@ def compare(runs: Runs, truth: dict[str, Any], processes: int, cases: list[Case]
         losses = [key for key in true_report if "loss_" in key and true_report[key] is not None]
         assert len(losses) >= 2
         for key in losses:
-            within = 1e-4 if case.recipe.startswith("muon") else 1e-5  # Muon rounds to bfloat16
-            assert report[key] == pytest.approx(true_report[key], rel=within), (case, key)
+            assert report[key] == pytest.approx(true_report[key], rel=1e-5), (case, key)
+        print(
+            "ERR",
+            processes,
+            case.recipe,
+            case.words,
+            runs.update_error(true_weights, weights),
+            max(abs(report[k] / true_report[k] - 1) for k in losses),
+        )
         assert runs.update_error(true_weights, weights) < WITHIN[case.recipe], case
 
 
@@ -207,7 +216,13 @@ def test_data_parallel(runs: Runs, truth: dict[str, Any], processes: int) -> Non
 
     Offload runs with SGD, because DeepSpeed's AdamW on the host would have to be compiled.
     """
-    cases = [Case(name, (f"engine.zero_stage={stage}",)) for stage in (0, 1, 2, 3) for name in RECIPES]
+    places = [(stage, index) for stage in (0, 1, 2, 3) for index in range(len(RECIPES))]
+    # Each recipe and each stage with both numbers of ranks, and each recipe with each stage.
+    cases = [
+        Case(list(RECIPES)[index], (f"engine.zero_stage={stage}",))
+        for stage, index in places
+        if ((stage + index) % 4 == 3) == (processes == 4)
+    ]
     if processes == 2:
         offloads = (("optimizer", 1), ("optimizer", 2), ("optimizer", 3), ("parameters", 3))
         cases += [
@@ -246,8 +261,7 @@ STEPS = {
 )
 def test_pipeline(runs: Runs, truth: dict[str, Any], processes: int, words: str) -> None:
     """Two and four stages, and two pipelines of two stages side by side."""
-    # On four stages of one layer, one would have nothing to train.
-    cases = [Case(name, (words,)) for name in RECIPES if words == "parallel.pipeline=2" or "frozen" not in name]
+    cases = [Case(name, (words,)) for name in RECIPES]
     cases += [Case("sgd, K=2, tails alone", (words, schedule)) for schedule in STEPS.values()]
     cases += [Case("sgd", (words, "engine.zero_stage=0")), Case("lora", (words, "engine.zero_stage=0"))]
     cases += [Case("nf4", (words,))] if processes == 2 else []

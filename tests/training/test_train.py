@@ -1,13 +1,9 @@
-"""`train` learns what a plain Hugging Face loop learns, accounts for every target, and survives interruptions and kills."""
+"""`train` learns what a plain Hugging Face loop learns, and accounts for every target (test_resuming.py: interruptions and kills)."""
 
 from __future__ import annotations
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from chunkflow_cli.cli.app import app
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import LossWeighting
 from chunkflow_cli.errors import RunError
@@ -27,6 +25,7 @@ from chunkflow_cli.planning.schedule import Schedule
 from chunkflow_cli.training.inputs import target_weights
 from chunkflow_cli.training.learning_rate import learning_rate_schedule
 from support.ranks import run_ranks
+from support.training import RECIPE, losses, rows, train
 
 pytestmark = pytest.mark.ranks
 
@@ -38,24 +37,6 @@ TINY = (
     "optim.schedule=constant",
 )
 SGD = ("optim=sgd", "optim.lr=0.5", "optim.warmup_ratio=0", "optim.grad_clip=0")
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "chunkflow_cli", "train", *words]
-
-
-def train(*words: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
-    assert run.returncode == code, run.stdout + run.stderr
-    return run
-
-
-def rows(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [row["loss"] for row in rows(run_folder)]
 
 
 @pytest.fixture(scope="module")
@@ -200,177 +181,68 @@ def test_the_comparison_notices_a_lost_target(plain_weights: dict[str, Any]) -> 
     assert max(float((token[name] - sequence[name]).norm() / token[name].norm()) for name in token) > 1e-3
 
 
-RECIPE = ("recipe=tiny_random", "train.guard=false", "train.epochs=3", "train.global_batch_size=8", "chunk.size=64",
-          "train.output_dir=run")  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    train(*RECIPE, cwd=folder)
-    return folder / "run"
+def finished(
+    model_folder: Path, samples: list[dict[str, list[int]]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The folders of runs of which only the results are looked at, from one process."""
+    folder = tmp_path_factory.mktemp("finished")
+    lines = [json.dumps(sample) for sample in samples]
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "held_out.jsonl").write_text("\n".join([lines[0], '{"input_ids": []}', lines[2], lines[3]]) + "\n")
+    with (folder / "rows.jsonl").open("w") as file:
+        for length in (30, 300, 12):
+            file.write(json.dumps({"input_ids": [3 + i % 90 for i in range(length)]}) + "\n")
+    (folder / "bad_rows.jsonl").write_text("\n".join(with_bad_rows(samples)) + "\n")
+    recipe = ("recipe=tiny_random", "train.guard=false")
+    own = (*TINY, *SGD, f"model.path={model_folder}")
+    short = ("data.bad_rows=skip", "data.max_length=100", "data.overlong=drop")
+    runs = {
+        "lora": (*recipe, "model.lora.enabled=true", "model.lora.r=4", "optim.lr=0.05", "chunk.size=64"),
+        "bfloat16": (*recipe, "train.steps=1", "model.dtype=bfloat16"),
+        "held out": (*recipe, "train.global_batch_size=8", "eval.every=3", "log.every=100"),
+        "tensorboard": (*recipe, "train.steps=2", "log.backends=[jsonl,tensorboard]"),
+        "bad rows": (
+            *own, *short, f"data.path={folder / 'bad_rows.jsonl'}", "chunk.size=64", "data.eval_fraction=0.2",
+            "train.epochs=2", "train.global_batch_size=5",
+        ),
+        "held-out file": (
+            *own, *short, f"data.path={folder / 'samples.jsonl'}", f"data.eval_path={folder / 'held_out.jsonl'}",
+        ),
+        "cut small": (
+            "recipe=qwen7b", f"model.path={model_folder}", "model.init=random", f"data.path={folder / 'rows.jsonl'}",
+            "data.train_on=all", "data.max_length=512", "chunk.size=128", "train.epochs=1", "engine.offload=none",
+        ),
+    }  # fmt: skip
+    folders = {name: folder / f"run-{index}" for index, name in enumerate(runs)}
+    cache = f"data.cache_dir={folder}"
+    run_ranks(1, "test_train:run_all", [(*runs[name], f"train.output_dir={folders[name]}", cache) for name in runs])
+    return folders
 
 
-def wait_for_rows(process: subprocess.Popen[str], run_folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run_folder / "metrics.jsonl").exists() and len(
-            (run_folder / "metrics.jsonl").read_text().splitlines()
-        ) >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"the run ended with {process.poll()} before {count} rows")
-
-
-def test_kill_and_same_command_give_the_same_losses(uninterrupted: Path, tmp_path: Path) -> None:
-    """A killed run continues to the bit: weights, optimizer states, random numbers and position in the data."""
-    words = [*RECIPE, "checkpoint.every=2"]
-    rng = np.random.default_rng()
-    for _ in range(2):
-        with subprocess.Popen(
-            command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
-        ) as process:
-            wait_for_rows(process, tmp_path / "run", int(rng.integers(2, 8)))
-            process.send_signal(signal.SIGKILL)
-    train(*words, cwd=tmp_path)
-    assert losses(tmp_path / "run") == losses(uninterrupted)
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, len(losses(uninterrupted)) + 1))
-    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "run", uninterrupted)]
-    for key in ("samples_trained", "target_tokens_trained", "eval_loss_start", "eval_loss_end", "chunks"):
-        assert reports[0][key] == reports[1][key]
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
-
-
-@pytest.mark.parametrize("how", ["Ctrl-C", "a connection that is lost"])
-def test_a_signal_saves_and_exits_130(how: str, uninterrupted: Path, tmp_path: Path) -> None:
-    """A checkpoint is saved even if checkpoint.every is not set: users expect to keep what they stop by hand."""
-    with subprocess.Popen(command(*RECIPE), cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        wait_for_rows(process, tmp_path / "run", 3)
-        if how == "Ctrl-C":
-            process.send_signal(signal.SIGINT)
-            _, printed = process.communicate(timeout=300)
-        else:
-            assert process.stderr is not None
-            process.stderr.close()
-            for _ in range(2):  # from the shell, and from the kernel
-                process.send_signal(signal.SIGHUP)
-            process.wait(timeout=300)
-            printed = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
-    assert process.returncode == 130, printed
-    assert "Stopped after step" in printed
-    assert "Traceback" not in printed
-    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
-    assert not (tmp_path / "run" / "final").exists()
-    page = tmp_path / "run" / "report.html"
-    assert re.search(r"stopped after step \d+ of 24<", page.read_text())
-    train(*RECIPE, cwd=tmp_path)
-    assert losses(tmp_path / "run") == losses(uninterrupted)
-    assert ">finished<" in page.read_text()
-
-
-def test_resume_finds_the_unfinished_run_without_an_output_dir(tmp_path: Path) -> None:
-    """The same command with the default folder continues the run and does not start a second one."""
-    words = [word for word in RECIPE if not word.startswith("train.output_dir")] + ["checkpoint.every=1"]
-    with subprocess.Popen(
-        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        outputs = tmp_path / "outputs" / "tiny_random"
-        while not list(outputs.glob("*/checkpoints/step-*")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    run = train(*words, cwd=tmp_path)
-    assert "Continuing after step" in run.stderr
-    assert len(list(outputs.iterdir())) == 1
-
-
-def test_a_half_written_checkpoint_is_never_taken(uninterrupted: Path, tmp_path: Path) -> None:
-    words = [*RECIPE, "checkpoint.every=3"]
-    with subprocess.Popen(
-        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        wait_for_rows(process, tmp_path / "run", 4)
-        process.send_signal(signal.SIGKILL)
-    half = tmp_path / "run" / "checkpoints" / ".step-00000099.writing"
-    half.mkdir()
-    (half / "state.json").write_text("{}")
-    train(*words, cwd=tmp_path)
-    assert losses(tmp_path / "run") == losses(uninterrupted)
-
-
-def test_resume_from_a_named_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
-    train(*RECIPE, "checkpoint.every=10", "checkpoint.keep=9", cwd=tmp_path)
-    words = [word for word in RECIPE if not word.startswith("train.output_dir")]
-    train(*words, "train.output_dir=second", "checkpoint.resume=run/checkpoints/step-00000010", cwd=tmp_path)
-    assert losses(tmp_path / "second") == losses(uninterrupted)[10:]
-    train(*words, "train.output_dir=third", "checkpoint.resume=nowhere", cwd=tmp_path, code=2)
-
-
-def test_a_run_goes_on_in_another_layout_with_other_chunks(uninterrupted: Path, tmp_path: Path) -> None:
-    """With fewer devices or too little memory, the same command with other keys continues the run, and says so."""
-    words = [*RECIPE, "checkpoint.every=10", "engine.zero_stage=0", "chunk.k=2"]
-    with subprocess.Popen(
-        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        wait_for_rows(process, tmp_path / "run", 12)
-        process.send_signal(signal.SIGKILL)
-    other = ["chunk.size=48", "engine.zero_stage=3", "model.activation_checkpointing=full"]
-    run = train(*RECIPE, *other, cwd=tmp_path)
-    assert "saved on one process, ZeRO-0, continued on one process, ZeRO-3" in run.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(uninterrupted), rel=1e-5)
-    mine, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", uninterrupted))
-    assert all(float((mine[name] - theirs[name]).abs().max()) < 1e-4 for name in theirs)
-    refused = train(*RECIPE, "optim.lr=0.5", cwd=tmp_path, code=2)
-    assert "optim.lr was 0.001 and is 0.5" in refused.stderr
-
-
-def test_dropout_resumes_to_the_bit_too(tmp_path: Path) -> None:
-    """Dropout draws random numbers: a resumed run draws the same ones, even after an interrupted step."""
-    words = [*RECIPE, "model.lora.enabled=true", "model.lora.dropout=0.3", "optim.lr=0.01", "train.epochs=1",
-             "model.lora.use_dora=true", "model.lora.modules_to_save=[embed_tokens,.*norm]"]  # fmt: skip
-    train(*words, cwd=tmp_path)
-    other = tmp_path / "other"
-    other.mkdir()
-    with subprocess.Popen(
-        command(*words), cwd=other, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        wait_for_rows(process, other / "run", 3)
-        process.send_signal(signal.SIGINT)
-    train(*words, cwd=other)
-    assert losses(other / "run") == losses(tmp_path / "run")
-
-
-def test_lora_run_exports_merged(tmp_path: Path) -> None:
+def test_lora_run_exports_merged(finished: dict[str, Path], tmp_path: Path) -> None:
     """final/ is a peft folder; merged, it becomes a whole model with the same outputs."""
-    from peft import AutoPeftModelForCausalLM, PeftModel
+    from peft import PeftModel
 
-    train("recipe=tiny_random", "train.guard=false", "model.lora.enabled=true", "model.lora.r=4", "optim.lr=0.05",
-          "chunk.size=64", "train.output_dir=run", cwd=tmp_path)  # fmt: skip
-    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file()
-    export = [sys.executable, "-m", "chunkflow_cli", "export", "run", "--merge", "--output", "merged", "--json"]
-    run = subprocess.run(export, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == {"output": "merged", "merged": True}
+    run, output = finished["lora"], tmp_path / "merged"
+    assert (run / "final" / "adapter_model.safetensors").is_file()
+    result = CliRunner().invoke(app, ["export", str(run), "--merge", "--output", str(output), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"output": str(output), "merged": True}
     config = AutoConfig.from_pretrained(load(["recipe=tiny_random"]).config.model.path)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config)
-    before = base(input_ids=torch.arange(3, 40)[None]).logits
-    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "final"))(
-        input_ids=torch.arange(3, 40)[None]
-    ).logits
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=torch.arange(3, 40)[None]).logits
+    ids = torch.arange(3, 40)[None]
+    before = base(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(base, str(run / "final"))(input_ids=ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(output)(input_ids=ids).logits
     assert float((merged - adapted).norm() / adapted.norm()) < 1e-5
     assert float((merged - before).norm() / before.norm()) > 1e-2
-    assert AutoPeftModelForCausalLM is not None
 
 
-def test_final_loads_in_the_model_dtype(uninterrupted: Path, tmp_path: Path) -> None:
-    assert AutoModelForCausalLM.from_pretrained(uninterrupted / "final").dtype is torch.float32
-    train("recipe=tiny_random", "train.guard=false", "train.steps=1", "model.dtype=bfloat16", "train.output_dir=run",
-          cwd=tmp_path)  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+def test_final_loads_in_the_model_dtype(finished: dict[str, Path]) -> None:
+    assert AutoModelForCausalLM.from_pretrained(finished["held out"] / "final").dtype is torch.float32
+    model = AutoModelForCausalLM.from_pretrained(finished["bfloat16"] / "final")
     assert model.dtype is torch.bfloat16
     assert getattr(model.config, "quantization_config", None) is None
 
@@ -392,76 +264,67 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
     )
 
 
-def test_accounting_of_every_policy(model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path) -> None:
-    """read = rejected + dropped + held out + trained on, and every target of the last is trained on."""
+def with_bad_rows(samples: list[dict[str, list[int]]]) -> list[str]:
+    """Return the lines of a file with four rows that cannot be trained on, in lines 3, 6, 8 and 16."""
     lines = [json.dumps(sample) for sample in samples]
     lines.insert(2, '{"input_ids": [5, 6')  # cut off
     lines.insert(5, '{"input_ids": []}')
     lines.insert(7, json.dumps({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}))
     lines.append(json.dumps({"input_ids": [5, 6, 1000]}))
-    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
-    words = [
-        *TINY,
-        *SGD,
-        f"model.path={model_folder}",
-        "data.path=samples.jsonl",
-        "chunk.size=64",
-        "data.cache_dir=cache",
-    ]
-    refused = train(*words, cwd=tmp_path, code=2)
+    return lines
+
+
+def test_accounting_of_every_policy(
+    model_folder: Path, samples: list[dict[str, list[int]]], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    """read = rejected + dropped + held out + trained on, and every target of the last is trained on."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(with_bad_rows(samples)) + "\n")
+    words = [*TINY, *SGD, f"model.path={model_folder}", f"data.path={path}", f"train.output_dir={tmp_path / 'run'}"]
+    refused = CliRunner().invoke(app, ["train", *words, f"data.cache_dir={tmp_path}"])
+    assert refused.exit_code == 2
     assert "samples.jsonl:3" in refused.stderr
     assert "data.bad_rows=skip" in refused.stderr
-    train(*words, "data.bad_rows=skip", "data.max_length=100", "data.overlong=drop", "data.eval_fraction=0.2",
-          "train.epochs=2", "train.global_batch_size=5", "train.output_dir=run", cwd=tmp_path)  # fmt: skip
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    run = finished["bad rows"]
+    report = json.loads((run / "report.json").read_text())
     assert (report["samples_read"], report["samples_rejected"], report["samples_dropped"]) == (16, 4, 1)
     assert report["samples_held_out"] == 2
     assert report["samples_trained"] == 2 * (16 - 4 - 1 - 2)
     assert report["target_tokens_trained"] == report["target_tokens_planned"]
-    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    rejected = [json.loads(line) for line in (run / "rejected.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rejected] == [3, 6, 8, 16]
     assert all(row["reason"] for row in rejected)
 
 
-def test_rows_of_the_held_out_file_are_accounted_for_too(
-    model_folder: Path, samples: list[dict[str, list[int]]], tmp_path: Path
-) -> None:
+def test_rows_of_the_held_out_file_are_accounted_for_too(finished: dict[str, Path]) -> None:
     """A held-out file that silently lost rows would still give a loss."""
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    held_out = [json.dumps(samples[0]), '{"input_ids": []}', json.dumps(samples[2]), json.dumps(samples[3])]
-    (tmp_path / "held_out.jsonl").write_text("\n".join(held_out) + "\n")
-    train(*TINY, *SGD, f"model.path={model_folder}", "data.path=samples.jsonl", "data.eval_path=held_out.jsonl",
-          "data.bad_rows=skip", "data.max_length=100", "data.overlong=drop", "data.cache_dir=cache", "train.output_dir=run",
-          cwd=tmp_path)  # fmt: skip
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    run = finished["held-out file"]
+    report = json.loads((run / "report.json").read_text())
     counts = [report[f"eval_samples_{word}"] for word in ("read", "rejected", "dropped", "truncated")]
     assert counts == [4, 1, 1, 0]
     assert (report["samples_read"], report["samples_dropped"], report["samples_held_out"]) == (12, 1, 0)
-    (rejected,) = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
+    (rejected,) = (run / "rejected.jsonl").read_text().splitlines()
     assert "held_out.jsonl" in rejected
 
 
-def test_held_out_losses_are_taken_when_asked(tmp_path: Path) -> None:
-    train("recipe=tiny_random", "train.guard=false", "train.global_batch_size=8", "eval.every=3", "train.output_dir=run",
-          "log.every=100", cwd=tmp_path)  # fmt: skip
-    steps = [row["step"] for row in rows(tmp_path / "run") if "eval_loss" in row]
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert steps == [3, 6, 8]
+def test_held_out_losses_are_taken_when_asked(finished: dict[str, Path]) -> None:
+    run = finished["held out"]
+    report = json.loads((run / "report.json").read_text())
+    assert [row["step"] for row in rows(run) if "eval_loss" in row] == [3, 6, 8]
     assert report["steps"] == 8
     assert report["eval_loss_end"] < report["eval_loss_start"]
 
 
-def test_tensorboard_rows(tmp_path: Path) -> None:
+def test_tensorboard_rows(finished: dict[str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train("recipe=tiny_random", "train.guard=false", "train.steps=2", "log.backends=[jsonl,tensorboard]",
-          "train.output_dir=run", cwd=tmp_path)  # fmt: skip
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    run = finished["tensorboard"]
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run), rel=1e-6)
 
 
-def test_metric_rows_hold_what_is_promised(uninterrupted: Path) -> None:
+def test_metric_rows_hold_what_is_promised(finished: dict[str, Path]) -> None:
     promised = [
         "step",
         "loss",
@@ -477,24 +340,14 @@ def test_metric_rows_hold_what_is_promised(uninterrupted: Path) -> None:
         "mfu",
         "peak_memory_bytes",
     ]
-    for row in rows(uninterrupted):
+    for row in rows(finished["held out"]):
         assert set(promised) <= set(row)
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
 
 
-def test_model_init_random_trains_a_large_recipe_cut_small(tmp_path: Path) -> None:
+def test_model_init_random_trains_a_large_recipe_cut_small(finished: dict[str, Path]) -> None:
     """`recipe=qwen7b` trains without weights, on a local configuration of a few layers."""
-    AutoConfig.for_model(
-        "qwen2", hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=97, max_position_embeddings=512, architectures=["Qwen2ForCausalLM"],
-    ).save_pretrained(tmp_path / "small")  # fmt: skip
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        for length in (30, 300, 12):
-            file.write(json.dumps({"input_ids": [3 + i % 90 for i in range(length)]}) + "\n")
-    run = train("recipe=qwen7b", "model.path=small", "model.init=random", "data.path=rows.jsonl", "data.train_on=all",
-                "data.max_length=512", "chunk.size=128", "train.epochs=1", "engine.offload=none", "train.output_dir=run",
-                cwd=tmp_path)  # fmt: skip
-    assert "step 1/1" in run.stderr
+    assert [row["step"] for row in rows(finished["cut small"])] == [1]
 
 
 def test_weights_of_a_global_batch_sum_to_one() -> None:
@@ -559,14 +412,3 @@ def test_no_step_idles_at_a_learning_rate_of_zero(schedule: str) -> None:
     floored = learning_rate_schedule(optim, 10)
     decayed = [0.4 + 0.6 * rate for rate in rates[1:]]
     assert [floored(step) for step in range(10)] == pytest.approx([rates[0], *decayed])
-
-
-def test_another_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    words = [*RECIPE, "train.epochs=50"]
-    with subprocess.Popen(
-        command(*words), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        wait_for_rows(process, tmp_path / "run", 1)
-        second = train(*words, cwd=tmp_path, code=2)
-        process.send_signal(signal.SIGKILL)
-    assert "another process" in second.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -10,6 +11,9 @@ import torch
 
 from chunkflow_cli.engine import Processes
 from chunkflow_cli.model.device import known_matmul_flops
+
+FEWEST_PRODUCTS, MOST_PRODUCTS, MEASURING_SECONDS = 3, 12, 0.1
+"""How often `peak_flops` multiplies: a slow device three times, a fast one twelve, or until the time is up."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -41,14 +45,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         return known
     size = 4096 if device.type == "cuda" else 1024
     matrix = torch.randn(size, size, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
-    best = 0.0
-    for _ in range(12):
+    fastest, turns, begin = math.inf, 0, time.perf_counter()
+    while turns < FEWEST_PRODUCTS or (turns < MOST_PRODUCTS and time.perf_counter() - begin < MEASURING_SECONDS):
         _synchronize(device)
         start = time.perf_counter()
         matrix @ matrix
         _synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
+        fastest, turns = min(fastest, time.perf_counter() - start), turns + 1
+    return 2 * size**3 / fastest
 
 
 def _synchronize(device: torch.device) -> None:
