@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, OffloadState
+from chunkflow_cli.config.schema import Attention, OffloadState
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences, use_implementation
@@ -18,7 +18,6 @@ from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.state_home import state_home
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
-from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers
@@ -29,29 +28,26 @@ LENGTHS, SIZE, BLOCK = (40, 9, 1, 17), 16, 10
 
 
 @pytest.mark.parametrize(
-    ("name", "state", "checkpointing", "stages"),
+    ("name", "state", "stages"),
     [
-        ("llama", "host", "selective", 1),
-        ("llama", "none", "full", 2),
-        ("mistral, middle window", "none", "none", 1),
-        ("mixtral", "none", "none", 1),
-        ("gpt_oss, sinks", "none", "none", 1),
-        ("gemma2, soft caps", "none", "none", 1),
-        ("deepseek_v3, narrow values", "none", "none", 1),
-        ("llama4, blocks, temperature", "none", "none", 1),
-        ("gemma4, shared keys, head_dim by kind", "host", "none", 1),
-        ("qwen3_5", "host", "full", 1),
-        ("nemotron_h", "none", "none", 1),
-        ("jamba", "none", "none", 1),
+        ("llama", "host", 1),
+        ("llama", "none", 2),
+        ("mistral, middle window", "none", 1),
+        ("mixtral", "none", 1),
+        ("gpt_oss, sinks", "none", 1),
+        ("gemma2, soft caps", "none", 1),
+        ("deepseek_v3, narrow values", "none", 1),
+        ("llama4, blocks, temperature", "none", 1),
+        ("gemma4, shared keys, head_dim by kind", "host", 1),
+        ("qwen3_5", "host", 1),
+        ("nemotron_h", "none", 1),
+        ("jamba", "none", 1),
     ],
 )
-def test_a_step_makes_no_tensor_elsewhere(
-    tiny_model: Callable[..., Any], name: str, state: str, checkpointing: str, stages: int
-) -> None:
+def test_a_step_makes_no_tensor_elsewhere(tiny_model: Callable[..., Any], name: str, state: str, stages: int) -> None:
     """An operator that mixes tensors of the host and of the device raises an error here, as CUDA's do."""
     known = {**MODELS, **BEYOND, **SHAPES}
     model = tiny_model(known[name][0], **known[name][1]) if name in known else recurrent_model(name)
-    enable_activation_checkpointing(model, ActivationCheckpointing(checkpointing))
     backend = choose_backend(Attention.auto, model.config, HOST, torch.float32).backend
     chunks = build_chunks(LENGTHS, SIZE)
     batch = StepBatch(chunks, random_sequences(LENGTHS, 60), np.full(len(LENGTHS), 0.01), by_sequence=True)
