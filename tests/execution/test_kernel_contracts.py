@@ -277,6 +277,9 @@ def test_no_block_of_the_past_waits_for_the_device(monkeypatch: pytest.MonkeyPat
     sent: list[tuple[bool, Any]] = []
 
     class OnHost:
+        def numel(self) -> int:
+            return 2
+
         def pin_memory(self) -> OnHost:
             sent.append((True, None))
             return self

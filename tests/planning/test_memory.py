@@ -30,7 +30,7 @@ from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
-from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS
+from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, gradients_of_windows, mean_bytes_per_token
 
 SHAPE = ModelShape(
     layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
@@ -393,3 +393,16 @@ def test_the_fullest_stage_is_found_where_layers_do_not_divide() -> None:
     assert parts.activations == 10 * 4 * LAYER
     heavy = dataclasses.replace(settings, chunk_size=1000)  # a tile of logits makes the last stage the fullest
     assert memory_of_fullest(shape, heavy, run, [SimulatedStep(run, run[0])]).weights == 2 * 15000
+
+
+@pytest.mark.parametrize("chunk_size", [4, 8, 32])
+def test_blocks_hide_state_as_windows_do(chunk_size: int) -> None:
+    """A chunk of llama4 sees at most the rest of its block: of longer chunks, no more than that is kept."""
+    windowed, blocked = (
+        dataclasses.replace(SHAPE, attention=(AttentionLayers(3, 4, 2, 2, 2, **sight),))
+        for sight in ({"window": 9}, {"block": 9})
+    )
+    kept = mean_bytes_per_token(blocked, 2, chunk_size)
+    assert kept == mean_bytes_per_token(windowed, 2, chunk_size)
+    assert kept == 24 * (6 if chunk_size <= 8 else 2 * 8 / 32)
+    assert gradients_of_windows(blocked, 2, chunk_size) == (0 if chunk_size <= 8 else 24 * 8 * 4)

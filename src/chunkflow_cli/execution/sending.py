@@ -12,6 +12,6 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     CUDA copies from memory that the system may move only after all that was queued before. torch keeps pinned memory
     until the copies from it have ended.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.numel():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

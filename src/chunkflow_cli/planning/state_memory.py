@@ -24,15 +24,21 @@ def bytes_per_element(element_bytes: int) -> int:
     return element_bytes + max(4, element_bytes)
 
 
+def most_seen(part: AttentionLayers) -> int | None:
+    """Return how many positions before a chunk it sees at most, in a window or in its block; None if it sees all."""
+    seen = [size - 1 for size in (part.window, part.block) if size is not None]
+    return min(seen, default=None)
+
+
 def kept_share(part: AttentionLayers, chunk_size: int | None) -> float:
-    """Return the share of a chunk's keys that the store keeps: a window hides all but the last ones from later chunks.
+    """Return the share of a chunk's keys that the store keeps at most: windows and blocks hide the first ones from
+    later chunks.
 
     Args:
-        chunk_size: None keeps all of them, as do layers that attend within blocks, which keep a part.
+        chunk_size: None keeps all of them.
     """
-    if part.window is None or chunk_size is None:
-        return 1.0
-    return min(1.0, (part.window - 1) / chunk_size)
+    seen = most_seen(part)
+    return 1.0 if seen is None or chunk_size is None else min(1.0, seen / chunk_size)
 
 
 def mean_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int | None) -> float:
@@ -52,9 +58,9 @@ def mean_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int 
 
 
 def gradients_of_windows(shape: ModelShape, element_bytes: int, chunk_size: int) -> int:
-    """Return the bytes of gradients of layers with a window shorter than a chunk."""
+    """Return the bytes of gradients of layers with a window, or blocks, shorter than a chunk."""
     parts = [part for part in shape.attention if part.owns_keys and kept_share(part, chunk_size) < 1]
-    return sum(part.kv_elements_per_token * ((part.window or 1) - 1) * max(4, element_bytes) for part in parts)
+    return sum(part.kv_elements_per_token * (most_seen(part) or 0) * max(4, element_bytes) for part in parts)
 
 
 def host_bytes(
