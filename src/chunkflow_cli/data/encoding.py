@@ -29,7 +29,7 @@ from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.formats import PLAIN_FORMATS, parse_sample
 from chunkflow_cli.data.labels import first_token_from, labels_of
 from chunkflow_cli.data.notes import Note, Remark, notes_of
-from chunkflow_cli.data.preferences import NOT_PAIRED, joined
+from chunkflow_cli.data.preferences import NOT_PAIRED, after_prompt, joined
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -69,6 +69,10 @@ STRADDLES_PROMPT = Remark(
 NO_FIRST_TOKEN = Remark(
     "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, and it is no "
     "target; begin the prompt with a line end"
+)
+CUTS_PROMPT = Remark(
+    "the tokens of a prompt alone are not those that the prompt with its answers begins with; from where they differ, "
+    "all counts as answer; at inference the prompt is tokenised alone, so let it end where a token ends"
 )
 NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
 NO_EOS = Remark("the tokenizer has no EOS token, so the model does not learn to stop")
@@ -184,9 +188,11 @@ class Encoder:
                 if judged is None:
                     kept += [(line, _with_targets(sample.tokens)) for sample in labelled]
                 else:
-                    prompt, *answers = (sample.tokens.input_ids for sample in labelled)
+                    answers = [sample.tokens.input_ids for sample in labelled[1:]]
+                    prompt = pairs[0][1][0] if is_templated else self._with_prefix(pairs[0][1][0])
                     del labelled[0], texts[0]
                     tokens, mark = joined(prompt, answers, judged.is_good)
+                    labelled[0].remarks.extend([CUTS_PROMPT] * (after_prompt(prompt, answers) < len(prompt)))
                     kept.append((line, tokens))
                     marks.append(mark)
                 remarks.append((line, [remark for text in texts for remark in text.remarks]))
@@ -274,6 +280,10 @@ class Encoder:
         eos = "none" if self._eos is None else self._backend.id_to_token(self._eos)
         text = f"answers end with {name}, not with the tokenizer's EOS ({eos}): generation has to stop there too"
         return [Remark(text, is_warning=False)]
+
+    def _with_prefix(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ids behind the special tokens that the tokenizer begins a text with."""
+        return np.concatenate([self._prefix[: len(self._prefix) - _overlap(self._prefix, ids)], ids])
 
     def _label_text(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
         labels, straddles = labels_of(text, ids, encoding)
@@ -379,7 +389,10 @@ def _concatenate(
     targets[ends - 1] = IGNORED
     counted = np.concatenate([[0], np.cumsum(targets != IGNORED)])
     starts = ends - lengths
-    digests = [digest_of(input_ids[a:b], targets[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    digests = [
+        digest_of(input_ids[start:end], targets[start:end], mark)
+        for start, end, mark in zip(starts.tolist(), ends.tolist(), marks or [None] * len(kept), strict=True)
+    ]
     return EncodedBatch(
         input_ids=input_ids,
         targets=targets,

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.objective import Objective
-from chunkflow_cli.config.schema import Init, Task
+from chunkflow_cli.config.schema import Init, ModelConfig, Task
 from chunkflow_cli.console import working
 from chunkflow_cli.data.cache import cache_root
 from chunkflow_cli.data.sample import TokenizedSample
@@ -260,13 +260,20 @@ def _key(run: Prepared, part: Judgement) -> str:
         "model": [run.hf_config.to_json_string(), model_files(model), model.init.value, model.dtype.value],
         "quantization": model.quantization.value,
         "seed": run.config.train.seed if model.init is Init.random or model.new_weights or model.vocab_size else None,
-        "adapter": [repr(model.lora), run.config.train.seed] if model.lora.path is not None else None,
+        "adapter": None if model.lora.path is None else [repr(model.lora), _adapter_files(model)],
         "data": part.data.whole.key,
     }
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for values in (part.data.indices, sizes_of(part.data).lengths, part.partners):
         digest.update(b"" if values is None else np.ascontiguousarray(values, np.int64).tobytes())
     return digest.hexdigest()
+
+
+def _adapter_files(model: ModelConfig) -> list[dict[str, str] | str]:
+    """Return the weights of the adapter that training goes on from, and its settings, such as alpha."""
+    assert model.lora.path is not None
+    settings = Path(model.lora.path) / "adapter_config.json"
+    return [model_files(replace(model, path=model.lora.path, init=Init.pretrained)), settings.read_text("utf-8")]
 
 
 def _read(path: Path) -> NDArray[np.float64] | None:
