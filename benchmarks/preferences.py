@@ -2,10 +2,11 @@
 
     python benchmarks/preferences.py exact --tasks dpo orpo kto     20 pairs, float32: some ten minutes on two cores
     python benchmarks/preferences.py memory --length 8192           a pair, and one sample of supervised training
-    python benchmarks/preferences.py memory --length 8192 --trl 2048    TRL's peak for a shorter pair beside it
+    python benchmarks/preferences.py memory --length 8192 --layers 6 --trl 8192    the same of six layers, beside TRL
 
 `exact` trains SmolLM2-135M on 20 pairs (or labelled answers) in the order of the data, with chunks of 128 tokens; the
-longest answer has four. It reports how far losses, rewards and weights are from those of TRL's trainer.
+longest answer has four. It reports how far losses, rewards, gradients (AdamW's first moments, to which all steps have
+added) and weights are from those of TRL's trainer.
 `memory` runs each point in a process of its own; its peak is what the kernel says of it.
 Prints one JSON object on stdout; everything else goes to stderr.
 """
@@ -17,11 +18,12 @@ import json
 import random
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import emit, hardware, load_plain_model, say, smollm2_path
+from common import emit, hardware, load_plain_model, smollm2_path
 from memory import Point, measured, state_bytes
 
 STEPS, BATCH, CHUNK, LR = 5, 4, 128, 1e-5
@@ -34,13 +36,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["dpo", "orpo", "kto"])
     parser.add_argument("--length", type=int, default=8192, help="tokens of each answer with its prompt")
     parser.add_argument("--trl", type=int, help="tokens of each answer of the pair that TRL takes")
+    parser.add_argument("--layers", type=int, help="take a random model of SmolLM2's shape with so many layers")
     parser.add_argument("--chunk-size", type=int, default=1024)
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
-    parser.add_argument("--trl-child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--trl-child", nargs=2, metavar=("LENGTH", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trl_child:
         with tempfile.TemporaryDirectory() as folder:
-            train_with_trl("dpo", [long_pair(arguments.trl_child)], Path(folder), batch=1, steps=1)
+            length, model = arguments.trl_child
+            train_with_trl("dpo", [long_pair(int(length))] * 2, Path(folder), batch=1, steps=2, model_path=model)
         return
     found = {task: exact(task) for task in arguments.tasks} if arguments.what == "exact" else memory(arguments)
     emit({"benchmark": f"preferences {arguments.what}", "hardware": hardware(), **found}, arguments.out)
@@ -58,13 +62,15 @@ def rows_of(task: str) -> list[dict[str, Any]]:
         long = {3: 420, 9: 200, 14: 150}.get(index)
         prompt, chosen, rejected = text(20), text(long or 30), text((long or 40) // 2)
         if task == "kto":
-            rows.append({"prompt": prompt, "completion": chosen, "label": index % 3 > 0})
+            # The long answers are good ones: the model comes to prefer all of their words, so `kl` is above 0.
+            rows.append({"prompt": prompt, "completion": chosen, "label": index % 3 != 1})
         else:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
 
 def exact(task: str) -> dict[str, Any]:
+    """Train in chunks and with TRL; return how far apart they are."""
     from safetensors.torch import load_file
 
     from chunkflow_cli.config.load import load
@@ -78,37 +84,80 @@ def exact(task: str) -> dict[str, Any]:
             f"model.path={smollm2_path()}", "model.dtype=float32", f"data.path={data}", f"data.cache_dir={folder}/c",
             "data.num_workers=1", f"train.task={task}", f"train.steps={STEPS}", f"train.global_batch_size={BATCH}",
             "train.shuffle=false", "train.guard=false", f"train.output_dir={folder}/run", f"chunk.size={CHUNK}",
-            f"optim.lr={LR}", "optim.schedule=constant", "optim.warmup_ratio=0", "optim.grad_clip=0",
+            f"checkpoint.every={STEPS}", f"optim.lr={LR}", "optim.schedule=constant", "optim.warmup_ratio=0",
+            "optim.grad_clip=0",
         ]  # fmt: skip
         report = run(load(words), json_output=True)
-        ours = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-        log, weights = train_with_trl(task, rows, folder, batch=BATCH, steps=STEPS)
+        log = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         final = load_file(folder / "run/final/model.safetensors")
-        apart = {name: float((final[name] - weights[name]).norm()) for name in final}
-        norms = {name: float(weights[name].norm()) for name in final}
-        names = [name for name in log[0] if name in ours[0] and (name in ("loss", "kl") or "rewards/" in name)]
-        say(f"{task}: {ours[-1]['loss']} and {log[-1]['loss']} in the last step")
+        ours = Trained(log, final, momentums(folder / "run/checkpoints", final))
+        theirs = train_with_trl(task, rows, folder, batch=BATCH, steps=STEPS)
+        names = ("loss", "kl") if task == "kto" else ("loss",)
         return {
             "longest": report["longest_sample"],
-            "weights_relative_difference": sum(v**2 for v in apart.values()) ** 0.5
-            / sum(v**2 for v in norms.values()) ** 0.5,
-            "largest_difference": {
-                name: max(abs(own[name] - theirs[name]) for own, theirs in zip(ours, log, strict=True))
-                for name in names
-            },
-            "losses": [row["loss"] for row in ours],
-            "losses_of_trl": [row["loss"] for row in log],
+            "differences": differences(ours, theirs),
+            "chunkflow": {name: [row[name] for row in ours.log] for name in names},
+            "trl": {name: [row[name] for row in theirs.log] for name in names},
         }
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run after its last step."""
+
+    log: list[dict[str, float]]
+    weights: dict[str, Any]
+    momentums: dict[str, Any]
+    """Sums of the gradients of all steps, as AdamW weighs them."""
+
+
+def momentums(checkpoints: Path, weights: dict[str, Any]) -> dict[str, Any]:
+    """Read AdamW's first moments from the only checkpoint of a run of one process."""
+    import torch
+    from safetensors import safe_open
+
+    parts: dict[str, list[tuple[int, Any]]] = {}
+    for path in checkpoints.glob("step-*/state-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                kind, start, name = key.split(":", 2)
+                if kind == "exp_avg":
+                    parts.setdefault(name, []).append((int(start), file.get_tensor(key)))
+    return {
+        name: torch.cat([numbers for _, numbers in sorted(found, key=lambda part: part[0])]).view_as(weights[name])
+        for name, found in parts.items()
+    }
+
+
+def differences(one: Trained, other: Trained) -> dict[str, float]:
+    """Return the largest difference of any step, and the relative one of weights and of summed gradients by norm."""
+    names = [name for name in other.log[0] if name in ("loss", "kl", "nll_loss") or name.startswith("rewards/")]
+    found = {
+        name: max(abs(a[name] - b[name]) for a, b in zip(one.log, other.log, strict=True))
+        for name in names
+        if name != "rewards/accuracies"  # of a tie, which the first step is, rounding decides
+    }
+    return found | {
+        "weights": relative(one.weights, other.weights),
+        "gradients": relative(one.momentums, other.momentums),
+    }
+
+
+def relative(one: dict[str, Any], other: dict[str, Any]) -> float:
+    apart = sum(float((one[name].double() - other[name].double()).square().sum()) for name in one)
+    norm = sum(float(other[name].double().square().sum()) for name in one)
+    return float((apart / norm) ** 0.5)
+
+
 def train_with_trl(
-    task: str, rows: list[dict[str, Any]], folder: Path, *, batch: int, steps: int
-) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Train SmolLM2 on the rows in their order with TRL; return its log and the weights."""
+    task: str, rows: list[dict[str, Any]], folder: Path, *, batch: int, steps: int, model_path: str | None = None
+) -> Trained:
+    """Train SmolLM2, or the model in a folder, on the rows in their order with TRL."""
     import torch
     import trl
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM
     from trl.experimental import orpo
 
     from chunkflow_cli.data.tokenizer import load_tokenizer
@@ -125,18 +174,27 @@ def train_with_trl(
 
     tokenizer = load_tokenizer(smollm2_path(), trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if model_path is None:
+        model = load_plain_model(torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
     run = InOrder(
-        model=load_plain_model(torch.float32),
+        model=model,
         args=arguments(
             output_dir=str(folder / "trl"), per_device_train_batch_size=batch, max_steps=steps, learning_rate=LR,
             lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, report_to=[], save_strategy="no",
-            use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=65536, optim="adamw_torch", beta=0.1,
-            disable_tqdm=True,
+            use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=65536, optim="adamw_torch",
+            beta=0.1, disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
     )  # fmt: skip
     run.train()
-    return [row for row in run.state.log_history if "loss" in row], run.model.state_dict()
+    moments = {
+        name: run.optimizer.state[parameter]["exp_avg"]
+        for name, parameter in run.model.named_parameters()
+        if parameter in run.optimizer.state
+    }
+    return Trained([row for row in run.state.log_history if "loss" in row], run.model.state_dict(), moments)
 
 
 def long_pair(length: int) -> dict[str, str]:
@@ -147,36 +205,65 @@ def long_pair(length: int) -> dict[str, str]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    pair = long_pair(arguments.length)
-    answer = {"prompt": pair["prompt"], "completion": pair["chosen"]}
-    points = {
-        "supervised": train_in_chunks(answer, arguments.chunk_size),
-        "pair": train_in_chunks(pair, arguments.chunk_size, "train.task=dpo"),
-    }
-    if arguments.trl:
-        command = [sys.executable, __file__, "memory", "--trl-child", str(arguments.trl)]
-        points[f"trl, {arguments.trl} tokens"] = measured(f"TRL, a pair of {arguments.trl:,}", command)
+    with tempfile.TemporaryDirectory() as folder:
+        model = smollm2_path() if arguments.layers is None else random_model(arguments.layers, Path(folder))
+        pair, size = long_pair(arguments.length), arguments.chunk_size
+        answer = {"prompt": pair["prompt"], "completion": pair["chosen"]}
+        dpo, twice = "train.task=dpo", "preference.share_prompts=false"
+        points = {
+            "supervised": train_in_chunks(model, answer, size),
+            "pair": train_in_chunks(model, pair, size, dpo),
+            "pair, prompt run twice": train_in_chunks(model, pair, size, dpo, twice),
+        }
+        if arguments.trl:
+            command = [sys.executable, __file__, "memory", "--trl-child", str(arguments.trl), model]
+            points[f"trl, {arguments.trl} tokens"] = measured(f"TRL, a pair of {arguments.trl:,}", command)
     # While the second answer goes backward, the keys and values of the first one wait: half of its float32 state.
-    second = state_bytes(arguments.length, arguments.chunk_size, "float32") // 2
-    one, two = points["supervised"].peak_bytes, points["pair"].peak_bytes
-    for name, point in points.items():
-        say(f"{name}: {point}")
+    second = state_bytes(arguments.length, size, "float32") // 2 * (arguments.layers or LAYERS) // LAYERS
+    peaks = {name: point.peak_bytes for name, point in points.items()}
+    supervised = peaks["supervised"]
     return {
         "length": arguments.length,
-        "chunk_size": arguments.chunk_size,
+        "layers": arguments.layers or LAYERS,
+        "chunk_size": size,
         "second_state_bytes": second,
-        "peak_bytes": {name: point.peak_bytes for name, point in points.items()},
+        "peak_bytes": peaks,
         "seconds": {name: round(point.seconds, 1) for name, point in points.items()},
-        "above_supervised_and_second_state": None if one is None or two is None else two / (one + second) - 1,
+        "above_supervised_and_second_state": {
+            name: round(peak / (supervised + second) - 1, 4)
+            for name, peak in peaks.items()
+            if name != "supervised" and peak is not None and supervised is not None
+        },
     }
 
 
-def train_in_chunks(row: dict[str, str], chunk_size: int, *more: str) -> Point:
+LAYERS = 30
+"""Layers of SmolLM2-135M."""
+
+
+def random_model(layers: int, folder: Path) -> str:
+    """Make a random model of SmolLM2's widths, with its tokenizer, and return its folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from chunkflow_cli.config.schema import ModelConfig
+    from chunkflow_cli.data.tokenizer import load_tokenizer
+    from chunkflow_cli.model.hf_config import load_config
+
+    config = load_config(ModelConfig(path=smollm2_path()))
+    assert config.num_hidden_layers == LAYERS
+    config.num_hidden_layers = layers
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer(smollm2_path(), trust_remote_code=False).save_pretrained(folder)
+    return str(folder)
+
+
+def train_in_chunks(model: str, row: dict[str, str], chunk_size: int, *more: str) -> Point:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data.jsonl")
         data.write_text(json.dumps(row) + "\n", encoding="utf-8")
         command = [
-            sys.executable, "-m", "chunkflow_cli", "train", f"model.path={smollm2_path()}", "model.dtype=float32",
+            sys.executable, "-m", "chunkflow_cli", "train", f"model.path={model}", "model.dtype=float32",
             f"data.path={data}", "data.max_length=1000000", "data.num_workers=1", f"data.cache_dir={folder}/cache",
             f"chunk.size={chunk_size}", "train.steps=2", "train.global_batch_size=1", "train.guard=false",
             f"train.output_dir={folder}/run", *more,

@@ -38,7 +38,7 @@ def run_ranks(
         AssertionError: a rank failed or hung; the message shows what every rank printed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         Path(folder, "arguments").write_bytes(pickle.dumps(arguments))
         Path(folder, "path").write_text("\n".join(sys.path))  # where test modules are found
         workers = []
@@ -69,7 +69,7 @@ def run_ranks(
         return [pickle.loads(Path(folder, f"{rank}.result").read_bytes()) for rank in range(processes)]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Return a free port below the range from which the kernel takes ports for connections.
 
     A connection could take a port of that range before the first rank listens on it.

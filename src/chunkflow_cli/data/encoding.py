@@ -29,7 +29,7 @@ from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.formats import PLAIN_FORMATS, parse_sample
 from chunkflow_cli.data.labels import first_token_from, labels_of
 from chunkflow_cli.data.notes import Note, Remark, notes_of
-from chunkflow_cli.data.preferences import NOT_PAIRED, joined
+from chunkflow_cli.data.preferences import NOT_PAIRED, after_prompt, joined
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -70,6 +70,10 @@ STRADDLES_PROMPT = Remark(
 NO_FIRST_TOKEN = Remark(
     "the prompt is empty and the tokenizer adds no BOS, so nothing predicts the completion's first token, and it is no "
     "target; begin the prompt with a line end"
+)
+CUTS_PROMPT = Remark(
+    "the tokens of a prompt alone are not those that the prompt with its answers begins with; from where they differ, "
+    "all counts as answer; at inference the prompt is tokenised alone, so let it end where a token ends"
 )
 NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
 EMPTY_ANSWER = Remark("an answer is empty: the model learns to end at once instead of answering")
@@ -185,9 +189,11 @@ class Encoder:
                 if not isinstance(sample, JudgedAnswers):
                     kept += [(line, _with_targets(each.tokens)) for each in labelled]
                 else:
-                    prompt, *answers = (each.tokens.input_ids for each in labelled)
+                    answers = [each.tokens.input_ids for each in labelled[1:]]
+                    prompt = pairs[0][1][0] if is_templated else self._with_prefix(pairs[0][1][0])
                     del labelled[0], texts[0]
                     tokens, mark = joined(prompt, answers, sample.is_good)
+                    labelled[0].remarks.extend([CUTS_PROMPT] * (after_prompt(prompt, answers) < len(prompt)))
                     kept.append((line, tokens))
                     marks.append(mark)
                 said = [remark for text in texts for remark in text.remarks] + [EMPTY_ANSWER] * has_empty_answer(sample)
@@ -275,6 +281,10 @@ class Encoder:
         eos = "none" if self._eos is None else self._backend.id_to_token(self._eos)
         text = f"answers end with {name}, not with the tokenizer's EOS ({eos}): generation has to stop there too"
         return [Remark(text, is_warning=False)]
+
+    def _with_prefix(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return ids behind the special tokens that the tokenizer begins a text with."""
+        return np.concatenate([self._prefix[: len(self._prefix) - _overlap(self._prefix, ids)], ids])
 
     def _label_text(self, text: MarkedText, ids: NDArray[np.int64], encoding: Encoding | None) -> _Labelled:
         labels, straddles = labels_of(text, ids, encoding)
@@ -380,7 +390,11 @@ def _concatenate(
     targets[ends - 1] = IGNORED
     counted = np.concatenate([[0], np.cumsum(targets != IGNORED)])
     starts = ends - lengths
-    digests = [digest_of(input_ids[a:b], targets[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+    of_preferences: Sequence[int | None] = marks or [None] * len(kept)
+    digests = [
+        digest_of(input_ids[start:end], targets[start:end], mark)
+        for start, end, mark in zip(starts.tolist(), ends.tolist(), of_preferences, strict=True)
+    ]
     return EncodedBatch(
         input_ids=input_ids,
         targets=targets,

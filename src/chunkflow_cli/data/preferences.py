@@ -148,13 +148,13 @@ def joined(prompt: NDArray[np.int64], answers: Sequence[NDArray[np.int64]], labe
     """Return the sequences of a sample one after the other, and the mark that the cache keeps of it.
 
     Raises:
-        BadRowError: an answer has no token of its own.
+        BadRowError: an answer has no token of its own, or both have the same.
     """
     start = max(1, after_prompt(prompt, answers))  # nothing predicts the first token
     if any(len(answer) <= start for answer in answers):
         raise BadRowError("an answer is empty, or its tokens are all part of the prompt")
-    if label is None and np.array_equal(answers[0], answers[-1]):
-        raise BadRowError("chosen and rejected become the same tokens, so neither is preferred")
+    if len(answers) == 2 and np.array_equal(answers[0], answers[1]):
+        raise BadRowError("chosen and rejected have the same tokens, so neither is preferred")
     labels = [np.concatenate([np.full(start, IGNORED), answer[start:]]) for answer in answers]
     mark = len(answers[0]) if label is None else int(label)
     return TokenRow(np.concatenate(answers), np.concatenate(labels)), mark

@@ -239,7 +239,7 @@ def without_duplicates(data: TokenizedData) -> TokenizedData:
     digests = [whole.entry.digests[data.indices[data.samples_of(n)]] for n, whole in enumerate(data.wholes)]
     known = np.concatenate(digests)
     for sample in np.flatnonzero(data.is_truncated).tolist():
-        known[sample] = digest_of(data[sample].input_ids, data[sample].targets)
+        known[sample] = digest_of(*_content(data, sample))
     _, inverse, counts = np.unique(known, return_inverse=True, return_counts=True)
     is_duplicate = np.zeros(len(data), bool)
     firsts: dict[int, list[int]] = {}
@@ -247,7 +247,7 @@ def without_duplicates(data: TokenizedData) -> TokenizedData:
     found: list[tuple[Location, str]] = []
     for sample in np.flatnonzero(counts[inverse] > 1).tolist():
         alike = firsts.setdefault(int(inverse[sample]), [])
-        first = next((other for other in alike if _are_equal(data[sample], data[other])), None)
+        first = next((other for other in alike if _are_equal(data, sample, other)), None)
         if first is None:
             alike.append(sample)
         else:
@@ -256,8 +256,19 @@ def without_duplicates(data: TokenizedData) -> TokenizedData:
     return replace(data.without(is_duplicate, "samples_duplicate"), duplicates=found)
 
 
-def _are_equal(one: TokenizedSample, other: TokenizedSample) -> bool:
-    return np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.targets, other.targets)
+def _are_equal(data: TokenizedData, one: int, other: int) -> bool:
+    (ids, targets, mark), (other_ids, other_targets, other_mark) = _content(data, one), _content(data, other)
+    return mark == other_mark and np.array_equal(ids, other_ids) and np.array_equal(targets, other_targets)
+
+
+def _content(data: TokenizedData, sample: int) -> tuple[NDArray[np.int32], NDArray[np.int32], int | None]:
+    """Return the tokens and the targets of a sample, of all of its sequences, and its mark if it is a preference."""
+    if data.answers is None:
+        return data[sample].input_ids, data[sample].targets, None
+    sequences = data.sequences(sample)
+    ids, targets = (np.concatenate([getattr(each, name) for each in sequences]) for name in ("input_ids", "targets"))
+    mark = int(data.is_good[sample]) if len(sequences) == 1 else len(sequences[0].input_ids)
+    return ids, targets, mark
 
 
 def limited(data: TokenizedData, limits: Sequence[int | None], seed: int) -> TokenizedData:

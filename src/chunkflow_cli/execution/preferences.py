@@ -125,7 +125,7 @@ class PreferenceStep:
 
     def outcome(self) -> dict[str, float]:
         """Return the loss and TRL's metrics, as this rank's share of sums over the global batch; none if only sums are
-        wanted."""
+        wanted. As in TRL, a batch without good answers has no reward of them, nor one without bad ones."""
         if self._only_sums:
             return {}
         sums, known = self._whole_sums(), self.known
@@ -133,13 +133,16 @@ class PreferenceStep:
         rewards = judged.rewards.cpu().numpy()
         loss = float(judged.losses.sum()) / known.samples
         first = np.arange(len(rewards)) % 2 == 0 if known.is_desirable is None else known.is_desirable
-        others = known.samples if self.objective.has_pairs else known.samples - known.desirable
-        chosen, rejected = known.samples if self.objective.has_pairs else known.desirable, others
-        values = {
-            "rewards/chosen": float(rewards[first].sum()) / max(chosen, 1),
-            "rewards/rejected": float(rewards[~first].sum()) / max(rejected, 1),
-        }
-        values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
+        chosen, rejected = known.samples, known.samples
+        if not self.objective.has_pairs:
+            chosen, rejected = known.desirable, known.samples - known.desirable
+        values = {}
+        if chosen:
+            values["rewards/chosen"] = float(rewards[first].sum()) / chosen
+        if rejected:
+            values["rewards/rejected"] = float(rewards[~first].sum()) / rejected
+        if chosen and rejected:
+            values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
         if not self.objective.has_pairs:
             values["kl"] = known.divergence * len(rewards) / known.samples
         else:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chunkflow_cli.config.schema import TrainConfig
-from chunkflow_cli.console import counted, human_bytes, human_seconds, plain_column
+from chunkflow_cli.console import counted, human_bytes, human_seconds, percent, plain_column
 from chunkflow_cli.model.saving import loading_code
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.training.metrics import StepMetrics
@@ -67,10 +67,15 @@ class TrainingDisplay:
         """Print a logged step."""
         left = max(0.0, self._tokens_left) / max(row.tokens_per_second, 1e-9)  # a rounded sum may end below zero
         held_out = "" if row.eval_loss is None else f"  held-out {row.eval_loss:.4f}"
+        margin, accuracy = (row.parts.get(f"rewards/{name}") for name in ("margins", "accuracies"))
+        rewards = "" if margin is None else f"  margin {margin:.3f}"
+        rewards += "" if accuracy is None else f"  accuracy {percent(accuracy)}"
+        if (accuracy := row.parts.get("eval_rewards/accuracies")) is not None:
+            held_out += f", accuracy {percent(accuracy)}"
         mfu = "" if self._device_type == "cpu" else f"  MFU {100 * row.mfu:.0f} %"
         time_left = "" if self._bar is not None else f"  {human_seconds(round(left))} left"  # the bar shows it
         self._print(
-            f"step {row.step}/{self._steps}  loss {row.loss:.4f}{held_out}  lr {row.lr:.3g}  "
+            f"step {row.step}/{self._steps}  loss {row.loss:.4f}{rewards}{held_out}  lr {row.lr:.3g}  "
             f"grad norm {row.grad_norm:.3g}  {row.tokens_per_second:,.0f} tokens/s{mfu}  "
             f"{human_bytes(row.peak_memory_bytes)}{time_left}"
         )
@@ -137,6 +142,11 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         parts = [f"{name} {loss:.4f} -> {after[name]:.4f}" for name, loss in report.get("eval_parts_start", {}).items()]
         if parts:
             rows["by part"] = ", ".join(parts)
+    if (accuracy := report.get("eval_accuracy_end")) is not None:
+        before = report["eval_accuracy_start"]
+        rows["held-out accuracy"] = ("" if before is None else f"{percent(before)} before, ") + (
+            f"{percent(accuracy)} of the pairs after"
+        )
     whole = report.get("whole_sequence_peak_bytes_predicted")
     longest = f"whole sequences ({report['longest_sample']:,} tokens)"
     against = f"; {longest} would take about {human_bytes(whole)}" if whole else ""

@@ -54,13 +54,15 @@ def held_out_loss(run: Prepared, state: RunState) -> HeldOutLoss:
 
 def _preference_loss(run: Prepared, state: RunState) -> HeldOutLoss:
     """Return the mean loss per held-out sample of preferences, and note their metrics."""
+    assert run.preferences is not None
     outcome = held_out_outcome(run, state)
     loss = outcome.pop("loss")
     state.held_out_rewards = {f"eval_{name}": value for name, value in outcome.items()}
     accuracy = outcome.get("rewards/accuracies")
-    if state.progress.step == 0:
+    if state.progress.step > 0:
+        state.progress.eval_accuracy_end = accuracy
+    elif not run.preferences.objective.needs_reference:  # the reference is the model itself still: all pairs are ties
         state.progress.eval_accuracy_start = accuracy
-    state.progress.eval_accuracy_end = accuracy
     return HeldOutLoss(loss)
 
 

@@ -92,7 +92,9 @@ def identify(config: Config, data: RunData) -> RunIdentity:
     if train.shuffle:
         order["train.seed"] = train.seed
     if train.task is not Task.sft:  # what is learnt, too: the reference stays that of the first step
-        order |= {"train.task": train.task.value, "preference": as_written(asdict(config.preference))}
+        learnt = asdict(config.preference)
+        del learnt["share_prompts"]  # it changes rounding only
+        order |= {"train.task": train.task.value, "preference": as_written(learnt)}
     return RunIdentity(
         trained_on=_shares(data.train),
         held_out=_shares(data.evaluation),

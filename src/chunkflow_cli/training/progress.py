@@ -41,7 +41,8 @@ class Progress:
     unevaluated: dict[str, Any] | None = None
     """Row of metrics of the last step, if the run was stopped before that step was evaluated."""
     eval_accuracy_start: float | None = None
-    """Share of held-out pairs whose chosen answer has the higher reward, before the first step."""
+    """Share of held-out pairs whose chosen answer has the higher reward, before the first step. None with a reference
+    model: it is the model itself then."""
     eval_accuracy_end: float | None = None
 
     def add(self, step: StepPlan, result: StepResult, seconds: float, *, chunk_size: int) -> None:

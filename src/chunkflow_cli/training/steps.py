@@ -210,7 +210,7 @@ def _run_operations(
         raise Interrupted
     if not np.isfinite(loss):
         _refuse_loss(run, step, rank, result)
-    metrics = dict(zip(names, rewards, strict=True))
+    metrics = {name: value for name, value in zip(names, rewards, strict=True) if name in result.metrics}
     result = replace(result, loss=loss, target_tokens=round(targets), metrics=metrics)
     return result, _mean_losses(run, step, np.array(sums))
 

@@ -64,6 +64,9 @@ def page(run: RunRecord) -> str:
     )
 
 
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+
+
 def charts_of(run: RunRecord) -> list[Chart]:
     """Return the charts for which a run has values."""
     rows = run.rows
@@ -83,6 +86,20 @@ def charts_of(run: RunRecord) -> list[Chart]:
         Chart("Training loss by source", _parts(rows, parts["loss"])),
         Chart("Held-out loss by length", _parts(evaluated, buckets, are_points=True), "By tokens in the sample."),
         Chart("Held-out loss by source", _parts(evaluated, by_source, are_points=True)),
+        Chart(
+            "Rewards",
+            [*_parts(rows, REWARDS), *_series(evaluated, "eval_rewards/margins", "held-out margins", are_points=True)],
+            "Means of a batch. A margin is the reward of the chosen answer minus that of the rejected one.",
+        ),
+        Chart(
+            "Accuracy",
+            [
+                *_series(rows, "rewards/accuracies", "training pairs"),
+                *_series(evaluated, "eval_rewards/accuracies", "held-out pairs", are_points=True),
+            ],
+            "Share of pairs whose chosen answer has the higher reward.", show=percent, from_zero=True,
+        ),
+        Chart("Distance from the reference model", _series(rows, "kl", "kl")),
         Chart("Learning rate", _series(rows, "lr", "learning rate"), show=lambda value: f"{value:.3g}", from_zero=True),
         Chart("Gradient norm", _series(rows, "grad_norm", "norm before clipping"), from_zero=True),
         Chart("Speed", _series(rows, "tokens_per_second", "tokens per second"), show=_whole, from_zero=True),
