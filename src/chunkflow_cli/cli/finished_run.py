@@ -154,10 +154,10 @@ class FinishedRun:
 def _hint(folder: Path) -> str:
     """Return a line for a directory that holds no finished run."""
     if not folder.exists():
-        return "\n  there is no such directory"
+        return "\n  there is no such folder"
     inside = next((parent for parent in folder.absolute().parents if (parent / CONFIG).is_file()), None)
     if inside is not None:
         return f"\n  did you mean the run that it belongs to, {os.path.relpath(inside)}?"
     if (folder / CONFIG).is_file():
-        return "\n  the run has not finished: the same train command goes on with it"
+        return "\n  the run has not finished: the same train command resumes it"
     return "\n  name the train.output_dir of a finished run"

@@ -42,7 +42,7 @@ NEEDS = (
     ),
     Need(
         ("optim.momentum",), "optim.name",
-        lambda c: c.optim.name in (OptimizerName.sgd, OptimizerName.muon), "take optim=sgd or optim=muon",
+        lambda c: c.optim.name in (OptimizerName.sgd, OptimizerName.muon), "set optim=sgd or optim=muon",
     ),
     Need(
         ("log.project", "log.run_name"), "log.backends",

@@ -115,7 +115,7 @@ def _answer(value: object, key: str) -> tuple[Message, ...]:
     turns = parse_messages(value, key, are_targets=True)
     said = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     if not said:
-        raise BadRowError(f"{key} has no message of the assistant, so it is no answer")
+        raise BadRowError(f"{key} has no message of the assistant, so it is not an answer")
     for index in said:
         if not turns[index].is_target:
             raise BadRowError(

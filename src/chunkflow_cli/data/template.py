@@ -156,7 +156,7 @@ class ChatTemplate:
         """Return a text for each answer that is a target: the conversation up to there, the answer as the last turn.
 
         Raises:
-            BadRowError: as in `render`; or an answer is not written behind its generation prompt.
+            BadRowError: as in `render`; or an answer is not written after its generation prompt.
         """
         template = self._template_for(conversation)
         given = self._given(conversation, template)
@@ -243,7 +243,7 @@ class ChatTemplate:
             asked = self._renderer.render(template, [given.messages[:index]], given.tools, **given.arguments)[0][0]
             added = prompt[len(asked) :] if prompt.startswith(asked) else ""
             raise BadRowError(
-                f"the chat template does not write turn {index + 1} behind its generation prompt, which ends with "
+                f"the chat template does not write turn {index + 1} after its generation prompt, which ends with "
                 f"{(added or prompt)[-PROMPT_SHOWN:]!r}, so data.turns=split cannot show it as at inference; "
                 "data.turns=whole trains on what the template writes"
             )
@@ -371,7 +371,7 @@ DATED = Remark(
     is_warning=False,
 )
 REWRITTEN = Remark(
-    "the chat template writes an answer otherwise once another turn follows it; data.turns=whole trains on answers as "
+    "the chat template writes an answer differently once another turn follows it; data.turns=whole trains on answers as "
     "they appear in the whole conversation, data.turns=split on each as the model writes it at inference",
     is_warning=False,
 )

@@ -99,7 +99,7 @@ def check_fits(files: StateFiles, parameters: Mapping[str, nn.Parameter], *, opt
     Raises:
         UsageError: names what differs.
     """
-    remedy = "\n  take the configuration that it was saved with, or checkpoint.resume=never to start over"
+    remedy = "\n  use the configuration that it was saved with, or checkpoint.resume=never to start over"
     if files.optimizer != optimizer:
         raise UsageError(f"optim.name={optimizer}: {files.folder} holds the states of {files.optimizer}{remedy}")
     for name, parameter in parameters.items():
