@@ -371,8 +371,8 @@ DATED = Remark(
     is_warning=False,
 )
 REWRITTEN = Remark(
-    "the chat template writes an answer differently once another turn follows it; data.turns=whole trains on answers as "
-    "they appear in the whole conversation, data.turns=split on each as the model writes it at inference",
+    "the chat template writes an answer differently once another turn follows it; data.turns=whole trains on answers "
+    "as they appear in the whole conversation, data.turns=split on each as the model writes it at inference",
     is_warning=False,
 )
 PROMPT_SHOWN = 30
