@@ -81,7 +81,8 @@ def measured_timeline(trace: Mapping[str, Any], step: int) -> Timeline:
         events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
         steps = sorted({event["args"]["step"] for event in events})
     except (KeyError, TypeError) as error:
-        raise ValueError(f"it is not a trace that train wrote ({error!r} is missing)") from error
+        what = f"{error} is missing" if isinstance(error, KeyError) else "it has another form"
+        raise ValueError(f"it is not a trace that train wrote ({what})") from error
     if step not in steps:
         raise ValueError(f"it holds steps {steps[0]} to {steps[-1]}, not {step}" if steps else "it holds no steps")
     rows: list[tuple[int, int, float, float, str, int]] = []
