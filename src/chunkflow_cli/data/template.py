@@ -40,8 +40,9 @@ from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_mar
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
 from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
 from chunkflow_cli.data.template_rendering import TEMPLATE_DATE, Renderer
+from chunkflow_cli.data.turn_reasons import REMEDY, not_found
 from chunkflow_cli.data.turn_text import EndTokens
-from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, Outline, TurnSpan, not_found, outline
+from chunkflow_cli.data.turns import PROMPT_OPTIONS, Outline, TurnSpan, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -244,7 +245,7 @@ class ChatTemplate:
             added = prompt[len(asked) :] if prompt.startswith(asked) else ""
             raise BadRowError(
                 f"the chat template does not write turn {index + 1} behind its generation prompt, which ends with "
-                f"{(added or prompt)[-PROMPT_SHOWN:]!r}, so data.turns=split cannot show it as at inference; "
+                f"{(added or prompt)[-30:]!r}, so data.turns=split cannot show it as at inference; "
                 "data.turns=whole trains on what the template writes"
             )
         # The skeleton's prompt is not always that of the words: a template may look at the last of them.
@@ -375,8 +376,6 @@ REWRITTEN = Remark(
     "they stand in the whole conversation, data.turns=split on each as the model writes it at inference",
     is_warning=False,
 )
-PROMPT_SHOWN = 30
-"""Characters of a generation prompt that a message shows."""
 OUTLINES = 1000
 """Outlines that are kept. Most data sets have fewer forms of conversations."""
 
