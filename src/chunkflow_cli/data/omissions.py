@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.sample import BadRowError
+from chunkflow_cli.data.turn_reasons import nothing_written
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names of an assistant's reasoning. transformers gives a template the first that is set, under all of them."""
@@ -89,23 +90,6 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
     if any(_name_of(tool) not in whole for tool in tools):
         remarks.append(Remark("the model will not see definitions of tools, which the chat template leaves out"))
     return list(dict.fromkeys(remarks))
-
-
-SPLIT = "data.turns=split makes a sample of each answer, as the model writes it at inference"
-
-
-def nothing_written(number: int, *, is_cut: bool) -> str:
-    """Return why a row is bad that has an answer of which the template writes nothing.
-
-    Args:
-        is_cut: it writes something of it when it is the last turn.
-    """
-    if is_cut:
-        return f"the chat template writes nothing of turn {number} once another turn follows it; {SPLIT}"
-    return (
-        f"the chat template writes nothing of what the assistant says in turn {number}, "
-        "so it cannot be learnt; use a template that writes it"
-    )
 
 
 def _on_ids(message: Mapping[str, Any], whole: str) -> Iterator[Remark]:

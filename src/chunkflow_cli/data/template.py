@@ -40,8 +40,9 @@ from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_mar
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
 from chunkflow_cli.data.template_input import TemplateInput, as_template_input, template_traits
 from chunkflow_cli.data.template_rendering import TEMPLATE_DATE, Renderer
+from chunkflow_cli.data.turn_reasons import REMEDY, not_found
 from chunkflow_cli.data.turn_text import EndTokens
-from chunkflow_cli.data.turns import PROMPT_OPTIONS, REMEDY, Outline, TurnSpan, not_found, outline
+from chunkflow_cli.data.turns import PROMPT_OPTIONS, Outline, TurnSpan, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -375,8 +376,6 @@ REWRITTEN = Remark(
     "as they appear in the whole conversation, data.turns=split on each as the model writes it at inference",
     is_warning=False,
 )
-PROMPT_SHOWN = 30
-"""Characters of a generation prompt that a message shows."""
 OUTLINES = 1000
 """Outlines that are kept. Most data sets have fewer forms of conversations."""
 

@@ -7,13 +7,16 @@ else.
 mark that this text and the whole text have in common, both must continue in the same way. The answer begins where the
 prompt ends. Some prompts end with something that the turn lacks, such as `<think>`; then the prompt for
 `enable_thinking=false` or `true` may fit. Otherwise the answer begins where the two texts differ, if its words begin
-there, or if the place follows a tag or a line and the prompt continues with a tag.
+there, or if the place follows a tag or a line and the prompt or the answer continues with a tag. If even that fails, as
+in a conversation that does not begin with a question, the same message as the answer to a question shows what stands
+around it.
 
 **Where it ends.** `messages[:i+1]` ends with turn i. After the last mark that this text and the whole text have in
 common, both must continue in the same way, up to the end of the first. Some templates end the last turn differently
 (gpt-oss), or add a token at the end of the conversation (Phi-3). Then turn i ends before the generation prompt that
 follows it. Others write a generation prompt after every conversation (Command R7B); then a turn ends with the EOS
-before it.
+before it. At last, the longest end of `messages[:i+1]` that begins with a tag is looked for before the words of the
+next message; it must stand there once.
 
 A turn that cannot be located like this, or that would contain words of another message, is an error.
 """
@@ -27,9 +30,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
-from chunkflow_cli.data.omissions import SPLIT, nothing_written
 from chunkflow_cli.data.sample import BadRowError
 from chunkflow_cli.data.skeleton import FIRST_MARK, RUN, SPARE_MARKS, Written, written
+from chunkflow_cli.data.turn_reasons import REMEDY, SPLIT, NotFoundError, not_found, nothing_written
 from chunkflow_cli.data.turn_text import (
     EndTokens,
     Tags,
@@ -54,7 +57,6 @@ PROMPT_OPTIONS: Mapping[Ending, Mapping[str, bool]] = {
     "thinking": {"add_generation_prompt": True, "enable_thinking": True},
     "no thinking": {"add_generation_prompt": True, "enable_thinking": False},
 }
-REMEDY = "data.train_on=all makes every token a target instead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +128,6 @@ def outline(
     return Outline(written(text), turns, reason, tuple(run.end() for run in RUN.finditer(text)))
 
 
-def not_found(index: int, remedy: str = REMEDY) -> str:
-    """Return why a row is bad in which turn `index` cannot be told apart from what is around it."""
-    return (
-        f"the chat template writes turn {index + 1} differently within the whole conversation, "
-        f"so its targets cannot be found; {remedy}"
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Form:
     """How a template writes a message as the answer to a question."""
@@ -182,7 +176,7 @@ class _Finder:
     def find(self, index: int) -> TurnSpan:
         try:
             return self._find(index)
-        except BadRowError as error:
+        except NotFoundError as error:
             if self._prompt(index):
                 raise BadRowError(self.why_not(index)) from error
             raise BadRowError(
@@ -222,7 +216,7 @@ class _Finder:
         text = self._as_last(index)
         last = self._tokens.without_prompt(text, self._prompt(index))
         if last != text and any(str(self._tokens.eos) in strings_of(message) for message in self._messages):
-            raise BadRowError(not_found(index))  # what stands behind a word of somebody is no prompt
+            raise NotFoundError(not_found(index))  # what stands behind a word of somebody is no prompt
         if index + 1 == len(self._messages):
             return self._span(index, start, len(last), ending)
         end = self._end_in_whole(last, index, start)
@@ -263,7 +257,7 @@ class _Finder:
 
     def _opens(self, index: int) -> bool:
         """Return whether nobody has asked before turn `index`."""
-        return all(message["role"] == "system" for message in self._messages[:index])
+        return all(message["role"] in ("system", "developer") for message in self._messages[:index])
 
     def _span(self, index: int, start: int, end: int, ending: Ending | None) -> TurnSpan:
         stop, own = self._tokens.end_of_turn(self._whole[:end], start)
@@ -283,7 +277,7 @@ class _Finder:
 
     def _start_after_prompt(self, text: str, index: int) -> tuple[int, Ending | None]:
         if not self._prompt(index):
-            raise BadRowError(not_found(index))
+            raise NotFoundError(not_found(index))
         endings: tuple[Ending, ...] = ("prompt", *self._others)
         for ending in endings:
             prompt = self._prompt(index, ending)
@@ -365,7 +359,7 @@ class _Finder:
                 if self._tags.begin(rest[cut:]) or self._tags.begin(text[place + cut :]):
                     return place + cut
                 break
-        raise BadRowError(not_found(index))
+        raise NotFoundError(not_found(index))
 
     def _before_prompt(self, index: int) -> int:
         """Return how much of the prompt of turn `index` belongs to the messages before it."""
@@ -404,7 +398,7 @@ class _Finder:
             for ending in self._tags.endings(tail):
                 if gap.count(ending) == 1 and self._tags.end(ending):
                     return place + gap.index(ending) + len(ending)
-        raise BadRowError(not_found(index))
+        raise NotFoundError(not_found(index))
 
     def _prompts_of_users(self) -> Iterator[str]:
         """Yield the generation prompts that the template writes after users' messages."""

@@ -21,6 +21,7 @@ REASONS = {
     "diffllama": "each layer attends twice with the same keys, and a layer's keys and values are kept once",
     "diffusion_gemma": "it restores blocks of tokens that see each other (diffusion), and predicts no next token",
     "falcon": _OWN_SCORES,
+    "git": _OWN_SCORES,
     "gpt_neo": _OWN_SCORES,
     "gpt_neox_japanese": _OWN_SCORES,
     "gptj": _OWN_SCORES,

@@ -154,8 +154,7 @@ def _leave_out(model: Any) -> LeftOut:
             tensors += [f"{name}.{tensor}" for tensor in part.state_dict()]
         else:
             tensors.append(name)
-            # transformers would draw what is no longer there (llava_next)
-            setattr(owner, "_is_hf_initialized", True)  # noqa: B010 - a module's attributes are tensors to mypy
+            vars(owner)["_is_hf_initialized"] = True  # transformers would draw what is no longer there (llava_next)
         setattr(owner, own, None)
     return LeftOut(tuple(parts), frozenset(tensors))
 
