@@ -14,10 +14,8 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 CASES = [
-    "llama:bfloat16:host:selective", "llama:float32:none:full", "gpt_oss, sinks:bfloat16:none:none",
-    "gemma2, soft caps:bfloat16:none:none", "deepseek_v3, narrow values:bfloat16:none:none",
-    "llama4, blocks, temperature:bfloat16:none:none", "mixtral:float32:host:none", "qwen3_5:bfloat16:host:full",
-    "nemotron_h:bfloat16:none:none", "jamba:bfloat16:none:none",
+    "llama:bfloat16:host:selective", "gpt_oss, sinks:bfloat16:none:none", "deepseek_v3, narrow values:bfloat16:none:none",
+    "mixtral:float32:host:none", "qwen3_5:bfloat16:host:full",
 ]  # fmt: skip
 
 

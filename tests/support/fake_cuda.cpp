@@ -8,11 +8,13 @@
 namespace {
 const c10::Device device(c10::DeviceType::CUDA, 0);
 
+c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, device); }
+
 struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return device; }
   c10::Device getDevice() const override { return device; }
-  c10::Stream getStream(c10::Device) const noexcept override { return {c10::Stream::DEFAULT, device}; }
-  c10::Stream exchangeStream(c10::Stream) const noexcept override { return {c10::Stream::DEFAULT, device}; }
+  c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
+  c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
 };
 c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
 } // namespace
