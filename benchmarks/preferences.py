@@ -37,14 +37,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of each answer with its prompt")
     parser.add_argument("--trl", type=int, help="tokens of each answer of the pair that TRL takes")
     parser.add_argument("--layers", type=int, help="take a random model of SmolLM2's shape with so many layers")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each point")
     parser.add_argument("--chunk-size", type=int, default=1024)
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
-    parser.add_argument("--trl-child", nargs=2, metavar=("LENGTH", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--trl-child", nargs=3, metavar=("LENGTH", "STEPS", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trl_child:
         with tempfile.TemporaryDirectory() as folder:
-            length, model = arguments.trl_child
-            train_with_trl("dpo", [long_pair(int(length))] * 2, Path(folder), batch=1, steps=2, model_path=model)
+            (length, steps), model = map(int, arguments.trl_child[:2]), arguments.trl_child[2]
+            train_with_trl("dpo", [long_pair(length)] * 2, Path(folder), batch=1, steps=steps, model_path=model)
         return
     found = {task: exact(task) for task in arguments.tasks} if arguments.what == "exact" else memory(arguments)
     emit({"benchmark": f"preferences {arguments.what}", "hardware": hardware(), **found}, arguments.out)
@@ -209,14 +210,22 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         model = smollm2_path() if arguments.layers is None else random_model(arguments.layers, Path(folder))
         pair, size = long_pair(arguments.length), arguments.chunk_size
         answer = {"prompt": pair["prompt"], "completion": pair["chosen"]}
-        dpo, twice = "train.task=dpo", "preference.share_prompts=false"
+        steps, dpo, twice = f"train.steps={arguments.steps}", "train.task=dpo", "preference.share_prompts=false"
         points = {
-            "supervised": train_in_chunks(model, answer, size),
-            "pair": train_in_chunks(model, pair, size, dpo),
-            "pair, prompt run twice": train_in_chunks(model, pair, size, dpo, twice),
+            "supervised": train_in_chunks(model, answer, size, steps),
+            "pair": train_in_chunks(model, pair, size, steps, dpo),
+            "pair, prompt run twice": train_in_chunks(model, pair, size, steps, dpo, twice),
         }
         if arguments.trl:
-            command = [sys.executable, __file__, "memory", "--trl-child", str(arguments.trl), model]
+            command = [
+                sys.executable,
+                __file__,
+                "memory",
+                "--trl-child",
+                str(arguments.trl),
+                str(arguments.steps),
+                model,
+            ]
             points[f"trl, {arguments.trl} tokens"] = measured(f"TRL, a pair of {arguments.trl:,}", command)
     # While the second answer goes backward, the keys and values of the first one wait: half of its float32 state.
     second = state_bytes(arguments.length, size, "float32") // 2 * (arguments.layers or LAYERS) // LAYERS
@@ -239,10 +248,12 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 LAYERS = 30
 """Layers of SmolLM2-135M."""
+VOCABULARY = 8192
+"""Of a random model: the words of a long pair are among the first."""
 
 
 def random_model(layers: int, folder: Path) -> str:
-    """Make a random model of SmolLM2's widths, with its tokenizer, and return its folder."""
+    """Make a random model of SmolLM2's widths with a small vocabulary, and its tokenizer, and return its folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -252,7 +263,7 @@ def random_model(layers: int, folder: Path) -> str:
 
     config = load_config(ModelConfig(path=smollm2_path()))
     assert config.num_hidden_layers == LAYERS
-    config.num_hidden_layers = layers
+    config.num_hidden_layers, config.vocab_size = layers, VOCABULARY
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     load_tokenizer(smollm2_path(), trust_remote_code=False).save_pretrained(folder)
     return str(folder)
@@ -265,7 +276,7 @@ def train_in_chunks(model: str, row: dict[str, str], chunk_size: int, *more: str
         command = [
             sys.executable, "-m", "chunkflow_cli", "train", f"model.path={model}", "model.dtype=float32",
             f"data.path={data}", "data.max_length=1000000", "data.num_workers=1", f"data.cache_dir={folder}/cache",
-            f"chunk.size={chunk_size}", "train.steps=2", "train.global_batch_size=1", "train.guard=false",
+            f"chunk.size={chunk_size}", "train.global_batch_size=1", "train.guard=false",
             f"train.output_dir={folder}/run", *more,
         ]  # fmt: skip
         return measured(" ".join(["in chunks", *more]), command)

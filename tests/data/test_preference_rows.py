@@ -13,6 +13,7 @@ import pytest
 from chunkflow_cli.config.schema import BadRows, DataFormat, Overlong
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.sample import IGNORED, PromptCompletion
+from chunkflow_cli.data.tokenized import without_duplicates
 from chunkflow_cli.errors import UsageError
 from support.tokenized import load, write_rows
 from support.tokenizers import make_tokenizer
@@ -40,6 +41,8 @@ PAIRS: dict[str, list[dict[str, Any]]] = {
     "texts": [
         {"prompt": "sky? ", "chosen": "blue", "rejected": "green"},
         {"prompt": "x", "chosen": "ab<|im_end|>", "rejected": "a"},
+        {"prompt": "sky? ", "chosen": "Hm", "rejected": "no"},  # the prompt's last token becomes part of the answer's
+        {"prompt": "x", "chosen": "a", "rejected": ""},
     ],
     "whole texts": [{"chosen": "The sky is blue.", "rejected": "The sky is green."}],
 }
@@ -49,6 +52,10 @@ FEEDBACK: dict[str, list[dict[str, Any]]] = {
         {"prompt": [SYSTEM, ASKED], "completion": FOLLOWED, "label": False},
     ],
     "texts": [{"prompt": "sky? ", "completion": "blue", "label": 1}, {"prompt": "a", "completion": "b", "label": 0}],
+    "empty, and merged with its prompt": [
+        {"prompt": "a", "completion": "", "label": 0},
+        {"prompt": "sky? ", "completion": "Hm", "label": 0},
+    ],
 }
 
 
@@ -107,16 +114,18 @@ def test_policies_take_both_answers_of_a_pair(tmp_path: Path) -> None:
         {"prompt": "p", "chosen": "c" * 30, "rejected": "r"},
         {"prompt": "p", "chosen": "c", "rejected": "rr"},
         {"prompt": "p" * 20, "chosen": "c", "rejected": "rr"},
+        {"prompt": "p", "chosen": "c" * 30, "rejected": "c" * 25},  # the same once both are cut
     ]
     model, path = make_tokenizer(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UsageError, match="2 of 3 samples are longer than 20 tokens"):
+    with pytest.raises(UsageError, match="3 of 4 samples are longer than 20 tokens"):
         load(path, model, format=DataFormat.preference, max_length=20)
     dropped = load(path, model, format=DataFormat.preference, max_length=20, overlong=Overlong.drop)
-    assert (dropped.samples_read, dropped.samples_dropped, len(dropped)) == (3, 2, 1)
+    assert (dropped.samples_read, dropped.samples_dropped, len(dropped)) == (4, 3, 1)
     cut = load(
         path, model, format=DataFormat.preference, max_length=20, overlong=Overlong.truncate, bad_rows=BadRows.skip
     )
-    assert (len(cut), cut.samples_rejected, cut.samples_truncated) == (2, 1, 1)
+    assert (len(cut), cut.samples_rejected, cut.samples_truncated) == (2, 2, 1)
+    assert "the answers are the same, after truncation to 20 tokens" in cut.rejected[1][1]
     chosen, rejected = cut.sequences(0)
     assert (len(chosen.input_ids), len(rejected.input_ids)) == (20, 3)
     assert (chosen.targets[-1], int((chosen.targets != IGNORED).sum())) == (IGNORED, 19)
@@ -129,6 +138,7 @@ BAD = {
     "no prompt": ({"chosen": [BLUE], "rejected": [GREEN]}, "do not begin with the same message"),
     "another prompt": ({"prompt": "why?", "chosen": [ASKED, BLUE], "rejected": [ASKED, GREEN]}, "prompt is a string"),
     "none chosen": ({"prompt": "p", "rejected": "b"}, "no key 'chosen'"),
+    "the same tokens": ({"prompt": "p", "chosen": "a", "rejected": "a<|im_end|>"}, "have the same tokens"),
     "weighted": ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": 0.5}, "weight is 0.5"),
     "a weighted answer": (
         {"prompt": [ASKED], "chosen": [{**BLUE, "weight": 0}], "rejected": [GREEN]},
@@ -177,3 +187,22 @@ def test_marks_survive_selection(tmp_path: Path) -> None:
         write_rows(tmp_path / "rows.jsonl", rows), make_tokenizer(tmp_path / "model"), format=DataFormat.preference
     )
     assert [len(each.input_ids) for each in data.select(np.array([2, 0])).sequences(0)] == [11, 3]
+
+
+def test_labels_and_truncated_answers_tell_samples_apart(tmp_path: Path) -> None:
+    model = make_tokenizer(tmp_path / "model")
+    feedback = [{"prompt": "p", "completion": "c", "label": label} for label in (True, False, True)]
+    data = load(write_rows(tmp_path / "feedback.jsonl", feedback), model, format=DataFormat.feedback)
+    assert [row.line for row, _ in without_duplicates(data).duplicates] == [3]
+    pairs = [{"prompt": "p", "chosen": "c" * 30, "rejected": each + "x" * 20} for each in ("a", "b", "a", "aax")]
+    path = write_rows(tmp_path / "pairs.jsonl", pairs)
+    cut = load(path, model, format=DataFormat.preference, max_length=9, overlong=Overlong.truncate)
+    assert [row.line for row, _ in without_duplicates(cut).duplicates] == [3]
+
+
+def test_a_prompt_whose_tokens_change_is_remarked_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_tokenizer(tmp_path / "model")
+    rows = [{"prompt": "p ", "chosen": each, "rejected": "r"} for each in ("Hm", "hm")]
+    load(write_rows(tmp_path / "rows.jsonl", rows), model, format=DataFormat.preference)
+    assert "from where they differ, all counts as answer" in (said := capsys.readouterr().err)
+    assert "(1 row, first" in said

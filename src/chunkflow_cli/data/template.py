@@ -245,7 +245,7 @@ class ChatTemplate:
             added = prompt[len(asked) :] if prompt.startswith(asked) else ""
             raise BadRowError(
                 f"the chat template does not write turn {index + 1} after its generation prompt, which ends with "
-                f"{(added or prompt)[-PROMPT_SHOWN:]!r}, so data.turns=split cannot show it as at inference; "
+                f"{(added or prompt)[-30:]!r}, so data.turns=split cannot show it as at inference; "
                 "data.turns=whole trains on what the template writes"
             )
         # The skeleton's prompt is not always that of the words: a template may look at the last of them.

@@ -71,8 +71,11 @@ class PreferenceStep:
         """True once all sums are known before the chunks train: their forwards then add nothing."""
 
     def add(self, places: Tensor, log_probabilities: Tensor) -> None:
-        """Add the log-probabilities of targets to the sums at their places, (targets,) each."""
-        self.sums.index_add_(0, places, log_probabilities.double())
+        """Add the log-probabilities of targets to the sums at their places, (targets,) each.
+
+        Places may count from the end, as that of an idle target does (`with_idle_target`).
+        """
+        self.sums.index_add_(0, places.remainder(len(self.sums)), log_probabilities.double())
         self._weights = self._whole = None
 
     def weights(self) -> Tensor:

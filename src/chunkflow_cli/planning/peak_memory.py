@@ -270,6 +270,8 @@ def _base(chunks: Chunks, group: range) -> int:
 
 
 def _stored_tokens(chunks: Chunks, group: range) -> float:
+    if len(group) == 1:  # an answer that continues from another one's prompt
+        return 0.0
     return float(chunks.stop[chunks.first_segment[group.stop - 2]])
 
 
