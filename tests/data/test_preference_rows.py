@@ -148,7 +148,10 @@ BAD = {
         {"prompt": [ASKED], "chosen": [BLUE], "rejected": [ASKED]},
         "rejected has no message of the assistant",
     ),
-    "the same tokens": ({"prompt": [ASKED], "chosen": [BLUE], "rejected": [{**BLUE, "name": "n"}]}, "the same tokens"),
+    "the same but for a name": (
+        {"prompt": [ASKED], "chosen": [BLUE], "rejected": [{**BLUE, "name": "n"}]},
+        "the same tokens",
+    ),
     "asked elsewhere": (
         {"question": "why?", "chosen": "a", "rejected": "b"},
         r"question is not read.*\{question:prompt\}",
