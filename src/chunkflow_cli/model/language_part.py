@@ -79,8 +79,8 @@ def what_is_trained(model: Any) -> str | None:
 def names_in_forward(model: Any) -> frozenset[str]:
     """Return the names of attributes that the class around the head of a model reads in its forward."""
     head = model.get_output_embeddings()
-    owner = next(module for module in model.modules() if any(child is head for child in module.children()))
-    return frozenset(inspect.unwrap(type(owner).forward).__code__.co_names)
+    owners = [module for module in model.modules() if any(child is head for child in module.children())]
+    return frozenset(name for owner in owners for name in inspect.unwrap(type(owner).forward).__code__.co_names)
 
 
 def text_only(model: Any, input_ids: Any) -> dict[str, Any]:
