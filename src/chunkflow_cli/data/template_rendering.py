@@ -21,7 +21,7 @@ from chunkflow_cli.data.template_input import MessageForm, in_form, template_tra
 from chunkflow_cli.errors import UsageError
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-LONGEST_SECONDS = 20
+LONGEST_SECONDS = 10
 """CPU time that a template may take for a conversation; usual ones take microseconds."""
 
 
