@@ -265,7 +265,7 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
             for sample in np.flatnonzero((answers.whole > limit).all(axis=1) & (target_counts > 0)).tolist():
                 own = slice(int(entry.offsets[sample]), int(entry.offsets[sample + 1]))
                 kept = [each.input_ids for each in answers.sequences(sample, entry.input_ids[own], entry.targets[own])]
-                if len(kept) == 2 and np.array_equal(*kept):
+                if len(kept) == 2 and np.array_equal(kept[0], kept[1]):
                     target_counts[sample] = 0
         else:
             lengths = np.minimum(lengths, limit)

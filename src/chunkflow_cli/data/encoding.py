@@ -71,8 +71,8 @@ NO_FIRST_TOKEN = Remark(
     "target; begin the prompt with a line end"
 )
 CUTS_PROMPT = Remark(
-    "the tokens of a prompt alone are not those that the prompt with its answer begins with: from where they differ, all "
-    "counts as answer, and at inference the prompt has other tokens"
+    "the tokens of a prompt alone are not those that the prompt with its answer begins with: from where they differ, "
+    "all counts as answer, and at inference the prompt has other tokens"
 )
 NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
 NO_EOS = Remark("the tokenizer has no EOS token, so the model does not learn to stop")

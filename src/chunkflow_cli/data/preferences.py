@@ -134,7 +134,7 @@ def joined(prompt: NDArray[np.int64], answers: Sequence[NDArray[np.int64]], labe
     start = max(1, after_prompt(prompt, answers))  # nothing predicts the first token
     if any(len(answer) <= start for answer in answers):
         raise BadRowError("an answer is empty, or its tokens are all part of the prompt")
-    if len(answers) == 2 and np.array_equal(*answers):
+    if len(answers) == 2 and np.array_equal(answers[0], answers[1]):
         raise BadRowError("chosen and rejected have the same tokens, so neither is preferred")
     labels = [np.concatenate([np.full(start, IGNORED), answer[start:]]) for answer in answers]
     mark = len(answers[0]) if label is None else int(label)
