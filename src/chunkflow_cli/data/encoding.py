@@ -389,9 +389,10 @@ def _concatenate(
     targets[ends - 1] = IGNORED
     counted = np.concatenate([[0], np.cumsum(targets != IGNORED)])
     starts = ends - lengths
+    of_samples: Sequence[int | None] = marks or [None] * len(kept)
     digests = [
         digest_of(input_ids[start:end], targets[start:end], mark)
-        for start, end, mark in zip(starts.tolist(), ends.tolist(), marks or [None] * len(kept), strict=True)
+        for start, end, mark in zip(starts.tolist(), ends.tolist(), of_samples, strict=True)
     ]
     return EncodedBatch(
         input_ids=input_ids,
