@@ -264,11 +264,11 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
         if answers is not None:
             lengths = answers.lengths.sum(axis=1)
             target_counts = np.where((answers.targets > 0).all(axis=1), answers.targets.sum(axis=1), 0)
-            for index in np.flatnonzero((answers.whole > limit).all(axis=1) & (target_counts > 0)).tolist():
-                own = slice(int(entry.offsets[index]), int(entry.offsets[index + 1]))
-                kept = [each.input_ids for each in answers.sequences(index, entry.input_ids[own], entry.targets[own])]
+            for pair in np.flatnonzero((answers.whole > limit).all(axis=1) & (target_counts > 0)).tolist():
+                own = slice(int(entry.offsets[pair]), int(entry.offsets[pair + 1]))
+                kept = [each.input_ids for each in answers.sequences(pair, entry.input_ids[own], entry.targets[own])]
                 if len(kept) == 2 and np.array_equal(kept[0], kept[1]):
-                    target_counts[index] = 0
+                    target_counts[pair] = 0
         else:
             lengths = np.minimum(lengths, limit)
         for sample in np.flatnonzero(is_long) if answers is None else ():

@@ -72,8 +72,8 @@ NO_FIRST_TOKEN = Remark(
     "target; begin the prompt with a line end"
 )
 CUTS_PROMPT = Remark(
-    "the tokens of a prompt alone are not those that the prompt with its answers begins with; from where they differ, "
-    "all counts as answer; at inference the prompt is tokenised alone, so let it end where a token ends"
+    "the tokens of a prompt alone are not those that the prompt with its answer begins with: from where they differ, "
+    "all counts as answer, and at inference the prompt has other tokens"
 )
 NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
 EMPTY_ANSWER = Remark("an answer is empty: the model learns to end at once instead of answering")
@@ -390,10 +390,10 @@ def _concatenate(
     targets[ends - 1] = IGNORED
     counted = np.concatenate([[0], np.cumsum(targets != IGNORED)])
     starts = ends - lengths
-    of_preferences: Sequence[int | None] = marks or [None] * len(kept)
+    of_samples: Sequence[int | None] = marks or [None] * len(kept)
     digests = [
         digest_of(input_ids[start:end], targets[start:end], mark)
-        for start, end, mark in zip(starts.tolist(), ends.tolist(), of_preferences, strict=True)
+        for start, end, mark in zip(starts.tolist(), ends.tolist(), of_samples, strict=True)
     ]
     return EncodedBatch(
         input_ids=input_ids,
