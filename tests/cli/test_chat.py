@@ -150,7 +150,7 @@ def test_what_cannot_chat_is_refused(make_run: Callable[..., Path], tmp_path: Pa
 def test_what_is_no_run_or_damaged_is_said(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run()
     for folder, hint in (
-        ("none", "no such directory"),
+        ("none", "no such folder"),
         ("run/final", "that it belongs to, .*run"),
         ("base", "name the"),
     ):
