@@ -520,6 +520,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
         format=DataFormat.prompt_completion,
         estimated=True,
         lengths=lengths[-2000:],  # planning a million samples would take too long
+        sequences_per_sample=1,
         target_counts=lengths[-2000:] // 2,
         digests=np.arange(2000) // 3,
         longest=[(Location(path, 1_000_000 - i), 303 * 1024) for i in range(5)],
@@ -530,7 +531,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
         rows=2000,
     )
     result = analyze.analysis(data, load([]).config) | {
-        "rows": len(lengths), "samples": len(lengths), "tokens": int(lengths.sum()), "targets": int(lengths.sum()) // 2, "duplicates": 123_456,
+        "rows": len(lengths), "samples": len(lengths), "sequences": len(lengths), "tokens": int(lengths.sum()), "targets": int(lengths.sum()) // 2, "duplicates": 123_456,
     }  # fmt: skip
     result["packing"]["to_longest"]["bins"] = 123_456
     lines = printed([(lengths, result), (lengths, result)], width)
@@ -545,7 +546,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
 def test_the_histogram_uses_a_wide_screen() -> None:
     """Bars grow with the terminal, and their lengths are proportional to their shares."""
     lengths = np.array([10] * 30 + [100] * 60)
-    data = analyze.MeasuredData("a", DataFormat.text, False, lengths, lengths, np.arange(90), [], [], None, 90)
+    data = analyze.MeasuredData("a", DataFormat.text, False, lengths, 1, lengths, np.arange(90), [], [], None, 90)
     result = analyze.analysis(data, load([]).config)
     bars = {
         width: [line.split()[1] for line in printed([(lengths, result)], width) if "█" in line] for width in (80, 120)
@@ -695,3 +696,21 @@ def test_plots_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(UsageError, match=message):
         found(chats, plot=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_pairs_are_measured_by_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str], is_exact: bool) -> None:
+    """Each answer is a sequence of its own with its prompt: `data.max_length`, chunks and padding know no pairs."""
+    path, words = tmp_path / "a.jsonl", ["train.task=dpo"]
+    path.write_text(json.dumps({"prompt": "why? ", "chosen": "b" * 800, "rejected": "c" * 80}) + "\n")
+    path.write_text(path.read_text() * 3)
+    if is_exact:
+        words.append(f"model.path={make_tokenizer(tmp_path / 'model')}")
+    found = analyze.run([str(path)], load(words))
+    assert (found["samples"], found["sequences"], found["rows"], found["duplicates"]) == (3, 6, 3, 2)
+    assert found["max"] == found["longest"][0]["tokens"] < found["tokens"] / 3
+    assert {longest["location"] for longest in found["longest"][:3]} == {f"{path}:{line}" for line in (1, 2, 3)}
+    screen = capsys.readouterr().out
+    assert "3 pairs of answers" in screen
+    assert "per answer with its prompt: mean" in screen
+    assert "answers cut" in screen

@@ -61,8 +61,10 @@ class MeasuredData:
     path: str
     format: DataFormat
     estimated: bool
-    lengths: NDArray[np.int64]  # (samples,) tokens
-    target_counts: NDArray[np.int64]  # (samples,)
+    lengths: NDArray[np.int64]  # (sequences,) tokens
+    sequences_per_sample: int
+    """2 for pairs of preferences, whose answers are sequences of their own, one after the other; otherwise 1."""
+    target_counts: NDArray[np.int64]  # (samples,), or (sequences,) if estimated
     digests: NDArray[np.int64]  # (samples,), equal where samples are
     longest: list[tuple[Location, int]]
     """The longest samples with their tokens, longest first."""
@@ -72,6 +74,10 @@ class MeasuredData:
     rows: int
     """Number of rows that the samples come from."""
     shown: Sequence[ShownSample] | None = None
+
+    @property
+    def samples(self) -> int:
+        return len(self.lengths) // self.sequences_per_sample
 
 
 def run(
@@ -122,7 +128,7 @@ def run(
         for data in measured:
             if data.shown is not None:
                 console.print()
-                print_samples(console, data.path, data.shown, len(data.lengths))
+                print_samples(console, data.path, data.shown, data.samples)
         if show:
             console.print()
         print_next_command(console, _next_command(trained, loaded))
@@ -134,13 +140,17 @@ def run(
 def _shares(measured: Sequence[MeasuredData], sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
     """Return what each source contributes to an epoch: its name, and its shares of samples, tokens and targets."""
     samples = [
-        source.weight or min(len(data.lengths), source.samples or len(data.lengths))
+        source.weight or min(data.samples, source.samples or data.samples)
         for data, source in zip(measured, sources, strict=True)
     ]
     columns = {
         "share_of_samples": samples,
-        "share_of_tokens": [count * data.lengths.mean() for count, data in zip(samples, measured, strict=True)],
-        "share_of_targets": [count * data.target_counts.mean() for count, data in zip(samples, measured, strict=True)],
+        "share_of_tokens": [
+            count * data.lengths.sum() / data.samples for count, data in zip(samples, measured, strict=True)
+        ],
+        "share_of_targets": [
+            count * data.target_counts.sum() / data.samples for count, data in zip(samples, measured, strict=True)
+        ],
     }
     return [
         {"source": name_of(source), **{name: float(parts[i] / sum(parts)) for name, parts in columns.items()}}
@@ -195,14 +205,18 @@ def _counted(config: Config, format: DataFormat, show: int | None) -> MeasuredDa
     )
     most = limit if config.data.max_length is None else config.data.max_length
     entry, path, rejected = data.entry, _path_of(config), data.locate(data.entry.rejected)
+    lengths, count = entry.lengths, 1
+    if format is DataFormat.preference:
+        lengths, count = np.stack([entry.marks, entry.lengths - entry.marks], axis=1).ravel(), 2
     return MeasuredData(
         path=path,
         format=format,
         estimated=False,
-        lengths=entry.lengths,
+        lengths=lengths,
+        sequences_per_sample=count,
         target_counts=entry.target_counts,
         digests=entry.digests.view(np.int64),
-        longest=_longest(path, entry.lengths, rejected, data.location),
+        longest=_longest(path, lengths, rejected, lambda sequence: data.location(sequence // count)),
         rejected=rejected,
         model_limit=limit,
         rows=int(entry.rows.max(initial=-1)) + 1,
@@ -223,16 +237,19 @@ def _estimated(config: Config, source: Source, format: DataFormat) -> MeasuredDa
             progress=progress,
         )
 
-    def locate(sample: int) -> Location:
-        return source.location(int(sizes.files[sample]), int(sizes.lines[sample]))
+    count = 2 if format is DataFormat.preference else 1
+
+    def locate(sequence: int) -> Location:
+        return source.location(int(sizes.files[sequence]), int(sizes.lines[sequence]))
 
     return MeasuredData(
         path=path,
         format=format,
         estimated=format is not DataFormat.tokens,
         lengths=sizes.lengths,
+        sequences_per_sample=count,
         target_counts=sizes.target_counts,
-        digests=sizes.digests,
+        digests=sizes.digests[::count],
         longest=_longest(path, sizes.lengths, sizes.rejected, locate),
         rejected=sizes.rejected,
         model_limit=config.data.max_length,
@@ -250,7 +267,7 @@ def _longest(
     rejected: Sequence[tuple[Location, str]],
     locate: Callable[[int], Location],
 ) -> list[tuple[Location, int]]:
-    """Return where the longest samples are, and their tokens.
+    """Return where the longest sequences are, and their tokens.
 
     Raises:
         UsageError: there is no sample.
@@ -259,7 +276,7 @@ def _longest(
         reasons = "".join(f"\n  {where}: {reason}" for where, reason in rejected[:LONGEST_SHOWN])
         raise UsageError(f"{path}: none of its {len(rejected)} rows can be trained on{reasons}")
     longest = np.argsort(-lengths, kind="stable")[:LONGEST_SHOWN]
-    return [(locate(int(sample)), int(lengths[sample])) for sample in longest]
+    return [(locate(int(sequence)), int(lengths[sequence])) for sequence in longest]
 
 
 def _tokenizer(
@@ -291,7 +308,8 @@ def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
         "format": data.format.value,
         "estimated": data.estimated,
         "rows": data.rows,
-        "samples": statistics.samples,
+        "samples": data.samples,
+        "sequences": len(data.lengths),
         "tokens": statistics.tokens,
         "targets": targets,
         "target_share": targets / statistics.tokens,
@@ -311,7 +329,7 @@ def analysis(data: MeasuredData, config: Config) -> dict[str, Any]:
             "as_they_come": padding_share(data.lengths, PADDED_BATCH),
             "sorted_by_length": padding_share(np.sort(data.lengths), PADDED_BATCH),
         },
-        **_by_global_batch(data.path, data.lengths, config),
+        **_by_global_batch(data, config),
     }
 
 
@@ -326,16 +344,17 @@ def _rejected(rejected: Sequence[tuple[Location, str]]) -> dict[str, Any]:
     }
 
 
-def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> dict[str, Any]:
+def _by_global_batch(data: MeasuredData, config: Config) -> dict[str, Any]:
     """Return packing, chunks and balance, computed within the global batches of one epoch of training."""
-    train = config.train
+    train, lengths, path = config.train, data.lengths, data.path
+    sequences = np.arange(len(lengths)).reshape(data.samples, -1)
     batches = GlobalBatches(
-        len(lengths),
+        data.samples,
         train.global_batch_size,
         train.seed,
         train.shuffle,
         tokens=train.global_batch_tokens,
-        lengths=None if train.global_batch_tokens is None else lengths,
+        lengths=None if train.global_batch_tokens is None else lengths[sequences].sum(axis=1),
     )
     sizes = sorted({*CHUNK_SIZES, config.chunk.size})
     longest, tokens = int(lengths.max()), int(lengths.sum())
@@ -344,7 +363,7 @@ def _by_global_batch(path: str, lengths: NDArray[np.int64], config: Config) -> d
     dealt, balanced = [], []
     with progress_bar(f"planning {path}", batches.steps_per_epoch) as progress:
         for step in range(batches.steps_per_epoch):
-            batch = lengths[batches[step]]
+            batch = lengths[sequences[batches[step]].ravel()]
             bins += count_chunks(batch, longest)
             chunks += [count_chunks(batch, size) for size in sizes]
             lower_bounds += -(-batch.sum() // np.array(sizes))

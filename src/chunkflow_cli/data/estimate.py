@@ -60,7 +60,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class EstimatedSizes:
-    """Lengths of all samples of a source. The samples themselves are not kept in memory."""
+    """Lengths of all samples of a source. The samples themselves are not kept in memory.
+
+    The two answers of a pair of preferences are two samples, one after the other.
+    """
 
     lengths: NDArray[np.int64]  # (samples,) tokens
     target_counts: NDArray[np.int64]  # (samples,) tokens that the loss would count
@@ -100,7 +103,9 @@ def estimate_sizes(
     for batch in source.batches():
         for line, raw in zip(batch.lines, batch.rows, strict=True):
             try:
-                if is_usual:
+                if format is DataFormat.preference:
+                    sizes = _sizes_of_judged(parse_sample(decode_row(raw), format))
+                elif is_usual:
                     sizes = [_size_of_row(raw, format, quick)]
                 else:
                     sizes = _sizes_of_answers(parse_sample(decode_row(raw), format), train_on, turns, reasoning)
@@ -228,10 +233,17 @@ def _size_of_sample(sample: Sample) -> Size:
             return _size_of_sample(sample.conversation())
         case Conversation():
             return _sizes_of_conversation(sample, Turns.whole, reasoning=True)[0]
-        case JudgedAnswers(prompt, answers):
-            before = _tokens(prompt) if isinstance(prompt, str) else _size_of_sample(prompt)[0]
-            sizes = [1 + _tokens(each) if isinstance(each, str) else _size_of_sample(each)[0] for each in answers]
-            return sum(sizes), max(0, sum(sizes) - before * len(sizes))
+        case JudgedAnswers():
+            return _sizes_of_judged(sample)[0]
+
+
+def _sizes_of_judged(sample: Sample) -> list[Size]:
+    """Return the size of each answer with its prompt."""
+    assert isinstance(sample, JudgedAnswers)
+    prompt = sample.prompt
+    before = _tokens(prompt) if isinstance(prompt, str) else _size_of_sample(prompt)[0]
+    sizes = [1 + _tokens(each) if isinstance(each, str) else _size_of_sample(each)[0] for each in sample.answers]
+    return [(size, max(1, size - before)) for size in sizes]
 
 
 def _tokens_of_tools(tools: Sequence[Mapping[str, Any]]) -> int:

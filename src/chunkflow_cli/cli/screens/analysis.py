@@ -55,7 +55,7 @@ def print_next_command(console: Console, command: str) -> None:
 def _blocks(width: int, lengths: NDArray[np.int64], found: dict[str, Any]) -> Iterator[RenderableType]:
     """Yield the parts of a screen, which are printed with an empty line between them."""
     yield _headline(found, width)
-    yield _histogram(min(width, WIDEST), lengths)
+    yield _histogram(min(width, WIDEST), lengths, _unit(found))
     yield _cumulative(found)
     yield _longest(found, width)
     batches = f"chunks are made within steps of {_batch(found['packing'])}"
@@ -83,12 +83,15 @@ def _headline(found: dict[str, Any], width: int) -> Text:
         rows = f"{rejected:,} of {counted(found['rows'] + rejected, 'row')} cannot be trained on (reasons below)\n"
         text.append(rows, style="bold red")
     of_rows = "" if found["rows"] == found["samples"] else f" of {counted(found['rows'], 'row')}"
+    is_pairs = _unit(found) == "answers"
+    samples = f"{counted(found['samples'], 'pair')} of answers" if is_pairs else counted(found["samples"], "sample")
     text.append(
-        f"{counted(found['samples'], 'sample')}{of_rows}, {about}{counted(found['tokens'], 'token')}, "
+        f"{samples}{of_rows}, {about}{counted(found['tokens'], 'token')}, "
         f"{found['targets']:,} of them targets ({percent(found['target_share'])})\n"
     )
+    each = "answer with its prompt" if is_pairs else "sample"
     text.append(
-        f"per sample: mean {found['mean']:,.0f}, median {quantiles['p50']:,}, p90 {quantiles['p90']:,}, "
+        f"per {each}: mean {found['mean']:,.0f}, median {quantiles['p50']:,}, p90 {quantiles['p90']:,}, "
         f"p99 {quantiles['p99']:,}, p99.9 {quantiles['p999']:,}, longest {found['max']:,}"
     )
     if found["duplicates"]:
@@ -97,20 +100,23 @@ def _headline(found: dict[str, Any], width: int) -> Text:
         text.append(f"\n{counted(found['duplicates'], 'sample')} {repeat} an earlier one ({share})")
     if found["over_model_limit"]:
         are = "is" if found["over_model_limit"] == 1 else "are"
-        text.append(
-            f"\n{counted(found['over_model_limit'], 'sample')} {are} longer than the limit of "
-            f"{found['model_limit']:,} tokens"
-        )
+        over = counted(found["over_model_limit"], "answer" if is_pairs else "sample")
+        text.append(f"\n{over} {are} longer than the limit of {found['model_limit']:,} tokens")
     return text
 
 
-def _histogram(width: int, lengths: NDArray[np.int64]) -> Table:
+def _unit(found: dict[str, Any]) -> str:
+    """Return what lengths are of: of the answers, with their prompts, if samples are pairs."""
+    return "answers" if found["sequences"] > found["samples"] else "samples"
+
+
+def _histogram(width: int, lengths: NDArray[np.int64], unit: str) -> Table:
     bins = histogram(lengths)
     samples, tokens = bins.samples / bins.samples.sum(), bins.tokens / bins.tokens.sum()
     label = max(len(_bin_name(low, high)) for low, high in itertools.pairwise(bins.edges.tolist()))
     fixed = label + 2 * len("30.2 %") + len(f"{bins.samples.max():,}") + 5  # and a space between columns
     bar = max(6, (width - fixed) // 2)
-    table = columns(">tokens", "samples", ">", ">", "of all tokens", ">", gap=1)
+    table = columns(">tokens", unit, ">", ">", "of all tokens", ">", gap=1)
     table.columns[1].width = table.columns[4].width = bar
     for index in range(len(bins.samples)):
         table.add_row(
@@ -130,12 +136,12 @@ def _bin_name(low: int, high: int) -> str:
 
 def _cumulative(found: dict[str, Any]) -> Table:
     table = columns("shorter than", *(name.replace("<", ">") for name in found["cdf"]))
-    table.add_row("samples", *(percent(share) for share in found["cdf"].values()))
+    table.add_row(_unit(found), *(percent(share) for share in found["cdf"].values()))
     table.add_row("their tokens", *(percent(share) for share in found["cdf_tokens"].values()))
     cuts = {cut["limit"]: cut for cut in found["truncation"]}
     table.add_row("", *("" for _ in found["cdf"]))
     table.add_row("cut off at", *(short_count(limit) for limit in cuts), style="bold")
-    table.add_row("samples cut", *(f"{cut['samples_cut']:,}" for cut in cuts.values()))
+    table.add_row(f"{_unit(found)} cut", *(f"{cut['samples_cut']:,}" for cut in cuts.values()))
     table.add_row("tokens lost", *(percent(cut["tokens_lost"] / found["tokens"]) for cut in cuts.values()))
     return table
 
