@@ -21,14 +21,8 @@ from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.parity import (
-    DirectEngine,
-    float64_throughout,
-    random_sequences,
-    use_implementation,
-    whole_implementation,
-    without_kernel_packages,
-)
+from chunkflow_cli.execution.parity import DirectEngine, random_sequences, use_implementation, whole_implementation
+from chunkflow_cli.execution.precision import float64_throughout, without_kernel_packages
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.device import training_device

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.engine import internals
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences, use_float64_experts
+from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from support.models import MODELS, SHAPES, TINY
 

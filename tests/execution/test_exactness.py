@@ -34,7 +34,8 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.guard import guard
-from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences, use_float64_experts
+from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences
+from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.small_copy import small_config
 from chunkflow_cli.execution.state import PastBlock, SequenceState

@@ -18,7 +18,8 @@ from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.execution import parity, small_copy
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.guard import guard
-from chunkflow_cli.execution.parity import Parity, float64_throughout, without_kernel_packages
+from chunkflow_cli.execution.parity import Parity
+from chunkflow_cli.execution.precision import float64_throughout, without_kernel_packages
 from chunkflow_cli.execution.small_copy import small_config
 from chunkflow_cli.execution.small_sizes import REACH
 from chunkflow_cli.execution.state import SequenceState

@@ -20,7 +20,8 @@ from chunkflow_cli.cli import export
 from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences, use_float64_experts
+from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters, summarize
 from chunkflow_cli.model.hf_config import load_config

@@ -222,7 +222,7 @@ def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from chunkflow_cli.execution.parity import use_float64_experts
+    from chunkflow_cli.execution.precision import use_float64_experts
 
     dtype = torch.float32 if dtype is None else dtype
     model_type, changes = RECURRENT[name]

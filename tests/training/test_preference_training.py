@@ -180,7 +180,7 @@ def by_trl(folder: Path, task: str) -> tuple[list[dict[str, Any]], dict[str, tor
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.experimental import orpo
 
-    from chunkflow_cli.execution.parity import float64_throughout
+    from chunkflow_cli.execution.precision import float64_throughout
 
     settings: dict[str, Any] = {
         "output_dir": str(folder / "trl"), "per_device_train_batch_size": BATCH, "max_steps": STEPS,

@@ -20,14 +20,10 @@ from chunkflow_cli.execution.acceleration import Acceleration, check_acceleratio
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.dropout import remove_dropout
 from chunkflow_cli.execution.guard import ROUNDING_SUSPECTED
-from chunkflow_cli.execution.parity import (
-    Parity,
-    compare,
-    random_sequences,
-    remove_dropout,
-    use_float64_experts,
-)
+from chunkflow_cli.execution.parity import Parity, compare, random_sequences
+from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.execution.state_home import state_home
 from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing

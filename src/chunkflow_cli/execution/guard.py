@@ -9,11 +9,11 @@ here: `chunkflow verify verify.dtype=bfloat16` runs them.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,13 +25,8 @@ from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import (
-    TOLERANCES,
-    Parity,
-    compare,
-    random_sequences,
-    use_float64_experts,
-)
+from chunkflow_cli.execution.parity import TOLERANCES, Parity, compare, random_sequences
+from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.execution.small_copy import CannotBuildError, build_small, small_config
 from chunkflow_cli.execution.small_sizes import VOCABULARY
 from chunkflow_cli.execution.state_home import Home, state_home
@@ -79,20 +74,17 @@ def guard(
     in_float32 = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
     backend = choose_backend(in_float32, small, device, torch.float32).backend
     with _explained(hf_config, name, how):
-        compared = functools.partial(
-            _compare_small, small, backend, device, torch.float32, activation_checkpointing, stages, home
-        )
-        parity = compared(acceleration)
+        run = _SmallRun(small, device, activation_checkpointing, stages, home)
+        parity = run.compare(backend, torch.float32, acceleration)
         if TOLERANCES[torch.float32] < parity.grad_rel_error < ROUNDING_SUSPECTED:
             # Saturated scores can lift float32's own rounding this high; in float64 only a real difference remains.
             # Kernels and compiled code round as well, and not more: they compute in float32 only.
             is_rounding = (
-                not acceleration or parity.grad_rel_error < ROUNDING_OF_KERNELS * compared(None).grad_rel_error
+                not acceleration
+                or parity.grad_rel_error < ROUNDING_OF_KERNELS * run.compare(backend, torch.float32).grad_rel_error
             )
             if is_rounding:
-                parity = _compare_small(
-                    small, ReferenceBackend(), device, torch.float64, activation_checkpointing, stages, home, None
-                )
+                parity = run.compare(ReferenceBackend(), torch.float64)
     if not parity.passed:
         raise UsageError(
             f"models of type {name!r} cannot be trained exactly {how}: on a small random one the gradient differs by "
@@ -142,35 +134,39 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _compare_small(
-    config: Any,
-    backend: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    checkpointing: ActivationCheckpointing,
-    stages: int,
-    home: Home,
-    acceleration: Acceleration | None,
-) -> Parity:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        model = build_small(config, device, dtype)
-        use_float64_experts(model, dtype)
-        enable_activation_checkpointing(model, checkpointing)
-        sequences = random_sequences(GUARD_LENGTHS, min(VOCABULARY, config.get_text_config().vocab_size))
-        # Where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8.
-        tolerance = 1e-6 if dtype is torch.float64 else None
-        parity = compare(
-            model,
-            backend,
-            sequences,
-            chunk_size=GUARD_CHUNK_SIZE,
-            k=2,
-            tolerance=tolerance,
-            stages=stages,
-            state_home=home,
-            acceleration=acceleration,
-        )
-        if not math.isfinite(parity.loss_whole):
-            raise CannotBuildError("with random weights its loss is not a finite number")
-        return parity
+@dataclass(frozen=True)
+class _SmallRun:
+    """A small model that is trained whole and in chunks."""
+
+    config: Any
+    device: torch.device
+    checkpointing: ActivationCheckpointing
+    stages: int
+    state_home: Home
+
+    def compare(self, backend: Backend, dtype: torch.dtype, acceleration: Acceleration | None = None) -> Parity:
+        """Compare the two.
+
+        Raises:
+            CannotBuildError: with random weights, the loss is not finite.
+        """
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            model = build_small(self.config, self.device, dtype)
+            use_float64_experts(model, dtype)
+            enable_activation_checkpointing(model, self.checkpointing)
+            parity = compare(
+                model,
+                backend,
+                random_sequences(GUARD_LENGTHS, min(VOCABULARY, self.config.get_text_config().vocab_size)),
+                chunk_size=GUARD_CHUNK_SIZE,
+                k=2,
+                # Where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8.
+                tolerance=1e-6 if dtype is torch.float64 else None,
+                stages=self.stages,
+                state_home=self.state_home,
+                acceleration=acceleration,
+            )
+            if not math.isfinite(parity.loss_whole):
+                raise CannotBuildError("with random weights its loss is not a finite number")
+            return parity

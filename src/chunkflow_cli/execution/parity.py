@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Task
@@ -24,9 +22,13 @@ from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
-from chunkflow_cli.execution.precision import accumulation_dtype, float32_products
-from chunkflow_cli.execution.preference_loss import judge
-from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
+from chunkflow_cli.execution.precision import accumulation_dtype, arithmetic_of
+from chunkflow_cli.execution.preference_parity import (
+    preference_batch,
+    random_preferences,
+    whole_preference_loss,
+    with_prompts,
+)
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.state_home import Home, OnDevice
@@ -130,61 +132,62 @@ def compare(
     if objective is None or not objective.has_pairs:
         chunks = build_chunks(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
     else:
-        sequences, prompts = _with_prompts(sequences)
+        sequences, prompts = with_prompts(sequences)
         is_shared = share_prompts and stages == 1 and not ChunkModel(model, backend).recurrent_layers
         chunks = build_pair_chunks(
             lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight,
             prompts=prompts if is_shared else None, trunk_is_chosen=objective.task is Task.orpo,
         )  # fmt: skip
-    with _arithmetic_of(dtype):
-        tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
-        home = state_home or OnDevice()
-        return _compare(model, backend, sequences, tolerance, k, stages, home, acceleration, chunks, objective)
+    run = _ChunkedRun(backend, chunks, k, stages, state_home or OnDevice(), acceleration, objective)
+    with arithmetic_of(dtype):
+        return _compare(model, sequences, run, TOLERANCES[dtype] if tolerance is None else tolerance)
 
 
-def _compare(
-    model: Any,
-    backend: Backend,
-    sequences: Sequence[TokenizedSample],
-    tolerance: float,
-    k: int,
-    stages: int,
-    state_home: Home,
-    acceleration: Acceleration | None,
-    chunks: Chunks,
-    objective: Objective | None,
-) -> Parity:
+@dataclass(frozen=True)
+class _ChunkedRun:
+    """How the chunked side runs: `compare`'s arguments."""
+
+    backend: Backend
+    chunks: Chunks
+    k: int
+    stages: int
+    state_home: Home
+    acceleration: Acceleration | None
+    objective: Objective | None
+
+
+def _compare(model: Any, sequences: Sequence[TokenizedSample], run: _ChunkedRun, tolerance: float) -> Parity:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(iter(parameters.values())).device
     dtype = next(iter(parameters.values())).dtype
     weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
-    prepared = None if objective is None else _random_preferences(objective, sequences)
+    prepared = None if run.objective is None else random_preferences(run.objective, sequences)
 
     model.zero_grad(set_to_none=True)
     with use_implementation(model, whole_implementation(base_model(model))):
         if prepared is None:
             loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
         else:
-            loss_whole, known = _whole_preference_loss(model, *prepared, device)
+            loss_whole, known = whole_preference_loss(model, *prepared, device)
             prepared = (*prepared[:2], known)
     whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
 
     model.zero_grad(set_to_none=True)
-    if acceleration is not None:
-        acceleration.use_kernels(model)
+    if run.acceleration is not None:
+        run.acceleration.use_kernels(model)
     with use_implementation(model, attention.NAME):
-        module = ChunkModel(model, backend) if stages == 1 else _chain(model, backend, stages)
-        if acceleration is not None:
+        module = ChunkModel(model, run.backend) if run.stages == 1 else _chain(model, run.backend, run.stages)
+        if run.acceleration is not None:
             for part in module.stages if isinstance(module, StageChain) else (module,):
-                acceleration.compile(part.causal_lm)
-        settings = RunnerSettings(device, accumulation_dtype(dtype), state_home=state_home)
+                run.acceleration.compile(part.causal_lm)
+        settings = RunnerSettings(device, accumulation_dtype(dtype), state_home=run.state_home)
         runner = Runner(DirectEngine(module), settings)
         if prepared is None:
-            batch = StepBatch(chunks, sequences, np.full(len(sequences), weight))
-            schedule = plan(chunks, k)
+            batch = StepBatch(run.chunks, sequences, np.full(len(sequences), weight))
+            schedule = plan(run.chunks, run.k)
         else:
-            batch = _preference_batch(chunks, *prepared, device)
-            tasks = preference_tasks(chunks, k, 2 if prepared[0].has_pairs else 1)
+            batch = preference_batch(run.chunks, *prepared, device)
+            tasks = preference_tasks(run.chunks, run.k, 2 if prepared[0].has_pairs else 1)
             schedule = plan_tasks(tasks, join_retained=True)
         loss_chunked = runner.run((schedule,), batch).loss
     if isinstance(module, StageChain):
@@ -210,81 +213,6 @@ def _compare(
     )
 
 
-def _with_prompts(sequences: Sequence[TokenizedSample]) -> tuple[list[TokenizedSample], NDArray[np.int64]]:
-    """Give both sequences of each pair the same beginning, half of the shorter one; return its number of tokens."""
-    made, prompts = [], []
-    for first, second in zip(sequences[0::2], sequences[1::2], strict=True):
-        asked = max(1, min(len(first.input_ids), len(second.input_ids)) // 2)
-        for each in (first, second):
-            ids, targets = each.input_ids.copy(), each.targets.copy()
-            ids[:asked], targets[: asked - 1] = first.input_ids[:asked], IGNORED
-            targets[asked - 1] = ids[asked]
-            made.append(TokenizedSample(ids, targets))
-        prompts.append(asked)
-    return made, np.array(prompts, np.int64)
-
-
-def _random_preferences(
-    objective: Objective, sequences: Sequence[TokenizedSample]
-) -> tuple[Objective, Sequences, Known]:
-    """Return the sequences as preferences, with drawn differences to the log-probabilities of a reference model."""
-    made = Sequences.of(list(sequences), objective)
-    rng = np.random.default_rng(0)
-    is_desirable = None if objective.has_pairs else np.arange(len(sequences)) % 2 == 0
-    known = Known(
-        counts=made.counts,
-        reference=rng.uniform(-3, 3, len(made.counts)) if objective.needs_reference else None,
-        is_desirable=is_desirable,
-        samples=len(sequences) // (2 if objective.has_pairs else 1),
-        desirable=0 if is_desirable is None else int(is_desirable.sum()),
-        imitated_tokens=made.imitated_tokens if objective.nll_weight else 0,
-        divergence=0.1,
-    )
-    return objective, made, known
-
-
-def _preference_batch(
-    chunks: Chunks, objective: Objective, sequences: Sequences, known: Known, device: torch.device
-) -> StepBatch:
-    """Return the batch of a step of preferences that one process runs alone."""
-    step = PreferenceStep(objective, known, sequences, device)
-    return StepBatch(chunks, sequences.samples, step.imitated_weights, preferences=step)
-
-
-def _whole_preference_loss(
-    model: Any, objective: Objective, sequences: Sequences, known: Known, device: torch.device
-) -> tuple[float, Known]:
-    """Go backward through the loss of whole sequences by autograd; return it, and what is known with a reference.
-
-    The reference is as far from the model as `known.reference` says: far off, the loss would have no gradient.
-    """
-    sums, imitated = [], torch.zeros((), dtype=torch.float64, device=device)
-    for index, (sequence, start) in enumerate(zip(sequences.samples, sequences.starts, strict=True)):
-        ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
-        targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
-        logits = model(input_ids=ids, use_cache=False, **text_only(model, ids)).logits[0]
-        logits = logits.to(accumulation_dtype(logits.dtype))
-        entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").double()
-        sums.append(-entropy[start:].sum())
-        if index % 2 == 0:
-            imitated = imitated + entropy.sum()
-
-    def tensor(values: Any) -> Tensor | None:
-        return None if values is None else torch.as_tensor(values, device=device)
-
-    found = torch.stack(sums)
-    if known.reference is not None:
-        known = replace(known, reference=found.detach().cpu().numpy() + known.reference)
-    counts, reference = torch.as_tensor(known.counts, device=device), tensor(known.reference)
-    divergence = torch.tensor(known.divergence, dtype=torch.float64, device=device)
-    judged = judge(objective, found, counts, reference, tensor(known.is_desirable), divergence)
-    loss = judged.losses.sum() / known.samples
-    if known.imitated_tokens:
-        loss = loss + objective.nll_weight * imitated / known.imitated_tokens
-    loss.backward()
-    return float(loss.detach()), known
-
-
 def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
     cut = cut_layers(int(model.config.get_text_config().num_hidden_layers), stages)
     return StageChain([StageModel(copy.deepcopy(model), backend, layers) for layers in cut])
@@ -294,22 +222,6 @@ def whole_implementation(model: Any) -> str:
     """Return transformers' own attention for the whole-sequence side: eager where sdpa leaves something out."""
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "sdpa" if model._supports_sdpa and not softcap else "eager"
-
-
-def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
-    """Switch a float64 model with experts to transformers' plain product: the grouped one has no float64."""
-    if dtype is not torch.float64:
-        return
-    for part in model.modules():  # the decoder of a multimodal model may have experts where the model's class has none
-        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
-            part.set_experts_implementation("eager")
-
-
-def remove_dropout(config: Any) -> None:
-    """Set every rate of dropout or noise of a configuration to zero, because under them no two forwards agree."""
-    for name, value in vars(config).copy().items():
-        if isinstance(value, float) and any(part in name for part in ("drop", "jitter", "router_noise")):
-            setattr(config, name, 0.0)
 
 
 def _whole_loss(model: Any, sequence: TokenizedSample, weight: float, device: torch.device) -> float:
@@ -338,46 +250,3 @@ def use_implementation(model: Any, name: str) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(before)
-
-
-@contextmanager
-def _arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
-    """Make a model compute in its own dtype within the block, if that is float32 or float64."""
-    with ExitStack() as stack:
-        if dtype is torch.float64:
-            stack.enter_context(float64_throughout())
-        if dtype in (torch.float32, torch.float64):
-            stack.enter_context(without_kernel_packages())
-            stack.enter_context(float32_products())
-        yield
-
-
-@contextmanager
-def float64_throughout() -> Iterator[None]:
-    """Let `torch.float32` and `Tensor.float` mean float64 within the block.
-
-    Norms, routers and the scans of recurrent layers compute in float32 whatever the model's dtype is.
-    """
-    before = torch.float32, torch.float, Tensor.float
-    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
-    Tensor.float = Tensor.double  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.float32, torch.float, Tensor.float = before  # type: ignore[misc, method-assign]
-
-
-@contextmanager
-def without_kernel_packages() -> Iterator[None]:
-    """Let transformers run recurrent layers by its own functions within the block, not by a package's kernels.
-
-    Kernels such as those of flash-linear-attention take no float32, let alone float64.
-    """
-    from transformers.integrations import hub_kernels
-
-    before = hub_kernels.is_torchdynamo_exporting  # an export takes transformers' own functions, too
-    hub_kernels.is_torchdynamo_exporting = lambda: True
-    try:
-        yield
-    finally:
-        hub_kernels.is_torchdynamo_exporting = before

@@ -1,11 +1,14 @@
-"""The data types in which sums and products are taken."""
+"""The data types in which models compute, and in which sums are taken."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,3 +30,55 @@ def float32_products() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
+    """Make a model compute in its own dtype within the block, if that is float32 or float64."""
+    with ExitStack() as stack:
+        if dtype is torch.float64:
+            stack.enter_context(float64_throughout())
+        if dtype in (torch.float32, torch.float64):
+            stack.enter_context(without_kernel_packages())
+            stack.enter_context(float32_products())
+        yield
+
+
+@contextmanager
+def float64_throughout() -> Iterator[None]:
+    """Let `torch.float32` and `Tensor.float` mean float64 within the block.
+
+    Norms, routers and the scans of recurrent layers compute in float32 whatever the model's dtype is.
+    """
+    before = torch.float32, torch.float, Tensor.float
+    torch.float32 = torch.float = torch.float64  # type: ignore[misc]
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, Tensor.float = before  # type: ignore[misc, method-assign]
+
+
+@contextmanager
+def without_kernel_packages() -> Iterator[None]:
+    """Let transformers run recurrent layers by its own functions within the block, not by a package's kernels.
+
+    Kernels such as those of flash-linear-attention take no float32, let alone float64.
+    """
+    from transformers.integrations import hub_kernels
+
+    before = hub_kernels.is_torchdynamo_exporting  # an export takes transformers' own functions, too
+    hub_kernels.is_torchdynamo_exporting = lambda: True
+    try:
+        yield
+    finally:
+        hub_kernels.is_torchdynamo_exporting = before
+
+
+def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
+    """Switch a float64 model with experts to transformers' plain product: the grouped one has no float64."""
+    if dtype is not torch.float64:
+        return
+    for part in model.modules():  # the decoder of a multimodal model may have experts where the model's class has none
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")

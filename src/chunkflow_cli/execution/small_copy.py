@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from chunkflow_cli.errors import is_out_of_memory
+from chunkflow_cli.execution.dropout import remove_dropout
 from chunkflow_cli.execution.layer_kinds import keep_layer_kinds
-from chunkflow_cli.execution.parity import remove_dropout, use_implementation, whole_implementation
+from chunkflow_cli.execution.parity import use_implementation, whole_implementation
 from chunkflow_cli.execution.small_sizes import FEW_HEADS, HIDDEN, MORE_HEADS, SHRINKINGS, Before, number, shorten_reach
 from chunkflow_cli.model.hf_config import with_parts
 from chunkflow_cli.model.language_part import text_only

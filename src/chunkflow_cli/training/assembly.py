@@ -17,10 +17,9 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, head_of
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
-from chunkflow_cli.execution.dropout import has_dropout
+from chunkflow_cli.execution.dropout import has_dropout, remove_dropout
 from chunkflow_cli.execution.loss import FUSED_HEADS
 from chunkflow_cli.execution.messages import Links
-from chunkflow_cli.execution.parity import remove_dropout
 from chunkflow_cli.execution.runner import Runner, ScheduleRunner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.stage_runner import StageRunner
