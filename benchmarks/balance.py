@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.balance import balance, rank_loads, share_out
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.costs import CostModel, OperationCost
+from chunkflow_cli.planning.devices import DEVICES
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.prediction import rank_seconds
 from chunkflow_cli.planning.run_plan import RunPlan
 from common import emit, say

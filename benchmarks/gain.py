@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 
 from balance import MODELS
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.costs import CostModel, OperationCost
+from chunkflow_cli.planning.devices import DEVICES
 from chunkflow_cli.planning.memory_parts import memory_parts, step_seconds
 from chunkflow_cli.planning.memory_settings import MemorySettings
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, sequences_as_chunks
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import search

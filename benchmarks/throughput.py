@@ -395,7 +395,7 @@ def load_flops(load: Load) -> float:
     from chunkflow_cli.config.schema import ModelConfig
     from chunkflow_cli.model.hf_config import load_config
     from chunkflow_cli.model.shape import shape_without_weights
-    from chunkflow_cli.planning.costs import training_flops
+    from chunkflow_cli.planning.model_shape import training_flops
 
     config = ModelConfig(path=smollm2_path())
     return training_flops(load.lengths, shape_without_weights(config, load_config(config)))

@@ -16,7 +16,8 @@ from chunkflow_cli.cli import chat, export
 from chunkflow_cli.cli.finished_run import FinishedRun
 from chunkflow_cli.config.schema import LoraConfig, ModelConfig
 from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters
+from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.saving import save_generation
 from support.tokenizers import CHATML, make_tokenizer
 

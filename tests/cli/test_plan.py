@@ -25,7 +25,7 @@ from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import StepBatch, StepResult
-from chunkflow_cli.planning.costs import DeviceProfile
+from chunkflow_cli.planning.devices import DeviceProfile
 from chunkflow_cli.planning.memory_parts import MemoryParts
 from chunkflow_cli.planning.schedule import OpKind, Schedule
 from chunkflow_cli.planning.schedule_proof import validate

@@ -18,7 +18,7 @@ from chunkflow_cli.cli.app import app
 from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.planning.costs import DEVICES
+from chunkflow_cli.planning.devices import DEVICES
 from chunkflow_cli.training.setup import calibration_path, read_setup
 
 pytestmark = pytest.mark.processes

@@ -15,7 +15,7 @@ from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.data.dataset import check_data
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.planning.costs import DEVICES
+from chunkflow_cli.planning.devices import DEVICES
 from chunkflow_cli.training.contributions import contributions
 from chunkflow_cli.training.identity import differences, identify
 from chunkflow_cli.training.inputs import FoundData, RunData, load_run_data

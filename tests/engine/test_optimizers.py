@@ -14,7 +14,7 @@ from chunkflow_cli.config.schema import Dtype, EngineConfig, Offload, OptimConfi
 from chunkflow_cli.engine import Engine, EngineSettings, check_optimizer, optimizer_states, optimizers
 from chunkflow_cli.engine.whole_parameters import choose_owners
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.optimizer_states import state_numbers
 from support.muon import orthogonalise_in_float64
 from support.ranks import run_ranks

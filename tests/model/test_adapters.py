@@ -23,7 +23,9 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import compare, random_sequences
 from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.model.adapter_merge import merge_adapters
-from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters, summarize
+from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
+from chunkflow_cli.model.adapter_summary import summarize
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import BLOCK_BYTES, BLOCKS, changed_files, model_files
 from chunkflow_cli.model.loading import check_adapters

@@ -9,7 +9,7 @@ import torch
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.device import present_device, training_device
-from chunkflow_cli.planning.costs import DEVICES
+from chunkflow_cli.planning.devices import DEVICES
 
 
 @pytest.fixture

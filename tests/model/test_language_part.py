@@ -25,7 +25,9 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import compare, random_sequences
 from chunkflow_cli.execution.stages import StageModel
-from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters, summarize
+from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
+from chunkflow_cli.model.adapter_summary import summarize
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.language_part import left_out
 from chunkflow_cli.model.loading import load_model, on_meta_device, skeleton

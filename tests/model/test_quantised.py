@@ -29,7 +29,8 @@ from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.adapter_merge import merge_adapters
-from chunkflow_cli.model.adapters import add_lora, save_adapters
+from chunkflow_cli.model.adapter_saving import save_adapters
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import check_adapters, load_model, on_meta_device
 from chunkflow_cli.model.quantised import dequantise, quantised_layers, stored_bytes

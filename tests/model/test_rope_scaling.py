@@ -18,7 +18,8 @@ from chunkflow_cli.config.schema import LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import compare, random_sequences
-from chunkflow_cli.model.adapters import adapter_card, add_lora, save_adapters
+from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
+from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config, position_limit
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.saving import loading_code, save_model

@@ -23,7 +23,7 @@ from chunkflow_cli.model.scan_shapes import recurrent_functions_on_meta
 from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_adapters
 from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.attention_layers import AttentionLayers
-from chunkflow_cli.planning.costs import training_flops
+from chunkflow_cli.planning.model_shape import training_flops
 from support.models import RECURRENT, RECURRENT_TINY, TINY
 from support.models import SHAPES as KINDS_OF_ATTENTION
 

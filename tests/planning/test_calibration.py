@@ -20,7 +20,8 @@ from chunkflow_cli.planning.calibration import (
     fit_costs,
     fit_memory,
 )
-from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.costs import CostModel, OperationCost
+from chunkflow_cli.planning.model_shape import ModelShape
 
 SHAPE = ModelShape(
     layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 2, 1, 4, 4),), vocab_size=32,

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
-from chunkflow_cli.planning.costs import (
-    DEVICES,
-    CostModel,
-    DeviceProfile,
-    ModelShape,
-    OperationCost,
-    chunk_targets,
-    chunk_tokens,
-    training_flops,
-)
+from chunkflow_cli.planning.costs import CostModel, OperationCost, chunk_targets, chunk_tokens
+from chunkflow_cli.planning.devices import DEVICES, DeviceProfile
 from chunkflow_cli.planning.memory_parts import MemorySettings, offload_seconds
+from chunkflow_cli.planning.model_shape import ModelShape, training_flops
 from chunkflow_cli.planning.prediction import rank_seconds
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RankPlan

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, chunk_tokens
+from chunkflow_cli.planning.costs import CostModel, chunk_tokens
+from chunkflow_cli.planning.devices import DEVICES
 from chunkflow_cli.planning.memory_parts import (
     HEAD_TILE_BYTES,
     TILES_ALIVE,
@@ -24,6 +25,7 @@ from chunkflow_cli.planning.memory_parts import (
     step_seconds,
 )
 from chunkflow_cli.planning.memory_settings import Buffers, MemorySettings
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.peak_memory import activations_and_state, memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers

@@ -24,7 +24,8 @@ from chunkflow_cli.planning.pipeline_orders import live_activations, plain_1f1b,
 from chunkflow_cli.planning.pipeline_search import searched
 from chunkflow_cli.planning.schedule import Op, OpKind, Schedule, plan
 from chunkflow_cli.planning.schedule_proof import validate_pipeline
-from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate
+from chunkflow_cli.planning.simulate import OperationSeconds, simulate
+from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.zero_bubble import zero_bubble
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import build_chunks, join_chunks
-from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.costs import CostModel, OperationCost
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import operation_seconds, rank_seconds, timeline
 from chunkflow_cli.planning.proof import validate_groups

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.costs import DEVICES, CostModel, ModelShape, OperationCost, chunk_targets
+from chunkflow_cli.planning.costs import CostModel, OperationCost, chunk_targets
+from chunkflow_cli.planning.devices import DEVICES
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import operation_seconds
 from chunkflow_cli.planning.run_plan import RunPlan

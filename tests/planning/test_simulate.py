@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.pipeline_orders import state_aware_1f1b
 from chunkflow_cli.planning.schedule import Layout, Op, OpKind, Schedule, plan
-from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate, simulate_ranks
+from chunkflow_cli.planning.simulate import OperationSeconds, simulate, simulate_ranks
+from chunkflow_cli.planning.timeline import Timeline
 
 
 def lines(*text: str) -> list[Schedule]:

@@ -9,7 +9,8 @@ import pytest
 
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline
-from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate, simulate_ranks
+from chunkflow_cli.planning.simulate import OperationSeconds, simulate, simulate_ranks
+from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.planning.trace import TracedOperation, chrome_trace, measured_timeline
 

@@ -13,7 +13,7 @@ import torch
 from chunkflow_cli.config.schema import Config, TrainConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.attention_layers import AttentionLayers
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.processes import notices
 from chunkflow_cli.training import determinism

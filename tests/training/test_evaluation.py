@@ -137,7 +137,7 @@ def test_held_out_losses_by_source_and_by_length(folder: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("weighting", ["token", "sequence"])
 def test_losses_of_a_step_by_source(folder: Path, weighting: str) -> None:
-    from chunkflow_cli.planning.costs import DEVICES
+    from chunkflow_cli.planning.devices import DEVICES
     from chunkflow_cli.training.setup import read_setup
 
     config = load([*WORDS, f"data.cache_dir={folder}", *mixed(folder, weighting)]).config

@@ -11,7 +11,9 @@ from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.costs import DEVICES, GIB, CostModel, ModelShape
+from chunkflow_cli.planning.costs import CostModel
+from chunkflow_cli.planning.devices import DEVICES, GIB
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.host_room import check_host_room

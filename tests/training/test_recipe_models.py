@@ -24,7 +24,7 @@ from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.planning.costs import DEVICES
+from chunkflow_cli.planning.devices import DEVICES
 from chunkflow_cli.planning.memory_parts import memory_parts
 from chunkflow_cli.planning.schedule import Layout, plan
 from chunkflow_cli.training.assembly import assemble

@@ -18,7 +18,7 @@ from chunkflow_cli.config.load import LoadedConfig, load
 from chunkflow_cli.config.schema import LogBackend
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.planning.attention_layers import AttentionLayers
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.processes import environment
 from chunkflow_cli.training import metrics
 from chunkflow_cli.training.checkpoint_folder import SavedState, read_state, write_state

@@ -21,7 +21,7 @@ from chunkflow_cli.execution.preferences import PreferenceStep
 from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attention, prepare_recurrent_layers
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
-from chunkflow_cli.model.adapters import trained_copy
+from chunkflow_cli.model.adapter_summary import trained_copy
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.language_part import decoder_of, is_language_part, names_in_forward
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +39,11 @@ def explain_adapter_folder(path: str) -> str | None:
         f"  to continue training it: model.path={base} model.lora.enabled=true model.lora.path={path}\n"
         f"  to train on from the merged model: chunkflow export {run} --merge --output merged, then model.path=merged"
     )
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Silence peft's advice on tied weights and name patterns, which `find_targets` and `merge` deal with."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        yield

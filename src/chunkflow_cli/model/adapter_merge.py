@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from chunkflow_cli.model.adapters import adapted_layers, trained_copy
+from chunkflow_cli.model.adapter_summary import adapted_layers, trained_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

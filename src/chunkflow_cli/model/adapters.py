@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig, Quantization
+from chunkflow_cli.config.schema import LoraConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG
+from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, without_peft_warnings
+from chunkflow_cli.model.adapter_summary import saved_modules
 from chunkflow_cli.model.adapter_targets import (
     MODULES_KEY,
-    PARAMETERS_KEY,
     SAVED_KEY,
     Targets,
     find_targets,
-    fused_parameters,
     in_any_layer,
     shortest,
     shortest_as_text,
 )
 from chunkflow_cli.model.language_part import is_language_part, left_out
-from chunkflow_cli.model.rope_scaling import loading_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,51 +35,6 @@ SUPPORTED = frozenset({
     "qalora_group_size",
 })  # fmt: skip
 """Settings of a saved adapter that training can continue with. Any other setting would change the computation."""
-WORTH_A_WARNING = 0.01
-"""Share of weights outside of linear layers above which a warning names their missing adapters."""
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """Summary of what the adapters of a model train, and what they leave out."""
-
-    kind: str
-    """LoRA | DoRA"""
-    trained: int
-    """Weights of the adapters, and of the modules that are trained whole."""
-    base: int
-    """Weights of the model without adapters."""
-    where: tuple[str, ...]
-    """The adapted layers and parameters, without the numbers of their layers."""
-    rank: int
-    saved: tuple[str, ...]
-    """The modules that are trained whole, without the numbers of their layers."""
-    saved_weights: int
-    """Number of weights in these modules; shared weights count once."""
-    unreached: tuple[str, ...]
-    """Fused parameters without an adapter, such as those of experts: no name of a linear layer reaches them."""
-    unreached_share: float
-    """Share of the model's weights in these parameters, between 0 and 1."""
-
-    def __str__(self) -> str:
-        where = ", ".join(self.where)
-        share = 100 * self.trained / self.base
-        whole = f", and all {self.saved_weights:,} of {', '.join(self.saved)}" if self.saved else ""
-        return (
-            f"{self.kind} trains {share:.2g} % of the weights: {self.trained - self.saved_weights:,} in adapters of "
-            f"rank {self.rank} on {where}{whole}"
-        )
-
-    @property
-    def warning(self) -> str | None:
-        """Warning about fused parameters without an adapter, with the key that adapts them; None if they are few."""
-        if self.unreached_share < WORTH_A_WARNING:
-            return None
-        verb = "has" if len(self.unreached) == 1 else "have"
-        return (
-            f"{' and '.join(self.unreached)} {verb} no adapter: {100 * self.unreached_share:.0f} % of the weights are "
-            f"no linear layers. To adapt them: {PARAMETERS_KEY}=[{','.join(self.unreached)}]"
-        )
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
@@ -100,7 +49,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
 
     saved = Path(lora.path) if lora.path is not None else None
     settings = _new_settings(model, lora) if saved is None else saved_settings(lora)
-    with _without_peft_warnings():
+    with without_peft_warnings():
         try:
             peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
         except ValueError as error:
@@ -111,62 +60,6 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
     peft_model.peft_config["default"].base_model_name_or_path = _name_from_anywhere(model)
     peft_model.train()
     return peft_model  # type: ignore[no-any-return]
-
-
-def summarize(peft_model: Any) -> AdapterSummary:
-    """Return what the adapters of a whole model train; on the meta device, too."""
-    modules: dict[str, nn.Module] = {}
-    parameters: dict[str, nn.Parameter] = {}
-    for name, layer, parameter in adapted_layers(peft_model):
-        if parameter is None:
-            modules[name] = layer
-        else:
-            parameters[f"{name}.{parameter}"] = getattr(layer.get_base_layer(), parameter)
-    trained = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    base = sum(p.numel() for p in peft_model.parameters()) - trained
-    adapted = {id(parameter) for parameter in parameters.values()}
-    bare = {name: parameter for name, parameter in _fused(peft_model).items() if id(parameter) not in adapted}
-    saved = dict(saved_modules(peft_model))
-    copies = {parameter for module in saved.values() for parameter in module.parameters()}
-    return AdapterSummary(
-        kind="DoRA" if peft_model.peft_config["default"].use_dora else "LoRA",
-        trained=trained,
-        base=base,
-        where=tuple(sorted({name.rpartition(".")[2] for name in modules})) + tuple(in_any_layer(parameters)),
-        rank=peft_model.peft_config["default"].r,
-        saved=tuple(in_any_layer(saved)),
-        saved_weights=sum(parameter.numel() for parameter in copies),
-        unreached=tuple(in_any_layer(bare)),
-        unreached_share=sum(parameter.numel() for parameter in bare.values()) / base,
-    )
-
-
-def adapted_layers(peft_model: Any) -> Iterator[tuple[str, Any, str | None]]:
-    """Yield each layer that peft has put an adapter on: its name in the Hugging Face model, and the layer itself.
-
-    The third is the name of the parameter that the adapter is on; None if it is on the layer's weight as a whole.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in peft_model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            # Several adapted parameters of a layer are wrapped one around the other.
-            yield name.replace(".base_layer", ""), layer, getattr(layer, "parameter_name", None)
-
-
-def saved_modules(peft_model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each module that is trained whole: its name in the Hugging Face model, and the copy that is trained."""
-    from peft.utils import ModulesToSaveWrapper
-
-    for name, module in peft_model.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            yield name, trained_copy(module)
-
-
-def trained_copy(module: Any) -> Any:
-    """Return the copy that is trained instead of a module under `modules_to_save`; any other module itself."""
-    copies = getattr(module, "modules_to_save", None)
-    return module if copies is None else copies["default"]
 
 
 def saved_settings(lora: LoraConfig) -> Any:
@@ -361,86 +254,11 @@ def _load(peft_model: Any, folder: Path) -> None:
         )
 
 
-def save_adapters(peft_model: Any, folder: Path, weights: Mapping[str, torch.Tensor], card: str) -> None:
-    """Save adapters as a peft folder with `card` as its README.md.
-
-    Args:
-        weights: by their names in the model; of a shared one, one name is enough.
-    """
-    names: dict[int, list[str]] = {}
-    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    by_every_name = {alias: weights[name] for group in names.values() for name in group if name in weights
-                     for alias in group}  # fmt: skip
-    with _without_peft_warnings():
-        # The base's embeddings are as they were. Unless told so, peft asks the hub for their size.
-        peft_model.save_pretrained(str(folder), state_dict=by_every_name, save_embedding_layers=False)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def adapter_card(config: ModelConfig, peft_model: Any) -> str:
-    """Return the README.md of saved adapters: what they are, and how to load them."""
-    settings = peft_model.peft_config["default"]
-    base = settings.base_model_name_or_path or config.path
-    is_local = Path(base).is_absolute()
-    loader = "AutoPeftModelForCausalLM" if settings.task_type else "AutoPeftModel"
-    lines = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags:", "- lora", "- chunkflow"]
-    lines += [] if is_local else [f"base_model: {base}"]
-    note = ""
-    arguments = loading_arguments(config, peft_model.get_base_model().config)
-    if config.path.endswith(".gguf"):
-        arguments["gguf_file"] = Path(config.path).name
-    extra = "".join(f", {name}={value!r}" for name, value in arguments.items())
-    if config.quantization is not Quantization.none:
-        note += (
-            f"\nIts base was stored in {config.quantization.value} (bitsandbytes) in training. "
-            "`chunkflow export --merge` merges it into these weights.\n"
-        )
-    if config.rope_scaling:
-        note += (
-            f"\nIt was trained with the base's rotary embedding scaled, by `{dict(config.rope_scaling)}`, and is of no "
-            "use without it. An adapter does not hold this setting"
-            + (": load it as below.\n" if extra else ": use `chunkflow export --merge`.\n")
-        )
-    if config.init is Init.random:
-        note += (
-            "\nThe base model was initialised at random (`model.init=random`). Only `chunkflow export --merge` makes "
-            "the same base again.\n"
-        )
-    targets = f"- modules: {', '.join(sorted(settings.target_modules or ())) or 'none'}\n"
-    if settings.target_parameters:
-        targets += f"- parameters: {', '.join(sorted(settings.target_parameters))}\n"
-    if settings.modules_to_save:
-        targets += f"- trained whole: {', '.join(sorted(settings.modules_to_save))}\n"
-    return "\n".join(lines) + (
-        f"\n---\n\n# LoRA adapter\n\nAn adapter for `{base}`, trained with chunkflow: rank {settings.r}, alpha "
-        f"{settings.lora_alpha:g}.\n\n{targets}{note}\n"
-        f"```python\nfrom peft import {loader}\n\n"
-        f'model = {loader}.from_pretrained("FOLDER"{extra})\n```\n\n'
-        "`FOLDER` is the folder of this file. `chunkflow export RUN --merge` makes a whole model of it.\n"
-    )
-
-
-def _fused(peft_model: Any) -> dict[str, nn.Parameter]:
-    """Return the fused parameters of a model with adapters by their names without them."""
-    model = peft_model.get_base_model()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name.replace(".base_layer", ""): parameters[name] for name in fused_parameters(model)}
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _name_from_anywhere(model: Any) -> str:
     """Return the name of a model that loads from any folder: the absolute path of a local one, or its id on the hub."""
     name = str(model.name_or_path)
     return str(Path(name).resolve()) if name and Path(name).exists() else name
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-@contextmanager
-def _without_peft_warnings() -> Iterator[None]:
-    """Silence peft's advice on tied weights and name patterns, which `find_targets` and `merge` deal with."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="peft")
-        yield

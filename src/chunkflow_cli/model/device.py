@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.planning.costs import DEVICES, DeviceProfile
+from chunkflow_cli.planning.devices import DEVICES, DeviceProfile
 from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
 MATMUL_FLOPS = {

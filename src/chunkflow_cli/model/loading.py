@@ -15,7 +15,8 @@ import torch
 
 from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.adapters import AdapterSummary, add_lora, peft_targets, summarize
+from chunkflow_cli.model.adapter_summary import AdapterSummary, summarize
+from chunkflow_cli.model.adapters import add_lora, peft_targets
 from chunkflow_cli.model.folder import check_weights, listed
 from chunkflow_cli.model.heard_bars import HeardDownload
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.files import to_be_writable, write_json
 from chunkflow_cli.planning.attention_layers import AttentionLayers
-from chunkflow_cli.planning.costs import CostModel, ModelShape, OperationCost
+from chunkflow_cli.planning.costs import CostModel, OperationCost
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
 CALIBRATION_VERSION = 5

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from chunkflow_cli.planning.calibration import MeasuredMemory
-from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
+from chunkflow_cli.planning.devices import DeviceProfile
 from chunkflow_cli.planning.memory_parts import merged_bytes_per_chunk, step_seconds
 from chunkflow_cli.planning.memory_settings import MemorySettings
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.peak_memory import activations_and_state, memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan

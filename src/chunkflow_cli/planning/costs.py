@@ -6,196 +6,21 @@ proportional to tokens, as in the paper's worked example.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.chunks import Chunks
-from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
+from chunkflow_cli.planning.devices import DeviceProfile
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.simulate import OperationSeconds
 from chunkflow_cli.planning.stage_cut import StageLayers, layer_shares
 
-GIB = 2**30
 FIRST_PASS_OF_HEAD = 1 / 3
 """Share of head and loss that a first pass runs: the product that gives log-probabilities, without its gradients."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a causal language model."""
-
-    layers: int
-    hidden_size: int
-    intermediate_size: int
-    """Width of the feed-forward layer that a token goes through; with experts, the sum over the active ones."""
-    attention: tuple[AttentionLayers, ...]
-    """The attention layers, by their sizes; in a hybrid model, fewer than `layers`."""
-    vocab_size: int
-    matmul_parameters: int
-    """Weights that every token is multiplied with: all linear layers and the head; only the active experts."""
-    parameters: int
-    """All weights, each counted once."""
-    trainable_parameters: int
-    """Weights that get a gradient: all of them, or those of the adapters."""
-    layer_activation_bytes: float | None = None
-    """Bytes per token that a layer keeps for backward, as a mean; None if they could not be counted."""
-    largest_layer_activation_bytes: float | None = None
-    """Bytes per token that the layer that keeps the most keeps for backward."""
-    layer_product_bytes: float | None = None
-    """Bytes per token of the results of a layer's matrix products and attention, as a mean."""
-    recurrent: RecurrentLayers = field(default_factory=RecurrentLayers)
-    """The recurrent layers, together; by default, there are none."""
-    merged_bytes: int = 0
-    """Bytes of the copies of adapted expert tensors, over all layers: each chunk that keeps activations has its own."""
-    embedding_copy: int = 0
-    """Weights of the trained copy of the embedding that adapters come with (`model.lora.modules_to_save`)."""
-    head_copy: int = 0
-    """Likewise of the head. Where embedding and head share a weight, they share the copy, and both fields count it."""
-    workspace_bytes: int = 0
-    """Most bytes that a layer needs for a moment: DoRA computes whole weights for their lengths, and a quantised layer
-    is multiplied with its dequantised weight."""
-    spared_bytes: int = 0
-    """Bytes that quantised layers take less than in the model's data type, all together."""
-    largest_trained: int = 0
-    """Numbers in the largest weight that gets a gradient."""
-    is_head_tied: bool = False
-    """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
-
-    @property
-    def state_elements_per_token(self) -> int:
-        """Numbers in the stored keys and values of one token, over all layers."""
-        return sum(part.kv_elements_per_token for part in self.attention if part.owns_keys)
-
-    @property
-    def attention_flops_per_pair(self) -> int:
-        """Floating-point operations of a forward for one query-key pair, over all layers."""
-        return sum(part.flops_per_pair for part in self.attention)
-
-    @property
-    def kv_heads(self) -> int:
-        """Fewest heads of keys and values of an attention layer; 1 if there is none."""
-        return min((part.kv_heads for part in self.attention), default=1)
-
-    def attended_pairs(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the query-key pairs of the first `tokens` positions of a sequence.
-
-        It is the mean over the attention layers, weighted by their operations per pair; 0 without such layers.
-        """
-        pairs = np.zeros_like(tokens)
-        for part in self.attention:
-            pairs += part.flops_per_pair / self.attention_flops_per_pair * part.attended_pairs(tokens)
-        return pairs
-
-    @property
-    def head_parameters(self) -> int:
-        """Weights of the head."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def is_head_trained(self) -> bool:
-        """True without adapters, or if they come with a trained copy of the head."""
-        return self._is_all_trained or self.head_copy > 0
-
-    @property
-    def _is_all_trained(self) -> bool:
-        return self.trainable_parameters == self.parameters
-
-    def _copies_of(self, is_first: bool, is_last: bool) -> int:
-        """Return the weights of the trained copies of embedding and head on a stage."""
-        copies = self.embedding_copy * is_first + self.head_copy * is_last
-        return min(copies, self.head_copy) if self.is_head_tied and self.head_copy else copies
-
-    def parameters_of(self, held: StageLayers) -> int:
-        """Return the number of weights on a stage.
-
-        The first stage holds the embedding, the last one the head. The few other weights (final norm, biases, position
-        embeddings) are counted with the layers.
-        """
-        tables = (1 if self.is_head_tied else 2) * self.head_parameters
-        layers = (self.parameters - tables - self._copies_of(True, True)) * held.layers // self.layers
-        copies = self._copies_of(held.is_first, held.is_last)
-        return layers + min((held.is_first + held.is_last) * self.head_parameters, tables) + copies
-
-    def trainable_parameters_of(self, held: StageLayers) -> int:
-        """Return the number of weights on a stage that get a gradient; adapters are part of the layers."""
-        if self._is_all_trained:
-            return self.parameters_of(held)
-        layers = (self.trainable_parameters - self._copies_of(True, True)) * held.layers // self.layers
-        return layers + self._copies_of(held.is_first, held.is_last)
-
-
-def training_flops(lengths: Sequence[int] | NDArray[np.int64], shape: ModelShape) -> float:
-    """Return the floating-point operations of forward and backward over whole sequences, without recompute.
-
-    6 per weight and token (2 forward, 4 backward; Kaplan et al. 2020, arXiv 2001.08361, table 1), and for attention
-    6 x heads x (key_dim + value_dim) per layer and query-key pair: scores and their weighted sum are 2 each forward,
-    and backward is twice the forward. Scans of recurrent layers are counted per token. Norms, softmax and activation
-    functions are left out, about 1 % at ordinary sizes.
-    """
-    sizes = np.asarray(lengths, dtype=np.float64)
-    per_token = 6.0 * shape.matmul_parameters + 3.0 * shape.recurrent.flops_per_token
-    per_pair = 3.0 * shape.attention_flops_per_pair
-    return float((per_token * sizes + per_pair * shape.attended_pairs(sizes)).sum())
-
-
-@dataclass(frozen=True)
-class DeviceProfile:
-    """A device as its data sheet describes it. Bandwidths count one direction."""
-
-    name: str
-    matmul_flops: float
-    """Dense bfloat16 operations per second."""
-    memory_bytes: int
-    matmul_efficiency: float = 0.6
-    """Share of `matmul_flops` that linear layers reach at a few thousand tokens; assumed, not measured."""
-    attention_efficiency: float = 0.45
-    """Share of `matmul_flops` that fused attention reaches; assumed, not measured."""
-    layer_launch_seconds: float = 60e-6
-    """Least seconds of a layer's forward, even with few tokens: about fifteen kernel launches."""
-    scan_efficiency: float = 0.2
-    """Share of `matmul_flops` that scans of recurrent layers reach with their kernels; assumed, not measured."""
-    memory_bytes_per_second: float = 2e12
-    link_bytes_per_second: float = 25e9
-    """Bandwidth to a device of another node: this device's share of the network, because pipelines may span nodes."""
-    link_latency_seconds: float = 20e-6
-    node_bytes_per_second: float = 50e9
-    """Bandwidth to a device of the same node: half of NVLink's rate in the data sheet, which counts both directions.
-    It sets the cost of exchanges within a sequence-parallel group."""
-    host_bytes_per_second: float = 25e9
-    """Bandwidth to the host's memory: PCIe 4, or half of PCIe 5."""
-    devices_of_node: int = 8
-    """Devices that `node_bytes_per_second` connects."""
-    host_memory_bytes: int | None = None
-    """Memory of the node that the device is in, where it is known."""
-
-
-DEVICES = {
-    # From the makers' data sheets; memory as the driver reports it.
-    "a100": DeviceProfile(
-        "A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12, node_bytes_per_second=300e9
-    ),
-    "h100": DeviceProfile(
-        "H100 SXM", 989e12, int(79.2 * GIB), memory_bytes_per_second=3.35e12, link_bytes_per_second=50e9,
-        node_bytes_per_second=450e9,
-    ),
-    "h200": DeviceProfile(
-        "H200", 989e12, int(139.8 * GIB), memory_bytes_per_second=4.8e12, link_bytes_per_second=50e9,
-        node_bytes_per_second=450e9,
-    ),
-    "b200": DeviceProfile(
-        "B200", 2250e12, int(179.0 * GIB), memory_bytes_per_second=8e12, link_bytes_per_second=50e9,
-        node_bytes_per_second=900e9,
-    ),
-    # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md): bfloat16 models use them there too.
-    # Scans run in torch: 5 to 6 GFLOP/s per core, measured on layers of Qwen3.5 and Granite 4.
-    "cpu": DeviceProfile(
-        "CPU, two cores", 300e9, 16 * GIB, 0.7, 0.35, 200e-6, scan_efficiency=0.04, memory_bytes_per_second=10e9,
-        node_bytes_per_second=2e9,
-    ),
-}  # fmt: skip
 EXCHANGE_EFFICIENCY = 0.6
 """Share of a link's rate that an all-to-all reaches; assumed, not measured."""
 ACTIVATION_BYTES = 2

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.planning.costs import DeviceProfile, ModelShape
+from chunkflow_cli.planning.devices import DeviceProfile
 from chunkflow_cli.planning.engine_memory import HeldWeights, engine_bytes
 from chunkflow_cli.planning.memory_settings import MemorySettings
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
 from chunkflow_cli.planning.state_memory import gradients_of_windows, mean_bytes_per_token
 

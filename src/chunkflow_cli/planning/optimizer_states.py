@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 
 
 def state_numbers(optimizer: str, momentum: float, shape: ModelShape | None = None) -> float:

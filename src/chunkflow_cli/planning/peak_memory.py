@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.planning.chunks import Chunks, cut_points
-from chunkflow_cli.planning.costs import ModelShape, chunk_tokens
+from chunkflow_cli.planning.costs import chunk_tokens
 from chunkflow_cli.planning.memory_parts import (
     MemoryParts,
     activation_bytes,
@@ -23,6 +23,7 @@ from chunkflow_cli.planning.memory_parts import (
     state_bytes_per_token,
 )
 from chunkflow_cli.planning.memory_settings import MemorySettings
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.preferences import Answers
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan
 from chunkflow_cli.planning.search import SimulatedStep

@@ -11,7 +11,8 @@ from chunkflow_cli.planning.balance import balance, rank_loads
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.costs import FIRST_PASS_OF_HEAD, CostModel, chunk_targets, chunk_tokens
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
-from chunkflow_cli.planning.simulate import OperationSeconds, Timeline, simulate_lockstep, simulate_ranks
+from chunkflow_cli.planning.simulate import OperationSeconds, simulate_lockstep, simulate_ranks
+from chunkflow_cli.planning.timeline import Timeline
 
 
 def operation_seconds(run: RunPlan, rank: RankPlan) -> OperationSeconds:

@@ -24,7 +24,8 @@ from chunkflow_cli.planning.prediction import (
     step_seconds,
 )
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
-from chunkflow_cli.planning.simulate import Timeline, simulate
+from chunkflow_cli.planning.simulate import simulate
+from chunkflow_cli.planning.timeline import Timeline
 
 
 @dataclass(frozen=True)

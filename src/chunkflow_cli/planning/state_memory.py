@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from chunkflow_cli.planning.attention_layers import AttentionLayers
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 
 STATE_BLOCK_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of a block of the state store: attention takes the past a block at a time."""

@@ -13,7 +13,8 @@ from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline, seque
 from chunkflow_cli.planning.prediction import rank_seconds, seconds_of_whole_samples
 from chunkflow_cli.planning.prediction import step_seconds as predicted_seconds
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
-from chunkflow_cli.planning.simulate import Timeline, simulate
+from chunkflow_cli.planning.simulate import simulate
+from chunkflow_cli.planning.timeline import Timeline
 
 
 @dataclass(frozen=True)

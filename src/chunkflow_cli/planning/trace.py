@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from chunkflow_cli.planning.schedule import Op, Schedule
-from chunkflow_cli.planning.simulate import Timeline
+from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.topology import Topology
 
 TRACE_FILE = "trace.json"

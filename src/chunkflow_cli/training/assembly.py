@@ -30,7 +30,7 @@ from chunkflow_cli.model.activation_checkpointing import enable_activation_check
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.shape import shape_without_weights, with_frozen
 from chunkflow_cli.model.trained_weights import layer_matrices
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers
 from chunkflow_cli.training.loading import load_on_every_rank
 

@@ -26,7 +26,7 @@ from chunkflow_cli.config.schema import EngineConfig, Offload
 from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, gather, own_rank, process_count
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.files import written_aside
-from chunkflow_cli.model.adapters import save_adapters
+from chunkflow_cli.model.adapter_saving import save_adapters
 from chunkflow_cli.model.saving import save_generation, save_model, save_tokenizer
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.checkpoint_folder import (

@@ -9,7 +9,7 @@ import torch
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.recurrent_functions import installed_kernels
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.processes.notices import warn_once
 
 CUBLAS_VALUES = (":4096:8", ":16:8")

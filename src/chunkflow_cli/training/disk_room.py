@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import human_bytes
-from chunkflow_cli.planning.costs import ModelShape
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.optimizer_states import saved_numbers
 
 

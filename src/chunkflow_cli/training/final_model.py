@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chunkflow_cli.console import working
 from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
-from chunkflow_cli.model.adapters import adapter_card
+from chunkflow_cli.model.adapter_saving import adapter_card
 from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.training.checkpoint import save_final
 from chunkflow_cli.training.prepared import Prepared

@@ -21,7 +21,7 @@ from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
 from chunkflow_cli.files import delete_aside, write_json
 from chunkflow_cli.planning.batches import GlobalBatches
-from chunkflow_cli.planning.costs import training_flops
+from chunkflow_cli.planning.model_shape import training_flops
 from chunkflow_cli.training.best_model import BEST, copy_model, folder_of_best
 from chunkflow_cli.training.checkpoint_folder import delete_leftovers, newest_checkpoint
 from chunkflow_cli.training.contributions import contributions

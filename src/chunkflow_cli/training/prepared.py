@@ -11,7 +11,7 @@ from rich.console import Console
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.engine import Processes
-from chunkflow_cli.planning.costs import ModelShape
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.assembly import Assembly

@@ -28,9 +28,11 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.batches import GlobalBatches, WeightedSource
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
-from chunkflow_cli.planning.costs import DEVICES, CostModel, DeviceProfile, ModelShape
+from chunkflow_cli.planning.costs import CostModel
+from chunkflow_cli.planning.devices import DEVICES, DeviceProfile
 from chunkflow_cli.planning.memory_parts import offload_seconds
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES, Buffers, MemorySettings
+from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.optimizer_states import state_numbers
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan

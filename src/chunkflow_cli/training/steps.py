@@ -16,7 +16,7 @@ from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch, StepResult
-from chunkflow_cli.planning.costs import training_flops
+from chunkflow_cli.planning.model_shape import training_flops
 from chunkflow_cli.planning.prediction import step_seconds
 from chunkflow_cli.planning.proof import validate_step
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from chunkflow_cli.cli.screens.tables import bar_of, columns, facts
 from chunkflow_cli.console import counted, human_bytes, human_seconds, percent
-from chunkflow_cli.planning.simulate import Timeline
+from chunkflow_cli.planning.timeline import Timeline
 
 KINDS = {
     "F": ("forward", "blue", "#0077bb"),

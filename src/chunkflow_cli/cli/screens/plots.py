@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.cli.screens.plan import KINDS, row_names
 from chunkflow_cli.data.lengths import histogram, short_count
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.planning.simulate import Timeline
+from chunkflow_cli.planning.timeline import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
