@@ -253,7 +253,8 @@ STEPS = {
 )
 def test_pipeline(runs: Runs, truth: dict[str, Any], processes: int, words: str) -> None:
     """Two and four stages, and two pipelines of two stages side by side."""
-    cases = [Case(name, (words,)) for name in RECIPES]
+    # Four stages of one layer: without a matrix, the stage of layer 1 has other groups of parameters than its neighbours.
+    cases = [Case(name, (words,)) for name in RECIPES if words == "parallel.pipeline=2" or "frozen" not in name]
     cases += [Case("sgd, K=2, tails alone", (words, schedule)) for schedule in STEPS.values()]
     cases += [Case("sgd", (words, "engine.zero_stage=0")), Case("lora", (words, "engine.zero_stage=0"))]
     cases += [Case("nf4", (words,))] if processes == 2 else []
