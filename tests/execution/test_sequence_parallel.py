@@ -114,12 +114,6 @@ CASES = {
     "cpu kernel": Case("qwen2", k=2, dtype="float32"),
     "cpu kernel, window": Case("mistral", {"sliding_window": 20}, dtype="float32"),
 }  # fmt: skip
-ON_TWO = {
-    "k N", "retained chunks joined", "tails not filled", "whole sequences packed", "layers checkpointed", "products kept",
-    "adapters of queries", "cpu kernel", "soft caps",
-}  # fmt: skip
-"""Cases that run on two ranks only: what they vary does not depend on the size of the group, or runs with it elsewhere
-(recomputes, joined chunks, checkpointing, adapters and the CPU kernel each have another case on four)."""
 TOLERANCES = {"float64": 1e-12, "float32": 3e-6}
 """Relative to the gradient's norm. transformers' experts, sinks and Gemma norms support only float32."""
 
@@ -254,27 +248,22 @@ def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
     return Outcome(losses[0].item(), gradient, losses[1].item(), result.target_tokens, result.peak_state_bytes)
 
 
-def cases_on(size: int) -> list[str]:
-    return [name for name in CASES if size == 2 or name not in ON_TWO]
-
-
-def run_all_cases(size: int) -> dict[str, Any]:
-    """Run all cases on a rank of a group; on four ranks, also two groups side by side."""
-    torch.distributed.init_process_group("gloo")
-    settle_vector_math()
+def run_all_cases(size: int) -> dict[str, Outcome]:
+    """Run all cases on a rank of a group."""
     group = join(Topology(sequence=size))
-    outcomes: dict[str, Any] = {name: run_case(CASES[name], group) for name in cases_on(size)}
-    return outcomes if size == 2 else {**outcomes, SIDE_BY_SIDE: run_two_groups()}
+    return {name: run_case(case, group) for name, case in CASES.items()}
 
 
 def join(topology: Topology) -> SequenceGroup:
+    torch.distributed.init_process_group("gloo")
+    settle_vector_math()
     group = SequenceGroup.join(topology)
     assert group is not None
     return group
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Outcome]]:
     """Return the outcomes of all cases, by rank, for each group size; one launch per size."""
     return run_ranks(request.param, "test_sequence_parallel:run_all_cases", request.param)
 
@@ -292,11 +281,9 @@ def truth() -> Callable[[str], tuple[float, Tensor]]:
     return of
 
 
-@pytest.mark.parametrize(
-    ("outcomes", "name"), [(size, name) for size in SIZES for name in cases_on(size)], indirect=["outcomes"]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_group_s_step_is_whole_sequence_training(
-    outcomes: list[dict[str, Any]], truth: Callable[[str], tuple[float, Tensor]], name: str
+    outcomes: list[dict[str, Outcome]], truth: Callable[[str], tuple[float, Tensor]], name: str
 ) -> None:
     """A head sent to the wrong rank, a slice off by one, attention to padding, state of another head: all of these show
     in the gradient, and none of them crashes."""
@@ -313,7 +300,7 @@ def test_a_group_s_step_is_whole_sequence_training(
 
 @pytest.mark.parametrize(("name", "kv_heads"), [("own heads, head_dim", 4), ("grouped queries, biases", 2),
                                                 ("one key head, tied", 1)])  # fmt: skip
-def test_state_shrinks_with_the_group(outcomes: list[dict[str, Any]], name: str, kv_heads: int) -> None:
+def test_state_shrinks_with_the_group(outcomes: list[dict[str, Outcome]], name: str, kv_heads: int) -> None:
     """The purpose of a group: a rank stores only its own heads, and one head if there are fewer heads than ranks."""
     alone = run_case(CASES[name], None).peak_state_bytes
     assert alone > 0
@@ -321,10 +308,7 @@ def test_state_shrinks_with_the_group(outcomes: list[dict[str, Any]], name: str,
         assert rank[name].peak_state_bytes * min(len(outcomes), kv_heads) == alone
 
 
-SIDE_BY_SIDE = "two groups"
-
-
-def run_two_groups() -> dict[str, Any]:
+def run_two_groups(_: None) -> dict[str, Any]:
     """Run two groups side by side on four ranks, each on its own chunks, and an exchange of bfloat16."""
     group = join(Topology(data=2, sequence=2))
     first = torch.distributed.get_rank() < 2
@@ -347,11 +331,10 @@ def run_two_groups() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("outcomes", [4], indirect=True)
-def test_groups_side_by_side(outcomes: list[dict[str, Any]], truth: Callable[[str], tuple[float, Tensor]]) -> None:
+def test_groups_side_by_side(truth: Callable[[str], tuple[float, Tensor]]) -> None:
     """Data-parallel groups run different chunks, and different numbers of them: an exchange over all ranks would mix
     them or hang. In bfloat16 an exchange copies every bit, and with fewer key heads than ranks both get the same."""
-    ranks = [rank[SIDE_BY_SIDE] for rank in outcomes]
+    ranks = run_ranks(4, "test_sequence_parallel:run_two_groups")
     assert [rank["ranks"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [rank["place"] for rank in ranks] == [(2, 0), (2, 1), (2, 0), (2, 1)]
     for rank, name in zip(ranks, ["k 2", "k 2", "short window", "short window"], strict=True):

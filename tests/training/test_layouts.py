@@ -71,7 +71,7 @@ APART: dict[str, tuple[str, ...]] = {"nf4": (*RECIPES["lora"], "model.quantizati
 """Recipes that run in a few layouts only."""
 IN_HOST_MEMORY = {"sgd, K=2, tails alone", "drawn lengths"}
 """Recipes that keep their state in host memory where several ranks share the work, in blocks of a few tokens."""
-WITHIN = {name: {"adamw": 5e-4, "muon": 5e-4}.get(name.partition(",")[0], 5e-5) for name in (*RECIPES, *APART)}
+WITHIN = 2e-5
 """Tolerance: Frobenius norm of the difference, divided by that of what training has changed."""
 
 
@@ -199,15 +199,7 @@ def compare(runs: Runs, truth: dict[str, Any], processes: int, cases: list[Case]
         assert len(losses) >= 2
         for key in losses:
             assert report[key] == pytest.approx(true_report[key], rel=1e-5), (case, key)
-        print(
-            "ERR",
-            processes,
-            case.recipe,
-            case.words,
-            runs.update_error(true_weights, weights),
-            max(abs(report[k] / true_report[k] - 1) for k in losses),
-        )
-        assert runs.update_error(true_weights, weights) < WITHIN[case.recipe], case
+        assert runs.update_error(true_weights, weights) < WITHIN, case
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -261,7 +253,8 @@ STEPS = {
 )
 def test_pipeline(runs: Runs, truth: dict[str, Any], processes: int, words: str) -> None:
     """Two and four stages, and two pipelines of two stages side by side."""
-    cases = [Case(name, (words,)) for name in RECIPES]
+    # Four stages of one layer: without a matrix, the stage of layer 1 has other groups of parameters than its neighbours.
+    cases = [Case(name, (words,)) for name in RECIPES if words == "parallel.pipeline=2" or "frozen" not in name]
     cases += [Case("sgd, K=2, tails alone", (words, schedule)) for schedule in STEPS.values()]
     cases += [Case("sgd", (words, "engine.zero_stage=0")), Case("lora", (words, "engine.zero_stage=0"))]
     cases += [Case("nf4", (words,))] if processes == 2 else []
