@@ -36,7 +36,8 @@ NAMES = {
         "fetch_sub_module", "release_sub_module",
     ),
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer": (
-        "_hp_optimizer_states_linked", "grad_accum", "update_lp_params",
+        "_hp_optimizer_states_linked", "_model_parallel_all_reduce", "grad_accum", "scaled_global_norm",
+        "update_lp_params",
     ),
     "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3": (
         "_get_param_partition_rank", "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_epilogue",

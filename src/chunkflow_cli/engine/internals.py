@@ -154,6 +154,13 @@ def is_bf16_optimizer(optimizer: Any) -> bool:
     return isinstance(optimizer, BF16_Optimizer)
 
 
+def is_zero_optimizer(optimizer: Any) -> bool:
+    """Return whether `optimizer` is the one of ZeRO-1 and 2 that sums gradients in the data type of the weights."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return isinstance(optimizer, DeepSpeedZeroOptimizer)
+
+
 def move_gradients_to_float32(bf16_optimizer: Any) -> None:
     """Add the parameters' gradients to the float32 sums and zero them; DeepSpeed does so in its own backward only."""
     bf16_optimizer.update_hp_grads(clear_lp_grads=True)
@@ -204,6 +211,27 @@ def sum_tied_gradients(pipeline: Any, weight: nn.Parameter, group: Any, *, count
     """
     pipeline.get_tied_weights_and_groups = lambda: [(weight, group)]
     weight.ds_pipe_replicated = not counts_in_norm  # type: ignore[attr-defined]
+
+
+def sum_norm_once(optimizer: Any, group: Any) -> None:
+    """Make ZeRO-1 sum the gradient norm over the stages of a pipeline once in a step.
+
+    By itself it does so once for each group of parameters. But stages may have different groups: one may hold no
+    matrix, or no weight with a learning rate of its own. Their sums would then wait for each other forever.
+    """
+    norm_of_stage, sum_over_stages = optimizer.scaled_global_norm, optimizer._model_parallel_all_reduce
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        optimizer._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            norm = norm_of_stage(norm_type)
+        finally:
+            optimizer._model_parallel_all_reduce = sum_over_stages
+        squares = norm.double().square()
+        torch.distributed.all_reduce(squares, group=group)
+        return squares.sqrt().to(norm.dtype)
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 def reduce_gradients(engine: Any) -> None:

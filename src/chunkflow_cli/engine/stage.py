@@ -77,6 +77,8 @@ class PipelineEngine(BaseEngine):
             module, pipeline, make_optimizer(module, settings, module.hf_parameter_names), settings, config,
             hf_names=module.hf_parameter_names, replicas=replicas, replica_group=internals.replica_group(pipeline),
         )  # fmt: skip
+        if internals.is_zero_optimizer(self._engine.optimizer):
+            internals.sum_norm_once(self._engine.optimizer, self._pipeline_group)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Not through DeepSpeed's forward, which prepares one backward per forward.
