@@ -224,7 +224,7 @@ def sum_norm_once(optimizer: Any, group: Any) -> None:
     def scaled_global_norm(norm_type: int = 2) -> Tensor:
         optimizer._model_parallel_all_reduce = lambda tensor, op: None
         try:
-            norm = norm_of_stage(norm_type)
+            norm: Tensor = norm_of_stage(norm_type)
         finally:
             optimizer._model_parallel_all_reduce = sum_over_stages
         squares = norm.double().square()
