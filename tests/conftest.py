@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -44,6 +44,16 @@ WITHOUT_TORCH = ("planning", "config", "data")
 def _torch_settled_where_it_is_used(request: pytest.FixtureRequest) -> None:
     if request.path.parent.name not in WITHOUT_TORCH or request.node.get_closest_marker("torch"):
         request.getfixturevalue("_torch_settled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torch_as_it_was() -> Iterator[None]:
+    """After a test file, undo what ZeRO-3 does to torch's linear layer for the rest of the process."""
+    yield
+    if "deepspeed" in sys.modules:
+        from chunkflow_cli.engine import internals
+
+        internals.give_linear_back()
 
 
 @pytest.fixture(scope="session")

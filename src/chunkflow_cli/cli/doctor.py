@@ -75,6 +75,7 @@ PACKAGES = (
         "flash-linear-attention", "fast recurrent layers on NVIDIA GPUs", required=False, extra="fla", is_for_gpus=True
     ),
     Package("tokenizers", "tokenising"),
+    Package("jinja2", "chat templates"),
     Package("safetensors", "reading and writing weights"),
     Package("transformers", "models"),
     Package("deepspeed", "the training engine"),
