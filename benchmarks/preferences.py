@@ -175,6 +175,8 @@ def train_with_trl(
 
     tokenizer = load_tokenizer(smollm2_path(), trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if task == "orpo" and tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        tokenizer.bos_token = None  # ORPOTrainer writes it before every prompt, also where the tokenizer writes none
     if model_path is None:
         model = load_plain_model(torch.float32)
     else:

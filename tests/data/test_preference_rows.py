@@ -88,6 +88,7 @@ def test_pairs_have_the_tokens_of_trls_dpo(tmp_path: Path, name: str) -> None:
         for sequence, side in zip(data.sequences(index), ("chosen_ids", "rejected_ids"), strict=True):
             assert answers(sequence) == (row["prompt_ids"] + row[side], row[side])
         assert data.lengths[index] == sum(len(each.input_ids) for each in data.sequences(index))
+        assert data.longest_sequences[index] == max(len(each.input_ids) for each in data.sequences(index))
         assert data.answers is not None
         assert data.answers.prompts[index] == len(row["prompt_ids"])
 

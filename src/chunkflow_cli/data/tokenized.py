@@ -106,6 +106,11 @@ class TokenizedData:
         return tuple(whole.name for whole in self.wholes if whole.name is not None)
 
     @property
+    def longest_sequences(self) -> NDArray[np.int64]:
+        """Tokens of the longest sequence of each sample, (samples,): of preferences, of the longest answer."""
+        return self.lengths if self.answers is None else self.answers.lengths.max(axis=1)
+
+    @property
     def rows_read(self) -> int:
         return sum(count.rows_read for count in self.counts)
 

@@ -28,7 +28,7 @@ def describe_plan(setup: RunSetup, plan: RunPlan) -> dict[str, Any]:
         "samples": len(plan.lengths),
         "tokens": int(plan.lengths.sum()),
         "target_tokens": int(plan.target_counts.sum()),
-        "longest_sample": int(plan.lengths.max()),
+        "longest_sample": int(plan.sequence_lengths.max()),
         "chunk_size": plan.chunk_size,
         "k": plan.k,
         "processes": setup.topology.processes,

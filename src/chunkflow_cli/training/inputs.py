@@ -111,7 +111,7 @@ def load_run_data(
     for whole, limit, count in zip(data.wholes, limits, data.counts, strict=False):
         if limit is not None and count.samples_left < limit:
             warn_once(f"data.sources[{whole.name}].samples={limit}: the source has only {count.samples_left:,}")
-    if hf_config is not None and (warning := far_positions_warning(hf_config, data.lengths)) is not None:
+    if hf_config is not None and (warning := far_positions_warning(hf_config, data.longest_sequences)) is not None:
         warn_once(warning)
     if to_evaluate:
         run_data = RunData(data, data, joined([read(each, for_evaluation=True) for each in to_evaluate]))
@@ -140,7 +140,11 @@ def _check_parts(data: RunData) -> None:
 
 
 def far_positions_warning(hf_config: Any, lengths: NDArray[np.int64]) -> str | None:
-    """Return what to say of samples with more tokens than the model was made for; None if there are none."""
+    """Return what to say of samples with more tokens than the model was made for; None if there are none.
+
+    Args:
+        lengths: (samples,) tokens of the longest sequence of each.
+    """
     limit, longest = position_limit(hf_config), int(lengths.max(initial=0))
     if limit is None or longest <= limit:
         return None
