@@ -165,6 +165,8 @@ def spans(text: MarkedText) -> list[str]:
 @example(messages=chat("a, b or c", "c", "a, b or c", "c"))
 @example(messages=chat("", "", "", ""))
 @example(messages=chat("</s>", "</s>", "b", "b c"))
+@example(messages=chat("", " <think></think>A", "", ""))
+@example(messages=[{"role": "assistant", "content": " <think></think>A"}, *chat("", "")])
 def test_a_target_is_what_the_model_generates_or_the_row_is_refused(name: str, messages: list[dict[str, str]]) -> None:
     # Tags stay in a skeleton, so one that is written twice is not seen to be the same.
     assume(name != "says it twice" or not set("Abcé").isdisjoint(messages[1]["content"]))

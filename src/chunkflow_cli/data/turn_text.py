@@ -126,7 +126,7 @@ def end_but_for_spaces(piece: str, text: str, place: int) -> int | None:
     """Return where a piece ends that stands in a text at `place`, but for white space; None if it does not.
 
     Some templates (Hermes) write a line break behind a tool's result only if a turn follows. White space at the end of
-    the piece must be the same, because the words of a turn begin there.
+    the piece must be the same.
     """
     letters = "".join(piece.split())
     if not letters:

@@ -295,8 +295,10 @@ class _Finder:
         for ending in endings:
             prompt = self._prompt(index, ending)
             behind, place = after_common_mark(prompt, text)
-            if (after := end_but_for_spaces(prompt[behind:], text, place)) is not None:
-                return after, ending
+            before = max(behind, self._before_prompt(index))
+            after = end_but_for_spaces(prompt[behind:before], text, place)
+            if after is not None and text.startswith(prompt[before:], after):
+                return after + len(prompt) - before, ending
         return self._start_within_prompt(text, index), None
 
     def _forms(self, index: int) -> Iterator[_Form]:
