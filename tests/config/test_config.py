@@ -154,7 +154,7 @@ def test_deepspeed_section_is_open() -> None:
         (["data.sources=[{path: a, columns: [b]}]"], ["data.sources[0].columns=[b]", "{key: value}"]),
         (["eval.prompts=[\udcff]"], ["eval.prompts", "is not valid UTF-8"]),
         (["eval.prompts=[a,' ']"], ["eval.prompts=[a, ]", "an empty prompt"]),
-        (["optim=sgd", "optim.betas=[0.8,0.9]"], ["optim.betas=[0.8,0.9]", "optim.name=sgd", "take optim=adamw"]),
+        (["optim=sgd", "optim.betas=[0.8,0.9]"], ["optim.betas=[0.8,0.9]", "optim.name=sgd", "set optim=adamw"]),
         (["optim.momentum=0.9"], ["optim.momentum=0.9", "optim.name=adamw", "optim=sgd"]),
         (["model.lora.r=8"], ["model.lora.r=8", "model.lora.enabled=false", "set model.lora.enabled=true"]),
         (["preference.beta=0.5"], ["preference.beta=0.5", "train.task=sft", "set train.task=dpo"]),

@@ -38,7 +38,7 @@ NEEDS = (
     ),
     Need(
         ("optim.betas", "optim.eps"), "optim.name",
-        lambda c: c.optim.name in (*_ADAMS, OptimizerName.muon), "take optim=adamw",
+        lambda c: c.optim.name in (*_ADAMS, OptimizerName.muon), "set optim=adamw",
     ),
     Need(
         ("optim.momentum",), "optim.name",

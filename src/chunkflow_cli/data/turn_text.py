@@ -5,6 +5,7 @@ Texts are those of skeletons (`data.skeleton`), where a word is a mark that occu
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,9 +105,7 @@ class Tags:
 
 def common_length(one: str, other: str) -> int:
     """Return how many characters two texts begin with in common."""
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    return len(os.path.commonprefix((one, other)))  # noqa: RUF071 - of characters, not of folders
 
 
 def after_common_mark(text: str, other: str) -> tuple[int, int]:

@@ -132,7 +132,7 @@ def refuse_length_dependent_rope(hf_config: Any) -> None:
         raise UsageError(
             f"the model's rotary embedding is of the kind {kind!r}, which depends on the longest position seen: it "
             "would differ between the chunks of a sequence\n"
-            "  take a fixed kind (linear, yarn, llama3), in model.rope_scaling or as rope_type in config.json"
+            "  set a fixed kind (linear, yarn, llama3), in model.rope_scaling or as rope_type in config.json"
         )
 
 

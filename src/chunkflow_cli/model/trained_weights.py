@@ -107,6 +107,6 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def _matches_nothing(key: str, name: str, weights: Sequence[str]) -> UsageError:
     shown = ", ".join([*weights[:SHOWN], "..."] if len(weights) > SHOWN else weights)
     return UsageError(
-        f"{key}: {name!r} matches no weight that is trained\n  take whole parts of a name, such as layers.0, or a "
+        f"{key}: {name!r} matches no weight that is trained\n  use whole parts of a name, such as layers.0, or a "
         f"regular expression for all of it; the weights are {shown}"
     )
