@@ -75,6 +75,7 @@ def answers(sample: Any) -> tuple[list[int], list[int]]:
     return sample.input_ids.tolist(), sample.targets[sample.targets != IGNORED].tolist()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_have_the_tokens_of_trls_dpo(tmp_path: Path, name: str) -> None:
     from transformers import AutoTokenizer
@@ -93,6 +94,7 @@ def test_pairs_have_the_tokens_of_trls_dpo(tmp_path: Path, name: str) -> None:
         assert data.answers.prompts[index] == len(row["prompt_ids"])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_labelled_answers_have_the_tokens_of_trls_kto(tmp_path: Path, name: str) -> None:
     from transformers import AutoTokenizer
