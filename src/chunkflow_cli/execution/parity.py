@@ -33,7 +33,7 @@ from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
-from chunkflow_cli.model.language_part import text_only
+from chunkflow_cli.execution.whole_sequence import cross_entropies
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
 from chunkflow_cli.planning.schedule import plan, plan_tasks
@@ -225,11 +225,7 @@ def whole_implementation(model: Any) -> str:
 
 
 def _whole_loss(model: Any, sequence: TokenizedSample, weight: float, device: torch.device) -> float:
-    ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
-    targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
-    logits = model(input_ids=ids, use_cache=False, **text_only(model, ids)).logits[0]
-    logits = logits.to(accumulation_dtype(logits.dtype))
-    loss = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") * weight
+    loss = cross_entropies(model, sequence, device).sum() * weight
     loss.backward()
     return float(loss.detach())
 

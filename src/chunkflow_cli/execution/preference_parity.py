@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
-from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.preference_loss import judge
 from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.step import StepBatch
-from chunkflow_cli.model.language_part import text_only
+from chunkflow_cli.execution.whole_sequence import cross_entropies
 from chunkflow_cli.planning.chunks import Chunks
 
 
@@ -71,11 +70,7 @@ def whole_preference_loss(
     """
     sums, imitated = [], torch.zeros((), dtype=torch.float64, device=device)
     for index, (sequence, start) in enumerate(zip(sequences.samples, sequences.starts, strict=True)):
-        ids = torch.as_tensor(sequence.input_ids, dtype=torch.int64, device=device)[None]
-        targets = torch.as_tensor(sequence.targets, dtype=torch.int64, device=device)
-        logits = model(input_ids=ids, use_cache=False, **text_only(model, ids)).logits[0]
-        logits = logits.to(accumulation_dtype(logits.dtype))
-        entropy = nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none").double()
+        entropy = cross_entropies(model, sequence, device)
         sums.append(-entropy[start:].sum())
         if index % 2 == 0:
             imitated = imitated + entropy.sum()
