@@ -37,8 +37,8 @@ from chunkflow_cli.data.tokenizer import has_tokenizer
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config, position_limit
 from chunkflow_cli.planning.balance import balance, rank_loads
-from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.chunks import count_chunks
+from chunkflow_cli.training.global_batches import global_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -346,16 +346,9 @@ def _rejected(rejected: Sequence[tuple[Location, str]]) -> dict[str, Any]:
 
 def _by_global_batch(data: MeasuredData, config: Config) -> dict[str, Any]:
     """Return packing, chunks and balance, computed within the global batches of one epoch of training."""
-    train, lengths, path = config.train, data.lengths, data.path
+    lengths, path = data.lengths, data.path
     sequences = np.arange(len(lengths)).reshape(data.samples, -1)
-    batches = GlobalBatches(
-        data.samples,
-        train.global_batch_size,
-        train.seed,
-        train.shuffle,
-        tokens=train.global_batch_tokens,
-        lengths=None if train.global_batch_tokens is None else lengths[sequences].sum(axis=1),
-    )
+    batches = global_batches(config.train, lengths[sequences].sum(axis=1))
     sizes = sorted({*CHUNK_SIZES, config.chunk.size})
     longest, tokens = int(lengths.max()), int(lengths.sum())
     bins = 0
