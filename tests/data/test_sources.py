@@ -144,7 +144,7 @@ def test_duplicates_are_left_out_and_named(folder: Path) -> None:
 
 
 def test_equal_digests_of_other_samples_lose_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chunkflow_cli.data.encoding.digest_of", lambda *_: 1)
+    monkeypatch.setattr("chunkflow_cli.data.encoded_batch.digest_of", lambda *_: 1)
     data = load_run_data(configured(folder, "{path: @a.jsonl}", data__deduplicate=True, data__num_workers=1), None)
     assert len(data.read) == 20
 

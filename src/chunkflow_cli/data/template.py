@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from chunkflow_cli.data.insertions import insertions
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
+from chunkflow_cli.data.outline import PROMPT_OPTIONS, Outline, TurnSpan
 from chunkflow_cli.data.sample import BadRowError, Conversation
 from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_marks
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
@@ -42,7 +43,7 @@ from chunkflow_cli.data.template_input import TemplateInput, as_template_input, 
 from chunkflow_cli.data.template_rendering import TEMPLATE_DATE, Renderer
 from chunkflow_cli.data.turn_reasons import REMEDY, not_found
 from chunkflow_cli.data.turn_text import EndTokens
-from chunkflow_cli.data.turns import PROMPT_OPTIONS, Outline, TurnSpan, outline
+from chunkflow_cli.data.turns import outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
