@@ -162,7 +162,7 @@ def _activation_bytes(parts: Assembly, size: int) -> float:
     attributes the whole slope of the measured peaks to what is kept.
     """
     module = parts.engine.module
-    if parts.engine.needs_joined_retained_chunks:
+    if parts.engine.is_divided:
         return math.inf
     assert isinstance(module, ChunkModel)
     sequence = _random_sequence(np.random.default_rng(0), size, size, 1.0, parts.shape.vocab_size)
@@ -264,7 +264,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
                 fits = False
             if not fits:  # behind the block above, where the error still holds the activations
                 print(f"chunk.size={size} chunk.k={k} does not fit into the memory of this device", file=sys.stderr)
-                if parts.engine.needs_joined_retained_chunks:
+                if parts.engine.is_divided:
                     break  # ZeRO-3 is left in the middle of a pass, with weights on their way
                 parts.engine.discard_gradients()
                 continue

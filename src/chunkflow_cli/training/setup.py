@@ -35,7 +35,6 @@ from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.optimizer_states import state_numbers
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan
-from chunkflow_cli.planning.schedule import Layout
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.processes.environment import threads_of_user
 from chunkflow_cli.training.global_batches import global_batches_of
@@ -71,9 +70,7 @@ class RunSetup:
             k=config.chunk.k,
             fill_tails=config.chunk.fill_tails,
             equal_time=config.chunk.cuts is Cuts.time,
-            # ZeRO-3 traces one forward per backward, so the chunks of a sequence that keep their activations must share
-            # an engine call. It communicates within both, so all ranks must run the same operations.
-            layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
+            is_zero_3=config.engine.zero_stage == 3,
             pipeline=self.pipeline if self.topology.pipeline > 1 else None,
             ranks=self.topology.replicas,
             sequence=self.topology.sequence,
