@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.config.foreign import foreign_name
 from chunkflow_cli.config.keys import GONE, describe_keys, described, known_keys, unknown_key, wrong_value
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -116,7 +116,7 @@ def read_key_file(path: Path, source: str, group: str = "recipe") -> KeyFile:
     except (OmegaConfBaseException, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{source} is not valid YAML: {first_line(error)}") from error
     if not isinstance(tree, DictConfig) or not tree:
         raise UsageError(f"{source} holds no keys\n  write keys such as `chunk: {{size: 4096}}`")
     found = KeyFile(source, group, tree)
@@ -206,6 +206,6 @@ def _in_a_line(error: YAMLError) -> str:
     from yaml import MarkedYAMLError
 
     if not isinstance(error, MarkedYAMLError):
-        return str(error).splitlines()[0]
+        return first_line(error)
     line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
     return f"{error.problem or error.context}{line}"

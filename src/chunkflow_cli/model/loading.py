@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.adapter_summary import AdapterSummary, summarize
 from chunkflow_cli.model.adapters import add_lora, peft_targets
 from chunkflow_cli.model.folder import check_weights, listed
@@ -126,9 +126,8 @@ def check_files(config: ModelConfig) -> None:
         try:
             GenerationConfig.from_pretrained(path)
         except (OSError, ValueError, TypeError) as error:
-            reason = str(error).partition("\n")[0]
             raise UsageError(
-                f"{named}: its generation_config.json is invalid: {reason}\n  correct or delete it"
+                f"{named}: its generation_config.json is invalid: {first_line(error)}\n  correct or delete it"
             ) from error
 
 

@@ -36,7 +36,7 @@ from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
-from chunkflow_cli.errors import ChunkflowError, UsageError
+from chunkflow_cli.errors import ChunkflowError, UsageError, first_line
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
@@ -134,7 +134,7 @@ def _say_what_fits(fitting: Sequence[int], size: int, error: torch.OutOfMemoryEr
 
 def _nothing_fits(size: int, error: torch.OutOfMemoryError) -> UsageError:
     return UsageError(
-        f"chunks of {size:,} tokens do not fit into the memory of this device: {str(error).partition(chr(10))[0]}\n"
+        f"chunks of {size:,} tokens do not fit into the memory of this device: {first_line(error)}\n"
         "  name smaller ones in tune.chunk_sizes, or see what chunkflow plan counts: LoRA, engine.offload and "
         "model.activation_checkpointing save memory"
     )
