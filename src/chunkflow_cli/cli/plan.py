@@ -25,7 +25,7 @@ from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.planning.devices import DeviceProfile
-from chunkflow_cli.planning.memory_parts import MemoryParts, state_bytes, state_bytes_per_token
+from chunkflow_cli.planning.memory_parts import MemoryParts, state_bytes
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
@@ -33,6 +33,7 @@ from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import timeline
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
 from chunkflow_cli.planning.search import SimulatedStep
+from chunkflow_cli.planning.state_memory import state_bytes_per_token
 from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.totals import Totals, add_up, baseline_timeline
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
