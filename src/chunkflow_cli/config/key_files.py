@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.config.foreign import foreign_name
-from chunkflow_cli.config.keys import GONE, describe_keys, described, known_keys, unknown_key, wrong_value
+from chunkflow_cli.config.keys import GONE, describe_keys, described, is_section, unknown_key, wrong_value
 from chunkflow_cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class KeyFile:
                     self._typed(each, f"{full}[{index}].") if isinstance(each, dict) else each
                     for index, each in enumerate(value)
                 ]
-            elif key is None and isinstance(value, dict) and _is_section(full):
+            elif key is None and isinstance(value, dict) and is_section(full):
                 value = self._typed(value, f"{full}.")
             elif value is None and (key is None or (key.is_text and key.default == "")):
                 continue
@@ -185,7 +185,7 @@ def _problems(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 *sections, last = full.split(".")
                 nested = ": {".join([*sections, f"{last}: VALUE"]) + "}" * len(sections)
                 yield full, f"{full} is one name with a dot\n  write its sections: {nested}"
-        elif _is_section(full):
+        elif is_section(full):
             if isinstance(value, dict):
                 yield from _problems(value, f"{full}.")
             elif value is not None:
@@ -195,10 +195,6 @@ def _problems(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield from _problems(value, f"{full}.")
             else:
                 yield full, unknown_key(full)
-
-
-def _is_section(name: str) -> bool:
-    return any(known.startswith(f"{name}.") for known in known_keys())
 
 
 def _in_a_line(error: YAMLError) -> str:

@@ -32,9 +32,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from chunkflow_cli.data.fields import REASONING
 from chunkflow_cli.data.insertions import insertions
 from chunkflow_cli.data.notes import Remark
-from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
+from chunkflow_cli.data.omissions import CUT, Turn, omissions
 from chunkflow_cli.data.outline import PROMPT_OPTIONS, Outline, TurnSpan
 from chunkflow_cli.data.sample import BadRowError, Conversation
 from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_marks
@@ -340,7 +341,7 @@ class ChatTemplate:
         if found is not None:
             return _of_reasoning(*found)
         for number, turn in enumerate(given.messages, 1):
-            if any(turn.get(key) for key in REASONING_KEYS) or "</think>" in turn["content"]:
+            if any(turn.get(key) for key in REASONING) or "</think>" in turn["content"]:
                 raise BadRowError(
                     f"the chat template looks at words or changes them, so the reasoning of turn {number} cannot be "
                     "told apart; data.train_on_reasoning=true makes it a target"
