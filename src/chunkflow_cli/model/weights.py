@@ -18,8 +18,8 @@ from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.console import counted
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import listed
-from chunkflow_cli.model.heard_bars import bars_heard
 from chunkflow_cli.model.language_part import left_out
+from chunkflow_cli.model.progress_bars import bars_as_pulse
 from chunkflow_cli.processes.notices import warn_once
 
 CONSTANTS = re.compile(
@@ -92,7 +92,7 @@ def loading_report() -> Iterator[list[str]]:
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        with bars_heard():
+        with bars_as_pulse():
             yield lines
     finally:
         logger.removeHandler(handler)

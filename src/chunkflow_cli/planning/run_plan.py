@@ -92,6 +92,13 @@ class RankPlan:
         return np.array(again, np.int64)
 
     @functools.cached_property
+    def is_recomputed(self) -> NDArray[np.bool_]:
+        """(chunks,)"""
+        found = np.zeros(len(self.chunks), dtype=bool)
+        found[self.recomputed] = True
+        return found
+
+    @functools.cached_property
     def first_passed(self) -> NDArray[np.int64]:
         """Indices of the chunks that are forwarded for their log-probabilities first, (passed,)."""
         if self.answers and len(self.schedules) > 1:

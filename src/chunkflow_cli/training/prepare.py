@@ -51,7 +51,7 @@ from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.recorder import Recorder
 from chunkflow_cli.training.run_folder import RunFolder, abandoned_checkpoints
 from chunkflow_cli.training.setup import RunSetup, described_device, planned_topology, read_setup
-from chunkflow_cli.training.trained import announce_trained_weights
+from chunkflow_cli.training.trained_weights import announce_trained_weights
 
 PROBE_TOKENS = 256
 """Tokens of the forward that measures the bytes of activations per token."""
