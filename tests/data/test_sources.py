@@ -204,5 +204,5 @@ def test_run_data_counts_every_sample(folder: Path) -> None:
     data: RunData = load_run_data(
         configured(folder, "{path: @a.jsonl, samples: 9}", "{path: @b.jsonl}", data__eval_fraction=0.5), None
     )
-    assert data.read.samples_read == 27
-    assert len(data.train) + len(data.evaluation) + data.read.samples_beyond_limit == 27
+    assert data.read.total.samples_read == 27
+    assert len(data.train) + len(data.evaluation) + data.read.total.samples_beyond_limit == 27

@@ -10,11 +10,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import facts
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Attention, Config, Cuts, Dtype, Quantization, Task
-from chunkflow_cli.console import stderr_console, stdout_console, working
+from chunkflow_cli.console import facts, stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration, check_acceleration
 from chunkflow_cli.execution.attention import function as attention

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import bar_of, columns, facts
-from chunkflow_cli.console import counted, human_bytes, human_seconds, percent
+from chunkflow_cli.cli.screens.tables import bar_of, columns
+from chunkflow_cli.console import counted, facts, human_bytes, human_seconds, percent
 from chunkflow_cli.planning.timeline import Timeline
 
 KINDS = {
