@@ -61,7 +61,7 @@ class MeasuredData:
         return len(self.lengths) // self.sequences_per_sample
 
 
-def measured_data(config: Config, *, show: int | None = None) -> MeasuredData:
+def measured_data(config: Config, *, show: int | None) -> MeasuredData:
     """Return the lengths of the data set at `data.path`: exact if a model is configured, otherwise estimated.
 
     Args:

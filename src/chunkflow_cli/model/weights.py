@@ -33,7 +33,7 @@ QUANTISED = re.compile(
 """Ends of the names of tensors that only quantised weights have."""
 
 
-def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[str] = ()) -> None:
+def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[str]) -> None:
     """Check what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` has loaded.
 
     Tied weights that a file holds once are no fault, nor are tensors that the model's class declares to be left out.

@@ -101,7 +101,7 @@ def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: 
 
 
 def activation_bytes(
-    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any = 1, chunks: Any = 1
+    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any, chunks: Any
 ) -> Any:
     """Return the bytes that `layers` layers keep for backward, and those of the layer that checkpointing runs again.
 

@@ -209,7 +209,7 @@ class _Proof:
 class _WholeModel(_Proof):
     """The rules of a rank without a pipeline."""
 
-    def __init__(self, chunks: Chunks, k: int, needed: list[set[int]] | None = None) -> None:
+    def __init__(self, chunks: Chunks, k: int, needed: list[set[int]] | None) -> None:
         """
         Args:
             needed: for each chunk, those whose log-probabilities weigh its targets; None in supervised training.

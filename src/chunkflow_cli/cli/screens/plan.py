@@ -35,7 +35,7 @@ SHOWN_ROWS = 16
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "state", "step")
 
 
-def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, measured: Timeline | None = None) -> None:
+def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, measured: Timeline | None) -> None:
     """Print the screen of a plan.
 
     Args:
