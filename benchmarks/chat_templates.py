@@ -32,7 +32,7 @@ from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.sample import BadRowError, Conversation
 from chunkflow_cli.data.template import ChatTemplate, MarkedText
-from chunkflow_cli.data.template_input import as_template_input, template_traits
+from chunkflow_cli.data.template_input import as_template_input
 from chunkflow_cli.data.template_rendering import TEMPLATE_DATE
 from common import emit, say
 
@@ -155,7 +155,7 @@ def _missing(texts: list[MarkedText], messages: list[dict[str, Any]]) -> str:
 
 
 def _wrong_prompt(text: str, sample: Conversation, texts: list[MarkedText]) -> str:
-    given = as_template_input(sample, template_traits(text))
+    given = as_template_input(sample, text)
     places = [place for place, turn in enumerate(given.messages) if turn["role"] == "assistant"]
     asked, said = (_rendered(text, [user("q-sky")], None, add_generation_prompt=asks) for asks in (True, False))
     header = "".join(asked).removeprefix("".join(said))

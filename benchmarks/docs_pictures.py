@@ -80,7 +80,7 @@ def draw_schedule(path: Path) -> None:
 
 def draw_state(chunks: Chunks, path: Path) -> None:
     """Draw the chunks of the long sample: keys and values go forward through the state, gradients come back."""
-    long = [index for index, chunk in enumerate(chunks) if chunk.long_sequence == 0]
+    long = [index for group in chunks.dependent_groups() if chunks.first_sequence(group.start) == 0 for index in group]
     schedule = [op for op in plan(chunks, 1).ops if op.chunks[0] in long]
     forward = [op for op in schedule if op.kind in (OpKind.state_pass, OpKind.forward)]
     figure, axes = new_figure(10.4, 4.0, 1)

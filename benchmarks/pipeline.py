@@ -207,7 +207,7 @@ def launch(words: list[str], is_stretched: bool) -> None:
 
 def train_stretched() -> None:
     """`chunkflow train` whose ranks sleep at the end of each operation until it has taken its given time."""
-    from chunkflow_cli.cli.app import main as chunkflow
+    from chunkflow_cli.cli.main import main as chunkflow
     from chunkflow_cli.execution.messages import Messages
     from chunkflow_cli.execution.runner import _WholeModelStep
     from chunkflow_cli.execution.stage_runner import _StageStep

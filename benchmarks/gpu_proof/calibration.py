@@ -17,9 +17,9 @@ from chunkflow_cli.training.measure import calibrate
 from chunkflow_cli.training.setup import calibration_path, described_device
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
+from gpu_proof.rows import Values, attempt
 from gpu_proof.speed import LORA
 from gpu_proof.training import Place, run_words
-from gpu_proof.worker import Values, attempt
 
 BUDGET_SECONDS = 20.0
 

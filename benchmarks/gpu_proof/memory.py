@@ -9,8 +9,8 @@ from typing import Any
 from chunkflow_cli.cli.plan import make_plan
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
+from gpu_proof.rows import Values, attempt
 from gpu_proof.training import Place, prepared, run_words
-from gpu_proof.worker import Values, attempt
 
 
 def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:

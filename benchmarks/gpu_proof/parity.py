@@ -30,8 +30,8 @@ from chunkflow_cli.model.recurrent_functions import installed_kernels
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.schedule import plan
 from gpu_proof.cases import Case
+from gpu_proof.rows import NotHere, Values, attempt
 from gpu_proof.training import Place, free_memory
-from gpu_proof.worker import NotHere, Values, attempt
 
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 0.0}
 """Relative error of gradients that passes however exact the whole sequence is."""

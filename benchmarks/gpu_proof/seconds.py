@@ -28,8 +28,8 @@ from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.setup import read_setup
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder
+from gpu_proof.rows import Values, attempt
 from gpu_proof.training import Place, run_words
-from gpu_proof.worker import Values, attempt
 
 
 def rows(cases: tuple[Case, ...], place: Place) -> Iterator[Values]:

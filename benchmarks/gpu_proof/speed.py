@@ -12,8 +12,8 @@ from chunkflow_cli.cli.plan import PlannedRun, make_plan
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
+from gpu_proof.rows import NotHere, Values, attempt, reraise
 from gpu_proof.training import Place, prepared, run_words, words_of_state
-from gpu_proof.worker import NotHere, Values, attempt, reraise
 
 LORA = ("model.lora.enabled=true", "model.activation_checkpointing=selective")
 

@@ -22,8 +22,8 @@ from chunkflow_cli.training.inputs import load_run_data
 from common import PlainTraining
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
+from gpu_proof.rows import Values, attempt
 from gpu_proof.training import Place, free_memory, run_words, words_of_state
-from gpu_proof.worker import Values, attempt
 
 LEARNING_RATE, EPS = 0.02, 1e-3
 """A large rate: the change is then as large as the weights, and rounding them to bfloat16 hides little of it. A large

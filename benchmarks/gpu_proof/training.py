@@ -23,7 +23,7 @@ from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.requirements import check_requirements
 from chunkflow_cli.training.steps import run_steps
-from gpu_proof.worker import NotHere
+from gpu_proof.rows import NotHere
 
 OFFLOAD_KEY = "chunk.offload_state"
 

@@ -11,47 +11,18 @@ import importlib
 import json
 import os
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.processes.worker import die_with
 from gpu_proof.cases import PARITY, Part, sections
+from gpu_proof.rows import Values, attempt, reraise
 
 PACKAGES = ("transformers", "deepspeed", "peft", "triton", "flash-attn", "flash-linear-attention")
 SPOILT = 75
 """Exit code of a process that can measure nothing more, though all rows that it has begun are written."""
-Values = dict[str, Any]
-"""A row's values by column, and more for the JSON file; `failed` tells why it did not pass."""
-
-
-class NotHere(Exception):  # noqa: N818 - not an error
-    """A case that this machine or this version cannot run, with the reason."""
-
-
-def attempt(measure: Callable[[], Values], *, may_be_refused: bool = True) -> Values:
-    """Return what `measure` returns, or why there is nothing: its status and a note.
-
-    Args:
-        may_be_refused: whether this machine may be one on which chunkflow refuses the case.
-    """
-    from chunkflow_cli.errors import UsageError, describe
-
-    started = time.perf_counter()
-    try:
-        values = measure()
-        row = {"status": "FAILED", "note": values["failed"]} if "failed" in values else {"status": "passed"}
-        row["values"] = values
-    except NotHere as reason:
-        row = {"status": "not here", "note": str(reason)}
-    except UsageError as error:
-        row = {"status": "refused" if may_be_refused else "error", "note": str(error)}
-    except Exception as error:
-        row = {"status": "error", "note": describe(error), "traceback": traceback.format_exc()}
-    return {"values": {}, **row, "took_seconds": time.perf_counter() - started}
 
 
 def main() -> None:
@@ -115,10 +86,6 @@ def _rows(module: Any, part: Part, place: Any) -> Iterator[Values]:
             left -= 1
     except Exception as error:
         yield from (attempt(partial(reraise, error)) for _ in range(left))
-
-
-def reraise(error: Exception) -> Values:
-    raise error
 
 
 if __name__ == "__main__":

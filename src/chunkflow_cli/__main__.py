@@ -14,7 +14,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, _end)
     if __name__ == "__main__" and sys.path[0] == os.getcwd():  # `python -m`: files there are not our modules
         del sys.path[0]
-    from chunkflow_cli.cli.app import main
+    from chunkflow_cli.cli.main import main
 
     main()
 

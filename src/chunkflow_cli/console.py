@@ -1,11 +1,14 @@
-"""Consoles, progress displays, and numbers in units that people read. Results go to stdout, all else to stderr."""
+"""Consoles, progress displays, tables of facts, and numbers in units that people read.
+
+Results go to stdout, all else to stderr.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,6 +21,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 QUIET_SECONDS = 1.0
 """Seconds before a progress bar appears: work that is done by then needs none."""
@@ -72,6 +77,16 @@ def percent(share: float) -> str:
     value = 100 * share
     decimals = 0 if value in (0, 100) else 1 if 1 <= value <= 99 else 2
     return f"{value:.{decimals}f} %"
+
+
+def facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Return a table of names in bold, each with a sentence about it."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, sentence in rows:
+        table.add_row(name, sentence)
+    return table
 
 
 @contextmanager

@@ -62,6 +62,12 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def is_unexpected(error: BaseException) -> bool:
     """Return whether you need the traceback to understand an error."""
     is_told = isinstance(error, (ChunkflowError, KeyboardInterrupt)) or _is_refused_by_file_system(error)

@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from chunkflow_cli.cli import analyze
+from chunkflow_cli.cli.measured_data import MeasuredData
 from chunkflow_cli.cli.samples import ShownSample
 from chunkflow_cli.cli.screens.analysis import print_analyses
 from chunkflow_cli.cli.screens.samples import print_samples
@@ -515,7 +516,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
     rng = np.random.default_rng(1)
     lengths = np.concatenate([rng.integers(3, 2000, 999_900), np.full(100, 303 * 1024)])
     path = "/" + "a_long_folder/" * 20 + "conversations_part_0001.jsonl"
-    data = analyze.MeasuredData(
+    data = MeasuredData(
         path=path,
         format=DataFormat.prompt_completion,
         estimated=True,
@@ -546,7 +547,7 @@ def test_huge_numbers_and_long_paths_fit(width: int) -> None:
 def test_the_histogram_uses_a_wide_screen() -> None:
     """Bars grow with the terminal, and their lengths are proportional to their shares."""
     lengths = np.array([10] * 30 + [100] * 60)
-    data = analyze.MeasuredData("a", DataFormat.text, False, lengths, 1, lengths, np.arange(90), [], [], None, 90)
+    data = MeasuredData("a", DataFormat.text, False, lengths, 1, lengths, np.arange(90), [], [], None, 90)
     result = analyze.analysis(data, load([]).config)
     bars = {
         width: [line.split()[1] for line in printed([(lengths, result)], width) if "█" in line] for width in (80, 120)

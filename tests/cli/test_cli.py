@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from chunkflow_cli.cli import train
-from chunkflow_cli.cli.app import app, main
+from chunkflow_cli.cli.app import app
+from chunkflow_cli.cli.main import main
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.execution.loss import LogitTransform
 
@@ -234,7 +235,7 @@ def test_a_finished_run_is_neither_run_again_nor_overwritten(tmp_path: Path, mon
 def test_train_names_what_it_trains_and_checks_the_data_before_torch(tmp_path: Path) -> None:
     """The import of torch takes seconds. Here it fails, and is not missed; stdout stays for the result."""
     code = (
-        "import sys; sys.modules['torch'] = None; from chunkflow_cli.cli.app import main\n"
+        "import sys; sys.modules['torch'] = None; from chunkflow_cli.cli.main import main\n"
         "sys.argv = ['chunkflow', 'train', 'recipe=tiny_random', 'model.path=a [b]', *sys.argv[1:]]; main()"
     )
     (tmp_path / "my [bold]chats.jsonl").write_text('{"input_ids": [5, 6]}\n{"input_ids"\n')

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from chunkflow_cli.cli.screens.tables import columns, facts
-from chunkflow_cli.console import plain_column, progress_bar, stderr_console, stdout_console, working
+from chunkflow_cli.cli.screens.tables import columns
+from chunkflow_cli.console import facts, plain_column, progress_bar, stderr_console, stdout_console, working
 
 SRC = Path(__file__).parents[2] / "src" / "chunkflow_cli"
 AWKWARD = "runs[/a] [bold]x[/] [red] [link=http://a]b[/link] :smile: {x} \\[c]"

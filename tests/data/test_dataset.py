@@ -55,7 +55,7 @@ def test_bad_rows_are_listed_and_skipped_on_request(tmp_path: Path) -> None:
     assert [where.line for where, _ in skipped.rejected] == list(range(2, 13))
     for (_, reason), (_, expected) in zip(skipped.rejected, BAD_TOKEN_ROWS, strict=True):
         assert expected in reason
-    assert (skipped.samples_read, skipped.samples_rejected, skipped.samples_dropped) == (13, 11, 0)
+    assert (skipped.total.samples_read, skipped.total.samples_rejected, skipped.total.samples_dropped) == (13, 11, 0)
 
 
 def test_no_sample_left(tmp_path: Path) -> None:
@@ -93,7 +93,8 @@ def test_overlong_error_names_the_longest(lengths_file: Path) -> None:
 def test_overlong_drop(lengths_file: Path) -> None:
     data = load(lengths_file, limit=5, overlong=Overlong.drop)
     assert data.lengths.tolist() == [2, 5, 4]
-    assert (data.samples_read, data.samples_dropped, data.samples_rejected, data.samples_truncated) == (5, 2, 0, 0)
+    total = data.total
+    assert (total.samples_read, total.samples_dropped, total.samples_rejected, data.samples_truncated) == (5, 2, 0, 0)
     assert [data.location(index).line for index in range(3)] == [1, 2, 4]
 
 
@@ -104,7 +105,8 @@ def test_overlong_truncate(lengths_file: Path) -> None:
     assert data.target_counts.tolist() == [1, 4, 4, 3, 4]
     assert data[2].input_ids.tolist() == [0, 1, 2, 3, 4]
     assert data[2].targets.tolist() == [1, 2, 3, 4, IGNORED]
-    assert (data.samples_read, data.samples_dropped, data.samples_rejected, data.samples_truncated) == (5, 0, 0, 2)
+    total = data.total
+    assert (total.samples_read, total.samples_dropped, total.samples_rejected, data.samples_truncated) == (5, 0, 0, 2)
     again = load(lengths_file)
     assert again[2].targets.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, IGNORED], "the cache itself must not change"
 
@@ -118,7 +120,7 @@ def test_a_truncated_sample_without_targets_is_a_bad_row(tmp_path: Path) -> None
     assert [(where.line, reason.partition(" ")[0]) for where, reason in kept.rejected] == [
         (1, "input_ids"), (2, "no"), (4, "no"),
     ]  # fmt: skip
-    assert (kept.samples_read, kept.samples_rejected, kept.samples_truncated) == (4, 3, 1)
+    assert (kept.total.samples_read, kept.total.samples_rejected, kept.samples_truncated) == (4, 3, 1)
     assert load(data, max_length=3, overlong=Overlong.truncate, bad_rows=BadRows.skip).target_counts.tolist() == [1, 2]
     with pytest.raises(UsageError, match="no targets are left after truncation to 2 tokens"):
         load(write_rows(tmp_path / "b.jsonl", [late]), max_length=2, overlong=Overlong.truncate)
@@ -130,7 +132,7 @@ def test_select(tmp_path: Path) -> None:
     part = whole.select([4, 1])
     assert [part[index].input_ids.tolist() for index in (0, 1)] == [[4, 4], [1, 1]]
     assert [str(part.location(index)) for index in (0, 1)] == [f"{data}:5", f"{data}:2"]
-    assert (part.samples_read, part.samples_rejected, part.samples_truncated, len(part)) == (2, 0, 2, 2)
+    assert (part.total.samples_read, part.total.samples_rejected, part.samples_truncated, len(part)) == (2, 0, 2, 2)
     assert len(whole.select([])) == 0
 
 
@@ -188,8 +190,9 @@ def test_every_row_is_accounted_for(
     assert found == kept
     assert list(found) == sorted(found)
     assert {where.line for where, _ in data.rejected} == bad
-    assert data.samples_dropped == dropped
-    assert data.samples_read == len(data) + data.samples_rejected + data.samples_dropped == sum(map(bool, rows))
+    total = data.total
+    assert total.samples_dropped == dropped
+    assert total.samples_read == len(data) + total.samples_rejected + total.samples_dropped == sum(map(bool, rows))
     assert data.lengths.tolist() == [len(ids) for ids, _ in kept.values()]
     assert data.target_counts.tolist() == [sum(t != IGNORED for t in targets) for _, targets in kept.values()]
 

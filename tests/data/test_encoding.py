@@ -134,7 +134,7 @@ def test_other_demo_files(smollm2_folder: Path, tmp_path: Path, name: str, count
     """The ids equal those of transformers for the same conversation or text."""
     tokenizer = load_tokenizer(str(smollm2_folder), trust_remote_code=False)
     data = load(SHARED / name, smollm2_folder, cache_dir=str(tmp_path))
-    assert len(data) == data.samples_read == count
+    assert len(data) == data.total.samples_read == count
     if data.whole.format is DataFormat.text:
         first = json.loads((SHARED / name).open().readline())
         expected = [*tokenizer(first["text"])["input_ids"], tokenizer.eos_token_id]

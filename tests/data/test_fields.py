@@ -228,7 +228,7 @@ def test_a_message_that_asks_not_to_be_counted_is_no_target(key: str, off: objec
         ({**ANSWER, "mask": True}, "messages[1].mask is not read"),
         ({**USER, "thinking": "hm"}, "messages[1].thinking: the role user has no reasoning"),
         ({**ANSWER, "thinking": {"a": 1}}, "messages[1].thinking is an object, not a string"),
-        ({**ANSWER, "thinking": "a", "reasoning": "b"}, "messages[1] has different texts in reasoning and thinking"),
+        ({**ANSWER, "thinking": "a", "reasoning": "b"}, "messages[1] has different texts in thinking and reasoning"),
         ({**ANSWER, "images": ["a.png"]}, "messages[1] has images, and chunkflow trains on text only"),
         ({**ANSWER, "content": None, "refusal": "No."}, "messages[1].refusal is not read; move its text to content"),
     ],

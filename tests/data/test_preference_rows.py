@@ -123,11 +123,11 @@ def test_policies_take_both_answers_of_a_pair(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="3 of 4 samples are longer than 20 tokens"):
         load(path, model, format=DataFormat.preference, max_length=20)
     dropped = load(path, model, format=DataFormat.preference, max_length=20, overlong=Overlong.drop)
-    assert (dropped.samples_read, dropped.samples_dropped, len(dropped)) == (4, 3, 1)
+    assert (dropped.total.samples_read, dropped.total.samples_dropped, len(dropped)) == (4, 3, 1)
     cut = load(
         path, model, format=DataFormat.preference, max_length=20, overlong=Overlong.truncate, bad_rows=BadRows.skip
     )
-    assert (len(cut), cut.samples_rejected, cut.samples_truncated) == (2, 2, 1)
+    assert (len(cut), cut.total.samples_rejected, cut.samples_truncated) == (2, 2, 1)
     assert "the answers are the same, after truncation to 20 tokens" in cut.rejected[1][1]
     chosen, rejected = cut.sequences(0)
     assert (len(chosen.input_ids), len(rejected.input_ids)) == (20, 3)

@@ -144,7 +144,7 @@ def test_duplicates_are_left_out_and_named(folder: Path) -> None:
 
 
 def test_equal_digests_of_other_samples_lose_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chunkflow_cli.data.encoding.digest_of", lambda *_: 1)
+    monkeypatch.setattr("chunkflow_cli.data.encoded_batch.digest_of", lambda *_: 1)
     data = load_run_data(configured(folder, "{path: @a.jsonl}", data__deduplicate=True, data__num_workers=1), None)
     assert len(data.read) == 20
 
@@ -204,5 +204,5 @@ def test_run_data_counts_every_sample(folder: Path) -> None:
     data: RunData = load_run_data(
         configured(folder, "{path: @a.jsonl, samples: 9}", "{path: @b.jsonl}", data__eval_fraction=0.5), None
     )
-    assert data.read.samples_read == 27
-    assert len(data.train) + len(data.evaluation) + data.read.samples_beyond_limit == 27
+    assert data.read.total.samples_read == 27
+    assert len(data.train) + len(data.evaluation) + data.read.total.samples_beyond_limit == 27

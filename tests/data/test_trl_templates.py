@@ -25,7 +25,7 @@ from chunkflow_cli.config.schema import DataFormat
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.sample import BadRowError, Conversation
 from chunkflow_cli.data.template import ChatTemplate, MarkedText
-from chunkflow_cli.data.template_input import as_template_input, template_traits
+from chunkflow_cli.data.template_input import as_template_input
 from chunkflow_cli.data.template_rendering import TEMPLATE_DATE
 
 TRL = find_spec("trl")
@@ -372,5 +372,5 @@ def test_a_split_sample_is_the_prompt_and_the_answer(name: str) -> None:
 
 def form_of(name: str, sample: Conversation) -> tuple[list[dict[str, Any]], Any]:
     """Return messages and tools as the template gets them."""
-    given = as_template_input(sample, template_traits(plain(name)))
+    given = as_template_input(sample, plain(name))
     return as_training_takes(name, given.messages), given.tools

@@ -422,10 +422,10 @@ def test_split_counts_samples_rows_and_targets(tmp_path: Path) -> None:
     ]
     assert [kept.location(index).line for index in range(4)] == [1, 1, 3, 4]
     assert kept.rows.tolist() == [0, 0, 1, 2]
-    assert (kept.rows_read, kept.samples_read, kept.samples_rejected, len(kept)) == (4, 5, 1, 4)
+    assert (kept.total.rows_read, kept.total.samples_read, kept.total.samples_rejected, len(kept)) == (4, 5, 1, 4)
     whole = load(data, model, bad_rows="skip")
     assert whole.target_counts.sum() == kept.target_counts.sum()
-    assert (whole.rows_read, whole.samples_read, len(whole), whole.rows.tolist()) == (4, 4, 3, [0, 1, 2])
+    assert (whole.total.rows_read, whole.total.samples_read, len(whole), whole.rows.tolist()) == (4, 4, 3, [0, 1, 2])
     source = open_data(DataConfig(path=str(data)))
     sizes = estimate_sizes(
         source, DataFormat.messages, train_on=TrainOn.assistant, turns=Turns.split, progress=lambda _: None
@@ -456,7 +456,7 @@ def test_the_samples_of_a_row_are_held_out_together(tmp_path: Path) -> None:
     model = make_tokenizer(tmp_path / "model")
     data = write_rows(tmp_path / "a.jsonl", [{"messages": chat("Q", f"A{n}", "R", f"B{n}")} for n in range(10)])
     train, held = hold_out(load(data, model, turns=Turns.split), 0.3, 1)
-    assert (len(train), len(held), held.rows_read) == (14, 6, 3)
+    assert (len(train), len(held), held.total.rows_read) == (14, 6, 3)
     lines = [{part.location(index).line for index in range(len(part))} for part in (train, held)]
     assert lines[0] | lines[1] == set(range(1, 11))
     assert lines[0].isdisjoint(lines[1])

@@ -80,7 +80,7 @@ def train(name: str) -> Iterator[float]:
     from chunkflow_cli.execution.runner import Runner
     from chunkflow_cli.execution.step import RunnerSettings, StepBatch
     from chunkflow_cli.planning.chunks import build_chunks
-    from chunkflow_cli.planning.schedule import plan_in_lockstep
+    from chunkflow_cli.planning.schedule import plan_in_lockstep, tasks_of
 
     model: Any
     attention.register()
@@ -113,7 +113,7 @@ def train(name: str) -> Iterator[float]:
         ]
         chunks = [build_chunks(lengths, CHUNK_SIZE) for lengths in SHARES]
         weight = 1 / sum(int((sequence.targets != -100).sum()) for share in shares for sequence in share)
-        schedule = plan_in_lockstep(chunks, k)[rank]
+        schedule = plan_in_lockstep([tasks_of(own, k) for own in chunks])[rank]
         batch = StepBatch(chunks[rank], shares[rank], np.full(len(shares[rank]), weight))
         runner.run((schedule,), batch)
         engine.step()

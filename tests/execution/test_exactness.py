@@ -272,13 +272,11 @@ def test_retained_chunks_in_one_engine_call(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, checkpointing: ActivationCheckpointing
 ) -> None:
     """ZeRO-3 runs the retained chunks in one forward and one backward, within which later chunks must go first."""
-    from chunkflow_cli.planning.schedule import Layout
-
     case = Case("llama", 17, 3, checkpointing, fill_tails=True, lora=False)
     planned = []
 
     def joined(chunks: Any, k: int) -> Schedule:
-        planned.append(plan(chunks, k, Layout(join_retained=True)))
+        planned.append(plan(chunks, k, join_retained=True))
         return planned[-1]
 
     monkeypatch.setattr(parity, "plan", joined)

@@ -42,7 +42,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.forward_scope import ForwardScope, forward_value
 from chunkflow_cli.model.recurrent_functions import SCANS
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.planning.schedule import Layout, plan
+from chunkflow_cli.planning.schedule import plan
 from support.exact import float64_throughout
 from support.models import RECURRENT, recurrent_model
 
@@ -128,7 +128,7 @@ def chunked_gradient(model: Any, case: Case, **options: Any) -> Tensor:
     return gradient_of(model)
 
 
-def run_step(model: Any, case: Case, layout: Layout | None = None) -> Any:
+def run_step(model: Any, case: Case, *, join_retained: bool = False) -> Any:
     attention.register()
     model.set_attn_implementation(attention.NAME)
     chunks = build_chunks(case.lengths, case.chunk_size, fill_tails=case.fill_tails)
@@ -136,7 +136,7 @@ def run_step(model: Any, case: Case, layout: Layout | None = None) -> Any:
     batch = StepBatch(chunks, random_sequences(case.lengths, 67), weights)
     dtype = next(model.parameters()).dtype
     runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), RunnerSettings(CPU, dtype))
-    return runner.run((plan(chunks, case.k, layout or Layout()),), batch)
+    return runner.run((plan(chunks, case.k, join_retained=join_retained),), batch)
 
 
 def gradient_of(model: Any) -> Tensor:
@@ -235,7 +235,7 @@ def test_retained_chunks_in_one_engine_call(name: str, checkpointing: Activation
     case = Case(LENGTHS, 13, 3, checkpointing=checkpointing)
     with float64_throughout():
         whole = whole_gradient(recurrent_model(name, torch.float64), case)
-        chunked = chunked_gradient(recurrent_model(name, torch.float64), case, layout=Layout(join_retained=True))
+        chunked = chunked_gradient(recurrent_model(name, torch.float64), case, join_retained=True)
     assert distance(chunked, whole) <= TOLERANCE
 
 

@@ -27,7 +27,7 @@ from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepResult
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.planning.schedule import Layout, Schedule, plan
+from chunkflow_cli.planning.schedule import Schedule, plan
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
@@ -124,7 +124,7 @@ def test_every_k_gives_the_same_step(chunked: Callable[..., Any], batch: StepBat
 def test_joined_engine_calls_give_the_same_step(chunked: Callable[..., Any], batch: StepBatch) -> None:
     """The arrangement that ZeRO-3 needs does not change the computation."""
     model = chunked()
-    schedule = plan(batch.chunks, 2, Layout(join_retained=True))
+    schedule = plan(batch.chunks, 2, join_retained=True)
     assert "+" in str(schedule)
     result = runner_of(model).run((schedule,), batch)
     gradient = gradients(model)
@@ -240,7 +240,7 @@ def test_progress_counts_every_token_once(chunked: Callable[..., Any], batch: St
     assert len(told) == len(batch.chunks)
     assert sum(told) == sum(LENGTHS)
     told.clear()
-    runner_of(chunked()).run((plan(batch.chunks, 2, Layout(join_retained=True)),), batch, on_backward=told.append)
+    runner_of(chunked()).run((plan(batch.chunks, 2, join_retained=True),), batch, on_backward=told.append)
     assert sum(told) == sum(LENGTHS)
 
 
@@ -361,7 +361,7 @@ def test_loss_that_is_not_finite_in_a_joined_call(chunked: Callable[..., Any]) -
     with torch.no_grad():
         model.get_input_embeddings().weight[VOCABULARY - 1] = float("nan")
     sequences[0].input_ids[-3] = VOCABULARY - 1
-    result = runner_of(model).run((plan(batch.chunks, 2, Layout(join_retained=True)),), batch)
+    result = runner_of(model).run((plan(batch.chunks, 2, join_retained=True),), batch)
     assert result.not_finite == (2, 3)
 
 

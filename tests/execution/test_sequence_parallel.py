@@ -34,7 +34,7 @@ from chunkflow_cli.model.activation_checkpointing import enable_activation_check
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
-from chunkflow_cli.planning.schedule import Layout, plan
+from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 from chunkflow_cli.training.setup import planned_topology
 from support.exact import float64_throughout
@@ -238,7 +238,7 @@ def run_case(case: Case, group: SequenceGroup | None) -> Outcome:
     weight_dtype = torch.promote_types(getattr(torch, case.dtype), torch.float32)
     settings = RunnerSettings(CPU, weight_dtype, sequence_group=group)
     runner = Runner(DirectEngine(ChunkModel(model, backend_of(case))), settings)
-    result = runner.run((plan(chunks, case.k, Layout(join_retained=case.join_retained)),), batch)
+    result = runner.run((plan(chunks, case.k, join_retained=case.join_retained),), batch)
     gradient, losses = gradients(model), torch.tensor([result.loss, runner.evaluate(batch).loss], dtype=torch.float64)
     assert result.not_finite == ()
     assert result.sequence_losses @ batch.weights == pytest.approx(result.loss, rel=1e-5)

@@ -36,7 +36,7 @@ def test_a_gguf_model_is_saved_as_a_float_model(tmp_path: Path) -> None:
     shape = model_shape(model)
     assert (shape.layers, shape.hidden_size) == (30, 576)
     assert shape.attention == (AttentionLayers(30, 9, 3, 64, 64),)
-    assert shape.state_elements_per_token == 2 * 30 * 3 * 64
+    assert sum(part.kv_elements_per_token for part in shape.attention) == 2 * 30 * 3 * 64
     assert shape.matmul_parameters == sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert position_limit(model.config) == 8192
 

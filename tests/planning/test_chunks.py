@@ -66,8 +66,8 @@ def test_tail_is_filled_with_the_short_sequences_that_fit_best() -> None:
     assert listed(chunks) == [[(3, 0, 9)], [(0, 0, 10)], [(0, 10, 20)], [(0, 20, 22), (1, 0, 6), (2, 0, 2)]]
     assert chunks[3].tokens == 10
     assert chunks[3].is_dependent
-    assert chunks[3].long_sequence == 0
-    assert chunks[0].long_sequence is None
+    assert chunks.first_sequence(3) == 0
+    assert not chunks[0].is_dependent
 
 
 def test_tails_stay_alone_if_asked() -> None:
@@ -128,7 +128,7 @@ def test_neighbouring_long_sequences_are_two_groups() -> None:
     """Chunks of two long sequences lie side by side: joined into one group, one would read the other's state."""
     chunks = build_chunks([5, 6], 3)
     assert chunks.dependent_groups() == [range(2), range(2, 4)]
-    assert [chunk.long_sequence for chunk in chunks] == [0, 0, 1, 1]
+    assert [chunks.first_sequence(chunk) for chunk in range(4)] == [0, 0, 1, 1]
 
 
 def test_segment_tells_whether_its_sequence_goes_on() -> None:
@@ -201,7 +201,7 @@ def test_shape_of_every_plan(lengths: list[int], size: int, fill_tails: bool) ->
     assert dependent == list(range(len(listed_chunks) - len(dependent), len(listed_chunks)))
     groups = chunks.dependent_groups()
     assert list(itertools.chain.from_iterable(groups)) == dependent
-    assert [listed_chunks[group.start].long_sequence for group in groups] == [
+    assert [chunks.first_sequence(group.start) for group in groups] == [
         index for index, length in enumerate(lengths) if length > size
     ]
     for group in groups:

@@ -19,7 +19,7 @@ from chunkflow_cli.planning.model_shape import ModelShape, training_flops
 from chunkflow_cli.planning.prediction import rank_seconds
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RankPlan
-from chunkflow_cli.planning.schedule import Layout, plan
+from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.simulate import simulate
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=12)
@@ -182,7 +182,7 @@ def test_seconds_of_a_rank_are_those_of_its_operations(
     """`plan` adds up ranks by formula and draws them by simulation; both must give the same time."""
     chunks = build_chunks(lengths, size, fill_tails=fill_tails)
     targets = np.array([length // 2 for length in lengths])
-    schedule = plan(chunks, k, Layout(join_retained=joined))
+    schedule = plan(chunks, k, join_retained=joined)
     rank = RankPlan(np.arange(len(lengths)), chunks, targets, (schedule,))
     expected = seconds_by_operation(chunks, targets, k, costs)
     assert rank_seconds(rank, costs) == pytest.approx(expected)

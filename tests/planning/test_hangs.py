@@ -27,7 +27,7 @@ from chunkflow_cli.planning.costs import CostModel, OperationCost
 from chunkflow_cli.planning.message_order import Receive, receives_of
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan
-from chunkflow_cli.planning.schedule import DUMMY, Layout, Op, OpKind, Schedule
+from chunkflow_cli.planning.schedule import DUMMY, Op, OpKind, Schedule
 from chunkflow_cli.planning.schedule_proof import validate, validate_lockstep
 from chunkflow_cli.planning.topology import Topology
 from support.posting import always_ahead
@@ -256,7 +256,7 @@ def test_no_order_of_lengths_hangs(
         fill_tails=fill_tails,
         equal_time=equal_time,
         costs=replace(CostModel.proportional(), forward=OperationCost(0, 1, 0.1), backward=OperationCost(0, 2, 0.2)),
-        layout=Layout(join_retained=zero_stage == 3, lockstep=zero_stage == 3),
+        is_zero_3=zero_stage == 3,
         pipeline=None if stages == 1 else PipelineLayout(stages, schedule, warmup_extra),
         ranks=topology.replicas,
         sequence=sequence,
@@ -303,10 +303,10 @@ def test_other_rules_for_messages_hang(stages: int) -> None:
 def test_lockstep_by_hand() -> None:
     """One rank with a sequence of four chunks beside one with three standalone chunks, and one with nothing."""
     from chunkflow_cli.planning.chunks import build_chunks
-    from chunkflow_cli.planning.schedule import plan_in_lockstep
+    from chunkflow_cli.planning.schedule import plan_in_lockstep, tasks_of
 
     ranks = [build_chunks([7], 2), build_chunks([2, 2, 2], 2), build_chunks([], 2)]
-    assert list(map(str, plan_in_lockstep(ranks, 2))) == [
+    assert list(map(str, plan_in_lockstep([tasks_of(chunks, 2) for chunks in ranks]))) == [
         "S0 S1 F2+3 B3+2 R1 B1 R0 B0",
         "S- S- F0+1 B1+0 F2 B2 F- B-",
         "S- S- F-+- B-+- F- B- F- B-",

@@ -32,7 +32,7 @@ from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
-from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, gradients_of_windows, mean_bytes_per_token
+from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, gradients_of_windows, state_bytes_per_token
 
 SHAPE = ModelShape(
     layers=3, hidden_size=8, intermediate_size=20, attention=(AttentionLayers(3, 4, 2, 2, 2),), vocab_size=50,
@@ -46,7 +46,7 @@ SHAPE = ModelShape(
 def test_the_256k_tokens_of_the_design() -> None:
     """A 7B model with 4 KV heads of 128 in 28 layers: 56 KiB per token in bfloat16, 14 GiB, and 28 GiB of gradients."""
     shape = dataclasses.replace(SHAPE, layers=28, attention=(AttentionLayers(28, 28, 4, 128, 128),))
-    assert shape.state_elements_per_token * 2 == 56 * 1024
+    assert sum(part.kv_elements_per_token for part in shape.attention) * 2 == 56 * 1024
     assert state_bytes(shape, 2**18 + 1, 4096, 2) == 42 * 2**30
 
 
@@ -404,7 +404,7 @@ def test_blocks_hide_state_as_windows_do(chunk_size: int) -> None:
         dataclasses.replace(SHAPE, attention=(AttentionLayers(3, 4, 2, 2, 2, **sight),))
         for sight in ({"window": 9}, {"block": 9})
     )
-    kept = mean_bytes_per_token(blocked, 2, chunk_size)
-    assert kept == mean_bytes_per_token(windowed, 2, chunk_size)
+    kept = state_bytes_per_token(blocked, 2, chunk_size)
+    assert kept == state_bytes_per_token(windowed, 2, chunk_size)
     assert kept == 24 * (6 if chunk_size <= 8 else 2 * 8 / 32)
     assert gradients_of_windows(blocked, 2, chunk_size) == (0 if chunk_size <= 8 else 24 * 8 * 4)

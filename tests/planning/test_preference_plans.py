@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.planning.chunks import Chunks
 from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
-from chunkflow_cli.planning.schedule import OpKind, Schedule, plan_tasks, tasks_in_lockstep
+from chunkflow_cli.planning.schedule import OpKind, Schedule, plan_in_lockstep, plan_tasks
 from chunkflow_cli.planning.schedule_proof import validate, validate_lockstep
 
 SIZE = 32
@@ -78,7 +78,7 @@ def test_every_plan_is_proved(ranks: list[list[tuple[int, int]]], k: int, fill_t
         prompts = np.maximum(1, lengths.min(axis=1) * 2 // 3) if shares else None
         built.append(build_pair_chunks(lengths.ravel(), SIZE, fill_tails=fill_tails, prompts=prompts))
     tasks = [preference_tasks(chunks, k, 2) for chunks in built]
-    together = tasks_in_lockstep(tasks)
+    together = plan_in_lockstep(tasks)
     validate_lockstep(together)
     for chunks, own, schedule in zip(built, tasks, together, strict=True):
         validate(plan_tasks(own, join_retained=True), chunks, k, answers=2)

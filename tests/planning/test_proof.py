@@ -13,15 +13,14 @@ from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.proof import validate_step
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
-from chunkflow_cli.planning.schedule import Layout, Schedule
+from chunkflow_cli.planning.schedule import Schedule
 
 LENGTHS = [300, 150, 64, 40, 31, 20, 9, 5, 3]
-ZERO_3 = Layout(join_retained=True, lockstep=True)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "K=3, tails alone": {"k": 3, "fill_tails": False},
     "more ranks than samples": {"ranks": 12},
-    "ZeRO-3": {"ranks": 4, "layout": ZERO_3, "k": 2},
+    "ZeRO-3": {"ranks": 4, "is_zero_3": True, "k": 2},
     "sequence-parallel": {"ranks": 4, "sequence": 2},
     "sequence-parallel, everything spread": {"ranks": 4, "sequence": 2, "spread_all": True},
     "1F1B": {"pipeline": PipelineLayout(4, "1f1b")},
@@ -93,7 +92,7 @@ BROKEN: dict[str, tuple[dict[str, Any], Callable[[StepPlan], StepPlan], str]] = 
         r"rank 0: stage 0: chunk \d+ never goes backward",
     ),
     "an operation that ZeRO-3's other ranks do not run": (
-        {"ranks": 2, "layout": ZERO_3},
+        {"ranks": 2, "is_zero_3": True},
         change_first(
             lambda rank: replace(rank, schedules=(Schedule((*rank.schedule.ops, *Schedule.parse("S-").ops)),))
         ),

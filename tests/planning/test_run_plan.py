@@ -25,7 +25,7 @@ from chunkflow_cli.planning.run_plan import (
     RunPlan,
     StepPlan,
 )
-from chunkflow_cli.planning.schedule import Layout, OpKind, Schedule
+from chunkflow_cli.planning.schedule import OpKind, Schedule
 from chunkflow_cli.planning.schedule_proof import validate
 
 LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=30)
@@ -68,7 +68,7 @@ OPTIONS = st.sampled_from(
         {"k": 2},
         {"spread_all": True},
         {"fill_tails": False},
-        {"layout": Layout(join_retained=True, lockstep=True), "k": 2},
+        {"is_zero_3": True, "k": 2},
         {"pipeline": PipelineLayout(2)},
     ]
 )
@@ -150,7 +150,7 @@ def test_spread_chunks_come_first_and_short_samples_run_alone() -> None:
 def test_all_is_spread_where_ranks_must_run_alike() -> None:
     """With ZeRO-3 or a pipeline, a rank that ran a chunk alone would leave the others waiting in a collective."""
     lengths = [400, *[30] * 8]
-    for options in ({"spread_all": True}, {"layout": Layout(join_retained=True)}, {"pipeline": PipelineLayout(2)}):
+    for options in ({"spread_all": True}, {"is_zero_3": True}, {"pipeline": PipelineLayout(2)}):
         for rank in run_of(lengths, ranks=4, sequence=2, **options)[0].ranks:
             assert len(rank.spread) == len(rank.chunks)
     assert any(len(rank.spread) < len(rank.chunks) for rank in run_of(lengths, ranks=4, sequence=2)[0].ranks)

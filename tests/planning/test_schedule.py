@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
-from chunkflow_cli.planning.schedule import Layout, Op, OpKind, Schedule, plan
+from chunkflow_cli.planning.schedule import Op, OpKind, Schedule, plan
 from chunkflow_cli.planning.schedule_proof import validate
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=12)
@@ -23,7 +23,7 @@ OPS = st.builds(
 
 
 def line(lengths: list[int], size: int, k: int, *, join_retained: bool = False) -> str:
-    return str(plan(build_chunks(lengths, size), k, Layout(join_retained)))
+    return str(plan(build_chunks(lengths, size), k, join_retained=join_retained))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_words_that_are_no_operation(word: str) -> None:
 def test_every_plan_is_valid(lengths: list[int], size: int, k: int, join: bool) -> None:
     """What the runner runs is what `validate` proves, for any lengths."""
     chunks = build_chunks(lengths, size)
-    schedule = plan(chunks, k, Layout(join_retained=join))
+    schedule = plan(chunks, k, join_retained=join)
     validate(schedule, chunks, k)
     validate(Schedule.parse(str(schedule)), chunks, k)
 
@@ -112,7 +112,7 @@ def test_recomputed_chunks(lengths: list[int], size: int, k: int, join: bool) ->
     """The price of K: each sequence of N chunks recomputes max(0, N - K), standalone chunks never."""
     chunks = build_chunks(lengths, size)
     pieces = [-(-length // size) for length in lengths if length > size]
-    ops = plan(chunks, k, Layout(join_retained=join)).ops
+    ops = plan(chunks, k, join_retained=join).ops
     assert sum(op.kind is OpKind.recompute for op in ops) == sum(max(0, n - k) for n in pieces)
 
 
@@ -122,7 +122,7 @@ def test_a_plan_without_one_operation_is_refused(
 ) -> None:
     """No operation of a plan is there for nothing: whichever is lost, the proof notices."""
     chunks = build_chunks(lengths, size)
-    ops = plan(chunks, k, Layout(join_retained=join)).ops
+    ops = plan(chunks, k, join_retained=join).ops
     assume(ops)
     lost = data.draw(st.integers(0, len(ops) - 1))
     with pytest.raises(ValueError, match=r"^operation \d+|never goes backward$"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.pipeline_orders import state_aware_1f1b
-from chunkflow_cli.planning.schedule import Layout, Op, OpKind, Schedule, plan
+from chunkflow_cli.planning.schedule import Op, OpKind, Schedule, plan
 from chunkflow_cli.planning.simulate import OperationSeconds, simulate, simulate_ranks
 from chunkflow_cli.planning.timeline import Timeline
 
@@ -146,7 +146,7 @@ def test_joined_operations_have_a_row_for_each_chunk() -> None:
     """What one engine call takes is the sum over its chunks: ZeRO-3's schedules can be simulated too."""
     chunks = build_chunks([5], 2)
     seconds = OperationSeconds.proportional([2, 2, 1], 1)
-    joined = simulate([plan(chunks, 2, Layout(join_retained=True))], seconds)
+    joined = simulate([plan(chunks, 2, join_retained=True)], seconds)
     assert stage_rows(joined, 0)[:5] == [("S0", 0, 2), ("F1", 2, 4), ("F2", 4, 5), ("B2", 5, 7), ("B1", 7, 11)]
     assert joined.makespan == simulate([plan(chunks, 2)], seconds).makespan
 

@@ -272,7 +272,7 @@ def test_a_worker_exits_if_its_launcher_died_while_it_started(tmp_path: Path, en
 def test_a_rank_exits_without_the_interpreters_shutdown(environment: dict[str, str]) -> None:
     """Leftover native threads may abort the shutdown. Exit handlers still run, and the exit code is kept."""
     code = (
-        "import atexit, sys, threading, time; from chunkflow_cli.cli import app as cli\n"
+        "import atexit, sys, threading, time; from chunkflow_cli.cli import main as cli\n"
         "atexit.register(print, 'the end'); threading.Thread(target=time.sleep, args=(120,)).start()\n"
         "sys.argv[1:] = ['train', 'chunk.sise=4']; cli.main()\n"
     )

@@ -156,7 +156,7 @@ def test_only_the_process_that_started_it_counts_as_the_parent(monkeypatch: pyte
 def test_an_interrupted_command_ends_with_130() -> None:
     """Python exits as if killed by SIGINT after a KeyboardInterrupt passed an `exec`, as in the imports of torch."""
     code = (
-        "import sys; from chunkflow_cli.cli import app as cli, recipes\n"
+        "import sys; from chunkflow_cli.cli import main as cli, recipes\n"
         "recipes.list_recipes = lambda *words, **more: exec('raise KeyboardInterrupt')\n"
         "sys.argv[1:] = ['recipes', 'list']; cli.main()\n"
     )

@@ -26,7 +26,7 @@ from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.devices import DEVICES
 from chunkflow_cli.planning.memory_parts import memory_parts
-from chunkflow_cli.planning.schedule import Layout, plan
+from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.training.assembly import assemble
 from chunkflow_cli.training.setup import read_setup
 from support.published_shapes import SHAPES
@@ -129,7 +129,7 @@ def test_a_small_copy_trains_a_step(name: str, tmp_path: Path) -> None:
     parts = assemble(config, hf_config, backend, device)
     before = {n: w.clone() for n, w in parts.engine.whole_weights(parts.model, trained_only=True).items()}
     chunks = build_chunks([len(sequence.input_ids) for sequence in sequences], 25)
-    schedule = plan(chunks, config.chunk.k, Layout(join_retained=parts.engine.needs_joined_retained_chunks))
+    schedule = plan(chunks, config.chunk.k, join_retained=parts.engine.is_divided)
     result = parts.runner.run((schedule,), StepBatch(chunks, sequences, np.full(3, 1 / targets)))
     parts.engine.set_learning_rate(1e-2)
     assert parts.engine.step() > 0

@@ -19,9 +19,9 @@ from chunkflow_cli.engine import StateFiles
 from chunkflow_cli.engine.partitions import Partition, parts_to_write, read_partitions
 from chunkflow_cli.engine.state_files import write_parts
 from chunkflow_cli.files import checksum, written_aside
-from chunkflow_cli.model.heard_bars import HeardDownload
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.progress_bars import DownloadBar
 from chunkflow_cli.model.saving import save_model
 from chunkflow_cli.processes.heartbeat import Heartbeat, Watchdog
 from chunkflow_cli.processes.watch_folder import WatchFolder
@@ -95,7 +95,7 @@ def test_weights_that_are_loaded_and_saved_give_signs_of_life(
     )
     config = ModelConfig(path=str(tmp_path / "model"))
     loaded = load_model(config, load_config(config), dtype=torch.float32, attention="eager", seed=0)
-    assert given == [HeardDownload]
+    assert given == [DownloadBar]
     assert len(beats) >= 2 * weights  # loaded, and looked through for numbers that are not finite
     beats.clear()
     parameters = dict(loaded.named_parameters())
@@ -112,6 +112,6 @@ def test_weights_that_are_loaded_and_saved_give_signs_of_life(
 
 
 def test_a_download_gives_signs_of_life(beats: Beats) -> None:
-    with HeardDownload(total=100, disable=True) as bar:
+    with DownloadBar(total=100, disable=True) as bar:
         bar.update(10)
     assert beats

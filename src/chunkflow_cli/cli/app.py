@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from chunkflow_cli import __version__
-from chunkflow_cli.cli.command import Request, Result, command, home_expanded
-from chunkflow_cli.cli.completion import complete_override, complete_recipe
+from chunkflow_cli.cli.command import CONFIGURATION, Request, Result, command, home_expanded
+from chunkflow_cli.cli.completion import complete_override
+from chunkflow_cli.cli.groups import config_app, recipes_app
 from chunkflow_cli.cli.mistakes import Commands
-from chunkflow_cli.errors import RunError
 
 app = typer.Typer(
     cls=Commands,
@@ -23,21 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(cls=Commands, no_args_is_help=True)
-config_app = typer.Typer(cls=Commands, no_args_is_help=True)
-
-CONFIGURATION = ("overrides", "cfg", "resolve")
-"""Options that a command lacks if it does not compose a configuration."""
 
 Plot = Annotated[
     str | None,
     typer.Option("--plot", metavar="FILE", help="Draw a plot to a .png, .svg or .pdf file.", callback=home_expanded),
-]
-RecipeName = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME", help="Name of a recipe, as `chunkflow recipes list` prints it.", autocompletion=complete_recipe
-    ),
 ]
 
 
@@ -328,147 +314,4 @@ def tune_chunk_size(
 
 
 app.add_typer(config_app, name="config")
-
-
-@config_app.callback()
-def config() -> None:
-    """Print the JSON schema of the configuration.
-
-    An editor can use it to complete and check the keys of a recipe.
-
-    [bold]Examples[/]
-      chunkflow config schema
-      chunkflow config schema > chunkflow.schema.json
-      chunkflow config schema --json
-    """
-
-
-@command(config_app, "schema", without=(*CONFIGURATION, "config_dir"))
-def schema(request: Request) -> Result:
-    """Print the JSON schema of recipes.
-
-    It has every key with its type, bounds, default and meaning. An editor with
-    a YAML language server completes and checks the keys of a recipe whose first
-    line is
-    # yaml-language-server: $schema=chunkflow.schema.json
-
-    [bold]Examples[/]
-      chunkflow config schema
-      chunkflow config schema > chunkflow.schema.json
-      chunkflow config schema --json
-    """
-    import json
-
-    from chunkflow_cli.config.json_schema import json_schema
-
-    found = json_schema()
-    if not request.json_output:
-        print(json.dumps(found, indent=2))
-    return found
-
-
 app.add_typer(recipes_app, name="recipes")
-
-
-@recipes_app.callback()
-def recipes() -> None:
-    """List, show and copy recipes.
-
-    A recipe is a YAML file of configuration keys for one model and machine.
-
-    [bold]Examples[/]
-      chunkflow recipes list
-      chunkflow recipes show tiny_random
-      chunkflow recipes copy tiny_random first.yaml
-    """
-
-
-@command(recipes_app, "list", without=CONFIGURATION)
-def list_recipes(request: Request) -> Result:
-    """List the recipes with model, chunk size, K, longest sample and hardware.
-
-    Includes the recipes in DIR/recipes of --config-dir DIR.
-
-    [bold]Examples[/]
-      chunkflow recipes list
-      chunkflow recipes list --json
-      chunkflow recipes list --config-dir .
-    """
-    from chunkflow_cli.cli import recipes
-
-    return recipes.list_recipes(request.config_dir, json_output=request.json_output)
-
-
-@command(recipes_app, "show", without=CONFIGURATION)
-def show_recipe(request: Request, name: RecipeName) -> Result:
-    """Print the file of a recipe.
-
-    Keys that the recipe leaves out keep their defaults.
-
-    [bold]Examples[/]
-      chunkflow recipes show tiny_random
-      chunkflow recipes show qwen7b --json
-      chunkflow recipes show qwen7b > mine.yaml
-    """
-    from chunkflow_cli.cli import recipes
-
-    return recipes.show(name, request.config_dir, json_output=request.json_output)
-
-
-@command(recipes_app, "copy", without=CONFIGURATION)
-def copy_recipe(
-    request: Request,
-    name: RecipeName,
-    destination: Annotated[
-        str | None, typer.Argument(metavar="DEST", help="File or folder to write. Default: ./NAME.yaml.")
-    ] = None,
-) -> Result:
-    """Copy a recipe to a file that you can edit, and print how to run it.
-
-    Never overwrites a file.
-
-    [bold]Examples[/]
-      chunkflow recipes copy tiny_random
-      chunkflow recipes copy tiny_random my_run.yaml
-      chunkflow train recipe=my_run.yaml train.steps=1
-    """
-    from chunkflow_cli.cli import recipes
-
-    return recipes.copy(name, destination, request.config_dir, json_output=request.json_output)
-
-
-@contextmanager
-def _output_complete() -> Iterator[None]:
-    """Print the error, and exit, if what the block printed cannot be written, such as help to a full disk."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-def main() -> None:
-    """Run the command line.
-
-    A worker leaves without the end of the interpreter, which its threads could abort; so does an interrupted command,
-    for which the interpreter may take another exit code.
-    """
-    from chunkflow_cli import streams
-    from chunkflow_cli.processes import environment, worker
-
-    streams.prepare()
-    worker.end_with_parent()
-    environment.forget_other_ranks()
-    if os.environ.get("COLUMNS", "").strip("0") == "":
-        os.environ.pop("COLUMNS", None)  # terminals without a size set 0, in which rich would print nothing
-    os.environ["PYTHONSAFEPATH"] = "1"  # no process that we or a library start imports files of the current folder
-    try:
-        with _output_complete():
-            app()
-    except SystemExit as end:
-        if (environment.is_started_by_launcher() or end.code == 130) and not isinstance(end.code, str):
-            worker.leave(end.code or 0)
-        raise

@@ -30,6 +30,8 @@ def home_expanded(param: typer.CallbackParam, value: str | None) -> str | None:
     return expand_home(value, param.opts[0])
 
 
+CONFIGURATION = ("overrides", "cfg", "resolve")
+"""Options that a command lacks if it does not compose a configuration."""
 Result = dict[str, Any] | None
 """What `--json` prints; None if a command has nothing to report, or another process has printed it."""
 

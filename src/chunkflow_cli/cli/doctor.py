@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -31,6 +29,7 @@ from chunkflow_cli import __version__
 from chunkflow_cli.cli.screens.doctor import print_findings
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import human_bytes, progress_bar, stdout_console
+from chunkflow_cli.processes.environment import cores, module_command
 from chunkflow_cli.processes.host_memory import usable_memory_bytes
 
 GRACE_SECONDS = 5.0
@@ -196,10 +195,9 @@ def ask(check: str, arguments: Sequence[Any], seconds: float) -> Answer:
 
     If it raised, crashed or did not answer in time, the answer is {"raised": what happened, "root": the cause of that}.
     """
-    # -P: a run would not import from the current folder either. Files instead of pipes: a process that the hanging
-    # one has started would hold a pipe open.
-    command = [sys.executable, "-P", "-m", "chunkflow_cli.cli.probes", str(seconds), check.partition(" ")[0]]
-    command += map(json.dumps, arguments)
+    # Files instead of pipes: a process that the hanging one has started would hold a pipe open.
+    words = [str(seconds), check.partition(" ")[0], *map(json.dumps, arguments)]
+    command = module_command("chunkflow_cli.cli.probes", words)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         limit = seconds + GRACE_SECONDS
         try:
@@ -229,7 +227,7 @@ def _ask_all(checks: dict[str, tuple[Any, ...]], seconds: float) -> dict[str, An
 
 def _ask_each(checks: dict[str, tuple[Any, ...]], seconds: float) -> dict[str, Answer]:
     answers: dict[str, Answer] = {}
-    workers = max(2, min(CHECKS_AT_ONCE, os.cpu_count() or 1))
+    workers = max(2, min(CHECKS_AT_ONCE, cores()))
     with progress_bar("checking this machine", len(checks)) as progress, ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(ask, name, arguments, seconds): name for name, arguments in checks.items()}
         try:
@@ -367,7 +365,6 @@ def cache_problems(answer: Answer) -> list[Problem]:
 
 def _processor(answer: Answer) -> dict[str, Any]:
     """Return the CPU as a device. Its memory is what this process may use, where a container sets a limit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bfloat16 = answer.get("cpu_bfloat16")
     memory = usable_memory_bytes()
-    return {"kind": "cpu", "name": platform.machine(), "cores": cores, "memory_bytes": memory, "bfloat16": bfloat16}
+    return {"kind": "cpu", "name": platform.machine(), "cores": cores(), "memory_bytes": memory, "bfloat16": bfloat16}

@@ -14,7 +14,7 @@ from chunkflow_cli.cli.hub_upload import Upload
 from chunkflow_cli.cli.model_card import CARD, model_card
 from chunkflow_cli.config.schema import Quantization
 from chunkflow_cli.console import human_bytes, stderr_console, stdout_console, working
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.files import to_be_writable, written_aside
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.quantised import dequantise
@@ -112,7 +112,7 @@ def _merge(source: FinishedRun, target: Path) -> list[str]:
     try:
         merged, is_separated = merge_adapters(base, source.final)
     except ValueError as error:
-        raise UsageError(f"{source.final} cannot be merged: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{source.final} cannot be merged: {first_line(error)}") from error
     if (source.final / GENERATION_CONFIG).is_file():  # the run may have learnt to stop at other tokens than the base
         merged.generation_config = GenerationConfig.from_pretrained(str(source.final))
     save_model(target, merged, merged.state_dict())

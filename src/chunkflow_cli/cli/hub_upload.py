@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Upload:
         try:
             validate_repo_id(repository)
         except HFValidationError as error:
-            reason = str(error).partition("\n")[0]
+            reason = first_line(error)
             raise UsageError(f"--push-to-hub={repository} is not the name of a repository: {reason}") from error
         upload = cls(repository, get_token() is not None)
         if not upload.is_logged_in and not is_dry:
@@ -63,7 +63,7 @@ class Upload:
                 repo_id=url.repo_id, folder_path=folder, commit_message="Upload a model trained with chunkflow"
             )
         except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise UsageError(
                 f"--push-to-hub={self.repository}: the upload failed: {reason}\n"
                 f"  the model is in {folder}; to try again: hf upload {self.repository} {folder}"

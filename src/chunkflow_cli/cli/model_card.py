@@ -57,7 +57,7 @@ def _training(run: FinishedRun) -> Iterable[tuple[str, str]]:
     if report:
         lost = ", ".join(
             f"{report[f'samples_{word}']:,} {word}"
-            for word in ("held_out", "rejected", "dropped", "truncated")
+            for word in ("held_out", "rejected", "dropped", "truncated", "duplicate", "beyond_limit")
             if report.get(f"samples_{word}")
         ).replace("_", " ")
         yield "samples", f"{report['samples_read']:,} read; {report['samples_trained']:,} passes{lost and '; ' + lost}"

@@ -18,14 +18,12 @@ import numpy as np
 from chunkflow_cli.cli.screens.plan import print_plan
 from chunkflow_cli.cli.screens.plots import check_plot_path, plot_timeline
 from chunkflow_cli.config.load import LoadedConfig
-from chunkflow_cli.config.schema import DataFormat
-from chunkflow_cli.config.sources import configs_of_sources, has_data
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.planning.devices import DeviceProfile
-from chunkflow_cli.planning.memory_parts import MemoryParts, state_bytes, state_bytes_per_token
+from chunkflow_cli.planning.memory_parts import MemoryParts, state_bytes
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
@@ -33,6 +31,7 @@ from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import timeline
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
 from chunkflow_cli.planning.search import SimulatedStep
+from chunkflow_cli.planning.state_memory import state_bytes_per_token
 from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.totals import Totals, add_up, baseline_timeline
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
@@ -137,19 +136,12 @@ def make_plan(loaded: LoadedConfig, *, step: int, keys: Sequence[str] = ()) -> P
         keys: `FoundData.keys`, if this process has read the data before.
 
     Raises:
-        UsageError: there is no data, the data needs a tokenizer, or the run has no such step.
+        UsageError: the data cannot be used, or the run has no such step.
     """
     config = loaded.config
-    if not has_data(config.data):
-        raise UsageError("data.path is not set: your training data (.jsonl, .json, .parquet, a folder, a data set id)")
     hf_config = load_config(config.model) if config.model.path else None
     if hf_config is not None:
         checked_topology(config, hf_config)
-    elif any(each.format is not DataFormat.tokens for each in configs_of_sources(config.data)):
-        raise UsageError(
-            "model.path is not set: the plan needs the model's tokenizer and configuration, but not its weights\n"
-            "  to plan rows of token ids without a model, set data.format=tokens"
-        )
     data = load_run_data(config, hf_config, keys).train
     setup = read_setup(config, hf_config, planned_device(config))
     plan = setup.plan(data)
@@ -160,7 +152,6 @@ def make_plan(loaded: LoadedConfig, *, step: int, keys: Sequence[str] = ()) -> P
         memory = memory_of_fullest(setup.shape, setup.memory, plan, [SimulatedStep(plan, chosen)])
     with progress_bar("planning", plan.steps) as progress:
         totals = add_up(plan, progress)
-    chosen = plan[step - 1]
     return PlannedRun(loaded.recipe, setup, data, plan, totals, memory, chosen, timeline(plan, chosen))
 
 

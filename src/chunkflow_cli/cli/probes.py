@@ -62,7 +62,7 @@ def attention(requested: str, path: str, trust_remote_code: bool, dtype: str) ->
     from transformers import PretrainedConfig
 
     from chunkflow_cli.config.schema import Attention, ModelConfig
-    from chunkflow_cli.errors import UsageError
+    from chunkflow_cli.errors import UsageError, first_line
     from chunkflow_cli.execution.attention.choice import BACKENDS, choose_backend
     from chunkflow_cli.model.device import training_device
     from chunkflow_cli.model.hf_config import load_config
@@ -81,7 +81,7 @@ def attention(requested: str, path: str, trust_remote_code: bool, dtype: str) ->
             choose_backend(Attention(name), model, device, data_type)
             objections[name] = None
         except UsageError as error:
-            objections[name] = str(error).splitlines()[0].partition(": ")[2]
+            objections[name] = first_line(error).partition(": ")[2]
     if objection := objections.get(requested):
         return {"takes": None, "reason": objection, "objections": objections, "model_error": model_error}
     choice = choose_backend(Attention(requested), model, device, data_type)
@@ -93,7 +93,7 @@ def backend(name: str, dtype: str) -> Answer:
     """Compare an attention backend with plain matrix products, in both passes: {"error": the difference, or None}."""
     import torch
 
-    from chunkflow_cli.errors import UsageError
+    from chunkflow_cli.errors import UsageError, first_line
     from chunkflow_cli.execution.attention.choice import BACKENDS
     from chunkflow_cli.execution.attention.kernel_check import check_backend
     from chunkflow_cli.execution.cpu_quirks import settle_vector_math
@@ -103,7 +103,7 @@ def backend(name: str, dtype: str) -> Answer:
     try:
         check_backend(BACKENDS[name](), training_device(), getattr(torch, dtype))
     except UsageError as error:
-        return {"error": str(error).splitlines()[0]}
+        return {"error": first_line(error)}
     return {"error": None}
 
 

@@ -40,7 +40,7 @@ class Recipe:
     """First sentence of the comment at the top of the file."""
 
 
-def list_recipes(config_dir: str | None, *, json_output: bool = False) -> dict[str, Any]:
+def list_recipes(config_dir: str | None, *, json_output: bool) -> dict[str, Any]:
     """Print every recipe with what you need to choose one.
 
     Raises:

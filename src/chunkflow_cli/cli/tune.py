@@ -22,7 +22,6 @@ from chunkflow_cli.cli.screens.plots import check_plot_path, plot_grid
 from chunkflow_cli.cli.screens.tuning import print_tuning
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, Device
-from chunkflow_cli.config.sources import has_data
 from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import to_be_writable, write_atomically
@@ -48,14 +47,12 @@ def run(
         keys: `FoundData.keys`, if this process has read the data before.
 
     Raises:
-        UsageError: there is no data, the grid is empty, or no pair fits into memory.
+        UsageError: the grid is empty, or no pair fits into memory.
         RunError: a process that measures failed.
     """
     config = loaded.config
     if plot is not None:
         check_plot_path(plot)
-    if not has_data(config.data):
-        raise UsageError("data.path is not set: the chunk size is tuned to your data")
     if config.tune.device is Device.measured:
         check_measurable(config)
     tuning = prepare_tuning(loaded, config_dir, keys)

@@ -10,11 +10,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import facts
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Attention, Config, Cuts, Dtype, Quantization, Task
-from chunkflow_cli.console import stderr_console, stdout_console, working
+from chunkflow_cli.console import facts, stderr_console, stdout_console, working
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration, check_acceleration
 from chunkflow_cli.execution.attention import function as attention
@@ -68,20 +67,10 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     length, chunk_size = _test_size(config, hf_config, console)
     attention.register()
     with working(console, "loading the model"):
-        model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
-        use_float64_experts(model, dtype)
-        enable_activation_checkpointing(model, config.model.activation_checkpointing)
-        if config.model.lora.enabled:
-            model = add_lora(model, replace(config.model.lora, dropout=0.0))
-            _give_adapters_gradient(model)
-        apply_to(model, config.optim)
-        model.to(device)
+        model = _load(config, hf_config, dtype).to(device)
     vocabulary = hf_config.get_text_config().vocab_size
     objective = Objective.of(config)
-    lengths: tuple[int, ...] = (length, max(2, chunk_size // 3), max(2, chunk_size // 5))
-    if objective is not None:  # two long answers, two that share a chunk, and two that are in chunks of their own
-        short = (chunk_size // 4, chunk_size // 5, chunk_size * 2 // 3, chunk_size * 3 // 4)
-        lengths = (length, max(2, length * 3 // 4), *(max(2, each) for each in short))
+    lengths = _lengths(length, chunk_size, objective)
     with working(console, f"comparing {sum(lengths):,} tokens, whole and in chunks of {chunk_size:,}"):
         parity = compare(
             model, choice.backend, random_sequences(lengths, vocabulary, config.train.seed),
@@ -147,6 +136,29 @@ def _test_size(config: Config, hf_config: Any, console: Console) -> tuple[int, i
         )
         chunk_size = smaller
     return length, chunk_size
+
+
+def _load(config: Config, hf_config: Any, dtype: torch.dtype) -> Any:
+    """Return the configured model, without dropout."""
+    model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
+    use_float64_experts(model, dtype)
+    enable_activation_checkpointing(model, config.model.activation_checkpointing)
+    if config.model.lora.enabled:
+        model = add_lora(model, replace(config.model.lora, dropout=0.0))
+        _give_adapters_gradient(model)
+    apply_to(model, config.optim)
+    return model
+
+
+def _lengths(length: int, chunk_size: int, objective: Objective | None) -> tuple[int, ...]:
+    """Return the lengths of the random sequences: the long one, and short ones that fill the tail of its chunks.
+
+    Of an objective: two long answers, two that share a chunk, and two that are in chunks of their own.
+    """
+    if objective is None:
+        return length, max(2, chunk_size // 3), max(2, chunk_size // 5)
+    short = (chunk_size // 4, chunk_size // 5, chunk_size * 2 // 3, chunk_size * 3 // 4)
+    return length, max(2, length * 3 // 4), *(max(2, each) for each in short)
 
 
 def _give_adapters_gradient(model: Any) -> None:

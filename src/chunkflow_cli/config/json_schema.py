@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from chunkflow_cli.config.key_files import HYDRAS
-from chunkflow_cli.config.keys import described, walk_keys
+from chunkflow_cli.config.keys import as_plain, described, walk_keys
 from chunkflow_cli.config.schema import Config
 
 _BOUNDS = {"at_least": "minimum", "at_most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
@@ -58,7 +58,7 @@ def _key(name: str, default: Any, metadata: Any) -> dict[str, Any]:
     value = _value(key.kind, bounds, name)
     if value.get("type") != "string":
         value = {"anyOf": [*value.get("anyOf", [value]), _INTERPOLATION]}
-    return {"description": key.help, "default": _plain(default), **value}
+    return {"description": key.help, "default": as_plain(default), **value}
 
 
 def _value(kind: Any, bounds: dict[str, float], name: str) -> dict[str, Any]:
@@ -78,9 +78,3 @@ def _value(kind: Any, bounds: dict[str, float], name: str) -> dict[str, Any]:
     if issubclass(kind, Enum):
         return {"enum": [member.value for member in kind]}
     return {"type": _TYPES[kind]} | (bounds if kind in (int, float) else {})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return value.value if isinstance(value, Enum) else value

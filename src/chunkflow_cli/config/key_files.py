@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.config.foreign import foreign_name
-from chunkflow_cli.config.keys import GONE, describe_keys, described, known_keys, unknown_key, wrong_value
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.config.keys import GONE, describe_keys, described, is_section, unknown_key, wrong_value
+from chunkflow_cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -71,7 +71,7 @@ class KeyFile:
                     self._typed(each, f"{full}[{index}].") if isinstance(each, dict) else each
                     for index, each in enumerate(value)
                 ]
-            elif key is None and isinstance(value, dict) and _is_section(full):
+            elif key is None and isinstance(value, dict) and is_section(full):
                 value = self._typed(value, f"{full}.")
             elif value is None and (key is None or (key.is_text and key.default == "")):
                 continue
@@ -116,7 +116,7 @@ def read_key_file(path: Path, source: str, group: str = "recipe") -> KeyFile:
     except (OmegaConfBaseException, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{source} is not valid YAML: {first_line(error)}") from error
     if not isinstance(tree, DictConfig) or not tree:
         raise UsageError(f"{source} holds no keys\n  write keys such as `chunk: {{size: 4096}}`")
     found = KeyFile(source, group, tree)
@@ -185,7 +185,7 @@ def _problems(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 *sections, last = full.split(".")
                 nested = ": {".join([*sections, f"{last}: VALUE"]) + "}" * len(sections)
                 yield full, f"{full} is one name with a dot\n  write its sections: {nested}"
-        elif _is_section(full):
+        elif is_section(full):
             if isinstance(value, dict):
                 yield from _problems(value, f"{full}.")
             elif value is not None:
@@ -197,15 +197,11 @@ def _problems(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
                 yield full, unknown_key(full)
 
 
-def _is_section(name: str) -> bool:
-    return any(known.startswith(f"{name}.") for known in known_keys())
-
-
 def _in_a_line(error: YAMLError) -> str:
     """Return what is wrong with a YAML text, and where, on one line."""
     from yaml import MarkedYAMLError
 
     if not isinstance(error, MarkedYAMLError):
-        return str(error).splitlines()[0]
+        return first_line(error)
     line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
     return f"{error.problem or error.context}{line}"

@@ -92,7 +92,12 @@ class Key:
 
 def known_keys() -> list[str]:
     """Return the name of every configuration key, in the order of declaration."""
-    return [name for name, _, _ in walk_keys(Config())]
+    return list(describe_keys())
+
+
+def is_section(name: str) -> bool:
+    """Return whether a name is that of a section of keys."""
+    return any(known.startswith(f"{name}.") for known in describe_keys())
 
 
 @cache
@@ -180,6 +185,15 @@ def as_written(value: Any) -> str:
     if is_dataclass(value):
         return as_written({each.name: getattr(value, each.name) for each in fields(value)})
     return "null" if value is None else str(value)
+
+
+def as_plain(value: Any) -> Any:
+    """Return a value of the configuration, or a mapping or list of them, as JSON takes it."""
+    if isinstance(value, dict):
+        return {name: as_plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [as_plain(each) for each in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 GONE = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chunkflow_cli.config.keys import GONE, describe_keys, did_you_mean, known_keys, unknown_key, wrong_value
+from chunkflow_cli.config.keys import GONE, describe_keys, did_you_mean, is_section, unknown_key, wrong_value
 from chunkflow_cli.config.recipe_files import shipped_folder
 from chunkflow_cli.config.texts import for_the_shell, unquoted
 from chunkflow_cli.config.words import FILES, Word, choices, hydra_form, mapping_of, read_words, text_problem
@@ -99,7 +99,7 @@ def _problem(word: Word, folders: Sequence[Path]) -> str | None:
     if value is not None and f"{name}={value}" in GONE:
         return wrong_value(name, value)
     if name not in describe_keys():
-        if not any(key.startswith(f"{name}.") for key in known_keys()):
+        if not is_section(name):
             return unknown_key(name)
         if value is not None and word.sign != "~":
             return wrong_value(name, value)
@@ -132,7 +132,7 @@ def _does_not_parse(word: Word) -> str:
     value = unquoted(word.value or "")
     if key is not None:
         return wrong_value(word.name, value)
-    if any(known.startswith(f"{word.name}.") for known in known_keys()):
+    if is_section(word.name):
         return f"{word.typed} cannot be read\n  set one key at a time, as in {word.name}.KEY=VALUE"
     form = for_the_shell(word.name, value)
     return f"{word.typed} cannot be read\n  put a value with special characters in quotes: {form}"

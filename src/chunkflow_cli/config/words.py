@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from chunkflow_cli.config.foreign import foreign_name
-from chunkflow_cli.config.keys import Key, describe_element_keys, describe_keys, known_keys, unknown_key
+from chunkflow_cli.config.keys import Key, describe_element_keys, describe_keys, is_section, known_keys, unknown_key
 from chunkflow_cli.config.texts import for_the_shell, is_list, is_quoted, quoted, split_list, unquoted
 
 FILES = ("recipe", "overrides")
@@ -144,8 +144,7 @@ def _read(typed: str) -> Word | None:
 def _keys_of_section(word: Word) -> list[Word]:
     """Return `section={key: value, ...}` as one word a key, so that each value is read by the type of its key."""
     value = (word.value or "").strip()
-    is_section = any(known.startswith(f"{word.name}.") for known in known_keys())
-    if not is_section or not (value.startswith("{") and value.endswith("}")):
+    if not is_section(word.name) or not (value.startswith("{") and value.endswith("}")):
         return [word]
     words = []
     for part in split_list(value[1:-1]):

@@ -48,7 +48,7 @@ from numpy.typing import DTypeLike, NDArray
 from chunkflow_cli import pulse
 from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.building import folder_to_build_in
-from chunkflow_cli.data.encoding import EncodedBatch
+from chunkflow_cli.data.encoded_batch import EncodedBatch
 from chunkflow_cli.data.notes import Note, merged
 from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError

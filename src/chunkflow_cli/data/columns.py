@@ -52,7 +52,7 @@ class RenamedColumns:
         return {name: value for name, value in row.items() if name not in self.columns and name not in new} | new
 
 
-def rename_columns(source: Source, columns: Mapping[str, str], key: str = "data.path") -> Source:
+def rename_columns(source: Source, columns: Mapping[str, str], key: str) -> Source:
     """Return a source with new names for its columns.
 
     Raises:

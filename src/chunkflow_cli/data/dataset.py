@@ -17,7 +17,7 @@ from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlon
 from chunkflow_cli.config.sources import configs_of_sources, key_of_path, name_of
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.building import remove_leftovers
-from chunkflow_cli.data.cache import Ingredients, build_entry, cache_root, open_entry
+from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.columns import rename_columns
 from chunkflow_cli.data.encoding import Encoder
 from chunkflow_cli.data.formats import PLAIN_FORMATS, PREFERENCE_FORMATS, detect_format, parse_sample
@@ -255,31 +255,18 @@ def _found_source(
 
 def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int | None) -> TokenizedData:
     entry, limit = whole.entry, model_limit if config.max_length is None else config.max_length
-    lengths, target_counts, bad_rows = entry.lengths, np.array(entry.target_counts), list(entry.rejected)
+    lengths, target_counts, bad_rows = entry.lengths, entry.target_counts, list(entry.rejected)
     answers = _answer_sizes(config, whole, limit)
     longest = lengths if answers is None else answers.whole.max(axis=1)
     is_long = np.zeros(len(lengths), bool) if limit is None else longest > limit
     is_dropped = is_long if config.overlong is Overlong.drop else np.zeros_like(is_long)
     if limit is not None and config.overlong is Overlong.truncate:
-        if answers is not None:
-            lengths = answers.lengths.sum(axis=1)
-            target_counts = np.where((answers.targets > 0).all(axis=1), answers.targets.sum(axis=1), 0)
-            for pair in np.flatnonzero((answers.whole > limit).all(axis=1) & (target_counts > 0)).tolist():
-                own = slice(int(entry.offsets[pair]), int(entry.offsets[pair + 1]))
-                kept = [each.input_ids for each in answers.sequences(pair, entry.input_ids[own], entry.targets[own])]
-                if len(kept) == 2 and np.array_equal(kept[0], kept[1]):
-                    target_counts[pair] = 0
-        else:
-            lengths = np.minimum(lengths, limit)
-        for sample in np.flatnonzero(is_long) if answers is None else ():
-            start = int(entry.offsets[sample])
-            # The last position that is kept predicts a token that is not.
-            target_counts[sample] = np.count_nonzero(entry.targets[start : start + limit - 1] != IGNORED)
-        reason = f"no targets are left after truncation to {limit} tokens"
-        if answers is not None:
-            reason = f"an answer is not left, or the answers are the same, after truncation to {limit} tokens"
+        lengths, target_counts = _truncated(entry, answers, is_long, limit)
+        what = "no targets are left" if answers is None else "an answer is not left, or the answers are the same,"
         bad_rows += [
-            RejectedRow(int(entry.files[sample]), int(entry.lines[sample]), reason)
+            RejectedRow(
+                int(entry.files[sample]), int(entry.lines[sample]), f"{what} after truncation to {limit} tokens"
+            )
             for sample in np.flatnonzero(target_counts == 0)
         ]
         bad_rows.sort(key=lambda row: (row.file, row.line))
@@ -309,6 +296,29 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
         (counts,),
         answers=None if answers is None else answers.select(indices),
     )
+
+
+def _truncated(
+    entry: CacheEntry, answers: AnswerSizes | None, is_long: NDArray[np.bool_], limit: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the lengths and the counts of targets of samples after truncation, (samples,) each.
+
+    A pair has no targets if one of its answers is gone, or if both have become the same.
+    """
+    if answers is None:
+        target_counts = np.array(entry.target_counts)
+        for sample in np.flatnonzero(is_long):
+            start = int(entry.offsets[sample])
+            # The last position that is kept predicts a token that is not.
+            target_counts[sample] = np.count_nonzero(entry.targets[start : start + limit - 1] != IGNORED)
+        return np.minimum(entry.lengths, limit), target_counts
+    target_counts = np.where((answers.targets > 0).all(axis=1), answers.targets.sum(axis=1), 0)
+    for pair in np.flatnonzero((answers.whole > limit).all(axis=1) & (target_counts > 0)).tolist():
+        own = slice(int(entry.offsets[pair]), int(entry.offsets[pair + 1]))
+        kept = [each.input_ids for each in answers.sequences(pair, entry.input_ids[own], entry.targets[own])]
+        if len(kept) == 2 and np.array_equal(kept[0], kept[1]):
+            target_counts[pair] = 0
+    return answers.lengths.sum(axis=1), target_counts
 
 
 def _answer_sizes(config: DataConfig, whole: TokenizedSource, limit: int | None) -> AnswerSizes | None:

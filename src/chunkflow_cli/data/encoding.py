@@ -1,8 +1,5 @@
 """Encoding of rows into tokens and targets, a batch at a time.
 
-**The shift** is made here and nowhere else: `targets[i]` is the id that position i has to predict, so it is the label
-of i + 1, or -100 if that is not a target. The last position predicts nothing.
-
 **Special tokens.** A templated conversation has only those that its template writes. Other texts get what the tokenizer
 adds by itself (BOS, for many), unless they begin or end with it already, and end with EOS if the tokenizer has one; EOS
 belongs to the completion. Ids (`data.format=tokens`) are used unchanged.
@@ -26,10 +23,11 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
+from chunkflow_cli.data.encoded_batch import EncodedBatch, concatenated
 from chunkflow_cli.data.formats import PLAIN_FORMATS, parse_sample
 from chunkflow_cli.data.labels import first_token_from, labels_of
-from chunkflow_cli.data.notes import Note, Remark, notes_of
-from chunkflow_cli.data.preferences import NOT_PAIRED, after_prompt, joined
+from chunkflow_cli.data.notes import Remark, notes_of
+from chunkflow_cli.data.preferences import after_prompt, joined
 from chunkflow_cli.data.rows import decode_row
 from chunkflow_cli.data.sample import (
     IGNORED,
@@ -41,10 +39,8 @@ from chunkflow_cli.data.sample import (
     JudgedAnswers,
     PlainText,
     PromptCompletion,
-    RejectedRow,
     Sample,
     TokenRow,
-    digest_of,
     has_empty_answer,
 )
 from chunkflow_cli.data.skeleton import reasoning_in
@@ -82,28 +78,6 @@ NO_END = Remark(
     "the chat template ends the last answer with no special token, so the model does not learn to stop; let "
     "the template write {{ eos_token }} after an answer"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedBatch:
-    """The samples of a batch of rows, one after the other, and its bad rows."""
-
-    input_ids: NDArray[np.int32]  # (tokens,)
-    targets: NDArray[np.int32]  # (tokens,), shifted
-    lengths: NDArray[np.int64]  # (samples,)
-    target_counts: NDArray[np.int64]  # (samples,)
-    digests: NDArray[np.uint64]  # (samples,), equal if tokens and targets are equal
-    lines: NDArray[np.int64]  # (samples,), the same for all samples of a row
-    marks: NDArray[np.int64]
-    """(samples,) of a pair, the tokens of its chosen sequence, which comes first; of a labelled answer 1 if it is good,
-    otherwise 0; -1 for all other samples."""
-    file: int
-    rejected: list[RejectedRow]
-    notes: list[Note]
-    ends: dict[int, int]
-    """Ids of the special tokens that end the last answer of samples, and of how many."""
-    position: int
-    """How much of the source has been read, as in `RowBatch`."""
 
 
 class Encoder:
@@ -201,7 +175,7 @@ class Encoder:
                 ends.update(end for each in labelled for end in each.ends)
             except BadRowError as error:
                 rejected.append((line, str(error)))
-        return _concatenate(kept, marks, sorted(rejected), notes_of(remarks, batch.file), ends, batch)
+        return concatenated(kept, marks, sorted(rejected), notes_of(remarks, batch.file), ends, batch)
 
     def _prepare_judged(self, sample: JudgedAnswers) -> tuple[list[MarkedText] | TokenRow, bool]:
         """Return the texts of the prompt and of each answer behind it, and True if a chat template wrote them."""
@@ -369,47 +343,3 @@ def _overlap(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     """Return how many ids at the end of the first are those at the beginning of the second."""
     most = min(len(first), len(second))
     return next((count for count in range(most, 0, -1) if np.array_equal(first[-count:], second[:count])), 0)
-
-
-def _concatenate(
-    kept: list[tuple[int, TokenRow]],
-    marks: list[int],
-    rejected: list[tuple[int, str]],
-    notes: list[Note],
-    stops: dict[int, int],
-    batch: RowBatch,
-) -> EncodedBatch:
-    """Join the samples of a batch, by line, in flat arrays of ids and targets: the only place that shifts labels."""
-    rows = [row for _, row in kept]
-    lengths = np.array([len(row.input_ids) for row in rows], np.int64)
-    ends = np.cumsum(lengths)
-    input_ids = _flat([row.input_ids for row in rows])
-    labels = _flat([row.labels for row in rows])
-    targets = np.full_like(labels, IGNORED)
-    targets[:-1] = labels[1:]
-    targets[ends - 1] = IGNORED
-    counted = np.concatenate([[0], np.cumsum(targets != IGNORED)])
-    starts = ends - lengths
-    of_samples: Sequence[int | None] = marks or [None] * len(kept)
-    digests = [
-        digest_of(input_ids[start:end], targets[start:end], mark)
-        for start, end, mark in zip(starts.tolist(), ends.tolist(), of_samples, strict=True)
-    ]
-    return EncodedBatch(
-        input_ids=input_ids,
-        targets=targets,
-        lengths=lengths,
-        digests=np.array(digests, np.uint64),
-        target_counts=counted[ends] - counted[starts],
-        lines=np.array([line for line, _ in kept], np.int64),
-        marks=np.array(marks or [NOT_PAIRED] * len(kept), np.int64),
-        file=batch.file,
-        rejected=[RejectedRow(batch.file, line, reason) for line, reason in rejected],
-        notes=notes,
-        ends=dict(stops),
-        position=batch.position,
-    )
-
-
-def _flat(arrays: list[NDArray[np.int64]]) -> NDArray[np.int32]:
-    return np.concatenate(arrays).astype(np.int32) if arrays else np.empty(0, np.int32)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -178,15 +179,7 @@ def _digest(raw: object) -> int:
     return hash(orjson.dumps(raw, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
 
 
-def _size_of_messages(row: dict[str, Any]) -> Size:
-    return _size_of_turns(row, "messages", "role", "content")
-
-
-def _size_of_sharegpt(row: dict[str, Any]) -> Size:
-    return _size_of_turns(row, "conversations", "from", "value")
-
-
-def _size_of_turns(row: dict[str, Any], key: str, role_key: str, text_key: str) -> Size:
+def _size_of_turns(key: str, role_key: str, text_key: str, row: dict[str, Any]) -> Size:
     if not _ORDINARY_KEYS.issuperset(row):
         raise LookupError
     size = target = 0.0
@@ -214,8 +207,8 @@ _ORDINARY_KEYS = frozenset({"messages", "conversations", "id", "source", "catego
 """A row with others goes through `parse_sample`, which knows which of them count."""
 
 _QUICK_SIZERS: dict[DataFormat, Callable[[dict[str, Any]], Size]] = {
-    DataFormat.messages: _size_of_messages,
-    DataFormat.sharegpt: _size_of_sharegpt,
+    DataFormat.messages: partial(_size_of_turns, "messages", "role", "content"),
+    DataFormat.sharegpt: partial(_size_of_turns, "conversations", "from", "value"),
 }
 
 

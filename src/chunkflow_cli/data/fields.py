@@ -19,8 +19,8 @@ from chunkflow_cli.data.values import flag, is_absent, kind
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Names of a row's system prompt."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Names that chat templates give to an assistant's reasoning."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of an assistant's reasoning. transformers gives a template the first that is set, under all of them."""
 SWITCHES = ("weight", "train", "training", "trainable", "should_train", "loss", "loss_weight", "loss_scale")
 """Names of 0 or 1, which says if the loss counts a turn: OpenAI and Mistral, Axolotl, Tinker, ms-swift."""
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "response_mask")

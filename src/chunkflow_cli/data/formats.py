@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -225,15 +226,7 @@ def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
-def _parse_messages(row: Mapping[str, Any]) -> Conversation:
-    return _parse_conversation(row, "messages")
-
-
-def _parse_sharegpt(row: Mapping[str, Any]) -> Conversation:
-    return _parse_conversation(row, "conversations")
-
-
-def _parse_conversation(row: Mapping[str, Any], key: str) -> Conversation:
+def _parse_conversation(key: str, row: Mapping[str, Any]) -> Conversation:
     if key not in row:
         key = next((other for other in _CONVERSATION_KEYS if _is_conversation(row.get(other))), key)
     messages = parse_messages(required(row, key), key, are_targets=True)
@@ -353,8 +346,8 @@ def _check_is_one_sequence(row: Mapping[str, Any], attended: slice, length: int)
 _ONE_SEQUENCE = "if sequences are packed, write one row per sequence (chunkflow packs by itself)"
 
 _PARSERS: dict[DataFormat, Callable[[dict[str, Any]], Sample]] = {
-    DataFormat.messages: _parse_messages,
-    DataFormat.sharegpt: _parse_sharegpt,
+    DataFormat.messages: partial(_parse_conversation, "messages"),
+    DataFormat.sharegpt: partial(_parse_conversation, "conversations"),
     DataFormat.alpaca: _parse_alpaca,
     DataFormat.prompt_completion: _parse_prompt_completion,
     DataFormat.text: _parse_text,

@@ -10,7 +10,7 @@ from chunkflow_cli.data.choosing import Wish
 from chunkflow_cli.data.names import kind_of_name
 from chunkflow_cli.data.splits import HELD_OUT, canonical
 from chunkflow_cli.data.tokenizer import let_torch_in
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.hub import go_offline_if_unreachable
 
 
@@ -38,7 +38,7 @@ def load_from_hub(path: str, wish: Wish) -> tuple[str, Any]:
         subsets = _subsets_in(str(error))
         if subsets:
             raise wish.no_subset(subsets) from error
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UsageError(
             f"{wish.named} is not a local file or folder, and could not be loaded from the Hugging Face hub\n"
             f"  {reason}\n"

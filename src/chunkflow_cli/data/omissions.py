@@ -16,19 +16,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from chunkflow_cli.data.fields import REASONING
 from chunkflow_cli.data.notes import Remark
 from chunkflow_cli.data.sample import BadRowError
 from chunkflow_cli.data.turn_reasons import nothing_written
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Names of an assistant's reasoning. transformers gives a template the first that is set, under all of them."""
 _TAG = re.compile(r"(</?\w+>|\[/?[A-Z_]+\])")
 _CLOSING = re.compile(r"</\w+>|\[/[A-Z_]+\]")
-_TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS}
+_TURN_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
 
 
 _BEFORE_TAG = "the text before {tag} in the assistant's content"
-_CUT_OUT = (*(f"{key} of the assistant" for key in REASONING_KEYS), _BEFORE_TAG.format(tag="</think>"))
+_CUT_OUT = (*(f"{key} of the assistant" for key in REASONING), _BEFORE_TAG.format(tag="</think>"))
 CUT = Remark(
     "the model will not learn the reasoning of earlier answers, which the chat template writes in the last one only; "
     "data.turns=split makes a sample of each answer, with its reasoning"
@@ -154,7 +153,7 @@ def _of_assistant(message: Mapping[str, Any], search: _Search) -> Iterator[str]:
     content, calls = message["content"], message.get("tool_calls") or ()
     if not search.has_content(content):
         yield _lost_of_content(content, search, has_calls=bool(calls))
-    for key in REASONING_KEYS:
+    for key in REASONING:
         if isinstance(message.get(key), str) and not search.has_content(message[key]):
             yield f"{key} of the assistant"
     has_names = all(search.has(call["function"]["name"]) for call in calls)
@@ -208,7 +207,7 @@ def _of_other_keys(message: Mapping[str, Any], template: str, whole: str) -> Ite
 
 
 def _stands_somewhere(message: Mapping[str, Any], whole: str) -> bool:
-    words: Iterable[str] = [message["content"], *(str(message[key]) for key in REASONING_KEYS if key in message)]
+    words: Iterable[str] = [message["content"], *(str(message[key]) for key in REASONING if key in message)]
     names = (call["function"]["name"] for call in message.get("tool_calls") or ())
     return any(word.strip() and word.strip() in whole for word in [*words, *names])
 

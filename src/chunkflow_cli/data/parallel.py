@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import Pipe
 from queue import SimpleQueue
 
-from chunkflow_cli.data.encoding import EncodedBatch, Encoder
+from chunkflow_cli.data.encoded_batch import EncodedBatch
+from chunkflow_cli.data.encoding import Encoder
 from chunkflow_cli.data.source import RowBatch, Source
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.processes.environment import child_environment, cores, module_command

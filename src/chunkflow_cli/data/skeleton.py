@@ -20,7 +20,8 @@ from typing import Any
 
 import orjson
 
-from chunkflow_cli.data.omissions import REASONING_KEYS, written_forms
+from chunkflow_cli.data.fields import REASONING
+from chunkflow_cli.data.omissions import written_forms
 
 FIRST_MARK = "\U000f0000"
 _FIRST, _LAST = ord(FIRST_MARK), 0xFFFFD
@@ -161,7 +162,7 @@ class _Marks:
         bare["content"] = self._of_text(message["content"], is_reasoning=False)
         if len(message) == 2:  # role and content: the usual case
             return bare
-        for key in REASONING_KEYS:
+        for key in REASONING:
             if isinstance(message.get(key), str):
                 bare[key] = self._of_text(message[key], is_reasoning=True)
         if isinstance(message.get("tool_call_id"), str):

@@ -32,9 +32,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from chunkflow_cli.data.fields import REASONING
 from chunkflow_cli.data.insertions import insertions
 from chunkflow_cli.data.notes import Remark
-from chunkflow_cli.data.omissions import CUT, REASONING_KEYS, Turn, omissions
+from chunkflow_cli.data.omissions import CUT, Turn, omissions
+from chunkflow_cli.data.outline import PROMPT_OPTIONS, Outline, TurnSpan
 from chunkflow_cli.data.sample import BadRowError, Conversation
 from chunkflow_cli.data.skeleton import Skeleton, skeleton_of, tags_of, with_marks
 from chunkflow_cli.data.template_arguments import TemplateArguments, unread
@@ -42,7 +44,7 @@ from chunkflow_cli.data.template_input import TemplateInput, as_template_input, 
 from chunkflow_cli.data.template_rendering import TEMPLATE_DATE, Renderer
 from chunkflow_cli.data.turn_reasons import REMEDY, not_found
 from chunkflow_cli.data.turn_text import EndTokens
-from chunkflow_cli.data.turns import PROMPT_OPTIONS, Outline, TurnSpan, outline
+from chunkflow_cli.data.turns import outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,19 +127,17 @@ class ChatTemplate:
             BadRowError: the template rejects the conversation, its targets cannot be found, or it writes nothing of
                 what is to be learnt.
         """
-        template = self._template_for(conversation)
-        traits = template_traits(template)
-        given = self._given(conversation, template)
+        given = self._given(conversation)
         answers = [turn["role"] == "assistant" for turn in given.messages]
         if not mark_targets:
-            text = self._renderer.render(template, [given.messages], given.tools, **given.arguments)[0][0]
-            end = self._end_of_last(template, given, text) if answers[-1] else None
+            text = self._text(given)
+            end = self._end_of_last(given, text) if answers[-1] else None
             turns = [Turn(turn, number, True, text) for number, turn in enumerate(given.messages, 1)]
-            return self._remarked(MarkedText(text, None, end), given, turns, template)
-        if traits.marks_answers and given.are_targets == answers:
-            return self._render_with_marks(template, given, reasoning=reasoning)
-        found = self._found(template, given, reasoning=reasoning)
-        result = self._remarked(found.marked(), given, found.turns(given), template)
+            return self._remarked(MarkedText(text, None, end), given, turns)
+        if template_traits(given.template).marks_answers and given.are_targets == answers:
+            return self._render_with_marks(given, reasoning=reasoning)
+        found = self._found(given, reasoning=reasoning)
+        result = self._remarked(found.marked(), given, found.turns(given))
         spans = found.spans.values()
         is_rewritten = any(span.is_rewritten for span in spans) and CUT not in result.remarks
         return replace(result, remarks=(*result.remarks, *[REWRITTEN] * is_rewritten))
@@ -148,10 +148,7 @@ class ChatTemplate:
         Raises:
             BadRowError: the template rejects the conversation.
         """
-        template = self._template_for(conversation)
-        given = self._given(conversation, template)
-        options = {**given.arguments, "add_generation_prompt": True}
-        return self._renderer.render(template, [given.messages], given.tools, **options)[0][0]
+        return self._text(self._given(conversation), add_generation_prompt=True)
 
     def render_answers(self, conversation: Conversation, *, reasoning: bool = True) -> list[MarkedText]:
         """Return a text for each answer that is a target: the conversation up to there, the answer as the last turn.
@@ -159,21 +156,29 @@ class ChatTemplate:
         Raises:
             BadRowError: as in `render`; or an answer is not written after its generation prompt.
         """
-        template = self._template_for(conversation)
-        given = self._given(conversation, template)
+        given = self._given(conversation)
         texts = []
         for index in (index for index, is_target in enumerate(given.are_targets) if is_target):
             part = replace(given, messages=given.messages[: index + 1], are_targets=[False] * index + [True])
-            found = self._behind_prompt(template, part, self._found(template, part, reasoning=reasoning))
+            found = self._behind_prompt(part, self._found(part, reasoning=reasoning))
             # The other answers of this text are targets of their own.
             said = [turn for turn in found.turns(part) if turn.is_target or turn.message["role"] != "assistant"]
-            texts.append(self._remarked(found.marked(), given, said, template))
+            texts.append(self._remarked(found.marked(), given, said))
         return texts
 
-    def _given(self, conversation: Conversation, template: str) -> TemplateInput:
-        """Return what the template gets of a conversation."""
-        arguments = self._arguments.with_row(conversation.template_arguments)
-        return replace(as_template_input(conversation, template_traits(template)), arguments=arguments)
+    def _given(self, conversation: Conversation) -> TemplateInput:
+        """Return a conversation as its template gets it."""
+        given = as_template_input(conversation, self._template_for(conversation))
+        return replace(given, arguments=self._arguments.with_row(conversation.template_arguments))
+
+    def _text(self, given: TemplateInput, messages: list[Any] | None = None, **options: bool) -> str:
+        """Return the text of a conversation, or of other messages in its place."""
+        return self._texts(given, [given.messages if messages is None else messages], **options)[0]
+
+    def _texts(self, given: TemplateInput, conversations: list[list[Any]], **options: bool) -> list[str]:
+        """Return the texts of several messages in the place of a conversation's own."""
+        arguments = {**given.arguments, **options}
+        return self._renderer.render(given.template, conversations, given.tools, **arguments)[0]
 
     def _template_for(self, conversation: Conversation) -> str:
         """Return the template to use. A tokenizer may have several by name; the choice follows transformers."""
@@ -185,9 +190,9 @@ class ChatTemplate:
             raise BadRowError(f"the tokenizer has chat templates {sorted(self._templates)}, and none named default")
         return self._templates["default"]
 
-    def _render_with_marks(self, template: str, given: TemplateInput, *, reasoning: bool) -> MarkedText:
+    def _render_with_marks(self, given: TemplateInput, *, reasoning: bool) -> MarkedText:
         texts, found = self._renderer.render(
-            template, [given.messages], given.tools, return_assistant_tokens_mask=True, **given.arguments
+            given.template, [given.messages], given.tools, return_assistant_tokens_mask=True, **given.arguments
         )
         text, spans = texts[0], tuple((start, stop) for start, stop in found[0])
         marked = "".join(text[start:stop] for start, stop in spans)
@@ -195,8 +200,8 @@ class ChatTemplate:
         turns = [Turn(turn, number, is_target, marked if is_target else text)
                  for number, (turn, is_target) in numbered]  # fmt: skip
         end = spans[-1][1] if spans else None
-        counted = spans if reasoning else without(spans, self._reasoning_in(template, given, text))
-        result = self._remarked(MarkedText(text, counted, end), given, turns, template)
+        counted = spans if reasoning else without(spans, self._reasoning_in(given, text))
+        result = self._remarked(MarkedText(text, counted, end), given, turns)
         outside = next((token for token in self._tokens.all if end is not None and text.startswith(token, end)), None)
         if outside is None or text[spans[-1][0] : end].rstrip().endswith(self._tokens.all):
             return result
@@ -206,30 +211,29 @@ class ChatTemplate:
         )
         return replace(result, answer_end=None, remarks=(*result.remarks, left_out))
 
-    def _end_of_last(self, template: str, given: TemplateInput, text: str) -> int:
+    def _end_of_last(self, given: TemplateInput, text: str) -> int:
         """Return where the last answer ends in a text that ends with it."""
         if self._tokens.eos and text.rpartition(self._tokens.eos)[2].strip() and given.messages[1:]:
-            options = {**given.arguments, **PROMPT_OPTIONS["prompt"]}
             with suppress(BadRowError):  # a template may reject what stands before an answer
-                prompt = self._renderer.render(template, [given.messages[:-1]], given.tools, **options)[0][0]
+                prompt = self._text(given, given.messages[:-1], **PROMPT_OPTIONS["prompt"])
                 text = self._tokens.without_prompt(text, prompt)
         return len(text.rstrip())
 
-    def _found(self, template: str, given: TemplateInput, *, reasoning: bool) -> _Found:
+    def _found(self, given: TemplateInput, *, reasoning: bool) -> _Found:
         """Return the text of a conversation and the turns in it that are targets."""
         targets = [index for index, is_target in enumerate(given.are_targets) if is_target]
-        whole = self._renderer.render(template, [given.messages], given.tools, **given.arguments)[0][0]
-        known = self._places(template, given, targets, whole)
+        whole = self._text(given)
+        known = self._places(given, targets, whole)
         if known is None:
-            spans = self._turns_by_prefixes(template, given, targets, whole)
-            return _Found(whole, spans, [] if reasoning else self._reasoning_in(template, given, whole))
+            spans = self._turns_by_prefixes(given, targets, whole)
+            return _Found(whole, spans, [] if reasoning else self._reasoning_in(given, whole))
         outline, skeleton, places = known
         if outline.reason is not None:
             raise BadRowError(outline.reason)
         spans = {index: outline.moved(index, places) for index in targets}
         return _Found(whole, spans, [] if reasoning else _of_reasoning(outline, skeleton, places))
 
-    def _behind_prompt(self, template: str, given: TemplateInput, found: _Found) -> _Found:
+    def _behind_prompt(self, given: TemplateInput, found: _Found) -> _Found:
         """Return what the model gets before the last turn, and that turn as the template writes it there.
 
         Raises:
@@ -238,10 +242,9 @@ class ChatTemplate:
         index, span = len(given.messages) - 1, found.spans[len(given.messages) - 1]
         if span.ending == "none":  # the first turn, which no prompt asks for
             return found
-        options = {**given.arguments, **PROMPT_OPTIONS[span.ending or "prompt"]}
-        prompt = self._renderer.render(template, [given.messages[:index]], given.tools, **options)[0][0]
+        prompt = self._text(given, given.messages[:index], **PROMPT_OPTIONS[span.ending or "prompt"])
         if span.ending is None:
-            asked = self._renderer.render(template, [given.messages[:index]], given.tools, **given.arguments)[0][0]
+            asked = self._text(given, given.messages[:index])
             added = prompt[len(asked) :] if prompt.startswith(asked) else ""
             raise BadRowError(
                 f"the chat template does not write turn {index + 1} after its generation prompt, which ends with "
@@ -257,36 +260,31 @@ class ChatTemplate:
         return _Found(prompt + found.text[span.start :], {index: moved}, holes)
 
     def _places(
-        self, template: str, given: TemplateInput, targets: list[int], whole: str
+        self, given: TemplateInput, targets: list[int], whole: str
     ) -> tuple[Outline, Skeleton, list[tuple[int, int]]] | None:
         """Return the outline of a conversation and where each mark of it stands in the text.
 
         None: the text cannot be told from the skeleton.
         """
-        skeleton = skeleton_of(given.messages, given.tools, tags_of(template))
+        skeleton = skeleton_of(given.messages, given.tools, tags_of(given.template))
         if skeleton is None:
             return None
-        outline = self._outline(template, skeleton, given, tuple(targets))
+        outline = self._outline(skeleton, given, tuple(targets))
         places = None if outline is None else outline.written.places(skeleton.pieces, whole)
         return None if outline is None or places is None else (outline, skeleton, places)
 
-    def _outline(
-        self, template: str, skeleton: Skeleton, given: TemplateInput, targets: tuple[int, ...]
-    ) -> Outline | None:
+    def _outline(self, skeleton: Skeleton, given: TemplateInput, targets: tuple[int, ...]) -> Outline | None:
         """Return the outline of a skeleton, made once for all conversations with the same; None if it is rejected."""
-        key = template, skeleton.key, targets, repr(sorted(given.arguments.items()))
+        key = given.template, skeleton.key, targets, repr(sorted(given.arguments.items()))
         if key not in self._outlines:
             if len(self._outlines) == OUTLINES:
                 self._outlines.clear()
 
             def render(conversations: list[Sequence[Any]], **options: bool) -> list[str]:
-                options = {**given.arguments, **options}
-                messages = [list(turns) for turns in conversations]
-                return [
-                    with_marks(text) for text in self._renderer.render(template, messages, given.tools, **options)[0]
-                ]
+                texts = self._texts(given, [list(turns) for turns in conversations], **options)
+                return [with_marks(text) for text in texts]
 
-            switches = template_traits(template).switches_thinking
+            switches = template_traits(given.template).switches_thinking
             try:
                 self._outlines[key] = outline(
                     render, skeleton.messages, targets, self._tokens, switches_thinking=switches
@@ -295,20 +293,14 @@ class ChatTemplate:
                 self._outlines[key] = None
         return self._outlines[key]
 
-    def _turns_by_prefixes(
-        self, template: str, given: TemplateInput, targets: list[int], whole: str
-    ) -> dict[int, TurnSpan]:
+    def _turns_by_prefixes(self, given: TemplateInput, targets: list[int], whole: str) -> dict[int, TurnSpan]:
         """Return where turns are in the whole text, if all that it begins with is a prefix of it."""
-        messages, tools, arguments = given.messages, given.tools, given.arguments
-        if 0 in targets and not self._opens_with_answer(template, whole, given):
+        messages = given.messages
+        if 0 in targets and not self._opens_with_answer(given, whole):
             raise BadRowError(f'the conversation begins with an assistant turn; give it "weight": 0, or {REMEDY}')
         inner = [index + 1 for index in targets if index + 1 < len(messages)]
-        throughs = (
-            self._renderer.render(template, [messages[:end] for end in inner], tools, **arguments)[0] if inner else []
-        )
-        prefixes, _ = self._renderer.render(
-            template, [messages[:end] for end in targets], tools, add_generation_prompt=True, **arguments
-        )
+        throughs = self._texts(given, [messages[:end] for end in inner]) if inner else []
+        prefixes = self._texts(given, [messages[:end] for end in targets], add_generation_prompt=True)
         spans: dict[int, TurnSpan] = {}
         for index, before, text in zip(targets, prefixes, [*throughs, whole], strict=False):
             through = self._tokens.without_prompt(text, before)
@@ -320,37 +312,37 @@ class ChatTemplate:
             spans[index] = TurnSpan(len(before), stop, len(through), borrowed)
         return spans
 
-    def _opens_with_answer(self, template: str, whole: str, given: TemplateInput) -> bool:
+    def _opens_with_answer(self, given: TemplateInput, whole: str) -> bool:
         """Return True if the template can write a generation prompt before the first turn, as this text has it."""
         try:
-            options = {**given.arguments, **PROMPT_OPTIONS["prompt"]}
-            (prompt,), _ = self._renderer.render(template, [[]], given.tools, **options)
+            prompt = self._text(given, [], **PROMPT_OPTIONS["prompt"])
         except BadRowError:
             return False  # most templates look at the first message
         return bool(prompt) and whole.startswith(prompt)
 
-    def _reasoning_in(self, template: str, given: TemplateInput, whole: str) -> list[tuple[int, int]]:
+    def _reasoning_in(self, given: TemplateInput, whole: str) -> list[tuple[int, int]]:
         """Return where words of reasoning stand in a text.
 
         Raises:
             BadRowError: there are some, and the template changes words.
         """
-        found = self._places(template, given, [], whole)
+        found = self._places(given, [], whole)
         if found is not None:
             return _of_reasoning(*found)
         for number, turn in enumerate(given.messages, 1):
-            if any(turn.get(key) for key in REASONING_KEYS) or "</think>" in turn["content"]:
+            if any(turn.get(key) for key in REASONING) or "</think>" in turn["content"]:
                 raise BadRowError(
                     f"the chat template looks at words or changes them, so the reasoning of turn {number} cannot be "
                     "told apart; data.train_on_reasoning=true makes it a target"
                 )
         return []
 
-    def _remarked(self, text: MarkedText, given: TemplateInput, turns: Sequence[Turn], template: str) -> MarkedText:
+    def _remarked(self, text: MarkedText, given: TemplateInput, turns: Sequence[Turn]) -> MarkedText:
         """Return the text with remarks on what the template leaves out of it and inserts into it."""
         has_system = given.messages[0]["role"] in ("system", "developer")
-        remarks = [*omissions(turns, text.text, template, given.tools or ()), *unread(given.arguments, template)]
-        return replace(text, remarks=(*given.remarks, *self._inserted(template, has_system), *remarks))
+        left_out = omissions(turns, text.text, given.template, given.tools or ())
+        inserted, ignored = self._inserted(given.template, has_system), unread(given.arguments, given.template)
+        return replace(text, remarks=(*given.remarks, *inserted, *left_out, *ignored))
 
     def _inserted(self, template: str, has_system: bool) -> tuple[Remark, ...]:
         """Return remarks on the texts that the template inserts into every conversation, found by rendering one."""

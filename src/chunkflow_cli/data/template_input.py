@@ -83,8 +83,9 @@ def _as_json(arguments: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TemplateInput:
-    """A conversation in the form that `apply_chat_template` expects."""
+    """A conversation in the form that `apply_chat_template` expects, and its template."""
 
+    template: str
     messages: list[dict[str, Any]]
     are_targets: list[bool]  # (messages,)
     tools: list[Any] | None
@@ -93,8 +94,9 @@ class TemplateInput:
     """Further variables that the template gets, by name."""
 
 
-def as_template_input(conversation: Conversation, traits: TemplateTraits) -> TemplateInput:
+def as_template_input(conversation: Conversation, template: str) -> TemplateInput:
     """Return messages and tools for a template. Tools become text if the template does not support them."""
+    traits = template_traits(template)
     messages: list[dict[str, Any]] = []
     are_targets: list[bool] = []
     before = ""
@@ -115,13 +117,15 @@ def as_template_input(conversation: Conversation, traits: TemplateTraits) -> Tem
         before = message.role
     remarks = tuple(_rewritten(conversation, traits))
     if not conversation.tools or traits.names_tools:
-        return TemplateInput(messages, are_targets, [dict(tool) for tool in conversation.tools] or None, remarks)
+        tools = [dict(tool) for tool in conversation.tools] or None
+        return TemplateInput(template, messages, are_targets, tools, remarks)
     definitions = [json.dumps(tool["function"], ensure_ascii=False) for tool in conversation.tools]
     text = "\n".join([TOOLS_HEADER, *definitions])
     if messages[0]["role"] == "system":
         messages[0]["content"] = f"{messages[0]['content']}\n\n{text}"
-        return TemplateInput(messages, are_targets, None, remarks)
-    return TemplateInput([{"role": "system", "content": text}, *messages], [False, *are_targets], None, remarks)
+    else:
+        messages, are_targets = [{"role": "system", "content": text}, *messages], [False, *are_targets]
+    return TemplateInput(template, messages, are_targets, None, remarks)
 
 
 def _rewritten(conversation: Conversation, traits: TemplateTraits) -> Iterator[Remark]:

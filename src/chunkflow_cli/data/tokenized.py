@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class SourceCounts:
 class TokenizedData:
     """A selection of samples from the cache, where they stay until they are read.
 
-    `samples_read == len(self) + samples_rejected + ...` always holds. A part of the data (`select`) counts its own
+    `len(self) == total.samples_left` always holds. A part of the data (`select`) counts its own
     samples only: the whole reports what was rejected or left out.
     """
 
@@ -92,7 +92,7 @@ class TokenizedData:
     """Sizes of the sequences of preferences; None if a sample is one sequence to imitate."""
 
     def __post_init__(self) -> None:
-        assert sum(count.samples_left for count in self.counts) == len(self)
+        assert self.total.samples_left == len(self)
 
     @property
     def whole(self) -> TokenizedSource:
@@ -111,28 +111,9 @@ class TokenizedData:
         return self.lengths if self.answers is None else self.answers.lengths.max(axis=1)
 
     @property
-    def rows_read(self) -> int:
-        return sum(count.rows_read for count in self.counts)
-
-    @property
-    def samples_read(self) -> int:
-        return sum(count.samples_read for count in self.counts)
-
-    @property
-    def samples_rejected(self) -> int:
-        return sum(count.samples_rejected for count in self.counts)
-
-    @property
-    def samples_dropped(self) -> int:
-        return sum(count.samples_dropped for count in self.counts)
-
-    @property
-    def samples_duplicate(self) -> int:
-        return sum(count.samples_duplicate for count in self.counts)
-
-    @property
-    def samples_beyond_limit(self) -> int:
-        return sum(count.samples_beyond_limit for count in self.counts)
+    def total(self) -> SourceCounts:
+        """What became of the rows of all sources together."""
+        return SourceCounts(*(sum(each) for each in zip(*map(astuple, self.counts), strict=True)))
 
     @property
     def is_truncated(self) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool, named: str | Non
         faults = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, StrictDataclassError)
         if not isinstance(error, faults) and type(error) is not Exception:
             raise  # a broken tokenizer.json is a plain Exception
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UsageError(f"{named}: its tokenizer cannot be loaded\n  {reason}") from error
     if len(tokenizer) < 2:
         raise UsageError(f"{named}: its tokenizer has only {len(tokenizer)} tokens\n  are files missing?")

@@ -21,7 +21,8 @@ from chunkflow_cli.data.tokenizer import keep_torch_out
 from chunkflow_cli.processes.worker import end_with_parent
 
 if TYPE_CHECKING:
-    from chunkflow_cli.data.encoding import EncodedBatch, Encoder
+    from chunkflow_cli.data.encoded_batch import EncodedBatch
+    from chunkflow_cli.data.encoding import Encoder
     from chunkflow_cli.data.source import RowBatch
 
 

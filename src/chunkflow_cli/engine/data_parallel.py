@@ -71,10 +71,8 @@ class Engine(BaseEngine):
         if settings.engine.zero_stage == 3:
             _divide(module, settings, config)
         super().__init__(module, module, optimizer, settings, config, hf_names=hf_names, replicas=process_count())
-        is_divided = self._zero_stage == 3
-        self.has_whole_weights = not is_divided
-        self.needs_joined_retained_chunks = is_divided  # ZeRO-3 traces one forward per backward
-        self.needs_lockstep = is_divided and self._replicas > 1  # it gathers weights in every forward and backward
+        self.is_divided = self._zero_stage == 3
+        self.needs_lockstep = self.is_divided and self._replicas > 1  # it gathers weights in every forward and backward
         self._coalescing: AbstractContextManager[Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

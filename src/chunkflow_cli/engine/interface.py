@@ -24,10 +24,9 @@ class TrainingEngine(Protocol):
 
     is_stage: bool
     """The module is one stage of a pipeline and holds only some of the layers."""
-    has_whole_weights: bool
-    """The whole model can run on this process without the engine: neither a stage nor ZeRO-3."""
-    needs_joined_retained_chunks: bool
-    """All chunks of a sequence that keep their activations must share one forward and one backward."""
+    is_divided: bool
+    """ZeRO-3: each rank holds a part of every weight, whole ones exist within a forward or backward only. All chunks of
+    a sequence that keep their activations must share one of each."""
     needs_lockstep: bool
     """All ranks must run the same number of forwards and backwards, because they communicate in them."""
 

@@ -40,8 +40,7 @@ class PipelineEngine(BaseEngine):
     """A training engine around one stage of a pipeline. The gradients are those of the whole pipeline's loss."""
 
     is_stage = True
-    has_whole_weights = False
-    needs_joined_retained_chunks = False
+    is_divided = False
     needs_lockstep = False  # pipelines next to each other communicate at the step only
 
     def __init__(self, module: Stage, settings: EngineSettings, *, stages: int) -> None:

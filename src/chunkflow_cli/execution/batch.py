@@ -101,7 +101,7 @@ def build_batch(
     )
 
 
-def dummy_batch(device: torch.device, weight_dtype: torch.dtype = torch.float32) -> ChunkBatch:
+def dummy_batch(device: torch.device, weight_dtype: torch.dtype) -> ChunkBatch:
     """Return a chunk of one token without a target."""
     zero, none = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return ChunkBatch(zero, zero, (0, 1), none, none, torch.zeros(0, dtype=weight_dtype, device=device))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, OffloadState
-from chunkflow_cli.errors import ChunkflowError, RunError, UsageError, is_out_of_memory
+from chunkflow_cli.errors import ChunkflowError, RunError, UsageError, first_line, is_out_of_memory
 from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
@@ -125,14 +125,9 @@ def _explained(hf_config: Any, name: str, how: str) -> Iterator[None]:
             ) from error
         if re.match(r"[a-z_.]+=", str(error)):
             raise  # it names a key of the run that can be set otherwise
-        fails = f"a small one fails with {type(error).__name__}: {_first_line(error)}"
+        fails = f"a small one fails with {type(error).__name__}: {first_line(error)}"
         reason = why_not(hf_config) or (str(error) if isinstance(error, ChunkflowError) else fails)
         raise UsageError(f"models of type {name!r} cannot be trained {how}\n  {reason}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 @dataclass(frozen=True)

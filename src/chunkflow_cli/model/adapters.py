@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from chunkflow_cli.config.schema import LoraConfig
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, without_peft_warnings
 from chunkflow_cli.model.adapter_summary import saved_modules
 from chunkflow_cli.model.adapter_targets import (
@@ -54,7 +54,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
             peft_model = get_peft_model(model, settings, autocast_adapter_dtype=False)
         except ValueError as error:
             key = "model.lora" if saved is None else f"model.lora.path={saved}"
-            raise UsageError(f"{key}: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"{key}: {first_line(error)}") from error
         if saved is not None:
             _load(peft_model, saved)
     peft_model.peft_config["default"].base_model_name_or_path = _name_from_anywhere(model)
@@ -237,9 +237,7 @@ def _load(peft_model: Any, folder: Path) -> None:
         if not others:
             result = set_peft_model_state_dict(peft_model, weights)
     except Exception as error:  # safetensors, pickle and torch raise errors of their own for damaged or unfit files
-        raise UsageError(
-            f"{where}: its weights do not fit this model or are damaged\n  {_first_line(error)}"
-        ) from error
+        raise UsageError(f"{where}: its weights do not fit this model or are damaged\n  {first_line(error)}") from error
     if others:
         raise UsageError(
             f"{where} holds {others[0]}, a weight of the base model that its modules_to_save do not name\n"
@@ -252,10 +250,6 @@ def _load(peft_model: Any, folder: Path) -> None:
             f"{where} {problem[0]}: it is not an adapter of this model ({len(problem)} names differ)\n"
             f"  set model.path to the model that it was trained on"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _name_from_anywhere(model: Any) -> str:

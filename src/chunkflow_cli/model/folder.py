@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -145,7 +145,7 @@ def damage_of(saved: Path) -> str | None:
     except FileNotFoundError:
         return f"{adapter} is missing"
     except UsageError as error:
-        return str(error).partition("\n")[0]
+        return first_line(error)
     return None
 
 

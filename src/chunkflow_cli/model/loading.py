@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.adapter_summary import AdapterSummary, summarize
 from chunkflow_cli.model.adapters import add_lora, peft_targets
 from chunkflow_cli.model.folder import check_weights, listed
-from chunkflow_cli.model.heard_bars import HeardDownload
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
+from chunkflow_cli.model.progress_bars import DownloadBar
 from chunkflow_cli.model.quantised import check_dequantised, check_quantised, multiply_dequantised, quantization_config
 from chunkflow_cli.model.towers import Original, copyable_files, find_original
 from chunkflow_cli.model.weights import check_loaded, incomplete_groups, loading_report
@@ -126,9 +126,8 @@ def check_files(config: ModelConfig) -> None:
         try:
             GenerationConfig.from_pretrained(path)
         except (OSError, ValueError, TypeError) as error:
-            reason = str(error).partition("\n")[0]
             raise UsageError(
-                f"{named}: its generation_config.json is invalid: {reason}\n  correct or delete it"
+                f"{named}: its generation_config.json is invalid: {first_line(error)}\n  correct or delete it"
             ) from error
 
 
@@ -154,7 +153,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
                 name, config=as_saved, dtype=dtype,
                 attn_implementation=attention if language is None else attention_of(hf_config, attention),
                 trust_remote_code=config.trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True, tqdm_class=HeardDownload, **extra, **few_bits,
+                ignore_mismatched_sizes=True, tqdm_class=DownloadBar, **extra, **few_bits,
             )  # fmt: skip
         except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
                 EOFError) as error:  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkflow_cli.config.schema import Dtype
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
 from chunkflow_cli.model.attention_heads import block_of
 from chunkflow_cli.model.language_part import decoder_of
@@ -125,10 +125,10 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     except (NotImplementedError, RuntimeError, TypeError) as error:
         if recurrent is None or not recurrent.edge_bytes:
             return None  # there are formulas for models without recurrent layers
-        reason = str(error).partition("\n")[0]
         raise UsageError(
             f"a model of type {model.config.model_type!r} cannot be planned: its sizes cannot be read off a forward "
-            f"without numbers ({reason})\n  another model.dtype may work: {', '.join(dtype.value for dtype in Dtype)}"
+            f"without numbers ({first_line(error)})\n"
+            f"  another model.dtype may work: {', '.join(dtype.value for dtype in Dtype)}"
         ) from error
     if not seen.layers and not recurrent.edge_bytes:
         return None

@@ -18,8 +18,8 @@ from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.console import counted
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.folder import listed
-from chunkflow_cli.model.heard_bars import bars_heard
 from chunkflow_cli.model.language_part import left_out
+from chunkflow_cli.model.progress_bars import bars_as_pulse
 from chunkflow_cli.processes.notices import warn_once
 
 CONSTANTS = re.compile(
@@ -33,7 +33,7 @@ QUANTISED = re.compile(
 """Ends of the names of tensors that only quantised weights have."""
 
 
-def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[str] = ()) -> None:
+def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[str]) -> None:
     """Check what `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` has loaded.
 
     Tied weights that a file holds once are no fault, nor are tensors that the model's class declares to be left out.
@@ -92,7 +92,7 @@ def loading_report() -> Iterator[list[str]]:
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        with bars_heard():
+        with bars_as_pulse():
             yield lines
     finally:
         logger.removeHandler(handler)

@@ -84,7 +84,7 @@ def lay_out(
     shape: ModelShape,
     settings: MemorySettings,
     device: DeviceProfile,
-    measured: MeasuredMemory | None = None,
+    measured: MeasuredMemory | None,
 ) -> Search:
     """Lay out every choice as a run over the same samples.
 

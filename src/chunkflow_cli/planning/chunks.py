@@ -58,11 +58,6 @@ class Chunk:
     def is_dependent(self) -> bool:
         return not self.segments[0].is_whole
 
-    @property
-    def long_sequence(self) -> int | None:
-        """Index of the long sequence that this chunk holds a piece of; None for a standalone chunk."""
-        return self.segments[0].sequence if self.is_dependent else None
-
 
 @dataclass(frozen=True)
 class Chunks(Sequence[Chunk]):
@@ -104,6 +99,10 @@ class Chunks(Sequence[Chunk]):
         """Return the position at which the first segment of a chunk begins."""
         return int(self.start[self.first_segment[chunk]])
 
+    def first_sequence(self, chunk: int) -> int:
+        """Return the sequence of a chunk's first segment: of a dependent chunk, its long sequence."""
+        return int(self.sequence[self.first_segment[chunk]])
+
     def branches(self) -> dict[int, int]:
         """Return the first positions of sequences that continue from the prompt of the other answer of their pair.
 
@@ -112,7 +111,7 @@ class Chunks(Sequence[Chunk]):
         found = {}
         for group in self.dependent_groups():
             if (begin := self.begin(group.start)) > 0:
-                found[int(self.sequence[self.first_segment[group.start]])] = begin
+                found[self.first_sequence(group.start)] = begin
         return found
 
     @property

@@ -17,7 +17,7 @@ from chunkflow_cli.planning.engine_memory import HeldWeights, engine_bytes
 from chunkflow_cli.planning.memory_settings import MemorySettings
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
-from chunkflow_cli.planning.state_memory import gradients_of_windows, mean_bytes_per_token
+from chunkflow_cli.planning.state_memory import gradients_of_windows, state_bytes_per_token
 
 HEAD_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Most bytes of float32 logits that exist at once (`execution.loss`)."""
@@ -101,7 +101,7 @@ def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: 
 
 
 def activation_bytes(
-    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any = 1, chunks: Any = 1
+    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any, chunks: Any
 ) -> Any:
     """Return the bytes that `layers` layers keep for backward, and those of the layer that checkpointing runs again.
 
@@ -137,15 +137,6 @@ def merged_bytes_of_running(shape: ModelShape, settings: MemorySettings) -> floa
     """
     of_layer = shape.merged_bytes / shape.layers * (1 if settings.checkpointing == "none" else 2)
     return of_layer + shape.workspace_bytes
-
-
-def state_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int | None = None) -> float:
-    """Return the bytes of a token's keys and values, and of their float32 (float64 in float64) gradients.
-
-    Args:
-        chunk_size: tokens of a chunk, of which a window hides the first from later chunks. None keeps all.
-    """
-    return mean_bytes_per_token(shape, element_bytes, chunk_size)
 
 
 def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: int) -> int:

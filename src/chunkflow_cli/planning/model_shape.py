@@ -55,11 +55,6 @@ class ModelShape:
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
     @property
-    def state_elements_per_token(self) -> int:
-        """Numbers in the stored keys and values of one token, over all layers."""
-        return sum(part.kv_elements_per_token for part in self.attention if part.owns_keys)
-
-    @property
     def attention_flops_per_pair(self) -> int:
         """Floating-point operations of a forward for one query-key pair, over all layers."""
         return sum(part.flops_per_pair for part in self.attention)

@@ -20,7 +20,6 @@ from chunkflow_cli.planning.memory_parts import (
     merged_bytes_of_running,
     merged_bytes_per_chunk,
     rerun_bytes_per_token,
-    state_bytes_per_token,
 )
 from chunkflow_cli.planning.memory_settings import MemorySettings
 from chunkflow_cli.planning.model_shape import ModelShape
@@ -28,7 +27,13 @@ from chunkflow_cli.planning.preferences import Answers
 from chunkflow_cli.planning.run_plan import RankPlan, RunPlan
 from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.stage_cut import StageLayers
-from chunkflow_cli.planning.state_memory import STATE_BLOCK_TOKENS, bytes_of_blocks, gradients_of_windows, host_bytes
+from chunkflow_cli.planning.state_memory import (
+    STATE_BLOCK_TOKENS,
+    bytes_of_blocks,
+    gradients_of_windows,
+    host_bytes,
+    state_bytes_per_token,
+)
 
 
 class HeldAtOnce(NamedTuple):
@@ -255,19 +260,14 @@ def _of_planned_chunks(run: RunPlan) -> HeldAtOnce:
             tokens, groups = chunk_tokens(rank.chunks), rank.chunks.dependent_groups()
             standalone = groups[0].start if groups else len(tokens)
             cases += [(size, 0.0, 0.0, 1.0, 1.0) for size in tokens[:standalone].tolist()]
-            stored = {_base(rank.chunks, group): _stored_tokens(rank.chunks, group) for group in groups}
+            stored = {rank.chunks.first_sequence(group.start): _stored_tokens(rank.chunks, group) for group in groups}
             for group in groups:
-                of_group, base = tokens[group.start : group.stop], _base(rank.chunks, group)
+                of_group, base = tokens[group.start : group.stop], rank.chunks.first_sequence(group.start)
                 kept = of_group[-run.k :]
                 of_partner = stored.get(base ^ 1, 0.0) if rank.answers == 2 else 0.0
                 held = stored[base] + VALUES_OF_STATE * of_partner
                 cases.append((max(of_group.max(), kept.sum()), held, len(of_group) - 1.0, 1.0, float(len(kept))))
     return HeldAtOnce(*np.array(cases, dtype=np.float64).T)
-
-
-def _base(chunks: Chunks, group: range) -> int:
-    """Return the long sequence of dependent chunks."""
-    return int(chunks.sequence[chunks.first_segment[group.start]])
 
 
 def _stored_tokens(chunks: Chunks, group: range) -> float:

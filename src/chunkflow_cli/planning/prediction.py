@@ -41,13 +41,11 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
     if costs.moves_state:
         return _seconds_with_moves(rank, costs)
     targets = chunk_targets(rank.chunks, rank.target_counts)
-    is_recomputed = np.zeros(len(rank.chunks), dtype=bool)
-    is_recomputed[rank.recomputed] = True
     is_passed = np.zeros(len(rank.chunks), dtype=bool)
     is_passed[rank.first_passed] = True
 
     def seconds(costs: CostModel, chunks: slice) -> float:
-        again = is_recomputed[chunks]
+        again = rank.is_recomputed[chunks]
         once, twice = (tokens[chunks], pairs[chunks]), (tokens[chunks][again], pairs[chunks][again])
         second = costs.recompute(*twice) - costs.forward(*twice)
         head = costs.seconds_per_target * targets[chunks].sum()
@@ -67,11 +65,9 @@ def rank_seconds(rank: RankPlan, costs: CostModel) -> float:
 def _seconds_with_moves(rank: RankPlan, costs: CostModel) -> float:
     """Predict the seconds of all operations of a rank, each as long as its computation or its copies of state."""
     total, spread = 0.0, len(rank.spread)
-    is_recomputed = np.zeros(len(rank.chunks))
-    is_recomputed[rank.recomputed] = 1.0
     for part, of_part in ((slice(spread), costs.spread_over(rank.group_size)), (slice(spread, None), costs)):
         each = of_part.of_chunks(rank.chunks, rank.target_counts)
-        twice = is_recomputed * (each.state_pass[0] + each.recompute[0] - each.forward[0])
+        twice = rank.is_recomputed * (each.state_pass[0] + each.recompute[0] - each.forward[0])
         total += float((each.forward[0] + each.backward[0] + twice)[part].sum())
     return total
 

@@ -100,7 +100,7 @@ def preference_tasks(chunks: Chunks, k: int, answers: int) -> list[JobSequence]:
         answers: sequences of a sample, 1 or 2.
     """
     units = chunks.units()
-    bases = {int(chunks.sequence[chunks.first_segment[unit[0]]]): unit for unit in units}
+    bases = {chunks.first_sequence(unit[0]): unit for unit in units}
     tasks: list[JobSequence] = []
     for base, unit in bases.items():
         other = bases.get(base ^ 1) if answers == 2 else None

@@ -21,13 +21,12 @@ from chunkflow_cli.planning.pipeline import CHOSEN_BY_SECONDS, PipelineLayout, p
 from chunkflow_cli.planning.preferences import Answers, preference_tasks
 from chunkflow_cli.planning.schedule import (
     IDLE,
-    Layout,
     Op,
     OpKind,
     Schedule,
     plan,
+    plan_in_lockstep,
     plan_tasks,
-    tasks_in_lockstep,
     tasks_of,
 )
 from chunkflow_cli.planning.stage_cut import StageLayers, cut_layers
@@ -91,6 +90,13 @@ class RankPlan:
         """Indices of the chunks that are forwarded twice, (recomputed,)."""
         again = [chunk for op in self.schedule.ops if op.kind is OpKind.recompute for chunk in op.chunks]
         return np.array(again, np.int64)
+
+    @functools.cached_property
+    def is_recomputed(self) -> NDArray[np.bool_]:
+        """(chunks,)"""
+        found = np.zeros(len(self.chunks), dtype=bool)
+        found[self.recomputed] = True
+        return found
 
     @functools.cached_property
     def first_passed(self) -> NDArray[np.int64]:
@@ -165,7 +171,9 @@ class RunPlan:
     fill_tails: bool = True
     equal_time: bool = False
     """Cut long sequences into pieces of equal predicted time instead of equal tokens."""
-    layout: Layout = field(default_factory=Layout)
+    is_zero_3: bool = False
+    """ZeRO-3 traces one forward for each backward, so the retained chunks of a sequence must share an engine call. It
+    communicates within both, so all ranks must run the same operations."""
     pipeline: PipelineLayout | None = None
     ranks: int = 1
     """Data-parallel ranks, those of all sequence-parallel groups together; all hold the same stage."""
@@ -173,7 +181,7 @@ class RunPlan:
     """Neighbouring ranks that form a sequence-parallel group."""
     spread_all: bool = False
     """Spread every chunk over its group, not only those of sequences that others would wait for. ZeRO-3
-    (`layout.join_retained`) and pipelines always do, because their ranks must run alike."""
+    and pipelines always do, because their ranks must run alike."""
     costs: CostModel = field(default_factory=CostModel.proportional)
     """Costs that decide which rank runs which sequence."""
     answers: Answers | None = None
@@ -253,12 +261,12 @@ class RunPlan:
         for first in range(0, self.ranks, self.sequence):
             spread = shares.spread(first)
             together = self._built(lengths[spread], self.spread_chunk_size)
-            schedule_together = plan(together, self.k, self.layout)
+            schedule_together = plan(together, self.k)
             for place in range(self.sequence):
                 alone = shares.alone(first + place)
                 own = self._built(lengths[alone], self.chunk_size)
                 share = np.concatenate([spread, alone])
-                schedule = _one_after_the_other(schedule_together, plan(own, self.k, self.layout), together)
+                schedule = _one_after_the_other(schedule_together, plan(own, self.k), together)
                 ranks.append(
                     RankPlan(
                         samples[share], join_chunks(together, own), targets[share], (schedule if len(share) else IDLE,),
@@ -282,7 +290,7 @@ class RunPlan:
     @property
     def spreads_all(self) -> bool:
         """True if groups run everything together."""
-        return self.spread_all or self.pipeline is not None or self.layout.join_retained or self.answers is not None
+        return self.spread_all or self.pipeline is not None or self.is_zero_3 or self.answers is not None
 
     @property
     def state_shares(self) -> int:
@@ -358,15 +366,15 @@ class RunPlan:
             for chunks in ranks
         ]
         if self.is_in_lockstep:
-            return [(schedule,) for schedule in tasks_in_lockstep(tasks)]
+            return [(schedule,) for schedule in plan_in_lockstep(tasks)]
         # The sums of preferences are complete within the call that forwards the retained chunks.
-        join = self.layout.join_retained or self.answers is not None
+        join = self.is_zero_3 or self.answers is not None
         return [(plan_tasks(own, join_retained=join) if own else IDLE,) for own in tasks]
 
     @property
     def is_in_lockstep(self) -> bool:
         """True if all ranks run the same operations at the same time."""
-        return self.layout.lockstep and self.ranks > 1 and self.pipeline is None
+        return self.is_zero_3 and self.ranks > 1 and self.pipeline is None
 
 
 def _one_after_the_other(first: Schedule, second: Schedule, chunks: Chunks) -> Schedule:

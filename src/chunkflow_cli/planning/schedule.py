@@ -92,16 +92,6 @@ class Schedule:
         return sum(chunk == DUMMY for op in self.ops for chunk in op.chunks)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Facts about the engine that a schedule depends on."""
-
-    join_retained: bool = False
-    """Run the retained chunks of a sequence as one engine call: ZeRO-3 traces one forward for one backward."""
-    lockstep: bool = False
-    """At each position, all ranks run the same kind of operation: ZeRO-3 communicates within operations."""
-
-
 def split_unit(unit: Unit, k: int) -> tuple[Unit, Unit]:
     """Return the chunks of a unit that are forwarded twice, and the last K, which keep their activations.
 
@@ -144,7 +134,7 @@ def tasks_of(chunks: Chunks, k: int) -> list[JobSequence]:
     return [(Job(early, early, retained),) for early, retained in (split_unit(unit, k) for unit in chunks.units())]
 
 
-def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
+def plan(chunks: Chunks, k: int, *, join_retained: bool = False) -> Schedule:
     """Return the operations of one step of a rank without a pipeline.
 
     A standalone chunk goes forward and backward at once. A sequence of N dependent chunks runs state passes over the
@@ -152,9 +142,10 @@ def plan(chunks: Chunks, k: int, layout: Layout | None = None) -> Schedule:
 
     Args:
         k: how many chunks of a long sequence keep their activations.
-        layout: by default, every chunk is an engine call of its own.
+        join_retained: run the retained chunks of a sequence as one engine call: ZeRO-3 traces one forward for one
+            backward.
     """
-    return plan_tasks(tasks_of(chunks, k), join_retained=layout is not None and layout.join_retained)
+    return plan_tasks(tasks_of(chunks, k), join_retained=join_retained)
 
 
 def plan_tasks(tasks: Sequence[JobSequence], *, join_retained: bool) -> Schedule:
@@ -166,25 +157,15 @@ IDLE = Schedule((Op(OpKind.forward, (DUMMY,)), Op(OpKind.backward, (DUMMY,))))
 """The schedule of a rank that got no samples: its gradients are zero, but the other ranks wait for them."""
 
 
-def plan_in_lockstep(ranks: Sequence[Chunks], k: int) -> tuple[Schedule, ...]:
+NO_JOB = Job((), (), ())
+
+
+def plan_in_lockstep(ranks: Sequence[Sequence[JobSequence]]) -> tuple[Schedule, ...]:
     """Return the operations of one step of all ranks, which run the same kind on as many chunks at each position.
 
     The i-th longest sequences of all ranks go together: state passes, one forward and one backward over the retained
     chunks, and a forward and a backward for each recompute. Where a rank has less to do, a standalone chunk of its own
     fills a forward and its backward, and dummies fill the rest. A state pass can only be filled by a dummy.
-
-    Args:
-        ranks: the chunks of each rank.
-        k: how many chunks of a long sequence keep their activations.
-    """
-    return tasks_in_lockstep([tasks_of(chunks, k) for chunks in ranks])
-
-
-NO_JOB = Job((), (), ())
-
-
-def tasks_in_lockstep(ranks: Sequence[Sequence[JobSequence]]) -> tuple[Schedule, ...]:
-    """Return the operations of the tasks of all ranks, as `plan_in_lockstep` does.
 
     Args:
         ranks: the tasks of each rank. Of all tasks, those that are a single standalone chunk come first.

@@ -94,7 +94,7 @@ def _reads(chunks: Chunks) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
     reads: dict[int, list[int]] = {}
     read_by: dict[int, list[int]] = {}
     branches = chunks.branches()
-    groups = {int(chunks.sequence[chunks.first_segment[group.start]]): group for group in chunks.dependent_groups()}
+    groups = {chunks.first_sequence(group.start): group for group in chunks.dependent_groups()}
     for sequence, begin in branches.items():
         prompt = [chunk for chunk in groups.get(sequence ^ 1, ()) if chunks.begin(chunk) < begin]
         for chunk in groups[sequence]:
@@ -209,7 +209,7 @@ class _Proof:
 class _WholeModel(_Proof):
     """The rules of a rank without a pipeline."""
 
-    def __init__(self, chunks: Chunks, k: int, needed: list[set[int]] | None = None) -> None:
+    def __init__(self, chunks: Chunks, k: int, needed: list[set[int]] | None) -> None:
         """
         Args:
             needed: for each chunk, those whose log-probabilities weigh its targets; None in supervised training.

@@ -41,11 +41,14 @@ def kept_share(part: AttentionLayers, chunk_size: int | None) -> float:
     return 1.0 if seen is None or chunk_size is None else min(1.0, seen / chunk_size)
 
 
-def mean_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int | None) -> float:
-    """Return the bytes of a token's keys and values, and of their gradients; a mean over a chunk.
+def state_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int | None = None) -> float:
+    """Return the bytes of a token's keys and values, and of their float32 (float64 in float64) gradients.
 
-    Under a window shorter than a chunk only the next chunk sees them, so that gradients exist of one chunk at a time
-    (`gradients_of_windows`).
+    It is a mean over a chunk. Under a window shorter than a chunk only the next chunk sees them, so that gradients
+    exist of one chunk at a time (`gradients_of_windows`).
+
+    Args:
+        chunk_size: tokens of a chunk, of which a window hides the first from later chunks. None keeps all.
     """
     total = 0.0
     for part in shape.attention:
@@ -75,7 +78,7 @@ def host_bytes(
     block, kept = STATE_BLOCK_TOKENS[device_type], np.asarray(stored, dtype=np.float64)
     whole = sum(p.kv_elements_per_token for p in shape.attention if p.owns_keys and kept_share(p, chunk_size) == 1)
     begun = (np.ceil(kept / block) * block - kept) * whole * bytes_per_element(element_bytes)
-    of_tokens = kept * mean_bytes_per_token(shape, element_bytes, chunk_size)
+    of_tokens = kept * state_bytes_per_token(shape, element_bytes, chunk_size)
     of_windows = (kept > 0) * gradients_of_windows(shape, element_bytes, chunk_size)
     return of_tokens + begun + of_windows + np.asarray(edges) * shape.recurrent.edge_bytes
 

@@ -72,9 +72,9 @@ def add_up(plan: RunPlan, progress: Callable[[int], None]) -> Totals:
             dummies=step.dummies,
         )
         run_tokens += step.run_tokens
+        room += step.room
         for rank in step.ranks:
             count.update(_counts_of(rank))
-            room += int(rank.room[rank.counted.start :].sum())
         most_operations = max(most_operations, *(len(rank.schedule.ops) for rank in step.ranks))
         seconds[index] = [rank_seconds(rank, plan.costs) for rank in step.ranks]
         step_seconds[index] = predicted_seconds(plan, step) if plan.is_in_lockstep else seconds[index].max()

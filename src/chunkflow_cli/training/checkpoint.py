@@ -129,9 +129,7 @@ def load_checkpoint(checkpoint: Path, engine: AnyEngine, *, seed: int) -> Resume
     return Resumed(progress, state.layout, is_reseeded)
 
 
-def save_final(
-    folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, skeleton: Any = None, card: str = ""
-) -> None:
+def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, skeleton: Any, card: str) -> None:
     """Save the model (or its adapters) and tokenizer as a Hugging Face folder in safetensors. Every rank calls it.
 
     Args:

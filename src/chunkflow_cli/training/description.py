@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict
-from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from chunkflow_cli import __version__
+from chunkflow_cli.config.keys import as_plain
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.run_plan import RunPlan
@@ -58,14 +58,5 @@ def describe_environment(device: str, attention: str) -> dict[str, Any]:
 
 def describe_config(config: Config) -> dict[str, Any]:
     """Return the configuration as plain values."""
-    plain = _plain(asdict(config))
-    assert isinstance(plain, dict)
+    plain: dict[str, Any] = as_plain(asdict(config))
     return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return value.value if isinstance(value, Enum) else value

@@ -9,11 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from chunkflow_cli.config.schema import TrainConfig
-from chunkflow_cli.console import counted, human_bytes, human_seconds, percent, plain_column
+from chunkflow_cli.console import counted, facts, human_bytes, human_seconds, percent, plain_column
 from chunkflow_cli.model.saving import loading_code
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.training.metrics import StepMetrics
@@ -163,13 +162,8 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
     }
     if (page := run_folder / PAGE).exists():
         rows["report"] = str(page)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, said in rows.items():
-        table.add_row(name, Text(said))
     console.print()
-    console.print(table)
+    console.print(facts((name, Text(said)) for name, said in rows.items()))
     what_is_imported, call = loading_code(run_folder / "final")
     console.print(Text(f"\nLoad it:  {what_is_imported}\n          {call}"), soft_wrap=True)
 

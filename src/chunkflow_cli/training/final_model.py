@@ -11,8 +11,8 @@ from chunkflow_cli.data.tokenizer import has_tokenizer, load_tokenizer
 from chunkflow_cli.model.adapter_saving import adapter_card
 from chunkflow_cli.model.loading import skeleton
 from chunkflow_cli.training.checkpoint import save_final
+from chunkflow_cli.training.generation_ends import stop_where_answers_end
 from chunkflow_cli.training.prepared import Prepared
-from chunkflow_cli.training.stopping import stop_where_answers_end
 
 
 def model_writer(run: Prepared, *, is_final: bool = True) -> Callable[[Path], None]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from chunkflow_cli.engine import all_or_none
-from chunkflow_cli.errors import RunError
+from chunkflow_cli.errors import RunError, first_line
 from chunkflow_cli.execution.activation_probe import whole_sequence_bytes
 from chunkflow_cli.files import delete_aside, write_json
 from chunkflow_cli.planning.batches import GlobalBatches
@@ -138,8 +138,7 @@ def _folder_elsewhere(run: Prepared) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return text.partition("\n")[0]
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:

@@ -14,12 +14,9 @@ from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.planning.balance import balance
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.training.preferences import held_out_outcome
+from chunkflow_cli.training.preferences import GROUP, held_out_outcome
 from chunkflow_cli.training.prepared import Prepared
 from chunkflow_cli.training.progress import RunState
-
-GROUP = 256
-"""Number of samples that are planned together."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,5 @@ def _group_losses(
     except Interrupted:
         is_whole = False
     # All stages of a pipeline know its loss: only the first stage counts it. Only the last one knows those of samples.
-    loss, whole, *sums = run.processes.sum(
-        loss if place.stage == 0 else 0.0, is_whole and not state.stop_requested, *parts.tolist()
-    )
-    if whole < topology.processes:
-        raise Interrupted
-    return np.array([loss, *sums])
+    counted = loss if place.stage == 0 else 0.0
+    return np.array(run.sum_of_whole(counted, *parts.tolist(), is_whole=is_whole and not state.stop_requested))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from chunkflow_cli.console import human_bytes
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.planning.memory_parts import MemoryParts
 from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.run_plan import RunPlan
-from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.training.setup import RunSetup
 
 
@@ -34,7 +31,7 @@ def what_the_host_lacks(parts: MemoryParts, setup: RunSetup) -> str | None:
     )
 
 
-def check_host_room(setup: RunSetup, plan: RunPlan, steps: Sequence[SimulatedStep] = ()) -> None:
+def check_host_room(setup: RunSetup, plan: RunPlan) -> None:
     """Check before a run that the memory of this host has room for its state.
 
     Raises:
@@ -42,5 +39,5 @@ def check_host_room(setup: RunSetup, plan: RunPlan, steps: Sequence[SimulatedSte
     """
     if setup.shape is None or not setup.costs.moves_state:
         return
-    if (lacks := what_the_host_lacks(memory_of_fullest(setup.shape, setup.memory, plan, steps), setup)) is not None:
+    if (lacks := what_the_host_lacks(memory_of_fullest(setup.shape, setup.memory, plan, ()), setup)) is not None:
         raise UsageError(f"chunk.offload_state=host: {lacks}")

@@ -165,11 +165,22 @@ def target_weights(rank: RankPlan, step: StepPlan, weighting: LossWeighting) -> 
 def sample_counts(data: RunData, config: DataConfig) -> dict[str, int]:
     """Return what became of the rows that were read; rows of evaluation data are counted on their own."""
     has_file = has_evaluation_data(config)
-    words = ("read", "rejected", "dropped", "truncated", "duplicate", "beyond_limit")
     return {
-        "rows_read": data.read.rows_read,
-        **{f"samples_{word}": getattr(data.read, f"samples_{word}") for word in words},
+        "rows_read": data.read.total.rows_read,
+        **_counts_of(data.read),
         "samples_held_out": 0 if has_file else len(data.evaluation),
         "samples_to_train": len(data.train),
-        **({f"eval_samples_{word}": getattr(data.evaluation, f"samples_{word}") for word in words} if has_file else {}),
+        **({f"eval_{name}": count for name, count in _counts_of(data.evaluation).items()} if has_file else {}),
+    }
+
+
+def _counts_of(data: TokenizedData) -> dict[str, int]:
+    total = data.total
+    return {
+        "samples_read": total.samples_read,
+        "samples_rejected": total.samples_rejected,
+        "samples_dropped": total.samples_dropped,
+        "samples_truncated": data.samples_truncated,
+        "samples_duplicate": total.samples_duplicate,
+        "samples_beyond_limit": total.samples_beyond_limit,
     }

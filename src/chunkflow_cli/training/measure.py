@@ -36,7 +36,7 @@ from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.engine import EngineSettings, check_settings, close_process_group
-from chunkflow_cli.errors import ChunkflowError, UsageError
+from chunkflow_cli.errors import ChunkflowError, UsageError, first_line
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.chunk_model import ChunkModel
@@ -134,7 +134,7 @@ def _say_what_fits(fitting: Sequence[int], size: int, error: torch.OutOfMemoryEr
 
 def _nothing_fits(size: int, error: torch.OutOfMemoryError) -> UsageError:
     return UsageError(
-        f"chunks of {size:,} tokens do not fit into the memory of this device: {str(error).partition(chr(10))[0]}\n"
+        f"chunks of {size:,} tokens do not fit into the memory of this device: {first_line(error)}\n"
         "  name smaller ones in tune.chunk_sizes, or see what chunkflow plan counts: LoRA, engine.offload and "
         "model.activation_checkpointing save memory"
     )
@@ -162,7 +162,7 @@ def _activation_bytes(parts: Assembly, size: int) -> float:
     attributes the whole slope of the measured peaks to what is kept.
     """
     module = parts.engine.module
-    if parts.engine.needs_joined_retained_chunks:
+    if parts.engine.is_divided:
         return math.inf
     assert isinstance(module, ChunkModel)
     sequence = _random_sequence(np.random.default_rng(0), size, size, 1.0, parts.shape.vocab_size)
@@ -264,7 +264,7 @@ def compare(config: Config, pairs: Sequence[tuple[int, int]], step: int) -> dict
                 fits = False
             if not fits:  # behind the block above, where the error still holds the activations
                 print(f"chunk.size={size} chunk.k={k} does not fit into the memory of this device", file=sys.stderr)
-                if parts.engine.needs_joined_retained_chunks:
+                if parts.engine.is_divided:
                     break  # ZeRO-3 is left in the middle of a pass, with weights on their way
                 parts.engine.discard_gradients()
                 continue

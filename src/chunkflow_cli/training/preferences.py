@@ -120,9 +120,8 @@ def all_sums(
         found: tuple[NDArray[np.float64], float] | None = None
         with contextlib.suppress(Interrupted):
             found = _sums_of(run, make(own), chunks[place.data_rank], max(map(len, chunks)))
-        (whole,) = run.processes.sum(found is not None and not state.stop_requested)
-        if found is None or whole < run.topology.processes:
-            raise Interrupted
+        run.sum_of_whole(is_whole=found is not None and not state.stop_requested)
+        assert found is not None
         is_counted = place.sequence_rank == place.stage == 0  # the others of a group or pipeline know the same sums
         for own_samples, own_sums, own_others in run.processes.gather((own, *found) if is_counted else ([], [], 0.0)):
             if len(own_samples):
@@ -176,9 +175,7 @@ def _divergence(
         is_whole = False
     # The ranks of a sequence-parallel group and the stages of a pipeline all know the sums.
     copies = run.topology.sequence * run.topology.pipeline
-    total, whole = run.processes.sum(ratios / copies, is_whole)
-    if whole < run.topology.processes:
-        raise Interrupted
+    (total,) = run.sum_of_whole(ratios / copies, is_whole=is_whole)
     return max(0.0, total / batch)
 
 

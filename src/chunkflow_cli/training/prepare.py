@@ -51,7 +51,7 @@ from chunkflow_cli.training.progress import RunState
 from chunkflow_cli.training.recorder import Recorder
 from chunkflow_cli.training.run_folder import RunFolder, abandoned_checkpoints
 from chunkflow_cli.training.setup import RunSetup, described_device, planned_topology, read_setup
-from chunkflow_cli.training.trained import announce_trained_weights
+from chunkflow_cli.training.trained_weights import announce_trained_weights
 
 PROBE_TOKENS = 256
 """Tokens of the forward that measures the bytes of activations per token."""
@@ -105,7 +105,7 @@ def prepare(
         console.print(line, soft_wrap=True)
     if processes.is_first and (warning := few_steps_warning(plan, config.train)) is not None:
         console.print(warning, soft_wrap=True)
-    assert plan.layout.join_retained == parts.engine.needs_joined_retained_chunks
+    assert plan.is_zero_3 == parts.engine.is_divided
     if processes.rank:  # all weights are drawn: from here on, dropout differs between ranks
         torch.manual_seed(int(np.random.SeedSequence((config.train.seed, processes.rank)).generate_state(1)[0]))
 
@@ -224,7 +224,7 @@ def _measure_activations(data: RunData, parts: Assembly) -> float | None:
 
     Under ZeRO-3, weights are whole within the engine's forward only; a pipeline stage holds only some of the layers.
     """
-    if not parts.engine.has_whole_weights:
+    if parts.engine.is_divided or parts.engine.is_stage:
         return None
     whole = data.train[int(np.argmax(data.train.lengths))]
     probe = TokenizedSample(whole.input_ids[:PROBE_TOKENS], whole.targets[:PROBE_TOKENS])

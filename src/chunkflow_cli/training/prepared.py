@@ -11,6 +11,7 @@ from rich.console import Console
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.engine import Processes
+from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.run_plan import RunPlan
 from chunkflow_cli.planning.topology import Topology
@@ -66,6 +67,20 @@ class Prepared:
     def layout(self) -> str:
         """The layout in words, as checkpoints name it."""
         return describe_layout(self.topology, self.config.engine)
+
+    def sum_of_whole(self, *values: float, is_whole: bool) -> list[float]:
+        """Return the sum of each value over all processes. Every process calls it.
+
+        Args:
+            is_whole: this process was not asked to stop, and has run all operations that the values come from.
+
+        Raises:
+            Interrupted: that is not so on a process.
+        """
+        *sums, whole = self.processes.sum(*values, is_whole)
+        if whole < self.topology.processes:
+            raise Interrupted
+        return sums
 
     @property
     def stops_between_steps_only(self) -> bool:

@@ -15,7 +15,7 @@ from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import check_adapters, check_files
 from chunkflow_cli.model.positions import check_positions
 from chunkflow_cli.training.setup import checked_topology
-from chunkflow_cli.training.trained import check_trained_weights
+from chunkflow_cli.training.trained_weights import check_trained_weights
 
 
 def check_requirements(loaded: LoadedConfig, device: torch.device | None = None) -> Any:

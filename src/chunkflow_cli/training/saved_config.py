@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.files import write_atomically
 
 CONFIG, OVERRIDES = Path(".hydra/config.yaml"), Path(".hydra/overrides.yaml")
@@ -86,7 +86,7 @@ def read_saved_config(run_folder: Path, sections: Collection[str] = ("model", "d
     except OSError as error:
         reason = error.strerror or str(error)
     except (ValueError, YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
     raise UsageError(f"{path} is damaged: {reason}")
 
 

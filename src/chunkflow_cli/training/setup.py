@@ -26,7 +26,6 @@ from chunkflow_cli.data.cache import cache_root
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.layouts import check_layouts
-from chunkflow_cli.planning.batches import GlobalBatches, WeightedSource
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.planning.costs import CostModel
 from chunkflow_cli.planning.devices import DEVICES, DeviceProfile
@@ -36,9 +35,9 @@ from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.optimizer_states import state_numbers
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.run_plan import RunPlan
-from chunkflow_cli.planning.schedule import Layout
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.processes.environment import threads_of_user
+from chunkflow_cli.training.global_batches import global_batches_of
 from chunkflow_cli.training.judgement import answers_of
 
 
@@ -59,7 +58,7 @@ class RunSetup:
     def plan(self, data: TokenizedData) -> RunPlan:
         """Return the plan of all steps over these samples, which `plan` prints and `train` runs."""
         config = self.config
-        batches = global_batches(config, data)
+        batches = global_batches_of(config, data)
         is_recurrent = self.shape is not None and self.shape.recurrent.edge_bytes > 0
         answers = answers_of(config, data, batches, can_share=not is_recurrent)
         return RunPlan(
@@ -71,9 +70,7 @@ class RunSetup:
             k=config.chunk.k,
             fill_tails=config.chunk.fill_tails,
             equal_time=config.chunk.cuts is Cuts.time,
-            # ZeRO-3 traces one forward per backward, so the chunks of a sequence that keep their activations must share
-            # an engine call. It communicates within both, so all ranks must run the same operations.
-            layout=Layout(join_retained=config.engine.zero_stage == 3, lockstep=config.engine.zero_stage == 3),
+            is_zero_3=config.engine.zero_stage == 3,
             pipeline=self.pipeline if self.topology.pipeline > 1 else None,
             ranks=self.topology.replicas,
             sequence=self.topology.sequence,
@@ -104,39 +101,6 @@ class RunSetup:
             buffers=_buffers(config.engine),
             offload_state=config.chunk.offload_state.value,
         )
-
-
-def global_batches(config: Config, data: TokenizedData) -> GlobalBatches:
-    """Return the global batches of a run over these samples.
-
-    Raises:
-        UsageError: the weight of a source is so small that no sample of it is drawn in an epoch.
-    """
-    weights = [source.weight for source in config.data.sources]
-    sources = tuple(
-        WeightedSource(len(data.samples_of(number)), weight)
-        for number, weight in enumerate(weights)
-        if weight is not None
-    )
-    train = config.train
-    batches = GlobalBatches(
-        len(data),
-        train.global_batch_size,
-        train.seed,
-        train.shuffle,
-        sources,
-        train.global_batch_tokens,
-        None if train.global_batch_tokens is None else data.lengths,
-    )
-    never = (
-        [name for name, draws in zip(data.names, batches.draws_per_epoch, strict=True) if draws == 0] if sources else []
-    )
-    if never:
-        raise UsageError(
-            f"data.sources[{never[0]}].weight: no sample of it would be drawn in an epoch of {len(data):,} samples\n"
-            "  give it a larger weight, or remove the source"
-        )
-    return batches
 
 
 def read_setup(

@@ -92,13 +92,13 @@ def run_steps(run: Prepared, state: RunState) -> None:
             if progress.unevaluated is not None:
                 finish_step(StepMetrics(**progress.unevaluated), is_evaluated=True)
             while progress.step < steps and not stops_early(run, state):
-                _stop_together(run, state)
+                run.sum_of_whole(is_whole=not state.stop_requested)  # all stop between the same two steps
                 row = _run_step(run, state, display.advance)
                 finish_step(row, is_evaluated=row.step == steps or _is_due(config.eval.every, row.step))
                 if _is_due(config.checkpoint.every, row.step):
                     display.phase("saving a checkpoint")
                     save_progress(run, state)
-            _stop_together(run, state)
+            run.sum_of_whole(is_whole=not state.stop_requested)
             if progress.step < steps:
                 run.console.print(why_it_stops_early(run, state), soft_wrap=True)
         except Interrupted:
@@ -112,12 +112,6 @@ def run_steps(run: Prepared, state: RunState) -> None:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _stop_together(run: Prepared, state: RunState) -> None:
-    """Raise `Interrupted` on all processes if any was asked to stop. Every process calls it, between two steps."""
-    if run.processes.sum(state.stop_requested)[0]:
-        raise Interrupted
 
 
 def _run_step(run: Prepared, state: RunState, on_backward: Callable[[float], None]) -> StepMetrics:
@@ -202,12 +196,10 @@ def _run_operations(
     own = loss_by_source(run.data.train, rank, _weights(run, rank, step), result)
     names = () if run.preferences is None else run.preferences.objective.metrics
     rewards = [counted.metrics.get(name, 0.0) for name in names]
-    loss, targets, whole, *sums = run.processes.sum(
-        counted.loss, counted.target_tokens, is_whole, *own.tolist(), *rewards
+    loss, targets, *sums = run.sum_of_whole(
+        counted.loss, counted.target_tokens, *own.tolist(), *rewards, is_whole=is_whole
     )
     sums, rewards = sums[: len(own)], sums[len(own) :]
-    if whole < run.topology.processes:
-        raise Interrupted
     if not np.isfinite(loss):
         _refuse_loss(run, step, rank, result)
     metrics = {name: value for name, value in zip(names, rewards, strict=True) if name in result.metrics}

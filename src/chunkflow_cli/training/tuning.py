@@ -48,7 +48,7 @@ class Tuning:
     """Tokens of the longest sample."""
 
 
-def prepare_tuning(loaded: LoadedConfig, config_dir: str | None, keys: Sequence[str] = ()) -> Tuning:
+def prepare_tuning(loaded: LoadedConfig, config_dir: str | None, keys: Sequence[str]) -> Tuning:
     """Read the model's sizes and the data, measure or look up costs, and lay out all choices.
 
     Args:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import columns, facts
-from chunkflow_cli.console import counted, human_bytes
+from chunkflow_cli.cli.screens.tables import columns
+from chunkflow_cli.console import counted, facts, human_bytes
 
 NAMED = ("torch", "transformers", "deepspeed")
 """Packages whose versions are always printed, because every bug report needs them."""

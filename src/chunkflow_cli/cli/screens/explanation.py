@@ -15,7 +15,7 @@ def explain(
     best: Candidate,
     candidates: Sequence[Candidate],
     best_of_layouts: Sequence[Candidate],
-    measured_seconds: float | None = None,
+    measured_seconds: float | None,
 ) -> str:
     """Return two sentences: how the best pair spends its time, and what its neighbours would cost.
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chunkflow_cli.cli.screens.tables import bar_of, columns, facts
-from chunkflow_cli.console import counted, human_bytes, human_seconds, percent
+from chunkflow_cli.cli.screens.tables import bar_of, columns
+from chunkflow_cli.console import counted, facts, human_bytes, human_seconds, percent
 from chunkflow_cli.planning.timeline import Timeline
 
 KINDS = {
@@ -35,7 +35,7 @@ SHOWN_ROWS = 16
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "head", "state", "step")
 
 
-def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, measured: Timeline | None = None) -> None:
+def print_plan(console: Console, result: dict[str, Any], timeline: Timeline, measured: Timeline | None) -> None:
     """Print the screen of a plan.
 
     Args:

@@ -72,7 +72,7 @@ def _draw_histogram(axes: Any, lengths: NDArray[np.int64]) -> None:
     axes.bar(places - 0.2, 100 * bins.samples / bins.samples.sum(), 0.4, color=SAMPLES_COLOUR, label="samples")
     axes.bar(places + 0.2, 100 * bins.tokens / bins.tokens.sum(), 0.4, color=TOKENS_COLOUR, label="tokens")
     axes.set_xticks(np.arange(len(bins.edges)) - 0.5, [short_count(int(edge)) for edge in bins.edges], rotation=45)
-    _finish_axes(axes, "length in tokens", "share in %")
+    _finish_axes(axes, "share in %")
 
 
 def _draw_cumulative(axes: Any, lengths: NDArray[np.int64]) -> None:
@@ -90,11 +90,11 @@ def _draw_cumulative(axes: Any, lengths: NDArray[np.int64]) -> None:
     axes.minorticks_off()
     axes.set_ylim(0, 102)
     axes.grid(alpha=0.3)
-    _finish_axes(axes, "length in tokens", "up to this length, in %")
+    _finish_axes(axes, "up to this length, in %")
 
 
-def _finish_axes(axes: Any, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y)
+def _finish_axes(axes: Any, y: str) -> None:
+    axes.set(xlabel="length in tokens", ylabel=y)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 

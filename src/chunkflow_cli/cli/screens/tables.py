@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from rich.table import Table
-from rich.text import Text
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 """Eighths of a character."""
@@ -18,16 +15,6 @@ def columns(*names: str, gap: int = 2) -> Table:
     table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False)
     for name in names:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
-    return table
-
-
-def facts(rows: Iterable[tuple[str, str | Text]]) -> Table:
-    """Return a table of names in bold, each with a sentence about it."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, sentence in rows:
-        table.add_row(name, sentence)
     return table
 
 

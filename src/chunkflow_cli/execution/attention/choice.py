@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chunkflow_cli.config.schema import Attention
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import LARGEST_FLASH_HEAD_DIM, FlashAttnBackend, TorchFlashBackend
@@ -98,5 +98,5 @@ def _why_not_imported() -> str | None:
     try:
         importlib.import_module("flash_attn.flash_attn_interface")
     except (ImportError, OSError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error)
     return None

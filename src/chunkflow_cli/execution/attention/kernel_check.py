@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.flash import TorchFlashBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
@@ -54,9 +54,7 @@ def check_backend(
                 with float32_products():
                     error = _largest_error(backend, device, dtype, (key_dim, value_dim), window)
             except RuntimeError as failure:
-                raise _unusable(
-                    backend, f"cannot run on this device {what}: {str(failure).splitlines()[0]}"
-                ) from failure
+                raise _unusable(backend, f"cannot run on this device {what}: {first_line(failure)}") from failure
             # Kernels take fast exponentials.
             if not error <= (3e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4):
                 raise _unusable(backend, f"computes wrong results on this device: {error:.1e} off {what}")

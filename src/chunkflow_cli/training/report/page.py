@@ -233,7 +233,8 @@ def _accounting(report: Mapping[str, Any]) -> Iterable[Sequence[str]]:
     """Yield what became of every row that was read."""
     names = {
         "rows_read": "rows read", "samples_read": "samples read", "samples_rejected": "rejected",
-        "samples_dropped": "dropped", "samples_truncated": "truncated", "samples_held_out": "held out",
+        "samples_dropped": "dropped", "samples_truncated": "truncated", "samples_duplicate": "duplicates",
+        "samples_beyond_limit": "beyond the limit of their source", "samples_held_out": "held out",
         "samples_to_train": "to train on", "samples_trained": "trained on, in all epochs",
         "target_tokens_planned": "targets planned", "target_tokens_trained": "targets trained on",
     }  # fmt: skip

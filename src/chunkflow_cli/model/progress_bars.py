@@ -11,7 +11,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from chunkflow_cli import pulse
 
 
-class HeardDownload(tqdm):  # type: ignore[type-arg]
+class DownloadBar(tqdm):  # type: ignore[type-arg]
     """The progress bar of a download, whose every update is a sign of life, shown or not."""
 
     def update(self, n: float | None = 1) -> bool | None:
@@ -22,7 +22,7 @@ class HeardDownload(tqdm):  # type: ignore[type-arg]
 
 
 @contextmanager
-def bars_heard() -> Iterator[None]:
+def bars_as_pulse() -> Iterator[None]:
     """Report what transformers counts within the block: each weight that it loads, and each file that it writes."""
     from transformers.utils import logging
 

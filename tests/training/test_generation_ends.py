@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from chunkflow_cli.training.stopping import stop_where_answers_end
+from chunkflow_cli.training.generation_ends import stop_where_answers_end
 
 TOKENIZER = SimpleNamespace(convert_ids_to_tokens={5: "<|im_end|>", 7: "<|eot|>"}.__getitem__)
 
