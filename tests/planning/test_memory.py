@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkflow_cli.planning.attention_layers import AttentionLayers
-from chunkflow_cli.planning.attention_memory import attention_workspace_bytes
+from chunkflow_cli.planning.attention_memory import attention_workspace_bytes, efficient_backward_bytes
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.devices import DEVICES
@@ -345,6 +345,12 @@ def test_what_attention_takes_for_a_moment_by_hand(
     shape = dataclasses.replace(SHAPE, attention=LLAMA_8B)
     given = dataclasses.replace(BASE, **{"device_type": "cuda", **settings})
     assert attention_workspace_bytes(shape, given, 8192 / sharers, past, sharers) == expected
+
+
+def test_heads_too_wide_for_flash_kernels_by_hand() -> None:
+    """32 heads of 512 channels that share 16 of keys, in bfloat16: the sum of the queries' gradients is in float32."""
+    found = efficient_backward_bytes(8192, 8192, 32, 16, 512, 2, is_causal=True)
+    assert found == 512 * 8192 * (2 * (32 + 4 * 32 + 2 * 16) + 4 * 32) + 4 * 32 * 8192
 
 
 def test_attention_takes_the_room_of_the_loss() -> None:

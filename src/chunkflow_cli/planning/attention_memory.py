@@ -90,7 +90,8 @@ def efficient_backward_bytes(
 
     For a causal chunk, keys and values are repeated for each query head, and their gradients summed. For the past, the
     queries that share a key head become rows of it: queries, output and its gradient are copied, and the gradient back.
-    In bfloat16, the kernel sums all gradients in float32.
+    In bfloat16, the kernel sums the gradients of queries in float32 (kernel_backward.h, `workspace_elements_gq`), and
+    those of keys a block at a time.
     """
     a_query, a_key = queries * heads * head_dim, keys * kv_heads * head_dim
     is_grouped = heads != kv_heads
@@ -98,5 +99,5 @@ def efficient_backward_bytes(
     elements = a_query + 2 * of_keys
     if is_grouped:
         elements += 2 * of_keys + 2 * a_key if is_causal else 4 * a_query
-    in_float32 = 0.0 if element_bytes == 4 else 4 * (a_query + 2 * of_keys)
+    in_float32 = 0.0 if element_bytes == 4 else 4 * a_query
     return element_bytes * elements + in_float32 + 4 * queries * heads
