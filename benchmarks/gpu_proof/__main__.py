@@ -103,9 +103,9 @@ class Proof:
             for number, task in enumerate(tasks):
                 waiting += [self._worker(later) for later in tasks[number + AHEAD : number + AHEAD + 1]]
                 section, now = task[-1].section, time.time()
-                left = sum(later[-1].section is section for later in tasks[number:])
-                # One that hangs leaves time to the others.
-                share = max(LEAST_SECONDS, 2 * (deadlines[section.name] - now) / left)
+                left = [rows_of(later) for later in tasks[number:] if later[-1].section is section]
+                # One that hangs leaves time to the others, which may take as long as they have rows.
+                share = max(LEAST_SECONDS, 2 * (deadlines[section.name] - now) * left[0] / sum(left))
                 self._follow(waiting.pop(0), task, min(deadlines[section.name], now + share))
         finally:
             for process in self._processes:
@@ -209,6 +209,10 @@ class Proof:
     def failed(self) -> list[Row]:
         """Rows of parity that have not passed."""
         return [row for name in PARITY for row in self.results["sections"].get(name, []) if row["status"] not in GOOD]
+
+
+def rows_of(task: list[Part]) -> int:
+    return sum(part.stop - part.first for part in task)
 
 
 def _begin(process: subprocess.Popen[str]) -> None:

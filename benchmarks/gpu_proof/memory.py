@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from chunkflow_cli.cli.plan import make_plan
 from gpu_proof.cases import Case
 from gpu_proof.models import model_folder, write_samples
@@ -28,10 +30,12 @@ def _measured(name: str, facts: dict[str, Any], place: Place) -> Values:
     ]  # fmt: skip
     with prepared(words) as (loaded, steps):
         peak = max(row["peak_memory_bytes"] for row in steps)
+        reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else peak
     parts = make_plan(loaded, step=1).memory
     assert parts is not None
     return {
         "peak_bytes": peak,
+        "reserved_bytes": reserved,  # what the allocator took from the device: chunks of many sizes leave gaps
         "predicted_bytes": parts.device_total,
         "predicted_host_bytes": parts.host,
         "ratio": peak / parts.device_total,

@@ -50,8 +50,9 @@ def _step(steps: Iterator[dict[str, Any]], planned: PlannedRun, number: int) -> 
     so_far = dataclasses.replace(planned.plan, lengths=planned.plan.lengths[: number + 1])
     assert planned.setup.shape is not None
     parts = memory_of_fullest(planned.setup.shape, planned.setup.memory, so_far, [])
+    columns = ("tokens_per_second", "mfu", "step_seconds", "page_lock_seconds", "loss", "chunks")
     return {
-        **{key: row[key] for key in ("tokens_per_second", "mfu", "step_seconds", "loss", "chunks")},
+        **{key: row[key] for key in columns},
         "peak_bytes": row["peak_memory_bytes"],
         "predicted_bytes": parts.device_total,
         "predicted_host_bytes": parts.host,

@@ -65,7 +65,8 @@ def words_of_state(state: str) -> list[str]:
 def prepared(words: Sequence[str]) -> Iterator[tuple[LoadedConfig, Iterator[dict[str, Any]]]]:
     """Prepare a run as `train` does, and yield its configuration and its steps; nothing is saved at its end.
 
-    Each step is run when it is asked for, and is the row that `train` writes to metrics.jsonl.
+    Each step is run when it is asked for, and is the row that `train` writes to metrics.jsonl, with the seconds in
+    which it page-locked host memory for the first time.
     """
     loaded = load(list(words))
     hf_config = check_requirements(loaded)
@@ -85,9 +86,12 @@ def prepared(words: Sequence[str]) -> Iterator[tuple[LoadedConfig, Iterator[dict
 
 
 def _steps(run: Prepared, state: RunState) -> Iterator[dict[str, Any]]:
+    home = run.parts.runner.settings.state_home
     for step in range(1, run.plan.steps + 1):
+        before = getattr(home, "page_lock_seconds", 0.0)
         run_steps(dataclasses.replace(run, plan=dataclasses.replace(run.plan, steps=step)), state)
-        yield json.loads(run.folder.metrics.read_text(encoding="utf-8").splitlines()[-1])
+        row = json.loads(run.folder.metrics.read_text(encoding="utf-8").splitlines()[-1])
+        yield row | {"page_lock_seconds": getattr(home, "page_lock_seconds", 0.0) - before}
 
 
 def free_memory() -> None:

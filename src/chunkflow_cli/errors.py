@@ -16,6 +16,9 @@ _REFUSED = (
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says on a CPU, where page-locked memory runs out, and where cuBLAS gets none."""
 
+_IN_ONE_ORDER = "does not have a deterministic implementation"
+"""What torch says of operations that `train.deterministic` forbids."""
+
 
 class ChunkflowError(Exception):
     """Base of all errors that are shown as a few lines instead of a traceback."""
@@ -56,6 +59,10 @@ def describe(error: BaseException) -> str:
             f"out of memory. {text[0] if text else ''}\n"
             "  memory follows chunk.size x chunk.k: lower them, or set model.activation_checkpointing=full"
         )
+    if _is_not_deterministic(error):
+        return (
+            f"train.deterministic=true: {text[0].partition(', but')[0]} on this device\n  set train.deterministic=false"
+        )
     if _is_refused_by_file_system(error):
         assert isinstance(error, OSError)
         return f"{error.filename}: {error.strerror}"
@@ -71,13 +78,17 @@ def first_line(error: BaseException) -> str:
 def is_unexpected(error: BaseException) -> bool:
     """Return whether you need the traceback to understand an error."""
     is_told = isinstance(error, (ChunkflowError, KeyboardInterrupt)) or _is_refused_by_file_system(error)
-    return not is_told and not is_out_of_memory(error)
+    return not is_told and not is_out_of_memory(error) and not _is_not_deterministic(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out; outside of its allocator for GPUs, torch says it in words."""
     is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or is_said
+
+
+def _is_not_deterministic(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and _IN_ONE_ORDER in str(error)
 
 
 def _is_refused_by_file_system(error: BaseException) -> bool:

@@ -442,6 +442,7 @@ def test_the_largest_part_that_does_not_fit_is_named_with_its_remedy(
     if part == "state":
         moved = planned(*words, "chunk.offload_state=host")["memory"]
         assert moved["host_state_bytes"] >= memory["state_bytes"] > 20 * moved["state_bytes"]
+        assert moved["page_lock_seconds"] == moved["host_state_bytes"] / 3e9 > memory["page_lock_seconds"] == 0
     roomy = planned(*words, "tune.memory_gib=1000")["memory"]
     assert (roomy["fits"], roomy["remedy"]) == (True, None)
 

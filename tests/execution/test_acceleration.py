@@ -98,9 +98,28 @@ class Norm(torch.nn.Module):
         return hidden * scale * weight * (1 + Norm.error)
 
 
-def rotary(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+class Rotated(torch.autograd.Function):
+    """Rotates as LigerRopeFunction does: in place, and with no word to torch."""
+
+    @staticmethod
+    def forward(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        for given, rotated in zip((queries, keys), ORIGINAL(queries, keys, cos, sin), strict=True):
+            given.data.copy_(rotated)
+        return queries.view_as(queries), keys.view_as(keys)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *ORIGINAL(*gradients, cos, -sin), None, None
+
+
+def rotary(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
     rotary.calls += 1  # type: ignore[attr-defined]
-    return ORIGINAL(queries, keys, cos, sin, unsqueeze_dim)
+    return Rotated.apply(queries, keys, cos, sin)
 
 
 ORIGINAL = modeling_qwen2.apply_rotary_pos_emb
@@ -136,10 +155,17 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("liger")
-def test_kernels_are_those_of_one_model_and_compared_with_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' file and other models keep theirs, and a kernel that computes something else does not pass."""
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_kernels_are_those_of_one_model_and_compared_with_its_own(
+    checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' file and other models keep theirs, and a kernel that computes something else does not pass.
+
+    What selective checkpointing keeps is not rotated in place, and then again in the recompute.
+    """
     before = dict(vars(modeling_qwen2))
     model, other = model_of(), model_of()
+    enable_activation_checkpointing(model, ActivationCheckpointing(checkpointing))
     assert parity_of(model, Acceleration(Kernels.liger)).passed
     assert rotary.calls > 0  # type: ignore[attr-defined]
     assert all(vars(modeling_qwen2)[name] is value for name, value in before.items())

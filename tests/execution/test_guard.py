@@ -208,6 +208,25 @@ def test_out_of_memory(tiny_config: Callable[..., Any], monkeypatch: pytest.Monk
         guarded(tiny_config("llama"))
 
 
+def test_a_comparison_sums_in_any_order(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has no deterministic cumulative sum on CUDA: the scans of a small hybrid model would fail."""
+    seen = []
+
+    def compared(*_: Any, **__: Any) -> Parity:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("chunkflow_cli.execution.guard.compare", compared)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(UsageError, match="enough"):
+            guarded(tiny_config("llama"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False]
+
+
 def test_a_missing_package(tiny_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     _fail_to_build(monkeypatch, ModuleNotFoundError("No module named 'xlstm'", name="xlstm"))
     with pytest.raises(UsageError, match=r"need a package that is not installed\n  pip install xlstm$"):

@@ -237,5 +237,6 @@ def test_host_memory_is_used_again() -> None:
         add(state, 8, "keys", gradient=piece(8))
         store.close(0)
         del state
-        used.add(home.host_bytes)
+        used.add((home.host_bytes, home.page_lock_seconds))
     assert len(used) == 1
+    assert home.page_lock_seconds > 0

@@ -125,3 +125,25 @@ def test_gradients_that_are_off_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(parity, "chunked_gradients", wrong)
     (row,) = parity.rows(cases[:1], Place(tmp_path, tmp_path, dry=True))
     assert (row["status"], row["note"].partition(" is ")[0]) == ("FAILED", "grad_error")
+
+
+def test_time_is_shared_by_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process trains on three lengths and another on one: by halves, the longer one would be ended too early."""
+    from gpu_proof.__main__ import Proof, rows_of
+    from gpu_proof.cases import parts_of
+
+    given: list[tuple[int, float]] = []
+    proof = proof_with({}, tmp_path, monkeypatch)
+    proof.dry, proof.sections = False, proof.sections[-1:]
+    monkeypatch.setattr(Proof, "_start", lambda *_: None)
+    monkeypatch.setattr(Proof, "_derive", lambda _: None)
+    now = time.time()
+
+    def follow(_: Any, process: Any, task: Any, deadline: float) -> None:
+        given.append((rows_of(task), deadline - now))
+
+    monkeypatch.setattr(Proof, "_follow", follow)
+    proof.run(now)
+    assert [rows for rows, _ in given] == [part.stop - part.first for part in parts_of(proof.sections[0])]
+    (first, seconds), *_, (_, most) = given
+    assert seconds == pytest.approx(min(most, 2 * most * first / sum(rows for rows, _ in given)), rel=0.01)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkflow_cli.planning.attention_layers import AttentionLayers
+from chunkflow_cli.planning.attention_memory import attention_workspace_bytes, efficient_backward_bytes
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.devices import DEVICES
@@ -298,7 +299,9 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     )  # fmt: skip
     parts = memory_of_fullest(shape, settings, run, [SimulatedStep(run, run[0])])
     a_token = kept_bytes_per_token(shape, 2, "none")
-    assert parts.activations == 4 * a_token / 2
+    # Attention's backward: sums, expanded keys and gradients of a block of 8 tokens, beside the own gradients.
+    workspace = 4 * 2 * (4 + 128) * (32 + 1) + 2 * 2 * 8 * 2 * 4 + 2 * 4 * (4 * 2 + 2 * 8) + 4 * 4 * (4 * 2 + 2 * 2)
+    assert parts.activations == 4 * a_token / 2 + workspace - TILES_ALIVE * 4 * 32 * 4
     assert parts.state == 8 * (2 * 1 * 4) * (2 + 4) + 8 * 8 * 2 + 2 * 60 / 2, "half of two edges"
     assert parts.weights == 1000 * 2, "half of the layers, and the embedding or the head"
     assert parts.optimizer == 1000 * 4 * 3
@@ -310,9 +313,64 @@ def test_peak_of_a_pipeline_by_hand() -> None:
     assert moved.host_state == (8 + block) * 8 * (2 + 4) + 2 * 60 / 2, "one of two layers, with a block begun"
 
 
+LLAMA_8B = (AttentionLayers(32, 32, 8, 128, 128),)
+SUM, EXPANDED, GRADIENTS = 4 * 32 * 8320 * 128, 2 * 2 * 8192 * 32 * 128, 2 * 128 * 8192 * (32 + 2 * 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "past", "sharers", "expected"),
+    [
+        # The backward of 8192 queries: their float32 sums, a float32 number each, and 32 heads of keys for 8.
+        ({}, 0, 1, SUM + 4 * 32 * 8320 + EXPANDED + GRADIENTS),
+        # A block of 16384 keys, with the float32 sum of the queries' gradients, and the own keys' gradients.
+        ({}, 10**6, 1, SUM + 4 * 32 * 8320 + 2 * EXPANDED + 2 * 128 * (8192 * 32 + 2 * 16384 * 8)
+         + 8192 * 128 * (4 * 32 + 2 * 2 * 8)),
+        # In one order, on 132 multiprocessors: each of 32 heads has ceil(132 / 32) sums.
+        ({"multiprocessors": 132}, 0, 1, 5 * SUM + 4 * 32 * 8320 + EXPANDED + GRADIENTS),
+        # Four ranks have 2048 tokens each, and 8 of 32 heads for 8192, with 128 rows more for each head.
+        ({}, 0, 4, (SUM + 4 * 32 * 8320 + EXPANDED + GRADIENTS) // 4),
+        # float32: keys and values for each of 32 heads, their gradients, and these summed for 8 heads.
+        ({"element_bytes": 4}, 0, 1, 4 * 128 * 8192 * (32 + 4 * 32 + 2 * 8) + 4 * 32 * 8192),
+        # ... of the past: three copies of queries, their gradients twice, and gradients of 16384 keys.
+        ({"element_bytes": 4}, 10**6, 1, 4 * 128 * (8192 * 32 * 5 + 16384 * 2 * 8) + 4 * 32 * 8192
+         + 8192 * 128 * (4 * 32 + 2 * 4 * 8)),
+        ({"device_type": "cpu"}, 10**6, 1, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_attention_takes_for_a_moment_by_hand(
+    settings: dict[str, Any], past: int, sharers: int, expected: int
+) -> None:
+    """Llama-3.1-8B's attention in chunks of 8192 tokens."""
+    shape = dataclasses.replace(SHAPE, attention=LLAMA_8B)
+    given = dataclasses.replace(BASE, **{"device_type": "cuda", **settings})
+    assert attention_workspace_bytes(shape, given, 8192 / sharers, past, sharers) == expected
+
+
+def test_heads_too_wide_for_flash_kernels_by_hand() -> None:
+    """32 heads of 512 channels that share 16 of keys, in bfloat16: the sum of the queries' gradients is in float32."""
+    found = efficient_backward_bytes(8192, 8192, 32, 16, 512, 2, is_causal=True)
+    assert found == 512 * 8192 * (2 * (32 + 4 * 32 + 2 * 16) + 4 * 32) + 4 * 32 * 8192
+
+
+def test_attention_takes_the_room_of_the_loss() -> None:
+    """The tiles of logits are gone when attention goes backward; a stage without a head has none."""
+    shape = dataclasses.replace(SHAPE, layers=32, attention=LLAMA_8B, vocab_size=128256)
+    settings = dataclasses.replace(BASE, device_type="cuda", chunk_size=32768)
+    arguments = {"live": 32768, "stored": 10**6}
+    workspace = attention_workspace_bytes(shape, settings, 32768, 10**6)
+    first, last = cut_layers(32, 2)
+    without = [
+        memory_parts(shape, dataclasses.replace(settings, device_type="cpu"), layers, **arguments)
+        for layers in (first, last)
+    ]
+    more = [memory_parts(shape, settings, layers, **arguments).activations for layers in (first, last)]
+    assert [m - w.activations for m, w in zip(more, without, strict=True)] == [workspace, workspace - 3 * 2**29]
+
+
 def test_state_of_llama_8b_in_host_memory() -> None:
     """By arithmetic: 384 KiB a token, so 256K tokens are 96 GiB on the host, and three blocks of a layer 576 MiB."""
-    shape = dataclasses.replace(SHAPE, layers=32, attention=(AttentionLayers(32, 32, 8, 128, 128),))
+    shape = dataclasses.replace(SHAPE, layers=32, attention=LLAMA_8B)
     settings = dataclasses.replace(BASE, chunk_size=8192, device_type="cuda", offload_state="host")
     lengths = np.array([2**18 + 1, 100])
     run = RunPlan(GlobalBatches(2, 2, 0, False), 1, lengths, lengths, chunk_size=8192, k=1)

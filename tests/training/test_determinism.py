@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chunkflow_cli.config.schema import Config, TrainConfig
-from chunkflow_cli.errors import UsageError
+from chunkflow_cli.errors import UsageError, describe, is_unexpected
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
@@ -50,6 +50,18 @@ def test_nothing_is_asked_by_default() -> None:
     assert CUBLAS not in os.environ
     assert NCCL not in os.environ
     assert "train.deterministic" in FREE_KEYS, "it changes rounding only, so a run may go on with another value"
+
+
+def test_what_has_no_deterministic_kernel_is_told_with_the_key() -> None:
+    refused = RuntimeError(
+        "cumsum_cuda_kernel does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation"
+    )
+    assert describe(refused) == (
+        "train.deterministic=true: cumsum_cuda_kernel does not have a deterministic implementation on this device\n"
+        "  set train.deterministic=false"
+    )
+    assert not is_unexpected(refused)
 
 
 def test_a_workspace_with_several_orders_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

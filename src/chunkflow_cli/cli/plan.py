@@ -31,7 +31,7 @@ from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import timeline
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
 from chunkflow_cli.planning.search import SimulatedStep
-from chunkflow_cli.planning.state_memory import state_bytes_per_token
+from chunkflow_cli.planning.state_memory import page_lock_seconds, state_bytes_per_token
 from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.totals import Totals, add_up, baseline_timeline
 from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
@@ -240,6 +240,9 @@ def _memory_json(parts: MemoryParts, setup: RunSetup) -> dict[str, Any]:
         "total_bytes": parts.device_total,
         "device": device.name,
         "device_bytes": device.memory_bytes,
+        "page_lock_seconds": 0.0
+        if setup.memory.device_type == "cpu"
+        else page_lock_seconds(parts.host + parts.host_state),
         "fits": parts.device_total <= device.memory_bytes and host_remedy is None,
         "remedy": remedy or host_remedy,
     }

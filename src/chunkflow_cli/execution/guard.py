@@ -26,7 +26,7 @@ from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import TOLERANCES, Parity, compare, random_sequences
-from chunkflow_cli.execution.precision import use_float64_experts
+from chunkflow_cli.execution.precision import in_any_order, use_float64_experts
 from chunkflow_cli.execution.small_copy import CannotBuildError, build_small, small_config
 from chunkflow_cli.execution.small_sizes import VOCABULARY
 from chunkflow_cli.execution.state_home import Home, state_home
@@ -74,7 +74,7 @@ def guard(
     check_backend(choose_backend(requested, hf_config, device, dtype).backend, device, dtype, head_dims_of(hf_config))
     in_float32 = requested if requested in (Attention.reference, Attention.cpu) else Attention.auto
     backend = choose_backend(in_float32, small, device, torch.float32).backend
-    with _explained(hf_config, name, how):
+    with _explained(hf_config, name, how), in_any_order():
         run = _SmallRun(small, device, activation_checkpointing, stages, home)
         parity = run.compare(backend, torch.float32, acceleration)
         if TOLERANCES[torch.float32] < parity.grad_rel_error < ROUNDING_SUSPECTED:

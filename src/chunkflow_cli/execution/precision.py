@@ -45,6 +45,21 @@ def arithmetic_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
+def in_any_order() -> Iterator[None]:
+    """Let operations sum in any order within the block, also under `train.deterministic`.
+
+    torch has no deterministic cumulative sum on CUDA, and so none of its scans of recurrent layers. A comparison runs
+    them even where training takes the kernels of a package.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
 def float64_throughout() -> Iterator[None]:
     """Let `torch.float32` and `Tensor.float` mean float64 within the block.
 

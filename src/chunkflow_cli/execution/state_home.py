@@ -7,6 +7,7 @@ blocks of the same sizes, so what is computed from them is the same to the bit.
 
 from __future__ import annotations
 
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -282,6 +283,11 @@ class InHostMemory(Home):
         """Bytes of host memory that buffers have been cut from so far."""
         return self._buffers.used_bytes
 
+    @property
+    def page_lock_seconds(self) -> float:
+        """Seconds that taking memory from the host has cost so far, which is to be page-locked for a GPU."""
+        return self._buffers.seconds
+
     def holds(self, storage: torch.UntypedStorage) -> bool:
         """Return whether this is host memory of the home."""
         return storage.data_ptr() in self._buffers.addresses
@@ -306,6 +312,8 @@ class _HostBuffers:
 
     pinned: bool
     used_bytes: int = 0
+    seconds: float = 0.0
+    """Spent on taking slabs."""
     addresses: set[int] = field(default_factory=set)
     """Of the slabs."""
     _slab: Tensor | None = None
@@ -324,7 +332,9 @@ class _HostBuffers:
         room = -(-count // ALIGNMENT) * ALIGNMENT
         if self._slab is None or self._offset + room > len(self._slab):
             size = max(SLAB_BYTES, 1 << (room - 1).bit_length())
+            began = time.perf_counter()
             self._slab, self._offset = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned), 0
+            self.seconds += time.perf_counter() - began
             self.addresses.add(self._slab.data_ptr())
         raw = self._slab[self._offset : self._offset + count]
         self._offset += room

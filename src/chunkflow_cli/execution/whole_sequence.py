@@ -20,7 +20,7 @@ def cross_entropies(model: Any, sample: TokenizedSample, device: torch.device) -
     """
     ids = torch.as_tensor(sample.input_ids, dtype=torch.int64, device=device)[None]
     targets = torch.as_tensor(sample.targets, dtype=torch.int64, device=device)
-    logits = model(input_ids=ids, use_cache=False, **text_only(model, ids)).logits[0]
+    logits: Tensor = model(input_ids=ids, use_cache=False, **text_only(model, ids)).logits[0]
     logits = logits.to(accumulation_dtype(logits.dtype))
     picked = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
     return (logits.logsumexp(dim=-1) - picked).double().masked_fill(targets == IGNORED, 0)

@@ -74,7 +74,8 @@ def present_device() -> DeviceProfile:
         )
     flops = known_matmul_flops(device)
     name = torch.cuda.get_device_name(device)
-    memory = int(torch.cuda.get_device_properties(device).total_memory)
+    properties = torch.cuda.get_device_properties(device)
+    memory = int(properties.total_memory)
     if flops is None:
         name = f"{name} (speed unknown, taken as {UNKNOWN_GPU_FLOPS / 1e12:.0f} TFLOP/s)"
     sheet = next((DEVICES[sheet] for part, sheet in DATA_SHEETS.items() if flops and part in name), None)
@@ -83,5 +84,6 @@ def present_device() -> DeviceProfile:
         name=name,
         matmul_flops=flops or UNKNOWN_GPU_FLOPS,
         memory_bytes=memory,
+        multiprocessors=int(properties.multi_processor_count),
         host_memory_bytes=usable_memory_bytes(),
     )

@@ -88,6 +88,11 @@ def computed_once(compute: Callable[[], Result]) -> Result:
     return result
 
 
+def keeps_products() -> bool:
+    """Return whether selective checkpointing keeps the results of products, or hands out those that it has kept."""
+    return _RESULTS.get() is not None
+
+
 def computes_once() -> bool:
     """Return whether what runs is within `computed_once`, which keeps its result as a whole."""
     return _COMPUTES_ONCE.get()

@@ -16,10 +16,11 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chunkflow_cli.config.schema import Kernels, ModelConfig
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.forward_scope import keeps_products
 
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 ROTARY = "apply_rotary_pos_emb"
@@ -92,9 +93,22 @@ def _use_rotary(module: nn.Module, rotary: Any) -> None:
     forward = inspect.unwrap(type(module).forward)
     if ROTARY not in forward.__code__.co_names:
         return
-    own = FunctionType(
-        forward.__code__, {**forward.__globals__, ROTARY: rotary}, forward.__name__, forward.__defaults__,
-        forward.__closure__,
-    )  # fmt: skip
+    names = {**forward.__globals__, ROTARY: _sparing_products(rotary)}
+    own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__ = forward.__kwdefaults__
     module.forward = MethodType(own, module)
+
+
+def _sparing_products(rotary: Any) -> Any:
+    """Return the rotary function, made to work on copies where what it is given has to last.
+
+    Liger rotates queries and keys in place, and torch does not see that a Triton kernel writes. They are the results of
+    products, which selective checkpointing keeps for the recompute: there, they would be rotated a second time.
+    """
+
+    def rotate(queries: Tensor, keys: Tensor, *others: Any, **named: Any) -> Any:
+        if not torch.compiler.is_compiling() and keeps_products():  # compiled layers are not checkpointed like this
+            queries, keys = queries.clone(), keys.clone()
+        return rotary(queries, keys, *others, **named)
+
+    return rotate

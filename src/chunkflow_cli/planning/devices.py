@@ -34,6 +34,8 @@ class DeviceProfile:
     """Bandwidth to the host's memory: PCIe 4, or half of PCIe 5."""
     devices_of_node: int = 8
     """Devices that `node_bytes_per_second` connects."""
+    multiprocessors: int = 132
+    """Of Hopper's GPUs, where the device is not known."""
     host_memory_bytes: int | None = None
     """Memory of the node that the device is in, where it is known."""
 
@@ -41,7 +43,8 @@ class DeviceProfile:
 DEVICES = {
     # From the makers' data sheets; memory as the driver reports it.
     "a100": DeviceProfile(
-        "A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12, node_bytes_per_second=300e9
+        "A100 80GB", 312e12, int(79.1 * GIB), memory_bytes_per_second=2.0e12, node_bytes_per_second=300e9,
+        multiprocessors=108,
     ),
     "h100": DeviceProfile(
         "H100 SXM", 989e12, int(79.2 * GIB), memory_bytes_per_second=3.35e12, link_bytes_per_second=50e9,
@@ -53,7 +56,7 @@ DEVICES = {
     ),
     "b200": DeviceProfile(
         "B200", 2250e12, int(179.0 * GIB), memory_bytes_per_second=8e12, link_bytes_per_second=50e9,
-        node_bytes_per_second=900e9,
+        node_bytes_per_second=900e9, multiprocessors=148,
     ),
     # Two cores with AVX-512, measured with float32 products (benchmarks/LOG.md): bfloat16 models use them there too.
     # Scans run in torch: 5 to 6 GFLOP/s per core, measured on layers of Qwen3.5 and Granite 4.

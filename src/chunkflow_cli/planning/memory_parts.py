@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkflow_cli.planning.attention_memory import attention_workspace_bytes
 from chunkflow_cli.planning.devices import DeviceProfile
 from chunkflow_cli.planning.engine_memory import HeldWeights, engine_bytes
 from chunkflow_cli.planning.memory_settings import MemorySettings
@@ -187,8 +188,8 @@ def memory_parts(
 ) -> MemoryParts:
     """Predict the bytes of one rank by part.
 
-    `engine_memory` says what DeepSpeed keeps. What allocators waste and the workspace of kernels come on top (measured
-    on a CPU in benchmarks/LOG.md, not on GPUs).
+    `engine_memory` says what DeepSpeed keeps, `attention_memory` what attention takes for a moment. What allocators
+    waste and the workspace of other kernels come on top (measured on a CPU in benchmarks/LOG.md, not on GPUs).
 
     Args:
         shape: the shape of the whole model.
@@ -203,6 +204,7 @@ def memory_parts(
     held = held or cut_layers(shape.layers, 1)[0]
     kept = engine_bytes(_held_weights(shape, held), settings)
     activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks)
+    activations += workspace_beyond_loss(shape, settings, held, tokens=live, past=stored, sharers=sharers)
     a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
     if settings.offload_state == "host":  # counted by `peak_memory`
         stored = edges = 0
@@ -236,8 +238,28 @@ def head_bytes(shape: ModelShape, settings: MemorySettings) -> int:
 
     The gradient is summed until its chunks have gone backward. `execution.loss` makes it piece by piece.
     """
-    tile = min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
-    return TILES_ALIVE * tile + (shape.head_parameters * 4 if shape.is_head_trained else 0)
+    return tile_bytes(shape, settings) + (shape.head_parameters * 4 if shape.is_head_trained else 0)
+
+
+def tile_bytes(shape: ModelShape, settings: MemorySettings) -> int:
+    """Return the bytes of the tiles of logits that exist at once."""
+    return TILES_ALIVE * min(HEAD_TILE_BYTES[settings.device_type], settings.chunk_size * shape.vocab_size * 4)
+
+
+def workspace_beyond_loss(
+    shape: ModelShape, settings: MemorySettings, held: StageLayers, *, tokens: float, past: float, sharers: float
+) -> int:
+    """Return the bytes of attention's backward for which the tiles of the loss, gone by then, leave no room.
+
+    What the feed-forward of the same layer has given back by then is not subtracted.
+
+    Args:
+        tokens: tokens that hold activations on this rank.
+        past: tokens in its state store.
+        sharers: ranks that share a chunk.
+    """
+    workspace = attention_workspace_bytes(shape, settings, min(tokens, settings.chunk_size), past, sharers)
+    return max(0, workspace - (tile_bytes(shape, settings) if held.is_last else 0))
 
 
 def step_seconds(

@@ -45,3 +45,5 @@ class MemorySettings:
     """Sizes of DeepSpeed's buffers."""
     offload_state: str = "none"
     """none | host"""
+    multiprocessors: int = 0
+    """Those of the GPU if `train.deterministic` makes flash attention sum in one order, else 0."""

@@ -20,6 +20,7 @@ from chunkflow_cli.planning.memory_parts import (
     merged_bytes_of_running,
     merged_bytes_per_chunk,
     rerun_bytes_per_token,
+    workspace_beyond_loss,
 )
 from chunkflow_cli.planning.memory_settings import MemorySettings
 from chunkflow_cli.planning.model_shape import ModelShape
@@ -158,10 +159,14 @@ def _fullest_before_step(
             if not len(rank.chunks):
                 continue
             tokens = _TokensOfChunks.of(rank, shape.kv_heads)
-            running = again * float((tokens.held + is_recurrent * tokens.of_others).max())
-            running += merged_bytes_of_running(shape, settings)
+            of_layer = again * float((tokens.held + is_recurrent * tokens.of_others).max())
+            of_layer += merged_bytes_of_running(shape, settings)
             # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
             for layers, rest in zip(held, at_rest, strict=True):
+                running = of_layer + workspace_beyond_loss(
+                    shape, settings, layers, tokens=float(tokens.held.max()), past=float(tokens.read_later.sum()),
+                    sharers=rank.group_size,
+                )  # fmt: skip
                 activations, state = tokens.bytes_on(shape, settings, layers)
                 room = fullest.before_step - rest.before_step - running
                 if activations.sum() + state.sum() <= room:

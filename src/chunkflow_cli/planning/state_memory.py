@@ -18,6 +18,15 @@ BLOCKS_ON_DEVICE = 3
 """Blocks of one layer that are on the device at once, if state is in host memory: one that is used, one that arrives,
 and one that leaves."""
 
+PAGE_LOCK_BYTES_PER_SECOND = 3e9
+"""Host memory that CUDA page-locks in a second; not measured here. Others report 33 GiB in 8 s (ik_llama.cpp, pull
+request 1517) and 32 MB in 12 ms (dask-cuda, issue 106)."""
+
+
+def page_lock_seconds(host_bytes: int) -> float:
+    """Predict the seconds in which a process page-locks host memory for copies from and to a GPU, once in a run."""
+    return host_bytes / PAGE_LOCK_BYTES_PER_SECOND
+
 
 def bytes_per_element(element_bytes: int) -> int:
     """Return the bytes of a number of keys or values with its float32 gradient (float64 in float64)."""

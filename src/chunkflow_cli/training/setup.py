@@ -100,6 +100,7 @@ class RunSetup:
             device_type="cpu" if "CPU" in self.device.name else "cuda",
             buffers=_buffers(config.engine),
             offload_state=config.chunk.offload_state.value,
+            multiprocessors=self.device.multiprocessors if config.train.deterministic else 0,
         )
 
 

@@ -173,6 +173,8 @@ def _print_memory(console: Console, memory: dict[str, Any], place: str) -> None:
         console.print(f"and {human_bytes(memory['host_bytes'])} of host memory (engine.offload)")
     if memory["host_state_bytes"]:
         console.print(f"and {human_bytes(memory['host_state_bytes'])} of host memory for state (chunk.offload_state)")
+    if memory["page_lock_seconds"] >= 1:
+        console.print(f"Page-locking host memory takes about {human_seconds(memory['page_lock_seconds'])}, once.")
     if "CPU" in memory["device"]:
         console.print("On a CPU, train reports about 0.5 GiB more, for Python and its libraries.")
     if not memory["fits"]:

@@ -158,7 +158,7 @@ class TorchFlashBackend(_VariableLengthBackend):
     def _backward(self, grad_out: Tensor, saved: Saved, kernel: _Kernel) -> Gradients:
         if not self.supports_windows(saved.queries.dtype, saved.queries.shape[-1]):
             return _efficient_backward(grad_out, saved, kernel)
-        no_random_state = torch.zeros(2, dtype=torch.uint64, device=grad_out.device)  # read only under dropout
+        no_random_state = torch.empty(2, dtype=torch.uint64, device=grad_out.device)  # read only under dropout
         unused = torch.empty(0, dtype=torch.uint64, device=grad_out.device)
         grad_queries, grad_keys, grad_values = torch.ops.aten._flash_attention_backward(
             grad_out, *saved, *kernel.bounds, 0.0, kernel.is_causal, no_random_state, unused,
