@@ -56,6 +56,8 @@ def test_bad_rows_are_listed_and_skipped_on_request(tmp_path: Path) -> None:
     for (_, reason), (_, expected) in zip(skipped.rejected, BAD_TOKEN_ROWS, strict=True):
         assert expected in reason
     assert (skipped.samples_read, skipped.samples_rejected, skipped.samples_dropped) == (13, 11, 0)
+    with pytest.raises(UsageError, match=r"\n  data\.format=tokens is set.*data\.format=auto"):
+        load(write_rows(tmp_path / "b.jsonl", [{"text": "a"}] * 2), vocab=10, format=DataFormat.tokens)
 
 
 def test_no_sample_left(tmp_path: Path) -> None:

@@ -157,7 +157,12 @@ def export(
 @command(app, without=(*CONFIGURATION, "config_dir"))
 def chat(
     request: Request,
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run (its train.output_dir).")],
+    run_dir: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_DIR", help="Folder of a finished run (its train.output_dir), or of a whole or merged model."
+        ),
+    ],
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Print the answer to this prompt, and stop.")
     ] = None,
@@ -174,6 +179,7 @@ def chat(
       chunkflow chat outputs/chats
       chunkflow chat outputs/chats --prompt "Who are you?"
       chunkflow chat outputs/chats --prompt "Who are you?" --max-tokens 64 --json
+      chunkflow chat merged
     """
     from chunkflow_cli.cli import chat
 

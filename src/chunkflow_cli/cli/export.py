@@ -10,7 +10,7 @@ import torch
 from rich.text import Text
 
 from chunkflow_cli.cli.finished_run import FinishedRun
-from chunkflow_cli.cli.hub_upload import Upload
+from chunkflow_cli.cli.hub_upload import LOGIN, Upload
 from chunkflow_cli.cli.model_card import CARD, model_card
 from chunkflow_cli.config.schema import Quantization
 from chunkflow_cli.console import human_bytes, stderr_console, stdout_console, working
@@ -96,7 +96,9 @@ def _say_what_would_be(source: FinishedRun, target: Path, upload: Upload | None,
         lines += [f"  {path.relative_to(source.final)}  {human_bytes(path.stat().st_size)}" for path in files]
     lines.append(f"  {CARD}  the model card")
     if upload is not None:
-        lines.append(f"Would upload it to {upload.url}, a private repository if it is new{upload.missing_login}")
+        lines.append(f"Would upload it to {upload.url}, a private repository if it is new")
+        if not upload.is_logged_in:
+            lines.append(f"Log in to the hub first: {LOGIN}")
     for line in lines:
         stderr_console().print(line, soft_wrap=True)
 

@@ -72,8 +72,8 @@ NO_FIRST_TOKEN = Remark(
     "target; begin the prompt with a line end"
 )
 CUTS_PROMPT = Remark(
-    "the tokens of a prompt alone are not those that the prompt with its answer begins with: from where they differ, "
-    "all counts as answer, and at inference the prompt has other tokens"
+    "the last tokens of a prompt change when an answer follows: from there on, everything counts as the answer, and at "
+    "inference the prompt has other tokens; let the answer begin with a space or a line end"
 )
 NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
 EMPTY_ANSWER = Remark("an answer is empty: the model learns to end at once instead of answering")
