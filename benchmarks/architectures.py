@@ -257,8 +257,9 @@ def section(outcomes: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"transformers {transformers.__version__} lists {len(kinds)} causal language models: {len(decoders)} text "
         f"decoders, {counts} (next table) and {kinds.count('multimodal')} other {others[-1]}s.",
-        f"Of the decoders, {_exact(decoders)} train exactly in chunks. The number next to a name is the relative difference "
-        "between gradients in chunks and of whole sequences, on a small copy in float32 or, where marked with *, float64.",
+        f"Of the decoders, {_exact(decoders)} train exactly in chunks. The number next to a name is the relative "
+        "difference between gradients in chunks and of whole sequences, on a small copy in float32 or, where marked "
+        "with *, float64.",
         "",
         *_tables(decoders),
         "",
