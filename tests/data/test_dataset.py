@@ -283,7 +283,7 @@ def test_progress_is_shown_for_slow_work_on_a_terminal(
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr("chunkflow_cli.console.QUIET_SECONDS", quiet_seconds)
     load(lengths_file)
-    assert ("tokenising" in stream.getvalue()) is is_shown
+    assert ("tokenizing" in stream.getvalue()) is is_shown
 
 
 # The check before anything slow begins
@@ -328,7 +328,7 @@ def test_long_rows_are_checked_as_fast_as_short_ones(tmp_path: Path, monkeypatch
 
 
 def test_data_to_evaluate_on_is_checked_too(tmp_path: Path) -> None:
-    """It is tokenised last, after an hour of the other data."""
+    """It is tokenized last, after an hour of the other data."""
     good = write_rows(tmp_path / "a.jsonl", [{"question": "Q", "answer": "A"}])
     bad = write_rows(tmp_path / "b.jsonl", [{"question": "Q", "answer": "A"}, {"question": "Q", "answer": 5}])
     columns = {"question": "prompt", "answer": "completion"}

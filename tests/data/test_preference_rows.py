@@ -60,7 +60,7 @@ FEEDBACK: dict[str, list[dict[str, Any]]] = {
 
 
 def by_trl(trainer: Any, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    """Tokenise rows by the method of a trainer of TRL."""
+    """Tokenize rows by the method of a trainer of TRL."""
     from datasets import Dataset
 
     arguments = SimpleNamespace(

@@ -57,7 +57,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(__version__)
         raise typer.Exit
-    # Progress bars of libraries (loading, dequantising) would break into ours. tqdm reads this when first imported.
+    # Progress bars of libraries (loading, dequantizing) would break into ours. tqdm reads this when first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 

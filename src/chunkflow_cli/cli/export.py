@@ -115,7 +115,7 @@ def _merge(source: FinishedRun, target: Path) -> list[str]:
         merged, is_separated = merge_adapters(base, source.final)
     except ValueError as error:
         raise UsageError(f"{source.final} cannot be merged: {str(error).splitlines()[0]}") from error
-    if (source.final / GENERATION_CONFIG).is_file():  # the run may have learnt to stop at other tokens than the base
+    if (source.final / GENERATION_CONFIG).is_file():  # the run may have learned to stop at other tokens than the base
         merged.generation_config = GenerationConfig.from_pretrained(str(source.final))
     save_model(target, merged, merged.state_dict())
     if source.has_tokenizer:

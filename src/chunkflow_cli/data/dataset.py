@@ -132,7 +132,7 @@ def tokenize(
     trust_remote_code: bool,
     key: str | None = None,
 ) -> TokenizedData:
-    """Return the samples of `data.path`, tokenised once (see `data.cache`) and selected by the policies.
+    """Return the samples of `data.path`, tokenized once (see `data.cache`) and selected by the policies.
 
     Args:
         for_evaluation: read the data to evaluate on instead (`data.eval_path`, `data.eval_split`).
@@ -202,7 +202,7 @@ def tokenize_source(
             template_arguments=config.template_arguments,
         )
         batches = encode_source(source, encoder, num_workers=config.num_workers)
-        with progress_bar(f"tokenising {named}", source.size) as progress:
+        with progress_bar(f"tokenizing {named}", source.size) as progress:
             entry = build_entry(folder, batches, ingredients, source.names, progress)
     if vocab_size is not None and entry.largest_id >= vocab_size:
         raise UsageError(

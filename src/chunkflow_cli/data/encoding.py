@@ -60,11 +60,11 @@ if TYPE_CHECKING:
 
 STRADDLES = Remark(
     "the end of a prompt and the beginning of its answer are one token, which is a target; at inference the prompt is "
-    "tokenised alone, so let the answer begin with the white space instead"
+    "tokenized alone, so let the answer begin with the white space instead"
 )
 STRADDLES_PROMPT = Remark(
     "the end of the generation prompt and the beginning of an answer are one token, which is a target; at inference "
-    "the prompt is tokenised alone; if answers have no reasoning, data.template_arguments={enable_thinking: false} may "
+    "the prompt is tokenized alone; if answers have no reasoning, data.template_arguments={enable_thinking: false} may "
     "give the prompt that fits them"
 )
 NO_FIRST_TOKEN = Remark(
@@ -95,7 +95,7 @@ class EncodedBatch:
     digests: NDArray[np.uint64]  # (samples,), equal if tokens and targets are equal
     lines: NDArray[np.int64]  # (samples,), the same for all samples of a row
     marks: NDArray[np.int64]
-    """(samples,) of a pair, the tokens of its chosen sequence, which comes first; of a labelled answer 1 if it is good,
+    """(samples,) of a pair, the tokens of its chosen sequence, which comes first; of a labeled answer 1 if it is good,
     otherwise 0; -1 for all other samples."""
     file: int
     rejected: list[RejectedRow]
@@ -154,7 +154,7 @@ class Encoder:
                 "cannot be found\n  set data.train_on=all, which needs no fast version"
             )
         # A fast tokenizer is used without its transformers wrapper, which costs a third of the time and, in every
-        # process that tokenises, the import of transformers.
+        # process that tokenizes, the import of transformers.
         self._backend = plain_backend(tokenizer) if tokenizer.is_fast else None
         self._slow_tokenizer = None if tokenizer.is_fast else tokenizer
         self._prefix, self._suffix = special_tokens_around(tokenizer)
@@ -216,7 +216,7 @@ class Encoder:
         ], True
 
     def _prepare(self, sample: Sample) -> tuple[list[MarkedText] | TokenRow, bool]:
-        """Return what to tokenise, and True if a chat template wrote it."""
+        """Return what to tokenize, and True if a chat template wrote it."""
         if isinstance(sample, Instruction):
             sample = sample.prompt_completion() if self._template is None else sample.conversation()
         if isinstance(sample, JudgedAnswers):

@@ -123,7 +123,7 @@ class ChatTemplate:
 
         Raises:
             BadRowError: the template rejects the conversation, its targets cannot be found, or it writes nothing of
-                what is to be learnt.
+                what is to be learned.
         """
         template = self._template_for(conversation)
         traits = template_traits(template)
