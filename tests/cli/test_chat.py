@@ -138,7 +138,7 @@ def test_an_exported_model_answers_as_its_run(make_run: Callable[..., Path], tmp
     said = [chat.run(str(folder), prompt="Hi", max_tokens=6, json_output=True) for folder in (run, tmp_path / "merged")]
     assert said[0] == said[1]
     export.run(str(run), output=str(tmp_path / "adapter"), merge=False)
-    with pytest.raises(UsageError, match="is not the folder of a finished run"):
+    with pytest.raises(UsageError, match="it holds adapters without their run"):
         chat.run(str(tmp_path / "adapter"), prompt="Hi", max_tokens=6)
 
 

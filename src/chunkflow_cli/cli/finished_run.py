@@ -192,4 +192,6 @@ def _hint(folder: Path) -> str:
         return f"\n  did you mean the run that it belongs to, {os.path.relpath(inside)}?"
     if (folder / CONFIG).is_file():
         return "\n  the run has not finished: the same train command resumes it"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "\n  it holds adapters without their run: name the run, or merge them with chunkflow export RUN --merge"
     return "\n  name the train.output_dir of a finished run"

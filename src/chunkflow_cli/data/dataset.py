@@ -106,7 +106,9 @@ def _check_first_rows(source: Source, named: str, config: DataConfig) -> None:
                 rejected.append((source.location(batch.file, line), str(error)))
         rows += len(batch.rows)
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, str(rows) if is_whole else f"the first {rows}", named))
+        raise UsageError(
+            _bad_rows_message(rejected, rows, named, config.format, first="" if is_whole else "the first ")
+        )
 
 
 def _named(config: DataConfig, *, for_evaluation: bool) -> str:
@@ -322,11 +324,14 @@ def _answer_sizes(config: DataConfig, whole: TokenizedSource, limit: int | None)
     )  # fmt: skip
 
 
-def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: int, named: str, format: DataFormat) -> str:
+def _bad_rows_message(
+    rejected: Sequence[tuple[Location, str]], rows: int, named: str, format: DataFormat, *, first: str = ""
+) -> str:
     remedy = "fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
     if len(rejected) == rows:
         remedy = other_format(format, rejected) or remedy
-    return f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(_told_once(rejected))}\n  {remedy}"
+    shown = _listed(_told_once(rejected))
+    return f"{named}: {len(rejected)} of {first}{rows} rows cannot be trained on{shown}\n  {remedy}"
 
 
 def other_format(format: DataFormat, rejected: Sequence[tuple[Location, str]]) -> str:
