@@ -2,7 +2,7 @@
 
     python benchmarks/analyze.py                                       100,000 rows, three rounds
     python benchmarks/analyze.py --rows 1000000 --rounds 1             the claim: most of an hour on two cores
-    python benchmarks/analyze.py --parts estimated plan --rows 1000000     without tokenising: two minutes
+    python benchmarks/analyze.py --parts estimated plan --rows 1000000     without tokenizing: two minutes
 
 exact      `chunkflow analyze DATA model.path=SMOLLM2` from an empty cache, the whole command, against the tokenizer
            alone: `encode_batch` of the same rendered texts on as many threads; neither reading nor rendering is counted
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, help="processes that tokenise, threads of the rival (default: cores)")
+    parser.add_argument("--workers", type=int, help="processes that tokenize, threads of the rival (default: cores)")
     parser.add_argument("--rival-batch", type=int, default=1000, help="rows of an encode_batch (default: 1000)")
     parser.add_argument("--without-rival", action="store_true", help="exact: memory and truth alone, in half the time")
     parser.add_argument("--seed", type=int, default=0)

@@ -255,15 +255,16 @@ def section(outcomes: dict[str, dict[str, Any]]) -> str:
         {name: each for name, each in sorted(outcomes.items()) if each["kind"] == kind} for kind in CHECKED
     )
     lines = [
-        f"transformers {transformers.__version__} lists {len(kinds)} causal language models: {len(decoders)} decoders "
-        f"of text, {counts} (next table) and {kinds.count('multimodal')} other {others[-1]}s.",
-        f"Of the decoders, {_exact(decoders)} train exactly in chunks. The number is the relative difference between",
-        "the gradients of a small copy, in float32 or, where marked with *, in float64.",
+        f"transformers {transformers.__version__} lists {len(kinds)} causal language models: {len(decoders)} text "
+        f"decoders, {counts} (next table) and {kinds.count('multimodal')} other {others[-1]}s.",
+        f"Of the decoders, {_exact(decoders)} train exactly in chunks. The number next to a name is the relative "
+        "difference between gradients in chunks and of whole sequences, on a small copy in float32 or, where marked "
+        "with *, float64.",
         "",
         *_tables(decoders),
         "",
-        f"It lists {len(wrappers)} multimodal wrappers around a decoder of text. Of {_exact(wrappers)} the "
-        "[language part](#multimodal-models) trains exactly in chunks:",
+        f"It lists {len(wrappers)} multimodal wrappers around a text decoder. The [language part](#multimodal-models) "
+        f"of {_exact(wrappers)} trains exactly in chunks:",
         "",
         *_tables(wrappers),
     ]

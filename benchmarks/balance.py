@@ -6,7 +6,7 @@
 Steps of LMSys-Chat-1M's shape, one of 256 samples as long as the context, on 8 to 512 H100 by their data sheet:
 
     whole     every sequence on one rank, by cost (data parallelism alone)
-    all       every chunk spread over a group of 2, 4 or 8 neighbouring ranks
+    all       every chunk spread over a group of 2, 4 or 8 neighboring ranks
     mixed     those sequences spread that would otherwise be waited for; all others on single ranks (what is planned)
     nested    each sequence over as many ranks as it needs, 1, 2, 4, 8... (FlexSP, arXiv 2412.01523)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Sample(Protocol):
-    """A tokenised sample as chunkflow has it: `targets[i]` is what position i has to predict, or -100."""
+    """A tokenized sample as chunkflow has it: `targets[i]` is what position i has to predict, or -100."""
 
     @property
     def input_ids(self) -> Any: ...
@@ -160,7 +160,7 @@ def load_plain_model(dtype: torch.dtype) -> Any:
 
     config = ModelConfig(path=smollm2_path())
     read = load_model(config, load_config(config), dtype=dtype, attention="sdpa", seed=0)
-    # A model that came out of a GGUF file still passes for quantised, which TRL refuses to train.
+    # A model that came out of a GGUF file still passes for quantized, which TRL refuses to train.
     model = AutoModelForCausalLM.from_config(read.config, dtype=dtype, attn_implementation="sdpa")
     model.load_state_dict(read.state_dict())
     return model.train()

@@ -23,7 +23,7 @@ LENGTHS = (1_728, 384, 320, 256, 192, 192, 128, 64)
 """Tokens of the samples of the step."""
 CHUNK_SIZE = 512
 COLOURS = ("#cc3377", "#0077bb", "#33bbee", "#009988", "#ee7733", "#bbbb33", "#9467bd", "#777777")
-"""A colour for each sample; the long one comes first."""
+"""A color for each sample; the long one comes first."""
 INK = "#24292f"
 
 

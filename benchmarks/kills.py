@@ -7,8 +7,8 @@
 A small run (40 steps, a checkpoint after every fifth, held-out loss after every tenth) is disturbed, and the same
 command is given again until it has ended by itself.
 
-Kills: `kill -9` of any process of the run (the command itself, a rank, a worker that tokenises) at a random moment.
-Signals: INT, TERM and HUP to the command, in each phase: tokenising, guard, evaluation, steps, checkpoint, final.
+Kills: `kill -9` of any process of the run (the command itself, a rank, a worker that tokenizes) at a random moment.
+Signals: INT, TERM and HUP to the command, in each phase: tokenizing, guard, evaluation, steps, checkpoint, final.
 
 Each time: no traceback, nobody left behind. Each run that ends: the losses of all steps are those of a run left alone,
 to the bit, every sample counts, and nothing half written is left. Anything else is an error.
@@ -76,7 +76,7 @@ class Place:
 
 
 PHASES: dict[str, Callable[[Place], bool]] = {
-    "tokenising": lambda place: any((place.folder / "cache" / "tokens").glob(".*")),
+    "tokenizing": lambda place: any((place.folder / "cache" / "tokens").glob(".*")),
     "guard": lambda place: b"attention" in place.log.read_bytes(),
     "evaluation": lambda place: place.rows() == 0,
     "steps": lambda place: place.rows() >= 7,
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def write_data(folder: Path) -> list[str]:
-    """Write rows of ids: many, so that tokenising takes a moment; the long ones are cut into chunks."""
+    """Write rows of ids: many, so that tokenizing takes a moment; the long ones are cut into chunks."""
     generator = random.Random(1)
     for name, rows in (("train", ROWS), ("held_out", HELD_OUT_ROWS)):
         lengths = (generator.choice((20, 40, 80, 400) if row % 50 == 0 else (20, 40, 80)) for row in range(rows))

@@ -1,4 +1,4 @@
-"""Chat data in the shape of LMSys-Chat-1M, with lengths that are known before anything is tokenised.
+"""Chat data in the shape of LMSys-Chat-1M, with lengths that are known before anything is tokenized.
 
     python benchmarks/longtail.py longtail.jsonl                                100,000 rows, about 200 MB
     python benchmarks/longtail.py longtail.jsonl --rows 1000000 --lengths true.npy
@@ -123,7 +123,7 @@ def write_long_tailed(path: Path, rows: int, *, tokenizer: Any, seed: int = 0) -
 
 
 def check(path: Path, lengths: NDArray[np.int64], tokenizer: Any) -> int:
-    """How many rows are of another length when they are rendered and tokenised."""
+    """How many rows are of another length when they are rendered and tokenized."""
     wrong = 0
     with path.open("rb") as file:
         for line, length in zip(file, lengths.tolist(), strict=True):

@@ -6,7 +6,7 @@
 
 Both train on the demo's conversations, one long-tailed sample set: the same order, the same batches, the same learning
 rate, AdamW, float32, and the mean over the targets of a batch as loss. chunkflow packs and splits into chunks of 512
-tokens with K = 1; TRL runs each sample whole. Each tokenises the conversations and marks the targets itself; TRL's last
+tokens with K = 1; TRL runs each sample whole. Each tokenizes the conversations and marks the targets itself; TRL's last
 target of each answer, the line break behind its end token, is taken out.
 Prints one JSON object on stdout; everything else goes to stderr.
 """

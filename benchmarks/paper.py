@@ -3,7 +3,7 @@
     python benchmarks/paper.py             seconds; no GPU, no model
     python benchmarks/paper.py --out paper.json
 
-chunkflow has no tensor parallelism: TP 4 is modelled as a device of four times the rate, whose layers wait for two
+chunkflow has no tensor parallelism: TP 4 is modeled as a device of four times the rate, whose layers wait for two
 all-reduces forward and two backward over NVLink. The GPU of the paper is not named; an A100 of 80 GB is taken. Its data
 is not public; drawn is the shape of LMSys-Chat-1M (its table 1), 256 samples a step, cut off at 256K, with and without
 one sample of 256K in every step. What agrees and what does not: docs/paper.md.

@@ -4,7 +4,7 @@
     python benchmarks/preferences.py memory --length 8192           a pair, and one sample of supervised training
     python benchmarks/preferences.py memory --length 8192 --layers 6 --trl 8192    the same of six layers, beside TRL
 
-`exact` trains SmolLM2-135M on 20 pairs (or labelled answers) in the order of the data, with chunks of 128 tokens; the
+`exact` trains SmolLM2-135M on 20 pairs (or labeled answers) in the order of the data, with chunks of 128 tokens; the
 longest answer has four. It reports how far losses, rewards, gradients (AdamW's first moments, to which all steps have
 added) and weights are from those of TRL's trainer.
 `memory` runs each point in a process of its own; its peak is what the kernel says of it.

@@ -149,7 +149,7 @@ def make_loads(arguments: argparse.Namespace) -> list[Load]:
 
 
 def demo_samples(count: int, max_length: int) -> list[RawSample]:
-    """Samples of the demo, tokenised as `chunkflow train` does it, in a seeded order."""
+    """Samples of the demo, tokenized as `chunkflow train` does it, in a seeded order."""
     from chunkflow_cli.cli.demo import stdlib_pairs, subset
     from chunkflow_cli.config.schema import DataConfig
     from chunkflow_cli.data.dataset import tokenize

@@ -30,7 +30,7 @@ class Case:
     facts: dict[str, Any] = field(default_factory=dict)
     """What the section needs to measure it."""
     process: str = ""
-    """Neighbours with the same name share a process. DeepSpeed does not give back all memory of a run."""
+    """Neighbors with the same name share a process. DeepSpeed does not give back all memory of a run."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def human_bytes(count: float) -> str:
 
 def human_seconds(seconds: float) -> str:
     """Return a duration as `7.2 ms`, `1.5 s`, `2 min 5 s` or `3 h 4 min`."""
-    if 0 < seconds < 0.1:
+    if 0 < seconds < 0.9995:
         return f"{1000 * seconds:.3g} ms"
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)

@@ -1,4 +1,4 @@
-"""Report signs of life during work without operations: reading and tokenising data, loading and saving weights.
+"""Report signs of life during work without operations: reading and tokenizing data, loading and saving weights.
 
 A run whose ranks begin no new operation for `launch.hang_seconds` counts as hanging. Loading a large model takes longer
 on a slow disk. So the places that move bytes call `bytes_moved`, and the heartbeat of a rank listens.
@@ -26,7 +26,7 @@ def listen(listener: Callable[[], None] | None) -> None:
 
 
 def bytes_moved() -> None:
-    """Say that this process has read, written or tokenised another part of its bytes; it costs 0.1 µs."""
+    """Say that this process has read, written or tokenized another part of its bytes; it costs 0.1 µs."""
     global _next
     if _listener is not None and (now := time.monotonic()) >= _next:
         _next = now + SECONDS

@@ -151,7 +151,7 @@ def test_impossible_ids_are_rejected_with_and_without_a_model(tmp_path: Path) ->
 def test_train_reads_the_cache_that_analyze_built(
     chats: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same configuration finds the same cache entry, so that a large data set is tokenised only once."""
+    """The same configuration finds the same cache entry, so that a large data set is tokenized only once."""
     from transformers import AutoConfig
 
     from chunkflow_cli.model.hf_config import load_config
@@ -163,7 +163,7 @@ def test_train_reads_the_cache_that_analyze_built(
     result = found(chats, *words)
     entries = sorted((tmp_path / "cache" / "tokens").iterdir())
     assert len(entries) == 1
-    monkeypatch.setattr(tokenized, "encode_source", lambda *_, **__: pytest.fail("tokenised a second time"))
+    monkeypatch.setattr(tokenized, "encode_source", lambda *_, **__: pytest.fail("tokenized a second time"))
     config = load([*words, f"data.path={chats}", "data.max_length=100000"]).config
     data = load_run_data(config, load_config(config.model))
     assert int(data.train.lengths.sum()) == result["tokens"]
@@ -474,7 +474,7 @@ def test_json_holds_what_is_promised(chats: str, tmp_path: Path) -> None:
 
 
 def test_screen_in_a_pipe(chats: str, tmp_path: Path) -> None:
-    """No colour codes, no line beyond 80 columns, and a note that lengths are estimated and how to get exact ones."""
+    """No color codes, no line beyond 80 columns, and a note that lengths are estimated and how to get exact ones."""
     run = chunkflow("analyze", chats, cwd=tmp_path, COLUMNS="80", TERM="xterm-256color")
     assert run.returncode == 0, run.stderr
     assert "\x1b" not in run.stdout
@@ -693,7 +693,7 @@ def test_plot_shows_histogram_and_cumulative_curve(chats: str, tmp_path: Path) -
 def test_plots_that_cannot_be_written_are_refused_before_the_work(
     name: str, message: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error comes before the tokenising, which may take an hour."""
+    """The error comes before the tokenizing, which may take an hour."""
     monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(UsageError, match=message):
         found(chats, plot=str(tmp_path / name))

@@ -132,6 +132,16 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(
     assert "and the model takes at most 150; the chat starts over" in printed.err
 
 
+def test_an_exported_model_answers_as_its_run(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run(template=CHATML, lora=True)
+    export.run(str(run), output=str(tmp_path / "merged"), merge=True)
+    said = [chat.run(str(folder), prompt="Hi", max_tokens=6, json_output=True) for folder in (run, tmp_path / "merged")]
+    assert said[0] == said[1]
+    export.run(str(run), output=str(tmp_path / "adapter"), merge=False)
+    with pytest.raises(UsageError, match="it holds adapters without their run"):
+        chat.run(str(tmp_path / "adapter"), prompt="Hi", max_tokens=6)
+
+
 def test_what_cannot_chat_is_refused(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run()
     with pytest.raises(UsageError, match="--json prints one answer: add --prompt TEXT"):
@@ -218,7 +228,10 @@ def test_push_to_hub(
         push("a/b/c")
     assert push(dry_run=True)["repository"] == "me/mine"
     said = capsys.readouterr().err
-    assert "Would upload it to https://huggingface.co/me/mine, a private repository if it is new: you are not" in said
+    assert (
+        "Would upload it to https://huggingface.co/me/mine, a private repository if it is new\nLog in to the hub first"
+        in said
+    )
     assert "  model.safetensors  " in said
     assert not calls
     assert not target.exists(), "a dry run writes nothing"

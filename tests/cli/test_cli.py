@@ -160,7 +160,7 @@ def test_verify_of_a_model_that_chunks_cannot_follow_fails(
 
 
 def test_train_in_any_directory_with_json(tmp_path: Path) -> None:
-    """One JSON object on stdout, no colour codes or noise on stderr, and the promised files."""
+    """One JSON object on stdout, no color codes or noise on stderr, and the promised files."""
     run = chunkflow("train", "recipe=tiny_random", "train.steps=2", "train.output_dir=run", "--json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)

@@ -30,7 +30,7 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model with weights, which quantisation needs."""
+    """Return a model with weights, which quantization needs."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("model")

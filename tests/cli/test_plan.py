@@ -553,7 +553,7 @@ def test_screens_fit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No line of a drawing wraps, a pipe gets no colour codes, and a wide screen is used."""
+    """No line of a drawing wraps, a pipe gets no color codes, and a wide screen is used."""
     monkeypatch.setenv("COLUMNS", str(width))
     plan.run(load([*(word.replace("DEEP", str(deep)) for word in words), f"data.cache_dir={tmp_path}"]))
     screen = capsys.readouterr().out
@@ -611,7 +611,7 @@ def test_plot_is_written(name: str, magic: bytes, tmp_path: Path) -> None:
 def test_plots_that_cannot_be_written_are_refused_before_the_work(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name is checked before the data is tokenised."""
+    """The name is checked before the data is tokenized."""
     monkeypatch.setattr(plan, "make_plan", lambda *_, **__: pytest.fail("the work was done"))
     with pytest.raises(UsageError, match=message):
         planned(*TINY, plot=str(tmp_path / name))

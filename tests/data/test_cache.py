@@ -1,4 +1,4 @@
-"""The cache of tokenised data: keys, concurrent builds, damage."""
+"""The cache of tokenized data: keys, concurrent builds, damage."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def entries(data: Path) -> list[Path]:
 
 
 def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chunkflow_cli.data.dataset.build_entry", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr("chunkflow_cli.data.dataset.build_entry", lambda *_, **__: pytest.fail("tokenized again"))
 
 
 def test_policies_do_not_tokenise_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenising a large data set takes an hour. Another maximum length must not repeat it."""
+    """Tokenizing a large data set takes an hour. Another maximum length must not repeat it."""
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": []}, {"input_ids": [1, 2, 3, 4, 5]}]
     data = write_rows(tmp_path / "a.jsonl", rows)
     with pytest.raises(UsageError, match="1 of 3 rows"):
@@ -272,7 +272,7 @@ def test_a_full_or_read_only_disk_is_told_by_its_key(
         with pytest.raises(UsageError) as error:
             load(write_rows(tmp_path / "b.jsonl", rows * 300), vocab=10)
     assert str(error.value) == (
-        f"tokenised data cannot be written to {tmp_path}/cache/tokens: {os.strerror(number)}\n"
+        f"tokenized data cannot be written to {tmp_path}/cache/tokens: {os.strerror(number)}\n"
         "  set data.cache_dir to a writable folder with enough space"
     )
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []

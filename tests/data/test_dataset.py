@@ -56,6 +56,8 @@ def test_bad_rows_are_listed_and_skipped_on_request(tmp_path: Path) -> None:
     for (_, reason), (_, expected) in zip(skipped.rejected, BAD_TOKEN_ROWS, strict=True):
         assert expected in reason
     assert (skipped.total.samples_read, skipped.total.samples_rejected, skipped.total.samples_dropped) == (13, 11, 0)
+    with pytest.raises(UsageError, match=r"\n  data\.format=tokens is set.*data\.format=auto"):
+        load(write_rows(tmp_path / "b.jsonl", [{"text": "a"}] * 2), vocab=10, format=DataFormat.tokens)
 
 
 def test_no_sample_left(tmp_path: Path) -> None:
@@ -284,7 +286,7 @@ def test_progress_is_shown_for_slow_work_on_a_terminal(
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setattr("chunkflow_cli.console.QUIET_SECONDS", quiet_seconds)
     load(lengths_file)
-    assert ("tokenising" in stream.getvalue()) is is_shown
+    assert ("tokenizing" in stream.getvalue()) is is_shown
 
 
 # The check before anything slow begins
@@ -329,7 +331,7 @@ def test_long_rows_are_checked_as_fast_as_short_ones(tmp_path: Path, monkeypatch
 
 
 def test_data_to_evaluate_on_is_checked_too(tmp_path: Path) -> None:
-    """It is tokenised last, after an hour of the other data."""
+    """It is tokenized last, after an hour of the other data."""
     good = write_rows(tmp_path / "a.jsonl", [{"question": "Q", "answer": "A"}])
     bad = write_rows(tmp_path / "b.jsonl", [{"question": "Q", "answer": "A"}, {"question": "Q", "answer": 5}])
     columns = {"question": "prompt", "answer": "completion"}

@@ -211,7 +211,7 @@ def test_a_token_of_spaces_before_the_answer_is_not_a_target(tmp_path: Path) -> 
 
 
 def test_a_token_that_holds_a_character_of_the_answer_is_a_target(chatml: Path, tmp_path: Path) -> None:
-    """The only token of the answer ` H` begins in the prompt. If it belonged there, nothing but EOS would be learnt."""
+    """The only token of the answer ` H` begins in the prompt. If it belonged there, nothing but EOS would be learned."""
     rows = [{"prompt": "say ", "completion": "H"}, {"prompt": "say", "completion": " Hi"}]
     data = load(write_rows(tmp_path / "a.jsonl", rows), chatml)
     assert [bracketed(data[index], chatml) for index in (0, 1)] == ["say[ H<|im_end|>]", "say[ Hi<|im_end|>]"]

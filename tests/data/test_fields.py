@@ -1,4 +1,4 @@
-"""Fields of a row that mean something in other tools: each is honoured, or the row is refused by the field's name."""
+"""Fields of a row that mean something in other tools: each is honored, or the row is refused by the field's name."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_fields_that_say_nothing_or_describe_the_row_are_ignored(
 
 
 def test_an_empty_answer_is_named(encoders: dict[DataFormat, Encoder]) -> None:
-    """A null of a spreadsheet becomes one, and a model that has learnt it ends at once."""
+    """A null of a spreadsheet becomes one, and a model that has learned it ends at once."""
     for format, row in (
         (DataFormat.messages, {"messages": [USER, {**ANSWER, "content": " "}]}),
         (DataFormat.alpaca, {"instruction": "I", "output": ""}),

@@ -60,7 +60,7 @@ FEEDBACK: dict[str, list[dict[str, Any]]] = {
 
 
 def by_trl(trainer: Any, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-    """Tokenise rows by the method of a trainer of TRL."""
+    """Tokenize rows by the method of a trainer of TRL."""
     from datasets import Dataset
 
     arguments = SimpleNamespace(
@@ -210,5 +210,5 @@ def test_a_prompt_whose_tokens_change_is_remarked_on(tmp_path: Path, capsys: pyt
     model = make_tokenizer(tmp_path / "model")
     rows = [{"prompt": "p ", "chosen": each, "rejected": "r"} for each in ("Hm", "hm")]
     load(write_rows(tmp_path / "rows.jsonl", rows), model, format=DataFormat.preference)
-    assert "from where they differ, all counts as answer, and" in (said := capsys.readouterr().err)
+    assert "from there on, everything counts as the answer, and" in (said := capsys.readouterr().err)
     assert "(1 row, first" in said

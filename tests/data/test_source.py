@@ -345,7 +345,7 @@ def test_files_that_do_not_count_are_named(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.splitlines() == [
         f"warning: data.path={folder}: not read: model (a model), run (a run's output), notes.txt (a text next to rows), "
         ".d.jsonl (hidden), pipe.jsonl (not a file), loop (the same folder as .), "
-        "a.jsonl.gz, link.jsonl (the same rows as a.jsonl), cache/k (tokenised data), "
+        "a.jsonl.gz, link.jsonl (the same rows as a.jsonl), cache/k (tokenized data), "
         "c.jsonl.part, part-00000 (unknown suffix)",
         f"warning: data.path={folder}: b.jsonl, copy.jsonl hold the same bytes; are rows in there twice?",
     ]

@@ -84,7 +84,7 @@ def test_contributions_are_what_the_steps_take(folder: Path) -> None:
 
 def test_a_weight_does_not_tokenise_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load_run_data(configured(folder, "{path: @a.jsonl, weight: 1}", "{path: @b.jsonl, weight: 1}"), None)
-    monkeypatch.setattr("chunkflow_cli.data.dataset.build_entry", lambda *_: pytest.fail("tokenised"))
+    monkeypatch.setattr("chunkflow_cli.data.dataset.build_entry", lambda *_: pytest.fail("tokenized"))
     load_run_data(configured(folder, "{path: @b.jsonl, name: x, weight: 9}", "{path: @a.jsonl, weight: 1}"), None)
     load_run_data(configured(folder, "{path: @a.jsonl, samples: 3}", data__deduplicate=True), None)
 

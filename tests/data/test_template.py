@@ -342,7 +342,7 @@ def test_a_generation_prompt_that_stands_behind_an_answer_is_no_end() -> None:
 
 
 def test_a_name_among_the_tools_is_no_call() -> None:
-    """Otherwise an answer would be learnt of which the template writes nothing but its end."""
+    """Otherwise an answer would be learned of which the template writes nothing but its end."""
     tool = {"type": "function", "function": {"name": "tide"}}
     calls = Conversation((user("Q"), answer("", CALL), user("R"), answer("A")), (tool,))
     deaf = chatml("{{ m.content }}", before="{{ tools | tojson }}{% if tool_calls %}{% endif %}")

@@ -100,7 +100,7 @@ def test_the_collectives_that_are_turned_off_exist() -> None:
 
 
 def test_groups_without_a_timeout_of_their_own_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's default would end a rank whose neighbour computes on a long sample for 10 minutes."""
+    """torch's default would end a rank whose neighbor computes on a long sample for 10 minutes."""
     from torch.distributed import Backend, distributed_c10d
 
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):

@@ -19,7 +19,7 @@ from chunkflow_cli.execution.cpu_quirks import (
 )
 
 ROUNDING = 2.0**-8
-"""Half the relative distance of neighbouring bfloat16 numbers: the largest error of a single rounding."""
+"""Half the relative distance of neighboring bfloat16 numbers: the largest error of a single rounding."""
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no bias"])

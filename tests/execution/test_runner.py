@@ -159,7 +159,7 @@ def test_weights_stay_with_their_sequences(chunked: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("head", ["plain", "adapter"])
 def test_losses_of_sequences(tiny_model: Callable[..., Any], chunked: Callable[..., Any], head: str) -> None:
-    """Losses by source and by length are sums of these; a loss counted for its neighbour in the chunk would show a
+    """Losses by source and by length are sums of these; a loss counted for its neighbor in the chunk would show a
     source learning that is not trained on."""
     config = LoraConfig(enabled=True, target_modules=["lm_head" if head == "adapter" else "q_proj"], r=2)
     model, whole = (

@@ -64,14 +64,14 @@ with Path(words[words.index("--rows") + 1]).open("a") as file:
     for text in words[: words.index("--rows")]:
         part = Part.parse(text, found)
         for index in range(part.first, part.stop):
-            behaviour = PLAN.get(f"{part.section.name}:{index}")
-            if behaviour == "die":
+            behavior = PLAN.get(f"{part.section.name}:{index}")
+            if behavior == "die":
                 file.write('{"half a row')
                 file.flush()
                 os.abort()
-            if behaviour == "hang":
+            if behavior == "hang":
                 time.sleep(60)
-            row = {"section": part.section.name, "status": behaviour or "passed", "values": {"index": index}}
+            row = {"section": part.section.name, "status": behavior or "passed", "values": {"index": index}}
             file.write(json.dumps(row) + "\\n")
             file.flush()
 """

@@ -1,4 +1,4 @@
-"""Quantised bases under adapters, and checkpoints that are stored in few bits."""
+"""Quantized bases under adapters, and checkpoints that are stored in few bits."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_merge_is_base_and_adapter(tiny_model: Callable[..., Any], tmp_path: P
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "model.lora.enabled=false: quantised weights cannot be trained"),
+        ([], "model.lora.enabled=false: quantized weights cannot be trained"),
         (["model.lora.enabled=true", "model.init=random"], "model.init=random"),
         (["model.lora.enabled=true", "model.path=a.gguf"], "a GGUF file"),
         (["model.lora.enabled=true", "model.dtype=float64"], "bitsandbytes has no float64"),
@@ -282,5 +282,5 @@ def test_a_checkpoint_in_few_bits_is_converted_on_load(
         hf_config = load_config(uneven)
         with pytest.raises(UsageError, match=r"cannot convert .* whose sizes are not multiples of 128"):
             load_model(uneven, hf_config, dtype=own_dtype, attention="eager", seed=0)
-    with pytest.raises(UsageError, match="cannot be converted and quantised at once"):
+    with pytest.raises(UsageError, match="cannot be converted and quantized at once"):
         load_config(ModelConfig(path=str(tmp_path), quantization=Quantization.nf4))

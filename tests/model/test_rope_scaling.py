@@ -111,7 +111,7 @@ def test_what_cannot_be_scaled_is_refused(
     scaling: dict[str, Any],
     said: str,
 ) -> None:
-    """transformers warns of a misspelt setting where nobody sees it, and trains without."""
+    """transformers warns of a misspelled setting where nobody sees it, and trains without."""
     tiny_config(kind, **settings).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=re.escape(said)):
         load_config(ModelConfig(path=str(tmp_path), rope_scaling=scaling))

@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[Weights], Weights | None
     ),
     "another norm": ("llama", {}, also(model__embed_norm__weight=torch.ones(64)), r"no place .*model\.embed_norm\.weight"),
     "scales": (
-        "llama", {}, also(model__layers__0__mlp__up_proj__weight_scale_inv=torch.ones(1)), "the weights are quantised",
+        "llama", {}, also(model__layers__0__mlp__up_proj__weight_scale_inv=torch.ones(1)), "the weights are quantized",
     ),
     "part of an expert": ("mixtral", MIXTRAL, without(f"{EXPERT}.w1"), r"parts of model\.layers\.1\.mlp\.experts"),
     "an expert": ("mixtral", MIXTRAL, without(EXPERT), r"experts\.down_proj \(3, 64, 96\), not \(4, 64, 96\)"),
@@ -237,10 +237,10 @@ def test_quantised_weights_are_refused_by_their_method(
 ) -> None:
     folder = with_settings(published("llama"), tmp_path / "m", quantization_config=settings)
     method = settings.get("quant_method", "bitsandbytes")
-    with pytest.raises(UsageError, match=rf"quantised \({method}; quantization_config(.|\n)*set model\.path"):
+    with pytest.raises(UsageError, match=rf"quantized \({method}; quantization_config(.|\n)*set model\.path"):
         load_config(ModelConfig(path=str(folder)))
     fresh = load_config(ModelConfig(path=str(folder), init=Init.random))
-    assert not hasattr(fresh, "quantization_config")  # random weights are not quantised: `final/` must not say so
+    assert not hasattr(fresh, "quantization_config")  # random weights are not quantized: `final/` must not say so
 
 
 def with_settings(source: Path, target: Path, **settings: Any) -> Path:

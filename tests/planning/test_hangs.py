@@ -4,7 +4,7 @@ In the model a process is a list of events. A collective ends when every process
 them to the same one. Sends and receives are issued without waiting; a process waits for a message, and at its end for
 all that it has issued. The rules are those that were found by trying (DeepSpeed 0.19.8): without ZeRO-3 ranks meet once,
 at the end of the step, with a gradient each; ZeRO-3 fetches weights in every pass through the model; Ulysses exchanges
-in every operation on a spread chunk; stages wait for neighbours.
+in every operation on a spread chunk; stages wait for neighbors.
 
 Messages follow NCCL, as torch runs it once a device is bound to the process group: the sends and receives of a group run
 strictly in the order in which a process has issued them, and each is over when both sides have come to it.

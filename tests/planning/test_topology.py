@@ -24,7 +24,7 @@ def test_places_and_ranks_are_inverse_and_groups_partition_the_processes(
 
 @pytest.mark.torch
 def test_the_grid_is_deepspeeds() -> None:
-    """The pipeline engine takes its neighbours from DeepSpeed's grid; ours must name the same ones."""
+    """The pipeline engine takes its neighbors from DeepSpeed's grid; ours must name the same ones."""
     from chunkflow_cli.engine import import_deepspeed
 
     import_deepspeed()

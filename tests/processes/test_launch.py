@@ -168,7 +168,7 @@ def test_ranks_know_the_thread_count_of_the_user(
 def test_the_error_names_the_rank_that_failed_first(start: Start, tmp_path: Path) -> None:
     """A rank that fails closes its connections: the others fail a moment later, and may exit before it."""
     err = ended(start("error_then_slow_end"), 1, within=10)
-    assert err.startswith("error: rank 1: ValueError: spoilt\n")
+    assert err.startswith("error: rank 1: ValueError: spoiled\n")
     assert "    the last thing that rank 1 did\n" in err
     assert "Connection closed" not in err
     assert "raise ValueError" in log(tmp_path, 1)
@@ -177,12 +177,12 @@ def test_the_error_names_the_rank_that_failed_first(start: Start, tmp_path: Path
 def test_a_failed_rank_that_hangs_while_it_exits_does_not_hold_up_the_run(start: Start, tmp_path: Path) -> None:
     """NCCL may keep a rank from exiting after it reported its error; the others would wait as long as it hangs."""
     err = ended(start("error_that_never_ends"), 1, within=20)
-    assert err.startswith("error: rank 1: ValueError: spoilt\n")
+    assert err.startswith("error: rank 1: ValueError: spoiled\n")
 
 
 def test_debug_shows_the_traceback_of_the_rank(start: Start) -> None:
     _, err = start("error_then_slow_end", debug=1).communicate(timeout=10)
-    assert 'raise ValueError("spoilt")' in err
+    assert 'raise ValueError("spoiled")' in err
 
 
 def test_kill_9_of_a_rank_is_named_with_its_signal_and_last_lines(start: Start) -> None:
@@ -694,7 +694,7 @@ def test_deepspeeds_launcher_starts_the_ranks_of_a_hostfile(scenario: str, start
         assert saved == [str(int(signal.SIGTERM))] * 2
     else:
         err = ended(launcher, 1, within=120)
-        assert err.startswith("error: rank 1: ValueError: spoilt\n")
+        assert err.startswith("error: rank 1: ValueError: spoiled\n")
         assert "    the last thing that rank 1 did\n" in err
 
 
@@ -727,7 +727,7 @@ def joined(arguments: Any) -> Any:
 
 
 def test_ranks_of_another_launcher_share_the_folder_that_rank_0_locks(tmp_path: Path) -> None:
-    """Otherwise each rank would open a folder of its own or find it locked, and would tokenise the data itself."""
+    """Otherwise each rank would open a folder of its own or find it locked, and would tokenize the data itself."""
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input_ids": [3, 4, 5, number]}) + "\n" for number in range(6, 12)))
     run = tmp_path / "run"

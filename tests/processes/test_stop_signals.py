@@ -103,7 +103,7 @@ CHILD = "import os, signal, sys, time\nfrom chunkflow_cli.processes.worker impor
 
 @pytest.mark.processes
 def test_a_child_is_asked_to_stop_when_its_parent_is_killed(tmp_path: Path) -> None:
-    """The runs of a multirun save, and the processes that tune and tokenise end."""
+    """The runs of a multirun save, and the processes that tune and tokenize end."""
     child = CHILD + (
         "assert 'CHUNKFLOW_PARENT_PID' not in os.environ\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), os._exit(0)))\n"

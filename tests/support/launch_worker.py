@@ -63,7 +63,7 @@ def error_then_slow_end(folder: Path) -> None:
         print("the last thing that rank 1 did")
         try:
             with failures_recorded():
-                raise ValueError("spoilt")
+                raise ValueError("spoiled")
         finally:
             time.sleep(1.0)
     wait_for(WatchFolder(folder).failure(1))
@@ -76,7 +76,7 @@ def error_that_never_ends(folder: Path) -> None:
     if RANK == 1:
         try:
             with failures_recorded():
-                raise ValueError("spoilt")
+                raise ValueError("spoiled")
         finally:
             time.sleep(60)
     time.sleep(60)

@@ -1,4 +1,4 @@
-"""How not to post receives: always ahead, whatever the neighbour still waits for."""
+"""How not to post receives: always ahead, whatever the neighbor still waits for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a run: nothing spoilt is saved, and what was learned is kept where there is room for it."""
+"""The end of a run: nothing spoiled is saved, and what was learned is kept where there is room for it."""
 
 from __future__ import annotations
 

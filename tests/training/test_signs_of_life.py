@@ -1,4 +1,4 @@
-"""Work that takes long without operations is no hang: reading, tokenising, loading and saving tell that bytes move."""
+"""Work that takes long without operations is no hang: reading, tokenizing, loading and saving tell that bytes move."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_data_that_is_read_and_tokenised_gives_signs_of_life(tmp_path: Path, bea
         ["data.format=tokens", f"data.path={data}", f"data.cache_dir={tmp_path}", "data.num_workers=1"]
     ).config
     load_run_data(config, None)
-    assert len(beats) >= 10  # hashed, tokenised in batches, written, checked
+    assert len(beats) >= 10  # hashed, tokenized in batches, written, checked
 
 
 def test_weights_that_are_loaded_and_saved_give_signs_of_life(

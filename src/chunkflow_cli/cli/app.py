@@ -43,7 +43,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(__version__)
         raise typer.Exit
-    # Progress bars of libraries (loading, dequantising) would break into ours. tqdm reads this when first imported.
+    # Progress bars of libraries (loading, dequantizing) would break into ours. tqdm reads this when first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 
@@ -143,7 +143,12 @@ def export(
 @command(app, without=(*CONFIGURATION, "config_dir"))
 def chat(
     request: Request,
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a finished run (its train.output_dir).")],
+    run_dir: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_DIR", help="Folder of a finished run (its train.output_dir), or of a whole or merged model."
+        ),
+    ],
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Print the answer to this prompt, and stop.")
     ] = None,
@@ -160,6 +165,7 @@ def chat(
       chunkflow chat outputs/chats
       chunkflow chat outputs/chats --prompt "Who are you?"
       chunkflow chat outputs/chats --prompt "Who are you?" --max-tokens 64 --json
+      chunkflow chat merged
     """
     from chunkflow_cli.cli import chat
 

@@ -1,4 +1,4 @@
-"""`chunkflow chat`: talk to the model of a run in the terminal."""
+"""`chunkflow chat`: talk to the model of a run, or another whole model, in the terminal."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ def run(run_folder: str, *, prompt: str | None, max_tokens: int, json_output: bo
         Prompt and answer; None after a chat.
 
     Raises:
-        UsageError: the run is not finished or has no tokenizer, `--json` has no prompt, or the prompt is too long.
+        UsageError: it is no finished run and no model, it has no tokenizer, `--json` has no prompt, or the prompt is
+            too long.
     """
     if prompt is not None and not _is_text(prompt):
         raise UsageError("--prompt is not valid UTF-8: type it again, or set the terminal to UTF-8")
     if json_output and prompt is None:
         raise UsageError("--json prints one answer: add --prompt TEXT")
-    finished = FinishedRun.at(run_folder)
+    finished = FinishedRun.or_model_at(run_folder)
     if not finished.has_tokenizer:
-        raise UsageError(f"{finished.final} has no tokenizer, so it cannot read text\n  its data were token ids")
+        raise UsageError(f"{finished.final} has no tokenizer, so it cannot read text")
     with working(stderr_console(), "loading the model"):
         talk = Talk(*load(finished), finished.config.get("data", {}).get("template_arguments") or {}, max_tokens)
     if prompt is not None:

@@ -73,7 +73,7 @@ PACKAGES = (
     Package(
         "flash-linear-attention", "fast recurrent layers on NVIDIA GPUs", required=False, extra="fla", is_for_gpus=True
     ),
-    Package("tokenizers", "tokenising"),
+    Package("tokenizers", "tokenizing"),
     Package("jinja2", "chat templates"),
     Package("safetensors", "reading and writing weights"),
     Package("transformers", "models"),
@@ -351,14 +351,14 @@ def _attention_problems(answers: dict[str, Answer], reasons: dict[str, str | Non
 
 
 def cache_problems(answer: Answer) -> list[Problem]:
-    """Return what is wrong with the folder for tokenised data."""
+    """Return what is wrong with the folder for tokenized data."""
     if "raised" in answer:
         return []
     if answer["error"]:
-        what = f"tokenised data cannot be written to {answer['path']}: {answer['error']}"
+        what = f"tokenized data cannot be written to {answer['path']}: {answer['error']}"
         return [Problem(what, "set data.cache_dir=DIR to a folder that you can write to")]
     if answer["free_bytes"] < LITTLE_SPACE:
-        what = f"only {human_bytes(answer['free_bytes'])} are free for tokenised data in {answer['path']}"
+        what = f"only {human_bytes(answer['free_bytes'])} are free for tokenized data in {answer['path']}"
         return [Problem(what, "set data.cache_dir=DIR to a folder with more space", required=False)]
     return []
 

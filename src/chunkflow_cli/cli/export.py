@@ -10,7 +10,7 @@ import torch
 from rich.text import Text
 
 from chunkflow_cli.cli.finished_run import FinishedRun
-from chunkflow_cli.cli.hub_upload import Upload
+from chunkflow_cli.cli.hub_upload import LOGIN, Upload
 from chunkflow_cli.cli.model_card import CARD, model_card
 from chunkflow_cli.config.schema import Quantization
 from chunkflow_cli.console import human_bytes, stderr_console, stdout_console, working
@@ -96,7 +96,9 @@ def _say_what_would_be(source: FinishedRun, target: Path, upload: Upload | None,
         lines += [f"  {path.relative_to(source.final)}  {human_bytes(path.stat().st_size)}" for path in files]
     lines.append(f"  {CARD}  the model card")
     if upload is not None:
-        lines.append(f"Would upload it to {upload.url}, a private repository if it is new{upload.missing_login}")
+        lines.append(f"Would upload it to {upload.url}, a private repository if it is new")
+        if not upload.is_logged_in:
+            lines.append(f"Log in to the hub first: {LOGIN}")
     for line in lines:
         stderr_console().print(line, soft_wrap=True)
 
@@ -113,7 +115,7 @@ def _merge(source: FinishedRun, target: Path) -> list[str]:
         merged, is_separated = merge_adapters(base, source.final)
     except ValueError as error:
         raise UsageError(f"{source.final} cannot be merged: {first_line(error)}") from error
-    if (source.final / GENERATION_CONFIG).is_file():  # the run may have learnt to stop at other tokens than the base
+    if (source.final / GENERATION_CONFIG).is_file():  # the run may have learned to stop at other tokens than the base
         merged.generation_config = GenerationConfig.from_pretrained(str(source.final))
     save_model(target, merged, merged.state_dict())
     if source.has_tokenizer:

@@ -51,6 +51,22 @@ class FinishedRun:
             )
         return run
 
+    @classmethod
+    def or_model_at(cls, folder: str) -> FinishedRun:
+        """Return the run in a folder, or a whole model on its own, as `export` writes it.
+
+        Raises:
+            UsageError: it is neither.
+            RunError: a file of the model is damaged.
+        """
+        path = Path(folder)
+        is_model = (path / "config.json").is_file() and not (path / ADAPTER_CONFIG).is_file()
+        if not is_model or _run_around(path) is not None:
+            return cls.at(folder)
+        if reason := damage_of(path):
+            raise RunError(f"this model is damaged: {reason}")
+        return _Model(path)
+
     @property
     def final(self) -> Path:
         """The folder of its model, or of its adapters."""
@@ -151,13 +167,31 @@ class FinishedRun:
             )
 
 
+class _Model(FinishedRun):
+    """A whole model without a run."""
+
+    @property
+    def final(self) -> Path:
+        return self.folder
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return {"model": {}}
+
+
+def _run_around(folder: Path) -> Path | None:
+    """Return the folder of the run that a folder is a part of."""
+    return next((parent for parent in folder.absolute().parents if (parent / CONFIG).is_file()), None)
+
+
 def _hint(folder: Path) -> str:
     """Return a line for a directory that holds no finished run."""
     if not folder.exists():
         return "\n  there is no such folder"
-    inside = next((parent for parent in folder.absolute().parents if (parent / CONFIG).is_file()), None)
-    if inside is not None:
+    if (inside := _run_around(folder)) is not None:
         return f"\n  did you mean the run that it belongs to, {os.path.relpath(inside)}?"
     if (folder / CONFIG).is_file():
         return "\n  the run has not finished: the same train command resumes it"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "\n  it holds adapters without their run: name the run, or merge them with chunkflow export RUN --merge"
     return "\n  name the train.output_dir of a finished run"

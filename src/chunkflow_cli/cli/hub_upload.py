@@ -7,6 +7,8 @@ from pathlib import Path
 
 from chunkflow_cli.errors import UsageError, first_line
 
+LOGIN = "hf auth login, or set HF_TOKEN"
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -33,7 +35,7 @@ class Upload:
             raise UsageError(f"--push-to-hub={repository} is not the name of a repository: {reason}") from error
         upload = cls(repository, get_token() is not None)
         if not upload.is_logged_in and not is_dry:
-            raise UsageError(f"--push-to-hub={repository}{upload.missing_login}")
+            raise UsageError(f"--push-to-hub={repository}: you are not logged in to the hub\n  {LOGIN}")
         return upload
 
     @property
@@ -41,11 +43,6 @@ class Upload:
         from huggingface_hub.constants import ENDPOINT
 
         return f"{ENDPOINT}/{self.repository}"
-
-    @property
-    def missing_login(self) -> str:
-        """Text to add to a message if no token is found."""
-        return "" if self.is_logged_in else ": you are not logged in to the hub\n  hf auth login, or set HF_TOKEN"
 
     def send(self, folder: Path) -> str:
         """Upload all files of a folder, and return the address of the repository. A new one is private.

@@ -19,7 +19,7 @@ from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import Config, DataConfig, DataFormat, ModelConfig
 from chunkflow_cli.config.sources import key_of_path
 from chunkflow_cli.console import progress_bar
-from chunkflow_cli.data.dataset import open_data, tokenize_source
+from chunkflow_cli.data.dataset import open_data, other_format, tokenize_source
 from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.formats import detect_format
 from chunkflow_cli.data.names import printable
@@ -109,7 +109,7 @@ def _counted(config: Config, format: DataFormat, show: int | None) -> MeasuredDa
         sequences_per_sample=count,
         target_counts=entry.target_counts,
         digests=entry.digests.view(np.int64),
-        longest=_longest(path, lengths, rejected, lambda sequence: data.location(sequence // count)),
+        longest=_longest(path, lengths, config.data, rejected, lambda sequence: data.location(sequence // count)),
         rejected=rejected,
         model_limit=limit,
         rows=int(entry.rows.max(initial=-1)) + 1,
@@ -143,7 +143,7 @@ def _estimated(config: Config, source: Source, format: DataFormat) -> MeasuredDa
         sequences_per_sample=count,
         target_counts=sizes.target_counts,
         digests=sizes.digests[::count],
-        longest=_longest(path, sizes.lengths, sizes.rejected, locate),
+        longest=_longest(path, sizes.lengths, config.data, sizes.rejected, locate),
         rejected=sizes.rejected,
         model_limit=config.data.max_length,
         rows=sizes.rows,
@@ -157,6 +157,7 @@ def _path_of(config: Config) -> str:
 def _longest(
     path: str,
     lengths: NDArray[np.int64],
+    config: DataConfig,
     rejected: Sequence[tuple[Location, str]],
     locate: Callable[[int], Location],
 ) -> list[tuple[Location, int]]:
@@ -167,7 +168,8 @@ def _longest(
     """
     if len(lengths) == 0:
         reasons = "".join(f"\n  {where}: {reason}" for where, reason in rejected[:LONGEST_SHOWN])
-        raise UsageError(f"{path}: none of its {len(rejected)} rows can be trained on{reasons}")
+        remedy = f"\n  {text}" if (text := other_format(config.format, rejected)) else ""
+        raise UsageError(f"{path}: none of its {len(rejected)} rows can be trained on{reasons}{remedy}")
     longest = np.argsort(-lengths, kind="stable")[:LONGEST_SHOWN]
     return [(locate(int(sequence)), int(lengths[sequence])) for sequence in longest]
 

@@ -35,10 +35,16 @@ def model_card(run: FinishedRun, folder: Path, *, is_merged: bool) -> str:
     head += [f"base_model: {base}"] if _is_on_hub(base, "model") and not is_random else []
     data = [path for path in _data(run) if _is_on_hub(path, "dataset")]
     head += ["datasets:", *(f"- {path}" for path in data)] if data else []
-    how = "with LoRA adapters, which are merged," if is_merged else "from random weights" if is_random else "in full"
+    how = (
+        "LoRA adapters, merged into the weights"
+        if is_merged
+        else "all weights, from random ones"
+        if is_random
+        else "all weights"
+    )
     return (
         "\n".join(["---", *head, "---"])
-        + f"\n\n# {_text(_named(base, 'model'))}, fine-tuned\n\nFine-tuned {how} with chunkflow.\n\n"
+        + f"\n\n# {_text(_named(base, 'model'))}, fine-tuned\n\nFine-tuned with chunkflow: {how}.\n\n"
         + f"```python\nfrom {package} import {loader}\n\n"
         + f'model = {loader}.from_pretrained("FOLDER")\n```\n\n`FOLDER` is the folder of this file.\n\n{training}'
     )

@@ -108,7 +108,7 @@ def backend(name: str, dtype: str) -> Answer:
 
 
 def cache(cache_dir: str | None) -> Answer:
-    """Return free space of the folder of tokenised data or its nearest parent, and why it cannot be written to."""
+    """Return free space of the folder of tokenized data or its nearest parent, and why it cannot be written to."""
     from chunkflow_cli.data.cache import cache_root
 
     folder = cache_root(cache_dir)

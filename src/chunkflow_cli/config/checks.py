@@ -269,10 +269,10 @@ def _check_quantisation(config: Config) -> None:
         return
     named = f"model.quantization={model.quantization.value}"
     problem = {
-        "model.lora.enabled=false: quantised weights cannot be trained themselves\n  set model.lora.enabled=true": (
+        "model.lora.enabled=false: quantized weights cannot be trained themselves\n  set model.lora.enabled=true": (
             not model.lora.enabled
         ),
-        "model.init=random: there are no weights to quantise\n  set model.quantization=none": model.init is Init.random,
+        "model.init=random: there are no weights to quantize\n  set model.quantization=none": model.init is Init.random,
         "model.dtype=float64: bitsandbytes has no float64\n  set model.dtype=float32": model.dtype is Dtype.float64,
         "a GGUF file, whose weights are converted to floating point\n  set model.path to a folder or an id": (
             model.path.endswith(".gguf")

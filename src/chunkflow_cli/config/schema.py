@@ -335,9 +335,9 @@ class DataConfig:
     eval_fraction: float = bounded(0.0, at_least=0, below=1)
     """Fraction of the rows of each source to hold out, drawn with `train.seed`."""
     cache_dir: str | None = a_path(None)
-    """Folder for tokenised data. By default ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow if that is set."""
+    """Folder for tokenized data. By default ~/.cache/chunkflow, or $XDG_CACHE_HOME/chunkflow if that is set."""
     num_workers: int | None = bounded(None, at_least=1, at_most=1024)
-    """Number of processes that tokenise the data. By default, one per core."""
+    """Number of processes that tokenize the data. By default, one per core."""
 
 
 @dataclass
@@ -402,7 +402,7 @@ class TrainConfig:
 
     task: Task = Task.sft
     """What to learn: to write the given answers (`sft`), to prefer one of two answers (`dpo`, `orpo`), or to prefer
-    answers labelled good over answers labelled bad (`kto`)."""
+    answers labeled good over answers labeled bad (`kto`)."""
     steps: int | None = bounded(None, at_least=1, at_most=MOST)
     """Number of optimizer steps. By default, `train.epochs` decides."""
     epochs: int = bounded(1, at_least=1, at_most=MOST)

@@ -1,4 +1,4 @@
-"""Tokenised data on disk, found again by a hash of its ingredients.
+"""Tokenized data on disk, found again by a hash of its ingredients.
 
 An entry is a folder `tokens/<key>/` of memory-mapped arrays:
 
@@ -16,7 +16,7 @@ An entry is a folder `tokens/<key>/` of memory-mapped arrays:
 
 The key is a hash of the data's content and of everything that decides which tokens it becomes (`Ingredients`). File
 names are not part of it: they are looked up when a location is needed. Policies (`data.bad_rows`, `data.max_length`,
-`data.overlong`) are not part of it either: they are applied when an entry is read, so changing one does not tokenise
+`data.overlong`) are not part of it either: they are applied when an entry is read, so changing one does not tokenize
 again.
 
 An entry is written to a temporary folder and renamed, so it is complete or absent. If two processes build the same one,
@@ -25,7 +25,7 @@ killed process leaves is never read, and removed by the next one that looks for 
 
 Whenever a run opens an entry, its files are compared with their checksums, so that damage is found before it is trained
 on. One rank of those that see the same disk does it for all. A core checks 4 GB/s of what is in memory, a thousand
-times faster than it tokenises. The rest has to be read once, which training does anyway: 50 GB take 25 s at 2 GB/s. To
+times faster than it tokenizes. The rest has to be read once, which training does anyway: 50 GB take 25 s at 2 GB/s. To
 compare sizes and time stamps would cost nothing, and would miss what a failing disk or a lost block does.
 """
 
@@ -134,7 +134,7 @@ def cache_root(cache_dir: str | None) -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~") or (os.environ.get("HOME") == "" and "XDG_CACHE_HOME" not in os.environ):
         raise UsageError(
-            "there is no folder for tokenised data: HOME is not set, and this user has no home folder\n"
+            "there is no folder for tokenized data: HOME is not set, and this user has no home folder\n"
             "  set data.cache_dir=DIR, or HOME"
         )
     return Path(home) / "chunkflow" / "tokens"
@@ -154,7 +154,7 @@ def open_entry(folder: Path, *, is_checked: bool = False) -> CacheEntry | None:
             return None
     except OSError as error:
         raise UsageError(
-            f"tokenised data in {folder.parent} cannot be read: {error.strerror}\n"
+            f"tokenized data in {folder.parent} cannot be read: {error.strerror}\n"
             "  set data.cache_dir to a folder of your own"
         ) from error
     try:
@@ -225,7 +225,7 @@ def build_entry(
             _rename_unless_taken(building, folder)
     except OSError as error:
         raise UsageError(
-            f"tokenised data cannot be written to {folder.parent}: {error.strerror or error}\n"
+            f"tokenized data cannot be written to {folder.parent}: {error.strerror or error}\n"
             "  set data.cache_dir to a writable folder with enough space"
         ) from error
     entry = open_entry(folder)
@@ -321,4 +321,4 @@ def _rename_unless_taken(building: Path, folder: Path) -> None:
 
 
 def _damaged(folder: Path, reason: str) -> UsageError:
-    return UsageError(f"the tokenised data in {folder} is damaged: {reason}\n  delete that folder to rebuild it")
+    return UsageError(f"the tokenized data in {folder} is damaged: {reason}\n  delete that folder to rebuild it")

@@ -106,7 +106,9 @@ def _check_first_rows(source: Source, named: str, config: DataConfig) -> None:
                 rejected.append((source.location(batch.file, line), str(error)))
         rows += len(batch.rows)
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, str(rows) if is_whole else f"the first {rows}", named))
+        raise UsageError(
+            _bad_rows_message(rejected, rows, named, config.format, first="" if is_whole else "the first ")
+        )
 
 
 def _named(config: DataConfig, *, for_evaluation: bool) -> str:
@@ -132,7 +134,7 @@ def tokenize(
     trust_remote_code: bool,
     key: str | None = None,
 ) -> TokenizedData:
-    """Return the samples of `data.path`, tokenised once (see `data.cache`) and selected by the policies.
+    """Return the samples of `data.path`, tokenized once (see `data.cache`) and selected by the policies.
 
     Args:
         for_evaluation: read the data to evaluate on instead (`data.eval_path`, `data.eval_split`).
@@ -202,7 +204,7 @@ def tokenize_source(
             template_arguments=config.template_arguments,
         )
         batches = encode_source(source, encoder, num_workers=config.num_workers)
-        with progress_bar(f"tokenising {named}", source.size) as progress:
+        with progress_bar(f"tokenizing {named}", source.size) as progress:
             entry = build_entry(folder, batches, ingredients, source.names, progress)
     if vocab_size is not None and entry.largest_id >= vocab_size:
         raise UsageError(
@@ -274,7 +276,7 @@ def _apply_policies(config: DataConfig, whole: TokenizedSource, model_limit: int
     samples_read, dropped = len(entry) + len(entry.rejected), int(is_dropped.sum())
     rows_read = int(entry.rows.max(initial=-1)) + 1 + len(entry.rejected)
     if rejected and config.bad_rows is BadRows.error:
-        raise UsageError(_bad_rows_message(rejected, str(rows_read), whole.named))
+        raise UsageError(_bad_rows_message(rejected, rows_read, whole.named, config.format))
     if limit is not None and is_long.any() and config.overlong is Overlong.error:
         whose = "data.max_length" if config.max_length is not None else "the model's own limit"
         raise UsageError(_overlong_message(whole, longest, is_long, f"{limit} tokens ({whose})"))
@@ -332,11 +334,22 @@ def _answer_sizes(config: DataConfig, whole: TokenizedSource, limit: int | None)
     )  # fmt: skip
 
 
-def _bad_rows_message(rejected: Sequence[tuple[Location, str]], rows: str, named: str) -> str:
-    return (
-        f"{named}: {len(rejected)} of {rows} rows cannot be trained on{_listed(_told_once(rejected))}\n"
-        "  fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
-    )
+def _bad_rows_message(
+    rejected: Sequence[tuple[Location, str]], rows: int, named: str, format: DataFormat, *, first: str = ""
+) -> str:
+    remedy = "fix them, or skip them with data.bad_rows=skip (rejected.jsonl then lists them)"
+    if len(rejected) == rows:
+        remedy = other_format(format, rejected) or remedy
+    shown = _listed(_told_once(rejected))
+    return f"{named}: {len(rejected)} of {first}{rows} rows cannot be trained on{shown}\n  {remedy}"
+
+
+def other_format(format: DataFormat, rejected: Sequence[tuple[Location, str]]) -> str:
+    """Return a remedy if rows lack the keys of a format that was set; empty if their fault is another one."""
+    is_set = format is not DataFormat.auto and format not in PREFERENCE_FORMATS
+    if not is_set or not all(reason.startswith("no key ") for _, reason in rejected[:SHOWN]):
+        return ""
+    return f"data.format={format.value} is set, by you or by the recipe: data.format=auto detects the format"
 
 
 def _overlong_message(

@@ -56,11 +56,11 @@ if TYPE_CHECKING:
 
 STRADDLES = Remark(
     "the end of a prompt and the beginning of its answer are one token, which is a target; at inference the prompt is "
-    "tokenised alone, so let the answer begin with the white space instead"
+    "tokenized alone, so let the answer begin with the white space instead"
 )
 STRADDLES_PROMPT = Remark(
     "the end of the generation prompt and the beginning of an answer are one token, which is a target; at inference "
-    "the prompt is tokenised alone; if answers have no reasoning, data.template_arguments={enable_thinking: false} may "
+    "the prompt is tokenized alone; if answers have no reasoning, data.template_arguments={enable_thinking: false} may "
     "give the prompt that fits them"
 )
 NO_FIRST_TOKEN = Remark(
@@ -68,8 +68,8 @@ NO_FIRST_TOKEN = Remark(
     "target; begin the prompt with a line end"
 )
 CUTS_PROMPT = Remark(
-    "the tokens of a prompt alone are not those that the prompt with its answer begins with: from where they differ, "
-    "all counts as answer, and at inference the prompt has other tokens"
+    "the last tokens of a prompt change when an answer follows: from there on, everything counts as the answer, and at "
+    "inference the prompt has other tokens; let the answer begin with a space or a line end"
 )
 NO_ARGUMENTS = Remark("the prompt is a string, which no chat template writes, so data.template_arguments has no effect")
 EMPTY_ANSWER = Remark("an answer is empty: the model learns to end at once instead of answering")
@@ -128,7 +128,7 @@ class Encoder:
                 "cannot be found\n  set data.train_on=all, which needs no fast version"
             )
         # A fast tokenizer is used without its transformers wrapper, which costs a third of the time and, in every
-        # process that tokenises, the import of transformers.
+        # process that tokenizes, the import of transformers.
         self._backend = plain_backend(tokenizer) if tokenizer.is_fast else None
         self._slow_tokenizer = None if tokenizer.is_fast else tokenizer
         self._prefix, self._suffix = special_tokens_around(tokenizer)
@@ -190,7 +190,7 @@ class Encoder:
         ], True
 
     def _prepare(self, sample: Sample) -> tuple[list[MarkedText] | TokenRow, bool]:
-        """Return what to tokenise, and True if a chat template wrote it."""
+        """Return what to tokenize, and True if a chat template wrote it."""
         if isinstance(sample, Instruction):
             sample = sample.prompt_completion() if self._template is None else sample.conversation()
         if isinstance(sample, JudgedAnswers):

@@ -2,7 +2,7 @@
 
 A format reads the keys in the table of `data.formats`. Of the others, some names mean something in the training data of
 other tools: masks, weights, reasoning, tools, images, the halves of a preference pair. Such a field changes what those
-tools train on. chunkflow honours it, or refuses the row by the field's name, because a field without effect would be a
+tools train on. chunkflow honors it, or refuses the row by the field's name, because a field without effect would be a
 silent loss. It is refused only if it says something: null, an empty value, and a weight of 1 change nothing.
 
 All other keys (id, source, category, score, ...) describe the row and are ignored.
@@ -91,7 +91,7 @@ _TEXTS_READ = {
 
 
 def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
-    """Raise if a row has a field that might change what is learnt and that its format does not read.
+    """Raise if a row has a field that might change what is learned and that its format does not read.
 
     Raises:
         BadRowError: it has one. The message names it.
@@ -267,7 +267,7 @@ _REFUSED_IN_MESSAGES = {
 
 
 def check_message(turn: Mapping[str, Any], place: str, role: str) -> None:
-    """Raise if a message has a field that might change what is learnt and that no chat template reads.
+    """Raise if a message has a field that might change what is learned and that no chat template reads.
 
     Raises:
         BadRowError: it has one. The message names it.

@@ -148,7 +148,7 @@ def _why_no_data(place: Path, here: set[str]) -> str | None:
     if _is_run(place) and here & (RUN_FILES | {".lock"}):
         return OUTPUT
     if {"meta.json", "input_ids.npy"} <= here:
-        return "tokenised data"
+        return "tokenized data"
     if here & {"config.json", "adapter_config.json"} and here & MODEL_FILES:
         return "a model"
     return None

@@ -11,7 +11,7 @@
 | tokens | input_ids, labels, attention_mask, masks | TokenRow |
 | preference, feedback | see `data.preferences` | JudgedAnswers |
 
-`data.fields` decides about other keys: those that might change what is learnt make the row bad, the others are ignored.
+`data.fields` decides about other keys: those that might change what is learned make the row bad, others are ignored.
 `data.messages` reads messages. Other keys of a message (name, tool_call_id, reasoning_content, ...) are passed to the
 chat template. The reason for rejecting a row (`BadRowError`) names the key, as in `messages[2].content is null`.
 """
@@ -73,7 +73,7 @@ def parse_sample(row: dict[str, Any], format: DataFormat) -> Sample:
     """Return the sample that a row of this format describes.
 
     Raises:
-        BadRowError: a key is missing, holds a value that the format does not allow, or might change what is learnt and
+        BadRowError: a key is missing, holds a value that the format does not allow, or might change what is learned and
             is not read.
     """
     if format in (DataFormat.messages, DataFormat.sharegpt):

@@ -1,9 +1,9 @@
 """Decide which tokens of a text are targets.
 
-A token is a target if and only if it holds a character of a target span. The whole text is tokenised once, so a token
+A token is a target if and only if it holds a character of a target span. The whole text is tokenized once, so a token
 may straddle the edge between prompt and answer: the prompt `2 + 2 = ` ends with a space, and the tokenizer makes one
 token of it and of the answer `4`. That token is a target, or the answer would have none. At inference the prompt is
-tokenised alone and the model gets the space as a token of its own, which is why such rows are remarked on.
+tokenized alone and the model gets the space as a token of its own, which is why such rows are remarked on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def first_token_with(encoding: Encoding, character: int) -> tuple[int, bool]:
     The second value is True if the token begins before the character.
     """
     token = encoding.char_to_token(character)
-    if token is None:  # a normaliser removes the character
+    if token is None:  # a normalizer removes the character
         return first_token_from(encoding, character), False
     characters = encoding.token_to_chars(token)
     assert characters is not None
@@ -56,7 +56,7 @@ def first_token_from(encoding: Encoding, character: int) -> int:
         characters = encoding.token_to_chars(token)
         assert characters is not None
         return token if characters[0] >= character else token + 1
-    # No token holds the character: it is the end of the text, or white space that a normaliser removes.
+    # No token holds the character: it is the end of the text, or white space that a normalizer removes.
     count = len(encoding)
     last = encoding.token_to_chars(count - 1) if count else None
     if last is None or last[0] < character:

@@ -33,7 +33,7 @@ def form_of_name(path: Path) -> str:
 
 
 def is_no_data(name: str) -> bool:
-    """Return whether a file certainly holds no rows, whatever its suffix: a README, a licence, an image, code."""
+    """Return whether a file certainly holds no rows, whatever its suffix: a README, a license, an image, code."""
     return _NO_DATA.fullmatch(name) is not None
 
 

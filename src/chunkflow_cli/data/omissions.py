@@ -57,7 +57,7 @@ def omissions(turns: Sequence[Turn], whole: str, template: str, tools: Sequence[
         tools: the definitions that the template gets.
 
     Raises:
-        BadRowError: nothing is written of what an assistant says in a turn that is to be learnt.
+        BadRowError: nothing is written of what an assistant says in a turn that is to be learned.
     """
     remarks: list[Remark] = []
     places: dict[str, int] = {}  # up to where each text is used up

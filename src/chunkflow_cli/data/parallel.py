@@ -90,7 +90,7 @@ class _Worker:
             answer: EncodedBatch | Exception = self._connection.recv()
         except (EOFError, OSError) as error:
             raise RunError(
-                f"a tokenising process was killed (exit status {self._process.wait()}; out of memory?)\n"
+                f"a tokenizing process was killed (exit status {self._process.wait()}; out of memory?)\n"
                 "  run fewer of them: data.num_workers=1"
             ) from error
         if isinstance(answer, Exception):

@@ -1,4 +1,4 @@
-"""The samples that rows become, before and after they are tokenised."""
+"""The samples that rows become, before and after they are tokenized."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class PlainText:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """Ids and labels: a row that is already tokenised, or any other sample once it is."""
+    """Ids and labels: a row that is already tokenized, or any other sample once it is."""
 
     input_ids: NDArray[np.int64]  # (length,)
     labels: NDArray[np.int64]  # (length,) the id itself (not shifted) where the loss counts it, or IGNORED
@@ -170,7 +170,7 @@ class TokenizedSample:
 
 
 def has_empty_answer(sample: object) -> bool:
-    """Return whether nothing but its end is to be learnt of an answer."""
+    """Return whether nothing but its end is to be learned of an answer."""
     if isinstance(sample, JudgedAnswers):
         return any(map(has_empty_answer, sample.answers))
     if isinstance(sample, Conversation):

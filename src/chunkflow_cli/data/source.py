@@ -182,6 +182,13 @@ class HubDataset:
             line += len(rows)
 
 
+MADE_BY = {
+    "data/stdlib_demo.jsonl": "python -m chunkflow_cli.cli.demo --data-only",
+    "data/stdlib_preferences.jsonl": "python -m chunkflow_cli.cli.demo --preferences",
+}
+"""Commands that write the data of recipes."""
+
+
 def open_source(
     path: str | Sequence[str],
     *,
@@ -221,9 +228,10 @@ def _local_files(parts: Sequence[tuple[Wish, Chosen | None]]) -> LocalFiles:
     files: list[SourceFile] = []
     for wish, chosen in parts:
         if chosen is None:
-            a_list = "\n  a data set of the hub cannot be part of a list" if len(parts) > 1 else ""
+            hint = "\n  a data set of the hub cannot be part of a list" if len(parts) > 1 else ""
+            hint = next((f"\n  to write it: {by}" for file, by in MADE_BY.items() if wish.named.endswith(file)), hint)
             raise UsageError(
-                f"{wish.named}: there is no such file or folder (relative to {printable(Path.cwd())}){a_list}"
+                f"{wish.named}: there is no such file or folder (relative to {printable(Path.cwd())}){hint}"
             )
         for note in chosen.notes:
             warn_once(f"{wish.named}: {note}")

@@ -125,7 +125,7 @@ class ChatTemplate:
 
         Raises:
             BadRowError: the template rejects the conversation, its targets cannot be found, or it writes nothing of
-                what is to be learnt.
+                what is to be learned.
         """
         given = self._given(conversation)
         answers = [turn["role"] == "assistant" for turn in given.messages]

@@ -1,7 +1,7 @@
 """Variables for the chat template, from `data.template_arguments` and from rows.
 
 They are what `apply_chat_template` takes as further keywords, such as `enable_thinking=False`. Names that it takes for
-itself are refused, and so are names that the template never reads: a misspelt argument would have no effect.
+itself are refused, and so are names that the template never reads: a misspelled argument would have no effect.
 """
 
 from __future__ import annotations

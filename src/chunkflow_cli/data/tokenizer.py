@@ -100,7 +100,8 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool, named: str | Non
     if path.exists() and not has_tokenizer(model_path):
         raise UsageError(
             f"{named} has no tokenizer\n"
-            "  copy the tokenizer's files (tokenizer.json ...) there, or use tokenised data: data.format=tokens"
+            "  name another model, copy the tokenizer's files (tokenizer.json ...) there, or use rows of token ids: "
+            "data.format=tokens"
         )
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer

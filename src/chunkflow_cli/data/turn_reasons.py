@@ -22,7 +22,7 @@ def nothing_written(number: int, *, is_cut: bool) -> str:
         return f"the chat template writes nothing of turn {number} once another turn follows it; {SPLIT}"
     return (
         f"the chat template writes nothing of what the assistant says in turn {number}, "
-        "so it cannot be learnt; use a template that writes it"
+        "so it cannot be learned; use a template that writes it"
     )
 
 

@@ -14,7 +14,7 @@ class TrainingEngine(Protocol):
     """The weights that this process trains, their gradients and their optimizer.
 
     An optimizer step is any number of forwards and backwards, then `step()`. The engine sums the gradients of all
-    backwards of all ranks, so the loss must already be normalised over the whole step.
+    backwards of all ranks, so the loss must already be normalized over the whole step.
     """
 
     module: nn.Module

@@ -77,7 +77,7 @@ def equal_share(partitions: Sequence[Partition], rank: int, ranks: int) -> list[
 
 def parts_to_write(partitions: Sequence[Partition], optimizer: torch.optim.Optimizer) -> Iterator[Part]:
     """Yield the partitions with their master weights and the states that `optimizer` keeps for them."""
-    states_of = functools.lru_cache(maxsize=1)(functools.partial(flat_states, optimizer))  # of neighbours, the same
+    states_of = functools.lru_cache(maxsize=1)(functools.partial(flat_states, optimizer))  # of neighbors, the same
     for partition in pulse.each(partitions):
         tensors, numbers = states_of(partition.stepped)
         yield Part(

@@ -1,6 +1,6 @@
 """The engine of one stage of a pipeline.
 
-It does not know chunks and passes no messages: the runner gives it what came from the neighbours. Between two steps it
+It does not know chunks and passes no messages: the runner gives it what came from the neighbors. Between two steps it
 takes any number of forwards and backwards, in any order. ZeRO 0 and 1 only: the others reduce within every backward.
 
 DeepSpeed's pipeline provides the process grid, the sums over tied weights and replicas, and the optimizer step. Its

@@ -21,7 +21,7 @@ from chunkflow_cli.planning.memory_parts import HEAD_TILE_BYTES
 PRODUCT_BYTES = 64 * 2**20
 """Maximum number of bytes of a product that is added to the head's float32 gradient."""
 FUSED_HEADS: set[type[nn.Module]] = {nn.Linear, LinearThroughFloat32}
-"""Heads that only multiply with their weight and add their bias. Others (LoRA, quantised) run their own forward."""
+"""Heads that only multiply with their weight and add their bias. Others (LoRA, quantized) run their own forward."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from chunkflow_cli.planning.schedule import Op, Schedule
 
 
 class Links:
-    """A stage's connections to its neighbours. All processes must create theirs, once and in the same order."""
+    """A stage's connections to its neighbors. All processes must create theirs, once and in the same order."""
 
     def __init__(self, pipelines: list[list[int]], device: torch.device) -> None:
         """
@@ -137,15 +137,15 @@ class Messages:
             work.wait()
         self._sent.clear()
         for inbox in self._inboxes.values():
-            assert inbox.is_empty, "a neighbour's schedule sends what this stage's does not receive"
+            assert inbox.is_empty, "a neighbor's schedule sends what this stage's does not receive"
 
 
 @dataclass
 class _Inbox:
-    """The messages from one neighbour."""
+    """The messages from one neighbor."""
 
     posted: deque[tuple[int, dist.Work, Tensor]] = field(default_factory=deque)
-    """Chunk, receive and its tensor, in the order in which the neighbour sends."""
+    """Chunk, receive and its tensor, in the order in which the neighbor sends."""
     _early: dict[int, Tensor] = field(default_factory=dict)
 
     def take(self, chunk: int) -> Tensor:

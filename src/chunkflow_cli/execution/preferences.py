@@ -34,9 +34,9 @@ class Known:
     is_desirable: NDArray[np.bool_] | None
     """(sequences,) labels under `kto`."""
     samples: int
-    """Pairs, or labelled answers, in the global batch."""
+    """Pairs, or labeled answers, in the global batch."""
     desirable: int = 0
-    """Labelled answers in the global batch that are good."""
+    """Labeled answers in the global batch that are good."""
     imitated_tokens: int = 0
     """Targets in the global batch that the additional cross entropy is the mean of."""
     divergence: float = 0.0

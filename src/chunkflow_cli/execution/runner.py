@@ -205,6 +205,6 @@ class _WholeModelStep(Step):
     def result(self) -> StepResult:
         assert not self._live, "the schedule left activations behind"
         tensors = [loss.double() for _, loss in self._losses]
-        values = torch.stack(tensors).tolist() if tensors else []  # one synchronisation per step
+        values = torch.stack(tensors).tolist() if tensors else []  # one synchronization per step
         losses = [(indices, value) for (indices, _), value in zip(self._losses, values, strict=True)]
         return self.context.result(losses, sum(self.context.target_tokens.values()))

@@ -26,7 +26,7 @@ from chunkflow_cli.model.loading import empty_model, random_model
 MOST_PARAMETERS = 400_000_000
 """Maximum number of parameters. A larger copy could take all memory, and minutes."""
 PROJECTION_STD = 1.6
-"""Spread of a projection of a normalised input: weights are drawn with this over sqrt(hidden_size), 0.2 at 64. Scores
+"""Spread of a projection of a normalized input: weights are drawn with this over sqrt(hidden_size), 0.2 at 64. Scores
 are far from zero then, so a missing soft cap or multiplier shows, but not so large that rounding drowns everything."""
 
 

@@ -158,7 +158,7 @@ class StepContext:
         return state
 
     def measure_state(self) -> None:
-        """Count the present size of the state store towards the peak of the step."""
+        """Count the present size of the state store toward the peak of the step."""
         self._peak_state_bytes = max(self._peak_state_bytes, self.store.nbytes)
 
     def gone_backward(self, indices: Iterable[int]) -> None:

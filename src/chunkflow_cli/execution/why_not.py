@@ -9,7 +9,7 @@ _STATE_IN_MODULE = (
 )
 _ALIBI = "it adds a bias that grows with the distance of two tokens to their score (ALiBi), which no kernel here does"
 _OWN_SCORES = (
-    "its modeling code computes, masks and normalises the scores of one forward itself: keys of earlier chunks cannot "
+    "its modeling code computes, masks and normalizes the scores of one forward itself: keys of earlier chunks cannot "
     "be added there, nor packed samples kept apart"
 )
 
@@ -36,7 +36,7 @@ REASONS = {
     "xglm": _OWN_SCORES,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
     "xlstm": "its recurrent layers run in code of their own, whose state cannot be handed on",
-    "zaya": "its attention mixes neighbouring tokens in code of its own, whose state cannot be handed on",
+    "zaya": "its attention mixes neighboring tokens in code of its own, whose state cannot be handed on",
 }
 """Model type -> reason. They explain a refusal and never cause one: the guard finds out by training."""
 

@@ -56,7 +56,7 @@ def adapter_card(config: ModelConfig, peft_model: Any) -> str:
         )
     if config.init is Init.random:
         note += (
-            "\nThe base model was initialised at random (`model.init=random`). Only `chunkflow export --merge` makes "
+            "\nThe base model was initialized at random (`model.init=random`). Only `chunkflow export --merge` makes "
             "the same base again.\n"
         )
     targets = f"- modules: {', '.join(sorted(settings.target_modules or ())) or 'none'}\n"

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) with peft: add them to a model, load saved ones, summarise what they train, save them."""
+"""Low-rank adapters (LoRA) with peft: add them to a model, load saved ones, summarize what they train, save them."""
 
 from __future__ import annotations
 

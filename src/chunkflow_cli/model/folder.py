@@ -29,7 +29,7 @@ REPAIR = "repair it, or download it again"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of numbers, as safetensors names them, that are the weights themselves. Others need scales."""
 QUANTISATIONS = ("quantization_config", "compression_config")
-"""Keys of config.json that describe quantised weights."""
+"""Keys of config.json that describe quantized weights."""
 SHOWN = 3
 """Maximum number of names that a message lists."""
 

@@ -214,9 +214,9 @@ def stored_quantisation(hf_config: Any) -> tuple[str, dict[str, Any]] | None:
 
 
 def _settle_quantisation(config: ModelConfig, hf_config: Any) -> None:
-    """Refuse quantised weights that are not dequantised on load.
+    """Refuse quantized weights that are not dequantized on load.
 
-    The model will have plain weights, and random ones are never quantised, so the setting is dropped.
+    The model will have plain weights, and random ones are never quantized, so the setting is dropped.
 
     Raises:
         UsageError: names the method.
@@ -231,12 +231,12 @@ def _settle_quantisation(config: ModelConfig, hf_config: Any) -> None:
             if is_dequantised and config.quantization is not Quantization.none:
                 raise UsageError(
                     f"model.quantization={config.quantization.value}: the weights of model.path={config.path} are "
-                    f"stored in {_method(settings)}, and cannot be converted and quantised at once\n  convert them to "
+                    f"stored in {_method(settings)}, and cannot be converted and quantized at once\n  convert them to "
                     "bfloat16 first, as docs/models.md shows, or set model.quantization=none"
                 )
             if config.init is not Init.random and not is_dequantised:
                 raise UsageError(
-                    f"model.path={config.path}: its weights are quantised ({_method(settings)}; {key} in config.json), "
+                    f"model.path={config.path}: its weights are quantized ({_method(settings)}; {key} in config.json), "
                     "and chunkflow trains floating-point weights only\n"
                     "  set model.path to the model that it was made from, which its model card names; "
                     "docs/models.md shows how to convert FP8 and MXFP4"
@@ -245,7 +245,7 @@ def _settle_quantisation(config: ModelConfig, hf_config: Any) -> None:
 
 
 def _method(settings: Any) -> str:
-    """Return the name of a quantisation method, as `quantization_config` has it; old ones of bitsandbytes have none."""
+    """Return the name of a quantization method, as `quantization_config` has it; old ones of bitsandbytes have none."""
     values = settings if isinstance(settings, dict) else settings.to_dict()
     named = values.get("quant_method")
     if named is not None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def load_model(
     config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str, seed: int
 ) -> PreTrainedModel:
-    """Return the model in train mode, on the CPU, without adapters. A quantised one is on the device of this process.
+    """Return the model in train mode, on the CPU, without adapters. A quantized one is on the device of this process.
 
     `attention` is the name of an implementation in transformers. `seed` decides the weights that are drawn: all of them
     with model.init=random, otherwise those of model.new_weights and the new rows of model.vocab_size.
@@ -76,7 +76,7 @@ def model_of_weights(
     """
     quiet_deepspeed()
     own_config = copy.deepcopy(hf_config)
-    if hasattr(own_config, "quantization_config"):  # they are not quantised any more
+    if hasattr(own_config, "quantization_config"):  # they are not quantized any more
         del own_config.quantization_config
     own_class = type(empty_model(own_config, dtype=dtype, trust_remote_code=config.trust_remote_code))
     language = language_class(hf_config)
@@ -178,7 +178,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
         check_dequantised(model, stored, named)
         say_once(f"{named}: its weights are stored in {stored}, and converted to {config.dtype.value} for training")
         own_dtype = re.compile("|".join(model._keep_in_fp32_modules_strict or ["(?!)"]))
-        for parameter_name, parameter in model.named_parameters():  # what was not quantised has the type of the files
+        for parameter_name, parameter in model.named_parameters():  # what was not quantized has the type of the files
             if own_dtype.search(parameter_name) is None:
                 parameter.data = parameter.data.to(dtype)
     if few_bits:
@@ -194,7 +194,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
 
 
 def _dequantise_on_load(config: ModelConfig, own: Any) -> str | None:
-    """Have transformers dequantise weights that were stored in few bits; return by which method, or None."""
+    """Have transformers dequantize weights that were stored in few bits; return by which method, or None."""
     from transformers import AutoConfig
 
     if config.path.endswith(".gguf"):
@@ -260,7 +260,7 @@ def check_adapters(config: ModelConfig, hf_config: PretrainedConfig) -> AdapterS
     """Return what the configured adapters train, read off the whole model without its weights.
 
     Raises:
-        UsageError: as `add_lora`, or something that is trained whole or adapted as a parameter is to be quantised.
+        UsageError: as `add_lora`, or something that is trained whole or adapted as a parameter is to be quantized.
     """
     model = on_meta_device(config, hf_config)
     if config.quantization is not Quantization.none and config.lora.path is None:

@@ -1,7 +1,7 @@
 """A frozen base in 4 or 8 bits under adapters (`model.quantization`), by bitsandbytes.
 
 Which layers are stored so, and how, is transformers' and bitsandbytes' choice. How they are multiplied with is ours: a
-layer's weight is dequantised to the model's data type for each product, in forward and backward. bitsandbytes' own
+layer's weight is dequantized to the model's data type for each product, in forward and backward. bitsandbytes' own
 forward for 8 bits rounds activations too, and picks columns to spare by all tokens of a call, so that the loss would
 depend on the chunks. Its forward for 4 bits takes other kernels for few tokens or without gradients, and on some CPUs
 packs the weights of a model in evaluation mode in a way that has no backward.
@@ -22,7 +22,7 @@ from chunkflow_cli.model.adapter_targets import MODULES_KEY, PARAMETERS_KEY, SAV
 
 KEY = "model.quantization"
 BLOCK, BLOCK_OF_SCALES = 64, 256
-"""Weights that share a scale in nf4, and scales that share one of their own (double quantisation)."""
+"""Weights that share a scale in nf4, and scales that share one of their own (double quantization)."""
 TABLES_BYTES = 4 * (16 + 256) + 4
 """Bytes of the tables of a layer in nf4: the 16 values of a weight, the 256 of a scale, and the mean of the scales."""
 
@@ -91,7 +91,7 @@ def quantised_layers(model: Any) -> dict[str, Any]:
 
 
 def check_quantised(model: Any, targets: Targets) -> None:
-    """Refuse targets that a quantised layer cannot be.
+    """Refuse targets that a quantized layer cannot be.
 
     Args:
         model: the whole model without adapters; on the meta device, too.
@@ -125,7 +125,7 @@ def stored_bytes(quantization: Quantization, layer: Any) -> int:
 
 
 def multiply_dequantised(model: nn.Module) -> None:
-    """Make the quantised layers of a loaded model multiply with their dequantised weights."""
+    """Make the quantized layers of a loaded model multiply with their dequantized weights."""
     import bitsandbytes
 
     for layer in model.modules():
@@ -136,7 +136,7 @@ def multiply_dequantised(model: nn.Module) -> None:
 
 
 def dequantise(model: Any, dtype: torch.dtype) -> None:
-    """Replace the quantised layers of a model by plain ones, whose weights are those that training multiplied with."""
+    """Replace the quantized layers of a model by plain ones, whose weights are those that training multiplied with."""
     from transformers.pytorch_utils import Conv1D
 
     layers: list[tuple[str, Any]] = list(model.named_modules())
@@ -158,7 +158,7 @@ def dequantise(model: Any, dtype: torch.dtype) -> None:
 
 
 def dequantised_weight(layer: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weight of a quantised layer, (out, in)."""
+    """Return the weight of a quantized layer, (out, in)."""
     import bitsandbytes.functional as functional
 
     weight = layer.weight
@@ -179,7 +179,7 @@ class _Dequantised(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """The product with a dequantised weight, which is not kept for backward."""
+    """The product with a dequantized weight, which is not kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: nn.Module) -> Tensor:

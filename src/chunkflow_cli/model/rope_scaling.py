@@ -158,7 +158,7 @@ def _far_parameters(text: Any) -> Mapping[str, Any] | None:
 
 @contextmanager
 def _complaints(said: str) -> Iterator[None]:
-    """Raise what transformers warns of or refuses within the block: it warns of a misspelt setting, and goes on.
+    """Raise what transformers warns of or refuses within the block: it warns of a misspelled setting, and goes on.
 
     Raises:
         UsageError: with its reason.

@@ -37,7 +37,7 @@ Kept = Callable[[dict[str, Any], Tensor], list[Tensor]]
 
 
 def _of_delta_rule(arguments: dict[str, Any], _: Tensor) -> list[Tensor]:
-    """Return what FLA's ChunkGatedDeltaRuleFunction saves: normalised copies, cumulated decays, a row of a block."""
+    """Return what FLA's ChunkGatedDeltaRuleFunction saves: normalized copies, cumulated decays, a row of a block."""
     key, beta = arguments["key"], arguments["beta"]
     own = [arguments[name].clone() for name in ("query", "key", "value", "beta")]
     norms = key.new_empty(2, *key.shape[:3], dtype=torch.float32)

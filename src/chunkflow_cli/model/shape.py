@@ -45,7 +45,7 @@ def shape_without_weights(
     shape = replace(
         model_shape(model, kernels),
         spared_bytes=sum(layer.weight.nbytes - stored_bytes(config.quantization, layer) for layer in layers.values()),
-        # bitsandbytes dequantises to float32 (int8), and a CPU multiplies in it (bfloat16).
+        # bitsandbytes dequantizes to float32 (int8), and a CPU multiplies in it (bfloat16).
         workspace_bytes=max((layer.weight.numel() * (dtype.itemsize + 4) for layer in layers.values()), default=0),
     )
     if config.lora.enabled:

@@ -1,7 +1,7 @@
 """Weights that the ranks of a node share in memory, although loading has changed them.
 
 A weight that is taken from its file as it is stays mapped, so all ranks of a node share its pages. One that is
-converted (another data type, experts that are stacked, quantised files) is memory of the rank alone. Then one rank
+converted (another data type, experts that are stacked, quantized files) is memory of the rank alone. Then one rank
 loads the model and writes the weights as they have become to a nameless file, and all ranks map that one. What is
 mapped can be written to: the pages that a rank changes become its own.
 """

@@ -30,7 +30,7 @@ CONSTANTS = re.compile(
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|scales|weight_scale(_inv)?|weight_packed|absmax|quant_map|SCB|\w+_(blocks|scales))$"
 )
-"""Ends of the names of tensors that only quantised weights have."""
+"""Ends of the names of tensors that only quantized weights have."""
 
 
 def check_loaded(model: Any, info: dict[str, Any], named: str, *, new: Sequence[str]) -> None:
@@ -153,7 +153,7 @@ def _is_inside(model: Any, name: str) -> bool:
 
 def _why_unknown(names: set[str]) -> str:
     if any(QUANTISED.search(name) for name in names):
-        return "the weights are quantised: set model.path to the model that they were made from"
+        return "the weights are quantized: set model.path to the model that they were made from"
     return (
         "without them the model computes something else: config.json does not describe these files (layers, biases or "
         "the architecture differ)"

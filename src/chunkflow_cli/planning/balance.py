@@ -63,7 +63,7 @@ class Shares:
     degree: NDArray[np.int64]
     """(sequences,) number of ranks that each sequence is spread over; 1 if one rank runs it alone."""
     first_rank: NDArray[np.int64]
-    """(sequences,) first of the `degree` neighbouring ranks that run it; a multiple of its degree."""
+    """(sequences,) first of the `degree` neighboring ranks that run it; a multiple of its degree."""
     seconds: float
     """Predicted seconds until the last rank is done, in the unit of the costs."""
 

@@ -40,10 +40,10 @@ class HeldWeights:
     largest_trained: int
     """Of the largest trained weight: its gradient is reduced alone if it is larger than a bucket."""
     spared_bytes: int = 0
-    """Bytes that quantised weights take less than in the model's data type."""
+    """Bytes that quantized weights take less than in the model's data type."""
 
     def bytes_in(self, element_bytes: int) -> int:
-        """Return the bytes of all weights, of which those that are not quantised have elements of that size."""
+        """Return the bytes of all weights, of which those that are not quantized have elements of that size."""
         return self.all * element_bytes - self.spared_bytes
 
 

@@ -65,7 +65,7 @@ def kept_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: s
 
     They are counted on the model's own modules (`model.shape_probe`). For the few models whose forward cannot show
     them, a formula follows transformers' Llama tensor by tensor (h = hidden, f = feed-forward, b =
-    element bytes). A norm keeps its input in float32 and its normalised value, and its output is the next product's
+    element bytes). A norm keeps its input in float32 and its normalized value, and its output is the next product's
     input: 4h + 2bh. Attention keeps queries, keys, values, its output and a float32 log-sum-exp per head. The gated
     feed-forward keeps gate, activation, up and their product: 4bf. Full checkpointing keeps the layer's input;
     selective keeps the results of products and of attention.

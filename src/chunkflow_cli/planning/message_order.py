@@ -2,7 +2,7 @@
 
 A receive that is posted ahead lets its message arrive during computation. On a GPU it also runs on the device until the
 message is there, and some things wait for the whole device: memory that the allocator gives back, the first use of a
-kernel, a profiler. So a stage posts a receive only after it has sent all that its neighbour needs to get as far as that
+kernel, a profiler. So a stage posts a receive only after it has sent all that its neighbor needs to get as far as that
 message. Then the others can deliver whatever a stage waits for.
 """
 
@@ -31,7 +31,7 @@ class Receive:
 
 
 def receives_of(schedules: Sequence[Schedule], stage: int) -> tuple[tuple[Receive, ...], ...]:
-    """Return the receives that a stage posts before each of its operations, in the order in which neighbours send.
+    """Return the receives that a stage posts before each of its operations, in the order in which neighbors send.
 
     Args:
         schedules: those of all stages.
@@ -51,7 +51,7 @@ def receives_of(schedules: Sequence[Schedule], stage: int) -> tuple[tuple[Receiv
 
 
 class _Neighbour:
-    """What has been exchanged with a neighbour so far."""
+    """What has been exchanged with a neighbor so far."""
 
     def __init__(self, own: Schedule, neighbour: Schedule, *, onward: bool) -> None:
         self._onward = onward
@@ -59,7 +59,7 @@ class _Neighbour:
         going = [chunk for op in own.ops if op.kind in self._goes for chunk in op.chunks]
         number = {chunk: index for index, chunk in enumerate(going, start=1)}
         self._coming: list[tuple[int, int]] = []
-        """Chunk of each message that comes, and how many must have gone before the neighbour can send it."""
+        """Chunk of each message that comes, and how many must have gone before the neighbor can send it."""
         gone_before = 0
         for op in neighbour.ops:
             if op.kind in self._goes:

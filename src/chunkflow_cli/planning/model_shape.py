@@ -45,10 +45,10 @@ class ModelShape:
     head_copy: int = 0
     """Likewise of the head. Where embedding and head share a weight, they share the copy, and both fields count it."""
     workspace_bytes: int = 0
-    """Most bytes that a layer needs for a moment: DoRA computes whole weights for their lengths, and a quantised layer
-    is multiplied with its dequantised weight."""
+    """Most bytes that a layer needs for a moment: DoRA computes whole weights for their lengths, and a quantized layer
+    is multiplied with its dequantized weight."""
     spared_bytes: int = 0
-    """Bytes that quantised layers take less than in the model's data type, all together."""
+    """Bytes that quantized layers take less than in the model's data type, all together."""
     largest_trained: int = 0
     """Numbers in the largest weight that gets a gradient."""
     is_head_tied: bool = False

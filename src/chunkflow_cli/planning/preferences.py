@@ -132,7 +132,7 @@ class Answers:
     """The sequences of each sample of preferences."""
 
     lengths: NDArray[np.int64]
-    """(samples, answers) tokens: of the chosen and the rejected sequence of a pair, or of one labelled sequence."""
+    """(samples, answers) tokens: of the chosen and the rejected sequence of a pair, or of one labeled sequence."""
     targets: NDArray[np.int64]
     """(samples, answers) tokens that the loss counts."""
     prompts: NDArray[np.int64] | None = None

@@ -178,7 +178,7 @@ class RunPlan:
     ranks: int = 1
     """Data-parallel ranks, those of all sequence-parallel groups together; all hold the same stage."""
     sequence: int = 1
-    """Neighbouring ranks that form a sequence-parallel group."""
+    """Neighboring ranks that form a sequence-parallel group."""
     spread_all: bool = False
     """Spread every chunk over its group, not only those of sequences that others would wait for. ZeRO-3
     and pipelines always do, because their ranks must run alike."""

@@ -2,7 +2,7 @@
 
     rank = (stage * data + data_rank) * sequence + sequence_rank
 
-The processes of a sequence-parallel group are neighbours (on one node, where links are fastest), and the stages of a
+The processes of a sequence-parallel group are neighbors (on one node, where links are fastest), and the stages of a
 pipeline are farthest apart, because they exchange the least. DeepSpeed's pipeline grid has the same order. Its "data"
 axis is data and sequence together, because gradients are summed over both.
 """

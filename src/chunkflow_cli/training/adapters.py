@@ -38,7 +38,7 @@ def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
 
 
 def describe_quantisation(config: Config, hf_config: Any) -> str:
-    """Return a line that says which part of the base is quantised, and how many bytes that saves."""
+    """Return a line that says which part of the base is quantized, and how many bytes that saves."""
     kind, model = config.model.quantization, on_meta_device(config.model, hf_config)
     layers = quantised_layers(model)
     whole, stored = (

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder: its name, the state.json in it, its checksums, and its neighbours.
+"""A checkpoint as a folder: its name, the state.json in it, its checksums, and its neighbors.
 
 state.json is written last. It lists every other file with its size and CRC-32, and ends with a hash of itself. So
 whatever changes in a checkpoint after it was written is found before anything is loaded: a flipped bit, a hole of

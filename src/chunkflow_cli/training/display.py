@@ -140,7 +140,7 @@ def print_training_summary(console: Console, report: dict[str, Any], run_folder:
         after = report.get("eval_parts_end", {})
         parts = [f"{name} {loss:.4f} -> {after[name]:.4f}" for name, loss in report.get("eval_parts_start", {}).items()]
         if parts:
-            rows["by part"] = ", ".join(parts)
+            rows["held-out parts"] = ", ".join(parts)
     if (accuracy := report.get("eval_accuracy_end")) is not None:
         before = report["eval_accuracy_start"]
         rows["held-out accuracy"] = ("" if before is None else f"{percent(before)} before, ") + (

@@ -16,7 +16,7 @@ def stop_where_answers_end(
 ) -> str | None:
     """Add to a generation configuration the tokens that end answers, and return a line that says so.
 
-    A model that is given another chat template, or a base model, has learnt to end an answer with a token at which its
+    A model that is given another chat template, or a base model, has learned to end an answer with a token at which its
     published configuration does not stop: it would go on talking to itself.
 
     Args:

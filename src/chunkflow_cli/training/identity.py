@@ -91,7 +91,7 @@ def identify(config: Config, data: RunData) -> RunIdentity:
             order[f"data.sources[{name_of(source)}].weight"] = source.weight
     if train.shuffle:
         order["train.seed"] = train.seed
-    if train.task is not Task.sft:  # what is learnt, too: the reference stays that of the first step
+    if train.task is not Task.sft:  # what is learned, too: the reference stays that of the first step
         learnt = asdict(config.preference)
         del learnt["share_prompts"]  # it changes rounding only
         order |= {"train.task": train.task.value, "preference": as_written(learnt)}

@@ -24,7 +24,7 @@ from chunkflow_cli.processes.notices import warn_once
 
 @dataclass(frozen=True)
 class RunData:
-    """The samples of a run, tokenised."""
+    """The samples of a run, tokenized."""
 
     read: TokenizedData
     """All samples of `data.path` or `data.sources`, with the counts of what was left out."""
@@ -71,7 +71,7 @@ class FoundData:
 def load_run_data(
     config: Config, hf_config: Any | None, keys: Sequence[str] = (), *, checks_positions: bool = True
 ) -> RunData:
-    """Tokenise the samples of the run, or read them from the cache.
+    """Tokenize the samples of the run, or read them from the cache.
 
     Args:
         hf_config: the model's configuration; None only if rows are token ids and no model is named.

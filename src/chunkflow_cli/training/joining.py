@@ -89,7 +89,7 @@ def load_data(config: Config, hf_config: Any | None, data: RunData | FoundData) 
     """Return the data on every rank, without reading and hashing it on each. Every process of the run calls it.
 
     A node that sees the token cache of the process that has found the data maps the same files. On a node with a cache
-    of its own, the first rank reads, hashes and if necessary tokenises the data, and the others wait.
+    of its own, the first rank reads, hashes and if necessary tokenizes the data, and the others wait.
 
     Args:
         data: as `open_folder` returns it.

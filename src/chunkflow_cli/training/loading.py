@@ -20,7 +20,7 @@ def load_on_every_rank(
     """Return the model on the CPU, as `load_model`. The ranks of a node share its pages until they change them.
 
     The first rank of each node loads it. The others map its files, or what the first one has made of them. Random and
-    quantised weights are made by each rank; quantised ones are on its device at once.
+    quantized weights are made by each rank; quantized ones are on its device at once.
 
     Raises:
         UsageError: as `load_model`, on all ranks.

@@ -1,7 +1,7 @@
 """Preferences of a run: facts about its samples, the batches of its steps, and their held-out loss.
 
 The reference model is the model that the run starts from. Its log-probabilities are computed once, before the first
-step, and kept next to the tokenised data, so no second model is ever on a device.
+step, and kept next to the tokenized data, so no second model is ever on a device.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def held_out_outcome(run: Prepared, state: RunState) -> dict[str, float]:
 def with_references(run: Prepared, state: RunState) -> RunPreferences:
     """Return the preferences of a run with the log-probabilities of the reference model: the model as it is now.
 
-    They are kept next to the tokenised data, and read from there if the same model has judged the same data before.
+    They are kept next to the tokenized data, and read from there if the same model has judged the same data before.
     Every process calls it.
 
     Raises:

@@ -1,6 +1,6 @@
 """Read small data before torch is imported, so that what is wrong with it is said in a second.
 
-Tokenising needs transformers, which imports torch if it can, and that takes seconds. So transformers is imported
+Tokenizing needs transformers, which imports torch if it can, and that takes seconds. So transformers is imported
 without torch first, and forgotten afterwards: it decides only once whether there is a torch.
 """
 
@@ -26,7 +26,7 @@ LARGEST_BYTES = 8 << 20
 
 
 def read_ahead(config: Config) -> tuple[str, ...]:
-    """Tokenise the data of a run if it is small, and return the keys of its entries in the cache.
+    """Tokenize the data of a run if it is small, and return the keys of its entries in the cache.
 
     Returns:
         `FoundData.keys`; nothing if the data is still to be read.

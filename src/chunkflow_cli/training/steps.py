@@ -270,7 +270,7 @@ def _refuse_loss(run: Prepared, step: StepPlan, rank: RankPlan, result: StepResu
 
 
 def refuse_spoilt_weights(run: Prepared, state: RunState) -> None:
-    """Fail if a weight or an optimizer state is not finite: nothing spoilt is ever saved. Every process calls it.
+    """Fail if a weight or an optimizer state is not finite: nothing spoiled is ever saved. Every process calls it.
 
     Raises:
         RunError: names the first one; the same on all processes.

@@ -192,7 +192,9 @@ def measure_best(
     if tuning.setup.calibration is None or config.tune.measure == 0:
         return {}
     place = ranked[0].offload_state  # one process measures all
-    best = [candidate for candidate in ranked if candidate.offload_state == place][: config.tune.measure]
+    # A larger chunk that changes nothing has the same seconds and bytes, and only noise would choose between them.
+    alike = {(each.step_seconds, each.memory_bytes): each for each in reversed(ranked) if each.offload_state == place}
+    best = list(reversed(alike.values()))[: config.tune.measure]
     if len(best) < 2:
         return {}  # there is nothing to compare
     totals = itertools.accumulate(candidate.step_seconds for candidate in best)

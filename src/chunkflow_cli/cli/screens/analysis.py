@@ -183,7 +183,7 @@ def _conclusion(found: dict[str, Any]) -> Text:
         lost = percent(cut["tokens_lost"] / found["tokens"])
         text.append(f"Truncating at {short_count(cut['limit'])} would lose {lost} of all tokens. ")
     size, empty = short_count(chunk["chunk_size"]), percent(chunk["waste"])
-    text.append(f"Chunks of {size} lose none, and {empty} of their room stays empty.")
+    text.append(f"Chunks of {size} lose no tokens, and leave {empty} of their room empty.")
     return text
 
 

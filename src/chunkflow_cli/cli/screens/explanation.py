@@ -17,7 +17,7 @@ def explain(
     best_of_layouts: Sequence[Candidate],
     measured_seconds: float | None,
 ) -> str:
-    """Return two sentences: how the best pair spends its time, and what its neighbours would cost.
+    """Return two sentences: how the best pair spends its time, and what its neighbors would cost.
 
     Args:
         measured_seconds: of a step with the best pair, if it has run.

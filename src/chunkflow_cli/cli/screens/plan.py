@@ -23,7 +23,7 @@ KINDS = {
     "W": ("weight gradient", "green", "#009988"),
     "P": ("first pass", "cyan", "#33bbee"),
 }
-"""Name, colour in a terminal and colour in a plot of each kind of operation, by its letter in a schedule."""
+"""Name, color in a terminal and color in a plot of each kind of operation, by its letter in a schedule."""
 IDLE = ("·", "idle", "dim")
 """Symbol, name and style of time without an operation."""
 SHOWN_OPERATIONS = 400

@@ -100,11 +100,11 @@ def _finish_axes(axes: Any, y: str) -> None:
 
 
 LABELLED_OPERATIONS = 120
-"""Maximum number of operations per row that are labelled with their chunk; more labels would be unreadable."""
+"""Maximum number of operations per row that are labeled with their chunk; more labels would be unreadable."""
 
 
 def plot_timeline(panels: Mapping[str, Timeline], path: Path) -> None:
-    """Draw the operations of each rank and stage over time, labelled with their chunks.
+    """Draw the operations of each rank and stage over time, labeled with their chunks.
 
     Args:
         panels: timelines by title, drawn one below the other.

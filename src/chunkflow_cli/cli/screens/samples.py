@@ -1,4 +1,4 @@
-"""The screen of `chunkflow analyze --show`: samples, with their targets in colour and in brackets."""
+"""The screen of `chunkflow analyze --show`: samples, with their targets in color and in brackets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chunkflow_cli.cli.samples import ShownSample
 from chunkflow_cli.console import counted, percent, shortened
 
 OPEN, CLOSE = "⟦", "⟧"
-"""Brackets around targets. Colour alone is lost in a pipe, and not everyone can see it."""
+"""Brackets around targets. Color alone is lost in a pipe, and not everyone can see it."""
 WHOLE_TOKENS = 600
 """Maximum number of tokens in a sample that is shown whole."""
 EDGE_TOKENS = 50

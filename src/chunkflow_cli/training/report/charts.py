@@ -80,7 +80,7 @@ def draw(chart: Chart) -> str:
 
 
 def thinned(series: Series) -> Series:
-    """Return a series of at most `MOST_POINTS`: means of equally many neighbours, at the step of the last of them."""
+    """Return a series of at most `MOST_POINTS`: means of equally many neighbors, at the step of the last of them."""
     if len(series.steps) <= MOST_POINTS:
         return series
     of_each = -(-len(series.steps) // MOST_POINTS)
