@@ -79,14 +79,14 @@ def measured_data(config: Config, *, show: int | None) -> MeasuredData:
         return _counted(config, format, show)
     if show:
         raise UsageError(
-            f"--show={show}: samples can only be shown as they are tokenised, and no tokenizer is named\n"
+            f"--show={show}: samples can only be shown as they are tokenized, and no tokenizer is named\n"
             "  name one with model.path=MODEL or recipe=NAME"
         )
     return _estimated(config, source, format)
 
 
 def _counted(config: Config, format: DataFormat, show: int | None) -> MeasuredData:
-    """Tokenise the data set at `data.path`, and measure its samples."""
+    """Tokenize the data set at `data.path`, and measure its samples."""
     vocab_size, limit = _vocabulary_and_limit(config.model) if config.model.path else (None, config.data.max_length)
     tokenizer = _tokenizer(config.data, config.model, format, show=show)
     data = tokenize_source(

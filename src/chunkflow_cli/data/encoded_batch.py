@@ -29,7 +29,7 @@ class EncodedBatch:
     digests: NDArray[np.uint64]  # (samples,), equal if tokens and targets are equal
     lines: NDArray[np.int64]  # (samples,), the same for all samples of a row
     marks: NDArray[np.int64]
-    """(samples,) of a pair, the tokens of its chosen sequence, which comes first; of a labelled answer 1 if it is good,
+    """(samples,) of a pair, the tokens of its chosen sequence, which comes first; of a labeled answer 1 if it is good,
     otherwise 0; -1 for all other samples."""
     file: int
     rejected: list[RejectedRow]
