@@ -694,7 +694,7 @@ def test_plots_that_cannot_be_written_are_refused_before_the_work(
     name: str, message: str, chats: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error comes before the tokenizing, which may take an hour."""
-    monkeypatch.setattr(analyze, "measure", lambda *_: pytest.fail("the data was read"))
+    monkeypatch.setattr(analyze, "measured_data", lambda *_: pytest.fail("the data was read"))
     with pytest.raises(UsageError, match=message):
         found(chats, plot=str(tmp_path / name))
 
