@@ -14,7 +14,7 @@ from chunkflow_cli import __version__
 from chunkflow_cli.cli.command import Request, Result, command, home_expanded
 from chunkflow_cli.cli.completion import complete_override, complete_recipe
 from chunkflow_cli.cli.mistakes import Commands
-from chunkflow_cli.errors import RunError
+from chunkflow_cli.errors import ChunkflowError
 
 app = typer.Typer(
     cls=Commands,
@@ -439,13 +439,16 @@ def copy_recipe(
 
 @contextmanager
 def _output_complete() -> Iterator[None]:
-    """Print the error, and exit, if what the block printed cannot be written, such as help to a full disk."""
+    """Print the error, and exit, if the environment is wrong, or what the block printed cannot be written.
+
+    Such as help to a full disk.
+    """
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
-    except RunError as error:
+    except ChunkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
@@ -460,6 +463,8 @@ def main() -> None:
     from chunkflow_cli.processes import environment, worker
 
     streams.prepare()
+    with _output_complete():
+        environment.check_own_variables()
     worker.end_with_parent()
     environment.forget_other_ranks()
     if os.environ.get("COLUMNS", "").strip("0") == "":
