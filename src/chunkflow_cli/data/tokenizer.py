@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.hub import go_offline_if_unreachable
+from chunkflow_cli.hub import go_offline_if_unreachable, import_models
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -102,6 +102,7 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool, named: str | Non
             f"{named} has no tokenizer\n"
             "  copy the tokenizer's files (tokenizer.json ...) there, or use tokenised data: data.format=tokens"
         )
+    import_models()
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
