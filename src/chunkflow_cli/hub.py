@@ -61,6 +61,6 @@ def import_models() -> None:
 
     utils.define_import_structure = define_import_structure
     try:
-        import transformers.models  # noqa: F401
+        import transformers.models
     finally:
         utils.define_import_structure = read

@@ -58,6 +58,8 @@ _FREE_VALUES: dict[str, tuple[object, ...]] = {
     "reasoning": ("on", "off"),
 }
 """Values without effect: of JSON strings, of parameters of API requests, and of notes (Nemotron)."""
+_OF_THE_LOSS = frozenset({"weight", "weights", "mask", "masks", "masked", "loss", "train", "trained", "trainable"})
+"""Words in the names of lists that say which turns the loss counts."""
 _ANSWERS = ("completion", "response", "output", "answer", "answers", "choices")
 _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
 """Lists that tokenizers add and that no trainer reads."""
@@ -98,10 +100,21 @@ def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
     """
     suspects = _SUSPECTS_WITH_IDS if format is DataFormat.tokens else _SUSPECTS
     for key, value in row.items():
+        if format is not DataFormat.tokens and key not in suspects and _is_share_of_turns(key, value):
+            raise BadRowError(
+                f"{key} is a list of numbers about what the loss counts, and is not read; write 0 or 1 as weight into "
+                f"each message, or {_REMOVE}"
+            )
         if (key in suspects or key.endswith(("_mask", "_masks"))) and key not in _READ[format] and not is_absent(value):
             _check_field(row, key, value, format)
     if format in _TEXTS_READ:
         _check_asked(row, format)
+
+
+def _is_share_of_turns(key: str, value: object) -> bool:
+    """Return whether a key is named after weights, masks or training, and holds numbers: of turns, or for each."""
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, (int, float)) for item in value)
+    return is_list and not _OF_THE_LOSS.isdisjoint(key.lower().replace("-", "_").split("_"))
 
 
 def _check_asked(row: Mapping[str, Any], format: DataFormat) -> None:
