@@ -281,6 +281,7 @@ def test_why_a_conversation_has_no_targets(encoders: dict[DataFormat, Encoder]) 
             {"prompt_length": 2},
             "prompt_length is not read; say what the loss counts with labels or completion",
         ),
+        ("text", {"example_weight": 0.25}, "example_weight is 0.25, and all rows count equally; remove or rename"),
         ("messages", {"weights": [0, 1]}, "weights is a list of numbers about what the loss counts, and is not read;"),
         ("sharegpt", {"turn_mask": [True]}, "turn_mask is a list of numbers about what the loss counts"),
         ("messages", {"masked_turns": [1]}, "write 0 or 1 as weight into each message"),

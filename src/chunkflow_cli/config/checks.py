@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any
 
 from chunkflow_cli.config.deepspeed_keys import check_deepspeed
@@ -68,6 +69,8 @@ def _check_values(of: Any, prefix: str = "") -> None:
         if entry.metadata.get("path"):
             _check_path(name, value)
         for index, element in enumerate(value) if isinstance(value, list) else ():
+            if isinstance(element, Enum) and element in value[:index]:
+                raise UsageError(f"{name}={as_written(value)} has {element.value} twice\n  name it once")
             if is_dataclass(element):
                 _check_values(element, f"{name}[{index}].")
 

@@ -58,12 +58,14 @@ _FREE_VALUES: dict[str, tuple[object, ...]] = {
     "reasoning": ("on", "off"),
 }
 """Values without effect: of JSON strings, of parameters of API requests, and of notes (Nemotron)."""
+_WEIGHTS = {f"{name}_weight" for name in ("sample", "example", "instance", "row", "chosen", "rejected")}
+"""Names of how much a row counts, or one of its answers."""
 _OF_THE_LOSS = frozenset({"weight", "weights", "mask", "masks", "masked", "loss", "train", "trained", "trainable"})
 """Words in the names of lists that say which turns the loss counts."""
 _ANSWERS = ("completion", "response", "output", "answer", "answers", "choices")
 _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
 """Lists that tokenizers add and that no trainer reads."""
-_SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, "sample_weight", "label", "kto_tag", "prompt"}
+_SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, *_WEIGHTS, "label", "kto_tag", "prompt"}
 _SUSPECTS_WITH_IDS = _SUSPECTS | _BESIDE_IDS
 
 _IN_CONVERSATIONS = frozenset({"tools", "functions", "chat_template_kwargs", *SYSTEM})
@@ -149,7 +151,7 @@ def check_has_no_turns(row: Mapping[str, Any]) -> None:
 
 
 def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataFormat) -> None:
-    if key in SWITCHES or key == "sample_weight":
+    if key in SWITCHES or key in _WEIGHTS:
         _check_weight(key, value)
     elif key in _PREFERENCE and format in (DataFormat.preference, DataFormat.feedback):
         if format is DataFormat.feedback:
