@@ -80,6 +80,23 @@ def checksum(path: Path) -> str:
     return f"{crc:08x}"
 
 
+def describe_file(path: Path) -> str:
+    """Return size and checksum of a file, for lists of what was written."""
+    return f"{path.stat().st_size} {checksum(path)}"
+
+
+def change_of(path: Path, written: str) -> str | None:
+    """Return how a file differs from what `describe_file` said when it was written; None if it does not.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size, before = path.stat().st_size, int(written.partition(" ")[0])
+    if size != before:
+        return f"it has {size:,} bytes, {before:,} were written"
+    return None if describe_file(path) == written else "its content is not what was written (checksum)"
+
+
 def delete_aside(folder: Path) -> None:
     """Delete what a killed or failed `written_aside` has left of a folder."""
     if (temporary := _aside(folder.resolve())).exists():

@@ -18,6 +18,7 @@ from chunkflow_cli.config.schema import LoraConfig, ModelConfig
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
 from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.folder import CHECKSUMS, write_checksums
 from chunkflow_cli.model.saving import save_generation
 from support.tokenizers import CHATML, make_tokenizer
 
@@ -47,6 +48,7 @@ def make_run(tiny_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Pa
         model.generation_config.eos_token_id = [END]
         save_generation(folder / "final", model.generation_config)
         make_tokenizer(folder / "final", template=template)
+        write_checksums(folder / "final")
         (folder / ".hydra").mkdir()
         config = {
             "model": {"path": str(base), "dtype": "float32"}, "train": {"seed": 0, "output_dir": str(folder)},
@@ -56,6 +58,12 @@ def make_run(tiny_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Pa
         return folder
 
     return make
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
 
 
 def plain(run: Path, text: str, tokens: int, *, lora: bool) -> str:
@@ -171,6 +179,9 @@ def test_what_is_no_run_or_damaged_is_said(make_run: Callable[..., Path], tmp_pa
         export.run(str(run), output=str(run / "final" / "x"), merge=False)
     with pytest.raises(UsageError, match="--prompt is not valid UTF-8"):
         chat.run(str(run), prompt="\udcff", max_tokens=1)
+    flip_a_bit(run / "final" / "model.safetensors")
+    with pytest.raises(RunError, match=r"is damaged: .*model.safetensors is damaged: its content is not what was"):
+        FinishedRun.at(str(run))
     for name in ("tokenizer.json", "model.safetensors", "config.json"):
         (run / "final" / name).write_text("{")
         with pytest.raises(RunError, match=rf"the result of this run is damaged: .*{name}"):
@@ -180,9 +191,20 @@ def test_what_is_no_run_or_damaged_is_said(make_run: Callable[..., Path], tmp_pa
         FinishedRun(run).config["model"]
 
 
+def test_damage_in_the_numbers_of_an_adapter_is_found_after_an_export(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    export.run(str(make_run(lora=True)), output=str(tmp_path / "copy"), merge=False)
+    flip_a_bit(tmp_path / "copy" / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match=r"model.lora.path=.*copy: adapter_model.safetensors is damaged"):
+        add_lora(base, LoraConfig(enabled=True, path=str(tmp_path / "copy")))
+
+
 def test_a_merge_stops_where_the_run_learnt_to(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run(lora=True)
     export.run(str(run), output=str(tmp_path / "merged"), merge=True)
+    assert set(json.loads((tmp_path / "merged" / CHECKSUMS).read_text())) == {"model.safetensors", "tokenizer.json"}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.generation_config.eos_token_id == [END]
     card = (tmp_path / "merged" / "README.md").read_text()

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.planning.devices import DEVICES
+from chunkflow_cli.training import tuning
 from chunkflow_cli.training.setup import calibration_path, read_setup
 
 pytestmark = pytest.mark.processes
@@ -120,6 +122,28 @@ def test_bad_input_is_a_clear_line_and_exit_2(words: list[str], message: str) ->
     assert message in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("wanted", "seconds", "ran"), [
+    (3, 2.0, ["64:1", "64:2"]), (2, 2.0, ["64:1", "64:2"]), (3, 9.0, None),  # half of the budget: 10 s
+    (1, 9.0, ["64:1"]), (1, 11.0, None), (0, 1.0, []),
+])  # fmt: skip
+def test_the_best_pairs_run_or_a_line_says_why_not(
+    wanted: int, seconds: float, ran: list[str] | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def pretend(arguments: list[str], *_: Any) -> None:
+        pairs = arguments[arguments.index("--pairs") + 1 : arguments.index("--step")]
+        rows = [{"chunk_size": 64, "k": int(pair[-1]), "seconds": 0.5} for pair in pairs]
+        Path(arguments[arguments.index("--out") + 1]).write_text(json.dumps(rows))
+
+    monkeypatch.setattr(tuning, "_run_measurement", pretend)
+    ranked: Any = [SimpleNamespace(chunk_size=64, k=k, step_seconds=seconds, offload_state="none") for k in (1, 2)]
+    facts: Any = SimpleNamespace(setup=SimpleNamespace(calibration=1), search=SimpleNamespace(steps=[0]))
+    loaded = load(["recipe=tiny_random", f"tune.measure={wanted}", "tune.budget_seconds=20"])
+    found = tuning.measure_best(loaded, None, ranked, facts)
+    assert found == {(64, int(pair[-1]), "none"): 0.5 for pair in ran or []}
+    assert ("Not measured: a step takes about" in capsys.readouterr().err) == (ran is None)
 
 
 def test_a_file_without_overrides_is_refused(tmp_path: Path) -> None:

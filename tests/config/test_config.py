@@ -159,6 +159,7 @@ def test_deepspeed_section_is_open() -> None:
         (["model.lora.r=8"], ["model.lora.r=8", "model.lora.enabled=false", "set model.lora.enabled=true"]),
         (["preference.beta=0.5"], ["preference.beta=0.5", "train.task=sft", "set train.task=dpo"]),
         (["train.task=dpo", "preference.gamma=1"], ["preference.gamma=1.0", "preference.loss=sigmoid", "simpo"]),
+        (["log.backends=[jsonl,wandb,jsonl]"], ["log.backends=[jsonl,wandb,jsonl] has jsonl twice"]),
         (["log.run_name=x"], ["log.run_name=x", "log.backends=[jsonl]", "add wandb"]),
         (["~chunk.size"], ["~chunk.size", "cannot be removed", "set its value"]),
         (["~chunk"], ["~chunk", "cannot be removed"]),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from chunkflow_cli.cli.train import combinations, run_sweep
+from chunkflow_cli.cli.train import combinations, run_sweep, without_idle_words
 from chunkflow_cli.config import key_files
 from chunkflow_cli.config.checks import check
 from chunkflow_cli.config.foreign import FOREIGN
@@ -167,6 +167,29 @@ def test_commas_are_several_runs_only_in_a_sweep(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"train.output_dir=a,b: .* in one directory"):
         run_sweep(["recipe=tiny_random", "train.output_dir=a,b"], config_dir=None, json_output=True)
     assert load([f"train.output_dir={tmp_path}/a,b"]).config.train.output_dir == f"{tmp_path}/a,b"
+
+
+@pytest.mark.parametrize(("typed", "runs", "left_out"), [
+    (["optim=adamw,sgd", "optim.momentum=0.9"], [["optim=adamw"], ["optim=sgd", "optim.momentum=0.9"]],
+     ["optim.momentum=0.9"]),
+    (["optim.schedule=constant,linear", "optim.min_lr_ratio=0.1,0.2"],  # three different runs, not four
+     [["optim.schedule=constant"], ["optim.schedule=linear", "optim.min_lr_ratio=0.1"],
+      ["optim.schedule=linear", "optim.min_lr_ratio=0.2"]], ["optim.min_lr_ratio=0.1", "optim.min_lr_ratio=0.2"]),
+    (["model.lora.enabled=true,false", "model.lora={r: 4, alpha: 8}"],
+     [["model.lora.enabled=True", "model.lora.r=4", "model.lora.alpha=8"], ["model.lora.enabled=False"]],
+     ["model.lora.alpha=8", "model.lora.r=4"]),
+])  # fmt: skip
+def test_a_sweep_leaves_a_key_out_of_runs_in_which_it_has_no_effect(
+    typed: list[str], runs: list[list[str]], left_out: list[str]
+) -> None:
+    assert without_idle_words(combinations(typed)) == (runs, left_out)
+    for words in runs:
+        load(words)
+
+
+def test_a_key_without_effect_in_any_run_of_a_sweep_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"optim.momentum=0.9 has no effect with optim.name=adamw"):
+        run_sweep(["recipe=tiny_random", "train.seed=1,2", "optim.momentum=0.9"], config_dir=None, json_output=True)
 
 
 def test_two_files_with_a_comma(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ def test_fields_that_say_nothing_or_describe_the_row_are_ignored(
         "label": 3,
         "loss": 2.5,
         "reasoning": "off",
+        "trained_on": ["set"],
+        "weights": [],
     }
     neutral = {"weight": 1, "train": True, "images": [], "rejected": "", "tool_choice": "auto", "score_chosen": 1.0}
     row = empty | notes | neutral | {"nan": float("nan")} | ROWS[format]
@@ -279,6 +281,11 @@ def test_why_a_conversation_has_no_targets(encoders: dict[DataFormat, Encoder]) 
             {"prompt_length": 2},
             "prompt_length is not read; say what the loss counts with labels or completion",
         ),
+        ("text", {"example_weight": 0.25}, "example_weight is 0.25, and all rows count equally; remove or rename"),
+        ("messages", {"weights": [0, 1]}, "weights is a list of numbers about what the loss counts, and is not read;"),
+        ("sharegpt", {"turn_mask": [True]}, "turn_mask is a list of numbers about what the loss counts"),
+        ("messages", {"masked_turns": [1]}, "write 0 or 1 as weight into each message"),
+        ("alpaca", {"train-on-turns": [0, 1]}, "train-on-turns is a list of numbers about what the loss counts"),
         ("tokens", {"label": [IGNORED, 6, 7, 8]}, "label has a number for each token, and chunkflow does not know"),
         ("tokens", {"anything": [0.1, 1, 2, 3]}, "anything has a number for each token, and chunkflow does not know"),
     ],

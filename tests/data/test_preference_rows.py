@@ -151,6 +151,25 @@ BAD = {
         {"prompt": [ASKED], "chosen": [BLUE], "rejected": [ASKED]},
         "rejected has no message of the assistant",
     ),
+    "the prompt again": (
+        {"prompt": [ASKED], "chosen": [BLUE], "rejected": [ASKED, GREEN]},
+        "rejected after the prompt begins with the role user, and every token of an answer counts",
+    ),
+    "two prompts": (
+        {
+            "chosen": [{"role": "system", "content": "s"}, ASKED, BLUE],
+            "rejected": [{"role": "system", "content": "s"}, {"role": "user", "content": "grass?"}, GREEN],
+        },
+        "chosen after the prompt begins with the role user.*begin both answers with the same question",
+    ),
+    "another question behind": (
+        {"prompt": [ASKED], "chosen": [BLUE, ASKED], "rejected": [GREEN]},
+        "chosen ends with the role user, and every token of an answer counts; remove it",
+    ),
+    "weights of answers": (
+        {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_weight": 2},
+        "chosen_weight is 2, and all rows count",
+    ),
     "the same but for a name": (
         {"prompt": [ASKED], "chosen": [BLUE], "rejected": [{**BLUE, "name": "n"}]},
         "the same tokens",

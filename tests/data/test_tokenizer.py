@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,17 @@ def test_arguments_of_a_row(chatml: Path, tmp_path: Path) -> None:
     for bad in ([1], "no", 5):
         with pytest.raises(UsageError, match="chat_template_kwargs is"):
             load(write_rows(tmp_path / "a.jsonl", [{**ROWS[0], "chat_template_kwargs": bad}]), chatml)
+
+
+def test_the_quick_import_of_models_offers_what_the_usual_one_does() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from chunkflow_cli.hub import import_models; import_models()\n"
+        "import transformers.models as quick\n"
+        "from transformers.utils import import_utils as utils\n"
+        "usual = utils._LazyModule('usual', quick.__file__, utils.define_import_structure(quick.__file__))\n"
+        "names = ('_modules', '_class_to_module', '_object_missing_backend')\n"
+        "assert all(vars(quick)[name] == vars(usual)[name] for name in names)\n"
+        "assert len(usual._modules) > 400\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

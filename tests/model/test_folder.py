@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from safetensors.torch import save_file
 
 from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.folder import check_settings, check_weights, tensors_of
+from chunkflow_cli.model.folder import check_settings, check_weights, tensors_of, write_checksums
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import check_files, on_meta_device
+from chunkflow_cli.model.loading import check_files, load_model, on_meta_device
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 5\n"
 
@@ -160,3 +161,27 @@ def test_a_file_passes_exactly_if_the_safetensors_library_reads_it(
             tensors_of(file, "m")
     else:
         assert {name: facts["shape"] for name, facts in tensors_of(file, "m").items()} == expected
+
+
+def test_damaged_numbers_of_a_model_that_chunkflow_wrote_are_found(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Headers and sizes do not show them."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    config, file = ModelConfig(path=str(tmp_path)), tmp_path / "model.safetensors"
+
+    def load() -> None:
+        load_model(config, load_config(config), dtype=torch.float32, attention="sdpa", seed=0)
+
+    write_checksums(tmp_path)
+    load()
+    content = bytearray(file.read_bytes())
+    content[-2000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"model.safetensors is damaged: .*(.|\n)*delete {tmp_path}/checksums.json"):
+        load()
+    (tmp_path / "checksums.json").write_text('{"model.safetensors": 5}')
+    with pytest.raises(UsageError, match=r"model.safetensors cannot be compared with checksums.json"):
+        load()
+    (tmp_path / "checksums.json").unlink()  # as somebody does who has changed the weights
+    load()

@@ -26,7 +26,14 @@ from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.processes import watch_folder
 from chunkflow_cli.processes.deepspeed_launcher import deepspeed_command, exported_environment, launcher_environment
-from chunkflow_cli.processes.environment import forget_other_ranks, local_environment, processes, rank, threads_of_user
+from chunkflow_cli.processes.environment import (
+    check_own_variables,
+    forget_other_ranks,
+    local_environment,
+    processes,
+    rank,
+    threads_of_user,
+)
 from chunkflow_cli.processes.failures import FailureRecord, read_failure
 from chunkflow_cli.processes.first_cause import explained, first_cause, silent_failure
 from chunkflow_cli.processes.hang_watch import watched_together
@@ -427,6 +434,53 @@ def test_a_process_on_its_own_ignores_what_scripts_left(
     assert (rank(), processes()) == (0, 1)
     forget_other_ranks()
     assert not any(name in os.environ for name in LAUNCHER_VARIABLES)  # DeepSpeed and torch look there, too
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"CHUNKFLOW_RUN_FOLDER": "/x"}, "CHUNKFLOW_RUN_FOLDER=/x in the environment makes this process a rank"),
+    ({"CHUNKFLOW_RUN_FOLDER": "/x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "of a run, but RANK is not set"),
+    ({"CHUNKFLOW_RUN_FOLDER": "/x", "CHUNKFLOW_LAUNCHER_PID": "1"}, "LAUNCHER_PID=1 in the environment is not the proc"),
+    ({"CHUNKFLOW_LAUNCHER_PID": "abc"}, "CHUNKFLOW_LAUNCHER_PID=abc in the environment is not the process that"),
+    ({"CHUNKFLOW_PARENT_PID": ""}, "unset CHUNKFLOW_PARENT_PID: chunkflow sets it"),
+])  # fmt: skip
+def test_variables_of_our_own_processes_in_the_environment_of_a_user_are_named(
+    given: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """They would make the process a rank, which looks for its launcher, or end it without a word."""
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        check_own_variables()
+
+
+def test_a_command_checks_our_own_variables(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-P", "-m", "chunkflow_cli", "--version"]
+    stray = {**environment, "CHUNKFLOW_PARENT_PID": "1"}
+    ended = subprocess.run(command, env=stray, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: CHUNKFLOW_PARENT_PID=1 in the environment")
+
+
+def test_our_own_variables_are_right_in_processes_that_we_start(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name in ("CHUNKFLOW_PARENT_PID", "CHUNKFLOW_LAUNCHER_PID"):
+        monkeypatch.setenv(name, str(os.getppid()))
+    check_own_variables()
+    monkeypatch.setenv("CHUNKFLOW_RUN_FOLDER", "/x")
+    check_own_variables()
+
+
+def test_an_error_of_a_rank_without_a_watch_folder_is_printed(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """A launcher on another node cannot read what this node cannot write."""
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**ranks, "CHUNKFLOW_RUN_FOLDER": "/x", "CHUNKFLOW_OMP_NUM_THREADS": ""}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, ["train", "recipe=tiny_random"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: rank 1: the run's folder /x does not exist on this node\n")
 
 
 def test_the_number_of_ranks_is_the_launchers(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:

@@ -22,12 +22,12 @@ from chunkflow_cli.engine import Engine, EngineSettings, StateFiles, state_files
 from chunkflow_cli.engine.partitions import kept_partitions
 from chunkflow_cli.engine.state_files import Part, write_parts
 from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.files import describe_file
 from chunkflow_cli.training import checkpoint as checkpoints
 from chunkflow_cli.training import checkpoint_folder
 from chunkflow_cli.training.checkpoint import Progress, load_checkpoint, random_states, save_checkpoint
 from chunkflow_cli.training.checkpoint_folder import (
     check_files,
-    describe_file,
     newest_checkpoint,
     read_state,
     set_aside,

@@ -225,7 +225,7 @@ def test_lora_run_exports_merged(finished: dict[str, Path], tmp_path: Path) -> N
     from peft import PeftModel
 
     run, output = finished["lora"], tmp_path / "merged"
-    assert (run / "final" / "adapter_model.safetensors").is_file()
+    assert set(json.loads((run / "final" / "checksums.json").read_text())) == {"adapter_model.safetensors"}
     result = CliRunner().invoke(app, ["export", str(run), "--merge", "--output", str(output), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {"output": str(output), "merged": True}

@@ -143,14 +143,13 @@ def run_command(function: Callable[[], Result], json_output: bool, debug: bool) 
     except typer.Exit:
         raise
     except (KeyboardInterrupt, Exception) as error:
-        if environment.worker_folder() is not None:
-            from chunkflow_cli.processes.failures import record_failure
+        from chunkflow_cli.processes.failures import record_failure
 
-            record_failure(error)
-        elif debug and not isinstance(error, KeyboardInterrupt):
-            traceback.print_exc()
-        else:
-            print(_in_a_few_lines(error, environment.rank_in_messages()), file=sys.stderr)
+        if not record_failure(error):
+            if debug and not isinstance(error, KeyboardInterrupt):
+                traceback.print_exc()
+            else:
+                print(_in_a_few_lines(error, environment.rank_in_messages()), file=sys.stderr)
         raise typer.Exit(exit_code_of(error)) from None
     return result
 
@@ -159,4 +158,4 @@ def _in_a_few_lines(error: BaseException, rank: str) -> str:
     if isinstance(error, KeyboardInterrupt):
         return f"{rank}{describe(error)}"
     hint = "\n  for the full traceback, run the same command with --debug" if is_unexpected(error) else ""
-    return f"error: {rank}{describe(error)}{hint}"
+    return f"error: {rank}{describe(error).removeprefix(rank)}{hint}"

@@ -17,6 +17,7 @@ from chunkflow_cli.console import human_bytes, stderr_console, stdout_console, w
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.files import to_be_writable, written_aside
 from chunkflow_cli.model.adapter_merge import merge_adapters
+from chunkflow_cli.model.folder import write_checksums
 from chunkflow_cli.model.quantised import dequantise
 from chunkflow_cli.model.saving import GENERATION_CONFIG, loading_code, save_model, save_tokenizer
 
@@ -120,6 +121,7 @@ def _merge(source: FinishedRun, target: Path) -> list[str]:
     save_model(target, merged, merged.state_dict())
     if source.has_tokenizer:
         save_tokenizer(target, AutoTokenizer.from_pretrained(str(source.final)))
+    write_checksums(target)
     notes = [f"Merged into {config.path}, in {config.dtype.value}"]
     if config.quantization is not Quantization.none:
         notes.append(f"Its weights are those of the {config.quantization.value} base that the adapter was trained on")

@@ -9,19 +9,22 @@ from contextlib import contextmanager
 
 from chunkflow_cli import streams
 from chunkflow_cli.cli.app import app
-from chunkflow_cli.errors import RunError
+from chunkflow_cli.errors import ChunkflowError
 from chunkflow_cli.processes import environment, worker
 
 
 @contextmanager
 def _output_complete() -> Iterator[None]:
-    """Print the error, and exit, if what the block printed cannot be written, such as help to a full disk."""
+    """Print the error, and exit, if the environment is wrong, or what the block printed cannot be written.
+
+    Such as help to a full disk.
+    """
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
-    except RunError as error:
+    except ChunkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
@@ -33,6 +36,8 @@ def main() -> None:
     for which the interpreter may take another exit code.
     """
     streams.prepare()
+    with _output_complete():
+        environment.check_own_variables()
     worker.end_with_parent()
     environment.forget_other_ranks()
     if os.environ.get("COLUMNS", "").strip("0") == "":

@@ -18,11 +18,12 @@ from rich.text import Text
 
 from chunkflow_cli.cli.command import Request, Result
 from chunkflow_cli.cli.screens.tables import columns
-from chunkflow_cli.config.load import LoadedConfig, load
+from chunkflow_cli.config.effects import unmet
+from chunkflow_cli.config.load import LoadedConfig, compose, convert, load
 from chunkflow_cli.config.overrides import sweep
 from chunkflow_cli.config.sources import has_data, shown_data
 from chunkflow_cli.config.texts import quoted
-from chunkflow_cli.config.words import as_word
+from chunkflow_cli.config.words import as_word, read_words
 from chunkflow_cli.console import stderr_console, stdout_console
 from chunkflow_cli.data.dataset import check_data
 from chunkflow_cli.data.names import printable
@@ -88,6 +89,32 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     return [list(words) for words in itertools.product(*sweep(overrides))]
 
 
+def without_idle_words(
+    jobs: Sequence[Sequence[str]], config_dir: str | None = None
+) -> tuple[list[list[str]], list[str]]:
+    """Leave words out of the runs of a sweep in which they have no effect, if they have one in another run.
+
+    `optim=adamw,sgd optim.momentum=0.9` becomes `[optim=adamw]` and `[optim=sgd, optim.momentum=0.9]`. A word that has
+    no effect in any run stays: it is a mistake, which `load` refuses.
+
+    Returns:
+        The runs, each different one once, and the words that were left out of a run.
+
+    Raises:
+        UsageError: one of the configurations is wrong.
+    """
+    names = {word: tuple(each.name for each in read_words([word])[0]) for words in jobs for word in words}
+    idle = []
+    for words in jobs:
+        recipe, tree = compose(words, config_dir)
+        config = convert(tree, recipe=recipe, overrides=words).config
+        idle.append({word for word in words if all(unmet(config, name) for name in names[word])})
+    used = {names[word] for words, without in zip(jobs, idle, strict=True) for word in words if word not in without}
+    left_out = [{word for word in without if names[word] in used} for without in idle]
+    kept = (tuple(word for word in words if word not in out) for words, out in zip(jobs, left_out, strict=True))
+    return [list(words) for words in dict.fromkeys(kept)], sorted(set().union(*left_out))
+
+
 def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: bool) -> dict[str, Any]:
     """Run all combinations one after the other, each in a process of its own, so that none affects the next.
 
@@ -96,7 +123,7 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
         RunError: a run failed. The other runs were still made.
     """
     console = stderr_console()
-    jobs = combinations(overrides)
+    jobs, left_out = without_idle_words(combinations(overrides), config_dir)
     loaded = [load(words, config_dir) for words in jobs]
     folders = dict.fromkeys(str(each.config.train.output_dir) for each in loaded)
     if len(folders) > 1:
@@ -106,6 +133,8 @@ def run_sweep(overrides: Sequence[str], *, config_dir: str | None, json_output: 
     default = f"outputs/{loaded[0].recipe}/multirun-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     root = Path(loaded[0].config.train.output_dir or default)
     runs, failed = [], []
+    if left_out:
+        console.print(f"Left out where they have no effect: {' '.join(left_out)}", soft_wrap=True)
     for number, words in enumerate(jobs):
         folder = root / str(number)
         console.print(

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any
 
 from chunkflow_cli.config.deepspeed_keys import check_deepspeed
@@ -19,7 +20,6 @@ from chunkflow_cli.config.schema import (
     Device,
     Dtype,
     Init,
-    LearningRateSchedule,
     LossWeighting,
     OptimizerName,
     PreferenceLoss,
@@ -69,6 +69,8 @@ def _check_values(of: Any, prefix: str = "") -> None:
         if entry.metadata.get("path"):
             _check_path(name, value)
         for index, element in enumerate(value) if isinstance(value, list) else ():
+            if isinstance(element, Enum) and element in value[:index]:
+                raise UsageError(f"{name}={as_written(value)} has {element.value} twice\n  name it once")
             if is_dataclass(element):
                 _check_values(element, f"{name}[{index}].")
 
@@ -161,11 +163,6 @@ def _check_optim(config: Config) -> None:
     optim = config.optim
     if optim.name is OptimizerName.muon and optim.momentum == 0:
         raise UsageError("optim.name=muon with optim.momentum=0 is not Muon\n  set optim=muon, which sets 0.95")
-    if optim.schedule is LearningRateSchedule.constant and optim.min_lr_ratio > 0:
-        raise UsageError(
-            f"optim.min_lr_ratio={optim.min_lr_ratio:g} with optim.schedule=constant, which does not decay\n"
-            "  remove one of them"
-        )
     check_names("optim.freeze", optim.freeze)
     check_names("optim.lr_factors", optim.lr_factors)
 
@@ -259,8 +256,6 @@ def _check_model(config: Config) -> None:
                 "its new weights would stay random\n  train them first, with model.lora.enabled=false"
             )
     _check_quantisation(config)
-    if lora.path is not None and not lora.enabled:
-        raise UsageError(f"model.lora.path={lora.path} with model.lora.enabled=false\n  set model.lora.enabled=true")
 
 
 def _check_quantisation(config: Config) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chunkflow_cli.config.keys import as_written, describe_keys, walk_keys
-from chunkflow_cli.config.schema import Config, LogBackend, OptimizerName, PreferenceLoss, Task
+from chunkflow_cli.config.schema import (
+    Config,
+    LearningRateSchedule,
+    LogBackend,
+    OptimizerName,
+    PreferenceLoss,
+    Task,
+)
 from chunkflow_cli.errors import UsageError
 
 _ADAMS = (OptimizerName.adamw, OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit)
@@ -45,10 +52,23 @@ NEEDS = (
         lambda c: c.optim.name in (OptimizerName.sgd, OptimizerName.muon), "set optim=sgd or optim=muon",
     ),
     Need(
+        ("optim.min_lr_ratio",), "optim.schedule",
+        lambda c: c.optim.schedule is not LearningRateSchedule.constant, "set optim.schedule=cosine or linear",
+    ),
+    Need(
         ("log.project", "log.run_name"), "log.backends",
         lambda c: not _TRACKERS.isdisjoint(c.log.backends), "add wandb, mlflow or trackio to log.backends",
     ),
 )  # fmt: skip
+
+
+def unmet(config: Config, name: str) -> list[Need]:
+    """Return what a key lacks to have an effect in this configuration."""
+    return [
+        need
+        for need in NEEDS
+        if name != need.other and any(f"{name}.".startswith(f"{of}.") for of in need.names) and not need.is_met(config)
+    ]
 
 
 def check_effects(config: Config, typed: Sequence[str], in_files: Mapping[str, str]) -> None:
@@ -65,15 +85,10 @@ def check_effects(config: Config, typed: Sequence[str], in_files: Mapping[str, s
     """
     values = {name: as_written(getattr(section, entry.name)) for name, section, entry in walk_keys(config)}
     for need in NEEDS:
-        if need.is_met(config):
-            continue
         is_taken_away = need.other in typed or need.other.partition(".")[0] in typed
         given = [*typed, *(() if is_taken_away else in_files)]
         for name in dict.fromkeys(given):
-            of = next((of for of in need.names if name == of or name.startswith(f"{of}.")), None)
-            if of is None or name == need.other or name not in values:
-                continue
-            if values[name] == describe_keys()[name].default:
+            if need not in unmet(config, name) or name not in values or values[name] == describe_keys()[name].default:
                 continue
             where = "" if name in typed else f"{in_files[name]}: "
             raise UsageError(

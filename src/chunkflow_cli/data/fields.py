@@ -58,10 +58,14 @@ _FREE_VALUES: dict[str, tuple[object, ...]] = {
     "reasoning": ("on", "off"),
 }
 """Values without effect: of JSON strings, of parameters of API requests, and of notes (Nemotron)."""
+_WEIGHTS = {f"{name}_weight" for name in ("sample", "example", "instance", "row", "chosen", "rejected")}
+"""Names of how much a row counts, or one of its answers."""
+_OF_THE_LOSS = frozenset({"weight", "weights", "mask", "masks", "masked", "loss", "train", "trained", "trainable"})
+"""Words in the names of lists that say which turns the loss counts."""
 _ANSWERS = ("completion", "response", "output", "answer", "answers", "choices")
 _OF_TOKENIZERS = ("special_tokens_mask", "offset_mapping")
 """Lists that tokenizers add and that no trainer reads."""
-_SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, "sample_weight", "label", "kto_tag", "prompt"}
+_SUSPECTS = {*_PER_TOKEN, *_MEDIA, *_PREFERENCE, *_CONTEXT, *SWITCHES, *_WEIGHTS, "label", "kto_tag", "prompt"}
 _SUSPECTS_WITH_IDS = _SUSPECTS | _BESIDE_IDS
 
 _IN_CONVERSATIONS = frozenset({"tools", "functions", "chat_template_kwargs", *SYSTEM})
@@ -98,10 +102,21 @@ def check_row(row: Mapping[str, Any], format: DataFormat) -> None:
     """
     suspects = _SUSPECTS_WITH_IDS if format is DataFormat.tokens else _SUSPECTS
     for key, value in row.items():
+        if format is not DataFormat.tokens and key not in suspects and _is_share_of_turns(key, value):
+            raise BadRowError(
+                f"{key} is a list of numbers about what the loss counts, and is not read; write 0 or 1 as weight into "
+                f"each message, or {_REMOVE}"
+            )
         if (key in suspects or key.endswith(("_mask", "_masks"))) and key not in _READ[format] and not is_absent(value):
             _check_field(row, key, value, format)
     if format in _TEXTS_READ:
         _check_asked(row, format)
+
+
+def _is_share_of_turns(key: str, value: object) -> bool:
+    """Return whether a key is named after weights, masks or training, and holds numbers: of turns, or for each."""
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, (int, float)) for item in value)
+    return is_list and not _OF_THE_LOSS.isdisjoint(key.lower().replace("-", "_").split("_"))
 
 
 def _check_asked(row: Mapping[str, Any], format: DataFormat) -> None:
@@ -136,7 +151,7 @@ def check_has_no_turns(row: Mapping[str, Any]) -> None:
 
 
 def _check_field(row: Mapping[str, Any], key: str, value: Any, format: DataFormat) -> None:
-    if key in SWITCHES or key == "sample_weight":
+    if key in SWITCHES or key in _WEIGHTS:
         _check_weight(key, value)
     elif key in _PREFERENCE and format in (DataFormat.preference, DataFormat.feedback):
         if format is DataFormat.feedback:

@@ -34,6 +34,8 @@ from chunkflow_cli.data.values import flag, kind, required
 
 NOT_PAIRED = -1
 """Mark of a sample that is not a preference."""
+ASKING = ("system", "developer", "user")
+"""Roles whose messages belong to the prompt."""
 
 
 def parse_preference(row: Mapping[str, Any]) -> JudgedAnswers:
@@ -110,12 +112,20 @@ def _answer(value: object, key: str) -> tuple[Message, ...]:
     """Return the turns of an answer, of which every token counts.
 
     Raises:
-        BadRowError: the assistant says nothing in them, or one of them asks not to be counted.
+        BadRowError: the assistant says nothing in them, they begin or end with another one's message, or one of them
+            asks not to be counted.
     """
     turns = parse_messages(value, key, are_targets=True)
     said = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     if not said:
         raise BadRowError(f"{key} has no message of the assistant, so it is not an answer")
+    if turns[0].role in ASKING:
+        raise BadRowError(
+            f"{key} after the prompt begins with the role {turns[0].role}, and every token of an answer counts; "
+            "remove from it what the prompt holds, and begin both answers with the same question"
+        )
+    if turns[-1].role != "assistant":
+        raise BadRowError(f"{key} ends with the role {turns[-1].role}, and every token of an answer counts; remove it")
     for index in said:
         if not turns[index].is_target:
             raise BadRowError(

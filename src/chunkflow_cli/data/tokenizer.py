@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.errors import UsageError, first_line
-from chunkflow_cli.hub import go_offline_if_unreachable
+from chunkflow_cli.hub import go_offline_if_unreachable, import_models
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,6 +103,7 @@ def load_tokenizer(model_path: str, *, trust_remote_code: bool, named: str | Non
             "  name another model, copy the tokenizer's files (tokenizer.json ...) there, or use rows of token ids: "
             "data.format=tokens"
         )
+    import_models()
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 

@@ -22,6 +22,7 @@ from chunkflow_cli.model.adapter_targets import (
     shortest,
     shortest_as_text,
 )
+from chunkflow_cli.model.folder import check_checksums
 from chunkflow_cli.model.language_part import is_language_part, left_out
 
 if TYPE_CHECKING:
@@ -230,6 +231,7 @@ def _load(peft_model: Any, folder: Path) -> None:
     if any(parameter.is_meta for parameter in peft_model.parameters()):
         return
     where = f"model.lora.path={folder}"
+    check_checksums(folder, where)
     try:
         weights = load_peft_weights(str(folder), device="cpu")
         saved = tuple(f"base_model.model.{name}." for name, _ in saved_modules(peft_model))

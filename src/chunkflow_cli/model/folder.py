@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.errors import UsageError, first_line
+from chunkflow_cli.files import change_of, describe_file, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -20,6 +21,8 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 """JSON files that are read with a model."""
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.jinja")
 """Patterns of the files of a tokenizer."""
+CHECKSUMS = "checksums.json"
+"""What chunkflow writes next to a model: size and checksum of each file whose damage nothing else would show."""
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the text that git-lfs writes in place of a large file that was not fetched."""
 LONGEST_HEADER = 100_000_000
@@ -131,6 +134,36 @@ def tensors_of(file: Path, named: str) -> dict[str, Any]:
     return tensors
 
 
+def write_checksums(folder: Path) -> None:
+    """Write down sizes and checksums of the weights and the tokenizer in the folder of a saved model or adapter."""
+    files = (
+        file for file in sorted(folder.iterdir()) if file.suffix == ".safetensors" or file.name == "tokenizer.json"
+    )
+    write_json(folder / CHECKSUMS, {file.name: describe_file(file) for file in files})
+
+
+def check_checksums(folder: Path, named: str) -> None:
+    """Compare the files of a model or adapter with what was written, where chunkflow has written it.
+
+    Reads all of the weights. A flipped bit in them would show nowhere else.
+
+    Raises:
+        UsageError: names the file that differs.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return
+    for name, written in _read_json(folder / CHECKSUMS, named).items():
+        try:
+            change = change_of(folder / name, written) if (folder / name).exists() else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"{named}: {name} cannot be compared with {CHECKSUMS}: {error}\n  {REPAIR}") from error
+        if change is not None:
+            raise UsageError(
+                f"{named}: {name} is damaged: {change}\n"
+                f"  take it from a copy; if you have changed it yourself, delete {folder / CHECKSUMS}"
+            )
+
+
 def damage_of(saved: Path) -> str | None:
     """Return what is missing or damaged in the folder of a saved model or adapter; None if nothing is."""
     adapter, tokenizer, named = saved / "adapter_model.safetensors", saved / "tokenizer.json", str(saved)
@@ -142,6 +175,7 @@ def damage_of(saved: Path) -> str | None:
             check_weights(saved, named)
         if tokenizer.exists():
             _read_json(tokenizer, named)
+        check_checksums(saved, named)
     except FileNotFoundError:
         return f"{adapter} is missing"
     except UsageError as error:

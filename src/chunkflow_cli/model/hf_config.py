@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.hub import go_offline_if_unreachable
+from chunkflow_cli.hub import go_offline_if_unreachable, import_models
 from chunkflow_cli.model.adapter_folder import explain_adapter_folder
 from chunkflow_cli.model.folder import check_settings
 from chunkflow_cli.model.rope_scaling import apply_rope_scaling
@@ -72,6 +72,7 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         UsageError: the model cannot be found or read, or uses something that chunks cannot train exactly.
     """
     check_is_there(config)
+    import_models()
     from transformers import AutoConfig
     from transformers.utils import logging
 

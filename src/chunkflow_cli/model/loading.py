@@ -17,7 +17,7 @@ from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.adapter_summary import AdapterSummary, summarize
 from chunkflow_cli.model.adapters import add_lora, peft_targets
-from chunkflow_cli.model.folder import check_weights, listed
+from chunkflow_cli.model.folder import check_checksums, check_weights, listed
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
@@ -138,6 +138,7 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
 
     check_files(config)
     named = f"model.path={config.path}"
+    check_checksums(Path(config.path), named)
     name, extra = pretrained_arguments(config.path)
     as_saved = _as_saved(config, hf_config)
     stored = _dequantise_on_load(config, as_saved)

@@ -100,6 +100,30 @@ def check_variables() -> None:
         raise _wrong(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port")
 
 
+def check_own_variables() -> None:
+    """Check that the variables which tell a process of ours who has started it are from that process.
+
+    They may be left in a shell, or belong to a process around this one.
+
+    Raises:
+        UsageError: names the variable.
+    """
+    for name in (PARENT_PID, LAUNCHER_PID):
+        if os.environ.get(name, str(os.getppid())) != str(os.getppid()):
+            raise _stray(name, "is not the process that started this one")
+    if RUN_FOLDER in os.environ and LAUNCHER_PID not in os.environ:  # of DeepSpeed's launcher, then
+        missing = next((each for each in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if not os.environ.get(each)), None)
+        if missing is not None:
+            raise _stray(RUN_FOLDER, f"makes this process a rank of a run, but {missing} is not set")
+
+
+def _stray(name: str, problem: str) -> UsageError:
+    return UsageError(
+        f"{name}={os.environ[name]} in the environment {problem}\n"
+        f"  unset {name}: chunkflow sets it for the processes that it starts"
+    )
+
+
 def forget_other_ranks() -> None:
     """Delete the variables of a rank from the environment of a process on its own, for which libraries look there.
 

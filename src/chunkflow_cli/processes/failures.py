@@ -62,12 +62,17 @@ def failures_recorded() -> Iterator[None]:
         raise
 
 
-def record_failure(error: BaseException) -> None:
-    """Write down why this worker fails. Later calls, and calls in a process that is not a worker, do nothing."""
+def record_failure(error: BaseException) -> bool:
+    """Write down why this worker fails, unless it has done so before.
+
+    Return whether there is a record: not in a process that is no worker, or whose launcher's folder is not there.
+    """
     folder = worker_folder()
-    if folder is None or WatchFolder(folder).failure(rank()).exists():
-        return
+    if folder is None or not WatchFolder(folder).path.is_dir():
+        return False
     watch = WatchFolder(folder)
+    if watch.failure(rank()).exists():
+        return True
     log = watch.log(rank())
     sys.stdout.flush()
     record = FailureRecord(
@@ -81,6 +86,7 @@ def record_failure(error: BaseException) -> None:
     if not isinstance(error, KeyboardInterrupt):
         with log.open("a", encoding="utf-8") as file:
             traceback.print_exception(error, file=file)
+    return True
 
 
 def read_failure(path: Path) -> FailureRecord | None:

@@ -25,8 +25,9 @@ import torch
 from chunkflow_cli.config.schema import EngineConfig, Offload
 from chunkflow_cli.engine import Engine, PipelineEngine, StateFiles, all_or_none, gather, own_rank, process_count
 from chunkflow_cli.errors import RunError
-from chunkflow_cli.files import written_aside
+from chunkflow_cli.files import describe_file, written_aside
 from chunkflow_cli.model.adapter_saving import save_adapters
+from chunkflow_cli.model.folder import write_checksums
 from chunkflow_cli.model.saving import save_generation, save_model, save_tokenizer
 from chunkflow_cli.planning.topology import Topology
 from chunkflow_cli.training.checkpoint_folder import (
@@ -34,7 +35,6 @@ from chunkflow_cli.training.checkpoint_folder import (
     check_files,
     damaged,
     delete_old,
-    describe_file,
     put_in_place,
     read_state,
     write_state,
@@ -151,6 +151,7 @@ def save_final(folder: Path, model: Any, tokenizer: Any, engine: AnyEngine, *, s
                 save_model(temporary, model, weights, skeleton=skeleton)
             if tokenizer is not None:
                 save_tokenizer(temporary, tokenizer)
+            write_checksums(temporary)
 
 
 def random_states() -> dict[str, Any]:

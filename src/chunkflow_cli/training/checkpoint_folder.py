@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.files import checksum, write_json
+from chunkflow_cli.files import change_of, write_json
 from chunkflow_cli.training.identity import RunIdentity
 from chunkflow_cli.training.progress import Progress
 
@@ -44,11 +44,6 @@ class SavedState:
     identity: RunIdentity
     files: Mapping[str, str]
     """Name of each other file -> its size and checksum."""
-
-
-def describe_file(path: Path) -> str:
-    """Return size and CRC-32 of a file, as state.json lists them."""
-    return f"{path.stat().st_size} {checksum(path)}"
 
 
 def write_state(checkpoint: Path, state: SavedState) -> None:
@@ -114,15 +109,11 @@ def check_files(checkpoint: Path, files: Mapping[str, str], *, share: slice = sl
             raise damaged(checkpoint, f"{name} does not belong to it")
     for name in sorted(files)[share]:
         try:
-            found = describe_file(checkpoint / name)
+            change = change_of(checkpoint / name, files[name])
         except OSError as error:
             raise damaged(checkpoint, f"{name} cannot be read: {error.strerror}") from error
-        if found != files[name]:
-            size, before = (int(text.partition(" ")[0]) for text in (found, files[name]))
-            what = "its content is not what was written (checksum)"
-            if size != before:
-                what = f"it has {size:,} bytes, {before:,} were written"
-            raise damaged(checkpoint, f"{name}: {what}")
+        if change is not None:
+            raise damaged(checkpoint, f"{name}: {change}")
 
 
 def damaged(checkpoint: Path, reason: str) -> RunError:

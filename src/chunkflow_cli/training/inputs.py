@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,10 @@ from chunkflow_cli.data.tokenized import TokenizedData, hold_out, joined, limite
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import position_limit
 from chunkflow_cli.model.rope_scaling import scaling_for
-from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 from chunkflow_cli.processes.notices import warn_once
+
+if TYPE_CHECKING:
+    from chunkflow_cli.planning.run_plan import RankPlan, StepPlan
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def _print_what_runs(
     console.print(
         Text.assemble(
             (str(folder.path), "bold"),
-            f": {device.type}{processes}, {config.model.dtype.value}, "
+            f"  {device.type}{processes}, {config.model.dtype.value}, "
             f"attention {attention.backend.name} ({attention.reason})",
         ),
         soft_wrap=True,

@@ -183,7 +183,7 @@ def measure_best(
     """Return the measured seconds of a step for the best few candidates.
 
     The result is empty if costs come from a profile, if `tune.measure` is 0, or if `tune.budget_seconds` has no room
-    for two steps.
+    for two steps (one, if there is only one candidate to run).
 
     Args:
         ranked: candidates, fastest first.
@@ -195,18 +195,17 @@ def measure_best(
     # A larger chunk that changes nothing has the same seconds and bytes, and only noise would choose between them.
     alike = {(each.step_seconds, each.memory_bytes): each for each in reversed(ranked) if each.offload_state == place}
     best = list(reversed(alike.values()))[: config.tune.measure]
-    if len(best) < 2:
-        return {}  # there is nothing to compare
+    least = min(len(best), 2)  # a comparison, unless there is nothing to compare
     totals = itertools.accumulate(candidate.step_seconds for candidate in best)
     pairs = [
         f"{each.chunk_size}:{each.k}"
         for each, total in zip(best, totals, strict=True)
         if total <= config.tune.budget_seconds / 2
     ]
-    if len(pairs) < 2:
+    if len(pairs) < least:
         stderr_console().print(
             f"Not measured: a step takes about {human_seconds(ranked[0].step_seconds)}, and half of "
-            f"tune.budget_seconds={config.tune.budget_seconds:g} has no room for two"
+            f"tune.budget_seconds={config.tune.budget_seconds:g} has no room for {'two' if least == 2 else 'it'}"
         )
         return {}
     with tempfile.TemporaryDirectory() as folder:
