@@ -194,7 +194,6 @@ def stage_of(case: Case, stages: int, data: int, sequence: int = 1) -> Stage:
     from chunkflow_cli.engine import EngineSettings, PipelineEngine, init_process_group
     from chunkflow_cli.execution.attention import function as attention
     from chunkflow_cli.execution.attention.cpu import CpuBackend
-    from chunkflow_cli.execution.dropout import has_dropout
     from chunkflow_cli.execution.messages import Links
     from chunkflow_cli.execution.sequence_parallel import SequenceGroup
     from chunkflow_cli.execution.stage_runner import StageRunner
@@ -216,7 +215,7 @@ def stage_of(case: Case, stages: int, data: int, sequence: int = 1) -> Stage:
     engine = PipelineEngine(stage, settings, stages=stages)
     links = Links([topology.pipeline_group(first) for first in range(topology.replicas)], device)
     group = SequenceGroup.join(topology)
-    running = RunnerSettings(device, replay_random=has_dropout(model), sequence_group=group)
+    running = RunnerSettings(device, sequence_group=group)
     runner = StageRunner(engine, links, running, splits_backwards=case.schedule == "zero_bubble")
     return Stage(case, place, model, engine, runner, stages, data)
 

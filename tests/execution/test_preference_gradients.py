@@ -10,6 +10,7 @@ import torch
 
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import PreferenceConfig, PreferenceLoss, Task
+from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import compare, random_sequences
 
@@ -40,4 +41,17 @@ def test_gradients_in_chunks_are_those_of_whole_sequences(
         objective=OBJECTIVES[name],
         share_prompts=share_prompts,
     )
+    assert parity.passed, parity
+
+
+@pytest.mark.parametrize("window", [9, 25, 33])
+def test_an_answer_longer_than_the_window_does_not_see_the_shared_prompt(
+    tiny_model: Callable[..., Any], window: int
+) -> None:
+    """Its later chunks see nothing of the prompt, of which the other answer's state holds a block that goes on."""
+    model = tiny_model("mistral", dtype=torch.float64, sliding_window=window)
+    parity = compare(
+        model, CpuBackend(), random_sequences((90, 80, 40, 40), 96), chunk_size=16, k=1,
+        objective=OBJECTIVES["sigmoid"],
+    )  # fmt: skip
     assert parity.passed, parity

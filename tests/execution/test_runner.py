@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,9 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.dropout import has_dropout
+from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.parity import DirectEngine, compare, random_sequences
+from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.execution.runner import Interrupted, Runner
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepResult
@@ -54,6 +56,7 @@ def chunked(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     def build(model_type: str = "llama", dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
         attention.register()
         model = tiny_model(model_type, dtype=dtype, **settings)
+        use_float64_experts(model, dtype)
         model.set_attn_implementation(attention.NAME)
         return model
 
@@ -370,6 +373,7 @@ def test_loss_that_is_not_finite_in_a_joined_call(chunked: Callable[..., Any]) -
 DROPOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "modules": ("gpt2", {"resid_pdrop": 0.2, "embd_pdrop": 0.1, "attn_pdrop": 0.0}),
     "functions": ("starcoder2", {"residual_dropout": 0.2, "embedding_dropout": 0.1, "attention_dropout": 0.0}),
+    "drawn experts": ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.2}),
 }
 
 
@@ -388,17 +392,24 @@ def with_dropout(chunked: Callable[..., Any], name: str, checkpointing: Activati
     return model
 
 
-def ran_from_seed(model: Any, batch: StepBatch, k: int, *, replay: bool) -> tuple[StepResult, Tensor, Tensor]:
+def ran_from_seed(model: Any, batch: StepBatch, k: int) -> tuple[StepResult, Tensor, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        result, gradient = ran(model, batch, k, replay_random=replay)
+        result, gradient = ran(model, batch, k)
         return result, gradient, torch.get_rng_state()
 
 
-@pytest.mark.parametrize("checkpointing", ActivationCheckpointing, ids=lambda mode: mode.value)
-@pytest.mark.parametrize("name", [*DROPOUT, "adapters"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [*itertools.product(("modules", "functions", "adapters"), ActivationCheckpointing),
+     ("drawn experts", ActivationCheckpointing.none)],
+)  # fmt: skip
 def test_recompute_replays_dropout(
-    chunked: Callable[..., Any], batch: StepBatch, name: str, checkpointing: ActivationCheckpointing
+    chunked: Callable[..., Any],
+    batch: StepBatch,
+    name: str,
+    checkpointing: ActivationCheckpointing,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With dropout, the recompute of a chunk must drop what its state pass dropped. Otherwise its keys and values are not
     those that later chunks have read.
@@ -408,14 +419,14 @@ def test_recompute_replays_dropout(
     generator in the same state for the next chunk.
     """
     model = with_dropout(chunked, name, checkpointing)
-    assert has_dropout(model)
-    expected, truth, state = ran_from_seed(model, batch, 99, replay=False)
+    expected, truth, state = ran_from_seed(model, batch, 99)
     for k in (1, 2):
-        result, gradient, after = ran_from_seed(model, batch, k, replay=True)
+        result, gradient, after = ran_from_seed(model, batch, k)
         assert result.loss == pytest.approx(expected.loss, rel=1e-13)
         assert float((gradient - truth).norm() / truth.norm()) <= 1e-12
         assert torch.equal(after, state)
-    unlike, gradient, _ = ran_from_seed(model, batch, 1, replay=False)
+    monkeypatch.setattr(RandomReplay, "remember", lambda self, chunk: None)
+    unlike, gradient, _ = ran_from_seed(model, batch, 1)
     assert unlike.loss != pytest.approx(expected.loss, rel=1e-5), "without replay, dropout does differ"
     assert float((gradient - truth).norm() / truth.norm()) > 1e-2
 
@@ -433,20 +444,8 @@ def test_recompute_repeats_adapters_with_dropout_to_the_bit(chunked: Callable[..
     batch = step_batch(random_sequences((64,), VOCABULARY, seed=1))
     schedule = plan(batch.chunks, 1)
     assert str(schedule) == "S0 S1 S2 F3 B3 R2 B2 R1 B1 R0 B0"
-    runner_of(model, replay_random=True).run((schedule,), batch)
+    runner_of(model).run((schedule,), batch)
     first, again = outputs[: 2 * 3], outputs[2 * 4 :]
     for chunk in range(3):
         for one, other in zip(first[2 * chunk :][:2], again[2 * (2 - chunk) :][:2], strict=True):
             assert torch.equal(one, other)
-
-
-def test_has_dropout(chunked: Callable[..., Any]) -> None:
-    """Dropout that it misses trains wrongly: modules, adapters, and rates that a layer keeps for the function."""
-    assert not has_dropout(chunked("llama"))
-    assert not has_dropout(chunked("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    assert has_dropout(chunked("gpt2", resid_pdrop=0.1, embd_pdrop=0.0, attn_pdrop=0.0))
-    assert has_dropout(chunked("seed_oss", residual_dropout=0.1, attention_dropout=0.0))
-    assert not has_dropout(chunked("seed_oss", residual_dropout=0.0, attention_dropout=0.0))
-    assert has_dropout(chunked("opt", dropout=0.1, attention_dropout=0.0))
-    assert not has_dropout(add_lora(chunked("llama"), LoraConfig(enabled=True, r=2)))
-    assert has_dropout(add_lora(chunked("llama"), LoraConfig(enabled=True, r=2, dropout=0.1)))

@@ -15,7 +15,8 @@ from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.hf_config import refuse_unsupported_attention
 from support.models import MLA, MODELS, SHAPES, SHARED_KEYS
 
-CASES = {name: (kind, settings) for name, (kind, settings) in {**MODELS, **SHAPES}.items() if "by kind" not in name}
+APART = ("by kind", "in the mask alone")
+CASES = {name: case for name, case in {**MODELS, **SHAPES}.items() if not any(words in name for words in APART)}
 CASES["gemma4, head_dim by kind"] = ("gemma4_text", {**SHARED_KEYS, "num_kv_shared_layers": 3, "global_head_dim": 24})
 CASES["laguna, heads by layer"] = ("laguna", {"head_dim": 16, "num_attention_heads_per_layer": [4, 2]})
 

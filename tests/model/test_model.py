@@ -54,6 +54,12 @@ def folder(path: Path, **settings: object) -> ModelConfig:
     return ModelConfig(path=str(path), init=Init.random)
 
 
+def test_layers_that_are_skipped_at_random_are_refused(tmp_path: Path) -> None:
+    """Each chunk would skip its own, and a later one look in vain for the keys of a layer that an earlier one skipped."""
+    with pytest.raises(UsageError, match=r"layerdrop=0\.1, so .* skips layers at random"):
+        load_config(folder(tmp_path, layerdrop=0.1))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_that_depends_on_length_is_refused(kind: str, tmp_path: Path) -> None:
     """Chunks of one sequence would use different rotations, and gradients would be off by 2e-4 to 2e-3 unnoticed."""

@@ -285,6 +285,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "ministral3",
         {"rope_parameters": {**YARN_ROPE, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}},
     ),
+    "phimoe, window in the mask alone": (
+        "phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": SHORT_WINDOW, "router_jitter_noise": 0.0},
+    ),
     "afmoe, a view of the output": ("afmoe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
 }  # fmt: skip
 """Attention of other shapes than plain ones: widths, heads and kinds of layers, sharing, blocks."""

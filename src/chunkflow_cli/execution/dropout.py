@@ -1,6 +1,7 @@
 """Dropout under recompute: the second forward of a chunk must drop what its state pass dropped.
 
-Otherwise its keys and values are not the ones that later chunks have read.
+Otherwise its keys and values are not the ones that later chunks have read. Dropout is not the only thing that draws:
+routers add noise to their input, or sample experts. So the numbers of every chunk are drawn again, whatever the model.
 """
 
 from __future__ import annotations
@@ -10,27 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-
-def has_dropout(model: nn.Module) -> bool:
-    """Return true if a forward of the model in training mode may draw random numbers.
-
-    Some models (seed_oss, starcoder2, opt) have no dropout modules: they keep the rate as a number, for the function.
-    """
-    return any(
-        (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
-        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
-        for module in model.modules()
-    )
+from chunkflow_cli.model.hf_config import with_parts
 
 
 class RandomReplay:
-    """The states of the random number generator before the state passes of a step, by chunk."""
+    """The states of the random number generators before the state passes of a step, by chunk."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._states: dict[int, Tensor] = {}
+        self._states: dict[int, tuple[Tensor, ...]] = {}
 
     def remember(self, chunk: int) -> None:
         """Keep the present state for the recompute of a chunk."""
@@ -48,18 +39,20 @@ class RandomReplay:
         yield
         self._set_state(after)
 
-    def _state(self) -> Tensor:
-        return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+    def _state(self) -> tuple[Tensor, ...]:
+        """Return the states of the host's generator and of the device's, if it has one. Both are on the host."""
+        own = (torch.cuda.get_rng_state(self._device),) if self._device.type == "cuda" else ()
+        return torch.get_rng_state(), *own
 
-    def _set_state(self, state: Tensor) -> None:
+    def _set_state(self, state: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(state[0])
         if self._device.type == "cuda":
-            torch.cuda.set_rng_state(state, self._device)
-        else:
-            torch.set_rng_state(state)
+            torch.cuda.set_rng_state(state[1], self._device)
 
 
 def remove_dropout(config: Any) -> None:
     """Set every rate of dropout or noise of a configuration to zero, because under them no two forwards agree."""
-    for name, value in vars(config).copy().items():
-        if isinstance(value, float) and any(part in name for part in ("drop", "jitter", "router_noise")):
-            setattr(config, name, 0.0)
+    for part in with_parts(config):
+        for name, value in vars(part).copy().items():
+            if isinstance(value, float) and any(each in name for each in ("drop", "jitter", "router_noise")):
+                setattr(part, name, 0.0)

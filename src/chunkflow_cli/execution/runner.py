@@ -176,7 +176,7 @@ class _WholeModelStep(Step):
                 raise AssertionError(f"{op}: only pipeline stages split backwards")
 
     def _state_pass(self, index: int) -> None:
-        if self.context.settings.replay_random and index != DUMMY:
+        if index != DUMMY:
             self.context.random.remember(index)
         with torch.no_grad():
             self._engine.forward(self.context.call(index), state_pass=True)

@@ -118,8 +118,7 @@ class _StageStep(Step):
         self._received = None
 
     def _state_pass(self, index: int, received: Tensor | None) -> None:
-        if self.context.settings.replay_random:
-            self.context.random.remember(index)
+        self.context.random.remember(index)
         with torch.no_grad():
             call = self.context.call(index, self._head_gradient)
             output = self._engine.forward(call, received, state_pass=True)

@@ -68,8 +68,6 @@ class RunnerSettings:
     """Device of the model and its batches."""
     weight_dtype: torch.dtype = torch.float32
     """Data type of target weights: float32, or float64 for a float64 model."""
-    replay_random: bool = False
-    """Give each recompute the random numbers of its state pass; a model with dropout needs that."""
     lockstep: bool = False
     """Let every forward touch the same weights, whichever chunk it runs, because other ranks run theirs at the same
     time."""

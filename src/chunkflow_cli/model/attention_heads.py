@@ -27,7 +27,7 @@ def attention_heads(hf_config: Any) -> tuple[AttentionLayers, ...]:
     return tuple(
         replace(
             _heads_of(by_layer[i], i),
-            window=_window_of(by_layer[i], i),
+            window=window_of(by_layer[i], i),
             block=block_of(by_layer[i], i),
             owns_keys=modes[i] != "reuse",
         )
@@ -47,7 +47,12 @@ def block_of(config: Any, layer: int) -> int | None:
     return int(config.attention_chunk_size)
 
 
-def _window_of(config: Any, layer: int) -> int | None:
+def window_of(config: Any, layer: int) -> int | None:
+    """Return the tokens that a layer's attention reaches back, its own included, or None for all.
+
+    Args:
+        config: the configuration of the decoder.
+    """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:

@@ -89,6 +89,12 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         )
     if (layers := getattr(text, "num_hidden_layers", 1)) < 1:
         raise UsageError(f"model.path={config.path}: its config.json has num_hidden_layers={layers}\n  correct it")
+    for name in ("layerdrop", "decoder_layerdrop"):
+        if rate := getattr(text, name, 0):
+            raise UsageError(
+                f"model.path={config.path}: its config.json has {name}={rate}, so each forward skips layers at random: "
+                f"the chunks of a sample would skip different ones\n  set {name} to 0 there"
+            )
     apply_rope_scaling(config, hf_config)
     refuse_length_dependent_rope(text)
     refuse_unsupported_attention(text)

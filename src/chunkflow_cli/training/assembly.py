@@ -17,7 +17,7 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, head_of
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
-from chunkflow_cli.execution.dropout import has_dropout, remove_dropout
+from chunkflow_cli.execution.dropout import remove_dropout
 from chunkflow_cli.execution.loss import FUSED_HEADS
 from chunkflow_cli.execution.messages import Links
 from chunkflow_cli.execution.runner import Runner, ScheduleRunner
@@ -90,7 +90,6 @@ def assemble(
     runner_settings = partial(
         RunnerSettings,
         device,
-        replay_random=has_dropout(model),
         sequence_group=SequenceGroup.join(processes.topology),
         state_home=state_home(config.chunk.offload_state, device),
         stop_requested=stop_requested,

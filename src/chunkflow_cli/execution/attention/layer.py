@@ -6,8 +6,9 @@ attributes of its module and in the mask that transformers would have made: this
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import AttentionRule
 from chunkflow_cli.execution.precision import accumulation_dtype
-from chunkflow_cli.model.attention_heads import block_of
+from chunkflow_cli.model.attention_heads import block_of, window_of
 
 UNSUPPORTED = {
     "attention_mask": "a mask of its own",
@@ -35,6 +36,9 @@ HARMLESS = frozenset(
     )
 )  # fmt: skip
 """Keyword arguments that change nothing: queries and keys are rotated already, and the chunk knows its segments."""
+
+WINDOW_MASK = "create_sliding_window_causal_mask"
+"""A modeling file that has this function may tell a window to its mask alone, and not to attention (phimoe)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def describe_layer(module: nn.Module, rule: AttentionRule) -> LayerAttention:
         )
     config: Any = getattr(module, "config", None)
     block = block_of(config, index)
+    if rule.window is None and hasattr(sys.modules[type(module).__module__], WINDOW_MASK):
+        rule = replace(rule, window=window_of(config, index))
     if not getattr(module, "is_kv_shared_layer", False):
         return LayerAttention(index, rule, block)
     kinds = config.layer_types
