@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from chunkflow_cli.config.schema import ActivationCheckpointing
@@ -29,7 +32,7 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         return
     others = None
     if mode is ActivationCheckpointing.selective:
-        others = functools.partial(create_selective_checkpoint_contexts, _policy)
+        others = _selective_contexts
     arguments = {"use_reentrant": False, "context_fn": functools.partial(recompute_contexts, others)}
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -39,7 +42,48 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         ) from error
 
 
-def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    """Keep the results of costly operations, and compute all others again."""
-    is_kept = operation.name() in COSTLY and not computes_once()
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+@contextmanager
+def without_activation_checkpointing(model: Any) -> Iterator[None]:
+    """Let the layers of a Hugging Face model keep everything within the block."""
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_Policy())
+
+
+class _Policy:
+    """Keeps the results of costly operations of one layer, and lets it compute all others again.
+
+    The recompute would get a result as it was left. torch notices that one was changed in place, but not the result of
+    a product of more than two dimensions, whose views have a version of their own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: set[int] = set()
+        """Addresses of the storages of kept results, which live until the backward."""
+
+    def __call__(self, context: Any, operation: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
+        if operation._schema.is_mutable:
+            for declared, given in zip(operation._schema.arguments, arguments, strict=False):
+                if declared.is_write and isinstance(given, torch.Tensor) and _storage(given) in self._kept:
+                    raise UsageError(
+                        "model.activation_checkpointing=selective: a layer changes the result of a matrix product in "
+                        f"place ({operation.name()}), which the recompute would get changed\n"
+                        "  set model.activation_checkpointing=full"
+                    )
+        if operation.name() not in COSTLY or computes_once():
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        self._kept.add(_storage(context.op_output))
+        return CheckpointPolicy.MUST_SAVE
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
