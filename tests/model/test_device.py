@@ -21,9 +21,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "set_device", state.set.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.set[-1] if state.set else 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: state.name)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=40 * 2**30)
-    )
+    properties = types.SimpleNamespace(total_memory=40 * 2**30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return state
 

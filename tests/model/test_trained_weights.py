@@ -55,7 +55,7 @@ def test_of_several_factors_the_last_counts() -> None:
     [
         (["optim.freeze=['(']"], "is not a regular expression"),
         (["optim.lr_factors={a: -1}"], "must be at least 0"),
-        (["optim.min_lr_ratio=0.1", "optim.schedule=constant"], "does not decay"),
+        (["optim.min_lr_ratio=0.1", "optim.schedule=constant"], "has no effect with optim.schedule=constant"),
         (["optim.name=muon"], "set optim=muon"),
     ],
 )

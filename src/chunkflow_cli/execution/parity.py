@@ -34,6 +34,7 @@ from chunkflow_cli.execution.stages import StageChain, StageModel
 from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.execution.whole_sequence import cross_entropies
+from chunkflow_cli.model.activation_checkpointing import without_activation_checkpointing
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
 from chunkflow_cli.planning.schedule import plan, plan_tasks
@@ -112,7 +113,7 @@ def compare(
     """Compare loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
     The whole-sequence side is transformers' own forward, one sequence per batch, with its own attention, masks and
-    head.
+    head, and without activation checkpointing.
 
     Args:
         model: left as it was, without gradients.
@@ -164,7 +165,7 @@ def _compare(model: Any, sequences: Sequence[TokenizedSample], run: _ChunkedRun,
     prepared = None if run.objective is None else random_preferences(run.objective, sequences)
 
     model.zero_grad(set_to_none=True)
-    with use_implementation(model, whole_implementation(base_model(model))):
+    with use_implementation(model, whole_implementation(base_model(model))), without_activation_checkpointing(model):
         if prepared is None:
             loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
         else:
