@@ -138,7 +138,10 @@ def test_the_best_pairs_run_or_a_line_says_why_not(
         Path(arguments[arguments.index("--out") + 1]).write_text(json.dumps(rows))
 
     monkeypatch.setattr(tuning, "_run_measurement", pretend)
-    ranked: Any = [SimpleNamespace(chunk_size=64, k=k, step_seconds=seconds, offload_state="none") for k in (1, 2)]
+    ranked: Any = [
+        SimpleNamespace(chunk_size=size, k=k, step_seconds=seconds, memory_bytes=k, offload_state="none")
+        for size, k in ((64, 1), (128, 1), (64, 2))  # the second one plans the same steps as the first
+    ]
     facts: Any = SimpleNamespace(setup=SimpleNamespace(calibration=1), search=SimpleNamespace(steps=[0]))
     loaded = load(["recipe=tiny_random", f"tune.measure={wanted}", "tune.budget_seconds=20"])
     found = tuning.measure_best(loaded, None, ranked, facts)

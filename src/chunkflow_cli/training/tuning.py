@@ -193,8 +193,11 @@ def measure_best(
         return {}
     place = ranked[0].offload_state  # one process measures all
     # A larger chunk that changes nothing has the same seconds and bytes, and only noise would choose between them.
-    alike = {(each.step_seconds, each.memory_bytes): each for each in reversed(ranked) if each.offload_state == place}
-    best = list(reversed(alike.values()))[: config.tune.measure]
+    distinct: dict[tuple[float, int], Candidate] = {}
+    for candidate in ranked:
+        if candidate.offload_state == place:
+            distinct.setdefault((candidate.step_seconds, candidate.memory_bytes), candidate)
+    best = list(distinct.values())[: config.tune.measure]
     least = min(len(best), 2)  # a comparison, unless there is nothing to compare
     totals = itertools.accumulate(candidate.step_seconds for candidate in best)
     pairs = [
