@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--words", nargs="*", default=[], help="overrides, such as the layout")
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
+    # Shells let what they start in the background ignore SIGINT, and a run would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
