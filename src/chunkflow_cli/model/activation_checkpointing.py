@@ -98,6 +98,7 @@ class _WatchProducts(_OutsideCompiledCode):
         """The operations that changed a kept result, by its number in the layer."""
         self._kept: dict[int, int] = {}
         """Numbers of kept results by the addresses of their storages, which live until the backward."""
+        self._count = 0
 
     def __torch_dispatch__(self, operation: Any, _: Any, arguments: Any = (), keywords: Any = None) -> Any:
         schema = getattr(operation, "_schema", None)
@@ -107,7 +108,8 @@ class _WatchProducts(_OutsideCompiledCode):
                     self.changed[self._kept[_storage(given)]] = operation.name()
         result = operation(*arguments, **(keywords or {}))
         if _is_kept(operation):
-            self._kept[_storage(result)] = len(self._kept)
+            self._kept[_storage(result)] = self._count
+            self._count += 1
         return result
 
 
