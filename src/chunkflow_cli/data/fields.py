@@ -191,8 +191,8 @@ _WHERE = {
     "tool_call_id": "put it into the tool's message",
 }
 PREFERENCE = (
-    "preference data, and train.task=sft trains on one answer; set train.task=dpo; to imitate the chosen one, write "
-    "'data.columns={chosen:messages,rejected:unused}', or chosen:completion if it is a string"
+    "preference data, and train.task=sft trains on one answer: set train.task=dpo or orpo; to imitate the chosen "
+    "answer, write 'data.columns={chosen:messages,rejected:unused}', or chosen:completion if it is a string"
 )
 
 

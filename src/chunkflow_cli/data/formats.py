@@ -135,7 +135,10 @@ def _no_one_format(
         )
     places = "".join(f"\n  {location}: the keys {keys}{_hint(keys)}" for keys, (_, location) in seen.items())
     known = " | ".join(" + ".join(keys) for keys in REQUIRED_KEYS.values())
-    columns = next(filter(None, (_columns_to_rename(row) for row in firsts if not _hint(", ".join(row)))), None)
+    puzzling = [row for row in firsts if not _hint(", ".join(row))]
+    if not puzzling:
+        return f"{key} holds rows of no known format{places}"
+    columns = next(filter(None, map(_columns_to_rename, puzzling)), None)
     remedy = "give the keys the names of a format"
     if columns is not None:
         remedy = f"give them the names of a format, as in 'data.columns={columns}'"
