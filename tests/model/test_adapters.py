@@ -30,6 +30,7 @@ from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import BLOCK_BYTES, BLOCKS, changed_files, model_files
 from chunkflow_cli.model.loading import check_adapters
 from chunkflow_cli.training.identity import RunIdentity
+from support.models import recurrent_model
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXED = ("qwen3_moe", {**EXPERTS, "head_dim": 16, "decoder_sparse_step": 2})
@@ -95,6 +96,15 @@ def test_a_parameter_that_cannot_have_an_adapter_is_refused(
     kind, settings = MIXED
     with pytest.raises(UsageError, match=re.escape(said)):
         add_lora(tiny_model(kind, **settings), lora(*targets, target_parameters=parameters))
+
+
+@pytest.mark.parametrize("word", ["conv1d.weight", "x_proj_weight"])
+def test_a_parameter_of_a_recurrent_layer_is_refused_as_target(word: str) -> None:
+    """Nor does the warning about weights without an adapter name it: zamba stacks matrices there, too."""
+    model = recurrent_model("zamba")
+    with pytest.raises(UsageError, match=f"{word} belongs to a recurrent layer"):
+        add_lora(model, lora(target_parameters=[word]))
+    assert summarize(add_lora(model, lora("q_proj"))).warning is None
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,7 @@ def linear_layers(model: Any) -> list[str]:
 def fused_parameters(model: Any) -> list[str]:
     """Return the names of large weights that no linear layer holds: experts, stacked as one tensor of three axes."""
     return [
-        name
-        for name, parameter, owner in _owned_parameters(model)
-        if parameter.ndim == 3 and not isinstance(owner, nn.modules.conv._ConvNd)
+        name for name, parameter, owner in _owned_parameters(model) if parameter.ndim == 3 and not _is_recurrent(owner)
     ]
 
 
@@ -186,6 +184,11 @@ def _parameters(model: Any, words: Sequence[str]) -> set[str]:
                 raise UsageError(
                     f"{PARAMETERS_KEY}: {name} is an embedding or the head\n  name {module} in {MODULES_KEY}"
                 )
+            if _is_recurrent(owner):
+                raise UsageError(
+                    f"{PARAMETERS_KEY}: {name} belongs to a recurrent layer, which reads it where peft adds no adapter"
+                    f"\n  name linear layers in {MODULES_KEY}"
+                )
             if parameter.ndim not in (2, 3):
                 raise UsageError(
                     f"{PARAMETERS_KEY}={as_written(list(words))}: {word} matches {name}, which has one axis: only "
@@ -223,6 +226,16 @@ def _owned_parameters(model: Any) -> list[tuple[str, nn.Parameter, nn.Module]]:
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
     ]
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    """Return whether a module is a convolution or a recurrent layer, all of which begin with one.
+
+    Chunks hand the weights of a convolution to a function of their own, so peft's wrapper around it never runs. Some
+    layers (zamba) are called with keywords, which peft's wrapper around a layer's parameters does not take.
+    """
+    convolution = nn.modules.conv._ConvNd
+    return isinstance(module, convolution) or any(isinstance(child, convolution) for child in module.children())
 
 
 def _is_linear(module: nn.Module) -> bool:
