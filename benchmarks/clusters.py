@@ -1,12 +1,14 @@
 """Planning for 1 to 64 nodes of 8 GPUs: `chunkflow tune-chunk-size` for the shipped recipes, from the profile alone.
 
-    python benchmarks/clusters.py                                     all recipes; minutes on a core, no GPU, no weights
+    python benchmarks/clusters.py --docs                     all recipes, and the tables of docs/clusters.md
     python benchmarks/clusters.py --recipes qwen7b_256k --nodes 1 64 --out clusters.json
+
+It needs neither a GPU nor weights, and takes some 30 minutes of a core.
 
 Each row is the command itself, run in this process: its search over ChunkSize, K, pipeline
 stages, sequence-parallel groups and cuts of long samples, on rows of ids in LMSys-Chat-1M's shape with one sample of
 the recipe's full length in each global batch of 256. Models are written as `config.json` from their published sizes;
-nothing is trained. What the table says: docs/clusters.md.
+nothing is trained. What the tables say: docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import clusters_page
 from chunkflow_cli.cli import tune
 from chunkflow_cli.config.load import load
 from chunkflow_cli.errors import UsageError
@@ -193,8 +196,11 @@ def main() -> None:
     parser.add_argument("--sequences", nargs="+", type=int, default=list(SEQUENCES), help="ranks of a group")
     parser.add_argument("--stages", nargs="+", type=int, default=list(STAGES))
     parser.add_argument("--cuts", nargs="+", choices=("tokens", "time"), default=["tokens", "time"])
+    parser.add_argument("--docs", action="store_true", help="write the tables of docs/clusters.md: of all recipes")
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     arguments = parser.parse_args()
+    if arguments.docs and (arguments.recipes != list(SETTINGS) or arguments.nodes != list(NODES)):
+        parser.error("--docs needs all recipes and nodes")
     tried = Grid(arguments.chunk_sizes, arguments.ks, arguments.sequences, arguments.stages, arguments.cuts)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -208,6 +214,8 @@ def main() -> None:
                     row["speedup_over_nodes"] = fewest["nodes"]
                 rows.append(row)
                 say(in_words(row))
+    if arguments.docs:
+        clusters_page.write(rows, NODES)
     emit({"benchmark": "clusters", "device": "H100 SXM, by its profile", "batch": arguments.batch,
           "tried": asdict(tried), "rows": rows},
          arguments.out)  # fmt: skip
