@@ -34,7 +34,8 @@ def section(rows: Sequence[Row], nodes: Sequence[int]) -> str:
     lines = [
         _paragraph(
             'Each cell has the **seconds per step**, then data × sequence × pipeline, then K. A "t" means cuts of '
-            "equal time. The chunk size is 2K, the smallest that was tried, unless another one is given in parentheses."
+            'equal time, an "h" a state in host memory. The chunk size is 2K, the smallest that was tried, unless '
+            "another one is given in parentheses."
         ),
         "",
         *_table("recipe", [_nodes(nodes)], {name: [_layout(row[n]) for n in nodes] for name, row in by_recipe.items()}),
@@ -82,18 +83,18 @@ def _layout(row: Row) -> str:
     if best is None:
         return "does not fit"
     seconds = best["step_seconds"]
-    text = f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.3g}" if seconds >= 10 else f"{seconds:.2f}"
+    text = f"{seconds:.{0 if seconds >= 100 else 1 if seconds >= 10 else 2}f}"
     layout = f"{best['data_parallel'] // best['sequence']} x {best['sequence']} x {best['stages']}"
-    cuts = " t" if best["cuts"] == "time" else ""
+    marks = (" t" if best["cuts"] == "time" else "") + (" h" if best["offload_state"] == "host" else "")
     size = "" if best["chunk_size"] == SMALLEST_CHUNK else f" ({best['chunk_size'] // K}K)"
-    return f"{text} s, {layout}, {best['k']}{cuts}{size}"
+    return f"{text} s, {layout}, {best['k']}{marks}{size}"
 
 
 def _rate(row: Row) -> str:
     if row["best"] is None:
         return "-"
     thousands = row["tokens_per_second"] / 1000
-    text = f"{thousands:,.0f}" if thousands >= 100 else f"{thousands:.3g}"
+    text = f"{thousands:,.{0 if thousands >= 100 else 1 if thousands >= 10 else 2}f}"
     return f"{text}, {100 * row['best']['bubble_ratio']:.0f} %"
 
 
@@ -101,12 +102,19 @@ def _gib(row: Row) -> str:
     return "-" if row["best"] is None else f"{row['best']['memory_bytes'] / GIB:.0f}"
 
 
+def _fit(row: Row) -> tuple[bool, float]:
+    """Return what is smallest for the layout that fits, or else lacks the least."""
+    return not row["fits"], row["memory_bytes"]
+
+
 def _what_does_not_fit(rows: dict[str, Row], limit: float) -> list[str]:
     """Return a table of the least memory that each layout takes on one node, for recipes that some do not fit."""
-    least: dict[str, dict[tuple[int, int], Row]] = {
-        name: {(each["stages"], each["sequence"]): each for each in row.get("of_each_layout", [])}
-        for name, row in rows.items()
-    }
+    least: dict[str, dict[tuple[int, int], Row]] = {}
+    for name, row in rows.items():
+        layouts_of = least.setdefault(name, {})
+        for each in row.get("of_each_layout", []):  # one for each kind of cuts
+            layout = each["stages"], each["sequence"]
+            layouts_of[layout] = min(each, layouts_of.get(layout, each), key=_fit)
     found = {name: layouts for name, layouts in least.items() if not all(each["fits"] for each in layouts.values())}
     layouts = sorted({layout for each in found.values() for layout, row in each.items() if not row["fits"]})
 
