@@ -18,8 +18,9 @@ from chunkflow_cli.cli.screens.samples import print_samples
 from chunkflow_cli.config.home import expand_home
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, SourceConfig
-from chunkflow_cli.config.sources import configs_of_sources, has_data, name_of
+from chunkflow_cli.config.sources import has_data
 from chunkflow_cli.console import progress_bar, stdout_console
+from chunkflow_cli.data.data_sets import configs_of_sources
 from chunkflow_cli.data.lengths import LengthStatistics, describe, idle_share, padding_share, truncation
 from chunkflow_cli.data.source import Location
 from chunkflow_cli.errors import UsageError
@@ -110,7 +111,7 @@ def _shares(measured: Sequence[MeasuredData], sources: Sequence[SourceConfig]) -
         ],
     }
     return [
-        {"source": name_of(source), **{name: float(parts[i] / sum(parts)) for name, parts in columns.items()}}
+        {"source": source.name, **{name: float(parts[i] / sum(parts)) for name, parts in columns.items()}}
         for i, source in enumerate(sources)
     ]
 

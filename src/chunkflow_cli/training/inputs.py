@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, DataConfig, LossWeighting
-from chunkflow_cli.config.sources import configs_of_sources
 from chunkflow_cli.data.cache import cache_root, stamp
-from chunkflow_cli.data.dataset import configs_of_evaluation, has_evaluation_data, tokenize
+from chunkflow_cli.data.data_sets import configs_of_evaluation, configs_of_sources, has_evaluation_data
+from chunkflow_cli.data.dataset import tokenize
 from chunkflow_cli.data.tokenized import TokenizedData, hold_out, joined, limited, without_duplicates
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import position_limit

@@ -16,7 +16,7 @@ from rich.text import Text
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import counted, working
-from chunkflow_cli.data.dataset import has_evaluation_data
+from chunkflow_cli.data.data_sets import has_evaluation_data
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.engine import Processes, join_processes
 from chunkflow_cli.errors import UsageError

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.config.sources import configs_of_sources
-from chunkflow_cli.data.dataset import configs_of_evaluation, open_data
+from chunkflow_cli.data.data_sets import configs_of_evaluation, configs_of_sources
+from chunkflow_cli.data.dataset import open_data
 from chunkflow_cli.data.source import HubDataset
 from chunkflow_cli.data.tokenizer import keep_torch_out, let_torch_in
 from chunkflow_cli.errors import UsageError
