@@ -95,10 +95,10 @@ def identify(config: Config, data: RunData) -> RunIdentity:
         del learnt["share_prompts"]  # it changes rounding only
         order |= {"train.task": train.task.value, "preference": as_written(learnt)}
     return RunIdentity(
-        trained_on=_shares(data.train),
-        held_out=_shares(data.evaluation),
         order=order,
         ingredients=_ingredients(data.read),
+        trained_on=_shares(data.train),
+        held_out=_shares(data.evaluation),
         model=model_files(config.model),
         adapter=adapter_files(config.model),
     )

@@ -40,7 +40,7 @@ def read_ahead(config: Config) -> tuple[str, ...]:
     with _transformers_without_torch():
         try:
             hf_config = load_config(config.model) if config.model.path else None
-            data = load_run_data(config, hf_config, checks_positions=False)
+            data = load_run_data(config, hf_config)
         except (ImportError, UsageError) as error:
             if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
                 return ()  # the code of a rare configuration or tokenizer imports torch
