@@ -81,18 +81,24 @@ def run(
             if data.shown is not None:
                 found["shown"] = [sample.to_json() for sample in data.shown]
     else:
-        console, lengths = stdout_console(), [data.lengths for data in measured]
-        print_analyses(console, list(zip(lengths, analyses, strict=True)))
-        for data in measured:
-            if data.shown is not None:
-                console.print()
-                print_samples(console, data.path, data.shown, data.samples)
-        if show:
-            console.print()
-        print_next_command(console, _next_command(trained, loaded))
+        _print(measured, analyses, _next_command(trained, loaded), is_spaced=bool(show))
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
+
+
+def _print(
+    measured: Sequence[MeasuredData], analyses: Sequence[dict[str, Any]], next_command: str, *, is_spaced: bool
+) -> None:
+    console, lengths = stdout_console(), [data.lengths for data in measured]
+    print_analyses(console, list(zip(lengths, analyses, strict=True)))
+    for data in measured:
+        if data.shown is not None:
+            console.print()
+            print_samples(console, data.path, data.shown, data.samples)
+    if is_spaced:
+        console.print()
+    print_next_command(console, next_command)
 
 
 def _shares(measured: Sequence[MeasuredData], sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
