@@ -38,7 +38,7 @@ from chunkflow_cli.execution.attention.backend import Packing
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.parity import DirectEngine, compare, random_sequences, use_implementation
+from chunkflow_cli.execution.parity import DirectEngine, InChunks, compare, random_sequences, use_implementation
 from chunkflow_cli.execution.recurrent import RunningChunk, prepare_recurrent_layers
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
@@ -152,7 +152,9 @@ def error(name: str, case: Case) -> float:
     model = recurrent_model(name, torch.float64)
     enable_activation_checkpointing(model, ActivationCheckpointing(checkpointing))
     sequences = random_sequences(lengths, model.config.vocab_size)
-    compared = compare(model, ReferenceBackend(), sequences, chunk_size=chunk_size, k=k, fill_tails=fill_tails)
+    compared = compare(
+        model, sequences, InChunks(ReferenceBackend(), chunk_size=chunk_size, k=k, fill_tails=fill_tails)
+    )
     return compared.grad_rel_error
 
 

@@ -69,12 +69,12 @@ def prepared(words: Sequence[str]) -> Iterator[tuple[LoadedConfig, Iterator[dict
     which it page-locked host memory for the first time.
     """
     loaded = load(list(words))
-    hf_config = check_requirements(loaded)
-    folder, data = open_folder(loaded, hf_config)
+    model = check_requirements(loaded)
+    folder, data = open_folder(loaded, model.hf_config)
     try:
         with watched(folder.path, 0) as heartbeat:
             state = RunState(heartbeat)
-            run = prepare(loaded.config, hf_config, data, folder, stderr_console(), state)
+            run = prepare(loaded.config, model, data, folder, stderr_console(), state)
             steps = _steps(run, state)
             del run, state
             yield loaded, steps

@@ -23,9 +23,8 @@ from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.formats import parse_sample
 from chunkflow_cli.data.sample import BadRowError, Conversation, Message
 from chunkflow_cli.data.template import REWRITTEN, ChatTemplate, MarkedText
-from chunkflow_cli.data.tokenized import hold_out
+from chunkflow_cli.data.tokenized import held_out, hold_out
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.planning.batches import held_out
 from support.tokenized import bracketed, chat, load, only, write_rows
 from support.tokenizers import CHATML, make_tokenizer
 

@@ -14,7 +14,7 @@ from chunkflow_cli.config.schema import ActivationCheckpointing
 from chunkflow_cli.engine import internals
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from support.models import MODELS, SHAPES, TINY
@@ -41,5 +41,5 @@ def test_biases_are_added_once(name: str, is_mended: bool, monkeypatch: pytest.M
     enable_activation_checkpointing(model.train(), ActivationCheckpointing.selective)
     with nullcontext() if is_mended else pytest.raises(UsageError, match="in place"):
         sequences = random_sequences((53, 9, 20), TINY["vocab_size"])
-        parity = compare(model, ReferenceBackend(), sequences, chunk_size=16, k=2)
+        parity = compare(model, sequences, InChunks(ReferenceBackend(), chunk_size=16, k=2))
         assert parity.passed, parity

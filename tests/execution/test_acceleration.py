@@ -20,7 +20,7 @@ from chunkflow_cli.execution import acceleration, compilation
 from chunkflow_cli.execution.acceleration import Acceleration, check_acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.cpu import CpuBackend
-from chunkflow_cli.execution.parity import Parity, compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, Parity, compare, random_sequences
 from chunkflow_cli.model import kernels
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 
@@ -42,7 +42,7 @@ def model_of() -> Any:
 
 def parity_of(model: Any, how: Acceleration, stages: int = 1) -> Parity:
     sequences = random_sequences((70, 9, 1, 31, 13, 17, 19, 24), 61)
-    return compare(model, CpuBackend(), sequences, chunk_size=24, k=2, stages=stages, acceleration=how)
+    return compare(model, sequences, InChunks(CpuBackend(), chunk_size=24, k=2, stages=stages, acceleration=how))
 
 
 @pytest.fixture

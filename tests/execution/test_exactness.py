@@ -35,7 +35,7 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.guard import guard
-from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences
+from chunkflow_cli.execution.parity import DirectEngine, InChunks, Parity, compare, random_sequences
 from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.small_copy import small_config
@@ -119,9 +119,11 @@ def build(tiny_model: Callable[..., Any], case: Case, dtype: torch.dtype) -> Any
 def compared(model: Any, backend: Backend, case: Case) -> Parity:
     """Compare chunks, with the past in one block, or in several on the device or in host memory."""
     sequences = random_sequences(LENGTHS, VOCABULARY, seed=3)
-    home = {SIZES[0]: OnDevice(20), SIZES[2]: host_home(CPU, 20)}.get(case.chunk_size)
+    home = {SIZES[0]: OnDevice(20), SIZES[2]: host_home(CPU, 20)}.get(case.chunk_size, OnDevice())
     return compare(
-        model, backend, sequences, chunk_size=case.chunk_size, k=case.k, fill_tails=case.fill_tails, state_home=home
+        model,
+        sequences,
+        InChunks(backend, chunk_size=case.chunk_size, k=case.k, fill_tails=case.fill_tails, state_home=home),
     )
 
 
@@ -243,7 +245,7 @@ def test_other_shapes_through_the_stages_of_a_pipeline(tiny_model: Callable[...,
     case = Case(model, 17, 2, ActivationCheckpointing.full, True, False)
     sequences = random_sequences(LENGTHS, VOCABULARY, seed=3)
     built = build(tiny_model, case, torch.float64)
-    parity = compare(built, CpuBackend(), sequences, chunk_size=case.chunk_size, k=case.k, stages=2)
+    parity = compare(built, sequences, InChunks(CpuBackend(), chunk_size=case.chunk_size, k=case.k, stages=2))
     assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
 
 
@@ -318,7 +320,7 @@ def test_the_head_alone_is_trained(tiny_model: Callable[..., Any]) -> None:
     plain = tiny_model("llama", dtype=torch.float64).requires_grad_(False)
     plain.lm_head.requires_grad_()
     for model in (adapted, plain):
-        result = compare(model, ReferenceBackend(), random_sequences((40, 3), VOCABULARY), chunk_size=8, k=2)
+        result = compare(model, random_sequences((40, 3), VOCABULARY), InChunks(ReferenceBackend(), chunk_size=8, k=2))
         assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
 
@@ -326,14 +328,18 @@ def test_the_head_alone_is_trained(tiny_model: Callable[..., Any]) -> None:
 def test_shapes_at_the_edges(tiny_model: Callable[..., Any], lengths: tuple[int, ...]) -> None:
     """Only full chunks, one chunk exactly, no long sequence, samples of one token, a tail of one token."""
     model = tiny_model("qwen2", dtype=torch.float64)
-    result = compare(model, ReferenceBackend(), random_sequences(lengths, VOCABULARY, seed=3), chunk_size=16, k=1)
+    result = compare(
+        model, random_sequences(lengths, VOCABULARY, seed=3), InChunks(ReferenceBackend(), chunk_size=16, k=1)
+    )
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
 
 def test_chunks_of_one_token(tiny_model: Callable[..., Any]) -> None:
     """The extreme: every token its own chunk, every one but the last recomputed."""
     model = tiny_model("llama", dtype=torch.float64)
-    result = compare(model, ReferenceBackend(), random_sequences((12, 1), VOCABULARY, seed=3), chunk_size=1, k=1)
+    result = compare(
+        model, random_sequences((12, 1), VOCABULARY, seed=3), InChunks(ReferenceBackend(), chunk_size=1, k=1)
+    )
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
 
@@ -343,7 +349,7 @@ def test_pieces_of_equal_time(tiny_model: Callable[..., Any], pair_weight: float
     """The places where a sequence is cut must not matter. The last of these pieces are a few tokens long."""
     model = tiny_model("mistral", dtype=torch.float64, sliding_window=20)
     sequences = random_sequences((90, 7, 40), VOCABULARY, seed=3)
-    result = compare(model, ReferenceBackend(), sequences, chunk_size=16, k=k, pair_weight=pair_weight)
+    result = compare(model, sequences, InChunks(ReferenceBackend(), chunk_size=16, k=k, pair_weight=pair_weight))
     assert result.grad_rel_error <= FLOAT64_TOLERANCE
 
 
@@ -501,7 +507,7 @@ def test_comparison_fails_when_chunks_are_wrong(
     )  # a chunk of its own
 
     def result() -> Parity:
-        return compare(model, ReferenceBackend(), sequences, chunk_size=17, k=2)
+        return compare(model, sequences, InChunks(ReferenceBackend(), chunk_size=17, k=2))
 
     assert result().passed
     # The state store notices by itself that chunks go backward in another order.
@@ -519,7 +525,9 @@ def test_the_paper_as_printed_does_not_run(tiny_model: Callable[..., Any], monke
     monkeypatch.setattr(parity, "plan", lambda chunks, k: Schedule.parse("F0 F1 F2 B0 B1 B2"))
     with pytest.raises(AssertionError, match="a part was dropped"):
         compare(
-            tiny_model("llama"), ReferenceBackend(), random_sequences((40,), VOCABULARY, seed=3), chunk_size=17, k=2
+            tiny_model("llama"),
+            random_sequences((40,), VOCABULARY, seed=3),
+            InChunks(ReferenceBackend(), chunk_size=17, k=2),
         )
 
 
@@ -529,7 +537,7 @@ def test_comparison_agrees_with_one_written_by_hand(tiny_model: Callable[..., An
     model = tiny_model("qwen2", dtype=torch.float64)
     sequences = random_sequences(LENGTHS, VOCABULARY, seed=3)
     with broken(_drop_state_gradient):
-        result = compare(model, ReferenceBackend(), sequences, chunk_size=25, k=2)
+        result = compare(model, sequences, InChunks(ReferenceBackend(), chunk_size=25, k=2))
 
     total = sum(int((s.targets != IGNORED).sum()) for s in sequences)
     loss_whole = 0.0
@@ -574,7 +582,7 @@ def test_comparison_leaves_the_model_as_it_was(tiny_model: Callable[..., Any]) -
     model = tiny_model("llama")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     implementation = model.config._attn_implementation
-    compare(model, CpuBackend(), random_sequences((40,), VOCABULARY), chunk_size=17, k=1)
+    compare(model, random_sequences((40,), VOCABULARY), InChunks(CpuBackend(), chunk_size=17, k=1))
     assert model.config._attn_implementation == implementation
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -300,7 +300,7 @@ def test_float32_is_not_rounded_to_tensorfloat32(
         found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         raise RuntimeError("seen")
 
-    monkeypatch.setattr(parity, "_compare", compared)
+    monkeypatch.setattr(parity, "_train_whole", compared)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True

@@ -12,7 +12,7 @@ from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import PreferenceConfig, PreferenceLoss, Task
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 
 OBJECTIVES = {
     "sigmoid": Objective(Task.dpo, PreferenceConfig(label_smoothing=0.1)),
@@ -34,12 +34,8 @@ def test_gradients_in_chunks_are_those_of_whole_sequences(
     model = tiny_model("llama", dtype=torch.float64)
     parity = compare(
         model,
-        ReferenceBackend(),
         random_sequences(LENGTHS, 96),
-        chunk_size=32,
-        k=k,
-        objective=OBJECTIVES[name],
-        share_prompts=share_prompts,
+        InChunks(ReferenceBackend(), chunk_size=32, k=k, objective=OBJECTIVES[name], share_prompts=share_prompts),
     )
     assert parity.passed, parity
 
@@ -51,7 +47,7 @@ def test_an_answer_longer_than_the_window_does_not_see_the_shared_prompt(
     """Its later chunks see nothing of the prompt, of which the other answer's state holds a block that goes on."""
     model = tiny_model("mistral", dtype=torch.float64, sliding_window=window)
     parity = compare(
-        model, CpuBackend(), random_sequences((90, 80, 40, 40), 96), chunk_size=16, k=1,
-        objective=OBJECTIVES["sigmoid"],
+        model, random_sequences((90, 80, 40, 40), 96), InChunks(CpuBackend(), chunk_size=16, k=1,
+        objective=OBJECTIVES["sigmoid"]),
     )  # fmt: skip
     assert parity.passed, parity

@@ -29,7 +29,7 @@ from chunkflow_cli.execution.attention.backend import Packing
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
-from chunkflow_cli.execution.parity import DirectEngine, Parity, compare, random_sequences
+from chunkflow_cli.execution.parity import DirectEngine, InChunks, Parity, compare, random_sequences
 from chunkflow_cli.execution.recurrent import RunningChunk, prepare_recurrent_layers
 from chunkflow_cli.execution.recurrent import running as running_module
 from chunkflow_cli.execution.recurrent import scans as scans_module
@@ -83,12 +83,8 @@ def compared(model: Any, case: Case, **options: Any) -> Parity:
     enable_activation_checkpointing(model, case.checkpointing)
     return compare(
         model,
-        ReferenceBackend(),
         sequences,
-        chunk_size=case.chunk_size,
-        k=case.k,
-        fill_tails=case.fill_tails,
-        **options,
+        InChunks(ReferenceBackend(), chunk_size=case.chunk_size, k=case.k, fill_tails=case.fill_tails, **options),
     )
 
 

@@ -21,7 +21,7 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.dropout import RandomReplay
-from chunkflow_cli.execution.parity import DirectEngine, compare, random_sequences
+from chunkflow_cli.execution.parity import DirectEngine, InChunks, compare, random_sequences
 from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.execution.runner import Interrupted, Runner
 from chunkflow_cli.execution.state import StateStore
@@ -201,7 +201,7 @@ def test_chunks_without_targets(tiny_model: Callable[..., Any], counted: slice) 
     assert len(without) == 3
     model = tiny_model("llama", dtype=torch.float64)
     for k in (1, 99):
-        result = compare(model, ReferenceBackend(), [TokenizedSample(ids, targets)], chunk_size=SIZE, k=k)
+        result = compare(model, [TokenizedSample(ids, targets)], InChunks(ReferenceBackend(), chunk_size=SIZE, k=k))
         assert result.grad_rel_error <= 1e-12
         assert result.loss_rel_error <= 1e-12
 

@@ -18,7 +18,7 @@ from chunkflow_cli.config.schema import Attention
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend
 from chunkflow_cli.execution.guard import guard
-from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +70,7 @@ def test_float32_gradients_agree(kind: str, backend: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     made = model(kind, torch.float32)
     choice = choose_backend(Attention(backend), made.config, CUDA, torch.float32)
-    parity = compare(made, choice.backend, random_sequences((700, 60, 90), 512), chunk_size=128, k=2)
+    parity = compare(made, random_sequences((700, 60, 90), 512), InChunks(choice.backend, chunk_size=128, k=2))
     assert parity.grad_rel_error <= 1e-5
 
 
@@ -81,7 +81,7 @@ def test_bfloat16_gradients_agree_as_well_as_bfloat16_can(kind: str, backend: st
     made = model(kind, torch.bfloat16)
     sequences = random_sequences((700, 60, 90), 512)
     choice = choose_backend(Attention(backend), made.config, CUDA, torch.bfloat16)
-    parity = compare(made, choice.backend, sequences, chunk_size=128, k=2)
+    parity = compare(made, sequences, InChunks(choice.backend, chunk_size=128, k=2))
     truth = gradients_in_float32(kind, sequences, made)
     norm = float(torch.stack([gradient.norm() for gradient in truth.values()]).norm())
     assert norm > 0

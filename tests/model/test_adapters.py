@@ -20,7 +20,7 @@ from chunkflow_cli.cli import export
 from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
@@ -205,7 +205,9 @@ def test_merged_weights_compute_what_base_and_adapter_compute(
 
     use_float64_experts(base, torch.float64)
     adapted = spread(add_lora(base, config))
-    parity = compare(adapted, ReferenceBackend(), random_sequences((60, 9), 96, 3), chunk_size=17, k=2, stages=2)
+    parity = compare(
+        adapted, random_sequences((60, 9), 96, 3), InChunks(ReferenceBackend(), chunk_size=17, k=2, stages=2)
+    )
     assert parity.grad_rel_error < 1e-12
     final = saved(adapted, tmp_path / "final")
     merged, is_separated = merge_adapters(load(tmp_path / "base"), final)

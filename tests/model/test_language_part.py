@@ -23,7 +23,7 @@ from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 from chunkflow_cli.execution.stages import StageModel
 from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
 from chunkflow_cli.model.adapter_summary import summarize
@@ -171,7 +171,9 @@ def test_chunks_and_stages_train_as_the_wrapper_does(kind: str, published: Calla
     attention.register()
     model = load(published(kind), implementation=attention.NAME)
     stages = CUT_INTO_STAGES[kind]
-    parity = compare(model, ReferenceBackend(), random_sequences((90, 9, 40), 96), chunk_size=33, k=2, stages=stages)
+    parity = compare(
+        model, random_sequences((90, 9, 40), 96), InChunks(ReferenceBackend(), chunk_size=33, k=2, stages=stages)
+    )
     assert parity.grad_rel_error < 1e-5, parity
 
 

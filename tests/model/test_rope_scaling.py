@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from chunkflow_cli.config.schema import LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config, position_limit
@@ -73,7 +73,9 @@ def test_the_model_is_that_of_transformers(tiny_model: Callable[..., Any], tmp_p
     plain = tiny_model(kind, max_position_embeddings=32, dtype=torch.float64, **settings)
     assert not torch.allclose(model(IDS).logits, plain(IDS).logits, atol=1e-6)
 
-    parity = compare(model.train(), ReferenceBackend(), random_sequences((150, 9), 96, 3), chunk_size=17, k=2, stages=2)
+    parity = compare(
+        model.train(), random_sequences((150, 9), 96, 3), InChunks(ReferenceBackend(), chunk_size=17, k=2, stages=2)
+    )
     assert parity.grad_rel_error < 1e-12
     (tmp_path / "final").mkdir()
     save_model(tmp_path / "final", model, model.state_dict())

@@ -14,7 +14,7 @@ from chunkflow_cli.config.weight_names import factor_of, is_named
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 from chunkflow_cli.execution.stages import check_stages
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.trained_weights import apply_to, freeze, layer_matrices
@@ -94,10 +94,10 @@ def test_frozen_weights_leave_chunks_exact(names: list[str], untrained_stage: in
     model = model_of()
     freeze(model, names)
     sequences = random_sequences((100, 13, 1, 31), 61)
-    assert compare(model, ReferenceBackend(), sequences, chunk_size=24, k=1).passed
+    assert compare(model, sequences, InChunks(ReferenceBackend(), chunk_size=24, k=1)).passed
     if untrained_stage is None:
         check_stages(model, cut_layers(4, 2))
-        assert compare(model, ReferenceBackend(), sequences, chunk_size=24, k=1, stages=2).passed
+        assert compare(model, sequences, InChunks(ReferenceBackend(), chunk_size=24, k=1, stages=2)).passed
     else:
         with pytest.raises(UsageError, match=rf"stage {untrained_stage} .* has nothing to train"):
             check_stages(model, cut_layers(4, 2))

@@ -18,8 +18,9 @@ from chunkflow_cli.cli.screens.samples import print_samples
 from chunkflow_cli.config.home import expand_home
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.config.schema import Config, SourceConfig
-from chunkflow_cli.config.sources import configs_of_sources, has_data, name_of
+from chunkflow_cli.config.sources import has_data
 from chunkflow_cli.console import progress_bar, stdout_console
+from chunkflow_cli.data.data_sets import configs_of_sources
 from chunkflow_cli.data.lengths import LengthStatistics, describe, idle_share, padding_share, truncation
 from chunkflow_cli.data.source import Location
 from chunkflow_cli.errors import UsageError
@@ -80,18 +81,24 @@ def run(
             if data.shown is not None:
                 found["shown"] = [sample.to_json() for sample in data.shown]
     else:
-        console, lengths = stdout_console(), [data.lengths for data in measured]
-        print_analyses(console, list(zip(lengths, analyses, strict=True)))
-        for data in measured:
-            if data.shown is not None:
-                console.print()
-                print_samples(console, data.path, data.shown, data.samples)
-        if show:
-            console.print()
-        print_next_command(console, _next_command(trained, loaded))
+        _print(measured, analyses, _next_command(trained, loaded), is_spaced=bool(show))
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return analyses[0] if len(analyses) == 1 else {"datasets": analyses}
+
+
+def _print(
+    measured: Sequence[MeasuredData], analyses: Sequence[dict[str, Any]], next_command: str, *, is_spaced: bool
+) -> None:
+    console, lengths = stdout_console(), [data.lengths for data in measured]
+    print_analyses(console, list(zip(lengths, analyses, strict=True)))
+    for data in measured:
+        if data.shown is not None:
+            console.print()
+            print_samples(console, data.path, data.shown, data.samples)
+    if is_spaced:
+        console.print()
+    print_next_command(console, next_command)
 
 
 def _shares(measured: Sequence[MeasuredData], sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
@@ -110,7 +117,7 @@ def _shares(measured: Sequence[MeasuredData], sources: Sequence[SourceConfig]) -
         ],
     }
     return [
-        {"source": name_of(source), **{name: float(parts[i] / sum(parts)) for name, parts in columns.items()}}
+        {"source": source.name, **{name: float(parts[i] / sum(parts)) for name, parts in columns.items()}}
         for i, source in enumerate(sources)
     ]
 

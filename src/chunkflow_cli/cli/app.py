@@ -271,7 +271,7 @@ def plan(
     loaded = request.load()
     from chunkflow_cli.config.load import check_set
     from chunkflow_cli.config.schema import DataFormat
-    from chunkflow_cli.config.sources import configs_of_sources
+    from chunkflow_cli.data.data_sets import configs_of_sources
 
     needs_model = any(each.format is not DataFormat.tokens for each in configs_of_sources(loaded.config.data))
     check_set(loaded.tree, ("model.path", "data.path") if needs_model else ("data.path",))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from chunkflow_cli.cli.samples import ShownSample, samples_to_show
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import Config, DataConfig, DataFormat, ModelConfig
-from chunkflow_cli.config.sources import key_of_path
 from chunkflow_cli.console import progress_bar
+from chunkflow_cli.data.data_sets import key_of_path
 from chunkflow_cli.data.dataset import open_data, other_format, tokenize_source
 from chunkflow_cli.data.estimate import estimate_sizes
 from chunkflow_cli.data.formats import detect_format

@@ -22,6 +22,7 @@ from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.layouts import check_fits
 from chunkflow_cli.planning.devices import DeviceProfile
 from chunkflow_cli.planning.memory_parts import MemoryParts, state_bytes
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
@@ -38,7 +39,7 @@ from chunkflow_cli.planning.trace import TRACE_FILE, measured_timeline
 from chunkflow_cli.training.contributions import contributions
 from chunkflow_cli.training.host_room import what_the_host_lacks
 from chunkflow_cli.training.inputs import load_run_data
-from chunkflow_cli.training.setup import RunSetup, checked_topology, planned_device, read_setup
+from chunkflow_cli.training.setup import RunSetup, planned_device, planned_topology, read_setup
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def make_plan(loaded: LoadedConfig, *, step: int, keys: Sequence[str] = ()) -> P
     config = loaded.config
     hf_config = load_config(config.model) if config.model.path else None
     if hf_config is not None:
-        checked_topology(config, hf_config)
+        check_fits(config, hf_config, [planned_topology(config)])
     data = load_run_data(config, hf_config, keys).train
     setup = read_setup(config, hf_config, planned_device(config))
     plan = setup.plan(data)

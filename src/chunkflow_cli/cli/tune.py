@@ -26,7 +26,7 @@ from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.files import to_be_writable, write_atomically
 from chunkflow_cli.planning.search import Candidate, best_first, best_of_layouts, search
-from chunkflow_cli.training.tuning import Pair, check_measurable, measure_best, prepare_tuning
+from chunkflow_cli.training.tuning import Pair, Tuning, check_measurable, measure_best, prepare_tuning
 
 
 def run(
@@ -66,19 +66,12 @@ def run(
         raise UsageError(nothing_fits(candidates, tuning.memory_limit_bytes, tuning.longest))
     measured = measure_best(loaded, config_dir, ranked, tuning)
     best = min(ranked, key=lambda each: measured.get(_pair(each), np.inf)) if measured else ranked[0]
-    setup = tuning.setup
     result: dict[str, Any] = {
         "best": _row(best, measured),
         "explanation": explain(best, candidates, layouts, measured.get(_pair(best))),
         "layouts": [_row(candidate, measured) for candidate in layouts],
         "candidates": [_row(candidate, measured) for candidate in candidates],
-        "device": setup.device.name,
-        "processes": config.launch.processes,
-        "cost_model": setup.costs.source,
-        "cost_model_worst_error": None if setup.calibration is None else setup.calibration.worst_error,
-        "memory_limit_bytes": tuning.memory_limit_bytes,
-        "longest": tuning.longest,
-        "steps_planned": len(tuning.search.steps),
+        **_facts(tuning),
     }
     sections = _overrides(best, config)
     path = _write_overrides(sections, loaded.recipe, output)
@@ -91,6 +84,20 @@ def run(
         if plot is not None:
             print(f"plot: {plot}", file=sys.stderr)
     return result
+
+
+def _facts(tuning: Tuning) -> dict[str, Any]:
+    """Return what the ranking rests on, as `--json` prints it."""
+    setup = tuning.setup
+    return {
+        "device": setup.device.name,
+        "processes": setup.config.launch.processes,
+        "cost_model": setup.costs.source,
+        "cost_model_worst_error": None if setup.calibration is None else setup.calibration.worst_error,
+        "memory_limit_bytes": tuning.memory_limit_bytes,
+        "longest": tuning.longest,
+        "steps_planned": len(tuning.search.steps),
+    }
 
 
 def _pair(candidate: Candidate) -> Pair:

@@ -21,7 +21,7 @@ from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.dropout import remove_dropout
 from chunkflow_cli.execution.guard import ROUNDING_SUSPECTED
-from chunkflow_cli.execution.parity import Parity, compare, random_sequences
+from chunkflow_cli.execution.parity import InChunks, Parity, compare, random_sequences
 from chunkflow_cli.execution.precision import use_float64_experts
 from chunkflow_cli.execution.state_home import state_home
 from chunkflow_cli.execution.why_not import why_not
@@ -53,15 +53,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     dtype_name = config.verify.dtype or (Dtype.float64 if config.model.dtype is Dtype.float64 else Dtype.float32)
     dtype: torch.dtype = getattr(torch, dtype_name.value)
     hf_config = load_config(config.model)
-    acceleration = Acceleration.of(config)
-    check_acceleration(config, hf_config, device)
-    if acceleration and dtype is torch.float64:
-        raise UsageError(
-            "verify.dtype=float64: compiled code (model.compile) and kernels (model.kernels) are compared in float32\n"
-            "  leave verify.dtype out, or verify without them"
-        )
-    if (reason := why_not(hf_config)) is not None:
-        raise UsageError(f"models of type {hf_config.model_type!r} cannot be trained in chunks\n  {reason}")
+    _check_comparable(config, hf_config, device, dtype)
     remove_dropout(hf_config.get_text_config())
     choice = choose_backend(config.model.attention, hf_config, device, dtype)
     length, chunk_size = _test_size(config, hf_config, console)
@@ -73,14 +65,17 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     lengths = _lengths(length, chunk_size, objective)
     with working(console, f"comparing {sum(lengths):,} tokens, whole and in chunks of {chunk_size:,}"):
         parity = compare(
-            model, choice.backend, random_sequences(lengths, vocabulary, config.train.seed),
-            chunk_size=chunk_size, k=config.chunk.k, fill_tails=config.chunk.fill_tails,
-            # Far more uneven pieces than the costs of any device would give.
-            pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0, objective=objective,
-            # Small blocks, so that the past is made of several.
-            state_home=state_home(config.chunk.offload_state, device, block_tokens=max(1, length // 3)),
-            acceleration=acceleration,
-            share_prompts=config.preference.share_prompts,
+            model,
+            random_sequences(lengths, vocabulary, config.train.seed),
+            InChunks(
+                choice.backend, chunk_size=chunk_size, k=config.chunk.k, fill_tails=config.chunk.fill_tails,
+                # Far more uneven pieces than the costs of any device would give.
+                pair_weight=4 / chunk_size if config.chunk.cuts is Cuts.time else 0.0, objective=objective,
+                # Small blocks, so that the past is made of several.
+                state_home=state_home(config.chunk.offload_state, device, block_tokens=max(1, length // 3)),
+                acceleration=Acceleration.of(config),
+                share_prompts=config.preference.share_prompts,
+            ),
         )  # fmt: skip
     if not parity.passed and _may_be_rounding(config, parity):
         console.print(
@@ -106,6 +101,22 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     if not json_output:
         _print(stdout_console(), result, config)
     return result
+
+
+def _check_comparable(config: Config, hf_config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Check that the model can be trained in chunks, and compared in this data type.
+
+    Raises:
+        UsageError: says why not.
+    """
+    check_acceleration(config, hf_config, device)
+    if Acceleration.of(config) and dtype is torch.float64:
+        raise UsageError(
+            "verify.dtype=float64: compiled code (model.compile) and kernels (model.kernels) are compared in float32\n"
+            "  leave verify.dtype out, or verify without them"
+        )
+    if (reason := why_not(hf_config)) is not None:
+        raise UsageError(f"models of type {hf_config.model_type!r} cannot be trained in chunks\n  {reason}")
 
 
 def _may_be_rounding(config: Config, parity: Parity) -> bool:

@@ -29,7 +29,7 @@ from chunkflow_cli.config.schema import (
     TrainOn,
     Turns,
 )
-from chunkflow_cli.config.sources import check_paths, check_sources
+from chunkflow_cli.config.sources import check_paths, check_sources, name_sources
 from chunkflow_cli.config.weight_names import check_names
 from chunkflow_cli.errors import UsageError
 
@@ -150,8 +150,9 @@ def _check_task(config: Config) -> None:
             raise UsageError(f"{name}={as_written(values[name])} has no place in train.task={how}\n  leave {name} out")
 
 
-def settle_format(config: Config) -> None:
-    """Let the task name the format of the rows, which need not be found then."""
+def settle(config: Config) -> None:
+    """Name the sources of the data, and let the task name the format of the rows, which need not be found then."""
+    name_sources(config.data)
     if config.data.format is DataFormat.auto and config.train.task is not Task.sft:
         config.data.format = FORMAT_OF_TASK[config.train.task]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chunkflow_cli.config.checks import check, settle_format
+from chunkflow_cli.config.checks import check, settle
 from chunkflow_cli.config.effects import check_effects
 from chunkflow_cli.config.home import expand_home, expand_homes
 from chunkflow_cli.config.key_files import KeyFile, read_key_file
@@ -150,7 +150,7 @@ def convert(tree: DictConfig, *, recipe: str, overrides: Sequence[str], require:
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     check(config)
-    settle_format(config)
+    settle(config)
     return LoadedConfig(config, recipe, tuple(overrides), tree)
 
 

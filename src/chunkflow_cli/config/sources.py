@@ -1,10 +1,9 @@
-"""Handle several data sets: the name of each source, its configuration, and its mistakes."""
+"""Handle several data sets: the name of each source, and its mistakes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import PurePath
 
 from chunkflow_cli.config.keys import as_written, wrong_value
@@ -17,7 +16,7 @@ _LENGTHS = re.compile(r"\d+K-\d+K")
 _SUFFIXES = re.compile(r"(\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|txt|gz|zst|bz2|xz))+$")
 
 
-def name_of(source: SourceConfig) -> str:
+def _name_of(source: SourceConfig) -> str:
     """Return the name of a source: the one that it has, or the last part of its path."""
     if source.name:
         return source.name
@@ -27,29 +26,10 @@ def name_of(source: SourceConfig) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", stem).strip("._") or "source"
 
 
-def configs_of_sources(config: DataConfig) -> list[DataConfig]:
-    """Return a configuration for each data set to train on, with its path in `path`: one alone without `sources`.
-
-    That of a source has this source alone in `sources`.
-    """
-    return [
-        replace(
-            config,
-            path=source.path,
-            sources=[source],
-            format=source.format or config.format,
-            split=source.split or config.split,
-            subset=source.subset or config.subset,
-            columns=source.columns or config.columns,
-            train_on=source.train_on or config.train_on,
-        )
-        for source in config.sources
-    ] or [config]
-
-
-def key_of_path(config: DataConfig) -> str:
-    """Return the key of `path` in one of `configs_of_sources`, for messages."""
-    return f"data.sources[{name_of(config.sources[0])}].path" if config.sources else "data.path"
+def name_sources(config: DataConfig) -> None:
+    """Give each source without a name the one that it goes by."""
+    for source in config.sources:
+        source.name = _name_of(source)
 
 
 def has_data(config: DataConfig) -> bool:
@@ -87,7 +67,7 @@ def check_sources(data: DataConfig) -> None:
                 "  use letters, digits and _ . + -, and not the name of a range of lengths such as 1K-4K"
             )
     _check_names(data.sources)
-    without = [name_of(source) for source in data.sources if source.weight is None]
+    without = [_name_of(source) for source in data.sources if source.weight is None]
     if without and len(without) < len(data.sources):
         raise UsageError(
             f"data.sources: {', '.join(without)} {'has' if len(without) == 1 else 'have'} no weight, and others do\n"
@@ -98,7 +78,7 @@ def check_sources(data: DataConfig) -> None:
 def _check_names(sources: Sequence[SourceConfig]) -> None:
     paths: dict[str, list[str]] = {}
     for source in sources:
-        paths.setdefault(name_of(source), []).append(as_written(source.path))
+        paths.setdefault(_name_of(source), []).append(as_written(source.path))
     for name, same in paths.items():
         if len(same) > 1:
             raise UsageError(f"data.sources has {len(same)} called {name}: {', '.join(same)}\n  give each its own name")

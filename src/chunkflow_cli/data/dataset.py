@@ -1,12 +1,11 @@
 """From `data.path` to the samples that a run uses: the cache, after the policies for bad rows and long samples.
 
-With `data.sources`, every function here is called with the configuration of one source (`configs_of_sources`).
+With `data.sources`, every function here is called with the configuration of one source (`data.data_sets`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import BadRows, DataConfig, DataFormat, Overlong, TrainOn, Turns
-from chunkflow_cli.config.sources import configs_of_sources, key_of_path, name_of
 from chunkflow_cli.console import progress_bar
 from chunkflow_cli.data.building import remove_leftovers
 from chunkflow_cli.data.cache import CacheEntry, Ingredients, build_entry, cache_root, open_entry
 from chunkflow_cli.data.columns import rename_columns
+from chunkflow_cli.data.data_sets import configs_of_evaluation, configs_of_sources, key_of_path
 from chunkflow_cli.data.encoding import Encoder
 from chunkflow_cli.data.formats import PLAIN_FORMATS, PREFERENCE_FORMATS, detect_format, parse_sample
 from chunkflow_cli.data.names import printable
@@ -40,18 +39,6 @@ SHOWN = 5
 """Maximum number of samples or rows that an error lists."""
 
 
-def has_evaluation_data(config: DataConfig) -> bool:
-    """Return whether the configuration names data to evaluate on: a path, or a split of `data.path`."""
-    return config.eval_path is not None or config.eval_split is not None
-
-
-def configs_of_evaluation(config: DataConfig) -> list[DataConfig]:
-    """Return a configuration for each data set to evaluate on: `data.eval_path`, or a split of each source."""
-    if config.eval_path is not None:
-        return [replace(config, sources=[])]
-    return configs_of_sources(config) if has_evaluation_data(config) else []
-
-
 def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
     """Return the rows of `data.path`, or those to evaluate on, under the names of columns that formats know.
 
@@ -61,7 +48,7 @@ def open_data(config: DataConfig, *, for_evaluation: bool = False) -> Source:
     path, key, subset = config.path, key_of_path(config), config.subset
     split, split_key = (config.eval_split, "data.eval_split") if for_evaluation else (config.split, "data.split")
     if not for_evaluation and config.sources and config.sources[0].split:
-        split_key = f"data.sources[{name_of(config.sources[0])}].split"
+        split_key = f"data.sources[{config.sources[0].name}].split"
     if for_evaluation and config.eval_path is not None:
         subset = subset if config.eval_path == path else None
         path, key = config.eval_path, "data.eval_path"
@@ -217,7 +204,7 @@ def tokenize_source(
 
 
 def _name(config: DataConfig) -> str | None:
-    return name_of(config.sources[0]) if config.sources else None
+    return config.sources[0].name if config.sources else None
 
 
 def _ingredients(

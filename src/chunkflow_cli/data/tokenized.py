@@ -14,7 +14,6 @@ from chunkflow_cli.data.cache import CacheEntry
 from chunkflow_cli.data.preferences import AnswerSizes
 from chunkflow_cli.data.sample import IGNORED, RejectedRow, TokenizedSample, digest_of
 from chunkflow_cli.data.source import Location, Source
-from chunkflow_cli.planning.batches import drawn, held_out
 
 
 @dataclass(frozen=True)
@@ -280,3 +279,23 @@ def hold_out(data: TokenizedData, fraction: float, seed: int) -> tuple[Tokenized
         _, evaluation = held_out(len(own), fraction, seed)
         is_held_out[samples] = np.isin(rows[samples], own[evaluation])
     return data.select(np.flatnonzero(~is_held_out)), data.select(np.flatnonzero(is_held_out))
+
+
+def held_out(samples: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the indices of the samples to train on and of those to hold out, each ascending.
+
+    With more than one sample, a fraction above zero holds out at least one and leaves at least one.
+    """
+    if fraction == 0 or samples < 2:
+        return np.arange(samples), np.arange(0)
+    count = min(max(1, round(samples * fraction)), samples - 1)
+    # A key of its own; otherwise the first epoch would be shuffled by the same numbers.
+    order = np.random.default_rng((seed, 0x4E1D)).permutation(samples)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def drawn(samples: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Return the indices of `count` of the samples, drawn by seed, ascending; all of them if there are not more."""
+    if count >= samples:
+        return np.arange(samples)
+    return np.sort(np.random.default_rng((seed, 0xD4A3)).permutation(samples)[:count])

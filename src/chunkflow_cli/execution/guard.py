@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import TOLERANCES, Parity, compare, random_sequences
+from chunkflow_cli.execution.parity import TOLERANCES, InChunks, Parity, compare, random_sequences
 from chunkflow_cli.execution.precision import in_any_order, use_float64_experts
 from chunkflow_cli.execution.small_copy import CannotBuildError, build_small, small_config
 from chunkflow_cli.execution.small_sizes import VOCABULARY
@@ -42,6 +42,8 @@ ROUNDING_OF_KERNELS = 4
 GUARD_LENGTHS = (145, 21, 1, 2, 40)
 """Lengths of the test sequences: one whose last piece is a single token, and some shorter than a convolution."""
 GUARD_CHUNK_SIZE = 48
+PLAIN = Acceleration()
+"""Layers as transformers has them."""
 
 
 def guard(
@@ -53,7 +55,7 @@ def guard(
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
     is_pipeline: bool = False,
     offload_state: OffloadState = OffloadState.none,
-    acceleration: Acceleration | None = None,
+    acceleration: Acceleration = PLAIN,
 ) -> Parity:
     """Prove on a small float32 model of the same architecture that chunks change nothing.
 
@@ -140,7 +142,7 @@ class _SmallRun:
     stages: int
     state_home: Home
 
-    def compare(self, backend: Backend, dtype: torch.dtype, acceleration: Acceleration | None = None) -> Parity:
+    def compare(self, backend: Backend, dtype: torch.dtype, acceleration: Acceleration = PLAIN) -> Parity:
         """Compare the two.
 
         Raises:
@@ -151,18 +153,23 @@ class _SmallRun:
             model = build_small(self.config, self.device, dtype)
             use_float64_experts(model, dtype)
             enable_activation_checkpointing(model, self.checkpointing)
+            vocabulary = min(VOCABULARY, self.config.get_text_config().vocab_size)
             parity = compare(
                 model,
-                backend,
-                random_sequences(GUARD_LENGTHS, min(VOCABULARY, self.config.get_text_config().vocab_size)),
-                chunk_size=GUARD_CHUNK_SIZE,
-                k=2,
-                # Where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8.
-                tolerance=1e-6 if dtype is torch.float64 else None,
-                stages=self.stages,
-                state_home=self.state_home,
-                acceleration=acceleration,
+                random_sequences(GUARD_LENGTHS, vocabulary),
+                InChunks(
+                    backend,
+                    chunk_size=GUARD_CHUNK_SIZE,
+                    k=2,
+                    stages=self.stages,
+                    state_home=self.state_home,
+                    acceleration=acceleration,
+                ),
             )
+            if (
+                parity.is_float64
+            ):  # where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8
+                parity = replace(parity, tolerance=1e-6)
             if not math.isfinite(parity.loss_whole):
                 raise CannotBuildError("with random weights its loss is not a finite number")
             return parity

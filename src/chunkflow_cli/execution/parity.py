@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chunkflow_cli.config.objective import Objective
@@ -24,6 +25,7 @@ from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.chunk_model import ChunkModel, base_model
 from chunkflow_cli.execution.precision import accumulation_dtype, arithmetic_of
 from chunkflow_cli.execution.preference_parity import (
+    Preferences,
     preference_batch,
     random_preferences,
     whole_preference_loss,
@@ -94,22 +96,32 @@ def random_sequences(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> 
     return sequences
 
 
-def compare(
-    model: Any,
-    backend: Backend,
-    sequences: Sequence[TokenizedSample],
-    *,
-    chunk_size: int,
-    k: int,
-    fill_tails: bool = True,
-    pair_weight: float = 0.0,
-    tolerance: float | None = None,
-    stages: int = 1,
-    state_home: Home | None = None,
-    acceleration: Acceleration | None = None,
-    objective: Objective | None = None,
-    share_prompts: bool = True,
-) -> Parity:
+@dataclass(frozen=True)
+class InChunks:
+    """How the chunked side of a comparison runs."""
+
+    backend: Backend
+    """Its attention."""
+    chunk_size: int
+    k: int
+    """Chunks of a long sequence that keep their activations."""
+    fill_tails: bool = True
+    pair_weight: float = 0.0
+    """Cuts long sequences as in `build_chunks`, like the two above."""
+    stages: int = 1
+    """Stages of a pipeline, each with a copy of the model."""
+    state_home: Home = field(default_factory=OnDevice)
+    """Where state is kept."""
+    acceleration: Acceleration = field(default_factory=Acceleration)
+    """How layers run. The model stays changed by it."""
+    objective: Objective | None = None
+    """Learn preferences of the sequences, two of which are a pair (under `kto`, one is an answer), against the loss of
+    `preference_loss` over whole sequences; None imitates them."""
+    share_prompts: bool = True
+    """Run what both sequences of a pair begin with once, where the model can."""
+
+
+def compare(model: Any, sequences: Sequence[TokenizedSample], how: InChunks) -> Parity:
     """Compare loss and gradients of a Hugging Face (or peft) model over the sequences, whole and in chunks.
 
     The whole-sequence side is transformers' own forward, one sequence per batch, with its own attention, masks and
@@ -117,101 +129,111 @@ def compare(
 
     Args:
         model: left as it was, without gradients.
-        backend: attention of the chunked side.
-        sequences: the data; `chunk_size`, `fill_tails` and `pair_weight` cut it as in `build_chunks`.
-        k: chunks of a long sequence that keep their activations.
-        tolerance: largest relative error that passes; by default that of the model's dtype.
-        stages: number of pipeline stages that the chunked side is cut into; each works on a copy of the model.
-        state_home: where the chunked side keeps its state; by default, on the device.
-        acceleration: how the chunked side runs its layers. The model stays changed by it.
-        objective: learn preferences of the sequences, two of which are a pair (under `kto`, one is an answer), against
-            the loss of `preference_loss` over whole sequences; None imitates them.
-        share_prompts: run what both sequences of a pair begin with once, where the model can.
     """
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
-    lengths = np.array([len(s.input_ids) for s in sequences], np.int64)
-    if objective is None or not objective.has_pairs:
-        chunks = build_chunks(lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight)
-    else:
-        sequences, prompts = with_prompts(sequences)
-        is_shared = share_prompts and stages == 1 and not ChunkModel(model, backend).recurrent_layers
-        chunks = build_pair_chunks(
-            lengths, chunk_size, fill_tails=fill_tails, pair_weight=pair_weight,
-            prompts=prompts if is_shared else None, trunk_is_chosen=objective.task is Task.orpo,
-        )  # fmt: skip
-    run = _ChunkedRun(backend, chunks, k, stages, state_home or OnDevice(), acceleration, objective)
+    preferences, prompts = None, None
+    if how.objective is not None:
+        if how.objective.has_pairs:
+            sequences, prompts = with_prompts(sequences)
+        preferences = random_preferences(how.objective, sequences)
+    dtype, chunks = _first_trained(model).dtype, _cut(model, sequences, how, prompts)
     with arithmetic_of(dtype):
-        return _compare(model, sequences, run, TOLERANCES[dtype] if tolerance is None else tolerance)
-
-
-@dataclass(frozen=True)
-class _ChunkedRun:
-    """How the chunked side runs: `compare`'s arguments."""
-
-    backend: Backend
-    chunks: Chunks
-    k: int
-    stages: int
-    state_home: Home
-    acceleration: Acceleration | None
-    objective: Objective | None
-
-
-def _compare(model: Any, sequences: Sequence[TokenizedSample], run: _ChunkedRun, tolerance: float) -> Parity:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    device = next(iter(parameters.values())).device
-    dtype = next(iter(parameters.values())).dtype
-    weight = 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
-    prepared = None if run.objective is None else random_preferences(run.objective, sequences)
-
+        whole, preferences = _train_whole(model, sequences, preferences)
+        chunked = _train_in_chunks(model, sequences, chunks, preferences, how)
     model.zero_grad(set_to_none=True)
-    with use_implementation(model, whole_implementation(base_model(model))), without_activation_checkpointing(model):
-        if prepared is None:
-            loss_whole = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
-        else:
-            loss_whole, known = whole_preference_loss(model, *prepared, device)
-            prepared = (*prepared[:2], known)
-    whole = {name: _gradient(parameter) for name, parameter in parameters.items()}
+    return _difference(whole, chunked, dtype)
 
-    model.zero_grad(set_to_none=True)
-    if run.acceleration is not None:
-        run.acceleration.use_kernels(model)
-    with use_implementation(model, attention.NAME):
-        module = ChunkModel(model, run.backend) if run.stages == 1 else _chain(model, run.backend, run.stages)
-        if run.acceleration is not None:
-            for part in module.stages if isinstance(module, StageChain) else (module,):
-                run.acceleration.compile(part.causal_lm)
-        settings = RunnerSettings(device, accumulation_dtype(dtype), state_home=run.state_home)
-        runner = Runner(DirectEngine(module), settings)
-        if prepared is None:
-            batch = StepBatch(run.chunks, sequences, np.full(len(sequences), weight))
-            schedule = plan(run.chunks, run.k)
-        else:
-            batch = preference_batch(run.chunks, *prepared, device)
-            tasks = preference_tasks(run.chunks, run.k, 2 if prepared[0].has_pairs else 1)
-            schedule = plan_tasks(tasks, join_retained=True)
-        loss_chunked = runner.run((schedule,), batch).loss
-    if isinstance(module, StageChain):
-        for name, gradient in module.gradients().items():
-            parameters[name].grad = gradient
-    chunked = {name: _gradient(parameter) for name, parameter in parameters.items()}
-    model.zero_grad(set_to_none=True)
 
-    errors = {name: float((chunked[name] - whole[name]).norm()) for name in parameters}
-    norms = {name: float(whole[name].norm()) for name in parameters}
+def _cut(model: Any, sequences: Sequence[TokenizedSample], how: InChunks, prompts: NDArray[np.int64] | None) -> Chunks:
+    """Return the chunks of the sequences; `prompts` are the tokens with which both of a pair begin, (pairs,)."""
+    lengths = np.array([len(s.input_ids) for s in sequences], np.int64)
+    if prompts is None or how.objective is None:
+        return build_chunks(lengths, how.chunk_size, fill_tails=how.fill_tails, pair_weight=how.pair_weight)
+    is_shared = how.share_prompts and how.stages == 1 and not ChunkModel(model, how.backend).recurrent_layers
+    return build_pair_chunks(
+        lengths, how.chunk_size, fill_tails=how.fill_tails, pair_weight=how.pair_weight,
+        prompts=prompts if is_shared else None, trunk_is_chosen=how.objective.task is Task.orpo,
+    )  # fmt: skip
+
+
+def _difference(whole: _Outcome, chunked: _Outcome, dtype: torch.dtype) -> Parity:
+    errors = {name: float((chunked.gradients[name] - gradient).norm()) for name, gradient in whole.gradients.items()}
+    norms = {name: float(gradient.norm()) for name, gradient in whole.gradients.items()}
     total = float(np.linalg.norm(list(norms.values())))
     # A parameter with next to no gradient has no meaningful relative error of its own.
     relative = {name: error / max(norms[name], 1e-6 * total) for name, error in errors.items()}
     worst = max(relative, key=lambda name: relative[name])
     return Parity(
-        loss_whole=loss_whole,
-        loss_chunked=loss_chunked,
+        loss_whole=whole.loss,
+        loss_chunked=chunked.loss,
         grad_rel_error=float(np.linalg.norm(list(errors.values()))) / total,
         grad_max_rel_error_parameter=worst,
         grad_max_rel_error=relative[worst],
-        tolerance=tolerance,
+        tolerance=TOLERANCES[dtype],
         is_float64=dtype is torch.float64,
     )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one side of the comparison comes to."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def _train_whole(
+    model: Any, sequences: Sequence[TokenizedSample], preferences: Preferences | None
+) -> tuple[_Outcome, Preferences | None]:
+    """Return loss and gradients of whole sequences, and the preferences with what the chunked side has to know."""
+    device = _first_trained(model).device
+    model.zero_grad(set_to_none=True)
+    with use_implementation(model, whole_implementation(base_model(model))), without_activation_checkpointing(model):
+        if preferences is None:
+            weight = _weight(sequences)
+            loss = sum(_whole_loss(model, sequence, weight, device) for sequence in sequences)
+        else:
+            loss, known = whole_preference_loss(model, *preferences, device)
+            preferences = (*preferences[:2], known)
+    return _Outcome(loss, _gradients(model)), preferences
+
+
+def _train_in_chunks(
+    model: Any, sequences: Sequence[TokenizedSample], chunks: Chunks, preferences: Preferences | None, how: InChunks
+) -> _Outcome:
+    first = _first_trained(model)
+    model.zero_grad(set_to_none=True)
+    how.acceleration.use_kernels(model)
+    with use_implementation(model, attention.NAME):
+        module = ChunkModel(model, how.backend) if how.stages == 1 else _chain(model, how.backend, how.stages)
+        for part in module.stages if isinstance(module, StageChain) else (module,):
+            how.acceleration.compile(part.causal_lm)
+        settings = RunnerSettings(first.device, accumulation_dtype(first.dtype), state_home=how.state_home)
+        runner = Runner(DirectEngine(module), settings)
+        if preferences is None:
+            batch = StepBatch(chunks, sequences, np.full(len(sequences), _weight(sequences)))
+            schedule = plan(chunks, how.k)
+        else:
+            batch = preference_batch(chunks, *preferences, first.device)
+            tasks = preference_tasks(chunks, how.k, 2 if preferences[0].has_pairs else 1)
+            schedule = plan_tasks(tasks, join_retained=True)
+        loss = runner.run((schedule,), batch).loss
+    if isinstance(module, StageChain):
+        found = module.gradients()
+        for name, parameter in model.named_parameters():
+            if name in found:
+                parameter.grad = found[name]
+    return _Outcome(loss, _gradients(model))
+
+
+def _first_trained(model: Any) -> nn.Parameter:
+    """Return a trained parameter, whose device and data type are those of the model."""
+    parameter: nn.Parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    return parameter
+
+
+def _weight(sequences: Sequence[TokenizedSample]) -> float:
+    """Return the weight of each target."""
+    return 1.0 / sum(int((s.targets != IGNORED).sum()) for s in sequences)
 
 
 def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
@@ -231,9 +253,14 @@ def _whole_loss(model: Any, sequence: TokenizedSample, weight: float, device: to
     return float(loss.detach())
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
-    return gradient.to(accumulation_dtype(gradient.dtype))
+def _gradients(model: Any) -> dict[str, Tensor]:
+    """Return a copy of the gradient of each trained parameter, zeros if it has none."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+            gradients[name] = gradient.to(accumulation_dtype(gradient.dtype))
+    return gradients
 
 
 @contextmanager

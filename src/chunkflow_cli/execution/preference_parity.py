@@ -19,6 +19,9 @@ from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.execution.whole_sequence import cross_entropies
 from chunkflow_cli.planning.chunks import Chunks
 
+Preferences = tuple[Objective, Sequences, Known]
+"""What is learned, the sequences, and what is known of them."""
+
 
 def with_prompts(sequences: Sequence[TokenizedSample]) -> tuple[list[TokenizedSample], NDArray[np.int64]]:
     """Give both sequences of each pair the same beginning, half of the shorter one; return its number of tokens."""
@@ -34,9 +37,7 @@ def with_prompts(sequences: Sequence[TokenizedSample]) -> tuple[list[TokenizedSa
     return made, np.array(prompts, np.int64)
 
 
-def random_preferences(
-    objective: Objective, sequences: Sequence[TokenizedSample]
-) -> tuple[Objective, Sequences, Known]:
+def random_preferences(objective: Objective, sequences: Sequence[TokenizedSample]) -> Preferences:
     """Return the sequences as preferences, with drawn differences to the log-probabilities of a reference model."""
     made = Sequences.of(list(sequences), objective)
     rng = np.random.default_rng(0)

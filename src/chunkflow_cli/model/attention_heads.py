@@ -7,6 +7,8 @@ blocks here alone. Nothing here imports torch.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +35,11 @@ def attention_heads(hf_config: Any) -> tuple[AttentionLayers, ...]:
         )
         for i in range(layers)
     )
+
+
+def by_size(layers: Iterable[AttentionLayers]) -> tuple[AttentionLayers, ...]:
+    """Return single layers, those of equal sizes together."""
+    return tuple(replace(sizes, layers=count) for sizes, count in Counter(layers).items())
 
 
 def block_of(config: Any, layer: int) -> int | None:

@@ -1,4 +1,4 @@
-"""Check that a model can be divided into a layout."""
+"""Check that a model has the positions of a run, and can be divided into its layout."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.planning.topology import Topology, key_value_copies
+
+
+def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
+    """Check what a plan of a run asks of the model: positions up to `data.max_length`, and these layouts.
+
+    Raises:
+        UsageError: the model has learned fewer positions, or as `check_layouts`.
+    """
+    if config.data.max_length is not None:
+        from chunkflow_cli.model.positions import check_positions  # imports torch
+
+        check_positions(config, hf_config)
+    check_layouts(config, hf_config, layouts)
 
 
 def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:

@@ -6,7 +6,8 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,6 @@ def check_files(config: ModelConfig) -> None:
 
 def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> Any:
     """Load the weights, and check that they are those of the files."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_files(config)
@@ -148,32 +148,13 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     language = None if extra else language_class(hf_config)
     if language is not None and Path(config.path).exists():
         copyable_files(Path(config.path), named)
-    with loading_report() as report:
-        try:
-            model, info = (language or AutoModelForCausalLM).from_pretrained(
-                name, config=as_saved, dtype=dtype,
-                attn_implementation=attention if language is None else attention_of(hf_config, attention),
-                trust_remote_code=config.trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True, tqdm_class=DownloadBar, **extra, **few_bits,
-            )  # fmt: skip
-        except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
-                EOFError) as error:  # fmt: skip
-            raise unreadable(config, "weights", error) from error
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                raise
-            groups = incomplete_groups(report)
-            if not groups:
-                raise unreadable(config, "weights", error) from error
-            if stored is not None:
-                raise UsageError(
-                    f"{named}: its weights are stored in {stored}, and transformers cannot convert {listed(groups)}\n"
-                    "  set model.path to the model that it was made from, which its model card names"
-                ) from error
-            raise UsageError(
-                f"model.path={config.path}: parts of {listed(groups)} are missing in its files, or have other shapes "
-                "than the rest\n  download the model again"
-            ) from error
+    with _failures_explained(config, stored):
+        model, info = (language or AutoModelForCausalLM).from_pretrained(
+            name, config=as_saved, dtype=dtype,
+            attn_implementation=attention if language is None else attention_of(hf_config, attention),
+            trust_remote_code=config.trust_remote_code, output_loading_info=True,
+            ignore_mismatched_sizes=True, tqdm_class=DownloadBar, **extra, **few_bits,
+        )  # fmt: skip
     check_loaded(model, info, named, new=config.new_weights)
     if stored is not None:
         check_dequantised(model, stored, named)
@@ -192,6 +173,42 @@ def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+@contextmanager
+def _failures_explained(config: ModelConfig, stored: str | None) -> Iterator[None]:
+    """Explain why the weights of a model cannot be loaded, within the block.
+
+    Args:
+        stored: the method by which they are stored in few bits, or None.
+
+    Raises:
+        UsageError: with the library's reason, or the weights that it has left out.
+    """
+    from safetensors import SafetensorError
+
+    named = f"model.path={config.path}"
+    with loading_report() as report:
+        try:
+            yield
+        except (OSError, ValueError, LookupError, ImportError, AssertionError, SafetensorError, UnpicklingError,
+                EOFError) as error:  # fmt: skip
+            raise unreadable(config, "weights", error) from error
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+                raise
+            groups = incomplete_groups(report)
+            if not groups:
+                raise unreadable(config, "weights", error) from error
+            if stored is not None:
+                raise UsageError(
+                    f"{named}: its weights are stored in {stored}, and transformers cannot convert {listed(groups)}\n"
+                    "  set model.path to the model that it was made from, which its model card names"
+                ) from error
+            raise UsageError(
+                f"{named}: parts of {listed(groups)} are missing in its files, or have other shapes than the rest\n"
+                "  download the model again"
+            ) from error
 
 
 def _dequantise_on_load(config: ModelConfig, own: Any) -> str | None:

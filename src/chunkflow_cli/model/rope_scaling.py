@@ -57,16 +57,7 @@ def apply_rope_scaling(config: ModelConfig, hf_config: Any) -> None:
         raise UsageError(f"{said} has no factor of 1 or more\n  write it as in {KEY}={{rope_type: yarn, factor: 4}}")
     original = scaling.get(ORIGINAL, text.max_position_embeddings if kind == "default" else None)
     if not isinstance(original, int) or isinstance(original, bool) or original < 1:
-        raise UsageError(
-            f"{said}: the factor counts from the length before any scaling, and "
-            + (
-                f"{ORIGINAL} is not a number of tokens"
-                if original is not None
-                else f"config.json scales already ({kind})"
-            )
-            + f"\n  add {ORIGINAL} to {KEY}"
-            + (f"; in config.json it is {before[ORIGINAL]}" if ORIGINAL in before else "")
-        )
+        raise _no_original(original, before, said)
     kept = {name: value for name, value in before.items() if name not in SETTINGS}
     after = kept | scaling | {"rope_type": scaling.get("rope_type", scaling.get("type"))}
     after.pop("type", None)
@@ -84,6 +75,16 @@ def apply_rope_scaling(config: ModelConfig, hf_config: Any) -> None:
     with _complaints(said):
         text.standardize_rope_params()
         text.validate_rope()
+
+
+def _no_original(original: object, before: Mapping[str, Any], said: str) -> UsageError:
+    """Return the error of a length before any scaling that is not known, or no number of tokens."""
+    kind = before.get("rope_type", "default")
+    reason = f"config.json scales already ({kind})" if original is None else f"{ORIGINAL} is not a number of tokens"
+    return UsageError(
+        f"{said}: the factor counts from the length before any scaling, and {reason}\n  add {ORIGINAL} to {KEY}"
+        + (f"; in config.json it is {before[ORIGINAL]}" if ORIGINAL in before else "")
+    )
 
 
 def _check_names(scaling: Mapping[str, Any], known: frozenset[str], said: str) -> None:

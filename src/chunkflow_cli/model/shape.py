@@ -12,12 +12,11 @@ from torch import nn
 from chunkflow_cli.config.schema import ModelConfig, OptimConfig, Quantization
 from chunkflow_cli.model.adapter_summary import adapted_layers, saved_modules, trained_copy
 from chunkflow_cli.model.adapters import add_lora
-from chunkflow_cli.model.attention_heads import attention_heads
+from chunkflow_cli.model.attention_heads import attention_heads, by_size
 from chunkflow_cli.model.loading import on_meta_device
 from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
 from chunkflow_cli.model.trained_weights import apply_to
-from chunkflow_cli.planning.attention_layers import by_size
 from chunkflow_cli.planning.model_shape import ModelShape
 
 if TYPE_CHECKING:

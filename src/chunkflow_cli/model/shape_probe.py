@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chunkflow_cli.config.schema import Dtype
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
-from chunkflow_cli.model.attention_heads import block_of
+from chunkflow_cli.model.attention_heads import block_of, by_size
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
-from chunkflow_cli.planning.attention_layers import AttentionLayers, by_size
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
 PROBE_TOKENS = 256

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from chunkflow_cli.config.schema import OptimConfig
+from chunkflow_cli.config.schema import Config, OptimConfig, OptimizerName
 from chunkflow_cli.config.weight_names import is_named
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.loading import skeleton
 
 SHOWN = 4
 """Names of weights that an error lists."""
@@ -34,13 +35,10 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         UsageError: a name means no weight that is trained, or no weight is left to train.
     """
-    trained = _trained(model)
+    trained = dict(_trained(model))
     for name in names:
-        found = [parameter for weight, parameter in trained if is_named(weight, name)]
-        if not found:
-            raise _matches_nothing("optim.freeze", name, [weight for weight, _ in trained])
-        for parameter in found:
-            parameter.requires_grad = False
+        for weight in _named("optim.freeze", name, list(trained)):
+            trained[weight].requires_grad = False
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("optim.freeze leaves nothing to train\n  name fewer weights")
 
@@ -53,8 +51,7 @@ def check_factors(model: nn.Module, factors: Iterable[str]) -> None:
     """
     trained = [weight for weight, parameter in _trained(model) if parameter.requires_grad]
     for name in factors:
-        if not any(is_named(weight, name) for weight in trained):
-            raise _matches_nothing("optim.lr_factors", name, trained)
+        _named("optim.lr_factors", name, trained)
 
 
 def apply_to(model: nn.Module, optim: OptimConfig) -> TrainedShare:
@@ -67,6 +64,30 @@ def apply_to(model: nn.Module, optim: OptimConfig) -> TrainedShare:
     check_factors(model, optim.lr_factors)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return TrainedShare(sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts))
+
+
+def describe_trained_weights(config: Config, hf_config: Any) -> list[str]:
+    """Check the names of weights in `optim` on the model without its weights, and return what to say of them.
+
+    Raises:
+        UsageError: a name means no trained weight, nothing is left to train, or Muon has no matrix.
+    """
+    optim = config.optim
+    is_muon = optim.name is OptimizerName.muon
+    if not (optim.freeze or optim.lr_factors or is_muon):
+        return []
+    model = skeleton(config.model, hf_config)
+    share = apply_to(model, optim)
+    return [*([str(share)] if optim.freeze else []), *([_describe_muon(model, share)] if is_muon else [])]
+
+
+def _describe_muon(model: Any, share: TrainedShare) -> str:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    matrices = sum(sizes[name] for name in layer_matrices(model))
+    if not matrices:
+        raise UsageError("optim.name=muon: no matrix of the layers is trained, which is all that Muon trains\n"
+                         "  set optim=adamw, or leave some out of optim.freeze")  # fmt: skip
+    return f"Muon trains {100 * matrices / share.trained:.3g} % of the trained weights, AdamW the others"
 
 
 def layer_matrices(model: Any) -> frozenset[str]:
@@ -104,9 +125,16 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
 
 
-def _matches_nothing(key: str, name: str, weights: Sequence[str]) -> UsageError:
+def _named(key: str, name: str, weights: Sequence[str]) -> list[str]:
+    """Return those of the trained weights that a name in the configuration means.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if found := [weight for weight in weights if is_named(weight, name)]:
+        return found
     shown = ", ".join([*weights[:SHOWN], "..."] if len(weights) > SHOWN else weights)
-    return UsageError(
+    raise UsageError(
         f"{key}: {name!r} matches no weight that is trained\n  use whole parts of a name, such as layers.0, or a "
         f"regular expression for all of it; the weights are {shown}"
     )

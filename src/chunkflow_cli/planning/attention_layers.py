@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +62,3 @@ class AttentionLayers:
             window = float(self.window)
             pairs = np.where(tokens <= window, pairs, window**2 / 2 + window * (tokens - window))
         return np.asarray(pairs)
-
-
-def by_size(layers: Iterable[AttentionLayers]) -> tuple[AttentionLayers, ...]:
-    """Return single layers, those of equal sizes together."""
-    return tuple(replace(sizes, layers=count) for sizes, count in Counter(layers).items())

@@ -185,23 +185,3 @@ def _cuts(batches: GlobalBatches, epoch: int) -> NDArray[np.int64]:
         cuts.append(max(fitting, cuts[-1] + 1))
         done = int(ends[cuts[-1] - 1])
     return np.array(cuts)
-
-
-def held_out(samples: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the indices of the samples to train on and of those to hold out, each ascending.
-
-    With more than one sample, a fraction above zero holds out at least one and leaves at least one.
-    """
-    if fraction == 0 or samples < 2:
-        return np.arange(samples), np.arange(0)
-    count = min(max(1, round(samples * fraction)), samples - 1)
-    # A key of its own; otherwise the first epoch would be shuffled by the same numbers.
-    order = np.random.default_rng((seed, 0x4E1D)).permutation(samples)
-    return np.sort(order[count:]), np.sort(order[:count])
-
-
-def drawn(samples: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Return the indices of `count` of the samples, drawn by seed, ascending; all of them if there are not more."""
-    if count >= samples:
-        return np.arange(samples)
-    return np.sort(np.random.default_rng((seed, 0xD4A3)).permutation(samples)[:count])

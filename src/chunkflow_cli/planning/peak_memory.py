@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -103,21 +103,17 @@ def _with_host_state_of_stages(
     on_device_too = replace(settings, offload_state="none")
     block = STATE_BLOCK_TOKENS[settings.device_type]
     a_token, most, longest = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size), 0.0, 0.0
-    for step in steps:
-        for index in step.first_of_groups:
-            rank = step.plan.ranks[index]
-            if not len(rank.chunks):
-                continue
-            tokens = _TokensOfChunks.of(rank, shape.kv_heads)
-            tokens = replace(tokens, received=np.zeros(len(tokens.held)))  # that stays on the device
-            for layers in run.stage_layers(shape.layers):
-                _, kept = tokens.bytes_on(shape, on_device_too, layers)
-                begun = np.zeros(len(kept))
-                begun[[group.start for group in rank.chunks.dependent_groups()]] = block * a_token
-                kept += begun * layers.layers / shape.layers
-                _, held = step.timeline(index).live_bytes(0, layers.stage, np.zeros(len(kept)), kept)
-                most = max(most, float(held.max(initial=0.0)))
-            longest = max(longest, float(tokens.read_later.sum()))
+    for step, index, rank in _pipelines(steps):
+        tokens = _TokensOfChunks.of(rank, shape.kv_heads)
+        tokens = replace(tokens, received=np.zeros(len(tokens.held)))  # that stays on the device
+        for layers in run.stage_layers(shape.layers):
+            _, kept = tokens.bytes_on(shape, on_device_too, layers)
+            begun = np.zeros(len(kept))
+            begun[[group.start for group in rank.chunks.dependent_groups()]] = block * a_token
+            kept += begun * layers.layers / shape.layers
+            _, held = step.timeline(index).live_bytes(0, layers.stage, np.zeros(len(kept)), kept)
+            most = max(most, float(held.max(initial=0.0)))
+        longest = max(longest, float(tokens.read_later.sum()))
     blocks = bytes_of_blocks(shape, settings.element_bytes, settings.device_type, longest)
     return replace(parts.filled(parts.activations, parts.state + blocks), host_state=int(most))
 
@@ -153,33 +149,38 @@ def _fullest_before_step(
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
     is_recurrent = shape.recurrent.activation_bytes_per_token > 0
     fullest = max(at_rest, key=lambda parts: parts.before_step)
+    for step, index, rank in _pipelines(steps):
+        tokens = _TokensOfChunks.of(rank, shape.kv_heads)
+        of_layer = again * float((tokens.held + is_recurrent * tokens.of_others).max())
+        of_layer += merged_bytes_of_running(shape, settings)
+        # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
+        for layers, rest in zip(held, at_rest, strict=True):
+            running = of_layer + workspace_beyond_loss(
+                shape, settings, layers, tokens=float(tokens.held.max()), past=float(tokens.read_later.sum()),
+                sharers=rank.group_size,
+            )  # fmt: skip
+            activations, state = tokens.bytes_on(shape, settings, layers)
+            room = fullest.before_step - rest.before_step - running
+            if activations.sum() + state.sum() <= room:
+                continue  # not fuller even with all of its chunks at once
+            timeline = step.timeline(index)
+            _, both = timeline.live_bytes(0, layers.stage, activations, state)
+            peak = int(both.argmax())
+            if both[peak] <= room:
+                continue
+            _, live = timeline.live_bytes(0, layers.stage, activations)
+            at_peak = rest.filled(int(live[peak] + running), int(both[peak] - live[peak]))
+            fullest = max(fullest, at_peak, key=lambda parts: parts.before_step)
+    return fullest
+
+
+def _pipelines(steps: Sequence[SimulatedStep]) -> Iterator[tuple[SimulatedStep, int, RankPlan]]:
+    """Yield what each pipeline runs in each step, as the plan of its first rank, which has this index."""
     for step in steps:
         for index in step.first_of_groups:
             rank = step.plan.ranks[index]
-            if not len(rank.chunks):
-                continue
-            tokens = _TokensOfChunks.of(rank, shape.kv_heads)
-            of_layer = again * float((tokens.held + is_recurrent * tokens.of_others).max())
-            of_layer += merged_bytes_of_running(shape, settings)
-            # Look at every stage: the first one holds the most chunks, but not always the most state or weights.
-            for layers, rest in zip(held, at_rest, strict=True):
-                running = of_layer + workspace_beyond_loss(
-                    shape, settings, layers, tokens=float(tokens.held.max()), past=float(tokens.read_later.sum()),
-                    sharers=rank.group_size,
-                )  # fmt: skip
-                activations, state = tokens.bytes_on(shape, settings, layers)
-                room = fullest.before_step - rest.before_step - running
-                if activations.sum() + state.sum() <= room:
-                    continue  # not fuller even with all of its chunks at once
-                timeline = step.timeline(index)
-                _, both = timeline.live_bytes(0, layers.stage, activations, state)
-                peak = int(both.argmax())
-                if both[peak] <= room:
-                    continue
-                _, live = timeline.live_bytes(0, layers.stage, activations)
-                at_peak = rest.filled(int(live[peak] + running), int(both[peak] - live[peak]))
-                fullest = max(fullest, at_peak, key=lambda parts: parts.before_step)
-    return fullest
+            if len(rank.chunks):
+                yield step, index, rank
 
 
 def _undominated(activations: NDArray[np.float64], state: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -33,8 +32,6 @@ from chunkflow_cli.model.trained_weights import layer_matrices
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers
 from chunkflow_cli.training.loading import load_on_every_rank
-
-Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -72,23 +69,12 @@ def assemble(
         UsageError: the model's weights cannot be loaded, or its settings do not fit it.
     """
     attention.register()
-    torch.manual_seed(config.train.seed)
-    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     processes = processes or Processes()
-    if config.train.task is not Task.sft:  # as in TRL: first pass, reference and training must see the same model
-        remove_dropout(hf_config.get_text_config())
-    model: Any = load_on_every_rank(config, hf_config, processes, dtype=dtype, attention=attention.NAME)
-    enable_activation_checkpointing(model, config.model.activation_checkpointing)
-    shape = shape_without_weights(config.model, hf_config)
-    if config.model.lora.enabled:
-        model = add_lora(model, config.model.lora)
-    shape = with_frozen(shape, model, config.optim)
-    acceleration = Acceleration.of(config)
-    acceleration.use_kernels(model)
+    model, shape = _trained_model(config, hf_config, processes)
     matrices = layer_matrices(model) if config.optim.name is OptimizerName.muon else frozenset()
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device, matrices)
-    runner_settings = partial(
-        RunnerSettings,
+    Acceleration.of(config).use_kernels(model)
+    runner_settings = RunnerSettings(
         device,
         sequence_group=SequenceGroup.join(processes.topology),
         state_home=state_home(config.chunk.offload_state, device),
@@ -97,27 +83,51 @@ def assemble(
     )
     if len(stages) > 1:
         check_stages(model, stages)
-        stage_model = _on_device(StageModel(model, backend, stages[processes.place.stage]), device)
-        acceleration.compile(model)
-        pipeline_engine = PipelineEngine(stage_model, settings, stages=len(stages))
-        pipelines = [processes.topology.pipeline_group(first) for first in range(processes.topology.replicas)]
-        pipeline_runner = StageRunner(
-            pipeline_engine,
-            Links(pipelines, device),
-            runner_settings(lockstep=pipeline_engine.needs_lockstep),
-            splits_backwards=config.parallel.schedule is PipelineSchedule("zero_bubble"),
-        )
-        return Assembly(model, pipeline_engine, pipeline_runner, shape)
+        stage = StageModel(model, backend, stages[processes.place.stage])
+        return Assembly(model, *_run_stage(config, stage, settings, runner_settings, len(stages), processes), shape)
     if settings.engine.zero_stage == 3 and processes.topology.processes > 1:
         _check_head_in_lockstep(model)
-    chunk_model = ChunkModel(model, backend)
-    acceleration.compile(model)
+    return Assembly(model, *_run_whole(config, ChunkModel(model, backend), settings, runner_settings), shape)
+
+
+def _trained_model(config: Config, hf_config: Any, processes: Processes) -> tuple[Any, ModelShape]:
+    """Load the model with its adapters, freeze what is not trained, and return it and its shape."""
+    torch.manual_seed(config.train.seed)
+    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
+    if config.train.task is not Task.sft:  # as in TRL: first pass, reference and training must see the same model
+        remove_dropout(hf_config.get_text_config())
+    model: Any = load_on_every_rank(config, hf_config, processes, dtype=dtype, attention=attention.NAME)
+    enable_activation_checkpointing(model, config.model.activation_checkpointing)
+    shape = shape_without_weights(config.model, hf_config)
+    if config.model.lora.enabled:
+        model = add_lora(model, config.model.lora)
+    return model, with_frozen(shape, model, config.optim)
+
+
+def _run_stage(
+    config: Config, stage: StageModel, settings: EngineSettings, how: RunnerSettings, stages: int, processes: Processes
+) -> tuple[PipelineEngine, StageRunner]:
+    """Return the engine and the runner of one stage of a pipeline."""
+    _on_device(stage, settings.device)
+    Acceleration.of(config).compile(stage.causal_lm)
+    engine = PipelineEngine(stage, settings, stages=stages)
+    topology = processes.topology
+    pipelines = [topology.pipeline_group(first) for first in range(topology.replicas)]
+    links, splits = Links(pipelines, settings.device), config.parallel.schedule is PipelineSchedule("zero_bubble")
+    return engine, StageRunner(engine, links, replace(how, lockstep=engine.needs_lockstep), splits_backwards=splits)
+
+
+def _run_whole(
+    config: Config, model: ChunkModel, settings: EngineSettings, how: RunnerSettings
+) -> tuple[Engine, Runner]:
+    """Return the engine and the runner of a model that each rank holds whole, or shares with ZeRO-3."""
+    Acceleration.of(config).compile(model.causal_lm)
     if settings.engine.zero_stage < 3:
-        _on_device(chunk_model, device)
-    elif device.type == "cpu":
-        convert_linear_layers(chunk_model)
-    engine = Engine(chunk_model, settings)
-    return Assembly(model, engine, Runner(engine, runner_settings(lockstep=engine.needs_lockstep)), shape)
+        _on_device(model, settings.device)
+    elif settings.device.type == "cpu":
+        convert_linear_layers(model)
+    engine = Engine(model, settings)
+    return engine, Runner(engine, replace(how, lockstep=engine.needs_lockstep))
 
 
 def _check_head_in_lockstep(model: Any) -> None:
@@ -135,8 +145,7 @@ def _check_head_in_lockstep(model: Any) -> None:
         )
 
 
-def _on_device(model: Model, device: torch.device) -> Model:
+def _on_device(model: torch.nn.Module, device: torch.device) -> None:
     if device.type == "cpu":
         convert_linear_layers(model)
     model.to(device)
-    return model

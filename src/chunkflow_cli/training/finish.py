@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from chunkflow_cli.engine import all_or_none
 from chunkflow_cli.errors import RunError, first_line
@@ -143,16 +142,17 @@ def _reason(error: Exception) -> str:
 
 def _make_report(run: Prepared, progress: Progress) -> dict[str, Any]:
     config, batches, device = run.config, run.plan.batches, run.device
-    dtype: torch.dtype = getattr(torch, config.model.dtype.value)
     longest, kept = int(run.plan.sequence_lengths.max()), config.chunk.size * config.chunk.k
     peak = int(run.processes.maximum(peak_memory_bytes(device))[0])
     flops = sum(training_flops(run.plan.lengths_of(batches[step]), run.shape) for step in range(progress.step))
     # Measured again, because other work on the machine may have slowed the first measurement: the better one counts.
-    device_flops = max(run.peak_flops, agreed_peak_flops(run.processes, device, dtype))
+    device_flops = max(run.peak_flops, agreed_peak_flops(run.processes, device, run.dtype))
     seconds = max(progress.train_seconds, 1e-9)
     whole = None
     if run.activation_bytes is not None and longest > kept:
-        whole = whole_sequence_bytes(peak, run.activation_bytes, kept, longest, run.shape.vocab_size, dtype.itemsize)
+        whole = whole_sequence_bytes(
+            peak, run.activation_bytes, kept, longest, run.shape.vocab_size, run.dtype.itemsize
+        )
     return {
         **run.counts,
         **_sources(run, progress.step),

@@ -39,5 +39,6 @@ def check_host_room(setup: RunSetup, plan: RunPlan) -> None:
     """
     if setup.shape is None or not setup.costs.moves_state:
         return
-    if (lacks := what_the_host_lacks(memory_of_fullest(setup.shape, setup.memory, plan, ()), setup)) is not None:
+    parts = memory_of_fullest(setup.shape, setup.memory, plan, ())
+    if (lacks := what_the_host_lacks(parts, setup)) is not None:
         raise UsageError(f"chunk.offload_state=host: {lacks}")

@@ -18,7 +18,6 @@ import numpy as np
 
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import Config, Task
-from chunkflow_cli.config.sources import name_of
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
 from chunkflow_cli.model.identity import adapter_files, changed_files, model_files
@@ -88,7 +87,7 @@ def identify(config: Config, data: RunData) -> RunIdentity:
         order["train.global_batch_tokens"] = train.global_batch_tokens
     for source in config.data.sources:
         if source.weight is not None:
-            order[f"data.sources[{name_of(source)}].weight"] = source.weight
+            order[f"data.sources[{source.name}].weight"] = source.weight
     if train.shuffle:
         order["train.seed"] = train.seed
     if train.task is not Task.sft:  # what is learned, too: the reference stays that of the first step
@@ -96,10 +95,10 @@ def identify(config: Config, data: RunData) -> RunIdentity:
         del learnt["share_prompts"]  # it changes rounding only
         order |= {"train.task": train.task.value, "preference": as_written(learnt)}
     return RunIdentity(
-        trained_on=_shares(data.train),
-        held_out=_shares(data.evaluation),
         order=order,
         ingredients=_ingredients(data.read),
+        trained_on=_shares(data.train),
+        held_out=_shares(data.evaluation),
         model=model_files(config.model),
         adapter=adapter_files(config.model),
     )

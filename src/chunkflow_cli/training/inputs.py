@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkflow_cli.config.schema import Config, DataConfig, LossWeighting
-from chunkflow_cli.config.sources import configs_of_sources
 from chunkflow_cli.data.cache import cache_root, stamp
-from chunkflow_cli.data.dataset import configs_of_evaluation, has_evaluation_data, tokenize
+from chunkflow_cli.data.data_sets import configs_of_evaluation, configs_of_sources, has_evaluation_data
+from chunkflow_cli.data.dataset import tokenize
 from chunkflow_cli.data.tokenized import TokenizedData, hold_out, joined, limited, without_duplicates
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import position_limit
@@ -70,15 +70,12 @@ class FoundData:
         return cls(tuple(key for key, _, _ in pairs), tuple(found for _, _, found in pairs))
 
 
-def load_run_data(
-    config: Config, hf_config: Any | None, keys: Sequence[str] = (), *, checks_positions: bool = True
-) -> RunData:
+def load_run_data(config: Config, hf_config: Any | None, keys: Sequence[str] = ()) -> RunData:
     """Tokenize the samples of the run, or read them from the cache.
 
     Args:
         hf_config: the model's configuration; None only if rows are token ids and no model is named.
         keys: `FoundData.keys`, if another process of the run has found and checked the samples.
-        checks_positions: check that `data.max_length` is within the model's positions, which needs torch.
 
     Raises:
         UsageError: see `data.dataset.tokenize`.
@@ -98,10 +95,6 @@ def load_run_data(
             trust_remote_code=config.model.trust_remote_code,
         )
 
-    if checks_positions and hf_config is not None and config.data.max_length is not None:
-        from chunkflow_cli.model.positions import check_positions  # imports torch
-
-        check_positions(config, hf_config)
     data = joined([read(each) for each in to_train])
     if config.data.deduplicate:
         data = without_duplicates(data)

@@ -45,16 +45,15 @@ def open_folder(
     if (given := worker_folder()) is not None:
         return shared_run_folder(given, resume), FoundData.parse(os.environ[FOUND_DATA])
     if processes() == 1:
-        data = load_run_data(loaded.config, hf_config, keys)
-        return open_run_folder(loaded, identify(loaded.config, data)), data
+        return read_and_open(loaded, hf_config, keys)
     init_process_group(training_device())
     opened: tuple[RunFolder, RunData] | None = None
     answer: tuple[Path, FoundData] | ChunkflowError | None = None
     if rank() == 0:
         try:
-            data = load_run_data(loaded.config, hf_config)
-            folder = open_run_folder(loaded, identify(loaded.config, data))
-            opened, answer = (folder, data), (folder.path, FoundData.of(data))
+            opened = read_and_open(loaded, hf_config)
+            folder, data = opened
+            answer = folder.path, FoundData.of(data)
             WatchFolder(folder.path).prepare()
         except ChunkflowError as error:
             answer = error
@@ -66,6 +65,18 @@ def open_folder(
     assert answer is not None
     path, found = answer
     return shared_run_folder(path, resume), found
+
+
+def read_and_open(loaded: LoadedConfig, hf_config: Any | None, keys: Sequence[str] = ()) -> tuple[RunFolder, RunData]:
+    """Read the data of a run, and open its folder. One process of the run calls it.
+
+    Raises:
+        UsageError: as `load_run_data` and `open_run_folder`.
+        RunError: as `open_run_folder`.
+    """
+    data = load_run_data(loaded.config, hf_config, keys)
+    identity = identify(loaded.config, data)
+    return open_run_folder(loaded, identity), data
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chunkflow_cli import streams
 from chunkflow_cli.config.load import LoadedConfig, convert
@@ -21,6 +21,9 @@ from chunkflow_cli.processes import environment
 from chunkflow_cli.processes.hostfile import Host, read_hostfile
 from chunkflow_cli.processes.start import run_workers
 from chunkflow_cli.processes.supervisor import Limits
+
+if TYPE_CHECKING:
+    from chunkflow_cli.training.run_folder import RunFolder
 
 
 def is_needed(loaded: LoadedConfig) -> bool:
@@ -83,21 +86,19 @@ def run(
 
     from chunkflow_cli.console import stdout_console
     from chunkflow_cli.training.display import print_training_summary
-    from chunkflow_cli.training.identity import identify
-    from chunkflow_cli.training.inputs import FoundData, load_run_data
+    from chunkflow_cli.training.inputs import FoundData
+    from chunkflow_cli.training.joining import read_and_open
     from chunkflow_cli.training.requirements import check_requirements
-    from chunkflow_cli.training.run_folder import open_run_folder
 
     config = loaded.config
     hosts = None if config.launch.hostfile is None else read_hostfile(config.launch.hostfile)
     is_here = hosts is None or all(host.is_here for host in hosts)
-    hf_config = check_requirements(loaded, device=None if is_here else torch.device("cuda"))
+    hf_config = check_requirements(loaded, device=None if is_here else torch.device("cuda")).hf_config
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     _check_devices(config.launch.processes, hosts, gpus)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
-    data = load_run_data(config, hf_config, keys)  # ranks that see the same cache neither read nor hash it again
-    folder = open_run_folder(loaded, identify(config, data))
+    folder, data = read_and_open(loaded, hf_config, keys)  # ranks that see the same cache neither read nor hash it
     streams.fall_back_to(folder.path / "logs" / "launcher.log")
     try:
         report = folder.report_of_finished()
@@ -112,16 +113,20 @@ def run(
                 show_traceback=debug,
                 variables={environment.FOUND_DATA: str(FoundData.of(data))},
             )
-            if not folder.report.exists():
-                raise RunError(
-                    f"all ranks have ended, but did not write a report\n  see what they printed: {folder.path / 'logs'}"
-                )
-            report = folder.read_report()
+            report = _report_of_workers(folder)
     finally:
         folder.close()
     if not json_output:
         print_training_summary(stdout_console(), report, folder.path)
     return report
+
+
+def _report_of_workers(folder: RunFolder) -> dict[str, Any]:
+    if not folder.report.exists():
+        raise RunError(
+            f"all ranks have ended, but did not write a report\n  see what they printed: {folder.path / 'logs'}"
+        )
+    return folder.read_report()
 
 
 def _check_devices(processes: int, hosts: Sequence[Host] | None, gpus: int) -> None:

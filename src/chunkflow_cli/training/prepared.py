@@ -25,8 +25,8 @@ from chunkflow_cli.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run that is ready to train, on one process. What changes while it trains is in `RunState`."""
+class Joined:
+    """A process that has joined the others of its run. Nothing is loaded yet."""
 
     config: Config
     hf_config: Any
@@ -34,6 +34,22 @@ class Prepared:
     console: Console
     processes: Processes
     device: torch.device
+
+    @property
+    def topology(self) -> Topology:
+        return self.processes.topology
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the model."""
+        dtype: torch.dtype = getattr(torch, self.config.model.dtype.value)
+        return dtype
+
+
+@dataclass(frozen=True)
+class Prepared(Joined):
+    """A run that is ready to train, on one process. What changes while it trains is in `RunState`."""
+
     data: RunData
     plan: RunPlan
     shape: ModelShape
@@ -53,10 +69,6 @@ class Prepared:
     """`plan` and `environment` in plain values, for reports and trackers; empty except on the first process."""
     preferences: RunPreferences | None = None
     """What is known of the samples of `train.task=dpo`, `orpo` and `kto`."""
-
-    @property
-    def topology(self) -> Topology:
-        return self.processes.topology
 
     @property
     def counts(self) -> dict[str, int]:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from chunkflow_cli.config.schema import Config
-from chunkflow_cli.config.sources import configs_of_sources
-from chunkflow_cli.data.dataset import configs_of_evaluation, open_data
+from chunkflow_cli.data.data_sets import configs_of_evaluation, configs_of_sources
+from chunkflow_cli.data.dataset import open_data
 from chunkflow_cli.data.source import HubDataset
 from chunkflow_cli.data.tokenizer import keep_torch_out, let_torch_in
 from chunkflow_cli.errors import UsageError
@@ -40,7 +40,7 @@ def read_ahead(config: Config) -> tuple[str, ...]:
     with _transformers_without_torch():
         try:
             hf_config = load_config(config.model) if config.model.path else None
-            data = load_run_data(config, hf_config, checks_positions=False)
+            data = load_run_data(config, hf_config)
         except (ImportError, UsageError) as error:
             if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
                 return ()  # the code of a rare configuration or tokenizer imports torch

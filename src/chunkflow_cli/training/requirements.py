@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from chunkflow_cli.config.load import LoadedConfig
+from chunkflow_cli.config.schema import Config
 from chunkflow_cli.engine import EngineSettings, check_optimizer, check_pipeline_settings, check_settings
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import check_acceleration
+from chunkflow_cli.model.checks import check_model
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.loading import check_adapters, check_files
-from chunkflow_cli.model.positions import check_positions
-from chunkflow_cli.training.setup import checked_topology
-from chunkflow_cli.training.trained_weights import check_trained_weights
+from chunkflow_cli.training.setup import planned_topology
 
 
-def check_requirements(loaded: LoadedConfig, device: torch.device | None = None) -> Any:
-    """Check that the run can start, and return the Hugging Face configuration of its model.
+@dataclass(frozen=True)
+class CheckedModel:
+    """The model of a run that can start."""
+
+    hf_config: Any
+    """Its Hugging Face configuration."""
+    lines: Sequence[str]
+    """What there is to say of it at the start."""
+
+
+def check_requirements(loaded: LoadedConfig, device: torch.device | None = None) -> CheckedModel:
+    """Check that the run can start, and return its model.
 
     Args:
         device: what the ranks will have, as far as is known; by default, the device of this process. Each rank checks
@@ -29,25 +40,24 @@ def check_requirements(loaded: LoadedConfig, device: torch.device | None = None)
         UsageError: the model cannot be read, or settings do not fit together.
     """
     config = loaded.config
-    hf_config = load_config(config.model)
-    check_files(config.model)
-    check_positions(config, hf_config)
-    processes = checked_topology(config, hf_config).processes
-    if config.launch.processes < processes:
+    topology, device = planned_topology(config), device or training_device()
+    if config.launch.processes < topology.processes:
         raise UsageError(
             f"launch.processes={config.launch.processes}: parallel.sequence={config.parallel.sequence} x "
-            f"parallel.pipeline={config.parallel.pipeline} needs {processes} processes, or a multiple of {processes}\n"
-            f"  set launch.processes={processes}, or start the run with torchrun or deepspeed"
+            f"parallel.pipeline={config.parallel.pipeline} needs {topology.processes} processes, or a multiple of "
+            f"{topology.processes}\n"
+            f"  set launch.processes={topology.processes}, or start the run with torchrun or deepspeed"
         )
-    if config.model.lora.enabled:
-        check_adapters(config.model, hf_config)
-    check_trained_weights(config, hf_config)
-    device = device or training_device()
+    _check_engine(config, device)
+    hf_config = load_config(config.model)
     check_acceleration(config, hf_config, device)
+    return CheckedModel(hf_config, check_model(config, hf_config, topology))
+
+
+def _check_engine(config: Config, device: torch.device) -> None:
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     if config.parallel.pipeline == 1:
         check_settings(settings)
     else:
         check_pipeline_settings(settings, config.parallel.pipeline)
     check_optimizer(settings)
-    return hf_config

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from chunkflow_cli.config.schema import DataConfig
 from chunkflow_cli.data.template_choice import load_with_template
 from chunkflow_cli.engine import all_or_none
 from chunkflow_cli.errors import UsageError
@@ -51,18 +52,9 @@ def answer_prompts(run: Prepared, state: RunState, display: TrainingDisplay) -> 
 
 
 def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
-    from transformers import GenerationConfig
-
     config, model = run.config, run.parts.model
     tokenizer = load_with_template(config.data, config.model.path, trust_remote_code=config.model.trust_remote_code)
-    ends = {end for whole in run.data.read.wholes for end in whole.entry.ends}
-    stops = model.generation_config.eos_token_id
-    ends |= {stops} if isinstance(stops, int) else set(stops or ())
-    settings = GenerationConfig(
-        do_sample=False,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
-    )
+    settings = _greedy_settings(run)
 
     def on_token(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         state.at("writing sample answers")
@@ -71,43 +63,67 @@ def _answers(run: Prepared, state: RunState, prompts: list[str]) -> list[str]:
     answers = []
     with _as_it_generates(model), torch.no_grad():
         for prompt in prompts:
-            text = prompt
-            if tokenizer.chat_template:
-                try:
-                    text = tokenizer.apply_chat_template(
-                        [{"role": "user", "content": prompt}],
-                        tokenize=False,
-                        add_generation_prompt=True,
-                        **config.data.template_arguments,
-                    )
-                except TemplateError as error:
-                    raise UsageError(
-                        f"eval.prompts: the chat template rejects {prompt!r} as a user's turn: {error}\n"
-                        "  remove eval.prompts"
-                    ) from error
+            text = _as_turn(prompt, tokenizer, config.data) if tokenizer.chat_template else prompt
             given = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").to(run.device)
-            largest, known = int(given["input_ids"].max()), int(run.hf_config.get_text_config().vocab_size)
-            if largest >= known:
-                raise UsageError(
-                    f"eval.prompts: the tokenizer of model.path={config.model.path} gives id {largest}, but the model "
-                    f"has {known} ids\n  use the tokenizer that belongs to the model, or remove eval.prompts"
-                )
-            length = given["input_ids"].shape[1]
-            limit = position_limit(run.hf_config) or length + MOST_TOKENS
-            if length >= limit:
-                raise UsageError(
-                    f"eval.prompts: a prompt has {length:,} tokens, and the model takes at most {limit:,}\n  shorten it"
-                )
             out = model.generate(
-                max_new_tokens=min(MOST_TOKENS, limit - length),
+                max_new_tokens=_room_for_answer(run, given["input_ids"]),
                 input_ids=given["input_ids"],
                 attention_mask=given["attention_mask"],
                 generation_config=settings,
                 use_cache=True,
                 stopping_criteria=[on_token],
             )
-            answers.append(tokenizer.decode(out[0, length:], skip_special_tokens=True))
+            answers.append(tokenizer.decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
     return answers
+
+
+def _greedy_settings(run: Prepared) -> Any:
+    """Return how an answer is generated: it ends where those of the data do, or the model's own."""
+    from transformers import GenerationConfig
+
+    ends = {end for whole in run.data.read.wholes for end in whole.entry.ends}
+    stops = run.parts.model.generation_config.eos_token_id
+    ends |= {stops} if isinstance(stops, int) else set(stops or ())
+    return GenerationConfig(do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0))
+
+
+def _as_turn(prompt: str, tokenizer: Any, data: DataConfig) -> str:
+    """Return the text of a conversation in which a user has said this.
+
+    Raises:
+        UsageError: the chat template does not allow it.
+    """
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        text: str = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **data.template_arguments
+        )
+    except TemplateError as error:
+        raise UsageError(
+            f"eval.prompts: the chat template rejects {prompt!r} as a user's turn: {error}\n  remove eval.prompts"
+        ) from error
+    return text
+
+
+def _room_for_answer(run: Prepared, ids: torch.Tensor) -> int:
+    """Return how many tokens the model may answer to a prompt, (1, tokens).
+
+    Raises:
+        UsageError: the model does not know an id, or the prompt leaves no room.
+    """
+    largest, known = int(ids.max()), int(run.hf_config.get_text_config().vocab_size)
+    if largest >= known:
+        raise UsageError(
+            f"eval.prompts: the tokenizer of model.path={run.config.model.path} gives id {largest}, but the model "
+            f"has {known} ids\n  use the tokenizer that belongs to the model, or remove eval.prompts"
+        )
+    length = ids.shape[1]
+    limit = position_limit(run.hf_config) or length + MOST_TOKENS
+    if length >= limit:
+        raise UsageError(
+            f"eval.prompts: a prompt has {length:,} tokens, and the model takes at most {limit:,}\n  shorten it"
+        )
+    return min(MOST_TOKENS, limit - length)
 
 
 @contextmanager

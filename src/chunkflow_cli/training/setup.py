@@ -25,7 +25,6 @@ from chunkflow_cli.config.schema import (
 from chunkflow_cli.data.cache import cache_root
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.layouts import check_layouts
 from chunkflow_cli.planning.calibration import CALIBRATION_VERSION, Calibration
 from chunkflow_cli.planning.costs import CostModel
 from chunkflow_cli.planning.devices import DEVICES, DeviceProfile
@@ -118,42 +117,43 @@ def read_setup(
         UsageError: `plan.cost_model=measured`, and this model has not been measured on this device.
     """
     topology, cost_model = planned_topology(config), config.plan.cost_model
+    is_measured = measure is not None or cost_model is CostModelName.measured
+    if is_measured and hf_config is None:
+        raise UsageError("plan.cost_model=measured needs a model: set model.path")
     shape = None
     if hf_config is not None:
         from chunkflow_cli.model.shape import shape_without_weights  # imports torch
 
-        shape = shape_without_weights(config.model, hf_config, scan_kernels(config, device), config.optim)
-    if measure is None and cost_model is not CostModelName.measured:
-        costs = CostModel.proportional()
-        if shape is not None and cost_model is CostModelName.profile:
-            is_checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
-            costs = CostModel.profile(shape, device, checkpointed=is_checkpointed)
-        setup = RunSetup(config, shape, device, _costs_of_state(config, costs, device), topology)
-        if shape is not None and cost_model is CostModelName.profile:
-            copies = offload_seconds(shape, setup.memory, device)
-            setup = replace(setup, costs=setup.costs.with_seconds_of_passes(*copies))
-        return setup
-    if hf_config is None:
-        raise UsageError("plan.cost_model=measured needs a model: set model.path")
-    path = calibration_path(config, hf_config, device)
+        kernels = scan_kernels(config, device)
+        shape = shape_without_weights(config.model, hf_config, kernels, config.optim)
+    setup = RunSetup(config, shape, device, CostModel.proportional(), topology)
+    if is_measured:
+        setup = _with_calibration(setup, hf_config, measure)
+    elif shape is not None and cost_model is CostModelName.profile:
+        is_checkpointed = config.model.activation_checkpointing is not ActivationCheckpointing.none
+        costs = CostModel.profile(shape, device, checkpointed=is_checkpointed)
+        copies = offload_seconds(shape, setup.memory, device)
+        setup = replace(setup, costs=costs.with_seconds_of_passes(*copies))
+    if config.chunk.offload_state is OffloadState.host:
+        setup = replace(setup, costs=setup.costs.with_state_on_host(device))
+    return setup
+
+
+def _with_calibration(setup: RunSetup, hf_config: Any, measure: Callable[[Path], None] | None) -> RunSetup:
+    """Return the setup with measured costs; with measured sizes and memory as well, if this process may measure."""
+    path = calibration_path(setup.config, hf_config, setup.device)
     calibration = Calibration.load(path)
     if calibration is None and measure is not None:
         measure(path)
         calibration = Calibration.load(path)
     if calibration is None:
         raise UsageError(
-            f"plan.cost_model=measured: this model, as configured, has not been measured on {device.name}\n"
+            f"plan.cost_model=measured: this model, as configured, has not been measured on {setup.device.name}\n"
             "  run chunkflow tune-chunk-size with the same recipe and keys: it measures the model and keeps the result"
         )
-    costs = _costs_of_state(config, calibration.costs, device)
     if measure is None:
-        return RunSetup(config, shape, device, costs, topology)
-    return RunSetup(config, calibration.shape, device, costs, topology, calibration)
-
-
-def _costs_of_state(config: Config, costs: CostModel, device: DeviceProfile) -> CostModel:
-    """Return the costs with those of state where `chunk.offload_state` keeps it."""
-    return costs.with_state_on_host(device) if config.chunk.offload_state is OffloadState.host else costs
+        return replace(setup, costs=calibration.costs)
+    return replace(setup, costs=calibration.costs, shape=calibration.shape, calibration=calibration)
 
 
 def scan_kernels(config: Config, device: DeviceProfile) -> frozenset[str]:
@@ -172,17 +172,6 @@ def planned_topology(config: Config) -> Topology:
     """Return how the processes of the run are divided; by default there are as many as one group needs."""
     sequence, pipeline = config.parallel.sequence, config.parallel.pipeline
     return Topology.of(max(config.launch.processes, sequence * pipeline), sequence=sequence, pipeline=pipeline)
-
-
-def checked_topology(config: Config, hf_config: Any) -> Topology:
-    """Return `planned_topology`, if the model can be divided so.
-
-    Raises:
-        UsageError: as `check_layouts`.
-    """
-    topology = planned_topology(config)
-    check_layouts(config, hf_config, [topology])
-    return topology
 
 
 def planned_device(config: Config) -> DeviceProfile:

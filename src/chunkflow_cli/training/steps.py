@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from chunkflow_cli.planning.run_plan import RankPlan, RunPlan, StepPlan
 from chunkflow_cli.training.best_model import bring_best
 from chunkflow_cli.training.checkpoint import random_states, save_checkpoint
 from chunkflow_cli.training.continuation import how_to_go_on
-from chunkflow_cli.training.display import training_display
+from chunkflow_cli.training.display import TrainingDisplay, training_display
 from chunkflow_cli.training.evaluation import (
     evaluate_after_step,
     evaluate_at_start,
@@ -52,9 +53,9 @@ def run_steps(run: Prepared, state: RunState) -> None:
         RunError: a loss, a gradient or a weight is not finite, or the plan of a step breaks a rule of exact training.
         KeyboardInterrupt: a process was asked to stop, and a checkpoint was saved.
     """
-    config, progress, steps = run.config, state.progress, run.plan.steps
+    progress, steps = state.progress, run.plan.steps
     state.random_states = random_states()
-    backends = config.log.backends if run.processes.is_first else []
+    backends = run.config.log.backends if run.processes.is_first else []
     first = progress.step + (progress.unevaluated is None)
     with (
         training_display(run.console, steps, run.device.type) as display,
@@ -64,50 +65,74 @@ def run_steps(run: Prepared, state: RunState) -> None:
         ) as follow,
     ):
         display.begin(_tokens_before(steps, run), _tokens_before(progress.step, run))
-
-        def log(row: StepMetrics) -> None:
-            write(row)
-            follow(row)
-            display.step(row)
-
-        def finish_step(row: StepMetrics, *, is_evaluated: bool) -> None:
-            """Evaluate the model after a step if it is due, and log the step, also if the evaluation is interrupted."""
-            is_logged = _is_due(config.log.every, row.step) or row.step == steps
-            try:
-                if is_evaluated:
-                    row = evaluate_after_step(row, run, state, display)
-            except Interrupted:
-                if is_logged:
-                    log(row)
-                raise
-            if is_logged or row.eval_loss is not None:
-                log(row)
-            if is_evaluated:
-                answer_prompts(run, state, display)
-
         bring_best(run, progress)
         try:
-            if progress.eval_loss_start is None and progress.step == 0:
-                evaluate_at_start(run, state, display)
-            if progress.unevaluated is not None:
-                finish_step(StepMetrics(**progress.unevaluated), is_evaluated=True)
-            while progress.step < steps and not stops_early(run, state):
-                run.sum_of_whole(is_whole=not state.stop_requested)  # all stop between the same two steps
-                row = _run_step(run, state, display.advance)
-                finish_step(row, is_evaluated=row.step == steps or _is_due(config.eval.every, row.step))
-                if _is_due(config.checkpoint.every, row.step):
-                    display.phase("saving a checkpoint")
-                    save_progress(run, state)
-            run.sum_of_whole(is_whole=not state.stop_requested)
-            if progress.step < steps:
-                run.console.print(why_it_stops_early(run, state), soft_wrap=True)
+            _Steps(run, state, display, (write, follow, display.step)).run_all()
         except Interrupted:
-            run.parts.engine.discard_gradients()
-            display.phase("saving a checkpoint")
-            path = save_progress(run, state)
-            going_on = how_to_go_on(config, run.folder.path, path, sys.argv[1:])
-            run.console.print(f"Stopped after step {progress.step}. {going_on}", soft_wrap=True)
-            raise KeyboardInterrupt from None
+            _save_and_stop(run, state, display)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps that are left of a run, each with its evaluation, its row and its checkpoint, where they are due."""
+
+    run: Prepared
+    state: RunState
+    display: TrainingDisplay
+    logs: Sequence[Callable[[StepMetrics], None]]
+    """Everything that takes the row of a step."""
+
+    def run_all(self) -> None:
+        """Run them.
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
+        run, state, progress = self.run, self.state, self.state.progress
+        if progress.eval_loss_start is None and progress.step == 0:
+            evaluate_at_start(run, state, self.display)
+        if progress.unevaluated is not None:
+            self._finish_step(StepMetrics(**progress.unevaluated), is_evaluated=True)
+        while progress.step < run.plan.steps and not stops_early(run, state):
+            run.sum_of_whole(is_whole=not state.stop_requested)  # all stop between the same two steps
+            row = _run_step(run, state, self.display.advance)
+            is_last = row.step == run.plan.steps
+            self._finish_step(row, is_evaluated=is_last or _is_due(run.config.eval.every, row.step))
+            if _is_due(run.config.checkpoint.every, row.step):
+                self.display.phase("saving a checkpoint")
+                save_progress(run, state)
+        run.sum_of_whole(is_whole=not state.stop_requested)
+        if progress.step < run.plan.steps:
+            run.console.print(why_it_stops_early(run, state), soft_wrap=True)
+
+    def _finish_step(self, row: StepMetrics, *, is_evaluated: bool) -> None:
+        """Evaluate the model after a step if it is due, and log the step, also if the evaluation is interrupted."""
+        is_logged = _is_due(self.run.config.log.every, row.step) or row.step == self.run.plan.steps
+        try:
+            if is_evaluated:
+                row = evaluate_after_step(row, self.run, self.state, self.display)
+        except Interrupted:
+            if is_logged:
+                self._log(row)
+            raise
+        if is_logged or row.eval_loss is not None:
+            self._log(row)
+        if is_evaluated:
+            answer_prompts(self.run, self.state, self.display)
+
+    def _log(self, row: StepMetrics) -> None:
+        for log in self.logs:
+            log(row)
+
+
+def _save_and_stop(run: Prepared, state: RunState, display: TrainingDisplay) -> NoReturn:
+    """Save a checkpoint of the last whole step, and say how to go on. Every process calls it."""
+    run.parts.engine.discard_gradients()
+    display.phase("saving a checkpoint")
+    path = save_progress(run, state)
+    going_on = how_to_go_on(run.config, run.folder.path, path, sys.argv[1:])
+    run.console.print(f"Stopped after step {state.progress.step}. {going_on}", soft_wrap=True)
+    raise KeyboardInterrupt from None
 
 
 def _is_due(every: int | None, step: int) -> bool:

@@ -38,15 +38,15 @@ def run(loaded: LoadedConfig, *, keys: Sequence[str] = (), json_output: bool = F
     """
     config = loaded.config
     ask_for_determinism(config.train.deterministic)
-    hf_config = check_requirements(loaded)
-    folder, data = open_folder(loaded, hf_config, keys)
+    model = check_requirements(loaded)
+    folder, data = open_folder(loaded, model.hf_config, keys)
     streams.fall_back_to(WatchFolder(folder.path).log(environment.rank()))
     try:
         with failures_recorded(), watched(folder.path, config.launch.hang_seconds) as heartbeat:
             report = folder.report_of_finished()
             if report is None:
                 state = RunState(heartbeat)
-                prepared = prepare(config, hf_config, data, folder, stderr_console(), state)
+                prepared = prepare(config, model, data, folder, stderr_console(), state)
                 report = _train(prepared, state)
     finally:
         folder.close()

@@ -19,7 +19,7 @@ from chunkflow_cli.console import human_seconds, stderr_console
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import to_be_writable
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.layouts import check_layouts
+from chunkflow_cli.model.layouts import check_fits
 from chunkflow_cli.planning.choices import Choices, Search, lay_out
 from chunkflow_cli.planning.search import Candidate
 from chunkflow_cli.planning.topology import Topology
@@ -62,15 +62,15 @@ def prepare_tuning(loaded: LoadedConfig, config_dir: str | None, keys: Sequence[
     config = loaded.config
     layouts = tried_layouts(config)
     hf_config = load_config(config.model)
-    check_layouts(config, hf_config, layouts)
+    check_fits(config, hf_config, layouts)
     data = load_run_data(config, hf_config, keys).train
     setup = _setup(loaded, config_dir, hf_config)
     assert setup.shape is not None
-    longest = int(setup.plan(data).sequence_lengths.max())
+    run = setup.plan(data)
     tried = config.tune
     try:
         search = lay_out(
-            setup.plan(data),
+            run,
             Choices(
                 tuple(tried.chunk_sizes),
                 tuple(tried.ks),
@@ -87,7 +87,7 @@ def prepare_tuning(loaded: LoadedConfig, config_dir: str | None, keys: Sequence[
     except ValueError as error:
         raise UsageError(f"tune.{error}\n  such as tune.chunk_sizes=[2048,4096,8192] tune.ks=[1,2,4]") from error
     limit = setup.device.memory_bytes if tried.memory_gib else int((1 - ALLOCATOR_WASTE) * setup.device.memory_bytes)
-    return Tuning(setup, search, limit, longest)
+    return Tuning(setup, search, limit, longest=int(run.sequence_lengths.max()))
 
 
 def _setup(loaded: LoadedConfig, config_dir: str | None, hf_config: Any) -> RunSetup:

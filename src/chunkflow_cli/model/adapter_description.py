@@ -1,11 +1,9 @@
-"""Announce at the start of a run what its adapters train, at which rate, and on which base."""
+"""Say what the adapters of a run train, at which rate, and on which base."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from chunkflow_cli.config.schema import LORA_LEARNING_RATE, Config, Offload, OptimizerName, Quantization
 from chunkflow_cli.console import human_bytes
@@ -17,14 +15,18 @@ SMALL = LORA_LEARNING_RATE / 4
 """Learning rates of AdamW below this one are named as small for adapters."""
 
 
-def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
-    """Print what the adapters train, and at which rate. The first process calls it."""
+def describe_adapters(config: Config, hf_config: Any) -> list[str]:
+    """Check the adapters, and return what to say of them at the start of a run, a line each.
+
+    Raises:
+        UsageError: as `check_adapters`.
+    """
     summary = check_adapters(config.model, hf_config)
     rate, is_adamw = config.optim.lr, config.optim.name is OptimizerName.adamw
     usual = ", the default for LoRA" if is_adamw and rate == LORA_LEARNING_RATE else ""
     lines = [f"{summary}; learning rate {rate:g}{usual}"]
     if config.model.quantization is not Quantization.none:
-        lines.append(describe_quantisation(config, hf_config))
+        lines.append(_describe_quantisation(config, hf_config))
     if config.model.lora.path is not None:
         lines.append(f"Training continues from the adapter in {config.model.lora.path}")
     warnings = [summary.warning, _other_base(config)]
@@ -32,12 +34,10 @@ def announce_adapters(config: Config, hf_config: Any, console: Console) -> None:
         warnings.append(f"optim.lr={rate:g} suits a full fine-tune: adapters usually need about {LORA_LEARNING_RATE:g}")
     if config.engine.offload is Offload.optimizer:
         warnings.append("engine.offload=optimizer suits a full fine-tune: the optimizer state of adapters is small")
-    lines += [f"warning: {warning}" for warning in warnings if warning is not None]
-    for line in lines:
-        console.print(line, soft_wrap=True)
+    return lines + [f"warning: {warning}" for warning in warnings if warning is not None]
 
 
-def describe_quantisation(config: Config, hf_config: Any) -> str:
+def _describe_quantisation(config: Config, hf_config: Any) -> str:
     """Return a line that says which part of the base is quantized, and how many bytes that saves."""
     kind, model = config.model.quantization, on_meta_device(config.model, hf_config)
     layers = quantised_layers(model)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from chunkflow_cli.config.load import load
+from chunkflow_cli.model.adapter_description import describe_adapters
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.training.adapters import announce_adapters
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 
@@ -19,9 +16,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 def begin(*words: str) -> list[str]:
     """Return the lines that a run says at its start."""
     config = load(["data.path=x", "model.lora.enabled=true", *words]).config
-    text = io.StringIO()
-    announce_adapters(config, load_config(config.model), Console(file=text, markup=False))
-    return text.getvalue().splitlines()
+    return describe_adapters(config, load_config(config.model))
 
 
 def test_the_start_says_what_is_trained_and_at_which_rate(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
