@@ -58,8 +58,11 @@ def written_aside(folder: Path) -> Iterator[Path]:
     delete_aside(folder)
     temporary.mkdir(parents=True)
     yield temporary
+    readable = temporary.stat().st_mode & 0o666  # as the umask says; safetensors 0.8 makes files for the owner alone
     for file in pulse.each(temporary.rglob("*")):  # on the disk before the folder gets its name
         if file.is_file():
+            if (mode := file.stat().st_mode) & readable != readable:
+                file.chmod(mode | readable)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if folder.exists():

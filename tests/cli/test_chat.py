@@ -20,6 +20,7 @@ from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.folder import CHECKSUMS, write_checksums
 from chunkflow_cli.model.saving import save_generation
+from support.hub import serve_hub
 from support.tokenizers import CHATML, make_tokenizer
 
 SYSTEM = "{% if mood %}{{ '<|im_start|>system\n' + mood + '<|im_end|>\n' }}{% endif %}" + CHATML
@@ -213,32 +214,11 @@ def test_a_merge_stops_where_the_run_learnt_to(make_run: Callable[..., Path], tm
     assert str(tmp_path) not in card
 
 
-def hub(calls: list[tuple[str, dict[str, Any]]], error: Exception | None = None) -> type:
-    """Return a stand-in for the hub that takes only what the real one takes."""
-    import inspect
-
-    from huggingface_hub import HfApi, RepoUrl
-
-    def called(name: str) -> Callable[..., Any]:
-        def call(self: Any, *args: Any, **words: Any) -> Any:
-            bound = inspect.signature(getattr(HfApi, name)).bind(self, *args, **words)
-            calls.append((name, {key: value for key, value in bound.arguments.items() if key != "self"}))
-            if error is not None and name == "upload_folder":
-                raise error
-            return RepoUrl("https://huggingface.co/me/mine") if name == "create_repo" else None
-
-        return call
-
-    names = ("create_repo", "upload_folder")
-    return type("Hub", (), {"__init__": lambda self, **_: None, **{name: called(name) for name in names}})
-
-
 def test_push_to_hub(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The real library uploads to a server of this machine."""
     run, target = make_run(), tmp_path / "exported"
-    calls: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr("huggingface_hub.HfApi", hub(calls))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
 
     def push(repository: str = "me/mine", **more: Any) -> dict[str, Any]:
@@ -255,18 +235,26 @@ def test_push_to_hub(
         in said
     )
     assert "  model.safetensors  " in said
-    assert not calls
     assert not target.exists(), "a dry run writes nothing"
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
-    assert push()["url"] == "https://huggingface.co/me/mine"
-    assert [name for name, _ in calls] == ["create_repo", "upload_folder"]
-    assert calls[0][1] == {"repo_id": "me/mine", "private": True, "exist_ok": True}
-    assert calls[1][1]["folder_path"] == target
-    assert (target / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # files over a protocol that is public
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with serve_hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        assert push()["url"] == f"{hub.address}/me/mine"
+    assert hub.created == {"name": "mine", "organization": "me", "visibility": "private"}
+    assert hub.tokens == {"Bearer hf_x"}
+    assert hub.message == "Upload a model trained with chunkflow"
+    assert hub.files == {
+        str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()
+    }
+    assert hub.files["README.md"].startswith(b"---\nlibrary_name: transformers\n")
     target = tmp_path / "again"
-    monkeypatch.setattr("huggingface_hub.HfApi", hub(calls, OSError("no route")))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(
-        UsageError, match=r"the upload failed: no route\n  the model is in \S+again; to try again: hf upload"
+        UsageError,
+        match=r"the upload failed: .*Connection refused\n  the model is in \S+again; to try again: hf upload",
     ):
         push()
 

@@ -26,6 +26,7 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
+from chunkflow_cli.execution.noise import SequenceNoise
 from chunkflow_cli.execution.parity import DirectEngine, random_sequences
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
@@ -360,14 +361,21 @@ def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
     sequences = random_sequences((tokens - tokens // 3, tokens // 3) if tokens > 2 else (tokens,), VOCABULARY)
     (chunk,) = build_chunks([len(each.input_ids) for each in sequences], tokens)
     weights = make_weights(sequences)
-    whole = build_batch(chunk, sequences, weights, CPU, torch.float64)
-    slices = [build_batch(chunk, sequences, weights, CPU, torch.float64, group_of(size, rank)) for rank in range(size)]
+    noise = SequenceNoise.of_step(5.0, 0, 0, range(len(sequences)))
+    whole, *slices = (
+        build_batch(chunk, sequences, weights, CPU, torch.float64, group, noise=noise)
+        for group in (None, *(group_of(size, rank) for rank in range(size)))
+    )
     padding = -tokens % size
     share = (tokens + padding) // size
     for name in ("input_ids", "position_ids"):
         joined = torch.cat([getattr(each, name) for each in slices], dim=1)
         assert torch.equal(joined[:, :tokens], getattr(whole, name))
         assert joined.shape == (1, tokens + padding)
+    assert whole.noise is not None
+    for name in ("keys", "scales"):
+        joined = torch.cat([getattr(each.noise, name) for each in slices])
+        assert torch.equal(joined[:tokens], getattr(whole.noise, name))
     positions = [each.target_positions + rank * share for rank, each in enumerate(slices)]
     assert torch.equal(torch.cat(positions), whole.target_positions)
     assert torch.equal(torch.cat([each.targets for each in slices]), whole.targets)

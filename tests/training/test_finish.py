@@ -10,11 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import stderr_console
 from chunkflow_cli.errors import RunError
+from chunkflow_cli.files import written_aside
 from chunkflow_cli.training import final_model, finish
 from support.tokenizers import CHATML, make_tokenizer
 
@@ -41,6 +44,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         folder=SimpleNamespace(path=folder, final=folder / "final", checkpoints=folder / "checkpoints"),
         console=stderr_console(),
     )
+
+
+def test_whoever_may_read_a_new_file_may_read_the_model(tmp_path: Path) -> None:
+    """A container writes it as root."""
+    with written_aside(tmp_path / "final") as folder:
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "final" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 STATE = SimpleNamespace(at=lambda what: None, progress=SimpleNamespace(step=7))

@@ -37,7 +37,13 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "chunk.k=2",
         "chunk.fill_tails=false",
     ),
-    "few samples": (*SGD, "train.steps=3", "train.global_batch_size=1", "train.loss_weighting=sequence"),
+    "few samples, noise": (
+        *SGD,
+        "train.steps=3",
+        "train.global_batch_size=1",
+        "train.loss_weighting=sequence",
+        "train.neftune_noise_alpha=5",
+    ),
     "adamw": (*ADAMW, "train.global_batch_size=4", "data.eval_fraction=0.2"),
     "muon, frozen, K=2, tails alone": (
         *ADAMW,

@@ -19,6 +19,7 @@ from chunkflow_cli.cli.app import app
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import LossWeighting
 from chunkflow_cli.errors import RunError
+from chunkflow_cli.execution.noise import SequenceNoise, TokenNoise
 from chunkflow_cli.planning.batches import GlobalBatches
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
 from chunkflow_cli.planning.schedule import Schedule
@@ -79,7 +80,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, 
 @pytest.fixture(scope="module")
 def plain_weights(model_folder: Path, samples: list[dict[str, list[int]]]) -> dict[str, dict[str, torch.Tensor]]:
     """The weights after one SGD step of a plain Hugging Face loop over whole samples, for each weighting."""
-    return {weighting: plain_step(model_folder, samples, weighting) for weighting in ("token", "sequence")}
+    return {weighting: plain_step(model_folder, samples, weighting) for weighting in ("token", "sequence", "noise")}
 
 
 def plain_step(folder: Path, samples: list[dict[str, list[int]]], weighting: str) -> dict[str, torch.Tensor]:
@@ -88,14 +89,24 @@ def plain_step(folder: Path, samples: list[dict[str, list[int]]], weighting: str
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     all_targets = sum(label != -100 for sample in samples for label in sample["labels"][1:])
-    for sample in samples:
+    for place, sample in enumerate(samples):
         labels = torch.tensor(sample["labels"])[1:]
-        logits = model(input_ids=torch.tensor(sample["input_ids"])[None]).logits[0, :-1]
+        embeddings = model.get_input_embeddings()(torch.tensor(sample["input_ids"])[None])
+        if weighting == "noise":
+            embeddings = embeddings + noise_of(place, embeddings)
+        logits = model(inputs_embeds=embeddings).logits[0, :-1]
         total = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         own = int((labels != -100).sum())
-        (total / (all_targets if weighting == "token" else own * len(samples))).backward()
+        (total / (own * len(samples) if weighting == "sequence" else all_targets)).backward()
     optimizer.step()
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def noise_of(sample: int, embeddings: torch.Tensor) -> torch.Tensor:
+    """Return the noise of a sample in the first step, with alpha = 5 (test_noise.py tests its numbers)."""
+    tokens = embeddings.shape[1]
+    keys = SequenceNoise.of_step(5.0, 0, 0, [sample]).keys_of(np.zeros(tokens, dtype=np.int64), np.arange(tokens))
+    return TokenNoise(torch.from_numpy(keys), torch.full((tokens,), 5 / tokens**0.5)).of(embeddings)
 
 
 def relative_difference(folder: Path, expected: dict[str, torch.Tensor]) -> float:
@@ -122,6 +133,7 @@ ONE_STEP = [
     ("chunk.size=64", "chunk.k=2", "engine.zero_stage=2", "model.activation_checkpointing=selective"),
     ("chunk.size=50", "chunk.k=2", "train.loss_weighting=sequence"),
     ("chunk.size=64", "chunk.k=2", "chunk.cuts=time"),
+    ("chunk.size=64", "chunk.k=1", "train.neftune_noise_alpha=5"),
 ]
 HEAD_APART = [("chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}") for stage in (1, 3)]
 
@@ -158,6 +170,7 @@ def test_one_step_equals_a_plain_hugging_face_loop(
 ) -> None:
     """Packing, chunk size, K, layout and activation checkpointing do not change what is learned."""
     weighting = "sequence" if "train.loss_weighting=sequence" in words else "token"
+    weighting = "noise" if "train.neftune_noise_alpha=5" in words else weighting
     assert relative_difference(one_step[words], plain_weights[weighting]) <= 1e-6
     report = json.loads((one_step[words] / "report.json").read_text())
     assert report["target_tokens_trained"] == report["target_tokens_planned"] > 0
@@ -176,9 +189,10 @@ def test_an_untied_head_is_trained_exactly(
 
 
 def test_the_comparison_notices_a_lost_target(plain_weights: dict[str, Any]) -> None:
-    """The two weightings differ by far more than the tolerance, so the comparison above can fail."""
-    token, sequence = plain_weights["token"], plain_weights["sequence"]
-    assert max(float((token[name] - sequence[name]).norm() / token[name].norm()) for name in token) > 1e-3
+    """Another weighting and noise differ by far more than the tolerance, so the comparison above can fail."""
+    token = plain_weights["token"]
+    for other in (plain_weights["sequence"], plain_weights["noise"]):
+        assert max(float((token[name] - other[name]).norm() / token[name].norm()) for name in token) > 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -27,7 +28,7 @@ from packaging.specifiers import SpecifierSet
 
 from chunkflow_cli import __version__
 from chunkflow_cli.cli.screens.doctor import print_findings
-from chunkflow_cli.config.schema import Config
+from chunkflow_cli.config.schema import Config, Kernels
 from chunkflow_cli.console import human_bytes, progress_bar, stdout_console
 from chunkflow_cli.processes.environment import cores, module_command
 from chunkflow_cli.processes.host_memory import usable_memory_bytes
@@ -323,11 +324,13 @@ def _device_problems(answer: Answer, config: Config) -> list[Problem]:
         what = f"this machine has an NVIDIA driver, but torch ({build}) sees no GPU"
         remedy = "install the torch that fits the driver (https://pytorch.org/get-started); check CUDA_VISIBLE_DEVICES"
         problems.append(Problem(what, remedy, required=False))
-    missing = [name for name in ("c++", "ninja") if shutil.which(name) is None]
-    if answer["gpus"] and missing:
-        what = f"there is no {' and no '.join(missing)}: DeepSpeed needs it to compile its optimizer for engine.offload"
-        remedy = "install a C++ compiler and pip install ninja, or keep engine.offload=none"
-        problems.append(Problem(what, remedy, required=offload != "none"))
+    if answer["gpus"] and "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+        what = (
+            "there is no C compiler: triton needs one for model.kernels=liger, model.compile and fast recurrent layers"
+        )
+        remedy = "install gcc and the headers of Python (Debian: apt-get install gcc python3-dev)"
+        needs_it = config.model.kernels is Kernels.liger or config.model.compile
+        problems.append(Problem(what, remedy, required=needs_it))
     return problems
 
 

@@ -51,7 +51,7 @@ class Upload:
             UsageError: the hub refuses, or cannot be reached.
         """
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
 
         api = HfApi(library_name="chunkflow")
         try:
@@ -59,7 +59,7 @@ class Upload:
             api.upload_folder(
                 repo_id=url.repo_id, folder_path=folder, commit_message="Upload a model trained with chunkflow"
             )
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             reason = first_line(error)
             raise UsageError(
                 f"--push-to-hub={self.repository}: the upload failed: {reason}\n"

@@ -137,6 +137,7 @@ def _check_task(config: Config) -> None:
         "data.turns": data.turns is not Turns.whole,
         "data.train_on_reasoning": not data.train_on_reasoning,
         "train.loss_weighting": config.train.loss_weighting is not LossWeighting.token,
+        "train.neftune_noise_alpha": config.train.neftune_noise_alpha > 0,
         "model.lora.dropout": config.model.lora.enabled and config.model.lora.dropout > 0,
         "preference.nll_weight": task is not Task.dpo and preference.nll_weight > 0,
         "preference.loss": task is not Task.dpo and preference.loss is not PreferenceLoss.sigmoid,

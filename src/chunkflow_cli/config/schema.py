@@ -415,12 +415,14 @@ class TrainConfig:
     shuffle: bool = True
     """Shuffle the samples of each epoch. The order depends only on `train.seed` and the number of the epoch."""
     seed: int = bounded(0, at_least=0, at_most=LARGEST_SEED)
-    """Seed of sample order, dropout, held-out samples and random weights."""
+    """Seed of sample order, dropout, noise, held-out samples and random weights."""
     deterministic: bool = False
     """On GPUs, use only kernels that add in a fixed order, so that the same run gives the same numbers bit for bit.
     This is slower. An operation without such a kernel ends the run with an error that names it."""
     loss_weighting: LossWeighting = LossWeighting.token
     """What has equal weight in the loss: every target `token` of the global batch, or every sample (`sequence`)."""
+    neftune_noise_alpha: float = bounded(0.0, at_least=0)
+    """Strength of the noise that is added to the embeddings in training (NEFTune); the paper tries 5, 10 and 15."""
     output_dir: str | None = a_path(None, null_is_a_name=True)
     """Folder of the run. The default is outputs/<recipe>/<date-time>."""
     trace: bool = False

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
+from chunkflow_cli.execution.noise import SequenceNoise, TokenNoise
 from chunkflow_cli.execution.sending import on_device
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.planning.chunks import Chunk
@@ -34,6 +35,7 @@ class ChunkBatch:
     """Both are None if the losses of sequences are not asked for."""
     target_places: Tensor | None = None  # (targets,) the sum that each one's log-probability is part of
     """None without preferences."""
+    noise: TokenNoise | None = None
 
     @property
     def target_tokens(self) -> int:
@@ -50,6 +52,7 @@ def build_batch(
     *,
     keeps_losses: bool = False,
     answer_starts: NDArray[np.int64] | None = None,
+    noise: SequenceNoise | None = None,
 ) -> ChunkBatch:
     """Return the tensors of a chunk.
 
@@ -63,6 +66,7 @@ def build_batch(
         keeps_losses: make room for the loss of each target, to add them up by sequence.
         answer_starts: (sequences,) for preferences, the first position whose target is part of the answer. Log-
             probabilities of other targets are summed up behind those of all sequences.
+        noise: what is added to the embeddings.
     """
     ids = np.concatenate([sequences[s.sequence].input_ids[s.start : s.stop] for s in chunk.segments])
     targets = np.concatenate([sequences[s.sequence].targets[s.start : s.stop] for s in chunk.segments])
@@ -88,6 +92,11 @@ def build_batch(
     def tensor(array: NDArray[np.generic], dtype: torch.dtype = torch.int64) -> Tensor:
         return on_device(torch.as_tensor(array).to(dtype), device)
 
+    def token_noise(noise: SequenceNoise) -> TokenNoise:
+        lengths = np.array([len(sequence.input_ids) for sequence in sequences])
+        scales = noise.alpha / np.sqrt(lengths[owners])
+        return TokenNoise(tensor(noise.keys_of(owners, positions)), tensor(scales, torch.float32))
+
     return ChunkBatch(
         input_ids=tensor(ids)[None],
         position_ids=tensor(positions)[None],
@@ -98,6 +107,7 @@ def build_batch(
         target_losses=torch.zeros(len(counted), dtype=weight_dtype, device=device) if keeps_losses else None,
         target_sequences=owners[counted] if keeps_losses else None,
         target_places=None if answer_starts is None else tensor(places[counted]),
+        noise=None if noise is None else token_noise(noise),
     )
 
 

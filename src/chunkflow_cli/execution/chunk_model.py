@@ -17,6 +17,7 @@ from chunkflow_cli.execution.loss import (
     log_probabilities,
     weighted_cross_entropy,
 )
+from chunkflow_cli.execution.noise import noisy
 from chunkflow_cli.execution.preferences import PreferenceStep
 from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attention, prepare_recurrent_layers
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
@@ -97,9 +98,10 @@ class ChunkModel(nn.Module):
         packing = Packing(call.batch.boundaries, call.batch.input_ids.device)
         last_layer = self._last_layer_of_state_pass() if state_pass else None
         context = ChunkAttentionContext(packing, self.backend, call.piece, last_layer, call.sequence_group)
-        decoder = decoder_of(base_model(self.causal_lm))
+        base = base_model(self.causal_lm)
+        decoder = decoder_of(base)
         chunk = RunningChunk(context, is_evaluated=not (state_pass or is_kept or torch.is_grad_enabled()))
-        with ForwardScope(chunk):
+        with ForwardScope(chunk), noisy(base.get_input_embeddings(), call.batch.noise):
             out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden

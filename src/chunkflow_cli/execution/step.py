@@ -16,6 +16,7 @@ from chunkflow_cli.execution.branch_state import BranchState
 from chunkflow_cli.execution.chunk_model import ChunkCall
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.loss import SharedHeadGradient
+from chunkflow_cli.execution.noise import SequenceNoise
 from chunkflow_cli.execution.preferences import PreferenceStep
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import SequenceState, StatePiece, StateStore
@@ -38,6 +39,8 @@ class StepBatch:
     """Also add up the loss of each sequence."""
     preferences: PreferenceStep | None = None
     """What weighs the targets of preferences besides `weights`; None in supervised training."""
+    noise: SequenceNoise | None = None
+    """What is added to the embeddings."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class StepContext:
                 group,
                 keeps_losses=self.batch.by_sequence,
                 answer_starts=starts,
+                noise=self.batch.noise,
             )
             if tensors.target_losses is not None and tensors.target_sequences is not None:
                 # A chunk that is called twice computes its loss in the second call.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from chunkflow_cli.config.schema import LossWeighting
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import RunError
+from chunkflow_cli.execution.noise import SequenceNoise
 from chunkflow_cli.execution.runner import Interrupted
 from chunkflow_cli.execution.step import StepBatch, StepResult
 from chunkflow_cli.planning.model_shape import training_flops
@@ -239,7 +240,11 @@ def _run_schedule(run: Prepared, step: StepPlan, rank: RankPlan, on_backward: Ca
     weights = _weights(run, rank, step)
     sequences = [run.data.train[int(sample)] for sample in rank.samples]
     spread = None if run.plan.pipeline is not None else rank.spread
-    batch = StepBatch(rank.chunks, sequences, weights, spread, by_sequence=bool(run.data.train.names))
+    train, noise = run.config.train, None
+    if train.neftune_noise_alpha:
+        noise = SequenceNoise.of_step(train.neftune_noise_alpha, train.seed, step.step, rank.samples.tolist())
+    by_sequence = bool(run.data.train.names)
+    batch = StepBatch(rank.chunks, sequences, weights, spread, by_sequence=by_sequence, noise=noise)
     return run.parts.runner.run(rank.schedules, batch, on_backward, record)
 
 
