@@ -20,9 +20,9 @@ class ReferenceBackend(BlockBackend):
     def _forward(self, queries: Tensor, keys: Tensor, values: Tensor, offset: int, rule: AttentionRule) -> Output:
         group = queries.shape[1] // keys.shape[1]
         scores, _ = _scores(queries, repeat_heads(keys, group), offset, rule)
-        log_sum_exp = scores.logsumexp(dim=-1)
-        probabilities = torch.exp(scores - log_sum_exp.unsqueeze(-1)).to(values.dtype)
-        return probabilities @ repeat_heads(values, group), log_sum_exp
+        # Not exp(scores - log_sum_exp): that of large scores has lost its last digits, and rows would not sum to 1.
+        probabilities = scores.softmax(dim=-1).to(values.dtype)
+        return probabilities @ repeat_heads(values, group), scores.logsumexp(dim=-1)
 
     def _backward(self, grad_out: Tensor, saved: Saved, offset: int, rule: AttentionRule) -> Gradients:
         queries, values = saved.queries, saved.values
