@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.backend import Backend, Packing
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, require_attention_interface
+from chunkflow_cli.execution.attention.own import cache_inputs, prepare_own_attention
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import (
     LogitTransform,
@@ -24,6 +25,7 @@ from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapter_summary import trained_copy
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.language_part import decoder_of, is_language_part, names_in_forward
+from chunkflow_cli.model.own_attention import computes_own_attention
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,11 @@ class ChunkModel(nn.Module):
         self.causal_lm = causal_lm
         self.backend = backend
         base = base_model(causal_lm)
-        require_attention_interface(decoder_of(base))
+        self.computes_own_attention = computes_own_attention(base.config)
+        if self.computes_own_attention:
+            prepare_own_attention(base)
+        else:
+            require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base)
         self.recurrent_layers = prepare_recurrent_layers(base)
@@ -99,12 +105,13 @@ class ChunkModel(nn.Module):
         context = ChunkAttentionContext(packing, self.backend, call.piece, last_layer, call.sequence_group)
         decoder = decoder_of(base_model(self.causal_lm))
         chunk = RunningChunk(context, is_evaluated=not (state_pass or is_kept or torch.is_grad_enabled()))
+        inputs = self._inputs(call) | (cache_inputs(decoder, context) if self.computes_own_attention else {})
         with ForwardScope(chunk):
-            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False)
+            out = decoder(**inputs, position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def _inputs(self, call: ChunkCall) -> dict[str, Tensor]:
+    def _inputs(self, call: ChunkCall) -> dict[str, Any]:
         """Return the decoder's input."""
         return {"input_ids": call.batch.input_ids}
 
