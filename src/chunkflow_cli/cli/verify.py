@@ -30,6 +30,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.own_attention import check_own_attention
 from chunkflow_cli.model.positions import learned_limit
 from chunkflow_cli.model.trained_weights import apply_to
 
@@ -54,6 +55,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     dtype: torch.dtype = getattr(torch, dtype_name.value)
     hf_config = load_config(config.model)
     acceleration = Acceleration.of(config)
+    check_own_attention(config.model, hf_config)
     check_acceleration(config, hf_config, device)
     if acceleration and dtype is torch.float64:
         raise UsageError(

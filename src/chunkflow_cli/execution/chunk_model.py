@@ -95,7 +95,7 @@ class ChunkModel(nn.Module):
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def hidden(self, call: ChunkCall, *, state_pass: bool = False, is_kept: bool = False) -> Tensor:
-        """Return the hidden states after the last layer and the final norm, (tokens, hidden_size).
+        """Return the hidden states that the head gets, (tokens, hidden_size).
 
         Args:
             is_kept: without gradient, keep all state for another forward of the chunk.
@@ -109,7 +109,8 @@ class ChunkModel(nn.Module):
         with ForwardScope(chunk):
             out = decoder(**inputs, position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        before_head = module_before_head(base_model(self.causal_lm))
+        return hidden if before_head is None else before_head(hidden)
 
     def _inputs(self, call: ChunkCall) -> dict[str, Any]:
         """Return the decoder's input."""
@@ -161,6 +162,12 @@ def base_model(causal_lm: nn.Module) -> Any:
 def head_of(causal_lm: nn.Module) -> Any:
     """Return the module that turns hidden states into logits: the trained copy if adapters come with one."""
     return trained_copy(base_model(causal_lm).get_output_embeddings())
+
+
+def module_before_head(model: Any) -> Any | None:
+    """Return what a Hugging Face model has between its decoder and the weights of its head (modernbert-decoder)."""
+    module = getattr(model, "lm_head", None)
+    return None if module is model.get_output_embeddings() else module
 
 
 def logit_transform(model: Any) -> LogitTransform:

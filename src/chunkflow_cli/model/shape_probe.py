@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
 from chunkflow_cli.model.attention_heads import block_of
 from chunkflow_cli.model.language_part import decoder_of
+from chunkflow_cli.model.own_attention import KeyCache, computes_own_attention
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
 from chunkflow_cli.planning.attention_layers import AttentionLayers, by_size
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
@@ -44,6 +45,8 @@ class Probed:
     """Those of the layer that keeps the most."""
     product_bytes_per_token: float
     """Bytes of the results of matrix products and attention, over all layers: selective checkpointing keeps them."""
+    score_bytes: float = 0.0
+    """Bytes per query-key pair that all layers keep for backward; 0 with a kernel."""
 
 
 @contextmanager
@@ -96,13 +99,15 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         kernels: packages whose kernels run the recurrent layers (`recurrent_functions.installed_kernels`).
 
     Returns:
-        None if a forward needs numbers, or if the model computes attention by itself.
+        None if a forward needs numbers.
 
     Raises:
         UsageError: a forward of a model with recurrent layers fails, for which there are no formulas.
     """
     from transformers import AttentionInterface
 
+    if computes_own_attention(model.config):
+        return _probe_own_attention(model)
     seen = _Attention()
     # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
     AttentionInterface.register(PROBE_ATTENTION, seen)
@@ -147,6 +152,56 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,
     )
+
+
+def _probe_own_attention(model: Any) -> Probed:
+    """Run forwards of two lengths, which tell what grows with the tokens from what grows with their square."""
+    model.train()
+    model.config.get_text_config().pad_token_id = None
+    short, long = (_kept_of_length(model, tokens) for tokens in (PROBE_TOKENS // 2, PROBE_TOKENS))
+    per_pair = (long.kept - 2 * short.kept) / (PROBE_TOKENS**2 / 2)
+    of_layer = (long.of_layer - 2 * short.of_layer) / (PROBE_TOKENS**2 / 2)
+    return Probed(
+        attention=by_size(long.attention),
+        recurrent=RecurrentLayers(),
+        activation_bytes_per_token=long.kept / PROBE_TOKENS - per_pair * PROBE_TOKENS,
+        largest_layer_bytes_per_token=long.of_layer / PROBE_TOKENS - of_layer * PROBE_TOKENS,
+        product_bytes_per_token=0.0,  # these models cannot keep products alone
+        score_bytes=per_pair,
+    )
+
+
+class _Kept(NamedTuple):
+    """What a forward of a model that computes attention itself keeps for backward."""
+
+    kept: int
+    """Bytes, all together."""
+    of_layer: int
+    """Bytes of the layer that keeps the most."""
+    attention: list[AttentionLayers]
+
+
+def _kept_of_length(model: Any, tokens: int) -> _Kept:
+    cache = _Cache(int(model.config.get_text_config().num_attention_heads))
+    ids, positions = torch.zeros(1, tokens, dtype=torch.long, device="meta"), torch.arange(tokens, device="meta")[None]
+    with kept_for_backward(model) as kept, _kept_by_layers(model, kept) as of_layers:
+        hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=cache)
+    found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers)
+    del hidden
+    return found
+
+
+class _Cache(KeyCache):
+    """An empty cache that remembers the sizes of what each layer hands to it."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self._heads = heads
+        self.layers: list[AttentionLayers] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.layers.append(AttentionLayers(1, self._heads, keys.shape[1], keys.shape[3], values.shape[3]))
+        return keys, values
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from chunkflow_cli.execution.acceleration import check_acceleration
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import check_adapters, check_files
+from chunkflow_cli.model.own_attention import check_own_attention
 from chunkflow_cli.model.positions import check_positions
 from chunkflow_cli.training.setup import checked_topology
 from chunkflow_cli.training.trained_weights import check_trained_weights
@@ -43,6 +44,7 @@ def check_requirements(loaded: LoadedConfig, device: torch.device | None = None)
         check_adapters(config.model, hf_config)
     check_trained_weights(config, hf_config)
     device = device or training_device()
+    check_own_attention(config.model, hf_config)
     check_acceleration(config, hf_config, device)
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     if config.parallel.pipeline == 1:

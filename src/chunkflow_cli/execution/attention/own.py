@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from chunkflow_cli.execution.attention.function import ChunkAttentionContext, ad
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.forward_scope import forward_value
+from chunkflow_cli.model.own_attention import KeyCache
 from chunkflow_cli.model.scan_shapes import modeling_files
 
 _EXCHANGED = "_runs_in_chunks"
@@ -34,26 +35,12 @@ ALIBI, ALIBI_FROM_LENGTH = "build_alibi_tensor", "build_mpt_alibi_tensor"
 """Functions of modeling files that make the bias of distances: for each token of a mask, or for a number of tokens."""
 
 
-class ChunkCache:
+class ChunkCache(KeyCache):
     """What a model gets as its cache in one chunk: the keys and values of the long sequence's earlier chunks."""
 
-    is_compileable = False
-    is_initialized = False
-
     def __init__(self, chunk: ChunkAttentionContext) -> None:
+        super().__init__(chunk.past)
         self._chunk = chunk
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of keys before the chunk."""
-        return self._chunk.past
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the place of the first query among the keys."""
-        return self._chunk.past
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the number of keys, and the place of the first one."""
-        return self._chunk.past + query_length, 0
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store what later chunks read, and return all keys and values of the chunk, each (1, heads, keys, channels).
@@ -69,6 +56,28 @@ class ChunkCache:
         both: tuple[Tensor, Tensor] = _WithPast.apply(keys, values, chunk.piece, layer_idx, chunk.dependent_tokens)
         return both
 
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        """Do the same for the keys by which an indexer picks others, (1, tokens, channels). They get no gradient."""
+        if self._chunk.piece is None:
+            return keys
+        own = {"keys": keys[0].unsqueeze(1)}
+        found = _with_past(own, self._chunk.piece, -1 - layer_idx, self._chunk.dependent_tokens)  # a layer of its own
+        return found["keys"].transpose(0, 1)
+
+
+def _with_past(own: Mapping[str, Tensor], piece: StatePiece, layer: int, tokens: int) -> dict[str, Tensor]:
+    """Store the first `tokens` of a chunk's tensors, (tokens, heads, channels); return all behind those of the past."""
+    if piece.continues:
+        piece.state.write(layer, piece.past, {name: tensor[:tokens] for name, tensor in own.items()})
+    whole = {name: t.new_empty(piece.past + len(t), *t.shape[1:]) for name, t in own.items()}
+    for block in piece.state.past(layer, piece.past) if piece.past else ():
+        for name, values in block.values.items():
+            whole[name][block.start : block.stop] = values
+    for name, tensor in own.items():
+        whole[name][piece.past :] = tensor
+    piece.state.look_ahead(piece.past)
+    return whole
+
 
 class _WithPast(torch.autograd.Function):
     """The keys and values of a long sequence's past in front of a chunk's own. Gradients pass through the store."""
@@ -77,21 +86,9 @@ class _WithPast(torch.autograd.Function):
     def forward(
         ctx: Any, keys: Tensor, values: Tensor, piece: StatePiece, layer: int, tokens: int
     ) -> tuple[Tensor, Tensor]:
-        if piece.continues:
-            piece.state.write(
-                layer, piece.past, {"keys": flat(keys[:, :, :tokens]), "values": flat(values[:, :, :tokens])}
-            )
-        all_keys, all_values = (
-            own.new_empty(*own.shape[:2], piece.past + own.shape[2], own.shape[3]) for own in (keys, values)
-        )
-        if piece.past:
-            for block in piece.state.past(layer, piece.past):
-                flat(all_keys)[block.start : block.stop] = block.values["keys"]
-                flat(all_values)[block.start : block.stop] = block.values["values"]
-            piece.state.look_ahead(piece.past)
-        all_keys[:, :, piece.past :], all_values[:, :, piece.past :] = keys, values
         ctx.piece, ctx.layer, ctx.tokens = piece, layer, tokens
-        return all_keys, all_values
+        whole = _with_past({"keys": flat(keys), "values": flat(values)}, piece, layer, tokens)
+        return whole["keys"].transpose(0, 1)[None], whole["values"].transpose(0, 1)[None]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -102,11 +99,10 @@ class _WithPast(torch.autograd.Function):
         if piece.continues:
             add_from_later_chunks(grad_keys, grad_values, piece, layer, ctx.tokens)
         piece.state.release(layer, piece.past)
-        if piece.past:
-            for block in piece.state.past(layer, piece.past, with_gradients=True):
-                seen = slice(block.start, block.stop)
-                block.add_gradient({"keys": flat(grads[0])[seen], "values": flat(grads[1])[seen]})
-            piece.state.look_ahead(piece.past)
+        for block in piece.state.past(layer, piece.past, with_gradients=True) if piece.past else ():
+            seen = slice(block.start, block.stop)
+            block.add_gradient({"keys": flat(grads[0])[seen], "values": flat(grads[1])[seen]})
+        piece.state.look_ahead(piece.past)
         return grad_keys.to(grads[0].dtype), grad_values.to(grads[1].dtype), None, None, None
 
 
