@@ -212,7 +212,11 @@ def test_other_shapes_of_attention(tiny_model: Callable[..., Any], case: Case) -
 
 
 @pytest.mark.usefixtures("_everything_in_float64")
-@pytest.mark.parametrize("case", covering([*OWN_ATTENTION])[::2], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in covering([*OWN_ATTENTION]) if c.checkpointing is not ActivationCheckpointing.selective and c.k < 99],
+    ids=str,
+)
 def test_models_that_compute_attention_themselves(tiny_model: Callable[..., Any], case: Case) -> None:
     model = build(tiny_model, case, torch.float64)
     for parameter in model.parameters():
@@ -231,7 +235,7 @@ def test_own_attention_fails_without_its_mechanism(
     """Gradients of later chunks, positions of packed samples, and the mask that keeps these apart."""
     wrong = {"_positions_of_keys": lambda chunk: torch.arange(chunk.past + chunk.packing.boundaries[-1])}
     monkeypatch.setattr(own, function, wrong.get(function, lambda *_: None))
-    case = Case("falcon, alibi", 17, 2, ActivationCheckpointing.none, True, False)
+    case = Case("falcon, alibi", 32, 2, ActivationCheckpointing.none, True, False)
     parity = compared(build(tiny_model, case, torch.float64), ReferenceBackend(), case)
     assert parity.grad_rel_error > 1e-6
 

@@ -22,14 +22,9 @@ OWN_ATTENTION = {
         ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "mistral_large4_text"),
         "an indexer picks the keys that a query sees (DSA)",
     ),
-    "inkling_text": "each token has biases of its own for distances, and scales its queries by its position",
     "hrm_text": "its layers run several times in a forward, each time with other keys",
 }
 """Type of the decoder -> why the attention interface does not do for it."""
-
-
-ASKS_FOR_POSITIONS = frozenset({"inkling_text"})
-"""Types whose attention layers take the positions of queries and keys from the cache."""
 
 
 def computes_own_attention(hf_config: Any) -> bool:
@@ -63,24 +58,21 @@ class KeyCache:
         """Return the number of keys before the forward."""
         return self._past
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """Return the difference between positions and places of queries, the first of which is place 0."""
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the place of the first query among the keys."""
         return self._past
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, Any]:
-        """Return the number of keys, and the difference between their positions and places."""
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the number of keys, and the place of the first one."""
         return self._past + query_length, 0
-
-    def get_conv_state(self, *_: Any, **__: Any) -> None:
-        """Return no state of a convolution: `execution.recurrent` has it."""
-
-    def update_conv_state(self, inputs: Any, *_: Any, **__: Any) -> Any:
-        """Return the inputs of a convolution."""
-        return inputs
 
     def update(self, keys: Any, values: Any, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Take the keys and values of a layer; return all keys and values, each (1, heads, keys, channels)."""
         return keys, values
+
+    def update_indexer(self, keys: Any, layer_idx: int) -> Any:
+        """Do the same for the keys by which an indexer picks others, (1, keys, channels)."""
+        return keys
 
 
 def check_own_attention(config: ModelConfig, hf_config: Any) -> None:

@@ -203,6 +203,10 @@ class _Cache(KeyCache):
         self.layers.append(AttentionLayers(1, self._heads, keys.shape[1], keys.shape[3], values.shape[3]))
         return keys, values
 
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        self.layers.append(AttentionLayers(1, 1, 1, keys.shape[2], 0))
+        return keys
+
 
 @contextmanager
 def _grouped_products_of_any_dtype() -> Iterator[None]:

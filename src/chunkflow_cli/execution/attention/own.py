@@ -26,7 +26,7 @@ from chunkflow_cli.execution.attention.function import ChunkAttentionContext, ad
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.forward_scope import forward_value
-from chunkflow_cli.model.own_attention import ASKS_FOR_POSITIONS, KeyCache
+from chunkflow_cli.model.own_attention import KeyCache
 from chunkflow_cli.model.scan_shapes import modeling_files
 
 _EXCHANGED = "_runs_in_chunks"
@@ -38,16 +38,9 @@ ALIBI, ALIBI_FROM_LENGTH = "build_alibi_tensor", "build_mpt_alibi_tensor"
 class ChunkCache(KeyCache):
     """What a model gets as its cache in one chunk: the keys and values of the long sequence's earlier chunks."""
 
-    def __init__(self, chunk: ChunkAttentionContext, *, is_asked_for_positions: bool = False) -> None:
+    def __init__(self, chunk: ChunkAttentionContext) -> None:
         super().__init__(chunk.past)
-        self._chunk, self._has_positions = chunk, is_asked_for_positions
-
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return _offset(self._chunk.positions) if self._has_positions else super().get_query_offset(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, Any]:
-        keys, start = super().get_mask_sizes(query_length, layer_idx)
-        return keys, _offset(_positions_of_keys(self._chunk)) if self._has_positions else start
+        self._chunk = chunk
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store what later chunks read, and return all keys and values of the chunk, each (1, heads, keys, channels).
@@ -64,7 +57,7 @@ class ChunkCache(KeyCache):
         return both
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
-        """Do the same for the keys by which an indexer picks others, (1, tokens, channels). They get no gradient."""
+        """Do the same for the keys by which an indexer picks others, (1, tokens, channels), which get no gradient."""
         if self._chunk.piece is None:
             return keys
         own = {"keys": keys[0].unsqueeze(1)}
@@ -129,10 +122,9 @@ def prepare_own_attention(model: nn.Module) -> None:
             setattr(module, _EXCHANGED, True)
 
 
-def cache_inputs(decoder: Any, chunk: ChunkAttentionContext) -> dict[str, Any]:
+def cache_inputs(decoder: nn.Module, chunk: ChunkAttentionContext) -> dict[str, Any]:
     """Return what the decoder of a prepared model takes in a chunk besides its usual input."""
-    asks = decoder.config.model_type in ASKS_FOR_POSITIONS
-    inputs: dict[str, Any] = {"past_key_values": ChunkCache(chunk, is_asked_for_positions=asks)}
+    inputs: dict[str, Any] = {"past_key_values": ChunkCache(chunk)}
     if hasattr(inspect.getmodule(type(decoder)), ALIBI):  # it counts the tokens of a mask
         keys = chunk.past + chunk.packing.boundaries[-1]
         inputs["attention_mask"] = torch.ones(1, keys, dtype=torch.long, device=chunk.packing.device)
@@ -153,10 +145,6 @@ def _running() -> ChunkAttentionContext | None:
 def _positions_of_keys(chunk: ChunkAttentionContext) -> Tensor:
     """Return the position of each key in its sequence, (keys,): those of the past, then of the chunk."""
     return torch.cat([torch.arange(chunk.past, device=chunk.packing.device), chunk.positions])
-
-
-def _offset(positions: Tensor) -> Tensor:
-    return positions - torch.arange(len(positions), device=positions.device)
 
 
 def _apart(make_mask: Callable[..., Any]) -> Callable[..., Any]:
