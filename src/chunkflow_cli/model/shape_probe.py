@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 PROBE_TOKENS = 256
 """Length of the forward, a multiple of the blocks that scans pad their tokens to. Except for a few small tables, bytes
 per token do not depend on it."""
+FEW_TOKENS = 64
+"""Length for models that compute attention themselves: some have tables of few positions."""
 PROBE_ATTENTION = "chunkflow_shape"
 """Name under which transformers knows the attention of the forward."""
 
@@ -158,17 +161,39 @@ def _probe_own_attention(model: Any) -> Probed:
     """Run forwards of two lengths, which tell what grows with the tokens from what grows with their square."""
     model.train()
     model.config.get_text_config().pad_token_id = None
-    short, long = (_kept_of_length(model, tokens) for tokens in (PROBE_TOKENS // 2, PROBE_TOKENS))
-    per_pair = (long.kept - 2 * short.kept) / (PROBE_TOKENS**2 / 2)
-    of_layer = (long.of_layer - 2 * short.of_layer) / (PROBE_TOKENS**2 / 2)
+    tokens = FEW_TOKENS
+    with _fused_sdpa():
+        short, long = _kept_of_length(model, tokens // 2), _kept_of_length(model, tokens)
+    per_pair = max(0.0, (long.kept - 2 * short.kept) / (tokens**2 / 2))
+    of_layer = max(0.0, (long.of_layer - 2 * short.of_layer) / (tokens**2 / 2))
     return Probed(
         attention=by_size(long.attention),
         recurrent=RecurrentLayers(),
-        activation_bytes_per_token=long.kept / PROBE_TOKENS - per_pair * PROBE_TOKENS,
-        largest_layer_bytes_per_token=long.of_layer / PROBE_TOKENS - of_layer * PROBE_TOKENS,
+        activation_bytes_per_token=long.kept / tokens - per_pair * tokens,
+        largest_layer_bytes_per_token=long.of_layer / tokens - of_layer * tokens,
         product_bytes_per_token=0.0,  # these models cannot keep products alone
         score_bytes=per_pair,
     )
+
+
+@contextmanager
+def _fused_sdpa() -> Iterator[None]:
+    """Let torch's attention keep what its kernels keep, where it has one: for heads of one width, and a mask without
+    gradient."""
+    plain = nn.functional.scaled_dot_product_attention
+
+    def fused(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any
+    ) -> Tensor:
+        if value.shape[-1] != key.shape[-1] or (attn_mask is not None and attn_mask.requires_grad):
+            return plain(query, key, value, attn_mask, *args, **more)
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        output = torch.empty_like(query)
+        fused_output: Tensor = KernelOnMeta.apply(output, [query, key, value, output, log_sum_exp], query, key, value)
+        return fused_output
+
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused):
+        yield
 
 
 class _Kept(NamedTuple):
