@@ -8,8 +8,8 @@ _STATE_IN_MODULE = (
     "its recurrent layers keep their state in the model itself, where no chunk can hand it to the next one"
 )
 _BLOCKS = (
-    "it attends to blocks of keys that it picks or sums up, and counts their borders from the first token of a forward: "
-    "in a packed chunk, they cross samples"
+    "it attends to blocks of keys that it picks or sums up, and counts their borders from the first token of a "
+    "forward: in a packed chunk, they cross samples"
 )
 
 REASONS = {
