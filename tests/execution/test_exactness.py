@@ -219,9 +219,6 @@ def test_other_shapes_of_attention(tiny_model: Callable[..., Any], case: Case) -
 )
 def test_models_that_compute_attention_themselves(tiny_model: Callable[..., Any], case: Case) -> None:
     model = build(tiny_model, case, torch.float64)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # zeros make doge pick among equals
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
     parity = compared(model, ReferenceBackend(), case)
     assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
     assert parity.loss_rel_error <= FLOAT64_TOLERANCE, parity
@@ -645,7 +642,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "recurrent_gemma", {}, "'recurrent_gemma' cannot be trained exactly in chunks(.|\n)*keep their state in the model",
     ),
     "inkling, position bias": (
-        "inkling_text", {"d_rel": 8}, "'inkling_text' cannot be trained in chunks(.|\n)*a bias on its scores",
+        "inkling_text", {"d_rel": 8}, "'inkling_text' cannot be trained in chunks(.|\n)*learned function of the distance",
     ),
 }  # fmt: skip
 

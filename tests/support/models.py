@@ -118,13 +118,12 @@ OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", {"rotary_dim": 8, **_NO_DROPOUT}),
     "mpt, short table": ("mpt", {"max_seq_len": SHORT_TABLE}),
     "diffllama": ("diffllama", {}),
-    "doge, picked keys": ("doge", {"keep_window_size": SHORT_WINDOW, "hidden_dropout": 0.0}),
     "hrm_text": (
         "hrm_text",
         {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 2, "num_key_value_heads": 4, "head_dim": 16},
     ),
     "deepseek_v32, indexer": (
-        "deepseek_v32", {**_LATENT_TINY, "index_n_heads": 4, "index_head_dim": 8, "index_topk": SHORT_WINDOW},
+        "deepseek_v32", {**_LATENT_TINY, "index_n_heads": 16, "index_head_dim": 8, "index_topk": SHORT_WINDOW},
     ),
 }  # fmt: skip
 """Models that compute attention themselves, over keys from their cache."""

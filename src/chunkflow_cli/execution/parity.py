@@ -221,13 +221,9 @@ def _chain(model: Any, backend: Backend, stages: int) -> StageChain:
 
 
 def whole_implementation(model: Any) -> str:
-    """Return transformers' own attention for the whole-sequence side: eager where sdpa leaves something out.
-
-    For sdpa, transformers makes no mask of a sequence without padding, and doge then sees later tokens.
-    """
-    text = model.config.get_text_config()
-    softcap = getattr(text, "attn_logit_softcapping", None) is not None
-    return "sdpa" if model._supports_sdpa and not softcap and text.model_type != "doge" else "eager"
+    """Return transformers' own attention for the whole-sequence side: eager where sdpa leaves something out."""
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if model._supports_sdpa and not softcap else "eager"
 
 
 def _whole_loss(model: Any, sequence: TokenizedSample, weight: float, device: torch.device) -> float:

@@ -17,7 +17,6 @@ OWN_ATTENTION = {
         "it computes scores and their softmax in code of its own",
     ),
     "diffllama": "each layer attends twice with the same keys",
-    "doge": "each layer makes a mask from its values",
     **dict.fromkeys(
         ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "mistral_large4_text"),
         "an indexer picks the keys that a query sees (DSA)",
