@@ -17,8 +17,8 @@ REASONS = {
     "blt": "its layers attend to patches of bytes, whose borders a second model draws, and not to tokens",
     "cpmant": "its tokens see later ones: all of them count as context",
     "diffusion_gemma": "it restores blocks of tokens that see each other (diffusion), and predicts no next token",
-    "doge": "of the keys that a query sees, it keeps those with the largest gates, and equal tokens have equal gates in the "
-    "first layer: which of them it keeps depends on how many keys are compared at once",
+    "doge": "of the keys that a query sees, it keeps those with the largest gates. Equal tokens have equal ones in the "
+    "first layer, and which of them it keeps depends on how many keys are compared at once",
     "inkling_text": "it adds a learned function of the distance of two tokens to their score, scales queries by "
     "positions that it counts itself, and its head has rows that no logit uses",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
