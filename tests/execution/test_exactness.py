@@ -25,7 +25,7 @@ from chunkflow_cli.execution import guard as guard_module
 from chunkflow_cli.execution import parity, stages
 from chunkflow_cli.execution import step as step_module
 from chunkflow_cli.execution.attention import function as attention
-from chunkflow_cli.execution.attention import layer
+from chunkflow_cli.execution.attention import layer, own
 from chunkflow_cli.execution.attention.backend import AttentionRule, Backend, Gradients, Output, Packing, Saved, Sight
 from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
@@ -47,7 +47,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Schedule, plan
-from support.models import BEYOND, LLAMA3_ROPE, MIDDLE_WINDOW, MODELS, SHAPES, YARN_ROPE
+from support.models import BEYOND, LLAMA3_ROPE, MIDDLE_WINDOW, MODELS, OWN_ATTENTION, SHAPES, YARN_ROPE
 
 CPU = torch.device("cpu")
 LENGTHS = (100, 13, 9, 31)
@@ -103,7 +103,7 @@ MATRIX = covering([*MODELS])
 
 
 def build(tiny_model: Callable[..., Any], case: Case, dtype: torch.dtype) -> Any:
-    model_type, settings = {**MODELS, **BEYOND, **SHAPES}[case.model]
+    model_type, settings = {**MODELS, **BEYOND, **SHAPES, **OWN_ATTENTION}[case.model]
     model = tiny_model(model_type, dtype=dtype, **settings)
     use_float64_experts(model, dtype)
     enable_activation_checkpointing(model, case.checkpointing)
@@ -211,6 +211,32 @@ def test_other_shapes_of_attention(tiny_model: Callable[..., Any], case: Case) -
     parity = compared(build(tiny_model, case, torch.float64), CpuBackend(), case)
     assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
     assert parity.loss_rel_error <= FLOAT64_TOLERANCE, parity
+
+
+@pytest.mark.usefixtures("_everything_in_float64")
+@pytest.mark.parametrize(
+    "case",
+    [c for c in covering([*OWN_ATTENTION]) if c.checkpointing is not ActivationCheckpointing.selective and c.k < 99],
+    ids=str,
+)
+def test_models_that_compute_attention_themselves(tiny_model: Callable[..., Any], case: Case) -> None:
+    model = build(tiny_model, case, torch.float64)
+    parity = compared(model, ReferenceBackend(), case)
+    assert parity.grad_rel_error <= FLOAT64_TOLERANCE, parity
+    assert parity.loss_rel_error <= FLOAT64_TOLERANCE, parity
+
+
+@pytest.mark.usefixtures("_everything_in_float64")
+@pytest.mark.parametrize("function", ["add_from_later_chunks", "_positions_of_keys", "_running"])
+def test_own_attention_fails_without_its_mechanism(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """Gradients of later chunks, positions of packed samples, and the mask that keeps these apart."""
+    wrong = {"_positions_of_keys": lambda chunk: torch.arange(chunk.past + chunk.packing.boundaries[-1])}
+    monkeypatch.setattr(own, function, wrong.get(function, lambda *_: None))
+    case = Case("falcon, alibi", 32, 2, ActivationCheckpointing.none, True, False)
+    parity = compared(build(tiny_model, case, torch.float64), ReferenceBackend(), case)
+    assert parity.grad_rel_error > 1e-6
 
 
 @pytest.mark.usefixtures("_everything_in_float64")
@@ -623,12 +649,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "recurrent_gemma, own code": (
         "recurrent_gemma", {}, "'recurrent_gemma' cannot be trained exactly in chunks(.|\n)*keep their state in the model",
     ),
-    "bloom, alibi": (
-        "bloom", {"n_head": 4, "n_layer": 2}, "'bloom' cannot be trained in chunks(.|\n)*grows with the distance of two tokens(.|\n)*ALiBi",
-    ),
-    "doge, own mask": ("doge", {}, "'doge' cannot be trained in chunks(.|\n)*DogeAttention uses a mask of its own"),
     "inkling, position bias": (
-        "inkling_text", {"d_rel": 8}, "'inkling_text' cannot be trained in chunks(.|\n)*a bias on its scores",
+        "inkling_text", {"d_rel": 8}, "'inkling_text' cannot be trained in chunks(.|\n)*learned function of the distance",
     ),
 }  # fmt: skip
 

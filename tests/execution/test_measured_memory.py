@@ -27,6 +27,7 @@ from chunkflow_cli.execution.state_home import OnDevice, host_home
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.model.shape import model_shape, with_adapters
 from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.chunks import build_chunks
@@ -38,6 +39,7 @@ from chunkflow_cli.planning.memory_parts import (
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers
 from chunkflow_cli.planning.state_memory import gradients_of_windows, host_bytes
+from support.models import OWN_ATTENTION
 
 CPU = torch.device("cpu")
 
@@ -50,7 +52,8 @@ NARROW = {
 def chunk_call(model: Any, length: int = 128) -> tuple[ChunkModel, ChunkCall]:
     """One standalone chunk, ready for the model's forward."""
     attention.register()
-    base_model(model).set_attn_implementation(attention.NAME)
+    if not computes_own_attention(base_model(model).config):
+        base_model(model).set_attn_implementation(attention.NAME)
     batch = StepBatch(build_chunks([length], length), random_sequences([length], 96, seed=1), np.ones(1))
     return ChunkModel(model, CpuBackend()), StepContext(RunnerSettings(CPU), batch).call(0)
 
@@ -79,6 +82,22 @@ def test_activation_bytes_against_the_probe(
     uncounted = dataclasses.replace(model_shape(model), layer_activation_bytes=None)
     predicted = kept_bytes_per_token(uncounted, dtype.itemsize, "none")
     assert 0.95 <= predicted / measured_activation_bytes(model) <= 1.0
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon, alibi", "gptj"])
+def test_scores_are_counted_without_a_model(name: str, tiny_model: Callable[..., Any]) -> None:
+    """Of models that compute attention themselves, falcon with a kernel of torch, which keeps none."""
+    kind, settings = OWN_ATTENTION[name]
+    model = tiny_model(kind, **settings)
+    shape = model_shape(model)
+    for length in (64, 128):
+        module, call = chunk_call(model, length)
+        with kept_for_backward(model) as kept:
+            hidden = module.hidden(call)
+            measured = sum(kept.values())
+        del hidden
+        predicted = length * shape.layers * (shape.layer_activation_bytes or 0) + length**2 * shape.score_bytes
+        assert predicted == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

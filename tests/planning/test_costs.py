@@ -227,6 +227,15 @@ def test_a_query_sees_no_more_than_its_window_or_its_block(
 
 
 @given(LENGTHS, SIZES)
+def test_own_attention_scores_every_token_with_every_key_of_its_chunk(lengths: list[int], size: int) -> None:
+    chunks = build_chunks(lengths, size)
+    tokens = [sum(part.tokens for part in chunk.segments) for chunk in chunks]
+    expected = [count * (chunk.segments[0].start + count) for count, chunk in zip(tokens, chunks, strict=True)]
+    costs = replace(CostModel.proportional(), shape=replace(SHAPE, score_bytes=1.0))
+    assert costs.chunk_pairs(chunks).tolist() == expected
+
+
+@given(LENGTHS, SIZES)
 def test_targets_of_chunks_by_counting(lengths: list[int], size: int) -> None:
     """Each piece of a sequence has its share of the targets."""
     chunks = build_chunks(lengths, size)

@@ -390,6 +390,15 @@ def test_a_checkpointed_layer_runs_again_for_the_tokens_of_all_ranks() -> None:
     assert memory_parts(shape, settings, live=32, sharers=4).activations == 32 * 3 * 16 + 4 * 16 * 500
 
 
+def test_scores_of_a_model_that_computes_attention_itself() -> None:
+    """A layer of three keeps 2 bytes per pair of a token and one of 64 + 16 keys; the gradient of one's comes on top."""
+    shape = dataclasses.replace(SHAPE, score_bytes=6.0)
+    for checkpointing, rows in (("none", 3 * 32 + 16), ("full", 2 * 16)):
+        settings = dataclasses.replace(BASE, checkpointing=checkpointing)
+        more = [memory_parts(each, settings, live=32, stored=64).activations for each in (SHAPE, shape)]
+        assert more[1] - more[0] == 80 * 2 * rows
+
+
 def test_merged_copies_of_experts_by_hand() -> None:
     """Each of the two chunks with activations has those of all layers; the gradient of one layer's comes on top.
 

@@ -95,6 +95,39 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+_NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+_LATENT_TINY = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+SHORT_TABLE = 101
+"""One more position than the longest sequence has tokens, and fewer than a chunk sees keys."""
+
+OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"hidden_dropout": 0.0, "attention_dropout": 0.0}),
+    "falcon, alibi": ("falcon", {"alibi": True, "multi_query": False}),
+    "falcon, one kv head": ("falcon", {}),
+    "gpt_neo, window, short table": (
+        "gpt_neo",
+        {
+            "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
+            "window_size": SHORT_WINDOW, "max_position_embeddings": SHORT_TABLE, "initializer_range": 0.15,
+        },
+    ),
+    "gptj": ("gptj", {"rotary_dim": 8, **_NO_DROPOUT}),
+    "mpt, short table": ("mpt", {"max_seq_len": SHORT_TABLE}),
+    "diffllama": ("diffllama", {}),
+    "hrm_text": (
+        "hrm_text",
+        {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 2, "num_key_value_heads": 4, "head_dim": 16},
+    ),
+    "deepseek_v32, indexer": (
+        "deepseek_v32", {**_LATENT_TINY, "index_n_heads": 16, "index_head_dim": 8, "index_topk": SHORT_WINDOW},
+    ),
+}  # fmt: skip
+"""Models that compute attention themselves, over keys from their cache."""
+
 RECURRENT_TINY: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2, "attention_dropout": 0.0,

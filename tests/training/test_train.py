@@ -55,6 +55,15 @@ def make_model(folder: Path, *, is_tied: bool) -> Path:
     return folder
 
 
+def make_falcon(folder: Path) -> Path:
+    """Write a model that computes its attention itself, with a bias of distances (ALiBi)."""
+    AutoConfig.for_model(
+        "falcon", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=97, alibi=True,
+        multi_query=False, initializer_range=0.1, architectures=["FalconForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 @pytest.fixture(scope="module")
 def samples() -> list[dict[str, list[int]]]:
     """Eleven short sequences and one of 300 tokens, whose middle has no targets at all."""
@@ -135,6 +144,7 @@ ONE_STEP = [
     ("chunk.size=64", "chunk.k=2", "chunk.cuts=time"),
     ("chunk.size=64", "chunk.k=1", "train.neftune_noise_alpha=5"),
 ]
+FALCON = ("chunk.size=64", "chunk.k=2", "engine.zero_stage=3", "model.activation_checkpointing=full")
 HEAD_APART = [("chunk.size=64", "chunk.k=2", f"engine.zero_stage={stage}") for stage in (1, 3)]
 
 
@@ -149,13 +159,14 @@ def run_all(runs: list[tuple[str, ...]]) -> None:
 
 @pytest.fixture(scope="module")
 def one_step(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
-    """Run folders by their words: those of ONE_STEP, and those of HEAD_APART with "untied" as the first word."""
+    """Run folders by their words: those of ONE_STEP, of HEAD_APART behind the word "untied", and FALCON."""
     folder = tmp_path_factory.mktemp("one_step")
     untied = make_model(folder / "untied", is_tied=False)
     runs, folders = [], {}
     for key, model, words in [
         *((words, model_folder, words) for words in ONE_STEP),
         *((("untied", *words), untied, words) for words in HEAD_APART),
+        (FALCON, make_falcon(folder / "falcon"), FALCON),
     ]:
         folders[key] = folder / f"run-{len(runs)}"
         runs.append((*TINY, *SGD, f"model.path={model}", f"data.path={data_file}", f"data.cache_dir={folder}",
@@ -186,6 +197,12 @@ def test_an_untied_head_is_trained_exactly(
     run = one_step["untied", *words]
     assert "lm_head.weight" in load_file(run / "final" / "model.safetensors")
     assert relative_difference(run, expected) <= 1e-6
+
+
+def test_a_model_that_computes_its_attention_itself(
+    one_step: dict[Any, Path], samples: list[dict[str, list[int]]], tmp_path: Path
+) -> None:
+    assert relative_difference(one_step[FALCON], plain_step(make_falcon(tmp_path), samples, "token")) <= 1e-6
 
 
 def test_the_comparison_notices_a_lost_target(plain_weights: dict[str, Any]) -> None:

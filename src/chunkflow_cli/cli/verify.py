@@ -30,6 +30,7 @@ from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import load_model
+from chunkflow_cli.model.own_attention import check_own_attention
 from chunkflow_cli.model.positions import learned_limit
 from chunkflow_cli.model.trained_weights import apply_to
 
@@ -109,6 +110,7 @@ def _check_comparable(config: Config, hf_config: Any, device: torch.device, dtyp
     Raises:
         UsageError: says why not.
     """
+    check_own_attention(config.model, hf_config)
     check_acceleration(config, hf_config, device)
     if Acceleration.of(config) and dtype is torch.float64:
         raise UsageError(

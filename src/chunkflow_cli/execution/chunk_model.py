@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.backend import Backend, Packing
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, require_attention_interface
+from chunkflow_cli.execution.attention.own import cache_inputs, prepare_own_attention
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import (
     LogitTransform,
@@ -25,6 +26,7 @@ from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapter_summary import trained_copy
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.language_part import decoder_of, is_language_part, names_in_forward
+from chunkflow_cli.model.own_attention import computes_own_attention
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class ChunkModel(nn.Module):
         self.causal_lm = causal_lm
         self.backend = backend
         base = base_model(causal_lm)
-        require_attention_interface(decoder_of(base))
+        self.computes_own_attention = computes_own_attention(base.config)
+        if self.computes_own_attention:
+            prepare_own_attention(base)
+        else:
+            require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base)
         self.recurrent_layers = prepare_recurrent_layers(base)
@@ -90,7 +96,7 @@ class ChunkModel(nn.Module):
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def hidden(self, call: ChunkCall, *, state_pass: bool = False, is_kept: bool = False) -> Tensor:
-        """Return the hidden states after the last layer and the final norm, (tokens, hidden_size).
+        """Return the hidden states that the head gets, (tokens, hidden_size).
 
         Args:
             is_kept: without gradient, keep all state for another forward of the chunk.
@@ -101,12 +107,14 @@ class ChunkModel(nn.Module):
         base = base_model(self.causal_lm)
         decoder = decoder_of(base)
         chunk = RunningChunk(context, is_evaluated=not (state_pass or is_kept or torch.is_grad_enabled()))
+        inputs = self._inputs(call) | (cache_inputs(decoder, context) if self.computes_own_attention else {})
         with ForwardScope(chunk), noisy(base.get_input_embeddings(), call.batch.noise):
-            out = decoder(**self._inputs(call), position_ids=call.batch.position_ids, use_cache=False)
+            out = decoder(**inputs, position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        before_head = module_before_head(base_model(self.causal_lm))
+        return hidden if before_head is None else before_head(hidden)
 
-    def _inputs(self, call: ChunkCall) -> dict[str, Tensor]:
+    def _inputs(self, call: ChunkCall) -> dict[str, Any]:
         """Return the decoder's input."""
         return {"input_ids": call.batch.input_ids}
 
@@ -156,6 +164,12 @@ def base_model(causal_lm: nn.Module) -> Any:
 def head_of(causal_lm: nn.Module) -> Any:
     """Return the module that turns hidden states into logits: the trained copy if adapters come with one."""
     return trained_copy(base_model(causal_lm).get_output_embeddings())
+
+
+def module_before_head(model: Any) -> Any | None:
+    """Return what a Hugging Face model has between its decoder and the weights of its head (modernbert-decoder)."""
+    module = getattr(model, "lm_head", None)
+    return None if module is model.get_output_embeddings() else module
 
 
 def logit_transform(model: Any) -> LogitTransform:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, head_of
+from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, head_of, module_before_head
 from chunkflow_cli.execution.split_backward import PutOff, put_off_products
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.planning.stage_cut import StageLayers
@@ -214,9 +214,10 @@ def _layers_and_norm(base: Any, decoder: Any, stages: int) -> tuple[nn.ModuleLis
         for child, module in decoder.named_children()
         if module is not layers and module is not embedding and any(True for _ in module.parameters())
     ]
-    has_head = base.get_output_embeddings() is not None
+    has_head = base.get_output_embeddings() is not None and module_before_head(base) is None
     if isinstance(layers, nn.ModuleList) and has_head and len(others) == 1 and "norm" in others[0]:
         return layers, others[0]
+    others += ["lm_head"] if module_before_head(base) is not None else []
     reason = ", ".join(sorted(others)) or "layers"
     raise _uncuttable(base, stages, f"it is not an embedding, a list of layers, a norm and a head ({reason})")
 

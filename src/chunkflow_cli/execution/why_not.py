@@ -7,33 +7,28 @@ from typing import Any
 _STATE_IN_MODULE = (
     "its recurrent layers keep their state in the model itself, where no chunk can hand it to the next one"
 )
-_ALIBI = "it adds a bias that grows with the distance of two tokens to their score (ALiBi), which no kernel here does"
-_OWN_SCORES = (
-    "its modeling code computes, masks and normalizes the scores of one forward itself: keys of earlier chunks cannot "
-    "be added there, nor packed samples kept apart"
+_BLOCKS = (
+    "it attends to blocks of keys that it picks or sums up, and counts their borders from the first token of a "
+    "forward: in a packed chunk, they cross samples"
 )
 
 REASONS = {
-    "bloom": _ALIBI,
+    **dict.fromkeys(("deepseek_v4", "glm5_next_text", "minimax_m3_vl_text"), _BLOCKS),
     "blt": "its layers attend to patches of bytes, whose borders a second model draws, and not to tokens",
-    "codegen": _OWN_SCORES,
-    "cpmant": "it adds a learned bias for the distance of two tokens to their score, in code of its own",
-    "diffllama": "each layer attends twice with the same keys, and a layer's keys and values are kept once",
+    "cpmant": "its tokens see later ones: all of them count as context",
     "diffusion_gemma": "it restores blocks of tokens that see each other (diffusion), and predicts no next token",
-    "falcon": _OWN_SCORES,
-    "git": _OWN_SCORES,
-    "gpt_neo": _OWN_SCORES,
-    "gpt_neox_japanese": _OWN_SCORES,
-    "gptj": _OWN_SCORES,
-    "hrm_text": "its layers run several times in a forward, and a layer's keys and values are kept once",
+    "doge": "of the keys that a query sees, it keeps those with the largest gates. Equal tokens have equal ones in the "
+    "first layer, and which of them it keeps depends on how many keys are compared at once",
+    "inkling_text": "it adds a learned function of the distance of two tokens to their score, scales queries by "
+    "positions that it counts itself, and its head has rows that no logit uses",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
     "minimax": "its linear attention steps through tokens in code of its own, whose state cannot be handed on",
-    "modernbert-decoder": "a dense layer and a norm stand between its decoder and the weights of its head",
-    "mpt": _ALIBI,
-    "openai-gpt": _OWN_SCORES,
+    "openai-gpt": "its attention takes no keys but those of the tokens in a forward (it has no cache); it knows 512 "
+    "positions, so each of its samples fits into one forward",
+    "qwen4_exp_text": "its indexer averages keys in blocks, and rotates them by positions that only its own cache "
+    "knows",
     "recurrent_gemma": _STATE_IN_MODULE,
     "rwkv": _STATE_IN_MODULE,
-    "xglm": _OWN_SCORES,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
     "xlstm": "its recurrent layers run in code of their own, whose state cannot be handed on",
     "zaya": "its attention mixes neighboring tokens in code of its own, whose state cannot be handed on",

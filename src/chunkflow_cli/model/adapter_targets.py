@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.config.schema import LoraConfig
@@ -243,8 +243,8 @@ def _is_linear(module: nn.Module) -> bool:
 
     if isinstance(module, nn.Linear):
         # Some of a modeling file have a forward of their own: llama4's router returns a tuple, which peft cannot wrap.
-        is_of_model = type(module).__module__.startswith("transformers")
-        return type(module).forward is nn.Linear.forward or not is_of_model
+        forward, is_of_model = type(module).forward, type(module).__module__.startswith("transformers")
+        return forward is nn.Linear.forward or not is_of_model or forward.__annotations__.get("return") is Tensor
     return isinstance(module, Conv1D)
 
 

@@ -16,6 +16,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable, import_models
 from chunkflow_cli.model.adapter_folder import explain_adapter_folder
 from chunkflow_cli.model.folder import check_settings
+from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.model.rope_scaling import apply_rope_scaling
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def refuse_unsupported_attention(hf_config: Any) -> None:
         UsageError: names the setting.
     """
     for name in INDEXERS:
-        if getattr(hf_config, name, None):
+        if getattr(hf_config, name, None) and not computes_own_attention(hf_config):
             raise UsageError(
                 f"the model attends only to keys that an indexer picks ({name}={getattr(hf_config, name)} in "
                 "config.json; sparse attention such as DSA), and chunks do not support that\n"

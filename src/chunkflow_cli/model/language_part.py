@@ -93,6 +93,8 @@ def text_only(model: Any, input_ids: Any) -> dict[str, Any]:
 def decoder_of(model: Any) -> Any:
     """Return a Hugging Face model without its head and without its towers."""
     decoder = model.get_decoder()
+    if decoder is model.get_output_embeddings():  # modernbert-decoder calls its head so
+        decoder = model.base_model
     return getattr(decoder, "model", decoder)  # llama4's is its text model with the head
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
+from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 
 
@@ -37,6 +38,14 @@ def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -
     of_layers = attention_heads(hf_config)
     head_counts = sorted({(layer.heads, layer.kv_heads) for layer in of_layers})
     for layout in layouts:
+        if computes_own_attention(hf_config):
+            for part, size, what in (("sequence", layout.sequence, "tokens"), ("pipeline", layout.pipeline, "layers")):
+                key = f"parallel.{part}" if size == getattr(config.parallel, part) else f"cluster.{part}s"
+                if size > 1:
+                    raise UsageError(
+                        f"{key}={size}: models of type {text.model_type!r} compute their attention themselves, with "
+                        f"all {what} on one device\n  use {key}=1"
+                    )
         try:
             for heads, kv_heads in head_counts:
                 key_value_copies(heads, kv_heads, layout.sequence)

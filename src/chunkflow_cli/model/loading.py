@@ -22,6 +22,7 @@ from chunkflow_cli.model.folder import check_checksums, check_weights, listed
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
+from chunkflow_cli.model.own_attention import implementation_for
 from chunkflow_cli.model.progress_bars import DownloadBar
 from chunkflow_cli.model.quantised import check_dequantised, check_quantised, multiply_dequantised, quantization_config
 from chunkflow_cli.model.towers import Original, copyable_files, find_original
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str, seed: int
+    config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None, seed: int
 ) -> PreTrainedModel:
     """Return the model in train mode, on the CPU, without adapters. A quantized one is on the device of this process.
 
@@ -44,6 +45,7 @@ def load_model(
         UsageError: the weights cannot be found or read, or are not exactly those that the model needs.
     """
     quiet_deepspeed()
+    attention = implementation_for(hf_config, attention)
     if config.init is Init.random:
         torch.manual_seed(seed)
         with config_errors(config):
@@ -68,7 +70,7 @@ def model_of_weights(
     state: Mapping[str, torch.Tensor],
     *,
     dtype: torch.dtype,
-    attention: str,
+    attention: str | None,
 ) -> Any:
     """Return the model that `load_model` has made on another rank, around its weights, which are not copied.
 
@@ -76,6 +78,7 @@ def model_of_weights(
         state: the state dict of that model.
     """
     quiet_deepspeed()
+    attention = implementation_for(hf_config, attention)
     own_config = copy.deepcopy(hf_config)
     if hasattr(own_config, "quantization_config"):  # they are not quantized any more
         del own_config.quantization_config
@@ -132,7 +135,7 @@ def check_files(config: ModelConfig) -> None:
             ) from error
 
 
-def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> Any:
+def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None) -> Any:
     """Load the weights, and check that they are those of the files."""
     from transformers import AutoModelForCausalLM
 

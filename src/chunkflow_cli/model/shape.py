@@ -94,6 +94,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         largest_layer_activation_bytes=probed.largest_layer_bytes_per_token,
         layer_product_bytes=probed.product_bytes_per_token / layers,
         recurrent=probed.recurrent,
+        score_bytes=probed.score_bytes,
     )
 
 

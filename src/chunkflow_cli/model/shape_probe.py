@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
 from chunkflow_cli.model.attention_heads import block_of, by_size
 from chunkflow_cli.model.language_part import decoder_of
+from chunkflow_cli.model.own_attention import KeyCache, computes_own_attention
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
@@ -28,6 +30,8 @@ from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 PROBE_TOKENS = 256
 """Length of the forward, a multiple of the blocks that scans pad their tokens to. Except for a few small tables, bytes
 per token do not depend on it."""
+FEW_TOKENS = 64
+"""Length for models that compute attention themselves: some have tables of few positions."""
 PROBE_ATTENTION = "chunkflow_shape"
 """Name under which transformers knows the attention of the forward."""
 
@@ -44,6 +48,8 @@ class Probed:
     """Those of the layer that keeps the most."""
     product_bytes_per_token: float
     """Bytes of the results of matrix products and attention, over all layers: selective checkpointing keeps them."""
+    score_bytes: float = 0.0
+    """Bytes per query-key pair that all layers keep for backward; 0 with a kernel."""
 
 
 @contextmanager
@@ -96,13 +102,15 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         kernels: packages whose kernels run the recurrent layers (`recurrent_functions.installed_kernels`).
 
     Returns:
-        None if a forward needs numbers, or if the model computes attention by itself.
+        None if a forward needs numbers.
 
     Raises:
         UsageError: a forward of a model with recurrent layers fails, for which there are no formulas.
     """
     from transformers import AttentionInterface
 
+    if computes_own_attention(model.config):
+        return _probe_own_attention(model)
     seen = _Attention()
     # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
     AttentionInterface.register(PROBE_ATTENTION, seen)
@@ -147,6 +155,82 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,
     )
+
+
+def _probe_own_attention(model: Any) -> Probed:
+    """Run forwards of two lengths, which tell what grows with the tokens from what grows with their square."""
+    model.train()
+    model.config.get_text_config().pad_token_id = None
+    tokens = FEW_TOKENS
+    with _fused_sdpa():
+        short, long = _kept_of_length(model, tokens // 2), _kept_of_length(model, tokens)
+    per_pair = max(0.0, (long.kept - 2 * short.kept) / (tokens**2 / 2))
+    of_layer = max(0.0, (long.of_layer - 2 * short.of_layer) / (tokens**2 / 2))
+    return Probed(
+        attention=by_size(long.attention),
+        recurrent=RecurrentLayers(),
+        activation_bytes_per_token=long.kept / tokens - per_pair * tokens,
+        largest_layer_bytes_per_token=long.of_layer / tokens - of_layer * tokens,
+        product_bytes_per_token=0.0,  # these models cannot keep products alone
+        score_bytes=per_pair,
+    )
+
+
+@contextmanager
+def _fused_sdpa() -> Iterator[None]:
+    """Let torch's attention keep what its kernels keep, where it has one: for heads of one width, and a mask without
+    gradient."""
+    plain = nn.functional.scaled_dot_product_attention
+
+    def fused(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any
+    ) -> Tensor:
+        if value.shape[-1] != key.shape[-1] or (attn_mask is not None and attn_mask.requires_grad):
+            return plain(query, key, value, attn_mask, *args, **more)
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        output = torch.empty_like(query)
+        fused_output: Tensor = KernelOnMeta.apply(output, [query, key, value, output, log_sum_exp], query, key, value)
+        return fused_output
+
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused):
+        yield
+
+
+class _Kept(NamedTuple):
+    """What a forward of a model that computes attention itself keeps for backward."""
+
+    kept: int
+    """Bytes, all together."""
+    of_layer: int
+    """Bytes of the layer that keeps the most."""
+    attention: list[AttentionLayers]
+
+
+def _kept_of_length(model: Any, tokens: int) -> _Kept:
+    cache = _Cache(int(model.config.get_text_config().num_attention_heads))
+    ids, positions = torch.zeros(1, tokens, dtype=torch.long, device="meta"), torch.arange(tokens, device="meta")[None]
+    with kept_for_backward(model) as kept, _kept_by_layers(model, kept) as of_layers:
+        hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=cache)
+    found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers)
+    del hidden
+    return found
+
+
+class _Cache(KeyCache):
+    """An empty cache that remembers the sizes of what each layer hands to it."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self._heads = heads
+        self.layers: list[AttentionLayers] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.layers.append(AttentionLayers(1, self._heads, keys.shape[1], keys.shape[3], values.shape[3]))
+        return keys, values
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        self.layers.append(AttentionLayers(1, 1, 1, keys.shape[2], 0))
+        return keys
 
 
 @contextmanager

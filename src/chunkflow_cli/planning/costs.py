@@ -224,7 +224,13 @@ class CostModel:
         return tokens**2 / 2 if self.shape is None else self.shape.attended_pairs(tokens)
 
     def chunk_pairs(self, chunks: Chunks) -> NDArray[np.float64]:
-        """Return the query-key pairs of each chunk, (chunks,)."""
+        """Return the query-key pairs of each chunk, (chunks,).
+
+        A model that computes attention itself scores every token with every key of its chunk, seen or not.
+        """
+        if self.shape is not None and self.shape.score_bytes:
+            tokens = chunk_tokens(chunks)
+            return tokens * (chunks.start[chunks.first_segment[:-1]] + tokens)
         ends, starts = chunks.stop.astype(np.float64), chunks.start.astype(np.float64)
         return np.add.reduceat(self.pairs_up_to(ends) - self.pairs_up_to(starts), chunks.first_segment[:-1])
 

@@ -102,17 +102,21 @@ def rerun_bytes_per_token(shape: ModelShape, element_bytes: int, checkpointing: 
 
 
 def activation_bytes(
-    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any, chunks: Any
+    shape: ModelShape, settings: MemorySettings, layers: int, live: Any, sharers: Any, chunks: Any, past: Any = 0.0
 ) -> Any:
     """Return the bytes that `layers` layers keep for backward, and those of the layer that checkpointing runs again.
 
     A rank of a sequence-parallel group is taken to run convolutions and scans for the tokens of all ranks, so it keeps
     `sharers` times what they keep of its own (see `RecurrentLayers`). Of a checkpointed layer, all counts as theirs.
 
+    Where a model computes attention itself, all its layers keep scores of each token and all keys of its chunk, under
+    checkpointing the layer that runs; the gradient of one layer's scores takes as much again.
+
     Args:
         live: tokens that hold activations on the rank; a number, or an array.
         sharers: ranks of the group, likewise.
         chunks: chunks that hold activations, likewise.
+        past: tokens of the sequence before them, likewise.
     """
     kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, layers)
     again = rerun_bytes_per_token(shape, settings.element_bytes, settings.checkpointing)
@@ -123,7 +127,9 @@ def activation_bytes(
     else:
         of_others = running * (again if scans else 0.0)
     copies = chunks * merged_bytes_per_chunk(shape, settings, layers) + merged_bytes_of_running(shape, settings)
-    return live * kept + running * again + (sharers - 1) * of_others + copies * (live > 0)
+    of_token = (past + running) * shape.score_bytes / shape.layers
+    scores = of_token * (live * layers + running if settings.checkpointing == "none" else 2 * running)
+    return live * kept + running * again + (sharers - 1) * of_others + copies * (live > 0) + scores
 
 
 def merged_bytes_per_chunk(shape: ModelShape, settings: MemorySettings, layers: int) -> float:
@@ -203,7 +209,7 @@ def memory_parts(
     """
     held = held or cut_layers(shape.layers, 1)[0]
     kept = engine_bytes(_held_weights(shape, held), settings)
-    activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks)
+    activations = activation_bytes(shape, settings, held.layers, live, sharers, chunks, stored)
     activations += workspace_beyond_loss(shape, settings, held, tokens=live, past=stored, sharers=sharers)
     a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
     if settings.offload_state == "host":  # counted by `peak_memory`

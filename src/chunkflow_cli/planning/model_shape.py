@@ -36,6 +36,9 @@ class ModelShape:
     """Bytes per token that the layer that keeps the most keeps for backward."""
     layer_product_bytes: float | None = None
     """Bytes per token of the results of a layer's matrix products and attention, as a mean."""
+    score_bytes: float = 0.0
+    """Bytes per query-key pair that all layers keep for backward, if the model computes attention itself, for every
+    query of a chunk with every key; 0 if a kernel does."""
     recurrent: RecurrentLayers = field(default_factory=RecurrentLayers)
     """The recurrent layers, together; by default, there are none."""
     merged_bytes: int = 0

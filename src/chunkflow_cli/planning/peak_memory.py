@@ -119,7 +119,7 @@ def _with_host_state_of_stages(
 
 
 def _of_fullest_rank(shape: ModelShape, settings: MemorySettings, cases: HeldAtOnce) -> MemoryParts:
-    activations = activation_bytes(shape, settings, shape.layers, cases.live, cases.sharers, cases.chunks)
+    activations = activation_bytes(shape, settings, shape.layers, cases.live, cases.sharers, cases.chunks, cases.stored)
     state = cases.state_bytes(shape, settings)
     fullest = _undominated(activations, state)  # bytes grow with both, so one of these takes the most
     held = [dict(zip(cases._fields, case, strict=True)) for case in np.stack(cases)[:, fullest].T.tolist()]

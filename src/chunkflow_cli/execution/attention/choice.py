@@ -17,6 +17,7 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import LARGEST_FLASH_HEAD_DIM, FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.model.attention_heads import attention_heads
+from chunkflow_cli.model.own_attention import computes_own_attention
 
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (FlashAttnBackend, TorchFlashBackend, CpuBackend, ReferenceBackend)
@@ -24,6 +25,7 @@ BACKENDS: dict[str, type[Backend]] = {
 """All backends by name, the fastest first."""
 
 NO_GPU = "it needs a CUDA GPU"
+OWN = "the model computes its attention itself"
 FLASH_CAPABILITY = (8, 0)
 """Compute capability (Ampere) from which the flash kernels run, and GPUs compute in bfloat16."""
 
@@ -52,6 +54,8 @@ def choose_backend(requested: Attention, hf_config: Any, device: torch.device, d
         return BackendChoice(BACKENDS[requested.value](), "as configured")
     name = next(name for name, objection in objections.items() if objection is None)
     faster = {other: objections[other] for other in takewhile(lambda other: other != name, objections)}
+    if OWN in faster.values():
+        return BackendChoice(BACKENDS[name](), OWN)
     against = [f"{other}: {objection}" for other, objection in faster.items() if objection != NO_GPU]
     against = ["no GPU" for objection in [*faster.values()][:1] if objection == NO_GPU] + against
     return BackendChoice(BACKENDS[name](), "; ".join(against) or "the fastest there is")
@@ -61,6 +65,8 @@ def _objection(name: str, hf_config: Any, device: torch.device, dtype: torch.dty
     """Return the reason why this backend cannot run this model here, or None if it can."""
     if name == "reference":
         return None
+    if computes_own_attention(hf_config):
+        return OWN
     softcap = getattr(hf_config.get_text_config(), "attn_logit_softcapping", None) is not None
     if name == "cpu":
         if device.type != "cpu":

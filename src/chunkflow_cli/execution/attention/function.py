@@ -161,7 +161,7 @@ def require_attention_interface(model: Any) -> None:
     """Check that a Hugging Face model takes its attention from `AttentionInterface`, where `attend` is registered.
 
     Raises:
-        UsageError: it computes its attention itself.
+        UsageError: it computes its attention itself, and is not known to take its keys from a cache.
     """
     if not model._can_set_attn_implementation():
         raise UsageError(
@@ -194,7 +194,7 @@ class ChunkAttention(torch.autograd.Function):
         piece = chunk.piece
         if piece is not None and piece.continues and layer.owns_keys:
             own = slice(0, chunk.dependent_tokens)
-            pieces = {"keys": _flat(keys[:, :, own]), "values": _flat(values[:, :, own])}
+            pieces = {"keys": flat(keys[:, :, own]), "values": flat(values[:, :, own])}
             piece.state.write(layer.index, piece.past, pieces, layer.first_visible)
         if chunk.is_output_unused(layer):
             return queries.new_zeros(*queries.shape[:3], values.shape[3])
@@ -220,7 +220,7 @@ class ChunkAttention(torch.autograd.Function):
         piece = chunk.piece
         if piece is not None and layer.owns_keys:  # its backward comes after those of the layers that share its keys
             if piece.continues:
-                _add_from_later_chunks(grad_keys, grad_values, piece, layer.index, chunk.dependent_tokens)
+                add_from_later_chunks(grad_keys, grad_values, piece, layer.index, chunk.dependent_tokens)
             piece.state.release(layer.index, piece.past)  # first: under a window, one chunk has gradients at a time
         for part in _past_in_sight(chunk, layer, with_gradients=True):
             queries, out, log_sum_exp = (
@@ -230,7 +230,7 @@ class ChunkAttention(torch.autograd.Function):
             from_part = chunk.backend.backward(grad_out[:, :, part.rows], of_part, part.sight)
             grad_queries = grad_queries.to(accumulation_dtype(grad_queries.dtype))  # a sum over many blocks
             grad_queries[:, :, part.rows] += from_part[0]
-            part.block.add_gradient({"keys": _flat(from_part[1]), "values": _flat(from_part[2])})
+            part.block.add_gradient({"keys": flat(from_part[1]), "values": flat(from_part[2])})
         if piece is not None:
             piece.state.look_ahead(piece.past)
         grad_sinks = None
@@ -245,9 +245,9 @@ class ChunkAttention(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _add_from_later_chunks(grad_keys: Tensor, grad_values: Tensor, piece: StatePiece, layer: int, tokens: int) -> None:
+def add_from_later_chunks(grad_keys: Tensor, grad_values: Tensor, piece: StatePiece, layer: int, tokens: int) -> None:
     """Add what later chunks have put into the store to the gradients of a chunk's first `tokens` keys and values."""
-    own = {"keys": _flat(grad_keys), "values": _flat(grad_values)}
+    own = {"keys": flat(grad_keys), "values": flat(grad_values)}
     for rows, from_later in piece.state.own_gradients(layer, piece.past, piece.past + tokens):
         for name, gradient in from_later.items():
             own[name][rows] += gradient
@@ -316,6 +316,6 @@ def _with_first_rows(rows: Tensor, first: Tensor) -> Tensor:
     return first if count == rows.shape[2] else torch.cat([first, rows[:, :, count:]], dim=2)
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """Turn (1, heads, tokens, head_dim) into (tokens, heads, head_dim), the layout of the store."""
     return tensor[0].transpose(0, 1)

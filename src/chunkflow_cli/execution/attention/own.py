@@ -1,0 +1,198 @@
+"""Attention that a model computes itself, over keys that it takes from its cache.
+
+Such a model hands its keys and values to a cache, gets back all that its queries may see, and adds a mask that
+transformers makes. In a chunk, the cache returns the past of the long sequence in front of the chunk's own keys and
+values, and keeps the piece of that sequence in the state store. The mask also keeps the segments of the chunk apart.
+The scores of all tokens of the chunk and all these keys are in memory at once.
+
+Keys are numbered from the start of the long sequence, through its piece and the segments behind it. Distances within a
+segment are then right, for windows and for biases that only differ by a constant in a row, which softmax ignores.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution.attention.function import ChunkAttentionContext, add_from_later_chunks, flat
+from chunkflow_cli.execution.precision import accumulation_dtype
+from chunkflow_cli.execution.state import StatePiece
+from chunkflow_cli.model.forward_scope import forward_value
+from chunkflow_cli.model.own_attention import KeyCache
+from chunkflow_cli.model.scan_shapes import modeling_files
+
+_EXCHANGED = "_runs_in_chunks"
+"""Attribute of functions that are exchanged."""
+ALIBI, ALIBI_FROM_LENGTH = "build_alibi_tensor", "build_mpt_alibi_tensor"
+"""Functions of modeling files that make the bias of distances: for each token of a mask, or for a number of tokens."""
+
+
+class ChunkCache(KeyCache):
+    """What a model gets as its cache in one chunk: the keys and values of the long sequence's earlier chunks."""
+
+    def __init__(self, chunk: ChunkAttentionContext) -> None:
+        super().__init__(chunk.past)
+        self._chunk = chunk
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store what later chunks read, and return all keys and values of the chunk, each (1, heads, keys, channels).
+
+        Raises:
+            UsageError: the model has other tokens here than those of the chunk.
+        """
+        chunk = self._chunk
+        if keys.shape[0] != 1 or keys.shape[2] != chunk.packing.boundaries[-1]:
+            raise UsageError("the model reshapes its tokens before attention, so it cannot be trained in chunks")
+        if chunk.piece is None:
+            return keys, values
+        both: tuple[Tensor, Tensor] = _WithPast.apply(keys, values, chunk.piece, layer_idx, chunk.dependent_tokens)
+        return both
+
+    def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
+        """Do the same for the keys by which an indexer picks others, (1, tokens, channels), which get no gradient."""
+        if self._chunk.piece is None:
+            return keys
+        own = {"keys": keys[0].unsqueeze(1)}
+        found = _with_past(own, self._chunk.piece, -1 - layer_idx, self._chunk.dependent_tokens)  # a layer of its own
+        return found["keys"].transpose(0, 1)
+
+
+def _with_past(own: Mapping[str, Tensor], piece: StatePiece, layer: int, tokens: int) -> dict[str, Tensor]:
+    """Store the first `tokens` of a chunk's tensors, (tokens, heads, channels); return all behind those of the past."""
+    if piece.continues:
+        piece.state.write(layer, piece.past, {name: tensor[:tokens] for name, tensor in own.items()})
+    whole = {name: t.new_empty(piece.past + len(t), *t.shape[1:]) for name, t in own.items()}
+    for block in piece.state.past(layer, piece.past) if piece.past else ():
+        for name, values in block.values.items():
+            whole[name][block.start : block.stop] = values
+    for name, tensor in own.items():
+        whole[name][piece.past :] = tensor
+    piece.state.look_ahead(piece.past)
+    return whole
+
+
+class _WithPast(torch.autograd.Function):
+    """The keys and values of a long sequence's past in front of a chunk's own. Gradients pass through the store."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, keys: Tensor, values: Tensor, piece: StatePiece, layer: int, tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.piece, ctx.layer, ctx.tokens = piece, layer, tokens
+        whole = _with_past({"keys": flat(keys), "values": flat(values)}, piece, layer, tokens)
+        return whole["keys"].transpose(0, 1)[None], whole["values"].transpose(0, 1)[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        piece, layer = ctx.piece, ctx.layer
+        grad_keys, grad_values = (
+            grad[:, :, piece.past :].to(accumulation_dtype(grad.dtype), copy=True) for grad in grads
+        )
+        if piece.continues:
+            add_from_later_chunks(grad_keys, grad_values, piece, layer, ctx.tokens)
+        piece.state.release(layer, piece.past)
+        for block in piece.state.past(layer, piece.past, with_gradients=True) if piece.past else ():
+            seen = slice(block.start, block.stop)
+            block.add_gradient({"keys": flat(grads[0])[seen], "values": flat(grads[1])[seen]})
+        piece.state.look_ahead(piece.past)
+        return grad_keys.to(grads[0].dtype), grad_values.to(grads[1].dtype), None, None, None
+
+
+def prepare_own_attention(model: nn.Module) -> None:
+    """Make a model that computes attention itself run in chunks. A model that was prepared stays as it is."""
+    for name in ("eager", "sdpa"):
+        _exchange(AttentionMaskInterface._global_mapping, name, _apart)
+    for file in {file for module in model.modules() for file in modeling_files(type(module))}:
+        _exchange(vars(file), ALIBI, _by_position)
+        _exchange(vars(file), ALIBI_FROM_LENGTH, _for_all_keys)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module._can_checkpoint_with_cache = True  # a recompute stores the same again, which changes nothing
+        table = getattr(module, "bias", None)
+        if isinstance(table, Tensor) and table.ndim == 4 and not hasattr(module, _EXCHANGED):  # gpt_neo
+            module.register_forward_pre_hook(_widen_table)
+            setattr(module, _EXCHANGED, True)
+
+
+def cache_inputs(decoder: nn.Module, chunk: ChunkAttentionContext) -> dict[str, Any]:
+    """Return what the decoder of a prepared model takes in a chunk besides its usual input."""
+    inputs: dict[str, Any] = {"past_key_values": ChunkCache(chunk)}
+    if hasattr(inspect.getmodule(type(decoder)), ALIBI):  # it counts the tokens of a mask
+        keys = chunk.past + chunk.packing.boundaries[-1]
+        inputs["attention_mask"] = torch.ones(1, keys, dtype=torch.long, device=chunk.packing.device)
+    return inputs
+
+
+def _exchange(home: dict[str, Any], name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    function = home.get(name)
+    if function is not None and not hasattr(function, _EXCHANGED):
+        home[name] = functools.wraps(function)(wrap(function))
+        setattr(home[name], _EXCHANGED, True)
+
+
+def _running() -> ChunkAttentionContext | None:
+    return getattr(forward_value(), "context", None)
+
+
+def _positions_of_keys(chunk: ChunkAttentionContext) -> Tensor:
+    """Return the position of each key in its sequence, (keys,): those of the past, then of the chunk."""
+    return torch.cat([torch.arange(chunk.past, device=chunk.packing.device), chunk.positions])
+
+
+def _apart(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a mask (1, 1, queries, keys) hide the keys of other segments, be it of booleans or added to scores."""
+
+    def make(*args: Any, **options: Any) -> Any:
+        chunk = _running()
+        if chunk is None:
+            return make_mask(*args, **options)
+        mask = make_mask(*args, **{**options, "allow_is_causal_skip": False})
+        segments = torch.cat([torch.full((span.stop - span.start,), i) for i, span in enumerate(chunk.packing.spans)])
+        keys = torch.cat([segments.new_zeros(chunk.past), segments]).to(mask.device)
+        is_other = keys != keys[chunk.past :, None]
+        return mask.masked_fill(is_other, False if mask.dtype is torch.bool else torch.finfo(mask.dtype).min)
+
+    return make
+
+
+def _by_position(make_bias: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give each key the bias (heads, 1, keys) of its position in its sequence, as rounded as in that sequence."""
+
+    def make(*args: Any, **options: Any) -> Tensor:
+        bias, chunk = make_bias(*args, **options), _running()
+        if chunk is None:
+            return bias
+        return bias[..., _positions_of_keys(chunk)]
+
+    return make
+
+
+def _for_all_keys(make_bias: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a bias long enough for the past and the whole chunk, which may have more tokens than the longest sample."""
+
+    def make(heads: int, length: int, *args: Any, **options: Any) -> Tensor:
+        chunk = _running()
+        keys = 0 if chunk is None else chunk.past + chunk.packing.boundaries[-1]
+        return make_bias(heads, max(length, keys), *args, **options)
+
+    return make
+
+
+def _widen_table(module: Any, _: Any) -> None:
+    """Make a table (1, 1, places, places) of what each place sees long enough for the past and the whole chunk."""
+    chunk, table = _running(), module.bias
+    keys = 0 if chunk is None else chunk.past + chunk.packing.boundaries[-1]
+    if keys <= len(table[0, 0]):
+        return
+    places = torch.arange(keys, device=table.device)
+    distance = places[:, None] - places
+    is_seen = table[0, 0, -1].flip(0)  # by distance; none in a sample is larger
+    module.bias = (is_seen[distance.clamp(0, len(is_seen) - 1)] & (distance >= 0))[None, None]
