@@ -80,9 +80,9 @@ def memory_of_fullest(
         parts = _of_fullest_rank(shape, settings, cases)
         return parts if settings.offload_state == "none" else _with_host_state(shape, settings, cases, parts)
     longest_step = run.batches.step_of(int(run.lengths.argmax()), run.steps)
-    given = {step.plan.step for step in steps}
-    more = {0, longest_step} - {None} - given
-    steps = [*steps, *(SimulatedStep(run, run[index]) for index in sorted(more))]
+    wanted = {0} if longest_step is None else {0, longest_step}
+    more = sorted(wanted - {step.plan.step for step in steps})
+    steps = [*steps, *(SimulatedStep(run, run[index]) for index in more)]
     parts = _of_fullest_stage(shape, settings, run, steps)
     return parts if settings.offload_state == "none" else _with_host_state_of_stages(shape, settings, run, steps, parts)
 
