@@ -17,6 +17,9 @@ from chunkflow_cli.model.positions import check_positions
 from chunkflow_cli.training.setup import checked_topology
 from chunkflow_cli.training.trained_weights import check_trained_weights
 
+CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
+"""Types of models that call a module once for each expert that a token takes. The others multiply all in one call."""
+
 
 def check_requirements(loaded: LoadedConfig, device: torch.device | None = None) -> Any:
     """Check that the run can start, and return the Hugging Face configuration of its model.
@@ -44,6 +47,8 @@ def check_requirements(loaded: LoadedConfig, device: torch.device | None = None)
     check_trained_weights(config, hf_config)
     device = device or training_device()
     check_acceleration(config, hf_config, device)
+    if processes > 1:
+        check_calls_of_experts(config.engine.zero_stage, hf_config.get_text_config().model_type)
     settings = EngineSettings(config.engine, config.optim, config.model.dtype, device)
     if config.parallel.pipeline == 1:
         check_settings(settings)
@@ -51,3 +56,18 @@ def check_requirements(loaded: LoadedConfig, device: torch.device | None = None)
         check_pipeline_settings(settings, config.parallel.pipeline)
     check_optimizer(settings)
     return hf_config
+
+
+def check_calls_of_experts(zero_stage: int, model_type: str) -> None:
+    """Check that several ranks can run the experts of a model.
+
+    ZeRO-3 expects the same calls of modules on all ranks: they fetch the weights of each together.
+
+    Raises:
+        UsageError: which modules are called depends on the tokens.
+    """
+    if zero_stage == 3 and model_type in CALLED_ONE_BY_ONE:
+        raise UsageError(
+            f"engine.zero_stage=3 cannot run {model_type} on several ranks: it calls each expert that its tokens take, "
+            "and ranks with other tokens would wait forever\n  set engine.zero_stage=1"
+        )
