@@ -10,9 +10,18 @@ import torch
 
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import PreferenceConfig, PreferenceLoss, Task
+from chunkflow_cli.execution import chunk_model
+from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
+from chunkflow_cli.execution.chunk_model import ChunkModel
+from chunkflow_cli.execution.loss import log_probabilities
+from chunkflow_cli.execution.parity import DirectEngine, InChunks, compare, random_sequences, use_implementation
+from chunkflow_cli.execution.preference_parity import preference_batch
+from chunkflow_cli.execution.preferences import Known, Sequences
+from chunkflow_cli.execution.runner import Runner
+from chunkflow_cli.execution.step import RunnerSettings
+from chunkflow_cli.planning.chunks import build_chunks
 
 OBJECTIVES = {
     "sigmoid": Objective(Task.dpo, PreferenceConfig(label_smoothing=0.1)),
@@ -51,3 +60,31 @@ def test_an_answer_longer_than_the_window_does_not_see_the_shared_prompt(
         objective=OBJECTIVES["sigmoid"]),
     )  # fmt: skip
     assert parity.passed, parity
+
+
+def test_a_dummy_in_lockstep_runs_the_head_as_other_chunks_do(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZeRO-3 fetches the head's weights from all ranks at its first use: one that left it out would never send them."""
+    model, objective = tiny_model("llama", dtype=torch.float64), OBJECTIVES["simpo"]
+    sequences = Sequences.of(random_sequences((20, 30), 96), objective)
+    known = Known(sequences.counts, None, None, samples=1)
+    used: list[int] = []
+
+    def counting(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+        used.append(len(hidden))
+        return log_probabilities(hidden, *others)
+
+    monkeypatch.setattr(chunk_model, "log_probabilities", counting)
+    with use_implementation(model, attention.NAME):
+        settings = RunnerSettings(torch.device("cpu"), torch.float64, lockstep=True)
+        runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), settings)
+        sums = []
+        for forwards in (0, 3):
+            batch = preference_batch(build_chunks([20, 30], 50), objective, sequences, known, torch.device("cpu"))
+            assert batch.preferences is not None
+            runner.evaluate(batch, forwards=forwards)
+            sums.append(batch.preferences.whole_sums()[0].tolist())
+    answers = int(sequences.counts.sum())
+    assert used == [answers, answers, 1, 1]
+    assert sums[0] == sums[1]

@@ -464,6 +464,17 @@ def test_the_fullest_stage_is_found_where_layers_do_not_divide() -> None:
     assert memory_of_fullest(shape, heavy, run, [SimulatedStep(run, run[0])]).weights == 2 * 15000
 
 
+def test_a_pipeline_whose_steps_leave_out_the_longest_sample_holds_what_its_first_step_holds() -> None:
+    run = RunPlan(
+        GlobalBatches(2, 1, 0, False), 1, np.array([10, 20]), np.array([10, 20]), chunk_size=16, k=1,
+        pipeline=PipelineLayout(2),
+    )  # fmt: skip
+    settings = dataclasses.replace(BASE, data_parallel=1)
+    parts = memory_of_fullest(WIDE, settings, run, ())
+    assert parts == memory_of_fullest(WIDE, settings, run, [SimulatedStep(run, run[0])])
+    assert parts.activations >= 10 * 2 * LAYER, "10 tokens in at least two of five layers"
+
+
 @pytest.mark.parametrize("chunk_size", [4, 8, 32])
 def test_blocks_hide_state_as_windows_do(chunk_size: int) -> None:
     """A chunk of llama4 sees at most the rest of its block: of longer chunks, no more than that is kept."""

@@ -9,6 +9,7 @@ import pytest
 
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.pipeline import PipelineLayout, plan_pipeline
+from chunkflow_cli.planning.schedule import Schedule
 from chunkflow_cli.planning.simulate import OperationSeconds, simulate, simulate_ranks
 from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.topology import Place, Topology
@@ -51,6 +52,21 @@ def test_a_timeline_survives_its_trace() -> None:
     assert measured.bubble_ratio == pytest.approx(expected.bubble_ratio, abs=1e-6)
     assert measured.makespan == pytest.approx(expected.makespan)
     assert np.array_equal(measured.live_activations, expected.live_activations)
+
+
+def test_joined_chunks_and_the_ranks_of_a_group_come_back_as_planned() -> None:
+    """A rank runs several chunks in one operation, backwards from last to first; both ranks of a group are planned."""
+    topology, ops = Topology(sequence=2), ["F0+1+2", "B2+1+0"]
+    trace = chrome_trace(
+        [TracedOperation(rank, 1, op, at, at + 3) for rank in (0, 1) for at, op in zip((0.0, 3.0), ops, strict=True)],
+        topology,
+    )
+    schedule = Schedule.parse(" ".join(ops))
+    expected = simulate_ranks([((schedule,), OperationSeconds.proportional([1, 1, 1], 1))] * 2)
+    measured = measured_timeline(trace, 1)
+    for name in ("rank", "stage", "kind", "chunk"):
+        assert np.array_equal(getattr(measured, name), getattr(expected, name)), name
+    assert measured.busy_seconds.tolist() == [[6.0], [6.0]]
 
 
 def test_events_are_what_perfetto_reads() -> None:

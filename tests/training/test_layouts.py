@@ -75,6 +75,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
 }
 APART: dict[str, tuple[str, ...]] = {"nf4": (*RECIPES["lora"], "model.quantization=nf4")}
 """Recipes that run in a few layouts only."""
+NOTHING_STAYS_GATHERED = "engine.deepspeed={zero_optimization:{stage3_param_persistence_threshold:0}}"
+"""ZeRO-3 would otherwise keep these small weights gathered, and a rank that fetches one alone would not be noticed."""
 IN_HOST_MEMORY = {"sgd, K=2, tails alone", "drawn lengths"}
 """Recipes that keep their state in host memory where several ranks share the work, in blocks of a few tokens."""
 WITHIN = 2e-5
@@ -107,6 +109,8 @@ def run_cases(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         words = [*arguments["base"], *(RECIPES | APART)[case.recipe], *case.words, f"train.output_dir={case.folder}"]
         if case.recipe in IN_HOST_MEMORY and "launch.processes=1" not in words:
             words.append("chunk.offload_state=host")
+        if "engine.zero_stage=3" in words:
+            words.append(NOTHING_STAYS_GATHERED)
         words = [word.replace("DRAWN", arguments["drawn"]) for word in words]
         reports.append(train.run(load(words), json_output=True))
     return reports

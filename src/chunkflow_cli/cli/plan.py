@@ -31,7 +31,6 @@ from chunkflow_cli.planning.peak_memory import memory_of_fullest
 from chunkflow_cli.planning.pipeline import PipelineLayout
 from chunkflow_cli.planning.prediction import timeline
 from chunkflow_cli.planning.run_plan import RunPlan, StepPlan
-from chunkflow_cli.planning.search import SimulatedStep
 from chunkflow_cli.planning.state_memory import page_lock_seconds, state_bytes_per_token
 from chunkflow_cli.planning.timeline import Timeline
 from chunkflow_cli.planning.totals import Totals, add_up, baseline_timeline
@@ -150,7 +149,7 @@ def make_plan(loaded: LoadedConfig, *, step: int, keys: Sequence[str] = ()) -> P
         raise UsageError(f"--step={step}: the run has steps 1 to {plan.steps}")
     chosen, memory = plan[step - 1], None
     if setup.shape is not None:
-        memory = memory_of_fullest(setup.shape, setup.memory, plan, [SimulatedStep(plan, chosen)])
+        memory = memory_of_fullest(setup.shape, setup.memory, plan, ())
     with progress_bar("planning", plan.steps) as progress:
         totals = add_up(plan, progress)
     return PlannedRun(loaded.recipe, setup, data, plan, totals, memory, chosen, timeline(plan, chosen))

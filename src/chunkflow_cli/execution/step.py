@@ -118,8 +118,9 @@ class StepContext:
             is_first: this forward may be the one that adds the chunk's log-probabilities to the sums of preferences.
         """
         preferences, adds_sums = self.batch.preferences, False
-        if preferences is not None and is_first and index != DUMMY and not preferences.is_complete:
-            adds_sums = index not in self._summed
+        if preferences is not None and is_first and not preferences.is_complete:
+            # A dummy in lockstep runs the head, too (`with_idle_target`): ZeRO-3 fetches its weights from all ranks.
+            adds_sums = self.settings.lockstep if index == DUMMY else index not in self._summed
             self._summed.add(index)
         device, dtype = self.settings.device, self.settings.weight_dtype
         piece = group = None

@@ -42,10 +42,14 @@ class SharedWeights:
     """Of the rank that wrote the file, open until all ranks have mapped it."""
 
     def map(self) -> dict[str, Tensor]:
-        """Return the tensors in pages that other ranks share until they are written to."""
+        """Return the tensors in pages that other ranks share until they are written to.
+
+        They are no views of one tensor to autograd (`.data`): a write to one, such as peft's at adapted experts, would
+        otherwise count as a change of all of them, whose gradients it then refuses.
+        """
         mapped = torch.from_file(self.path, shared=False, size=self.bytes, dtype=torch.uint8)
         return {
-            name: mapped[start : start + dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape)
+            name: mapped[start : start + dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape).data
             for name, (start, shape, dtype) in self.tensors.items()
         }
 

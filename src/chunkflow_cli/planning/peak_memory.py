@@ -68,20 +68,21 @@ def memory_of_fullest(
     """Predict the memory of the fullest rank, or of the fullest stage of a pipeline.
 
     Without a pipeline, the prediction holds for any samples that may share a step. With one, each stage takes what does
-    not depend on the schedule (its layers, embedding and head) and the most that it holds at once in the given steps
-    and in the step of the longest sample.
+    not depend on the schedule (its layers, embedding and head) and the most that it holds at once in the first step, in
+    that of the longest sample (which no step may take), and in the given ones.
 
     Args:
         shape: the shape of the whole model.
-        steps: steps of a run with a pipeline that were simulated already.
+        steps: further steps of a run with a pipeline, which were simulated already.
     """
     if run.pipeline is None:
         cases = activations_and_state(run, is_planned_whole=False)
         parts = _of_fullest_rank(shape, settings, cases)
         return parts if settings.offload_state == "none" else _with_host_state(shape, settings, cases, parts)
     longest_step = run.batches.step_of(int(run.lengths.argmax()), run.steps)
-    if longest_step is not None and all(step.plan.step != longest_step for step in steps):
-        steps = [*steps, SimulatedStep(run, run[longest_step])]
+    wanted = {0} if longest_step is None else {0, longest_step}
+    more = sorted(wanted - {step.plan.step for step in steps})
+    steps = [*steps, *(SimulatedStep(run, run[index]) for index in more)]
     parts = _of_fullest_stage(shape, settings, run, steps)
     return parts if settings.offload_state == "none" else _with_host_state_of_stages(shape, settings, run, steps, parts)
 

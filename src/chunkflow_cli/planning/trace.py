@@ -71,7 +71,8 @@ def chrome_trace(operations: Iterable[TracedOperation], topology: Topology) -> d
 def measured_timeline(trace: Mapping[str, Any], step: int) -> Timeline:
     """Return when the operations of a step ran, in seconds from its first start.
 
-    Of each sequence-parallel group, only the first rank is in the timeline.
+    The ranks of a sequence-parallel group have rows of their own, as in the plan. An operation on several chunks is
+    recorded as one: its chunks get equal shares of its time.
 
     Raises:
         ValueError: `train` did not write this trace, or it does not hold the step.
@@ -88,12 +89,15 @@ def measured_timeline(trace: Mapping[str, Any], step: int) -> Timeline:
     rows: list[tuple[int, int, float, float, str, int]] = []
     for event in events:
         place = topology.place_of(int(event["pid"]))
-        if event["args"]["step"] != step or place.sequence_rank:
+        if event["args"]["step"] != step:
             continue
         op, start = _parsed(event["name"]), float(event["ts"]) / 1e6
-        stop = start + float(event["dur"]) / 1e6
-        rows += [(place.data_rank, place.stage, start, stop, op.kind.value, chunk) for chunk in op.real_chunks]
-    timeline = Timeline.of_rows(topology.data, topology.pipeline, sorted(rows))
+        replica = place.data_rank * topology.sequence + place.sequence_rank
+        seconds = float(event["dur"]) / 1e6 / max(1, len(op.real_chunks))
+        for index, chunk in enumerate(op.real_chunks):
+            begin = start + index * seconds
+            rows.append((replica, place.stage, begin, begin + seconds, op.kind.value, chunk))
+    timeline = Timeline.of_rows(topology.replicas, topology.pipeline, sorted(rows, key=lambda row: row[:3]))
     origin = timeline.start_seconds.min()
     return replace(timeline, start_seconds=timeline.start_seconds - origin, stop_seconds=timeline.stop_seconds - origin)
 
