@@ -20,6 +20,7 @@ from chunkflow_cli.console import counted, working
 from chunkflow_cli.data.data_sets import has_evaluation_data
 from chunkflow_cli.data.sample import TokenizedSample
 from chunkflow_cli.engine import join_processes
+from chunkflow_cli.engine.agreement import all_or_none
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
@@ -156,7 +157,8 @@ def _load_model(joined: Joined, attention: BackendChoice, data: RunData, state: 
         shape, plan = setup.shape, setup.plan(data.train)
         assert shape is not None
         warn_of_kernels(config, shape, device)
-        check_host_room(setup, plan)
+        with all_or_none("planning"):  # machines may differ in what room they have
+            check_host_room(setup, plan)
         parts = assemble(
             config, joined.hf_config, attention.backend, device, processes=processes,
             stages=plan.stage_layers(shape.layers),
@@ -188,9 +190,10 @@ def _load_model(joined: Joined, attention: BackendChoice, data: RunData, state: 
 def _agreed_setup(run: Joined) -> RunSetup:
     """Return the setup of the first rank on all ranks: their machines may differ, but not their plans."""
     own = None
-    if run.processes.is_first:
-        device = described_device(run.config, present_device())
-        own = read_setup(run.config, run.hf_config, device)
+    with all_or_none("planning"):
+        if run.processes.is_first:
+            device = described_device(run.config, present_device())
+            own = read_setup(run.config, run.hf_config, device)
     setup: RunSetup = run.processes.gather(own)[0]
     return setup
 
