@@ -95,6 +95,8 @@ FOREIGN = {
                     "set data.template_arguments, as in {enable_thinking: false}"),
     **dict.fromkeys(("max_samples", "max_train_samples", "limit_train_samples"),
                     "set data.sources, with the number of samples of each: [{path: chats, samples: 1000}]"),
+    **dict.fromkeys(("streaming", "dataset_streaming"),
+                    "not supported: the plan needs the length of every sample before the first step"),
     "chunk_size": "chunk.size",
     # the optimizer
     **dict.fromkeys(("learning_rate", "lr", "max_lr", "peak_lr", "base_lr"), "optim.lr"),
