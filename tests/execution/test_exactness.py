@@ -227,13 +227,12 @@ def test_models_that_compute_attention_themselves(tiny_model: Callable[..., Any]
 
 
 @pytest.mark.usefixtures("_everything_in_float64")
-@pytest.mark.parametrize("function", ["add_from_later_chunks", "_positions_of_keys", "_running"])
+@pytest.mark.parametrize("function", ["add_from_later_chunks", "_running"])
 def test_own_attention_fails_without_its_mechanism(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
-    """Gradients of later chunks, positions of packed samples, and the mask that keeps these apart."""
-    wrong = {"_positions_of_keys": lambda chunk: torch.arange(chunk.past + chunk.packing.boundaries[-1])}
-    monkeypatch.setattr(own, function, wrong.get(function, lambda *_: None))
+    """Gradients of later chunks, and the mask that keeps packed samples apart."""
+    monkeypatch.setattr(own, function, lambda *_: None)
     case = Case("falcon, alibi", 32, 2, ActivationCheckpointing.none, True, False)
     parity = compared(build(tiny_model, case, torch.float64), ReferenceBackend(), case)
     assert parity.grad_rel_error > 1e-6
