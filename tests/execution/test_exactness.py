@@ -238,6 +238,19 @@ def test_own_attention_fails_without_its_mechanism(
     assert parity.grad_rel_error > 1e-6
 
 
+def test_alibi_is_rounded_as_in_its_own_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """falcon's is bfloat16: counted through a chunk, keys beyond 256 would get other distances than alone."""
+    from transformers.models.falcon import modeling_falcon as falcon
+
+    alone = falcon.build_alibi_tensor(torch.ones(1, 300, dtype=torch.long), 4, torch.float32)
+    chunk = ChunkAttentionContext(Packing((0, 400, 700), CPU), ReferenceBackend())
+    through = falcon.build_alibi_tensor(torch.ones(1, 700, dtype=torch.long), 4, torch.float32)[..., 400:]
+    assert not torch.equal(through - through[..., :1], alone)
+    monkeypatch.setattr(own, "_running", lambda: chunk)
+    packed = own._by_position(falcon.build_alibi_tensor)(torch.ones(1, 700, dtype=torch.long), 4, torch.float32)
+    assert torch.equal(packed[..., 400:], alone)
+
+
 @pytest.mark.usefixtures("_everything_in_float64")
 @pytest.mark.parametrize(("model", "function"), [
     ("llama4, blocks, temperature", "counts_positions"), ("llama4, blocks, temperature", "describe_layer"),
