@@ -189,7 +189,8 @@ def _fused_sdpa() -> Iterator[None]:
             return plain(query, key, value, attn_mask, *args, **more)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         output = torch.empty_like(query)
-        fused_output: Tensor = KernelOnMeta.apply(output, [query, key, value, output, log_sum_exp], query, key, value)
+        saved = [query, key, value, output, log_sum_exp] + ([] if attn_mask is None else [attn_mask])
+        fused_output: Tensor = KernelOnMeta.apply(output, saved, query, key, value)
         return fused_output
 
     with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused):
