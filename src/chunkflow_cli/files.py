@@ -1,18 +1,51 @@
-"""Write files and folders completely or not at all, and check their content."""
+"""Write files and folders completely or not at all, check their content, and report that bytes move.
+
+A run whose ranks begin no new operation for `launch.hang_seconds` counts as hanging. Loading a large model takes longer
+on a slow disk. So the places that move bytes call `bytes_moved`, and the heartbeat of a rank listens.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from chunkflow_cli import pulse
 from chunkflow_cli.errors import UsageError
+
+Item = TypeVar("Item")
+
+SECONDS_APART = 1.0
+"""Least time between two calls of the listener: a beat is a write into a file that may be on a network."""
+
+_listener: Callable[[], None] | None = None
+_next_call = 0.0
+
+
+def on_bytes_moved(listener: Callable[[], None] | None) -> None:
+    """Have `listener` called when bytes move, at most once in `SECONDS_APART`; None ends this."""
+    global _listener, _next_call
+    _listener, _next_call = listener, 0.0
+
+
+def bytes_moved() -> None:
+    """Say that this process has read, written or tokenized another part of its bytes; it costs 0.1 µs."""
+    global _next_call
+    if _listener is not None and (now := time.monotonic()) >= _next_call:
+        _next_call = now + SECONDS_APART
+        _listener()
+
+
+def moving(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items, and call `bytes_moved` after each has been worked on."""
+    for item in items:
+        yield item
+        bytes_moved()
 
 
 @contextmanager
@@ -59,7 +92,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     yield temporary
     readable = temporary.stat().st_mode & 0o666  # as the umask says; safetensors 0.8 makes files for the owner alone
-    for file in pulse.each(temporary.rglob("*")):  # on the disk before the folder gets its name
+    for file in moving(temporary.rglob("*")):  # on the disk before the folder gets its name
         if file.is_file():
             if (mode := file.stat().st_mode) & readable != readable:
                 file.chmod(mode | readable)
@@ -79,7 +112,7 @@ def checksum(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
-            pulse.bytes_moved()
+            bytes_moved()
     return f"{crc:08x}"
 
 

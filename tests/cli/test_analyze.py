@@ -31,7 +31,7 @@ from chunkflow_cli.data import dataset as tokenized
 from chunkflow_cli.data import template_choice
 from chunkflow_cli.data.source import Location
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.streams import PLAIN
+from chunkflow_cli.processes.streams import PLAIN
 from support.tokenizers import make_tokenizer
 
 pytestmark = pytest.mark.processes

@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.processes
 
 SRC = Path(__file__).parents[2] / "src"
-PREPARED = "import os, sys; from pathlib import Path; from chunkflow_cli import streams; streams.prepare()\n"
+PREPARED = "import os, sys; from pathlib import Path; from chunkflow_cli.processes import streams; streams.prepare()\n"
 
 
 def run(code: str, folder: Path, **options: object) -> subprocess.CompletedProcess[bytes]:

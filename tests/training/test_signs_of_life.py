@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import modeling_utils
 
-from chunkflow_cli import pulse
+from chunkflow_cli import files
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.schema import ModelConfig
 from chunkflow_cli.data.source import open_source
@@ -35,10 +35,10 @@ Beats = list[float]
 def beats(monkeypatch: pytest.MonkeyPatch) -> Iterator[Beats]:
     """A list that grows with each sign of life."""
     heard: Beats = []
-    monkeypatch.setattr(pulse, "SECONDS", 0.0)
-    pulse.listen(lambda: heard.append(0.0))
+    monkeypatch.setattr(files, "SECONDS_APART", 0.0)
+    files.on_bytes_moved(lambda: heard.append(0.0))
     yield heard
-    pulse.listen(None)
+    files.on_bytes_moved(None)
 
 
 def test_bytes_that_move_are_heartbeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,23 +47,23 @@ def test_bytes_that_move_are_heartbeats(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv(name, value)
     watch, now = WatchFolder(tmp_path), [0.0]
     watch.prepare()
-    monkeypatch.setattr(pulse.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
     dog = Watchdog([watch.heartbeat(0), watch.heartbeat(1)], lambda: now[0])
     Heartbeat(watch.heartbeat(0)).at(0, "reading the data")
     heartbeat(tmp_path).at(0, "loading the model")
     dog.look()
     for _ in range(4):
         now[0] += 1000.0
-        pulse.bytes_moved()
+        files.bytes_moved()
         standing = dog.look()
         assert standing[1].seconds == 0
         assert str(standing[1].place) == "loading the model"
     assert standing[0].seconds == 4000  # only the rank that moves bytes lives
     beats = standing[1].place.beats
     for _ in range(1000):
-        pulse.bytes_moved()
+        files.bytes_moved()
     assert dog.look()[1].place.beats == beats  # a beat is a write, perhaps over a network: once a second is enough
-    pulse.listen(None)
+    files.on_bytes_moved(None)
 
 
 def test_data_that_is_read_and_tokenised_gives_signs_of_life(tmp_path: Path, beats: Beats) -> None:

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from chunkflow_cli import streams
 from chunkflow_cli.cli.app import app
 from chunkflow_cli.errors import ChunkflowError
-from chunkflow_cli.processes import environment, worker
+from chunkflow_cli.processes import environment, streams, worker
 
 
 @contextmanager

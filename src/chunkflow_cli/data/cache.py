@@ -45,14 +45,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from chunkflow_cli import pulse
 from chunkflow_cli.config.schema import DataFormat, TrainOn, Turns
 from chunkflow_cli.data.building import folder_to_build_in
 from chunkflow_cli.data.encoded_batch import EncodedBatch
 from chunkflow_cli.data.notes import Note, merged
 from chunkflow_cli.data.sample import RejectedRow
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.files import checksum
+from chunkflow_cli.files import bytes_moved, checksum, moving
 
 CACHE_VERSION = 7
 """Increases whenever the same ingredients would give other tokens or other files."""
@@ -219,7 +218,7 @@ def build_entry(
         with folder_to_build_in(folder.parent, folder.name) as building:
             _write_entry(building, batches, ingredients, file_names, progress)
             # The rename must not survive a power cut that the content does not.
-            for file in pulse.each(building.iterdir()):
+            for file in moving(building.iterdir()):
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
             _rename_unless_taken(building, folder)
@@ -259,7 +258,7 @@ def _write_entry(
             targets += int(batch.target_counts.sum())
             largest_id = max(largest_id, int(batch.input_ids.max(initial=-1)))
             progress(batch.position)
-            pulse.bytes_moved()
+            bytes_moved()
     (folder / "notes.jsonl").write_bytes(b"".join(json.dumps(asdict(note)).encode() + b"\n" for note in notes))
     meta = {
         **asdict(ingredients),

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from chunkflow_cli import pulse
 from chunkflow_cli.data.names import printable
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import bytes_moved
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -36,7 +36,7 @@ class HashedFile(io.FileIO):
         count = super().readinto(buffer)
         assert count is not None  # a data file never blocks
         self._digest.update(memoryview(buffer)[:count])
-        pulse.bytes_moved()
+        bytes_moved()
         return count
 
     def read(self, size: int | None = -1, /) -> bytes:

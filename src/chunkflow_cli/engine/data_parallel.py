@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.optimizers import check_optimizer, make_optimizer
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
+from chunkflow_cli.files import moving
 
 _open_coalescing: list[AbstractContextManager[Any]] = []
 """Contexts that collect gradients and are not finished. When a step fails they are left as they are: a context that is
@@ -35,7 +35,7 @@ def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any])
     def one_after_the_other(recurse: bool = True) -> Iterator[nn.Parameter]:
         # Each is copied first. DeepSpeed writes what rank 0 sends into the weight, and all weights of a file are one
         # mapping: on a CPU every rank would end up with a copy of the whole file.
-        for parameter in pulse.each(module.parameters()):
+        for parameter in moving(module.parameters()):
             own_dtype = dtype if parameter.is_floating_point() else parameter.dtype
             parameter.data = parameter.data.to(settings.device, own_dtype, copy=True)
             yield parameter
@@ -95,7 +95,7 @@ class Engine(BaseEngine):
         zero = import_deepspeed().zero
         weights: dict[str, Tensor] = {}
         gathered: dict[int, Tensor] = {}  # tied weights are one parameter with several names
-        for name, tensor in pulse.each(model.state_dict(keep_vars=True).items()):
+        for name, tensor in moving(model.state_dict(keep_vars=True).items()):
             if trained_only and not tensor.requires_grad:
                 continue
             if not internals.is_divided(tensor):

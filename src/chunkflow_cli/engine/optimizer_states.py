@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.state_files import Part, StateFiles
 from chunkflow_cli.engine.whole_parameters import Whole, WholeParameters, choose_owners
+from chunkflow_cli.files import moving
 
 STEP = "step"
 """Name of the optimizer state that counts the steps of a parameter."""
@@ -165,7 +165,7 @@ def owned(optimizer: torch.optim.Optimizer) -> Sequence[Whole]:
 
 def whole_states(optimizer: torch.optim.Optimizer) -> Iterator[Part]:
     """Yield the states of the parameters that this rank steps whole; their weights are in the partitions."""
-    for whole in pulse.each(owned(optimizer)):
+    for whole in moving(owned(optimizer)):
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         numbers: dict[str, float] = {}
@@ -180,7 +180,7 @@ def whole_states(optimizer: torch.optim.Optimizer) -> Iterator[Part]:
 
 def read_whole_states(optimizer: torch.optim.Optimizer, files: StateFiles) -> None:
     """Set the states of the parameters that this rank steps whole."""
-    for whole in pulse.each(owned(optimizer)):
+    for whole in moving(owned(optimizer)):
         step = files.scalars[whole.name].get(STEP)
         by_kind: dict[str, Tensor] = {}
         for kind in files.states(whole.name):

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.optimizer_states import STEP, flat_states, set_flat_states
 from chunkflow_cli.engine.state_files import WEIGHT, Part, StateFiles
 from chunkflow_cli.engine.whole_parameters import WholeParameters
 from chunkflow_cli.errors import RunError, UsageError
+from chunkflow_cli.files import moving
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def equal_share(partitions: Sequence[Partition], rank: int, ranks: int) -> list[
 def parts_to_write(partitions: Sequence[Partition], optimizer: torch.optim.Optimizer) -> Iterator[Part]:
     """Yield the partitions with their master weights and the states that `optimizer` keeps for them."""
     states_of = functools.lru_cache(maxsize=1)(functools.partial(flat_states, optimizer))  # of neighbors, the same
-    for partition in pulse.each(partitions):
+    for partition in moving(partitions):
         tensors, numbers = states_of(partition.stepped)
         yield Part(
             partition.parameter,
@@ -132,7 +132,7 @@ def read_partitions(partitions: Sequence[Partition], optimizer: torch.optim.Opti
     for together in by_stepped.values():
         stepped = together[0].stepped
         states: dict[str, Tensor] = {}
-        for partition in pulse.each(together):
+        for partition in moving(together):
             files.read(partition.parameter, WEIGHT, partition.start, partition.of(stepped))
             if partition.parameter in stepped_whole:
                 continue

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from chunkflow_cli import pulse
 from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import PATIENCE, import_deepspeed, init_process_group, quiet
 from chunkflow_cli.engine.optimizers import check_optimizer, make_optimizer
 from chunkflow_cli.engine.settings import EngineSettings, check_pipeline_settings, deepspeed_config
+from chunkflow_cli.files import moving
 
 
 class Stage(Protocol):
@@ -167,7 +167,7 @@ def collect_stages(
         for leader in leaders[1:]:
             listed: list[Any] = [None]
             distributed.recv_object_list(listed, src=leader, device=device)
-            for name, shape, dtype in pulse.each(listed[0]):
+            for name, shape, dtype in moving(listed[0]):
                 tensor = torch.empty(shape, dtype=dtype, device=device)
                 distributed.recv(tensor, src=leader)
                 whole.setdefault(name, tensor.cpu())
@@ -175,6 +175,6 @@ def collect_stages(
     if rank in leaders:
         listing = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()]
         distributed.send_object_list([listing], dst=0, device=device)
-        for tensor in pulse.each(weights.values()):
+        for tensor in moving(weights.values()):
             distributed.send(tensor.detach().to(device).contiguous(), dst=0)
     return None

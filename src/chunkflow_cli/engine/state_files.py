@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chunkflow_cli import pulse
 from chunkflow_cli.errors import RunError
+from chunkflow_cli.files import moving
 
 WEIGHT = "weight"
 """The kind of a master weight."""
@@ -62,7 +62,7 @@ def write_parts(folder: Path, rank: int, parts: Iterable[Part], *, optimizer: st
     Raises:
         RunError: the disk is full, or cannot be written to.
     """
-    for number, pieces in enumerate(pulse.each(_pieces_of_files(parts))):
+    for number, pieces in enumerate(moving(_pieces_of_files(parts))):
         path = folder / f"state-{rank:05d}-{number:05d}.safetensors"
         tensors = {f"{kind}:{start}:{part.parameter}": numbers.cpu() for part, kind, start, numbers in pieces}
         described: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Report the progress bars of libraries as signs of life (`pulse`): downloads, and weights loaded and saved."""
+"""Report the progress bars of libraries as signs of life: downloads, and weights loaded and saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub.utils.tqdm import tqdm
 
-from chunkflow_cli import pulse
+from chunkflow_cli.files import bytes_moved, moving
 
 
 class DownloadBar(tqdm):  # type: ignore[type-arg]
@@ -16,13 +16,13 @@ class DownloadBar(tqdm):  # type: ignore[type-arg]
 
     def update(self, n: float | None = 1) -> bool | None:
         """Count the bytes of a block."""
-        pulse.bytes_moved()
+        bytes_moved()
         is_shown: bool | None = super().update(n)
         return is_shown
 
 
 @contextmanager
-def bars_as_pulse() -> Iterator[None]:
+def bars_as_signs_of_life() -> Iterator[None]:
     """Report what transformers counts within the block: each weight that it loads, and each file that it writes."""
     from transformers.utils import logging
 
@@ -30,7 +30,7 @@ def bars_as_pulse() -> Iterator[None]:
         if not args:
             return make(**settings)
         items, *rest = args
-        return make(pulse.each(items), *rest, **{"total": len(items), **settings})
+        return make(moving(items), *rest, **{"total": len(items), **settings})
 
     before = logging.set_tqdm_hook(hear)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkflow_cli.model.adapter_folder import ADAPTER_CONFIG, read_adapter_config
-from chunkflow_cli.model.progress_bars import bars_as_pulse
+from chunkflow_cli.model.progress_bars import bars_as_signs_of_life
 from chunkflow_cli.model.towers import copy_processor, copy_tensors, drop_old_template
 
 AUTO_CLASS = "AutoModelForCausalLM"
@@ -33,7 +33,7 @@ def save_model(folder: Path, model: Any, weights: Mapping[str, Any], *, skeleton
     # Written on its own: transformers refuses to save sampling settings without do_sample, which published models have.
     generation = getattr(model, "generation_config", None)
     whole.generation_config = None if generation is None else type(generation)()
-    with bars_as_pulse():
+    with bars_as_signs_of_life():
         whole.save_pretrained(str(folder), state_dict=weights, max_shard_size=FILE_SIZE)
     whole.generation_config = generation
     save_generation(folder, generation)

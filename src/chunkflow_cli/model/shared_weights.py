@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkflow_cli import pulse
 from chunkflow_cli.console import human_bytes
+from chunkflow_cli.files import moving
 from chunkflow_cli.processes.notices import warn_once
 
 ALIGNMENT = 64
@@ -87,7 +87,7 @@ def share(model: Any) -> SharedWeights | None:
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     places: dict[int, tuple[int, tuple[int, ...], torch.dtype]] = {}
     with tempfile.TemporaryFile(dir=folder) as file:
-        for tensor in pulse.each(state.values()):
+        for tensor in moving(state.values()):
             if id(tensor) in places:  # tied
                 continue
             file.seek(-file.tell() % ALIGNMENT, os.SEEK_CUR)

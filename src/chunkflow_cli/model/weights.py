@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from chunkflow_cli import pulse
 from chunkflow_cli.config.keys import as_written
 from chunkflow_cli.console import counted
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import moving
 from chunkflow_cli.model.folder import listed
 from chunkflow_cli.model.language_part import left_out
-from chunkflow_cli.model.progress_bars import bars_as_pulse
+from chunkflow_cli.model.progress_bars import bars_as_signs_of_life
 from chunkflow_cli.processes.notices import warn_once
 
 CONSTANTS = re.compile(
@@ -92,7 +92,7 @@ def loading_report() -> Iterator[list[str]]:
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        with bars_as_pulse():
+        with bars_as_signs_of_life():
             yield lines
     finally:
         logger.removeHandler(handler)
@@ -174,7 +174,7 @@ def _check_finite(model: Any, named: str) -> None:
     # aminmax passes NaN on and makes no copy: 0.06 s for 0.5 GB of bfloat16 on one core, isfinite takes 3.8 s.
     spoilt = [
         name
-        for name, weight in pulse.each(model.named_parameters())  # mapped files are read here
+        for name, weight in moving(model.named_parameters())  # mapped files are read here
         if weight.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(weight.detach()))
     ]
     if spoilt:

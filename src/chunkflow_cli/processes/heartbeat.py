@@ -1,9 +1,8 @@
 """Records of what every rank is doing, by which a hang can be found and explained.
 
-Before every operation, and while it moves bytes (`pulse`), a rank writes its step and operation into a file of its own.
-The launcher reads the files.
-A record has a fixed size and is written with one `pwrite`, so it costs microseconds and can be read from another node
-that shares the run's folder. Records hold no times: the launcher notes on its own clock when a record changed.
+Before every operation, and while it moves bytes, a rank writes its step and operation into a file of its own. The
+launcher reads the files. A record has a fixed size and is written with one `pwrite`, so it costs microseconds and can
+be read from another node that shares the run's folder. Records hold no times: the launcher notes on its own clock when a record changed.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Heartbeat:
             self.again()
 
     def again(self) -> None:
-        """Record that this rank is still at the same operation and makes progress (`pulse`)."""
+        """Record that this rank is still at the same operation and makes progress."""
         if self._file is not None:
             self._beats += 1
             step, doing = self._at

@@ -18,8 +18,8 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
-from chunkflow_cli import pulse
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.files import on_bytes_moved
 from chunkflow_cli.processes import environment
 from chunkflow_cli.processes.heartbeat import Heartbeat
 from chunkflow_cli.processes.node_variables import take_variables
@@ -117,11 +117,11 @@ def redirect_output(log: Path, *, keep_stderr: bool) -> None:
 def heartbeat(run_folder: Path) -> Heartbeat:
     """Return the heartbeat of this rank; without a launcher nobody reads it, and it does nothing.
 
-    It listens to `pulse`.
+    It listens to `files.bytes_moved`.
     """
     is_read = environment.is_started_by_launcher()
     own = Heartbeat(WatchFolder(run_folder).heartbeat(environment.rank()) if is_read else None)
-    pulse.listen(own.again if is_read else None)
+    on_bytes_moved(own.again if is_read else None)
     return own
 
 

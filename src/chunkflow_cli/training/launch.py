@@ -14,10 +14,9 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from chunkflow_cli import streams
 from chunkflow_cli.config.load import LoadedConfig, convert
 from chunkflow_cli.errors import RunError, UsageError
-from chunkflow_cli.processes import environment
+from chunkflow_cli.processes import environment, streams
 from chunkflow_cli.processes.hostfile import Host, read_hostfile
 from chunkflow_cli.processes.start import run_workers
 from chunkflow_cli.processes.supervisor import Limits

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from chunkflow_cli import streams
 from chunkflow_cli.config.load import load
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import Config, OffloadState
@@ -53,6 +52,7 @@ from chunkflow_cli.planning.memory_parts import state_bytes
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
 from chunkflow_cli.planning.run_plan import RankPlan
 from chunkflow_cli.planning.schedule import Op, plan
+from chunkflow_cli.processes import streams
 from chunkflow_cli.processes.worker import end_with_parent
 from chunkflow_cli.training.assembly import Assembly, assemble
 from chunkflow_cli.training.determinism import ask_for_determinism

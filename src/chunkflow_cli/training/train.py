@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chunkflow_cli import streams
 from chunkflow_cli.config.load import LoadedConfig
 from chunkflow_cli.console import stderr_console, stdout_console
 from chunkflow_cli.engine import close_process_group
-from chunkflow_cli.processes import environment
+from chunkflow_cli.processes import environment, streams
 from chunkflow_cli.processes.failures import failures_recorded
 from chunkflow_cli.processes.stop_signals import stop_on_signals
 from chunkflow_cli.processes.watch_folder import WatchFolder
