@@ -2,7 +2,8 @@
 
 Before every operation, and while it moves bytes, a rank writes its step and operation into a file of its own. The
 launcher reads the files. A record has a fixed size and is written with one `pwrite`, so it costs microseconds and can
-be read from another node that shares the run's folder. Records hold no times: the launcher notes on its own clock when a record changed.
+be read from another node that shares the run's folder. Records hold no times: the launcher notes on its own clock when
+a record changed.
 """
 
 from __future__ import annotations
