@@ -125,7 +125,8 @@ OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v32, indexer": (
         "deepseek_v32",
         {
-            **_LATENT_TINY, "index_n_heads": 16, "index_head_dim": 8, "index_topk": SHORT_WINDOW,
+            **_LATENT_TINY, "first_k_dense_replace": 1, "index_n_heads": 16, "index_head_dim": 8,
+            "index_topk": SHORT_WINDOW,
             "pad_token_id": None,  # its embedding is zero: to its indexer all keys are equal, and any may be picked
         },
     ),
