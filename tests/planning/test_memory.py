@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.attention_memory import attention_workspace_bytes, efficient_backward_bytes
 from chunkflow_cli.planning.batches import GlobalBatches
+from chunkflow_cli.planning.calibration import MeasuredMemory
+from chunkflow_cli.planning.choices import Search, settings_of
 from chunkflow_cli.planning.costs import CostModel, chunk_tokens
 from chunkflow_cli.planning.devices import DEVICES
 from chunkflow_cli.planning.memory_parts import (
@@ -397,6 +399,19 @@ def test_scores_of_a_model_that_computes_attention_itself() -> None:
         settings = dataclasses.replace(BASE, checkpointing=checkpointing)
         more = [memory_parts(each, settings, live=32, stored=64).activations for each in (SHAPE, shape)]
         assert more[1] - more[0] == 80 * 2 * rows
+
+
+def test_measured_memory_is_for_models_that_keep_no_scores() -> None:
+    """It is a line through the peaks of a few chunk sizes. Scores grow with the square, so they follow the formulas."""
+    run = RunPlan(GlobalBatches(1, 1, 0, False), 1, np.array([64]), np.array([64]), chunk_size=16, k=1)
+    measured, scoring = MeasuredMemory(1, 2, 3.0, 0.0), dataclasses.replace(SHAPE, score_bytes=6.0)
+    plain, own = (
+        Search((run,), range(1), shape, BASE, measured, DEVICES["h100"]).memory_bytes(run, ())
+        for shape in (SHAPE, scoring)
+    )
+    settings = settings_of(run, BASE)
+    assert plain != memory_of_fullest(SHAPE, settings, run, ()).device_total
+    assert own == memory_of_fullest(scoring, settings, run, ()).device_total
 
 
 def test_merged_copies_of_experts_by_hand() -> None:

@@ -123,7 +123,12 @@ OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 2, "num_key_value_heads": 4, "head_dim": 16},
     ),
     "deepseek_v32, indexer": (
-        "deepseek_v32", {**_LATENT_TINY, "index_n_heads": 16, "index_head_dim": 8, "index_topk": SHORT_WINDOW},
+        "deepseek_v32",
+        {
+            **_LATENT_TINY, "first_k_dense_replace": 1, "index_n_heads": 16, "index_head_dim": 8,
+            "index_topk": SHORT_WINDOW,
+            "pad_token_id": None,  # its embedding is zero: to its indexer all keys are equal, and any may be picked
+        },
     ),
 }  # fmt: skip
 """Models that compute attention themselves, over keys from their cache."""

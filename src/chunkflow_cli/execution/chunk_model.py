@@ -111,7 +111,7 @@ class ChunkModel(nn.Module):
         with ForwardScope(chunk), noisy(base.get_input_embeddings(), call.batch.noise):
             out = decoder(**inputs, position_ids=call.batch.position_ids, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
-        before_head = module_before_head(base_model(self.causal_lm))
+        before_head = module_before_head(base)
         return hidden if before_head is None else before_head(hidden)
 
     def _inputs(self, call: ChunkCall) -> dict[str, Any]:

@@ -166,9 +166,8 @@ class _SmallRun:
                     acceleration=acceleration,
                 ),
             )
-            if (
-                parity.is_float64
-            ):  # where a model computes in float32 and nobody can tell it otherwise, that leaves 1e-8
+            if parity.is_float64:
+                # Some models compute parts in float32 whatever their dtype, which leaves 1e-8.
                 parity = replace(parity, tolerance=1e-6)
             if not math.isfinite(parity.loss_whole):
                 raise CannotBuildError("with random weights its loss is not a finite number")

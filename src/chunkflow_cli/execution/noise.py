@@ -20,6 +20,7 @@ from torch import Tensor, nn
 ELEMENTS_AT_ONCE = 1 << 22
 """Elements whose noise is made at once: hashes take 8 bytes each."""
 HALF = (1 << 32) - 1
+"""Mask of the lower half of an int64."""
 
 
 @dataclass(frozen=True)

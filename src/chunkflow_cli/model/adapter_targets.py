@@ -186,7 +186,7 @@ def _parameters(model: Any, words: Sequence[str]) -> set[str]:
                 )
             if _is_recurrent(owner):
                 raise UsageError(
-                    f"{PARAMETERS_KEY}: {name} belongs to a recurrent layer, which reads it where peft adds no adapter"
+                    f"{PARAMETERS_KEY}: {name} belongs to a recurrent layer, whose own parameters cannot have adapters"
                     f"\n  name linear layers in {MODULES_KEY}"
                 )
             if parameter.ndim not in (2, 3):

@@ -158,7 +158,7 @@ def refuse_unsupported_attention(hf_config: Any) -> None:
         if getattr(hf_config, name, None) and not computes_own_attention(hf_config):
             raise UsageError(
                 f"the model attends only to keys that an indexer picks ({name}={getattr(hf_config, name)} in "
-                "config.json; sparse attention such as DSA), and chunks do not support that\n"
+                f"config.json), and chunks do not support the indexer of {hf_config.model_type!r}\n"
                 "  train a model whose attention is full or has sliding windows"
             )
     if getattr(hf_config, "use_bidirectional_attention", None) in (True, "all"):

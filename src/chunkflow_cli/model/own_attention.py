@@ -90,6 +90,6 @@ def check_own_attention(config: ModelConfig, hf_config: Any) -> None:
         )
     if config.activation_checkpointing is ActivationCheckpointing.selective:
         raise UsageError(
-            f"model.activation_checkpointing=selective: {itself}, in matrix products, whose results, all "
-            "scores, would be kept\n  set model.activation_checkpointing=full"
+            f"model.activation_checkpointing=selective: {itself}, and selective checkpointing would keep all scores\n"
+            "  set model.activation_checkpointing=full"
         )

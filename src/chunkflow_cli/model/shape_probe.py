@@ -7,7 +7,7 @@ table of architectures is needed, and new ones are read as old ones are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,8 +30,8 @@ from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 PROBE_TOKENS = 256
 """Length of the forward, a multiple of the blocks that scans pad their tokens to. Except for a few small tables, bytes
 per token do not depend on it."""
-FEW_TOKENS = 64
-"""Length for models that compute attention themselves: some have tables of few positions."""
+FEW_TOKENS = 32
+"""Length of the shortest forward of models that compute attention themselves: some have tables of few positions."""
 PROBE_ATTENTION = "chunkflow_shape"
 """Name under which transformers knows the attention of the forward."""
 
@@ -115,7 +115,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
     AttentionInterface.register(PROBE_ATTENTION, seen)
     model.set_attn_implementation(PROBE_ATTENTION)
-    model.config.get_text_config().pad_token_id = None  # or gpt2 looks for it in the ids, and warns
+    _forget_padding(model)
     model.train()
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(PROBE_TOKENS, device="meta")[None]
@@ -158,22 +158,38 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
 
 
 def _probe_own_attention(model: Any) -> Probed:
-    """Run forwards of two lengths, which tell what grows with the tokens from what grows with their square."""
+    """Run forwards of three lengths, which tell apart what grows with the tokens, with their square, and not at all."""
+    _forget_padding(model)
     model.train()
-    model.config.get_text_config().pad_token_id = None
-    tokens = FEW_TOKENS
-    with _fused_sdpa():
-        short, long = _kept_of_length(model, tokens // 2), _kept_of_length(model, tokens)
-    per_pair = max(0.0, (long.kept - 2 * short.kept) / (tokens**2 / 2))
-    of_layer = max(0.0, (long.of_layer - 2 * short.of_layer) / (tokens**2 / 2))
+    with _fused_sdpa(), _grouped_products_of_any_dtype():
+        found = [_kept_of_length(model, times * FEW_TOKENS) for times in (1, 2, 3)]
+    per_token, per_pair = _growth([each.kept for each in found])
     return Probed(
-        attention=by_size(long.attention),
+        attention=by_size(found[0].attention),
         recurrent=RecurrentLayers(),
-        activation_bytes_per_token=long.kept / tokens - per_pair * tokens,
-        largest_layer_bytes_per_token=long.of_layer / tokens - of_layer * tokens,
+        activation_bytes_per_token=per_token,
+        largest_layer_bytes_per_token=_growth([each.of_layer for each in found])[0],
         product_bytes_per_token=0.0,  # these models cannot keep products alone
         score_bytes=per_pair,
     )
+
+
+def _growth(kept: Sequence[int]) -> tuple[float, float]:
+    """Return the bytes per token and per pair of tokens, given those of one, two and three times `FEW_TOKENS`.
+
+    What does not grow is left out: tables that the model has anyway (gpt_neo's mask), and small casts of weights.
+    """
+    once, twice, thrice = kept
+    per_pair = max(0.0, (thrice - 2 * twice + once) / (2 * FEW_TOKENS**2))
+    return (twice - once) / FEW_TOKENS - 3 * FEW_TOKENS * per_pair, per_pair
+
+
+def _forget_padding(model: Any) -> None:
+    """Keep models such as gpt2 from looking for padding in the ids, which have no numbers here.
+
+    Some configurations (ModernBERT) validate what is assigned to an attribute, and do not take None.
+    """
+    vars(model.config.get_text_config())["pad_token_id"] = None
 
 
 @contextmanager

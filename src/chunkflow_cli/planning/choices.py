@@ -41,12 +41,12 @@ class Search:
     shape: ModelShape
     settings: MemorySettings
     measured: MeasuredMemory | None
-    """Measured memory; None to predict it by formula."""
+    """Measured memory; None to predict it by formula, as for models that compute attention themselves."""
     device: DeviceProfile
 
     def memory_bytes(self, run: RunPlan, steps: Sequence[SimulatedStep]) -> int:
         """Predict the bytes of the fullest rank or stage, in `steps` or in the step of the longest sample."""
-        if self.measured is not None:
+        if self.measured is not None and not self.shape.score_bytes:  # scores do not grow with the tokens alone
             held = activations_and_state(run, is_planned_whole=len(self.steps) == run.steps)
             state = held.state_bytes(self.shape, settings_of(run, self.settings))
             # The first chunk's copies are part of the measured base.

@@ -69,7 +69,7 @@ def memory_of_fullest(
 
     Without a pipeline, the prediction holds for any samples that may share a step. With one, each stage takes what does
     not depend on the schedule (its layers, embedding and head) and the most that it holds at once in the first step, in
-    that of the longest sample (which no step may take), and in the given ones.
+    the step that takes the longest sample, if one does, and in the given ones.
 
     Args:
         shape: the shape of the whole model.

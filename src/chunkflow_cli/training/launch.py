@@ -97,7 +97,8 @@ def run(
     _check_devices(config.launch.processes, hosts, gpus)
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed's launcher searches for a GPU, and warns
-    folder, data = read_and_open(loaded, hf_config, keys)  # ranks that see the same cache neither read nor hash it
+    # Ranks that see the same cache do not read or hash the data again.
+    folder, data = read_and_open(loaded, hf_config, keys)
     streams.fall_back_to(folder.path / "logs" / "launcher.log")
     try:
         report = folder.report_of_finished()

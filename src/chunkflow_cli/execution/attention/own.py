@@ -30,7 +30,7 @@ from chunkflow_cli.model.own_attention import KeyCache
 from chunkflow_cli.model.scan_shapes import modeling_files
 
 _EXCHANGED = "_runs_in_chunks"
-"""Attribute of functions that are exchanged."""
+"""Attribute of functions and modules that are prepared, so that none is prepared twice."""
 ALIBI, ALIBI_FROM_LENGTH = "build_alibi_tensor", "build_mpt_alibi_tensor"
 """Functions of modeling files that make the bias of distances: for each token of a mask, or for a number of tokens."""
 
@@ -148,7 +148,7 @@ def _positions_of_keys(chunk: ChunkAttentionContext) -> Tensor:
 
 
 def _apart(make_mask: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a mask (1, 1, queries, keys) hide the keys of other segments, be it of booleans or added to scores."""
+    """Make a mask (1, 1, queries, keys), boolean or added to the scores, hide the keys of other segments."""
 
     def make(*args: Any, **options: Any) -> Any:
         chunk = _running()
