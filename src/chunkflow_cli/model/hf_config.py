@@ -170,7 +170,8 @@ def refuse_unsupported_attention(hf_config: Any) -> None:
 
 def position_limit(hf_config: Any) -> int | None:
     """Return the tokens of the longest sequence that the model was made for; None if its configuration does not say."""
-    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    text = hf_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # mpt
     return int(limit) if limit else None
 
 

@@ -95,6 +95,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         layer_product_bytes=probed.product_bytes_per_token / layers,
         recurrent=probed.recurrent,
         score_bytes=probed.score_bytes,
+        past_key_bytes=probed.past_key_bytes,
     )
 
 

@@ -50,15 +50,17 @@ class Probed:
     """Bytes of the results of matrix products and attention, over all layers: selective checkpointing keeps them."""
     score_bytes: float = 0.0
     """Bytes per query-key pair that all layers keep for backward; 0 with a kernel."""
+    past_key_bytes: float = 0.0
+    """Bytes per token of the past that all layers keep for backward; 0 with a kernel."""
 
 
 @contextmanager
 def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Count what autograd saves within the block: each storage once -> its bytes, without the weights of the model.
+    """Count what autograd saves within the block: each storage once -> its bytes, without the model's own tensors.
 
     What it frees again is taken off, so keep the block's results alive until you have read the counts.
     """
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     holders: Counter[int] = Counter()
 
@@ -115,7 +117,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
     AttentionInterface.register(PROBE_ATTENTION, seen)
     model.set_attn_implementation(PROBE_ATTENTION)
-    model.config.get_text_config().pad_token_id = None  # or gpt2 looks for it in the ids, and warns
+    _forget_padding(model)
     model.train()
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.arange(PROBE_TOKENS, device="meta")[None]
@@ -157,15 +159,26 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     )
 
 
+def _forget_padding(model: Any) -> None:
+    """Make the model look for no padding in the ids, which gpt2 does and warns of."""
+    # Some configurations refuse None (modernbert-decoder).
+    object.__setattr__(model.config.get_text_config(), "pad_token_id", None)
+
+
 def _probe_own_attention(model: Any) -> Probed:
-    """Run forwards of two lengths, which tell what grows with the tokens from what grows with their square."""
+    """Run forwards of two lengths, which tell what grows with the tokens from what grows with their square.
+
+    A third one has a past, whose keys every layer puts in front of its own.
+    """
     model.train()
-    model.config.get_text_config().pad_token_id = None
-    tokens = FEW_TOKENS
-    with _fused_sdpa():
-        short, long = _kept_of_length(model, tokens // 2), _kept_of_length(model, tokens)
+    _forget_padding(model)
+    tokens, half = FEW_TOKENS, FEW_TOKENS // 2
+    with _fused_sdpa(), _grouped_products_of_any_dtype():
+        short, long = _kept_of_length(model, half), _kept_of_length(model, tokens)
+        second = _kept_of_length(model, half, past=half)
     per_pair = max(0.0, (long.kept - 2 * short.kept) / (tokens**2 / 2))
     of_layer = max(0.0, (long.of_layer - 2 * short.of_layer) / (tokens**2 / 2))
+    per_past = max(0.0, (second.kept - short.kept) / half - per_pair * half)
     return Probed(
         attention=by_size(long.attention),
         recurrent=RecurrentLayers(),
@@ -173,13 +186,14 @@ def _probe_own_attention(model: Any) -> Probed:
         largest_layer_bytes_per_token=long.of_layer / tokens - of_layer * tokens,
         product_bytes_per_token=0.0,  # these models cannot keep products alone
         score_bytes=per_pair,
+        past_key_bytes=per_past,
     )
 
 
 @contextmanager
 def _fused_sdpa() -> Iterator[None]:
     """Let torch's attention keep what its kernels keep, where it has one: for heads of one width, and a mask without
-    gradient."""
+    gradient. In a chunk there is always a mask, of which each layer keeps one of numbers."""
     plain = nn.functional.scaled_dot_product_attention
 
     def fused(
@@ -189,7 +203,9 @@ def _fused_sdpa() -> Iterator[None]:
             return plain(query, key, value, attn_mask, *args, **more)
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         output = torch.empty_like(query)
-        saved = [query, key, value, output, log_sum_exp] + ([] if attn_mask is None else [attn_mask])
+        if attn_mask is None or attn_mask.dtype is torch.bool:
+            attn_mask = query.new_empty(1, 1, query.shape[-2], key.shape[-2])
+        saved = [query, key, value, output, log_sum_exp, attn_mask]
         fused_output: Tensor = KernelOnMeta.apply(output, saved, query, key, value)
         return fused_output
 
@@ -207,9 +223,10 @@ class _Kept(NamedTuple):
     attention: list[AttentionLayers]
 
 
-def _kept_of_length(model: Any, tokens: int) -> _Kept:
-    cache = _Cache(int(model.config.get_text_config().num_attention_heads))
-    ids, positions = torch.zeros(1, tokens, dtype=torch.long, device="meta"), torch.arange(tokens, device="meta")[None]
+def _kept_of_length(model: Any, tokens: int, past: int = 0) -> _Kept:
+    cache = _Cache(model.config.get_text_config(), past)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    positions = torch.arange(past, past + tokens, device="meta")[None]
     with kept_for_backward(model) as kept, _kept_by_layers(model, kept) as of_layers:
         hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=cache)
     found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers)
@@ -218,20 +235,24 @@ def _kept_of_length(model: Any, tokens: int) -> _Kept:
 
 
 class _Cache(KeyCache):
-    """An empty cache that remembers the sizes of what each layer hands to it."""
+    """A cache that remembers the sizes of what each layer hands to it."""
 
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self._heads = heads
+    def __init__(self, config: Any, past: int) -> None:
+        super().__init__(past)
+        self._config = config
         self.layers: list[AttentionLayers] = []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.layers.append(AttentionLayers(1, self._heads, keys.shape[1], keys.shape[3], values.shape[3]))
+        is_mixed = getattr(self._config, "is_heterogeneous", False)  # dots3_note
+        heads = int((self._config.per_layer_config[layer_idx] if is_mixed else self._config).num_attention_heads)
+        self.layers.append(AttentionLayers(1, heads, keys.shape[1], keys.shape[3], values.shape[3]))
+        both = (torch.cat([t.new_empty(*t.shape[:2], self._past, t.shape[3]), t], 2) for t in (keys, values))
+        keys, values = both
         return keys, values
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
         self.layers.append(AttentionLayers(1, 1, 1, keys.shape[2], 0))
-        return keys
+        return torch.cat([keys.new_empty(len(keys), self._past, keys.shape[2]), keys], 1)
 
 
 @contextmanager
