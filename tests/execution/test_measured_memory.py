@@ -84,20 +84,29 @@ def test_activation_bytes_against_the_probe(
     assert 0.95 <= predicted / measured_activation_bytes(model) <= 1.0
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon, alibi", "gptj"])
+@pytest.mark.parametrize(
+    "name", ["bloom", "falcon, alibi", "falcon, one kv head", "gptj", "diffllama", "deepseek_v32, indexer", "hrm_text"]
+)
 def test_scores_are_counted_without_a_model(name: str, tiny_model: Callable[..., Any]) -> None:
-    """Of models that compute attention themselves, falcon with a kernel of torch, which keeps none."""
+    """Of models that compute attention themselves, falcon with a kernel of torch, which keeps masks instead."""
     kind, settings = OWN_ATTENTION[name]
     model = tiny_model(kind, **settings)
     shape = model_shape(model)
-    for length in (64, 128):
-        module, call = chunk_call(model, length)
+    sequences = random_sequences([256, 64], 96, seed=1)
+    chunks = build_chunks([256, 64], 64)
+    step = StepContext(RunnerSettings(CPU), StepBatch(chunks, sequences, np.ones(2)))
+    measured = []
+    for chunk in sorted(range(4), key=lambda index: chunks[index].is_dependent):  # the short sequence first
         with kept_for_backward(model) as kept:
-            hidden = module.hidden(call)
-            measured = sum(kept.values())
+            hidden = ChunkModel(model, CpuBackend()).hidden(step.call(chunk))
+            measured.append(sum(kept.values()))
         del hidden
-        predicted = length * shape.layers * (shape.layer_activation_bytes or 0) + length**2 * shape.score_bytes
-        assert predicted == pytest.approx(measured, rel=0.02)
+    # A chunk alone and one of a long sequence keep different views of queries, keys and values.
+    predicted = 64 * shape.layers * (shape.layer_activation_bytes or 0) + 64**2 * shape.score_bytes
+    assert predicted == pytest.approx(max(measured[:2]), rel=0.01)
+    for past, kept_bytes in zip((64, 128), measured[2:], strict=True):
+        with_past = predicted + past * (64 * shape.score_bytes + shape.past_key_bytes)
+        assert kept_bytes * 0.99 <= with_past <= kept_bytes * 1.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -168,17 +168,19 @@ def _forget_padding(model: Any) -> None:
 def _probe_own_attention(model: Any) -> Probed:
     """Run forwards of two lengths, which tell what grows with the tokens from what grows with their square.
 
-    A third one has a past, whose keys every layer puts in front of its own.
+    A chunk of a long sequence keeps copies of its keys, another one what they are views of: what is more is counted. A
+    last forward has a past, whose keys every layer puts in front of its own.
     """
     model.train()
     _forget_padding(model)
     tokens, half = FEW_TOKENS, FEW_TOKENS // 2
     with _fused_sdpa(), _grouped_products_of_any_dtype():
-        short, long = _kept_of_length(model, half), _kept_of_length(model, tokens)
+        runs = [[_kept_of_length(model, length, past) for length in (half, tokens)] for past in (None, 0)]
         second = _kept_of_length(model, half, past=half)
+    short, long = max(runs, key=lambda run: run[1].kept)
     per_pair = max(0.0, (long.kept - 2 * short.kept) / (tokens**2 / 2))
     of_layer = max(0.0, (long.of_layer - 2 * short.of_layer) / (tokens**2 / 2))
-    per_past = max(0.0, (second.kept - short.kept) / half - per_pair * half)
+    per_past = max(0.0, (second.kept - runs[1][0].kept) / half - per_pair * half)
     return Probed(
         attention=by_size(long.attention),
         recurrent=RecurrentLayers(),
@@ -192,24 +194,31 @@ def _probe_own_attention(model: Any) -> Probed:
 
 @contextmanager
 def _fused_sdpa() -> Iterator[None]:
-    """Let torch's attention keep what its kernels keep, where it has one: for heads of one width, and a mask without
-    gradient. In a chunk there is always a mask, of which each layer keeps one of numbers."""
-    plain = nn.functional.scaled_dot_product_attention
+    """Let torch's attention keep what its kernels keep, where it has one: for heads of one width, as many of keys as of
+    queries, and a mask without gradient. There is always a mask, as in a chunk; each layer keeps one of numbers."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    plain, masks = nn.functional.scaled_dot_product_attention, AttentionMaskInterface._global_mapping
+    make_mask = masks["sdpa"]
+
+    def always(*args: Any, **options: Any) -> Any:
+        return make_mask(*args, **{**options, "allow_is_causal_skip": False})
 
     def fused(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any
     ) -> Tensor:
-        if value.shape[-1] != key.shape[-1] or (attn_mask is not None and attn_mask.requires_grad):
-            return plain(query, key, value, attn_mask, *args, **more)
-        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        output = torch.empty_like(query)
         if attn_mask is None or attn_mask.dtype is torch.bool:
             attn_mask = query.new_empty(1, 1, query.shape[-2], key.shape[-2])
+        has_kernel = value.shape[-1] == key.shape[-1] and key.shape[1] == query.shape[1] and not attn_mask.requires_grad
+        if not has_kernel:
+            return plain(query, key, value, attn_mask, *args, **{**more, "is_causal": False})
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        output = torch.empty_like(query)
         saved = [query, key, value, output, log_sum_exp, attn_mask]
         fused_output: Tensor = KernelOnMeta.apply(output, saved, query, key, value)
         return fused_output
 
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused):
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused), mock.patch.dict(masks, sdpa=always):
         yield
 
 
@@ -223,10 +232,10 @@ class _Kept(NamedTuple):
     attention: list[AttentionLayers]
 
 
-def _kept_of_length(model: Any, tokens: int, past: int = 0) -> _Kept:
+def _kept_of_length(model: Any, tokens: int, past: int | None) -> _Kept:
     cache = _Cache(model.config.get_text_config(), past)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    positions = torch.arange(past, past + tokens, device="meta")[None]
+    positions = torch.arange(tokens, device="meta")[None] + (past or 0)
     with kept_for_backward(model) as kept, _kept_by_layers(model, kept) as of_layers:
         hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=cache)
     found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers)
@@ -235,10 +244,11 @@ def _kept_of_length(model: Any, tokens: int, past: int = 0) -> _Kept:
 
 
 class _Cache(KeyCache):
-    """A cache that remembers the sizes of what each layer hands to it."""
+    """A cache that remembers the sizes of what each layer hands to it. If there can be a past, it returns copies."""
 
-    def __init__(self, config: Any, past: int) -> None:
-        super().__init__(past)
+    def __init__(self, config: Any, past: int | None) -> None:
+        super().__init__(past or 0)
+        self._copies = past is not None
         self._config = config
         self.layers: list[AttentionLayers] = []
 
@@ -246,6 +256,8 @@ class _Cache(KeyCache):
         is_mixed = getattr(self._config, "is_heterogeneous", False)  # dots3_note
         heads = int((self._config.per_layer_config[layer_idx] if is_mixed else self._config).num_attention_heads)
         self.layers.append(AttentionLayers(1, heads, keys.shape[1], keys.shape[3], values.shape[3]))
+        if not self._copies:
+            return keys, values
         both = (torch.cat([t.new_empty(*t.shape[:2], self._past, t.shape[3]), t], 2) for t in (keys, values))
         keys, values = both
         return keys, values
