@@ -245,6 +245,7 @@ def test_tokens_of_a_step_replace_its_samples() -> None:
         ("model: {dtype: bf16}", "model.dtype=bf16 must be one of bfloat16, float32, float64"),
         ("tune: {ks: 3}", "tune.ks=3 must be a list"),
         ("chunk: {size: 0}", "chunk.size=0 must be at least 1"),
+        ("train: {neftune_noise_alpha: 1e30}", "train.neftune_noise_alpha=1e+30 must be at least 0 and at most 1,000"),
         ("chunk: 5", "line 1: chunk=5: chunk is a section of keys\n  set one of its keys, such as chunk.size"),
         ("chunk: {size: [", "is not valid YAML"),
         ("- a", "holds no keys"),

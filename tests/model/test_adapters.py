@@ -17,11 +17,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.cli import export
-from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
+from chunkflow_cli.config.schema import ActivationCheckpointing, Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 from chunkflow_cli.execution.precision import use_float64_experts
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
 from chunkflow_cli.model.adapter_summary import summarize
@@ -360,3 +361,23 @@ def test_a_merge_finds_its_base_from_anywhere(
     with pytest.raises(UsageError, match="the base model of this run is gone"):
         export.run(str(run), output="merged-3", merge=True)
     assert not Path("merged-3").exists()
+
+
+def test_checkpointing_leaves_frozen_embeddings_without_gradient(tiny_model: Callable[..., Any]) -> None:
+    """git adds positions to its embeddings in place, which torch refuses for a leaf that requires a gradient."""
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+    }
+    model = tiny_model("git", vision_config={**vision, "patch_size": 8})
+    enable_activation_checkpointing(model, ActivationCheckpointing.full)
+    adapted = add_lora(model, LoraConfig(enabled=True, r=2))
+    adapted(input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False).logits.sum().backward()
+    assert all(
+        p.grad is not None
+        for name, p in adapted.named_parameters()
+        if "encoder" in name and "lora_B" in name and "image" not in name
+    )

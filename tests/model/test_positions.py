@@ -21,6 +21,7 @@ KINDS: list[tuple[str, dict[str, Any], str | None]] = [
      "max_position_embeddings"),
     ("biogpt", {"max_position_embeddings": 24}, "max_position_embeddings"),
     ("gptj", {"max_position_embeddings": 24, "rotary_dim": 8}, "n_positions"),
+    ("mpt", {"max_seq_len": 24}, "max_seq_len"),
     ("llama", {"max_position_embeddings": 24}, None),
     ("phi", {"max_position_embeddings": 24}, None),
     ("gemma3_text", {"max_position_embeddings": 24, "head_dim": 16}, None),

@@ -221,3 +221,16 @@ def test_recurrent_layers_that_cannot_be_read_are_named(monkeypatch: pytest.Monk
         UsageError, match=r"a model of type 'lfm2' cannot be planned: .*\n  another model\.dtype may work"
     ):
         model_shape(model)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [
+    ("modernbert-decoder", {}),  # its configuration refuses no padding
+    ("dots3_note_text", {
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+        "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 9,
+        "index_n_heads": 2, "index_head_dim": 8, "layer_types": ["sliding_attention", "full_attention"],
+    }),  # heads that may differ by layer
+])  # fmt: skip
+def test_unusual_configurations_are_read(kind: str, settings: dict[str, Any], tiny_config: Callable[..., Any]) -> None:
+    config = tiny_config(kind, **settings)
+    assert model_shape(empty_model(config, dtype=torch.float32)).layer_activation_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
 from chunkflow_cli.execution.stages import check_stages
 from chunkflow_cli.model.adapters import add_lora
+from chunkflow_cli.model.shape import model_shape, with_frozen
 from chunkflow_cli.model.trained_weights import apply_to, freeze, layer_matrices
 from chunkflow_cli.planning.stage_cut import cut_layers
+from support.models import OWN_ATTENTION
 
 pytestmark = pytest.mark.torch
 
@@ -125,3 +128,19 @@ def test_muon_trains_the_matrices_of_the_layers(model_type: str, settings: dict[
 def test_muon_trains_adapters() -> None:
     model = add_lora(model_of(), LoraConfig(enabled=True, r=2))
     assert len(layer_matrices(model)) == 4 * 7 * 2
+
+
+def test_an_indexer_stays_as_it_is(tiny_model: Callable[..., Any]) -> None:
+    """It has no gradient. Weight decay would shrink it, and plan would count its optimizer states."""
+    kind, settings = OWN_ATTENTION["deepseek_v32, indexer"]
+    model = tiny_model(kind, **settings)
+    shape = with_frozen(model_shape(model), model, OptimConfig())
+    frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all(".indexer." in name for name in frozen)
+    assert shape.trainable_parameters == shape.parameters - sum(frozen.values())
+    adapted = add_lora(model, LoraConfig(enabled=True, target_modules=["wq_b", "wk"]))
+    with pytest.raises(
+        UsageError, match=r"^model\.lora\.target_modules names only parts of the indexer(.|\n)*other modules$"
+    ):
+        apply_to(adapted, OptimConfig())

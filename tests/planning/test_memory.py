@@ -414,6 +414,15 @@ def test_measured_memory_is_for_models_that_keep_no_scores() -> None:
     assert own == memory_of_fullest(scoring, settings, run, ()).device_total
 
 
+def test_past_keys_of_a_model_that_computes_attention_itself() -> None:
+    """In each of two chunks, a layer of three keeps 4 bytes per token of the past; one's gradient comes on top."""
+    shape = dataclasses.replace(SHAPE, past_key_bytes=12.0)
+    for checkpointing, copies in (("none", 2 * 3 + 1), ("full", 2)):
+        settings = dataclasses.replace(BASE, checkpointing=checkpointing)
+        more = [memory_parts(each, settings, live=32, chunks=2, stored=64).activations for each in (SHAPE, shape)]
+        assert more[1] - more[0] == 64 * 4 * copies
+
+
 def test_merged_copies_of_experts_by_hand() -> None:
     """Each of the two chunks with activations has those of all layers; the gradient of one layer's comes on top.
 

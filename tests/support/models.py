@@ -116,7 +116,7 @@ OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gptj": ("gptj", {"rotary_dim": 8, **_NO_DROPOUT}),
-    "mpt, short table": ("mpt", {"max_seq_len": SHORT_TABLE}),
+    "mpt, short table": ("mpt", {"max_seq_len": SHORT_TABLE, "logit_scale": "inv_sqrt_d_model"}),
     "diffllama": ("diffllama", {}),
     "hrm_text": (
         "hrm_text",

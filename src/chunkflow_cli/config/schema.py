@@ -421,7 +421,7 @@ class TrainConfig:
     This is slower. An operation without such a kernel ends the run with an error that names it."""
     loss_weighting: LossWeighting = LossWeighting.token
     """What has equal weight in the loss: every target `token` of the global batch, or every sample (`sequence`)."""
-    neftune_noise_alpha: float = bounded(0.0, at_least=0)
+    neftune_noise_alpha: float = bounded(0.0, at_least=0, at_most=1000)
     """Strength of the noise that is added to the embeddings in training (NEFTune); the paper tries 5, 10 and 15."""
     output_dir: str | None = a_path(None, null_is_a_name=True)
     """Folder of the run. The default is outputs/<recipe>/<date-time>."""

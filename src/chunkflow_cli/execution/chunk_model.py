@@ -25,7 +25,7 @@ from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapter_summary import trained_copy
 from chunkflow_cli.model.forward_scope import ForwardScope
-from chunkflow_cli.model.language_part import decoder_of, is_language_part, names_in_forward
+from chunkflow_cli.model.language_part import decoder_of, names_in_forward
 from chunkflow_cli.model.own_attention import computes_own_attention
 
 
@@ -178,11 +178,11 @@ def logit_transform(model: Any) -> LogitTransform:
     Models that do something else differ from their own whole-sequence training, and the parity guard refuses them.
     """
     config = model.config.get_text_config()
-    # The class around a decoder may leave out what the decoder's own class does (Cohere2Vision).
-    names = names_in_forward(model) if is_language_part(model) else None
+    # The class around the head may leave out what its configuration names (mpt), or another class does (Cohere2Vision).
+    names = names_in_forward(model)
 
     def setting(name: str) -> float | None:
-        value = getattr(config, name, None) if names is None or name in names else None
+        value = getattr(config, name, None) if name in names else None
         return None if value is None else float(value)
 
     scale = 1.0

@@ -42,6 +42,8 @@ def enable_activation_checkpointing(model: Any, mode: ActivationCheckpointing) -
         raise UsageError(
             f"model.activation_checkpointing={mode.value}: {error}\n  set model.activation_checkpointing=none"
         ) from error
+    # Only reentrant checkpointing needs inputs with a gradient; git adds to its embeddings in place.
+    model.disable_input_require_grads()
 
 
 @contextmanager

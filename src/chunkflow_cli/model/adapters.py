@@ -56,6 +56,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig) -> nn.Module:
         except ValueError as error:
             key = "model.lora" if saved is None else f"model.lora.path={saved}"
             raise UsageError(f"{key}: {first_line(error)}") from error
+        model.disable_input_require_grads()  # as in `enable_activation_checkpointing`
         if saved is not None:
             _load(peft_model, saved)
     peft_model.peft_config["default"].base_model_name_or_path = _name_from_anywhere(model)

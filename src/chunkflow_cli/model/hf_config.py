@@ -170,8 +170,16 @@ def refuse_unsupported_attention(hf_config: Any) -> None:
 
 def position_limit(hf_config: Any) -> int | None:
     """Return the tokens of the longest sequence that the model was made for; None if its configuration does not say."""
-    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(hf_config.get_text_config(), position_limit_key(hf_config), None)
     return int(limit) if limit else None
+
+
+def position_limit_key(hf_config: Any) -> str:
+    """Return the name that config.json has for the tokens of the longest sequence."""
+    text = hf_config.get_text_config()
+    if hasattr(text, "max_seq_len"):  # mpt
+        return "max_seq_len"
+    return str(type(text).attribute_map.get("max_position_embeddings", "max_position_embeddings"))
 
 
 def unreadable(config: ModelConfig, what: str, error: Exception) -> UsageError:

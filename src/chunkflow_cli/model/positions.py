@@ -8,7 +8,7 @@ from torch import nn
 
 from chunkflow_cli.config.schema import Config, ModelConfig
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.hf_config import position_limit
+from chunkflow_cli.model.hf_config import position_limit, position_limit_key
 from chunkflow_cli.model.loading import on_meta_device
 
 MOST_OFFSET = 8
@@ -25,10 +25,9 @@ def check_positions(config: Config, hf_config: Any) -> None:
     limit = None if max_length is None else learned_limit(config.model, hf_config, max_length)
     if limit is None:
         return
-    text = hf_config.get_text_config()
-    key = type(text).attribute_map.get("max_position_embeddings", "max_position_embeddings")
     raise UsageError(
-        f"data.max_length={max_length}: the model has learned only {limit} positions ({key} in its config.json)\n"
+        f"data.max_length={max_length}: the model has learned only {limit} positions "
+        f"({position_limit_key(hf_config)} in its config.json)\n"
         f"  set data.max_length={limit}, and data.overlong=truncate or drop for longer samples"
     )
 
@@ -45,7 +44,10 @@ def position_table(model: Any, limit: int) -> str | None:
     """Return the name of the table that the model looks positions up in; None if it computes them.
 
     A table is an embedding other than that of the tokens, or a buffer, with a row for each of the `limit` positions.
+    mpt makes one of biases in each forward.
     """
+    if model.config.get_text_config().model_type == "mpt":
+        return "alibi"
     tokens = model.get_input_embeddings()
     for name, module in model.named_modules():
         is_table = isinstance(module, nn.Embedding) and module is not tokens

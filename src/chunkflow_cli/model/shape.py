@@ -16,7 +16,7 @@ from chunkflow_cli.model.attention_heads import attention_heads, by_size
 from chunkflow_cli.model.loading import on_meta_device
 from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
-from chunkflow_cli.model.trained_weights import apply_to
+from chunkflow_cli.model.trained_weights import apply_to, indexers
 from chunkflow_cli.planning.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ def shape_without_weights(
 
 
 def with_frozen(shape: ModelShape, model: nn.Module, optim: OptimConfig) -> ModelShape:
-    """Freeze the weights that `optim.freeze` names, and return the sizes of the model of that `shape` after it.
+    """Freeze what `optim.freeze` names, and indexers, and return the sizes of the model of that `shape` after it.
 
     Raises:
         UsageError: a name in `optim` means no weight.
     """
     share = apply_to(model, optim)
-    return replace(shape, trainable_parameters=share.trained) if optim.freeze else shape
+    return replace(shape, trainable_parameters=share.trained) if optim.freeze or indexers(model) else shape
 
 
 def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape:
@@ -95,6 +95,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         layer_product_bytes=probed.product_bytes_per_token / layers,
         recurrent=probed.recurrent,
         score_bytes=probed.score_bytes,
+        past_key_bytes=probed.past_key_bytes,
     )
 
 

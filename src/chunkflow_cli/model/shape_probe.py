@@ -50,15 +50,17 @@ class Probed:
     """Bytes of the results of matrix products and attention, over all layers: selective checkpointing keeps them."""
     score_bytes: float = 0.0
     """Bytes per query-key pair that all layers keep for backward; 0 with a kernel."""
+    past_key_bytes: float = 0.0
+    """Bytes per token of the past that all layers keep for backward; 0 with a kernel."""
 
 
 @contextmanager
 def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Count what autograd saves within the block: each storage once -> its bytes, without the weights of the model.
+    """Count what autograd saves within the block: each storage once -> its bytes, without the model's own tensors.
 
     What it frees again is taken off, so keep the block's results alive until you have read the counts.
     """
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     holders: Counter[int] = Counter()
 
@@ -157,13 +159,28 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     )
 
 
+def _forget_padding(model: Any) -> None:
+    """Make the model look for no padding in the ids, which gpt2 does and warns of."""
+    # Some configurations refuse None (modernbert-decoder).
+    object.__setattr__(model.config.get_text_config(), "pad_token_id", None)
+
+
 def _probe_own_attention(model: Any) -> Probed:
-    """Run forwards of three lengths, which tell apart what grows with the tokens, with their square, and not at all."""
+    """Run forwards of three lengths, which tell apart what grows with the tokens, with their square, and not at all.
+
+    A chunk of a long sequence keeps copies of its keys, another one what they are views of: what is more is counted. A
+    last forward has a past, whose keys every layer puts in front of its own.
+    """
     _forget_padding(model)
     model.train()
     with _fused_sdpa(), _grouped_products_of_any_dtype():
-        found = [_kept_of_length(model, times * FEW_TOKENS) for times in (1, 2, 3)]
+        alone, in_long = (
+            [_kept_of_length(model, times * FEW_TOKENS, past) for times in (1, 2, 3)] for past in (None, 0)
+        )
+        with_past = _kept_of_length(model, FEW_TOKENS, past=FEW_TOKENS)
+    found = max(alone, in_long, key=lambda lengths: lengths[-1].kept)
     per_token, per_pair = _growth([each.kept for each in found])
+    per_past = max(0.0, (with_past.kept - in_long[0].kept) / FEW_TOKENS - per_pair * FEW_TOKENS)
     return Probed(
         attention=by_size(found[0].attention),
         recurrent=RecurrentLayers(),
@@ -171,6 +188,7 @@ def _probe_own_attention(model: Any) -> Probed:
         largest_layer_bytes_per_token=_growth([each.of_layer for each in found])[0],
         product_bytes_per_token=0.0,  # these models cannot keep products alone
         score_bytes=per_pair,
+        past_key_bytes=per_past,
     )
 
 
@@ -184,32 +202,33 @@ def _growth(kept: Sequence[int]) -> tuple[float, float]:
     return (twice - once) / FEW_TOKENS - 3 * FEW_TOKENS * per_pair, per_pair
 
 
-def _forget_padding(model: Any) -> None:
-    """Keep models such as gpt2 from looking for padding in the ids, which have no numbers here.
-
-    Some configurations (ModernBERT) validate what is assigned to an attribute, and do not take None.
-    """
-    vars(model.config.get_text_config())["pad_token_id"] = None
-
-
 @contextmanager
 def _fused_sdpa() -> Iterator[None]:
-    """Let torch's attention keep what its kernels keep, where it has one: for heads of one width, and a mask without
-    gradient."""
-    plain = nn.functional.scaled_dot_product_attention
+    """Let torch's attention keep what its kernels keep, where it has one: for heads of one width, as many of keys as of
+    queries, and a mask without gradient. There is always a mask, as in a chunk; each layer keeps one of numbers."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    plain, masks = nn.functional.scaled_dot_product_attention, AttentionMaskInterface._global_mapping
+    make_mask = masks["sdpa"]
+
+    def always(*args: Any, **options: Any) -> Any:
+        return make_mask(*args, **{**options, "allow_is_causal_skip": False})
 
     def fused(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any
     ) -> Tensor:
-        if value.shape[-1] != key.shape[-1] or (attn_mask is not None and attn_mask.requires_grad):
-            return plain(query, key, value, attn_mask, *args, **more)
+        if attn_mask is None or attn_mask.dtype is torch.bool:
+            attn_mask = query.new_empty(1, 1, query.shape[-2], key.shape[-2])
+        has_kernel = value.shape[-1] == key.shape[-1] and key.shape[1] == query.shape[1] and not attn_mask.requires_grad
+        if not has_kernel:
+            return plain(query, key, value, attn_mask, *args, **{**more, "is_causal": False})
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         output = torch.empty_like(query)
-        saved = [query, key, value, output, log_sum_exp] + ([] if attn_mask is None else [attn_mask])
+        saved = [query, key, value, output, log_sum_exp, attn_mask]
         fused_output: Tensor = KernelOnMeta.apply(output, saved, query, key, value)
         return fused_output
 
-    with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused):
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", fused), mock.patch.dict(masks, sdpa=always):
         yield
 
 
@@ -223,9 +242,10 @@ class _Kept(NamedTuple):
     attention: list[AttentionLayers]
 
 
-def _kept_of_length(model: Any, tokens: int) -> _Kept:
-    cache = _Cache(int(model.config.get_text_config().num_attention_heads))
-    ids, positions = torch.zeros(1, tokens, dtype=torch.long, device="meta"), torch.arange(tokens, device="meta")[None]
+def _kept_of_length(model: Any, tokens: int, past: int | None) -> _Kept:
+    cache = _Cache(model.config.get_text_config(), past)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    positions = torch.arange(tokens, device="meta")[None] + (past or 0)
     with kept_for_backward(model) as kept, _kept_by_layers(model, kept) as of_layers:
         hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=cache)
     found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers)
@@ -234,20 +254,27 @@ def _kept_of_length(model: Any, tokens: int) -> _Kept:
 
 
 class _Cache(KeyCache):
-    """An empty cache that remembers the sizes of what each layer hands to it."""
+    """A cache that remembers the sizes of what each layer hands to it. If there can be a past, it returns copies."""
 
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self._heads = heads
+    def __init__(self, config: Any, past: int | None) -> None:
+        super().__init__(past or 0)
+        self._copies = past is not None
+        self._config = config
         self.layers: list[AttentionLayers] = []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.layers.append(AttentionLayers(1, self._heads, keys.shape[1], keys.shape[3], values.shape[3]))
+        is_mixed = getattr(self._config, "is_heterogeneous", False)  # dots3_note
+        heads = int((self._config.per_layer_config[layer_idx] if is_mixed else self._config).num_attention_heads)
+        self.layers.append(AttentionLayers(1, heads, keys.shape[1], keys.shape[3], values.shape[3]))
+        if not self._copies:
+            return keys, values
+        both = (torch.cat([t.new_empty(*t.shape[:2], self._past, t.shape[3]), t], 2) for t in (keys, values))
+        keys, values = both
         return keys, values
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
         self.layers.append(AttentionLayers(1, 1, 1, keys.shape[2], 0))
-        return keys
+        return torch.cat([keys.new_empty(len(keys), self._past, keys.shape[2]), keys], 1)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from chunkflow_cli.config.schema import Config, OptimConfig, OptimizerName
 from chunkflow_cli.config.weight_names import is_named
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.loading import skeleton
+from chunkflow_cli.model.own_attention import computes_own_attention
 
 SHOWN = 4
 """Names of weights that an error lists."""
@@ -30,17 +31,32 @@ class TrainedShare:
 
 
 def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Freeze the weights that `optim.freeze` names. `model` is whole, with its adapters.
+    """Freeze the weights that `optim.freeze` names, and indexers. `model` is whole, with its adapters.
 
     Raises:
         UsageError: a name means no weight that is trained, or no weight is left to train.
     """
+    for indexer in indexers(model):
+        indexer.requires_grad_(False)
+    if not _trained(model):
+        raise UsageError(
+            "model.lora.target_modules names only parts of the indexer, which transformers gives no gradient\n"
+            "  name other modules"
+        )
     trained = dict(_trained(model))
     for name in names:
         for weight in _named("optim.freeze", name, list(trained)):
             trained[weight].requires_grad = False
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("optim.freeze leaves nothing to train\n  name fewer weights")
+
+
+def indexers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that pick keys (DSA). They get no gradient, and weight decay would shrink them."""
+    config = getattr(model, "config", None)
+    if config is None or not computes_own_attention(config):
+        return []
+    return [module for module in model.modules() if type(module).__name__.endswith("Indexer")]
 
 
 def check_factors(model: nn.Module, factors: Iterable[str]) -> None:

@@ -109,8 +109,8 @@ def activation_bytes(
     A rank of a sequence-parallel group is taken to run convolutions and scans for the tokens of all ranks, so it keeps
     `sharers` times what they keep of its own (see `RecurrentLayers`). Of a checkpointed layer, all counts as theirs.
 
-    Where a model computes attention itself, all its layers keep scores of each token and all keys of its chunk, under
-    checkpointing the layer that runs; the gradient of one layer's scores takes as much again.
+    Where a model computes attention itself, all its layers keep the keys of the past, and scores of each token and all
+    keys of its chunk; under checkpointing, the layer that runs. The gradients of one layer take as much again.
 
     Args:
         live: tokens that hold activations on the rank; a number, or an array.
@@ -128,8 +128,12 @@ def activation_bytes(
         of_others = running * (again if scans else 0.0)
     copies = chunks * merged_bytes_per_chunk(shape, settings, layers) + merged_bytes_of_running(shape, settings)
     of_token = (past + running) * shape.score_bytes / shape.layers
-    scores = of_token * (live * layers + running if settings.checkpointing == "none" else 2 * running)
-    return live * kept + running * again + (sharers - 1) * of_others + copies * (live > 0) + scores
+    of_past = past * shape.past_key_bytes / shape.layers
+    if settings.checkpointing == "none":
+        own = of_token * (live * layers + running) + of_past * (chunks * layers + 1)
+    else:
+        own = 2 * (of_token * running + of_past)
+    return live * kept + running * again + (sharers - 1) * of_others + copies * (live > 0) + own
 
 
 def merged_bytes_per_chunk(shape: ModelShape, settings: MemorySettings, layers: int) -> float:

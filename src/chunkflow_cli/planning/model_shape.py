@@ -39,6 +39,8 @@ class ModelShape:
     score_bytes: float = 0.0
     """Bytes per query-key pair that all layers keep for backward, if the model computes attention itself, for every
     query of a chunk with every key; 0 if a kernel does."""
+    past_key_bytes: float = 0.0
+    """Bytes per token of the past that all layers keep for backward in such a model: its keys, and copies."""
     recurrent: RecurrentLayers = field(default_factory=RecurrentLayers)
     """The recurrent layers, together; by default, there are none."""
     merged_bytes: int = 0
