@@ -209,7 +209,8 @@ def test_selective_checkpointing_does_not_recompute_attention(
         model = types.SimpleNamespace(
             activation_checkpointing_enable=lambda activation_checkpointing_kwargs: contexts.append(
                 activation_checkpointing_kwargs["context_fn"]
-            )
+            ),
+            disable_input_require_grads=lambda: None,
         )
         enable_activation_checkpointing(model, mode)
 
