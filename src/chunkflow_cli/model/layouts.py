@@ -11,18 +11,23 @@ from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 
+CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
+"""Types of models that call a module once for each expert that a token takes. The others multiply all in one call."""
+
 
 def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
     """Check what a plan of a run asks of the model: positions up to `data.max_length`, and these layouts.
 
     Raises:
-        UsageError: the model has learned fewer positions, or as `check_layouts`.
+        UsageError: the model has learned fewer positions, or as `check_layouts` and `check_calls_of_experts`.
     """
     if config.data.max_length is not None:
         from chunkflow_cli.model.positions import check_positions  # imports torch
 
         check_positions(config, hf_config)
     check_layouts(config, hf_config, layouts)
+    if any(layout.processes > 1 for layout in layouts):
+        check_calls_of_experts(config.engine.zero_stage, hf_config.get_text_config().model_type)
 
 
 def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
@@ -65,3 +70,18 @@ def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -
                 f"{key}={layout.pipeline}: the model has {layers} layers, and each stage needs one\n"
                 f"  choose {layers} stages or fewer"
             )
+
+
+def check_calls_of_experts(zero_stage: int, model_type: str) -> None:
+    """Check that several ranks can run the experts of a model.
+
+    ZeRO-3 expects the same calls of modules on all ranks: they fetch the weights of each together.
+
+    Raises:
+        UsageError: which modules are called depends on the tokens.
+    """
+    if zero_stage == 3 and model_type in CALLED_ONE_BY_ONE:
+        raise UsageError(
+            f"engine.zero_stage=3 cannot run {model_type} on several ranks: it calls each expert that its tokens take, "
+            "and ranks with other tokens would wait forever\n  set engine.zero_stage=1"
+        )

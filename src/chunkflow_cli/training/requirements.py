@@ -18,9 +18,6 @@ from chunkflow_cli.model.device import training_device
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.training.setup import planned_topology
 
-CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
-"""Types of models that call a module once for each expert that a token takes. The others multiply all in one call."""
-
 
 @dataclass(frozen=True)
 class CheckedModel:
@@ -54,8 +51,6 @@ def check_requirements(loaded: LoadedConfig, device: torch.device | None = None)
     _check_engine(config, device)
     hf_config = load_config(config.model)
     check_acceleration(config, hf_config, device)
-    if topology.processes > 1:
-        check_calls_of_experts(config.engine.zero_stage, hf_config.get_text_config().model_type)
     return CheckedModel(hf_config, check_model(config, hf_config, topology))
 
 
@@ -66,18 +61,3 @@ def _check_engine(config: Config, device: torch.device) -> None:
     else:
         check_pipeline_settings(settings, config.parallel.pipeline)
     check_optimizer(settings)
-
-
-def check_calls_of_experts(zero_stage: int, model_type: str) -> None:
-    """Check that several ranks can run the experts of a model.
-
-    ZeRO-3 expects the same calls of modules on all ranks: they fetch the weights of each together.
-
-    Raises:
-        UsageError: which modules are called depends on the tokens.
-    """
-    if zero_stage == 3 and model_type in CALLED_ONE_BY_ONE:
-        raise UsageError(
-            f"engine.zero_stage=3 cannot run {model_type} on several ranks: it calls each expert that its tokens take, "
-            "and ranks with other tokens would wait forever\n  set engine.zero_stage=1"
-        )

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.training.requirements import CALLED_ONE_BY_ONE, check_calls_of_experts
+from chunkflow_cli.model.layouts import CALLED_ONE_BY_ONE, check_calls_of_experts
 
 
 def test_experts_that_are_called_one_by_one_are_refused_under_zero_3() -> None:
