@@ -19,8 +19,7 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.console import counted, working
 from chunkflow_cli.data.data_sets import has_evaluation_data
 from chunkflow_cli.data.sample import TokenizedSample
-from chunkflow_cli.engine import join_processes
-from chunkflow_cli.engine.agreement import all_or_none
+from chunkflow_cli.engine import all_or_none, join_processes
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.activation_probe import activation_bytes_per_token
