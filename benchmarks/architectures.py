@@ -62,6 +62,7 @@ COMPASS = {
     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
 }  # fmt: skip
+INKLING = {"unpadded_vocab_size": 200058, "log_scaling_n_floor": 128000}
 GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
 GLM_V = {"text_config": {"rope_parameters": GLM_ROPE}}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -101,6 +102,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": (["mamba"] * 5 + ["attention"] + ["mamba"] * 4) * 4, "num_hidden_layers": 40},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
+    "inkling_mm_model": {"text_config": INKLING},
+    "inkling_text": INKLING,
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"] * 5 + ["conv"], "num_hidden_layers": 16},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 6, "num_hidden_layers": 24},
     "minimax_m3_vl_text": {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57},

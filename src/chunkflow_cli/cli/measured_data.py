@@ -27,7 +27,7 @@ from chunkflow_cli.data.source import Location, Source
 from chunkflow_cli.data.template_choice import load_with_template, needs_tokenizer
 from chunkflow_cli.data.tokenizer import has_tokenizer
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.hf_config import load_config, position_limit
+from chunkflow_cli.model.hf_config import known_ids, load_config, position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,4 +190,4 @@ def _vocabulary_and_limit(model: ModelConfig) -> tuple[int | None, int | None]:
     if folder.is_dir() and not (folder / "config.json").exists() and has_tokenizer(model.path):
         return None, None
     hf_config = load_config(model)
-    return int(hf_config.get_text_config().vocab_size), position_limit(hf_config)
+    return known_ids(hf_config), position_limit(hf_config)

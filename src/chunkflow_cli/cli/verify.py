@@ -28,7 +28,7 @@ from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.device import training_device
-from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.hf_config import known_ids, load_config
 from chunkflow_cli.model.loading import load_model
 from chunkflow_cli.model.own_attention import check_own_attention
 from chunkflow_cli.model.positions import learned_limit
@@ -61,7 +61,7 @@ def run(loaded: LoadedConfig, *, json_output: bool = False) -> dict[str, Any]:
     attention.register()
     with working(console, "loading the model"):
         model = _load(config, hf_config, dtype).to(device)
-    vocabulary = hf_config.get_text_config().vocab_size
+    vocabulary = known_ids(hf_config)
     objective = Objective.of(config)
     lengths = _lengths(length, chunk_size, objective)
     with working(console, f"comparing {sum(lengths):,} tokens, whole and in chunks of {chunk_size:,}"):

@@ -25,6 +25,7 @@ from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapter_summary import trained_copy
 from chunkflow_cli.model.forward_scope import ForwardScope
+from chunkflow_cli.model.hf_config import known_ids
 from chunkflow_cli.model.language_part import decoder_of, names_in_forward
 from chunkflow_cli.model.own_attention import computes_own_attention
 
@@ -186,10 +187,13 @@ def logit_transform(model: Any) -> LogitTransform:
         return None if value is None else float(value)
 
     scale = 1.0
-    if (divisor := setting("logits_scaling")) is not None:  # granite divides
-        scale = 1.0 / divisor
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):  # granite and inkling divide
+        if (divisor := setting(name)) is not None:
+            scale = 1.0 / divisor
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # cohere, falcon_h1, muse_glimmer
         if (factor := setting(name)) is not None:
             scale = factor
     softcap = setting("final_logit_softcapping")  # gemma2, gemma3
-    return LogitTransform(scale, setting("logits_soft_cap") if softcap is None else softcap)  # recurrent_gemma
+    if softcap is None:
+        softcap = setting("logits_soft_cap")  # recurrent_gemma
+    return LogitTransform(scale, softcap, known_ids(config) if "unpadded_vocab_size" in names else None)

@@ -32,6 +32,7 @@ from chunkflow_cli.execution.small_sizes import VOCABULARY
 from chunkflow_cli.execution.state_home import Home, state_home
 from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.hf_config import known_ids
 
 ROUNDING_SUSPECTED = 1e-2
 """A float32 difference below this is checked again in float64: wrong attention shows as 1e-2 and more. Rounding alone
@@ -153,7 +154,7 @@ class _SmallRun:
             model = build_small(self.config, self.device, dtype)
             use_float64_experts(model, dtype)
             enable_activation_checkpointing(model, self.checkpointing)
-            vocabulary = min(VOCABULARY, self.config.get_text_config().vocab_size)
+            vocabulary = min(VOCABULARY, known_ids(self.config))
             parity = compare(
                 model,
                 random_sequences(GUARD_LENGTHS, vocabulary),

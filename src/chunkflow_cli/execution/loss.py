@@ -30,8 +30,11 @@ class LogitTransform:
 
     scale: float = 1.0
     softcap: float | None = None
+    tokens: int | None = None
+    """Rows of the head that are tokens, the first ones; None for all. Others only make its size a round number."""
 
     def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits[..., : self.tokens]
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -172,7 +175,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = (shared is not None and needed for needed in ctx.needs_input_grad[:3])
         accumulate = accumulation_dtype(hidden.dtype)
         through_float32 = matrix_dtype(hidden)
-        head = weight.to(through_float32)
+        used = slice(transform.tokens)
+        head, bias_used = weight[used].to(through_float32), None if bias is None else bias[used].to(through_float32)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = grad_bias = None
         if shared is not None:
@@ -183,7 +187,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             tile = slice(start, start + rows)
             tile_hidden = hidden[tile].to(through_float32)
-            logits = nn.functional.linear(tile_hidden, head, None if bias is None else bias.to(through_float32))
+            logits = nn.functional.linear(tile_hidden, head, bias_used)
             # The model's own head would round its logits to the model's dtype, so these are rounded, too.
             logits = transform(logits.to(hidden.dtype)).to(accumulate)
             log_sum_exp = logits.logsumexp(dim=-1)
@@ -201,12 +205,12 @@ class _FusedCrossEntropy(torch.autograd.Function):
             if slope is not None:
                 grad_logits *= slope
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias[used] += grad_logits.sum(0)
             grad_logits = grad_logits.to(hidden.dtype).to(through_float32)
             if grad_hidden is not None:
                 grad_hidden[tile] = (grad_logits @ head).to(hidden.dtype)
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, tile_hidden)
+                _add_product(grad_weight[used], grad_logits, tile_hidden)
         ctx.save_for_backward(grad_hidden)
         ctx.shared, ctx.head_dtype = shared, weight.dtype
         return total

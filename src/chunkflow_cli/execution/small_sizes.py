@@ -12,7 +12,7 @@ from typing import Any
 
 from chunkflow_cli.execution.layer_kinds import give_overrides, take_overrides
 
-VOCABULARY = 512
+VOCABULARY, UNPADDED_VOCABULARY = 512, 500
 HIDDEN = 256
 FEED_FORWARD_WIDTH = 256
 REACH = 37
@@ -81,7 +81,7 @@ def _shrink_vocabulary(config: Any, before: Before) -> None:
     values = vars(config)
     for name, value in list(values.items()):
         if "vocab_size" in name and type(value) is int:
-            values[name] = min(value, VOCABULARY)
+            values[name] = min(value, UNPADDED_VOCABULARY if name == "unpadded_vocab_size" else VOCABULARY)
         elif name.endswith(("token_id", "token_ids", "token_index")) and value is not None:
             values[name] = [0] * len(value) if isinstance(value, (list, tuple)) else 0
     for name, value in list(values.items()):

@@ -105,6 +105,11 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
                 f"model.vocab_size={config.vocab_size}: the model has {text.vocab_size} tokens already\n"
                 "  leave it out, or set the number of tokens that your tokenizer has"
             )
+        if (known := known_ids(hf_config)) < text.vocab_size:
+            raise UsageError(
+                f"model.vocab_size={config.vocab_size}: the model predicts its first {known} tokens only "
+                "(unpadded_vocab_size in config.json)\n  leave it out, and use the model's own tokenizer"
+            )
         text.vocab_size = config.vocab_size
     if not extra:  # a GGUF file is converted to floating point
         _settle_quantisation(config, hf_config)
@@ -166,6 +171,12 @@ def refuse_unsupported_attention(hf_config: Any) -> None:
             "the model attends to later tokens (use_bidirectional_attention in config.json), and chunkflow trains "
             "causal language models only"
         )
+
+
+def known_ids(hf_config: Any) -> int:
+    """Return the number of ids that the model knows as tokens. Embedding and head may have more rows (inkling)."""
+    text = hf_config.get_text_config()
+    return int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size)
 
 
 def position_limit(hf_config: Any) -> int | None:

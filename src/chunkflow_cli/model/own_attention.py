@@ -22,8 +22,11 @@ OWN_ATTENTION = {
         "an indexer picks the keys that a query sees (DSA)",
     ),
     "hrm_text": "its layers run several times in a forward, each time with other keys",
+    "inkling_text": "it adds a learned function of the distance between two tokens to their score",
 }
 """Type of the decoder -> why the attention interface does not do for it."""
+POSITIONS_FROM_CACHE = {"inkling_text"}
+"""Types of decoders that ask their cache for positions, and compute with them."""
 
 
 def computes_own_attention(hf_config: Any) -> bool:
@@ -64,6 +67,13 @@ class KeyCache:
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of keys, and the place of the first one."""
         return self._past + query_length, 0
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        """Return no inputs before those of the forward: a convolution gets them elsewhere (`execution.recurrent`)."""
+
+    def update_conv_state(self, inputs: Any, *_: Any, **__: Any) -> Any:
+        """Return the inputs of a convolution, (1, channels, tokens)."""
+        return inputs
 
     def update(self, keys: Any, values: Any, layer_idx: int, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Take the keys and values of a layer; return all keys and values, each (1, heads, keys, channels)."""

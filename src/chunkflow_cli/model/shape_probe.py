@@ -23,7 +23,7 @@ from chunkflow_cli.model.activation_checkpointing import COSTLY
 from chunkflow_cli.model.attention_heads import block_of, by_size
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.own_attention import KeyCache, computes_own_attention
-from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
+from chunkflow_cli.model.scan_shapes import KernelOnMeta, RecurrentTally, recurrent_functions_on_meta
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
@@ -112,7 +112,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     from transformers import AttentionInterface
 
     if computes_own_attention(model.config):
-        return _probe_own_attention(model)
+        return _probe_own_attention(model, kernels)
     seen = _Attention()
     # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
     AttentionInterface.register(PROBE_ATTENTION, seen)
@@ -146,16 +146,20 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     del hidden
     return Probed(
         attention=by_size(seen.layers),
-        recurrent=RecurrentLayers(
-            recurrent.edge_bytes,
-            recurrent.flops_per_token,
-            recurrent.input_elements_per_token,
-            recurrent.activation_bytes / PROBE_TOKENS,
-            recurrent.block,
-        ),
+        recurrent=_layers_of(recurrent, PROBE_TOKENS),
         activation_bytes_per_token=total / PROBE_TOKENS,
         largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,
+    )
+
+
+def _layers_of(tally: RecurrentTally, tokens: int) -> RecurrentLayers:
+    return RecurrentLayers(
+        tally.edge_bytes,
+        tally.flops_per_token,
+        tally.input_elements_per_token,
+        tally.activation_bytes / tokens,
+        tally.block,
     )
 
 
@@ -165,7 +169,7 @@ def _forget_padding(model: Any) -> None:
     object.__setattr__(model.config.get_text_config(), "pad_token_id", None)
 
 
-def _probe_own_attention(model: Any) -> Probed:
+def _probe_own_attention(model: Any, kernels: frozenset[str]) -> Probed:
     """Run forwards of three lengths, which tell apart what grows with the tokens, with their square, and not at all.
 
     A chunk of a long sequence keeps copies of its keys, another one what they are views of: what is more is counted. A
@@ -175,15 +179,15 @@ def _probe_own_attention(model: Any) -> Probed:
     model.train()
     with _fused_sdpa(), _grouped_products_of_any_dtype():
         alone, in_long = (
-            [_kept_of_length(model, times * FEW_TOKENS, past) for times in (1, 2, 3)] for past in (None, 0)
+            [_kept_of_length(model, kernels, times * FEW_TOKENS, past) for times in (1, 2, 3)] for past in (None, 0)
         )
-        with_past = _kept_of_length(model, FEW_TOKENS, past=FEW_TOKENS)
+        with_past = _kept_of_length(model, kernels, FEW_TOKENS, past=FEW_TOKENS)
     found = max(alone, in_long, key=lambda lengths: lengths[-1].kept)
     per_token, per_pair = _growth([each.kept for each in found])
     per_past = max(0.0, (with_past.kept - in_long[0].kept) / FEW_TOKENS - per_pair * FEW_TOKENS)
     return Probed(
         attention=by_size(found[0].attention),
-        recurrent=RecurrentLayers(),
+        recurrent=_layers_of(found[0].recurrent, FEW_TOKENS),
         activation_bytes_per_token=per_token,
         largest_layer_bytes_per_token=_growth([each.of_layer for each in found])[0],
         product_bytes_per_token=0.0,  # these models cannot keep products alone
@@ -240,15 +244,20 @@ class _Kept(NamedTuple):
     of_layer: int
     """Bytes of the layer that keeps the most."""
     attention: list[AttentionLayers]
+    recurrent: RecurrentTally
 
 
-def _kept_of_length(model: Any, tokens: int, past: int | None) -> _Kept:
+def _kept_of_length(model: Any, kernels: frozenset[str], tokens: int, past: int | None) -> _Kept:
     cache = _Cache(model.config.get_text_config(), past)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     positions = torch.arange(tokens, device="meta")[None] + (past or 0)
-    with kept_for_backward(model) as kept, _kept_by_layers(model, kept) as of_layers:
+    with (
+        kept_for_backward(model) as kept,
+        _kept_by_layers(model, kept) as of_layers,
+        recurrent_functions_on_meta(model, kernels, kept) as recurrent,
+    ):
         hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=cache)
-    found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers)
+    found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers, recurrent)
     del hidden
     return found
 
@@ -264,7 +273,10 @@ class _Cache(KeyCache):
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         is_mixed = getattr(self._config, "is_heterogeneous", False)  # dots3_note
-        heads = int((self._config.per_layer_config[layer_idx] if is_mixed else self._config).num_attention_heads)
+        config = self._config.per_layer_config[layer_idx] if is_mixed else self._config
+        kinds = getattr(config, "layer_types", None) or ()
+        is_sliding = layer_idx < len(kinds) and kinds[layer_idx] == "hybrid_sliding"  # inkling
+        heads = int(config.swa_num_attention_heads if is_sliding else config.num_attention_heads)
         self.layers.append(AttentionLayers(1, heads, keys.shape[1], keys.shape[3], values.shape[3]))
         if not self._copies:
             return keys, values

@@ -16,7 +16,7 @@ from chunkflow_cli.data.data_sets import configs_of_evaluation, configs_of_sourc
 from chunkflow_cli.data.dataset import tokenize
 from chunkflow_cli.data.tokenized import TokenizedData, hold_out, joined, limited, without_duplicates
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.hf_config import position_limit
+from chunkflow_cli.model.hf_config import known_ids, position_limit
 from chunkflow_cli.model.rope_scaling import scaling_for
 from chunkflow_cli.processes.notices import warn_once
 
@@ -91,7 +91,7 @@ def load_run_data(config: Config, hf_config: Any | None, keys: Sequence[str] = (
             for_evaluation=for_evaluation,
             model_path=config.model.path,
             model_limit=None if hf_config is None else position_limit(hf_config),
-            vocab_size=None if hf_config is None else int(hf_config.get_text_config().vocab_size),
+            vocab_size=None if hf_config is None else known_ids(hf_config),
             trust_remote_code=config.model.trust_remote_code,
         )
 

@@ -43,7 +43,7 @@ from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.preferences import Known, PreferenceStep, Sequences
 from chunkflow_cli.execution.step import StepBatch
 from chunkflow_cli.model.device import present_device, training_device
-from chunkflow_cli.model.hf_config import load_config
+from chunkflow_cli.model.hf_config import known_ids, load_config
 from chunkflow_cli.model.shape import shape_without_weights
 from chunkflow_cli.planning.calibration import Calibration, MemorySample, OperationSample, fit_costs, fit_memory
 from chunkflow_cli.planning.chunks import build_chunks
@@ -165,7 +165,7 @@ def _activation_bytes(parts: Assembly, size: int) -> float:
     if parts.engine.is_divided:
         return math.inf
     assert isinstance(module, ChunkModel)
-    sequence = _random_sequence(np.random.default_rng(0), size, size, 1.0, parts.shape.vocab_size)
+    sequence = _random_sequence(np.random.default_rng(0), size, size, 1.0, known_ids(parts.model.config))
     return activation_bytes_per_token(module, sequence)
 
 
@@ -174,7 +174,9 @@ def _run(parts: Assembly, size: int, target_share: float) -> list[OperationSampl
     lengths = [CHUNKS_OF_SEQUENCE * size, size]
     chunks = build_chunks(lengths, size, fill_tails=False)
     generator = np.random.default_rng(size)
-    sequences = [_random_sequence(generator, length, size, target_share, parts.shape.vocab_size) for length in lengths]
+    sequences = [
+        _random_sequence(generator, length, size, target_share, known_ids(parts.model.config)) for length in lengths
+    ]
     counts = [
         int(np.count_nonzero(sequences[sequence].targets[start:stop] != IGNORED))
         for sequence, start, stop in zip(chunks.sequence, chunks.start, chunks.stop, strict=True)

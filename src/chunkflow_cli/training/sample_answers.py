@@ -15,7 +15,7 @@ from chunkflow_cli.data.template_choice import load_with_template
 from chunkflow_cli.engine import all_or_none
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.chunk_model import base_model
-from chunkflow_cli.model.hf_config import position_limit
+from chunkflow_cli.model.hf_config import known_ids, position_limit
 from chunkflow_cli.training.display import TrainingDisplay
 from chunkflow_cli.training.metrics import keep_rows_before
 from chunkflow_cli.training.prepared import Prepared
@@ -111,7 +111,7 @@ def _room_for_answer(run: Prepared, ids: torch.Tensor) -> int:
     Raises:
         UsageError: the model does not know an id, or the prompt leaves no room.
     """
-    largest, known = int(ids.max()), int(run.hf_config.get_text_config().vocab_size)
+    largest, known = int(ids.max()), known_ids(run.hf_config)
     if largest >= known:
         raise UsageError(
             f"eval.prompts: the tokenizer of model.path={run.config.model.path} gives id {largest}, but the model "

@@ -26,7 +26,7 @@ from chunkflow_cli.execution.attention.function import ChunkAttentionContext, ad
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.forward_scope import forward_value
-from chunkflow_cli.model.own_attention import KeyCache
+from chunkflow_cli.model.own_attention import POSITIONS_FROM_CACHE, KeyCache
 from chunkflow_cli.model.scan_shapes import modeling_files
 
 _EXCHANGED = "_runs_in_chunks"
@@ -63,6 +63,22 @@ class ChunkCache(KeyCache):
         own = {"keys": keys[0].unsqueeze(1)}
         found = _with_past(own, self._chunk.piece, -1 - layer_idx, self._chunk.dependent_tokens)  # a layer of its own
         return found["keys"].transpose(0, 1)
+
+
+class PositionCache(ChunkCache):
+    """A cache that numbers queries and keys by their positions in their own sequences, as offsets of each token."""
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Return what to add to the place of each query in the chunk, (queries,)."""
+        return _offsets(self._chunk.positions)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, Any]:
+        """Return the number of keys, and what to add to the place of each, (keys,)."""
+        return self._past + query_length, _offsets(_positions_of_keys(self._chunk))
+
+
+def _offsets(positions: Tensor) -> Tensor:
+    return positions - torch.arange(len(positions), device=positions.device)
 
 
 def _with_past(own: Mapping[str, Tensor], piece: StatePiece, layer: int, tokens: int) -> dict[str, Tensor]:
@@ -124,7 +140,8 @@ def prepare_own_attention(model: nn.Module) -> None:
 
 def cache_inputs(decoder: nn.Module, chunk: ChunkAttentionContext) -> dict[str, Any]:
     """Return what the decoder of a prepared model takes in a chunk besides its usual input."""
-    inputs: dict[str, Any] = {"past_key_values": ChunkCache(chunk)}
+    kind = PositionCache if decoder.config.model_type in POSITIONS_FROM_CACHE else ChunkCache
+    inputs: dict[str, Any] = {"past_key_values": kind(chunk)}
     if hasattr(inspect.getmodule(type(decoder)), ALIBI):  # it counts the tokens of a mask
         keys = chunk.past + chunk.packing.boundaries[-1]
         inputs["attention_mask"] = torch.ones(1, keys, dtype=torch.long, device=chunk.packing.device)
