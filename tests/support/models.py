@@ -200,6 +200,13 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "bamba": ("bamba", {**_MAMBA2, "attn_layer_indices": [1]}),
+    "zaya": (
+        "zaya",
+        {
+            "num_hidden_layers": 3, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"], "sliding_window": 9,
+            "num_experts": 4, "moe_intermediate_size": 16, "cca_time0": 3, "cca_time1": 2, "num_local_experts": 4,
+        },
+    ),
     "zamba2": (
         "zamba2",
         {

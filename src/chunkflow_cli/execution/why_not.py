@@ -31,7 +31,6 @@ REASONS = {
     "rwkv": _STATE_IN_MODULE,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
     "xlstm": "its recurrent layers run in code of their own, whose state cannot be handed on",
-    "zaya": "its attention mixes neighboring tokens in code of its own, whose state cannot be handed on",
 }
 """Model type -> reason. They explain a refusal and never cause one: the guard finds out by training."""
 

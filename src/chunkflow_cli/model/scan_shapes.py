@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli.model.mixers import Mixer, arguments_of, mixer_of
 from chunkflow_cli.model.recurrent_functions import (
     CONVOLUTION,
     CONVOLUTION_PACKAGE,
@@ -134,13 +135,20 @@ def recurrent_functions_on_meta(
         for name in (CONVOLUTION, *SCANS, *FUSED)
         if hasattr(file, name)
     ]
+    mixers = [(cls, cls.forward) for cls in {type(module) for module in model.modules()} if mixer_of(cls) is not None]
     for file, name, original in originals:
         setattr(file, name, _on_meta(name, inspect.unwrap(original), kernels, tally))
+    for cls, forward in mixers:
+        mixer = mixer_of(cls)
+        assert mixer is not None
+        cls.forward = functools.partialmethod(_mix, inspect.unwrap(forward), mixer, tally)
     try:
         yield tally
     finally:
         for file, name, original in originals:
             setattr(file, name, original)
+        for cls, forward in mixers:
+            cls.forward = forward
 
 
 def _on_meta(
@@ -189,3 +197,16 @@ def _scan(
     tokens = output.shape[scan.token_axis]
     tally.input_elements_per_token += sum(value.numel() for value in inputs if value.ndim >= 3) // tokens
     return (output, last if wants_last else None) if scan.always_pair or wants_last else output
+
+
+def _mix(
+    module: nn.Module, in_torch: Callable[..., Any], mixer: Mixer, tally: RecurrentTally, *args: Any, **options: Any
+) -> Any:
+    """Run a module that lets tokens meet in code of its own."""
+    arguments = arguments_of(in_torch, module, args, options)
+    output, last = mixer.run(module, in_torch, arguments, None)
+    tally.edge_bytes += sum(part.nbytes for part in last.values())
+    tally.flops_per_token += FLOPS_PER_STATE_ELEMENT * sum(part.numel() for part in last.values())
+    given = [value for value in arguments.values() if isinstance(value, Tensor) and value.ndim >= 3]
+    tally.input_elements_per_token += sum(value.numel() // value.shape[1] for value in given)
+    return output

@@ -12,8 +12,10 @@ from torch import nn
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.recurrent.convolution import convolve_in_chunks
 from chunkflow_cli.execution.recurrent.mamba1 import pass_state_as_tokens
+from chunkflow_cli.execution.recurrent.mixers import mix_in_chunks
 from chunkflow_cli.execution.recurrent.running import running_chunk
 from chunkflow_cli.execution.recurrent.scans import scan_in_chunks
+from chunkflow_cli.model.mixers import Mixer, mixer_of
 from chunkflow_cli.model.recurrent_functions import CONVOLUTION, FUSED, SCANS, SELECTIVE_SCAN
 from chunkflow_cli.model.scan_shapes import modeling_files
 
@@ -37,7 +39,10 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
         cls = type(module)
         if hasattr(module, "layer_idx") and "layer_idx" in inspect.signature(module.forward).parameters:
             _hook_once(module, _SHARED, _note_layer)
-        if names_in_code[cls] & {CONVOLUTION, *SCANS}:
+        mixer = mixer_of(cls)
+        if mixer is not None or names_in_code[cls] & {CONVOLUTION, *SCANS}:
+            if mixer is not None:
+                _exchange_forward(cls, mixer)
             for file in modeling_files(cls):
                 _exchange_functions(file)
             _hook_once(module, _FOUND, functools.partial(_begin_layer, name))
@@ -97,6 +102,13 @@ def _exchange_functions(home: Any) -> None:
             exchanged = scan_in_chunks(with_state, SCANS[name])
         setattr(exchanged, _EXCHANGED, True)
         setattr(home, name, exchanged)
+
+
+def _exchange_forward(cls: Any, mixer: Mixer) -> None:
+    """Exchange the forward of a class, for all its modules, once."""
+    if not hasattr(cls.forward, _EXCHANGED):
+        cls.forward = mix_in_chunks(cls.forward, mixer)
+        setattr(cls.forward, _EXCHANGED, True)
 
 
 def _none_in_chunks(fused: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,88 @@
+"""Modules that let tokens meet in code of their own: how each takes a state and returns the one behind its last token.
+
+Most recurrent layers call functions that all modeling files share (`recurrent_functions`). The modules here do not.
+`execution.recurrent.mixers` runs them in chunks, once for each segment; `scan_shapes` counts what they hand on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Arguments: TypeAlias = Mapping[str, Any]
+"""The arguments of a module's forward by name, all for one sequence, (1, tokens, ...)."""
+State: TypeAlias = dict[str, Tensor]
+"""What a module hands on to the tokens behind, by part."""
+Forward = Callable[..., Any]
+"""The forward of a class, as transformers defines it. Its first argument is the module."""
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """How to run a module that lets tokens meet."""
+
+    parts: tuple[str, ...]
+    """The names of what it hands on."""
+    run: Callable[[nn.Module, Forward, Arguments, State | None], tuple[Any, State]]
+    """Runs the module from a state, or from none at the beginning of a sequence; returns its output and its state."""
+
+
+class _StateCache:
+    """What such a module takes for transformers' cache: the state to begin with, then the state that it leaves."""
+
+    def __init__(self, start: State | None) -> None:
+        self._start = start or {}
+        self.last: State = {}
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._start.get(f"conv{state_idx}")
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._start.get(f"state{state_idx}")
+
+    def update_conv_state(self, inputs: Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        self.last[f"conv{state_idx}"] = inputs
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> None:
+        self.last[f"state{state_idx}"] = state
+
+
+def _with_cache(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    """Run a module that takes its state from a cache for however many tokens, and leaves it there."""
+    cache = _StateCache(start)
+    output = forward(module, **{**arguments, "past_key_values": cache})
+    return output, cache.last
+
+
+MIXERS = {
+    "ZayaCCAProjection": Mixer(("conv0", "state0"), _with_cache),  # inputs of convolutions; the last token's values
+}
+"""Name of a class -> how to run it."""
+
+
+def mixer_of(cls: type) -> Mixer | None:
+    """Return how to run the modules of a class of transformers; None if it is no such class."""
+    is_of_transformers = cls.__module__.startswith("transformers.")
+    return MIXERS.get(cls.__name__) if is_of_transformers else None
+
+
+def arguments_of(forward: Forward, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a module's forward by name, without the module."""
+    signature = inspect.signature(forward)
+    arguments = signature.bind(module, *args, **options).arguments
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
+    del arguments[next(iter(signature.parameters))]
+    return arguments
+
+
+def has_gradient(module: nn.Module, arguments: Arguments) -> bool:
+    """Return whether what a module returns can have a gradient."""
+    given = [value for value in arguments.values() if isinstance(value, Tensor)]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *module.parameters()))
