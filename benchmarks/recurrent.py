@@ -49,6 +49,7 @@ from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.forward_scope import ForwardScope
+from chunkflow_cli.model.hf_config import known_ids
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
 from common import emit, hardware, median, say
@@ -162,7 +163,7 @@ def error(name: str, case: Case) -> float:
     lengths, chunk_size, k, fill_tails, checkpointing = case
     model = recurrent_model(name, torch.float64)
     enable_activation_checkpointing(model, ActivationCheckpointing(checkpointing))
-    sequences = random_sequences(lengths, model.config.vocab_size)
+    sequences = random_sequences(lengths, known_ids(model.config))
     compared = compare(
         model, sequences, InChunks(ReferenceBackend(), chunk_size=chunk_size, k=k, fill_tails=fill_tails)
     )
@@ -187,7 +188,7 @@ def whole_gradients(name: str, lengths: tuple[int, ...], seed: int) -> tuple[tor
 
 
 def whole_gradient(model: Any, lengths: tuple[int, ...], seed: int) -> torch.Tensor:
-    for sequence in random_sequences(lengths, model.config.vocab_size, seed):
+    for sequence in random_sequences(lengths, known_ids(model.config), seed):
         targets = torch.as_tensor(sequence.targets, dtype=torch.int64)
         logits = model(input_ids=torch.as_tensor(sequence.input_ids, dtype=torch.int64)[None]).logits[0]
         torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").backward()
@@ -199,7 +200,7 @@ def chunked_gradient(name: str, case: Case, seed: int) -> torch.Tensor:
     model = recurrent_model(name)
     enable_activation_checkpointing(model, ActivationCheckpointing(checkpointing))
     chunks = build_chunks(list(lengths), chunk_size, fill_tails=fill_tails)
-    batch = StepBatch(chunks, random_sequences(lengths, model.config.vocab_size, seed), np.ones(len(lengths)))
+    batch = StepBatch(chunks, random_sequences(lengths, known_ids(model.config), seed), np.ones(len(lengths)))
     device = torch.device("cpu")
     backend = choose_backend(Attention.auto, model.config, device, torch.float32).backend
     with use_implementation(model, attention.NAME):

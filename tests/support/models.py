@@ -163,6 +163,14 @@ _NO_ATTENTION = {
 }  # fmt: skip
 _SELECTIVE = {**_NO_ATTENTION, "head_dim": None, "time_step_rank": 4}
 
+_RELATIVE = {
+    "num_hidden_layers": 3, "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"], "sliding_window_size": 9,
+    "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 12, "d_rel": 4, "rel_extent": 7,
+    "log_scaling_n_floor": 5, "log_scaling_alpha": 0.5, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "logits_mup_width_multiplier": 0.5, "vocab_size": 71, "unpadded_vocab_size": 67,
+}  # fmt: skip
+"""Inkling: distances, queries scaled by their positions, convolutions everywhere, and a head with unused rows."""
+
 RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("qwen3_5_text", _DELTA),
     "qwen3_5_moe": ("qwen3_5_moe_text", {**_DELTA, **_EXPERTS}),
@@ -255,6 +263,8 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         {**_MAMBA2, "mamba_d_ssm": 64, "num_hidden_layers": 2, "mamba_n_groups": 1, "mamba_rms_norm": True},
     ),
     "lfm2, width 3, biases": ("lfm2", {**_SHORT_CONVOLUTIONS, "conv_L_cache": 3, "conv_bias": True}),
+    "inkling": ("inkling_text", {**_RELATIVE, "n_shared_experts": 2, "mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "inkling2": ("inkling2_text", {**_RELATIVE, "n_layers_per_attn_res_block": 2, "final_logit_softcapping": 2.0}),
 }  # fmt: skip
 """Architectures with recurrent layers; build them with `recurrent_model`."""
 

@@ -196,4 +196,6 @@ def logit_transform(model: Any) -> LogitTransform:
     softcap = setting("final_logit_softcapping")  # gemma2, gemma3
     if softcap is None:
         softcap = setting("logits_soft_cap")  # recurrent_gemma
+    if softcap is None and "logit_softcap" in names:  # a module of inkling2
+        softcap = float(config.final_logit_softcapping)
     return LogitTransform(scale, softcap, known_ids(config) if "unpadded_vocab_size" in names else None)

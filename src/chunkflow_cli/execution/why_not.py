@@ -19,8 +19,6 @@ REASONS = {
     "diffusion_gemma": "it restores blocks of tokens that see each other (diffusion), and predicts no next token",
     "doge": "of the keys that a query sees, it keeps those with the largest gates. Equal tokens have equal ones in the "
     "first layer, and which of them it keeps depends on how many keys are compared at once",
-    "inkling_text": "it adds a learned function of the distance of two tokens to their score, scales queries by "
-    "positions that it counts itself, and its head has rows that no logit uses",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
     "minimax": "its linear attention steps through tokens in code of its own, whose state cannot be handed on",
     "openai-gpt": "its attention takes no keys but those of the tokens in a forward (it has no cache); it knows 512 "

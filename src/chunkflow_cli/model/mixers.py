@@ -59,7 +59,31 @@ def _with_cache(module: nn.Module, forward: Forward, arguments: Arguments, start
     return output, cache.last
 
 
+class _InputsCache:
+    """What a module takes for transformers' cache that wants its last inputs, (1, channels, tokens), before its own."""
+
+    def __init__(self, start: State | None) -> None:
+        self._start = start
+        self.last: State = {}
+
+    def update_conv_state(self, inputs: Tensor, layer_idx: int, state_idx: int, conv_kernel_size: int) -> Tensor:
+        before = (
+            inputs.new_zeros(*inputs.shape[:2], conv_kernel_size - 1) if self._start is None else self._start["conv"]
+        )
+        inputs = torch.cat([before, inputs], dim=-1)
+        self.last["conv"] = inputs[..., inputs.shape[-1] - conv_kernel_size + 1 :]
+        return inputs
+
+
+def _behind_inputs(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    """Run a convolution that takes the inputs before its own from a cache."""
+    cache = _InputsCache(start)
+    output = forward(module, **{**arguments, "past_key_values": cache})
+    return output, cache.last
+
+
 MIXERS = {
+    "Inkling2DynamicShortConvolution": Mixer(("conv",), _behind_inputs),
     "ZayaCCAProjection": Mixer(("conv0", "state0"), _with_cache),  # inputs of convolutions; the last token's values
 }
 """Name of a class -> how to run it."""

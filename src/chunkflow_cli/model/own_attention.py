@@ -22,7 +22,10 @@ OWN_ATTENTION = {
         "an indexer picks the keys that a query sees (DSA)",
     ),
     "hrm_text": "its layers run several times in a forward, each time with other keys",
-    "inkling_text": "it adds a learned function of the distance between two tokens to their score",
+    **dict.fromkeys(
+        ("inkling2_text", "inkling_text"),
+        "it adds a learned function of the distance between two tokens to their score",
+    ),
 }
 """Type of the decoder -> why the attention interface does not do for it."""
 POSITIONS_FROM_CACHE = {"inkling_text"}
