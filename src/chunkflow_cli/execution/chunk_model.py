@@ -24,6 +24,7 @@ from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attentio
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapter_summary import trained_copy
+from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.hf_config import known_ids
 from chunkflow_cli.model.language_part import decoder_of, names_in_forward
@@ -60,6 +61,7 @@ class ChunkModel(nn.Module):
         self.causal_lm = causal_lm
         self.backend = backend
         base = base_model(causal_lm)
+        widen_float32_weights(base)
         self.computes_own_attention = computes_own_attention(base.config)
         if self.computes_own_attention:
             prepare_own_attention(base)

@@ -18,6 +18,7 @@ from chunkflow_cli.config.schema import Init, ModelConfig, Quantization
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.adapter_summary import AdapterSummary, summarize
 from chunkflow_cli.model.adapters import add_lora, peft_targets
+from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.folder import check_checksums, check_weights, listed
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable
 from chunkflow_cli.model.identity import local_folder
@@ -60,6 +61,7 @@ def load_model(
         if config.vocab_size is not None:
             torch.manual_seed(seed)
             model.resize_token_embeddings(config.vocab_size)
+    widen_float32_weights(model)
     model.train()
     return model
 

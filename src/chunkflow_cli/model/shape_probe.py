@@ -21,6 +21,7 @@ from chunkflow_cli.config.schema import Dtype
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
 from chunkflow_cli.model.attention_heads import block_of, by_size
+from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.own_attention import KeyCache, computes_own_attention
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, RecurrentTally, recurrent_functions_on_meta
@@ -111,6 +112,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     """
     from transformers import AttentionInterface
 
+    widen_float32_weights(model)
     if computes_own_attention(model.config):
         return _probe_own_attention(model, kernels)
     seen = _Attention()
