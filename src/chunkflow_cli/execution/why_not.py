@@ -20,12 +20,10 @@ REASONS = {
     "doge": "of the keys that a query sees, it keeps those with the largest gates. Equal tokens have equal ones in the "
     "first layer, and which of them it keeps depends on how many keys are compared at once",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
-    "minimax": "its linear attention steps through tokens in code of its own, whose state cannot be handed on",
     "openai-gpt": "its attention takes no keys but those of the tokens in a forward (it has no cache); it knows 512 "
     "positions, so each of its samples fits into one forward",
     "qwen4_exp_text": "its indexer averages keys in blocks, and rotates them by positions that only its own cache "
     "knows",
-    "recurrent_gemma": _STATE_IN_MODULE,
     "rwkv": _STATE_IN_MODULE,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
     "xlstm": "its recurrent layers run in code of their own, whose state cannot be handed on",
