@@ -15,12 +15,13 @@ from chunkflow_cli.execution.cpu_quirks import LinearThroughFloat32
 from chunkflow_cli.execution.loss import LogitTransform, SharedHeadGradient, tile_rows, weighted_cross_entropy
 from chunkflow_cli.planning.memory_parts import HEAD_TILE_BYTES
 
-ROWS, HIDDEN, VOCABULARY = 37, 16, 51
+ROWS, HIDDEN, VOCABULARY, TOKENS = 37, 16, 51, 43
 TRANSFORMS = {
     "plain": LogitTransform(),
     "scale": LogitTransform(scale=1 / 8),
     "softcap": LogitTransform(softcap=2.0),
     "scale and softcap": LogitTransform(scale=3.0, softcap=1.5),
+    "unused rows": LogitTransform(softcap=2.0, tokens=TOKENS),
 }
 
 
@@ -66,7 +67,7 @@ def inputs(dtype: torch.dtype, *, bias: bool = True, rows: int = ROWS) -> tuple[
         for parameter in head.parameters():
             parameter.normal_(std=0.7, generator=generator)
     hidden = torch.randn(rows, HIDDEN, generator=generator)
-    targets = torch.randint(0, VOCABULARY, (rows,), generator=generator)
+    targets = torch.randint(0, TOKENS, (rows,), generator=generator)
     weights = torch.rand(rows, generator=generator)
     if rows:
         weights[0] = 0
@@ -76,7 +77,7 @@ def inputs(dtype: torch.dtype, *, bias: bool = True, rows: int = ROWS) -> tuple[
 
 def plain_loss(hidden: Tensor, head: nn.Module, targets: Tensor, weights: Tensor, transform: LogitTransform) -> Tensor:
     """All logits at once, torch's cross entropy, autograd."""
-    logits = head(hidden) * transform.scale
+    logits = head(hidden)[:, : transform.tokens] * transform.scale
     if transform.softcap is not None:
         logits = torch.tanh(logits / transform.softcap) * transform.softcap
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -39,7 +39,7 @@ from chunkflow_cli.planning.memory_parts import (
 from chunkflow_cli.planning.schedule import plan
 from chunkflow_cli.planning.stage_cut import cut_layers
 from chunkflow_cli.planning.state_memory import gradients_of_windows, host_bytes
-from support.models import OWN_ATTENTION
+from support.models import OWN_ATTENTION, RECURRENT
 
 CPU = torch.device("cpu")
 
@@ -91,10 +91,14 @@ def test_a_configuration_that_validates_its_values_is_probed(tiny_model: Callabl
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["gpt_neo, window, short table", "bloom", "falcon, alibi", "deepseek_v32, indexer"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt_neo, window, short table", "bloom", "falcon, alibi", "deepseek_v32, indexer", "inkling", "inkling2"],
+)
 def test_scores_grow_as_counted(name: str, dtype: torch.dtype, tiny_model: Callable[..., Any]) -> None:
-    """A table of all positions, as gpt_neo keeps, does not grow with the tokens."""
-    kind, settings = OWN_ATTENTION[name]
+    """A table of all positions, as gpt_neo keeps, does not grow with the tokens. inkling2's router needs float32."""
+    kind, settings = {**RECURRENT, **OWN_ATTENTION}[name]
+    settings = {**settings, "vocab_size": 96}
     model = tiny_model(kind, dtype=dtype, **settings)
     shape, measured = model_shape(model), []
     short, long = 40, 100

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from chunkflow_cli.config.schema import ActivationCheckpointing, LoraConfig
 from chunkflow_cli.data.sample import IGNORED
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.execution import chunk_model
 from chunkflow_cli.execution.attention import function as attention
+from chunkflow_cli.execution.attention import own
 from chunkflow_cli.execution.attention.backend import Packing
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
@@ -186,6 +188,29 @@ def test_the_state_of_the_scan_alone_shows(monkeypatch: pytest.MonkeyPatch, name
     monkeypatch.setattr(
         SequenceState, "take_edge_gradient", lambda self, key: take(self, key) if key.part.startswith("conv") else None
     )
+    assert compared(recurrent_model(name), Case(LENGTHS, 13, 2)).grad_rel_error > 0.01
+
+
+def of_other_convolutions(self: SequenceState, key: EdgeKey) -> Tensor | None:
+    return None if key.part == "conv" else taken(self, key)
+
+
+taken = SequenceState.take_edge_gradient
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "attribute", "broken"),
+    [
+        ("inkling", own, "POSITIONS_FROM_CACHE", frozenset()),
+        ("inkling2", chunk_model, "known_ids", lambda config: config.vocab_size),
+        ("inkling2", SequenceState, "take_edge_gradient", of_other_convolutions),
+    ],
+    ids=["positions", "unused rows of the head", "weights of each token"],
+)
+def test_what_is_special_in_inkling_shows(
+    monkeypatch: pytest.MonkeyPatch, name: str, owner: Any, attribute: str, broken: Any
+) -> None:
+    monkeypatch.setattr(owner, attribute, broken)
     assert compared(recurrent_model(name), Case(LENGTHS, 13, 2)).grad_rel_error > 0.01
 
 

@@ -134,6 +134,9 @@ def test_new_rows_are_drawn_only_if_asked_for(published: Callable[..., Path]) ->
         assert on_meta_device(config, load_config(config)).lm_head.weight.shape == (101, 64), "what plan counts"
     with pytest.raises(UsageError, match=r"model\.vocab_size=95: the model has 96 tokens already"):
         load(folder, vocab_size=95)
+    unused = ModelConfig(path=str(published("qwen2", unpadded_vocab_size=90)), vocab_size=101)
+    with pytest.raises(UsageError, match=r"model\.vocab_size=101: the model predicts its first 90 tokens only"):
+        load_config(unused)
 
 
 def test_new_weights_are_drawn_only_if_named(published: Callable[..., Path], tmp_path: Path) -> None:

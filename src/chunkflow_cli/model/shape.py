@@ -194,4 +194,6 @@ def _active_matmul_parameters(model: Any, config: Any) -> int:
             total += parameter.numel()
         elif parameter.ndim == 3 and experts and active and parameter.shape[0] == experts:
             total += parameter.numel() * int(active) // int(experts)
+        elif parameter.ndim == 3 and ".shared_experts." in name:  # inkling stacks them
+            total += parameter.numel()
     return int(total)
