@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, Attention, LoraConfig
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
@@ -45,6 +46,9 @@ from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import refuse_length_dependent_rope
+from chunkflow_cli.model.loading import random_model
+from chunkflow_cli.model.shape import model_shape
+from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import Schedule, plan
 from support.models import BEYOND, LLAMA3_ROPE, MIDDLE_WINDOW, MODELS, OWN_ATTENTION, SHAPES, YARN_ROPE
@@ -236,6 +240,18 @@ def test_own_attention_fails_without_its_mechanism(
     case = Case("falcon, alibi", 32, 2, ActivationCheckpointing.none, True, False)
     parity = compared(build(tiny_model, case, torch.float64), ReferenceBackend(), case)
     assert parity.grad_rel_error > 1e-6
+
+
+def test_openai_gpt() -> None:
+    """It has no attention to exchange: its own is called by name, and stays the truth to compare with."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
+    config = AutoConfig.for_model(
+        "openai-gpt", vocab_size=VOCABULARY, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, **sizes
+    )
+    model = random_model(config, dtype=torch.float64).train()
+    case = Case("openai-gpt", 17, 1, ActivationCheckpointing.none, True, False)
+    assert compared(model, CpuBackend(), case).grad_rel_error <= FLOAT64_TOLERANCE
+    assert model_shape(model).attention == (AttentionLayers(2, 4, 4, 16, 16),)
 
 
 def test_alibi_is_rounded_as_in_its_own_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ class FinishedRun:
         hf_config = load_config(config)
         self._check_base(config)
         dtype: torch.dtype = getattr(torch, config.dtype.value)
-        return load_model(config, hf_config, dtype=dtype, attention="sdpa", seed=int(self.config["train"]["seed"]))
+        return load_model(config, hf_config, dtype=dtype, attention=None, seed=int(self.config["train"]["seed"]))
 
     def _base_path(self, typed: str) -> str:
         """Return the path of the base model: the one in the adapter, or the run's `model.path`, as the run resolved it.

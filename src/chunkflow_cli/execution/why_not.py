@@ -20,8 +20,6 @@ REASONS = {
     "doge": "of the keys that a query sees, it keeps those with the largest gates. Equal tokens have equal ones in the "
     "first layer, and which of them it keeps depends on how many keys are compared at once",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
-    "openai-gpt": "its attention takes no keys but those of the tokens in a forward (it has no cache); it knows 512 "
-    "positions, so each of its samples fits into one forward",
     "qwen4_exp_text": "its indexer averages keys in blocks, and rotates them by positions that only its own cache "
     "knows",
     "rwkv": _STATE_IN_MODULE,

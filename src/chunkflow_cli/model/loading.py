@@ -23,6 +23,7 @@ from chunkflow_cli.model.folder import check_checksums, check_weights, listed
 from chunkflow_cli.model.hf_config import config_errors, pretrained_arguments, stored_quantisation, unreadable
 from chunkflow_cli.model.identity import local_folder
 from chunkflow_cli.model.language_part import attention_of, language_class, left_out
+from chunkflow_cli.model.openai_gpt import use_attention_interface
 from chunkflow_cli.model.own_attention import implementation_for
 from chunkflow_cli.model.progress_bars import DownloadBar
 from chunkflow_cli.model.quantised import check_dequantised, check_quantised, multiply_dequantised, quantization_config
@@ -46,6 +47,7 @@ def load_model(
         UsageError: the weights cannot be found or read, or are not exactly those that the model needs.
     """
     quiet_deepspeed()
+    use_attention_interface(hf_config)
     attention = implementation_for(hf_config, attention)
     if config.init is Init.random:
         torch.manual_seed(seed)
@@ -104,6 +106,7 @@ def random_model(
     """
     from transformers import AutoModelForCausalLM
 
+    use_attention_interface(hf_config)
     own_config = copy.deepcopy(hf_config)  # setting a model's attention changes its configuration
     language = language_class(hf_config)
     if language is not None:  # made without numbers first, as for loading, so the towers never take memory
@@ -271,6 +274,7 @@ def empty_model(hf_config: PretrainedConfig, *, dtype: torch.dtype, trust_remote
     """Return a model on torch's meta device: every module and shape, but no numbers."""
     from transformers import AutoModelForCausalLM
 
+    use_attention_interface(hf_config)
     own_config = copy.deepcopy(hf_config)  # setting a model's attention changes its configuration
     language = language_class(hf_config)
     with torch.device("meta"):

@@ -138,7 +138,7 @@ def prepare_own_attention(model: nn.Module) -> None:
             setattr(module, _EXCHANGED, True)
 
 
-def cache_inputs(decoder: nn.Module, chunk: ChunkAttentionContext) -> dict[str, Any]:
+def cache_inputs(decoder: Any, chunk: ChunkAttentionContext) -> dict[str, Any]:
     """Return what the decoder of a prepared model takes in a chunk besides its usual input."""
     kind = PositionCache if decoder.config.model_type in POSITIONS_FROM_CACHE else ChunkCache
     inputs: dict[str, Any] = {"past_key_values": kind(chunk)}
