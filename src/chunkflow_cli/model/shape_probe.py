@@ -152,6 +152,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
             recurrent.input_elements_per_token,
             recurrent.activation_bytes / PROBE_TOKENS,
             recurrent.block,
+            recurrent.weights,
         ),
         activation_bytes_per_token=total / PROBE_TOKENS,
         largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
