@@ -108,6 +108,8 @@ class RecurrentTally:
     """Bytes that are kept for backward, of all tokens."""
     block: int | None = None
     """Tokens that scans compute at once; None if they do not compute in blocks."""
+    weights: int = 0
+    """Weights of modules that run for the tokens of all ranks."""
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -204,7 +206,9 @@ def _mix(
 ) -> Any:
     """Run a module that lets tokens meet in code of its own."""
     arguments = arguments_of(in_torch, module, args, options)
-    output, last = mixer.run(module, in_torch, arguments, None)
+    with tally.counting():
+        output, last = mixer.run(module, in_torch, arguments, None)
+    tally.weights += sum(parameter.numel() for parameter in module.parameters())
     tally.edge_bytes += sum(part.nbytes for part in last.values())
     tally.flops_per_token += FLOPS_PER_STATE_ELEMENT * sum(part.numel() for part in last.values())
     given = [value for value in arguments.values() if isinstance(value, Tensor) and value.ndim >= 3]

@@ -162,6 +162,7 @@ def _layers_of(tally: RecurrentTally, tokens: int) -> RecurrentLayers:
         tally.input_elements_per_token,
         tally.activation_bytes / tokens,
         tally.block,
+        tally.weights,
     )
 
 
