@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(ARCHITECTURES.items())}.values())
-HYBRIDS = ["lfm2", "nemotron_h", "jamba"]
+HYBRIDS = ["lfm2", "nemotron_h", "jamba", "inkling2"]
 """Of `RECURRENT`. The weight of a convolution is used without a call of its module, and chunks have several segments."""
 
 
@@ -79,6 +79,8 @@ def train(name: str) -> Iterator[float]:
     from chunkflow_cli.execution.parity import random_sequences
     from chunkflow_cli.execution.runner import Runner
     from chunkflow_cli.execution.step import RunnerSettings, StepBatch
+    from chunkflow_cli.model.hf_config import known_ids
+    from chunkflow_cli.model.own_attention import computes_own_attention
     from chunkflow_cli.planning.chunks import build_chunks
     from chunkflow_cli.planning.schedule import plan_in_lockstep, tasks_of
 
@@ -86,7 +88,8 @@ def train(name: str) -> Iterator[float]:
     attention.register()
     if name in RECURRENT:
         model = recurrent_model(name)
-        model.set_attn_implementation(attention.NAME)
+        own = computes_own_attention(model.config)
+        model.set_attn_implementation("eager" if own else attention.NAME)
     else:
         model_type, changes = ARCHITECTURES[name]
         torch.manual_seed(0)
@@ -109,7 +112,7 @@ def train(name: str) -> Iterator[float]:
     rank = torch.distributed.get_rank()
     for step, k in enumerate(KS):
         shares = [
-            random_sequences(lengths, model.config.vocab_size, seed=10 * step + i) for i, lengths in enumerate(SHARES)
+            random_sequences(lengths, known_ids(model.config), seed=10 * step + i) for i, lengths in enumerate(SHARES)
         ]
         chunks = [build_chunks(lengths, CHUNK_SIZE) for lengths in SHARES]
         weight = 1 / sum(int((sequence.targets != -100).sum()) for share in shares for sequence in share)

@@ -195,7 +195,7 @@ def test_the_state_of_the_scan_alone_shows(monkeypatch: pytest.MonkeyPatch, name
 
 
 def of_other_convolutions(self: SequenceState, key: EdgeKey) -> Tensor | None:
-    return None if key.part == "conv" else taken(self, key)
+    return None if key.layer == "model.layers.1.self_attn.k_sconv" else taken(self, key)
 
 
 taken = SequenceState.take_edge_gradient

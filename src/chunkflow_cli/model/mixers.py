@@ -32,6 +32,9 @@ class Mixer:
     """The names of what it hands on."""
     run: Callable[[nn.Module, Forward, Arguments, State | None], tuple[Any, State]]
     """Runs the module from a state, or from none at the beginning of a sequence; returns its output and its state."""
+    reach: Callable[[Any], int] | None = None
+    """Counts the inputs before a token that it sees, if it sees no others: such a module runs once for all segments.
+    Its inputs are `hidden_states`, and zeros have no effect."""
 
 
 class _StateCache:
@@ -61,27 +64,11 @@ def _with_cache(module: nn.Module, forward: Forward, arguments: Arguments, start
     return output, cache.last
 
 
-class _InputsCache:
-    """What a module takes for transformers' cache that wants its last inputs, (1, channels, tokens), before its own."""
-
-    def __init__(self, start: State | None) -> None:
-        self._start = start
-        self.last: State = {}
-
-    def update_conv_state(self, inputs: Tensor, layer_idx: int, state_idx: int, conv_kernel_size: int) -> Tensor:
-        before = (
-            inputs.new_zeros(*inputs.shape[:2], conv_kernel_size - 1) if self._start is None else self._start["conv"]
-        )
-        inputs = torch.cat([before, inputs], dim=-1)
-        self.last["conv"] = inputs[..., inputs.shape[-1] - conv_kernel_size + 1 :]
-        return inputs
-
-
-def _behind_inputs(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
-    """Run a convolution that takes the inputs before its own from a cache."""
-    cache = _InputsCache(start)
-    output = forward(module, **{**arguments, "past_key_values": cache})
-    return output, cache.last
+def _inkling2(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    """Run a convolution from the beginning of a sequence. It never runs from a state (`Mixer.reach`)."""
+    assert start is None
+    inputs = arguments["hidden_states"]
+    return forward(module, **arguments), {"conv0": inputs[:, inputs.shape[1] - module.conv_kernel_size + 1 :]}
 
 
 def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
@@ -155,7 +142,7 @@ def _hooked(*handles: RemovableHandle) -> Iterator[None]:
 
 
 MIXERS = {
-    "Inkling2DynamicShortConvolution": Mixer(("conv",), _behind_inputs),
+    "Inkling2DynamicShortConvolution": Mixer(("conv0",), _inkling2, lambda module: module.conv_kernel_size - 1),
     "MiniMaxLightningAttention": Mixer(("state0",), _minimax),
     "RecurrentGemmaRecurrentBlock": Mixer(("conv0", "state0"), _recurrent_gemma),
     "ZayaCCAProjection": Mixer(("conv0", "state0"), _with_cache),  # inputs of convolutions; the last token's values

@@ -36,13 +36,13 @@ def convolve_in_chunks(convolve: Convolution) -> Convolution:
         else:
             inputs = sharing.all_tokens(inputs)
         run = functools.partial(convolve, weight=weight, bias=bias, activation=activation)
-        out = _convolve_segments(run, inputs, weight.shape[-1] - 1, chunk)
+        out = convolve_segments(run, inputs, weight.shape[-1] - 1, chunk)
         return sharing.to_tokens(out) if is_split else sharing.own_tokens(out)
 
     return convolve_chunk
 
 
-def _convolve_segments(run: Convolution, inputs: Tensor, reach: int, chunk: RunningChunk) -> Tensor:
+def convolve_segments(run: Convolution, inputs: Tensor, reach: int, chunk: RunningChunk) -> Tensor:
     """Convolve once, with `reach` more columns in front of each segment, whose outputs are dropped.
 
     They are the last inputs of the chunk before, for a piece that has a past, and zeros for other segments.

@@ -1,7 +1,8 @@
 """Modules that let tokens meet in code of their own, over the segments of a chunk.
 
 Each segment runs by itself, the piece of a long sequence from its state and the others from none. So what such a module
-projects is projected once for each segment: it costs more launches than an exchanged function, and knows none.
+projects is projected once for each segment: it costs more launches than an exchanged function, and knows none. Only a
+module that sees nothing but the last few inputs runs once for all segments.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli.execution.recurrent.convolution import convolve_segments
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.execution.recurrent.sharing import Sharing
 from chunkflow_cli.model.mixers import Forward, Mixer, arguments_of, has_gradient
@@ -30,7 +32,8 @@ def mix_in_chunks(forward: Forward, mixer: Mixer) -> Forward:
         arguments = arguments_of(forward, module, args, options)
         here = chunk.tokens // (1 if chunk.group is None else chunk.group.size)
         whole = {name: _of_tokens(sharing.all_tokens, value, here) for name, value in arguments.items()}
-        output = _mix_segments(module, forward, mixer, whole, chunk)
+        mix = _mix_segments if mixer.reach is None else _mix_once
+        output = mix(module, forward, mixer, whole, chunk)
         return _of_tokens(sharing.own_tokens, output, chunk.tokens)
 
     return mix_chunk
@@ -53,6 +56,25 @@ def _mix_segments(
                 output = _leave(chunk, part, last[part], output)
         outputs.append(output)
     return _joined(outputs)
+
+
+def _mix_once(
+    module: nn.Module, forward: Forward, mixer: Mixer, arguments: dict[str, Any], chunk: RunningChunk
+) -> Tensor:
+    """Run the module as a convolution: once, with more rows in front of each segment, whose outputs are dropped."""
+    assert mixer.reach is not None
+    reach = mixer.reach(module)
+
+    def spread(value: Tensor) -> Tensor:
+        return torch.cat([nn.functional.pad(value[:, span], (0, 0, reach, 0)) for span in chunk.spans], dim=1)
+
+    def run(inputs: Tensor) -> Tensor:  # (1, channels, tokens)
+        others = {name: _of_tokens(spread, value, chunk.tokens) for name, value in arguments.items()}
+        own = {"hidden_states": inputs.transpose(1, 2), "past_key_values": None}
+        output: Tensor = forward(module, **{**others, **own})
+        return output.transpose(1, 2)
+
+    return convolve_segments(run, arguments["hidden_states"].transpose(1, 2), reach, chunk).transpose(1, 2)
 
 
 def _leave(chunk: RunningChunk, part: str, value: Tensor, output: Any) -> Any:
