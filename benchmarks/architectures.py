@@ -62,7 +62,7 @@ COMPASS = {
     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
     "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
 }  # fmt: skip
-INKLING = {"unpadded_vocab_size": 200058, "log_scaling_n_floor": 128000}
+INKLING = {"unpadded_vocab_size": 200058, "log_scaling_n_floor": 128000}  # by default, neither is in use
 GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}
 GLM_V = {"text_config": {"rope_parameters": GLM_ROPE}}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -176,7 +176,7 @@ def refuse_unsupported_attention(hf_config: Any) -> None:
 def known_ids(hf_config: Any) -> int:
     """Return the number of ids that the model knows as tokens. Embedding and head may have more rows (inkling)."""
     text = hf_config.get_text_config()
-    return int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size)
+    return min(int(text.vocab_size), int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size))
 
 
 def position_limit(hf_config: Any) -> int | None:
