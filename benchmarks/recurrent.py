@@ -1,6 +1,6 @@
 """Recurrent layers in chunks: is the gradient exact, and what does packing cost?
 
-    python benchmarks/recurrent.py                       about ten minutes
+    python benchmarks/recurrent.py                       about twenty minutes
     python benchmarks/recurrent.py --parts errors        the table of gradient errors alone
     python benchmarks/recurrent.py --parts cost --rounds 8
 
