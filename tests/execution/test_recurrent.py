@@ -104,15 +104,30 @@ def test_float64(name: str, case: Case) -> None:
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "nemotron_h", "jamba", "granitemoehybrid", "minimax"])
 def test_float32(name: str) -> None:
     """Chunked training is as close to the truth as whole-sequence training is: what is left is float32's rounding."""
-    case = CASES[0]
-    exact = recurrent_model(name, torch.float64)  # in float64 throughout, it would have other random weights
-    with float64_throughout():
-        truth = whole_gradient(exact, case)
-    whole = whole_gradient(recurrent_model(name), case)
-    chunked = chunked_gradient(recurrent_model(name), case)
-    assert distance(whole, truth) <= 1e-5
+    truth, whole, chunked = float32_gradients(name, CASES[0])
+    assert distance(whole, truth) < 1e-4
     assert distance(chunked, truth) <= 2 * distance(whole, truth) + 1e-6
     assert distance(chunked, whole) <= 2 * distance(whole, truth) + 1e-6
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="about how MKL rounds")
+def test_few_tokens_are_rounded_as_in_a_whole_sequence() -> None:
+    """Chunks of three tokens share most of their rounding with whole sequences: they lie half as far from these as these
+    lie from the truth. Without padding to the rows that MKL multiplies together, it would be 1.2 times as far."""
+    ratios = []
+    for seed in range(6):
+        truth, whole, chunked = float32_gradients("lfm2", CASES[1], seed)
+        ratios.append(distance(chunked, whole) / distance(whole, truth))
+    assert np.exp(np.log(ratios).mean()) < 0.9
+
+
+def float32_gradients(name: str, case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of whole sequences in float64 throughout and in float32, and the chunked one in float32."""
+    exact = recurrent_model(name, torch.float64, seed)  # not in float64 throughout, which draws other weights
+    with float64_throughout():
+        truth = whole_gradient(exact, case)
+    whole = whole_gradient(recurrent_model(name, seed=seed), case)
+    return truth, whole, chunked_gradient(recurrent_model(name, seed=seed), case)
 
 
 def whole_gradient(model: Any, case: Case) -> Tensor:

@@ -23,7 +23,7 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.batch import build_batch
+from chunkflow_cli.execution.batch import build_batch, tokens_of_rank
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.noise import SequenceNoise
@@ -356,7 +356,7 @@ def group_of(size: int, rank: int) -> SequenceGroup:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("tokens", [1, 5, 8, 24])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 24, 37])
 def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
     """Concatenated, the slices are the chunk's tokens in order, then padding. The padding is a segment of its own without
     targets: as part of the last segment, nothing would attend to it, but it would be counted as its tokens."""
@@ -368,22 +368,24 @@ def test_slices_together_are_the_chunk(size: int, tokens: int) -> None:
         build_batch(chunk, sequences, weights, CPU, torch.float64, group, noise=noise)
         for group in (None, *(group_of(size, rank) for rank in range(size)))
     )
-    padding = -tokens % size
-    share = (tokens + padding) // size
+    share = tokens_of_rank(tokens, size)
+    fewest = -(-tokens // size)
+    assert share == (fewest if fewest >= 32 else 4 * -(-fewest // 4)), "a few tokens are padded to blocks of four"
     for name in ("input_ids", "position_ids"):
         joined = torch.cat([getattr(each, name) for each in slices], dim=1)
-        assert torch.equal(joined[:, :tokens], getattr(whole, name))
-        assert joined.shape == (1, tokens + padding)
+        assert torch.equal(joined[:, :tokens], getattr(whole, name)[:, :tokens])
+        assert joined.shape == (1, size * share)
     assert whole.noise is not None
     for name in ("keys", "scales"):
         joined = torch.cat([getattr(each.noise, name) for each in slices])
-        assert torch.equal(joined[:tokens], getattr(whole.noise, name))
+        assert torch.equal(joined[:tokens], getattr(whole.noise, name)[:tokens])
     positions = [each.target_positions + rank * share for rank, each in enumerate(slices)]
     assert torch.equal(torch.cat(positions), whole.target_positions)
     assert torch.equal(torch.cat([each.targets for each in slices]), whole.targets)
     assert torch.equal(torch.cat([each.target_weights for each in slices]), whole.target_weights)
-    last = (tokens + padding,) if padding else ()
-    assert {each.boundaries for each in slices} == {(*whole.boundaries, *last)}
+    segments = [0, *np.cumsum([segment.tokens for segment in chunk.segments]).tolist()]
+    padded = [size * share] if size * share > tokens else []
+    assert {each.boundaries for each in slices} == {(*segments, *padded)}
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,6 @@ class SequenceGroup:
         own, _ = torch.distributed.new_subgroups_by_enumeration(groups, timeout=PATIENCE)
         return cls(own, topology.sequence, topology.place_of(rank).sequence_rank)
 
-    def padding(self, tokens: int) -> int:
-        """Return the number of tokens that a chunk of `tokens` lacks to divide evenly."""
-        return -tokens % self.size
-
     def slice_of(self, count: int) -> slice:
         """Return this rank's share of `count` tokens of a padded chunk, or of `count` heads."""
         share = count // self.size

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from chunkflow_cli.engine import PipelineEngine
+from chunkflow_cli.execution.batch import tokens_of_rank
 from chunkflow_cli.execution.loss import SharedHeadGradient
 from chunkflow_cli.execution.messages import Links, Messages
 from chunkflow_cli.execution.runner import ScheduleRunner, Step
@@ -55,9 +56,7 @@ class StageRunner(ScheduleRunner):
         assert group is None or batch.spread is None, "chunks of a pipeline are all spread, or none is"
 
         def empty(index: int) -> Tensor:
-            tokens = batch.chunks[index].tokens
-            if group is not None:
-                tokens = (tokens + group.padding(tokens)) // group.size
+            tokens = tokens_of_rank(batch.chunks[index].tokens, 1 if group is None else group.size)
             shape = (1, tokens, self._model.hidden_size)
             return torch.empty(shape, dtype=self._model.dtype, device=self._settings.device)
 
