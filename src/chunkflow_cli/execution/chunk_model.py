@@ -24,6 +24,7 @@ from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attentio
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapter_summary import trained_copy
+from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.language_part import decoder_of, names_in_forward
 from chunkflow_cli.model.own_attention import computes_own_attention
@@ -62,7 +63,7 @@ class ChunkModel(nn.Module):
         self.computes_own_attention = computes_own_attention(base.config)
         if self.computes_own_attention:
             prepare_own_attention(base)
-        else:
+        elif attention_heads(base.config):
             require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base)
@@ -191,5 +192,5 @@ def logit_transform(model: Any) -> LogitTransform:
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # cohere, falcon_h1, muse_glimmer
         if (factor := setting(name)) is not None:
             scale = factor
-    softcap = setting("final_logit_softcapping")  # gemma2, gemma3
-    return LogitTransform(scale, setting("logits_soft_cap") if softcap is None else softcap)  # recurrent_gemma
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # gemma2, recurrent_gemma, xlstm
+    return LogitTransform(scale, next((cap for name in caps if (cap := setting(name)) is not None), None))

@@ -28,9 +28,7 @@ REASONS = {
     "qwen4_exp_text": "its indexer averages keys in blocks, and rotates them by positions that only its own cache "
     "knows",
     "recurrent_gemma": _STATE_IN_MODULE,
-    "rwkv": _STATE_IN_MODULE,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
-    "xlstm": "its recurrent layers run in code of their own, whose state cannot be handed on",
 }
 """Model type -> reason. They explain a refusal and never cause one: the guard finds out by training."""
 

@@ -7,12 +7,17 @@ Most recurrent layers call functions that all modeling files share (`recurrent_f
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.rwkv_scan import scan
 
 Arguments: TypeAlias = Mapping[str, Any]
 """The arguments of a module's forward by name, all for one sequence, (1, tokens, ...)."""
@@ -59,14 +64,88 @@ def _with_cache(module: nn.Module, forward: Forward, arguments: Arguments, start
     return output, cache.last
 
 
+class _OfOneLayer:
+    """What rwkv's modules take for the states of all layers: what one writes replaces what was there."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.value
+
+    def __setitem__(self, _: Any, value: Tensor) -> None:
+        self.value = value
+
+
+_RWKV_SCAN = {"numerator": 0.0, "denominator": 0.0, "largest": -1e38}
+"""Parts of the state of rwkv's scan -> what they are at the beginning of a sequence."""
+
+
+def _rwkv_attention(
+    module: nn.Module, forward: Forward, arguments: Arguments, start: State | None
+) -> tuple[Any, State]:
+    """Run rwkv's attention with another scan: in its kernel, states have no gradient, and its loop is slow."""
+    hidden = arguments["hidden"]
+    if start is None:
+        width = module.attention_hidden_size
+        parts = {part: hidden.new_full((1, width), value, dtype=torch.float32) for part, value in _RWKV_SCAN.items()}
+        start = {"hidden": torch.zeros_like(hidden[:, 0]), **parts}
+    layers = {part: _OfOneLayer(value) for part, value in start.items()}
+    with mock.patch.object(sys.modules[forward.__module__], "rwkv_linear_attention", _rwkv_scan):
+        output, _ = forward(module, hidden, [None, *layers.values()])
+    return (output, None), {part: layer.value for part, layer in layers.items()}
+
+
+def _rwkv_scan(*given: Tensor, state: Any, return_state: bool) -> tuple[Tensor, Any]:
+    return scan(*given, state=state)
+
+
+def _rwkv_feed_forward(
+    module: nn.Module, forward: Forward, arguments: Arguments, start: State | None
+) -> tuple[Any, State]:
+    hidden = arguments["hidden"]
+    layer = _OfOneLayer(torch.zeros_like(hidden[:, 0]) if start is None else start["hidden"])
+    output, _ = forward(module, hidden, [layer])
+    return (output, None), {"hidden": layer.value}
+
+
+_XLSTM_STATE = ("memory", "normalizer", "largest")
+
+
+def _xlstm(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    """Run xlstm's scan in float32: in bfloat16, transformers' has no backward."""
+    backend: Any = module.mlstm_backend
+    own, hidden = backend.forward, arguments["x"]
+
+    def in_float32(**given: Tensor | None) -> tuple[Tensor, Any]:
+        output, last = own(**{name: value if value is None else value.float() for name, value in given.items()})
+        return output.to(hidden.dtype), last
+
+    with mock.patch.object(backend, "forward", in_float32):
+        output, last = forward(module, hidden, None if start is None else tuple(start[part] for part in _XLSTM_STATE))
+    return (output, None), dict(zip(_XLSTM_STATE, last, strict=True))
+
+
 MIXERS = {
+    "RwkvFeedForward": Mixer(("hidden",), _rwkv_feed_forward),  # of the last token
+    "RwkvSelfAttention": Mixer(("hidden", *_RWKV_SCAN), _rwkv_attention),
+    "xLSTMLayer": Mixer(_XLSTM_STATE, _xlstm),
     "ZayaCCAProjection": Mixer(("conv0", "state0"), _with_cache),  # inputs of convolutions; the last token's values
 }
 """Name of a class -> how to run it."""
 
 
 def mixer_of(cls: type) -> Mixer | None:
-    """Return how to run the modules of a class of transformers; None if it is no such class."""
+    """Return how to run the modules of a class of transformers; None if it is no such class.
+
+    Raises:
+        UsageError: it is the class of a package, whose kernels leave out the gradient of a part of the state.
+    """
+    if cls.__name__ == "mLSTMLayer" and cls.__module__.startswith("xlstm."):
+        raise UsageError(
+            "models of type 'xlstm' cannot be trained in chunks with the package xlstm, whose kernels leave out a part "
+            "of the gradient\n  uninstall it (pip uninstall xlstm): transformers has layers of its own"
+        )
     is_of_transformers = cls.__module__.startswith("transformers.")
     return MIXERS.get(cls.__name__) if is_of_transformers else None
 

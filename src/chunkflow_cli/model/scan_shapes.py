@@ -109,6 +109,9 @@ class RecurrentTally:
     block: int | None = None
     """Tokens that scans compute at once; None if they do not compute in blocks."""
 
+    has_begun: bool = False
+    """True as soon as a module that lets tokens meet in code of its own has run, or failed."""
+
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what is kept for backward within the block."""
@@ -204,7 +207,9 @@ def _mix(
 ) -> Any:
     """Run a module that lets tokens meet in code of its own."""
     arguments = arguments_of(in_torch, module, args, options)
-    output, last = mixer.run(module, in_torch, arguments, None)
+    tally.has_begun = True
+    with tally.counting():
+        output, last = mixer.run(module, in_torch, arguments, None)
     tally.edge_bytes += sum(part.nbytes for part in last.values())
     tally.flops_per_token += FLOPS_PER_STATE_ELEMENT * sum(part.numel() for part in last.values())
     given = [value for value in arguments.values() if isinstance(value, Tensor) and value.ndim >= 3]
