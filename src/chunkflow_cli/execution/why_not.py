@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-_STATE_IN_MODULE = (
-    "its recurrent layers keep their state in the model itself, where no chunk can hand it to the next one"
-)
 _BLOCKS = (
     "it attends to blocks of keys that it picks or sums up, and counts their borders from the first token of a "
     "forward: in a packed chunk, they cross samples"
@@ -22,12 +19,10 @@ REASONS = {
     "inkling_text": "it adds a learned function of the distance of two tokens to their score, scales queries by "
     "positions that it counts itself, and its head has rows that no logit uses",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
-    "minimax": "its linear attention steps through tokens in code of its own, whose state cannot be handed on",
     "openai-gpt": "its attention takes no keys but those of the tokens in a forward (it has no cache); it knows 512 "
     "positions, so each of its samples fits into one forward",
     "qwen4_exp_text": "its indexer averages keys in blocks, and rotates them by positions that only its own cache "
     "knows",
-    "recurrent_gemma": _STATE_IN_MODULE,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
 }
 """Model type -> reason. They explain a refusal and never cause one: the guard finds out by training."""

@@ -108,9 +108,8 @@ class RecurrentTally:
     """Bytes that are kept for backward, of all tokens."""
     block: int | None = None
     """Tokens that scans compute at once; None if they do not compute in blocks."""
-
-    has_begun: bool = False
-    """True as soon as a module that lets tokens meet in code of its own has run, or failed."""
+    weights: int = 0
+    """Weights of modules that run for the tokens of all ranks."""
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -207,7 +206,7 @@ def _mix(
 ) -> Any:
     """Run a module that lets tokens meet in code of its own."""
     arguments = arguments_of(in_torch, module, args, options)
-    tally.has_begun = True
+    tally.weights += sum(parameter.numel() for parameter in module.parameters())
     with tally.counting():
         output, last = mixer.run(module, in_torch, arguments, None)
     tally.edge_bytes += sum(part.nbytes for part in last.values())

@@ -134,7 +134,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         ):
             hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False)
     except (NotImplementedError, RuntimeError, TypeError) as error:
-        if recurrent is None or not (recurrent.edge_bytes or recurrent.has_begun):
+        if recurrent is None or not (recurrent.edge_bytes or recurrent.weights):
             return None  # there are formulas for models without recurrent layers
         raise UsageError(
             f"a model of type {model.config.model_type!r} cannot be planned: its sizes cannot be read off a forward "
@@ -153,6 +153,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
             recurrent.input_elements_per_token,
             recurrent.activation_bytes / PROBE_TOKENS,
             recurrent.block,
+            recurrent.weights,
         ),
         activation_bytes_per_token=total / PROBE_TOKENS,
         largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
