@@ -349,6 +349,13 @@ def test_a_layer_with_a_state_of_its_own_is_refused() -> None:
         ChunkModel(model, ReferenceBackend())
 
 
+def test_layers_of_a_package_are_refused() -> None:
+    """With the package xlstm, transformers takes its layers. Their kernels take the normalizer for a constant."""
+    layer = type("mLSTMLayer", (nn.Module,), {"__module__": "xlstm.xlstm_large.model"})
+    with pytest.raises(UsageError, match="with the package xlstm, whose kernels leave out a part of the gradient"):
+        prepare_recurrent_layers(nn.Sequential(layer()))
+
+
 # State in the store.
 
 

@@ -168,8 +168,10 @@ def _rwkv_attention(
     return (output, None), {part: layer.value for part, layer in layers.items()}
 
 
-def _rwkv_scan(*given: Tensor, state: Any, return_state: bool) -> tuple[Tensor, Any]:
-    return scan(*given, state=state)
+def _rwkv_scan(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Any, return_state: bool
+) -> tuple[Tensor, Any]:
+    return scan(time_decay, time_first, key, value, state)
 
 
 def _rwkv_feed_forward(

@@ -24,7 +24,7 @@ def scan(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, sta
         time_first: what is added to the key of a token for its own output, (channels,).
         key: (1, tokens, channels), as `value`.
     """
-    decay = -torch.exp(time_decay)
+    decay, time_first = -torch.exp(time_decay).float(), time_first.float()
     steps = torch.arange(BLOCK, device=key.device)[:, None]
     age = (steps - 1 - steps.T)[..., None]  # of the second token at the first, (tokens, tokens, 1)
     faded = torch.where(age < 0, time_first, age * decay).masked_fill(age < -1, -torch.inf)
