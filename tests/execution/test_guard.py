@@ -235,7 +235,6 @@ def test_a_missing_package(tiny_config: Callable[..., Any], monkeypatch: pytest.
 
 @pytest.mark.parametrize(("model_type", "reason"), [
     ("cpmant", "its tokens see later ones"),
-    ("rwkv", "its recurrent layers keep their state in the model itself"),
     ("openai-gpt", "its attention takes no keys but those of the tokens in a forward"),
 ])  # fmt: skip
 def test_reasons(model_type: str, reason: str) -> None:

@@ -35,7 +35,7 @@ class Mixer:
 
     parts: tuple[str, ...]
     """The names of what it hands on."""
-    run: Callable[[nn.Module, Forward, Arguments, State | None], tuple[Any, State]]
+    run: Callable[[Any, Forward, Arguments, State | None], tuple[Any, State]]
     """Runs the module from a state, or from none at the beginning of a sequence; returns its output and its state."""
 
 
@@ -59,14 +59,14 @@ class _StateCache:
         self.last[f"state{state_idx}"] = state
 
 
-def _with_cache(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+def _with_cache(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run a module that takes its state from a cache for however many tokens, and leaves it there."""
     cache = _StateCache(start)
     output = forward(module, **{**arguments, "past_key_values": cache})
     return output, cache.last
 
 
-def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+def _minimax(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run linear attention, whose blocks begin with no state, and add before its norm what a token reads of a state.
 
     From a state, transformers runs it token by token.
@@ -76,14 +76,15 @@ def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: S
     if start is None:
         output, state = forward(module, **without_cache)
         return (output, None), {"state0": state}
-    rate, activated = module.slope_rate.float(), []
+    rate = module.slope_rate.float()
+    activated: list[Tensor] = []
     steps = torch.arange(1, tokens + 1, device=rate.device)[:, None]
     fading = torch.exp(-rate * steps).to(start["state0"].dtype)  # (heads, tokens, 1)
 
     def add_past(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         by_head = activated[0].unflatten(-1, (len(rate), -1)).transpose(1, 2)
         query = by_head.tensor_split(3, dim=-1)[0]  # (1, heads, tokens, head_dim)
-        past = (query * fading) @ start["state0"]
+        past: Tensor = (query * fading) @ start["state0"]
         return inputs[0] + past.transpose(1, 2).flatten(2)
 
     with _hooked(
@@ -94,15 +95,14 @@ def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: S
     return (output, None), {"state0": start["state0"] * fading[:, -1:] + state}
 
 
-def _recurrent_gemma(
-    module: nn.Module, forward: Forward, arguments: Arguments, start: State | None
-) -> tuple[Any, State]:
+def _recurrent_gemma(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run a convolution and a scan, with the last inputs and the state put in front of them.
 
     transformers keeps both in the module, and takes them for one token at a time.
     """
     reach, scan = module.conv1d_width - 1, module.rg_lru
-    start, last = start or {}, {}
+    start = start or {}
+    last: State = {}
 
     def join(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         before = start.get("conv0")
@@ -153,14 +153,12 @@ _RWKV_SCAN = {"numerator": 0.0, "denominator": 0.0, "largest": -1e38}
 """Parts of the state of rwkv's scan -> what they are at the beginning of a sequence."""
 
 
-def _rwkv_attention(
-    module: nn.Module, forward: Forward, arguments: Arguments, start: State | None
-) -> tuple[Any, State]:
+def _rwkv_attention(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run rwkv's attention with another scan: in its kernel, states have no gradient, and its loop is slow."""
     hidden = arguments["hidden"]
     if start is None:
-        width = module.attention_hidden_size
-        parts = {part: hidden.new_full((1, width), value, dtype=torch.float32) for part, value in _RWKV_SCAN.items()}
+        shape = (len(hidden), module.attention_hidden_size)
+        parts = {part: hidden.new_full(shape, value, dtype=torch.float32) for part, value in _RWKV_SCAN.items()}
         start = {"conv0": torch.zeros_like(hidden[:, 0]), **parts}
     layers = {part: _OfOneLayer(value) for part, value in start.items()}
     with mock.patch.object(sys.modules[forward.__module__], "rwkv_linear_attention", _rwkv_scan):
@@ -174,9 +172,7 @@ def _rwkv_scan(
     return scan(time_decay, time_first, key, value, state)
 
 
-def _rwkv_feed_forward(
-    module: nn.Module, forward: Forward, arguments: Arguments, start: State | None
-) -> tuple[Any, State]:
+def _rwkv_feed_forward(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     hidden = arguments["hidden"]
     layer = _OfOneLayer(torch.zeros_like(hidden[:, 0]) if start is None else start["conv0"])
     output, _ = forward(module, hidden, [layer])
@@ -186,10 +182,10 @@ def _rwkv_feed_forward(
 _XLSTM_STATE = ("memory", "normalizer", "largest")
 
 
-def _xlstm(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+def _xlstm(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run xlstm's scan in float32: in bfloat16, transformers' has no backward."""
-    backend: Any = module.mlstm_backend
-    own, hidden = backend.forward, arguments["x"]
+    backend, hidden = module.mlstm_backend, arguments["x"]
+    own = backend.forward
 
     def in_float32(**given: Tensor | None) -> tuple[Tensor, Any]:
         output, last = own(**{name: value if value is None else value.float() for name, value in given.items()})
@@ -228,6 +224,7 @@ def mixer_of(cls: type) -> Mixer | None:
 
 def forget_states(model: nn.Module) -> None:
     """Drop what modules keep of their last forward, and with it that forward's graph, which cannot be copied."""
+    module: Any
     for module in model.modules():
         if "recurrent_states" in vars(module):  # recurrent_gemma
             module.recurrent_states = None

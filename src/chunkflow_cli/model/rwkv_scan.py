@@ -13,16 +13,16 @@ from torch import Tensor
 BLOCK = 16
 """Tokens computed at once. For each of them and each channel, as many weights are kept for backward."""
 State = tuple[Tensor, Tensor, Tensor]
-"""Sums of weighted values and of weights, both divided by exp(the third), (1, channels) each."""
+"""Sums of weighted values and of weights, both divided by exp(the third), (samples, channels) each."""
 
 
 def scan(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: State) -> tuple[Tensor, State]:
-    """Return the weighted means, (1, tokens, channels), and the state behind the last token.
+    """Return the weighted means, (samples, tokens, channels), and the state behind the last token.
 
     Args:
         time_decay: the logarithm of the decay per token, (channels,).
         time_first: what is added to the key of a token for its own output, (channels,).
-        key: (1, tokens, channels), as `value`.
+        key: (samples, tokens, channels), as `value`.
     """
     decay, time_first = -torch.exp(time_decay).float(), time_first.float()
     steps = torch.arange(BLOCK, device=key.device)[:, None]
@@ -31,7 +31,7 @@ def scan(time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, sta
     outputs = []
     for keys, values in zip(key.float().split(BLOCK, 1), value.float().split(BLOCK, 1), strict=True):
         tokens = keys.shape[1]
-        logs = keys[:, None] + faded[:tokens, :tokens]  # (1, tokens, tokens, channels)
+        logs = keys[:, None] + faded[:tokens, :tokens]  # (samples, tokens, tokens, channels)
         (numerator, denominator), _ = _added(logs, values[:, None], state, steps[:tokens] * decay)
         outputs.append(numerator / denominator)
         logs = keys + (tokens - 1 - steps[:tokens]) * decay
@@ -44,12 +44,12 @@ def _added(logs: Tensor, values: Tensor, state: State, faded: Tensor) -> tuple[t
     """Add weighted values to those of a state.
 
     Args:
-        logs: logarithms of weights, (1, times, tokens, channels).
-        values: (1, 1, tokens, channels).
+        logs: logarithms of weights, (samples, times, tokens, channels).
+        values: (samples, 1, tokens, channels).
         faded: what is added to the logarithms of the state's weights, (times, channels).
 
     Returns:
-        Sums of values and of weights, and the logarithm that both are divided by, (1, times, channels) each. The
+        Sums of values and of weights, and the logarithm that both are divided by, (samples, times, channels) each. The
         logarithm has no gradient: whatever it is, the quotient of the sums is the same.
     """
     numerator, denominator, before = state
