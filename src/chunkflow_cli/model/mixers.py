@@ -22,7 +22,8 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.rwkv_scan import scan
 
 Arguments: TypeAlias = Mapping[str, Any]
-"""The arguments of a module's forward by name, all for one sequence, (1, tokens, ...)."""
+"""The arguments of a module's forward by name, (rows, tokens, ...): a row for each sequence, and zeros behind it if
+it is shorter than others. From a state, and where the returned state is used, there is one row and nothing behind."""
 State: TypeAlias = dict[str, Tensor]
 """What a module hands on to the tokens behind, by part."""
 Forward = Callable[..., Any]
