@@ -15,7 +15,7 @@ from chunkflow_cli.engine import internals
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
-from chunkflow_cli.execution.precision import use_float64_experts
+from chunkflow_cli.execution.precision import use_float64_parts
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from support.models import MODELS, SHAPES, TINY
 
@@ -37,7 +37,7 @@ def test_biases_are_added_once(name: str, is_mended: bool, monkeypatch: pytest.M
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    use_float64_experts(model, torch.float64)
+    use_float64_parts(model, torch.float64)
     enable_activation_checkpointing(model.train(), ActivationCheckpointing.selective)
     with nullcontext() if is_mended else pytest.raises(UsageError, match="in place"):
         sequences = random_sequences((53, 9, 20), TINY["vocab_size"])

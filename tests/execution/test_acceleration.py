@@ -23,6 +23,7 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.parity import InChunks, Parity, compare, random_sequences
 from chunkflow_cli.model import kernels
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from support.models import recurrent_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -67,6 +68,12 @@ def test_compiled_layers_are_exact_in_chunks(traced: Any, checkpointing: str, st
     graphs = traced["stats"]["unique_graphs"]
     assert 4 <= graphs <= 16  # before and behind attention, with and without gradient, and of one token
     assert all("attend" in reason for reason in traced["graph_break"])
+
+
+def test_layers_are_compiled_whatever_a_model_calls_them(traced: Any) -> None:
+    model = recurrent_model("rwkv")
+    compilation.compile_layers(model)
+    assert all(block._compiled_call_impl is not None for block in model.rwkv.blocks)
 
 
 @pytest.mark.parametrize(

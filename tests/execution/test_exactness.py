@@ -37,7 +37,7 @@ from chunkflow_cli.execution.batch import ChunkBatch, build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.guard import guard
 from chunkflow_cli.execution.parity import DirectEngine, InChunks, Parity, compare, random_sequences
-from chunkflow_cli.execution.precision import use_float64_experts
+from chunkflow_cli.execution.precision import use_float64_parts
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.small_copy import small_config
 from chunkflow_cli.execution.state import PastBlock, SequenceState
@@ -109,7 +109,7 @@ MATRIX = covering([*MODELS])
 def build(tiny_model: Callable[..., Any], case: Case, dtype: torch.dtype) -> Any:
     model_type, settings = {**MODELS, **BEYOND, **SHAPES, **OWN_ATTENTION}[case.model]
     model = tiny_model(model_type, dtype=dtype, **settings)
-    use_float64_experts(model, dtype)
+    use_float64_parts(model, dtype)
     enable_activation_checkpointing(model, case.checkpointing)
     if case.lora:
         model = add_lora(model, LoraConfig(enabled=True, r=4, alpha=8.0))

@@ -235,7 +235,6 @@ def test_a_missing_package(tiny_config: Callable[..., Any], monkeypatch: pytest.
 
 @pytest.mark.parametrize(("model_type", "reason"), [
     ("cpmant", "its tokens see later ones"),
-    ("rwkv", "its recurrent layers keep their state in the model itself"),
 ])  # fmt: skip
 def test_reasons(model_type: str, reason: str) -> None:
     with pytest.raises(UsageError, match=f"^models of type '{model_type}' cannot be trained in chunks\n  .*{reason}"):

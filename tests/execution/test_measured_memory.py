@@ -243,7 +243,7 @@ def test_state_bytes_against_the_state_store(
     "name",
     [
         "qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "falcon_h1", "zamba2", "jamba", "zaya", "minimax",
-        "recurrent_gemma",
+        "recurrent_gemma", "rwkv", "xlstm",
     ],
 )  # fmt: skip
 def test_memory_of_recurrent_layers_without_a_model(name: str) -> None:

@@ -77,7 +77,18 @@ CASES = (
     Case(LENGTHS, 16, 2, fill_tails=False),
 )
 MATRIX = [(name, CASES[(3 * row + index) % 6]) for index, name in enumerate(RECURRENT) for row in range(2)]
-ONE_OF_EACH = ("qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "jamba", "zaya", "minimax", "recurrent_gemma")
+ONE_OF_EACH = (
+    "qwen3_5",
+    "kimi_linear",
+    "lfm2",
+    "nemotron_h",
+    "jamba",
+    "zaya",
+    "minimax",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+)
 """One architecture for each function that crosses tokens, a convolution alone and the four scans, and for each module
 that does so in code of its own."""
 
@@ -201,7 +212,8 @@ def test_a_broken_mechanism_shows(
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_5", "kimi_linear", "nemotron_h", "mamba", "falcon_mamba", "mamba2", "zaya", "recurrent_gemma"]
+    "name",
+    ["qwen3_5", "kimi_linear", "nemotron_h", "mamba", "falcon_mamba", "mamba2", "zaya", "recurrent_gemma", "rwkv"],
 )
 def test_the_state_of_the_scan_alone_shows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A proof that saw convolutions only would pass with scans that begin from nothing in each chunk."""
@@ -253,6 +265,7 @@ def test_two_pipeline_stages(name: str) -> None:
     [
         ("zamba2", "its layers read the embeddings, which only the first stage has"),
         ("zaya", "each router reads what the one of the layer before has computed"),
+        ("rwkv", "it is not an embedding, a list of layers, a norm and a head"),
     ],
 )
 def test_stages_of_a_model_whose_layers_read_more_than_hidden_states(name: str, reason: str) -> None:
@@ -269,6 +282,8 @@ def test_stages_of_a_model_whose_layers_read_more_than_hidden_states(name: str, 
         ("jamba", ["x_proj"]),
         ("zaya", ["v_proj_delayed"]),  # the first layer's adapters train one part of its state, and not its queries
         ("minimax", ["all-linear"]),
+        ("rwkv", ["value"]),
+        ("xlstm", ["all-linear"]),
     ],
     ids=str,
 )
@@ -377,6 +392,13 @@ def test_a_layer_with_a_state_of_its_own_is_refused() -> None:
         ChunkModel(model, ReferenceBackend())
 
 
+def test_layers_of_a_package_are_refused() -> None:
+    """With the package xlstm, transformers takes its layers. Their kernels take the normalizer for a constant."""
+    layer = type("mLSTMLayer", (nn.Module,), {"__module__": "xlstm.xlstm_large.model"})
+    with pytest.raises(UsageError, match="with the package xlstm, whose kernels leave out a part of the gradient"):
+        prepare_recurrent_layers(nn.Sequential(layer()))
+
+
 # State in the store.
 
 
@@ -394,9 +416,19 @@ def test_bytes_of_a_step() -> None:
     assert without_gradients <= result.peak_state_bytes <= without_gradients + 39 * keys_and_values
 
 
-def test_evaluation_keeps_one_edge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without backward an edge is read once: a long sample would otherwise hold one for each of its chunks."""
-    model = recurrent_model("mamba2")
+@pytest.mark.parametrize(("name", "one_edge"), [
+    ("mamba2", edges(layers=2, channels=64 + 2 * 2 * 8, width=4, state=8 * 8 * 8)),
+    ("rwkv", edges(layers=2, channels=2 * 32, width=2, state=3 * 40)),
+    ("xlstm", edges(layers=2, channels=0, width=1, state=2 * (8 * 16 + 8 + 1))),
+])  # fmt: skip
+def test_evaluation_keeps_one_edge(monkeypatch: pytest.MonkeyPatch, name: str, one_edge: int) -> None:
+    """Without backward an edge is read once: a long sample would otherwise hold one for each of its chunks.
+
+    Left to themselves, rwkv divides its weights in evaluation, and xlstm runs pieces of its input without our chunks.
+    """
+    settings = {"max_inference_chunksize": 5} if name == "xlstm" else {}
+    model = recurrent_model(name, **settings)
+    weights = [parameter.clone() for parameter in model.parameters()]
     chunks = build_chunks((52, 5), 13)
     batch = StepBatch(chunks, random_sequences((52, 5), 67), np.full(2, 0.01))
     runner = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), RunnerSettings(CPU))
@@ -405,9 +437,11 @@ def test_evaluation_keeps_one_edge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         SequenceState, "write_edge", lambda self, *rest: (write(self, *rest), held.append(self.edge_nbytes))[0]
     )
+    model.eval()
     loss = runner.evaluate(batch).loss
-    one_edge = edges(layers=2, channels=64 + 2 * 2 * 8, width=4, state=8 * 8 * 8)
-    assert max(held) <= one_edge
+    model.train()
+    assert max(held) == one_edge
+    assert all(map(torch.equal, model.parameters(), weights))
     assert loss == pytest.approx(runner.run((plan(chunks, 1),), batch).loss, rel=1e-5)
 
 

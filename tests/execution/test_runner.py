@@ -22,7 +22,7 @@ from chunkflow_cli.execution.batch import build_batch
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.parity import DirectEngine, InChunks, compare, random_sequences
-from chunkflow_cli.execution.precision import use_float64_experts
+from chunkflow_cli.execution.precision import use_float64_parts
 from chunkflow_cli.execution.runner import Interrupted, Runner
 from chunkflow_cli.execution.state import StateStore
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepResult
@@ -56,7 +56,7 @@ def chunked(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     def build(model_type: str = "llama", dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
         attention.register()
         model = tiny_model(model_type, dtype=dtype, **settings)
-        use_float64_experts(model, dtype)
+        use_float64_parts(model, dtype)
         model.set_attn_implementation(attention.NAME)
         return model
 

@@ -113,6 +113,8 @@ CASES = {
     "mamba 2": Case("nemotron_h", recurrent=True, join_retained=True),
     "mamba": Case("jamba", recurrent=True, lengths=(40, 13, 9, 1)),
     "modules for all tokens": Case("zaya", recurrent=True, lengths=(40, 13, 9, 1)),
+    "modules with three states": Case("xlstm", recurrent=True, lengths=(40, 13, 9, 1)),
+    "modules without attention": Case("rwkv", recurrent=True, lengths=(40, 13, 9, 1)),
     "modules that take positions": Case("recurrent_gemma", recurrent=True, lengths=(40, 13, 9, 1)),
     "cpu kernel": Case("qwen2", k=2, dtype="float32"),
     "cpu kernel, window": Case("mistral", {"sliding_window": 20}, dtype="float32"),
@@ -190,7 +192,7 @@ def whole_sequence_training(case: Case) -> tuple[float, Tensor]:
     """Return loss and gradients of transformers alone, one sequence per forward."""
     model = make_model(case)
     # Its eager attention takes the softmax in float32, but knows sinks and soft caps.
-    model.set_attn_implementation("sdpa" if case.dtype == "float64" else "eager")
+    model.set_attn_implementation("sdpa" if case.dtype == "float64" and model._supports_sdpa else "eager")
     sequences = make_sequences(case)
     total = 0.0
     for sequence, weight in zip(sequences, make_weights(sequences).tolist(), strict=True):

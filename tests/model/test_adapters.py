@@ -21,7 +21,7 @@ from chunkflow_cli.config.schema import ActivationCheckpointing, Init, LoraConfi
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import InChunks, compare, random_sequences
-from chunkflow_cli.execution.precision import use_float64_experts
+from chunkflow_cli.execution.precision import use_float64_parts
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
@@ -201,10 +201,10 @@ def test_merged_weights_compute_what_base_and_adapter_compute(
 
     def load(folder: Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        use_float64_experts(model, torch.float64)
+        use_float64_parts(model, torch.float64)
         return model.eval()
 
-    use_float64_experts(base, torch.float64)
+    use_float64_parts(base, torch.float64)
     adapted = spread(add_lora(base, config))
     parity = compare(
         adapted, random_sequences((60, 9), 96, 3), InChunks(ReferenceBackend(), chunk_size=17, k=2, stages=2)

@@ -60,6 +60,12 @@ def test_layers_that_are_skipped_at_random_are_refused(tmp_path: Path) -> None:
         load_config(folder(tmp_path, layerdrop=0.1))
 
 
+def test_a_mode_for_some_lengths_only_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("xlstm", mode="train").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"mode='train', in which .*\n  set mode to 'inference' there"):
+        load_config(ModelConfig(path=str(tmp_path), init=Init.random))
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rope_that_depends_on_length_is_refused(kind: str, tmp_path: Path) -> None:
     """Chunks of one sequence would use different rotations, and gradients would be off by 2e-4 to 2e-3 unnoticed."""

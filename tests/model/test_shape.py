@@ -132,6 +132,10 @@ SHARED = {"num_hidden_layers": 10, "num_kv_shared_layers": 5}
             "recurrent_gemma", {"num_key_value_heads": 1, "num_hidden_layers": 3},
             [(1, 10, 1, 256, 256, 2048)], 2 * (3 * 2560 * 2 + 2560 * 4),
         ),
+        # RWKV-4-169M. The last inputs of two modules, and three numbers for each channel.
+        ("rwkv", {"hidden_size": 768, "num_hidden_layers": 12}, [], 12 * (2 * 768 * 2 + 3 * 768 * 4)),
+        # xLSTM-7B in small. For each of 8 heads 256 x 512 numbers, their normalizer and their largest exponent.
+        ("xlstm", {"num_hidden_layers": 2}, [], 2 * 8 * (256 * 512 + 256 + 1) * 4),
         ("deepseek_v3", LATENT, [(4, 128, 128, 192, 128)], 0),
         (
             "gemma3n_text", SHARED,
@@ -218,16 +222,20 @@ def test_what_the_kernels_of_scans_keep(
     assert kept[frozenset()] > 2 * bytes_per_token
 
 
-def test_recurrent_layers_that_cannot_be_read_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "where", "method"), [
+    ("lfm2", "model.layers.2.feed_forward", "forward"),
+    ("rwkv", "rwkv.blocks.0.attention", "extract_key_value"),  # before any recurrent layer has run to its end
+])  # fmt: skip
+def test_recurrent_layers_that_cannot_be_read_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, where: str, method: str
+) -> None:
     """Formulas know no recurrent layers, so a plan without the forward would be wrong."""
-    model_type, changes = RECURRENT["lfm2"]
-    config = AutoConfig.for_model(model_type, **{**RECURRENT_TINY, **changes})
-    model = empty_model(config, dtype=torch.float32)
-    monkeypatch.setattr(
-        type(model.model.layers[-1].feed_forward), "forward", lambda *_: torch.zeros(2) @ torch.zeros(3)
-    )
+    model_type, changes = RECURRENT[name]
+    settings = {key: value for key, value in {**RECURRENT_TINY, **changes}.items() if value is not None}
+    model = empty_model(AutoConfig.for_model(model_type, **settings), dtype=torch.float32)
+    monkeypatch.setattr(type(model.get_submodule(where)), method, lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(
-        UsageError, match=r"a model of type 'lfm2' cannot be planned: .*\n  another model\.dtype may work"
+        UsageError, match=rf"a model of type '{name}' cannot be planned: .*\n  another model\.dtype may work"
     ):
         model_shape(model)
 

@@ -259,6 +259,14 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_d_state": 8, "mamba_dt_rank": 4, "num_key_value_heads": 4, "head_dim": None,
         },
     ),
+    "rwkv": ("rwkv", {**_NO_ATTENTION, "head_dim": None, "attention_hidden_size": 40, "rescale_every": 1}),
+    "xlstm": (
+        "xlstm",
+        {
+            **_NO_ATTENTION, "head_dim": None, "num_heads": 2, "chunk_size": 8, "ffn_round_up_to_multiple_of": 16,
+            "output_logit_soft_cap": 3.0, "gate_soft_cap": 2.0,
+        },
+    ),
     "qwen3_5, wide values, tied": (
         "qwen3_5_text",
         {
@@ -292,7 +300,7 @@ def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from chunkflow_cli.execution.precision import use_float64_experts
+    from chunkflow_cli.execution.precision import use_float64_parts
 
     dtype = torch.float32 if dtype is None else dtype
     model_type, changes = RECURRENT[name]
@@ -304,6 +312,10 @@ def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any
             noise = torch.randn(parameter.shape)
             if parameter_name.endswith(("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias")):
                 parameter.copy_(torch.rand(parameter.shape) * 2 - 1.5)
+            elif parameter_name.endswith("igate_preact.bias"):
+                parameter.copy_(noise)
+            elif parameter_name.endswith("time_decay"):
+                parameter.copy_(torch.rand(parameter.shape) * 2 - 4)
             elif "norm" in parameter_name or parameter.ndim == 1:
                 parameter.add_(0.1 * noise)
             elif "router" in parameter_name or "gate.weight" in parameter_name:
@@ -314,7 +326,7 @@ def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any
     for module in model.modules():
         if hasattr(module, "decay_factors"):  # minimax: tables that it has made in float32
             module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(module.slope_rate)
-    use_float64_experts(model, dtype)
+    use_float64_parts(model, dtype)
     model.config.use_cache = False
     return model.train()
 

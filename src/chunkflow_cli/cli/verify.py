@@ -22,7 +22,7 @@ from chunkflow_cli.execution.cpu_quirks import settle_vector_math
 from chunkflow_cli.execution.dropout import remove_dropout
 from chunkflow_cli.execution.guard import ROUNDING_SUSPECTED
 from chunkflow_cli.execution.parity import InChunks, Parity, compare, random_sequences
-from chunkflow_cli.execution.precision import use_float64_experts
+from chunkflow_cli.execution.precision import use_float64_parts
 from chunkflow_cli.execution.state_home import state_home
 from chunkflow_cli.execution.why_not import why_not
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
@@ -154,7 +154,7 @@ def _test_size(config: Config, hf_config: Any, console: Console) -> tuple[int, i
 def _load(config: Config, hf_config: Any, dtype: torch.dtype) -> Any:
     """Return the configured model, without dropout."""
     model: Any = load_model(config.model, hf_config, dtype=dtype, attention=attention.NAME, seed=config.train.seed)
-    use_float64_experts(model, dtype)
+    use_float64_parts(model, dtype)
     enable_activation_checkpointing(model, config.model.activation_checkpointing)
     if config.model.lora.enabled:
         model = add_lora(model, replace(config.model.lora, dropout=0.0))

@@ -24,6 +24,7 @@ from chunkflow_cli.execution.recurrent import RunningChunk, comes_after_attentio
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.execution.state import StatePiece
 from chunkflow_cli.model.adapter_summary import trained_copy
+from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.hf_config import known_ids
@@ -65,7 +66,7 @@ class ChunkModel(nn.Module):
         self.computes_own_attention = computes_own_attention(base.config)
         if self.computes_own_attention:
             prepare_own_attention(base)
-        else:
+        elif attention_heads(base.config):
             require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base)
@@ -195,9 +196,8 @@ def logit_transform(model: Any) -> LogitTransform:
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # cohere, falcon_h1, muse_glimmer
         if (factor := setting(name)) is not None:
             scale = factor
-    softcap = setting("final_logit_softcapping")  # gemma2, gemma3
-    if softcap is None:
-        softcap = setting("logits_soft_cap")  # recurrent_gemma
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # gemma2, recurrent_gemma, xlstm
+    softcap = next((cap for name in caps if (cap := setting(name)) is not None), None)
     if softcap is None and "logit_softcap" in names:  # a module of inkling2
         softcap = float(config.final_logit_softcapping)
     return LogitTransform(scale, softcap, known_ids(config) if "unpadded_vocab_size" in names else None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.chunk_model import base_model
@@ -35,7 +36,9 @@ def compile_layers(model: nn.Module) -> None:
     modules = dict(base.named_modules())
     for name in prepare_recurrent_layers(base):
         modules[name].forward = torch.compiler.disable(modules[name].forward)
-    for layer in decoder_of(base).layers:
+    decoder = decoder_of(base)
+    checkpointed = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in getattr(decoder, "layers", None) or checkpointed:  # gpt2, rwkv and xlstm call them otherwise
         if next(layer.parameters(), None) is None:  # another stage holds it
             continue
         if getattr(layer, "gradient_checkpointing", False):

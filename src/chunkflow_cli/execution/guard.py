@@ -26,7 +26,7 @@ from chunkflow_cli.execution.attention.choice import choose_backend
 from chunkflow_cli.execution.attention.kernel_check import check_backend, head_dims_of
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.parity import TOLERANCES, InChunks, Parity, compare, random_sequences
-from chunkflow_cli.execution.precision import in_any_order, use_float64_experts
+from chunkflow_cli.execution.precision import in_any_order, use_float64_parts
 from chunkflow_cli.execution.small_copy import CannotBuildError, build_small, small_config
 from chunkflow_cli.execution.small_sizes import VOCABULARY
 from chunkflow_cli.execution.state_home import Home, state_home
@@ -152,7 +152,7 @@ class _SmallRun:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             model = build_small(self.config, self.device, dtype)
-            use_float64_experts(model, dtype)
+            use_float64_parts(model, dtype)
             enable_activation_checkpointing(model, self.checkpointing)
             vocabulary = min(VOCABULARY, known_ids(self.config))
             parity = compare(

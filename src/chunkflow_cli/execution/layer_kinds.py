@@ -145,5 +145,5 @@ def _cut_list(name: str, value: Sequence[Any], keep: Sequence[int], layers: int)
 
 
 def _counts_layers(name: str, value: Any, layers: int) -> bool:
-    is_count = "layer" in name and type(value) is int and value > 0 and value % layers == 0
+    is_count = ("layer" in name or name == "num_blocks") and type(value) is int and value > 0 and value % layers == 0
     return is_count and not any(part in name for part in ("interval", "_every_", "period", "shared", "window"))

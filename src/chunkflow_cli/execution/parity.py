@@ -37,6 +37,7 @@ from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.execution.whole_sequence import cross_entropies
 from chunkflow_cli.model.activation_checkpointing import without_activation_checkpointing
+from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.mixers import forget_states
 from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
@@ -271,6 +272,9 @@ def use_implementation(model: Any, name: str) -> Iterator[None]:
     """Run the model with this attention within the block, and with its own after it."""
     attention.register()
     base = base_model(model)
+    if not attention_heads(base.config):
+        yield
+        return
     if name == attention.NAME and computes_own_attention(base.config):
         name = whole_implementation(base)
     before = base.config._attn_implementation

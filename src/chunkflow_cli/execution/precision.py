@@ -90,10 +90,17 @@ def without_kernel_packages() -> Iterator[None]:
         hub_kernels.is_torchdynamo_exporting = before
 
 
-def use_float64_experts(model: Any, dtype: torch.dtype) -> None:
-    """Switch a float64 model with experts to transformers' plain product: the grouped one has no float64."""
+def use_float64_parts(model: Any, dtype: torch.dtype) -> None:
+    """Switch a float64 model with experts to transformers' plain product: the grouped one has no float64.
+
+    States of xlstm become float64. Their dtype is chosen when the model is made.
+    """
     if dtype is not torch.float64:
         return
+    for part in model.modules():
+        if hasattr(part, "mlstm_backend"):
+            with float64_throughout():
+                part.mlstm_backend = type(part.mlstm_backend)(part.config)
     for part in model.modules():  # the decoder of a multimodal model may have experts where the model's class has none
         if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
             part.set_experts_implementation("eager")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-_STATE_IN_MODULE = (
-    "its recurrent layers keep their state in the model itself, where no chunk can hand it to the next one"
-)
 _BLOCKS = (
     "it attends to blocks of keys that it picks or sums up, and counts their borders from the first token of a "
     "forward: in a packed chunk, they cross samples"
@@ -22,9 +19,7 @@ REASONS = {
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
     "qwen4_exp_text": "its indexer averages keys in blocks, and rotates them by positions that only its own cache "
     "knows",
-    "rwkv": _STATE_IN_MODULE,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
-    "xlstm": "its recurrent layers run in code of their own, whose state cannot be handed on",
 }
 """Model type -> reason. They explain a refusal and never cause one: the guard finds out by training."""
 

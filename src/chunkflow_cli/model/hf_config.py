@@ -99,6 +99,11 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     apply_rope_scaling(config, hf_config)
     refuse_length_dependent_rope(text)
     refuse_unsupported_attention(text)
+    if text.model_type == "xlstm" and text.mode != "inference":
+        raise UsageError(
+            f"model.path={config.path}: its config.json has mode={text.mode!r}, in which transformers cannot run "
+            "samples of any length\n  set mode to 'inference' there: it trains as well"
+        )
     if config.vocab_size is not None:
         if config.vocab_size < text.vocab_size:
             raise UsageError(

@@ -13,7 +13,7 @@ from chunkflow_cli.planning.topology import Topology, key_value_copies
 
 CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
 """Types of models that call a module once for each expert that a token takes. The others multiply all in one call."""
-RUN_BY_SEGMENT = frozenset({"minimax", "recurrent_gemma", "zaya"})
+RUN_BY_SEGMENT = frozenset({"minimax", "recurrent_gemma", "rwkv", "xlstm", "zaya"})
 """Types of models with modules that let tokens meet in code of their own (`mixers`): they run once for each segment."""
 
 

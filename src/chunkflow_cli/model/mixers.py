@@ -7,14 +7,19 @@ Most recurrent layers call functions that all modeling files share (`recurrent_f
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.rwkv_scan import scan
 
 Arguments: TypeAlias = Mapping[str, Any]
 """The arguments of a module's forward by name, (rows, tokens, ...): a row for each sequence, and zeros behind it if
@@ -142,17 +147,89 @@ def _hooked(*handles: RemovableHandle) -> Iterator[None]:
             handle.remove()
 
 
+class _OfOneLayer:
+    """What rwkv's modules take for the states of all layers: what one writes replaces what was there."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.value
+
+    def __setitem__(self, _: Any, value: Tensor) -> None:
+        self.value = value
+
+
+_RWKV_SCAN = {"numerator": 0.0, "denominator": 0.0, "largest": -1e38}
+"""Parts of the state of rwkv's scan -> what they are at the beginning of a sequence."""
+
+
+def _rwkv_attention(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    """Run rwkv's attention with another scan: in its kernel, states have no gradient, and its loop is slow."""
+    hidden = arguments["hidden"]
+    if start is None:
+        shape = (len(hidden), module.attention_hidden_size)
+        parts = {part: hidden.new_full(shape, value, dtype=torch.float32) for part, value in _RWKV_SCAN.items()}
+        start = {"conv0": torch.zeros_like(hidden[:, 0]), **parts}
+    layers = {part: _OfOneLayer(value) for part, value in start.items()}
+    with mock.patch.object(sys.modules[forward.__module__], "rwkv_linear_attention", _rwkv_scan):
+        output, _ = forward(module, hidden, [None, *layers.values()])
+    return (output, None), {part: layer.value for part, layer in layers.items()}
+
+
+def _rwkv_scan(
+    time_decay: Tensor, time_first: Tensor, key: Tensor, value: Tensor, state: Any, return_state: bool
+) -> tuple[Tensor, Any]:
+    return scan(time_decay, time_first, key, value, state)
+
+
+def _rwkv_feed_forward(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    hidden = arguments["hidden"]
+    layer = _OfOneLayer(torch.zeros_like(hidden[:, 0]) if start is None else start["conv0"])
+    output, _ = forward(module, hidden, [layer])
+    return (output, None), {"conv0": layer.value}
+
+
+_XLSTM_STATE = ("memory", "normalizer", "largest")
+
+
+def _xlstm(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    """Run xlstm's scan in float32: in bfloat16, transformers' has no backward."""
+    backend, hidden = module.mlstm_backend, arguments["x"]
+    own = backend.forward
+
+    def in_float32(**given: Tensor | None) -> tuple[Tensor, Any]:
+        output, last = own(**{name: value if value is None else value.float() for name, value in given.items()})
+        return output.to(hidden.dtype), last
+
+    with mock.patch.object(backend, "forward", in_float32):
+        output, last = forward(module, hidden, None if start is None else tuple(start[part] for part in _XLSTM_STATE))
+    return (output, None), dict(zip(_XLSTM_STATE, last, strict=True))
+
+
 MIXERS = {
     "Inkling2DynamicShortConvolution": Mixer(("conv0",), _inkling2, lambda module: module.conv_kernel_size - 1),
     "MiniMaxLightningAttention": Mixer(("state0",), _minimax),
     "RecurrentGemmaRecurrentBlock": Mixer(("conv0", "state0"), _recurrent_gemma),
+    "RwkvFeedForward": Mixer(("conv0",), _rwkv_feed_forward),  # inputs of the last token
+    "RwkvSelfAttention": Mixer(("conv0", *_RWKV_SCAN), _rwkv_attention),
+    "xLSTMLayer": Mixer(_XLSTM_STATE, _xlstm),
     "ZayaCCAProjection": Mixer(("conv0", "state0"), _with_cache),  # inputs of convolutions; the last token's values
 }
 """Name of a class -> how to run it."""
 
 
 def mixer_of(cls: type) -> Mixer | None:
-    """Return how to run the modules of a class of transformers; None if it is no such class."""
+    """Return how to run the modules of a class of transformers; None if it is no such class.
+
+    Raises:
+        UsageError: it is the class of a package, whose kernels leave out the gradient of a part of the state.
+    """
+    if cls.__name__ == "mLSTMLayer" and cls.__module__.startswith("xlstm."):
+        raise UsageError(
+            "models of type 'xlstm' cannot be trained in chunks with the package xlstm, whose kernels leave out a part "
+            "of the gradient\n  uninstall it (pip uninstall xlstm): transformers has layers of its own"
+        )
     is_of_transformers = cls.__module__.startswith("transformers.")
     return MIXERS.get(cls.__name__) if is_of_transformers else None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from chunkflow_cli.config.schema import ActivationCheckpointing, ModelConfig
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.attention_heads import attention_heads
 
 OWN_ATTENTION = {
     **dict.fromkeys(
@@ -43,7 +44,7 @@ def implementation_for(hf_config: Any, attention: str | None) -> str | None:
     Args:
         attention: the name for models that leave attention to the interface.
     """
-    return None if computes_own_attention(hf_config) else attention
+    return None if computes_own_attention(hf_config) or not attention_heads(hf_config) else attention
 
 
 class KeyCache:

@@ -207,9 +207,9 @@ def _mix(
 ) -> Any:
     """Run a module that lets tokens meet in code of its own."""
     arguments = arguments_of(in_torch, module, args, options)
+    tally.weights += sum(parameter.numel() for parameter in module.parameters())
     with tally.counting():
         output, last = mixer.run(module, in_torch, arguments, None)
-    tally.weights += sum(parameter.numel() for parameter in module.parameters())
     tally.edge_bytes += sum(part.nbytes for part in last.values())
     tally.flops_per_token += FLOPS_PER_STATE_ELEMENT * sum(part.numel() for part in last.values())
     given = [value for value in arguments.values() if isinstance(value, Tensor) and value.ndim >= 3]

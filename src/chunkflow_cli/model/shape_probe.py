@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chunkflow_cli.config.schema import Dtype
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
-from chunkflow_cli.model.attention_heads import block_of, by_size
+from chunkflow_cli.model.attention_heads import attention_heads, block_of, by_size
 from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.own_attention import KeyCache, computes_own_attention
@@ -118,7 +118,8 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     seen = _Attention()
     # It has no mask function, so transformers makes no mask, for which it would look at the numbers of positions.
     AttentionInterface.register(PROBE_ATTENTION, seen)
-    model.set_attn_implementation(PROBE_ATTENTION)
+    if attention_heads(model.config):
+        model.set_attn_implementation(PROBE_ATTENTION)
     _forget_padding(model)
     model.train()
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
@@ -135,7 +136,7 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
         ):
             hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False)
     except (NotImplementedError, RuntimeError, TypeError) as error:
-        if recurrent is None or not recurrent.edge_bytes:
+        if recurrent is None or not (recurrent.edge_bytes or recurrent.weights):
             return None  # there are formulas for models without recurrent layers
         raise UsageError(
             f"a model of type {model.config.model_type!r} cannot be planned: its sizes cannot be read off a forward "

@@ -22,6 +22,7 @@ from chunkflow_cli.model.scan_shapes import modeling_files
 STATE_KEEPERS = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
 """Methods of transformers' caches with which a layer keeps a state between tokens."""
 _EXCHANGED, _FOUND, _SHARED = "_runs_in_chunks", "_is_recurrent_layer", "_notes_its_layer"
+_UNCUT = "_runs_as_in_training"
 """Attributes of functions and modules that are prepared."""
 
 
@@ -37,6 +38,10 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
     names_in_code = {cls: _names_in_code(cls) for cls in {type(module) for module in model.modules()}}
     for name, module in model.named_modules():
         cls = type(module)
+        if hasattr(module, "_rescale_layers"):  # rwkv divides its weights for evaluation, and they could be saved so
+            module._rescale_layers = _leave_weights
+        if "max_inference_chunksize" in names_in_code[cls]:  # xlstm cuts long inputs in evaluation
+            _hook_once(module, _UNCUT, _run_as_in_training)
         if hasattr(module, "layer_idx") and "layer_idx" in inspect.signature(module.forward).parameters:
             _hook_once(module, _SHARED, _note_layer)
         mixer = mixer_of(cls)
@@ -85,6 +90,15 @@ def _note_layer(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Tell an attention module that several layers share for which of them it runs (zamba2)."""
     if kwargs.get("layer_idx") is not None:
         module.layer_idx = kwargs["layer_idx"]
+
+
+def _leave_weights() -> None:
+    """Change no weight."""
+
+
+def _run_as_in_training(module: nn.Module, args: Any, kwargs: Any) -> None:
+    if running_chunk() is not None:
+        module.training = True
 
 
 def _exchange_functions(home: Any) -> None:
