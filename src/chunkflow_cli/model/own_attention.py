@@ -11,6 +11,8 @@ from typing import Any
 from chunkflow_cli.config.schema import ActivationCheckpointing, ModelConfig
 from chunkflow_cli.errors import UsageError
 
+TO_BLOCKS = frozenset({"deepseek_v4", "glm5_next_text", "minimax_m3_vl_text", "qwen4_exp_text"})
+"""Those whose attention runs once for each segment of a chunk (`execution.attention.blocks`)."""
 OWN_ATTENTION = {
     **dict.fromkeys(
         ("bloom", "codegen", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "xglm"),
@@ -22,6 +24,10 @@ OWN_ATTENTION = {
         "an indexer picks the keys that a query sees (DSA)",
     ),
     "hrm_text": "its layers run several times in a forward, each time with other keys",
+    **dict.fromkeys(
+        TO_BLOCKS,
+        "it picks or sums up blocks of keys, counted from the first key that it has",
+    ),
 }
 """Type of the decoder -> why the attention interface does not do for it."""
 
@@ -29,6 +35,17 @@ OWN_ATTENTION = {
 def computes_own_attention(hf_config: Any) -> bool:
     """Return whether a model takes its keys in chunks from its cache, and computes attention itself."""
     return hf_config.get_text_config().model_type in OWN_ATTENTION
+
+
+def attends_to_blocks(hf_config: Any) -> bool:
+    """Return whether a model picks or sums up blocks of keys."""
+    return hf_config.get_text_config().model_type in TO_BLOCKS
+
+
+def attention_modules(model: Any) -> list[tuple[str, Any]]:
+    """Return the attention modules of such a model, with their names."""
+    modules = model.named_modules()
+    return [(name, module) for name, module in modules if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
 
 
 def implementation_for(hf_config: Any, attention: str | None) -> str | None:
