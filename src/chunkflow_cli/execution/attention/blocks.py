@@ -75,8 +75,8 @@ def _mask(module: Any, hidden: Tensor, past: int) -> Tensor:
     if (window := getattr(module, "sliding_window", None)) is not None:
         is_seen &= distance < window
     if module.config._attn_implementation == "eager":
-        unseen = torch.finfo(hidden.dtype).min
-        return torch.where(is_seen, 0.0, unseen).to(hidden.dtype)[None, None]
+        mask = hidden.new_zeros(1, 1, *is_seen.shape)
+        return mask.masked_fill_(~is_seen, torch.finfo(mask.dtype).min)
     return is_seen[None, None]
 
 
