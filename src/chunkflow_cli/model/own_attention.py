@@ -48,6 +48,11 @@ def attention_modules(model: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in modules if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
 
 
+def rotates_blocks(module: Any) -> bool:
+    """Return whether an attention module rotates blocks of keys itself, and so needs the rotations of all keys."""
+    return type(module).__name__ == "Qwen4ExpTextAttention"
+
+
 def implementation_for(hf_config: Any, attention: str | None) -> str | None:
     """Return the name of the attention in transformers to make a model with, or None for its default.
 

@@ -20,8 +20,9 @@ from chunkflow_cli.execution.attention.function import flat
 from chunkflow_cli.execution.attention.own import Past, behind_past, with_past
 from chunkflow_cli.execution.recurrent.mixers import joined, of_tokens
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
+from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.model.mixers import Forward, arguments_of, has_gradient
-from chunkflow_cli.model.own_attention import attention_modules
+from chunkflow_cli.model.own_attention import attention_modules, rotates_blocks
 
 _EXCHANGED = "_runs_in_chunks"
 KEYS, INDEX, ENTRIES, INDEX_ENTRIES = range(4)
@@ -35,6 +36,10 @@ def prepare_attention_to_blocks(model: nn.Module) -> tuple[str, ...]:
         if not hasattr(cls.forward, _EXCHANGED):
             cls.forward = _by_segment(cls.forward)
             setattr(cls.forward, _EXCHANGED, True)
+    rotary = getattr(decoder_of(model), "rotary_emb", None)
+    if any(rotates_blocks(module) for _, module in modules) and not hasattr(type(rotary).forward, _EXCHANGED):
+        type(rotary).forward = _with_past_positions(type(rotary).forward)
+        setattr(type(rotary).forward, _EXCHANGED, True)
     return tuple(name for name, module in modules if getattr(module, "compressor", None) is not None)
 
 
@@ -51,6 +56,8 @@ def _by_segment(forward: Forward) -> Forward:
             cache = None
             if index == 0 and chunk.has_piece:
                 cache = PieceCache(chunk, module, needs_gradient=has_gradient(module, arguments))
+            if rotates_blocks(module):
+                own["position_embeddings"] = _positions(arguments["position_embeddings"], chunk.context.past, index, span)
             past = 0 if cache is None else cache.seen
             own |= {"past_key_values": cache, "attention_mask": _mask(module, own["hidden_states"], past)}
             output, _, *others = forward(module, **own)
@@ -58,6 +65,26 @@ def _by_segment(forward: Forward) -> Forward:
         return joined(outputs)
 
     return attend
+
+
+def _positions(rotations: tuple[Tensor, ...], past: int, segment: int, span: slice) -> tuple[Tensor, ...]:
+    """Return the rotations of a segment, and those of the past in front of the first one, each (1, keys, channels)."""
+    start = past + span.start if segment else 0
+    return tuple(each[:, start : past + span.stop] for each in rotations)
+
+
+def _with_past_positions(rotate: Forward) -> Forward:
+    """Let a rotary embedding rotate the positions of the past as well, in front of a chunk's own."""
+
+    @functools.wraps(rotate)
+    def rotate_all(module: nn.Module, hidden: Tensor, position_ids: Tensor) -> Any:
+        chunk = running_chunk()
+        if chunk is not None and chunk.context.past:
+            past = torch.arange(chunk.context.past, device=position_ids.device)
+            position_ids = torch.cat([past.expand(*position_ids.shape[:-1], -1), position_ids], dim=-1)
+        return rotate(module, hidden, position_ids)
+
+    return rotate_all
 
 
 def _mask(module: Any, hidden: Tensor, past: int) -> Tensor:
