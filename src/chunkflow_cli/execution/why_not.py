@@ -7,13 +7,8 @@ from typing import Any
 _STATE_IN_MODULE = (
     "its recurrent layers keep their state in the model itself, where no chunk can hand it to the next one"
 )
-_BLOCKS = (
-    "it attends to blocks of keys that it picks or sums up, and counts their borders from the first token of a "
-    "forward: in a packed chunk, they cross samples"
-)
 
 REASONS = {
-    **dict.fromkeys(("deepseek_v4", "glm5_next_text", "minimax_m3_vl_text"), _BLOCKS),
     "blt": "its layers attend to patches of bytes, whose borders a second model draws, and not to tokens",
     "cpmant": "its tokens see later ones: all of them count as context",
     "diffusion_gemma": "it restores blocks of tokens that see each other (diffusion), and predicts no next token",
@@ -25,8 +20,6 @@ REASONS = {
     "minimax": "its linear attention steps through tokens in code of its own, whose state cannot be handed on",
     "openai-gpt": "its attention takes no keys but those of the tokens in a forward (it has no cache); it knows 512 "
     "positions, so each of its samples fits into one forward",
-    "qwen4_exp_text": "its indexer averages keys in blocks, and rotates them by positions that only its own cache "
-    "knows",
     "recurrent_gemma": _STATE_IN_MODULE,
     "rwkv": _STATE_IN_MODULE,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",

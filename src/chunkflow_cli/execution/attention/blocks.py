@@ -57,7 +57,9 @@ def _by_segment(forward: Forward) -> Forward:
             if index == 0 and chunk.has_piece:
                 cache = PieceCache(chunk, module, needs_gradient=has_gradient(module, arguments))
             if rotates_blocks(module):
-                own["position_embeddings"] = _positions(arguments["position_embeddings"], chunk.context.past, index, span)
+                own["position_embeddings"] = _positions(
+                    arguments["position_embeddings"], chunk.context.past, index, span
+                )
             past = 0 if cache is None else cache.seen
             own |= {"past_key_values": cache, "attention_mask": _mask(module, own["hidden_states"], past)}
             output, _, *others = forward(module, **own)

@@ -96,8 +96,7 @@ class Past:
 
 
 def behind_past(past: Past, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Store a chunk's tensors, each (rows, heads, channels); return them behind what the chunk sees, without gradient.
-    """
+    """Store a chunk's tensors, each (rows, heads, channels); return them behind what the chunk sees, without gradient."""
     state, seen = past.piece.state, past.seen
     own = {name: tensor.detach() for name, tensor in own.items()}
     if past.piece.continues:
