@@ -42,17 +42,6 @@ def attends_to_blocks(hf_config: Any) -> bool:
     return hf_config.get_text_config().model_type in TO_BLOCKS
 
 
-def attention_modules(model: Any) -> list[tuple[str, Any]]:
-    """Return the attention modules of such a model, with their names."""
-    modules = model.named_modules()
-    return [(name, module) for name, module in modules if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
-
-
-def rotates_blocks(module: Any) -> bool:
-    """Return whether an attention module rotates blocks of keys itself, and so needs the rotations of all keys."""
-    return type(module).__name__ == "Qwen4ExpTextAttention"
-
-
 def implementation_for(hf_config: Any, attention: str | None) -> str | None:
     """Return the name of the attention in transformers to make a model with, or None for its default.
 

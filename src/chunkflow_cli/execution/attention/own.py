@@ -26,6 +26,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, add_from_later_chunks, flat
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.state import FirstVisible, StatePiece
+from chunkflow_cli.model.attention_blocks import NO_MASKS
 from chunkflow_cli.model.forward_scope import forward_value
 from chunkflow_cli.model.own_attention import KeyCache, attends_to_blocks
 from chunkflow_cli.model.scan_shapes import modeling_files
@@ -34,10 +35,6 @@ _EXCHANGED = "_runs_in_chunks"
 """Attribute of functions and modules that are prepared, so that none is prepared twice."""
 ALIBI, ALIBI_FROM_LENGTH = "build_alibi_tensor", "build_mpt_alibi_tensor"
 """Functions of modeling files that make the bias of distances: for each token of a mask, or for a number of tokens."""
-
-
-NO_MASKS = {"indexed_attention": None, "linear_attention": None}
-"""The masks of a model that needs none: it takes one by the kind of layer, or the first one."""
 
 
 class ChunkCache(KeyCache):
@@ -96,7 +93,7 @@ class Past:
 
 
 def behind_past(past: Past, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Store a chunk's tensors, each (rows, heads, channels); return them behind what the chunk sees, without gradient."""
+    """Store a chunk's tensors, each (rows, heads, channels); return them behind what it sees, without gradient."""
     state, seen = past.piece.state, past.seen
     own = {name: tensor.detach() for name, tensor in own.items()}
     if past.piece.continues:

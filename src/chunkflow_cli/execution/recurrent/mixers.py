@@ -29,9 +29,9 @@ def mix_in_chunks(forward: Forward, mixer: Mixer) -> Forward:
         sharing = Sharing(chunk.group, tokens=1, heads=2)  # ranks that share tokens each run the module for all
         arguments = arguments_of(forward, module, args, options)
         here = chunk.tokens // (1 if chunk.group is None else chunk.group.size)
-        whole = {name: of_tokens(sharing.all_tokens, value, here) for name, value in arguments.items()}
+        whole = {name: _of_tokens(sharing.all_tokens, value, here) for name, value in arguments.items()}
         output = _mix_segments(module, forward, mixer, whole, chunk)
-        return of_tokens(sharing.own_tokens, output, chunk.tokens)
+        return _of_tokens(sharing.own_tokens, output, chunk.tokens)
 
     return mix_chunk
 
@@ -46,13 +46,13 @@ def _mix_segments(
         start = {part: value for part, value in found.items() if value is not None} or None
     outputs = []
     for index, span in enumerate(chunk.spans):
-        own = {name: of_tokens(lambda t, s=span: t[:, s], value, chunk.tokens) for name, value in arguments.items()}
+        own = {name: _of_tokens(lambda t, s=span: t[:, s], value, chunk.tokens) for name, value in arguments.items()}
         output, last = mixer.run(module, forward, own, start if index == 0 else None)
         if index == 0 and chunk.continues:
             for part in mixer.parts:
                 output = _leave(chunk, part, last[part], output)
         outputs.append(output)
-    return joined(outputs)
+    return _joined(outputs)
 
 
 def _leave(chunk: RunningChunk, part: str, value: Tensor, output: Any) -> Any:
@@ -61,19 +61,17 @@ def _leave(chunk: RunningChunk, part: str, value: Tensor, output: Any) -> Any:
     return chunk.leave(part, value, output)
 
 
-def of_tokens(change: Callable[[Tensor], Tensor], value: Any, tokens: int) -> Any:
-    """Change all tensors (1, tokens, ...) of an argument or output, within tuples and dictionaries, too."""
-    if isinstance(value, dict):
-        return {name: of_tokens(change, each, tokens) for name, each in value.items()}
+def _of_tokens(change: Callable[[Tensor], Tensor], value: Any, tokens: int) -> Any:
+    """Change all tensors (1, tokens, ...) of an argument or output, within tuples, too."""
     if isinstance(value, tuple):
-        return tuple(of_tokens(change, each, tokens) for each in value)
-    isof_tokens = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, tokens)
-    return change(value) if isof_tokens else value
+        return tuple(_of_tokens(change, each, tokens) for each in value)
+    is_of_tokens = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, tokens)
+    return change(value) if is_of_tokens else value
 
 
-def joined(outputs: list[Any]) -> Any:
+def _joined(outputs: list[Any]) -> Any:
     """Join the outputs of all segments, (1, tokens, ...); what has no tokens is left out."""
     first = outputs[0]
     if isinstance(first, tuple):
-        return tuple(joined(list(each)) for each in zip(*outputs, strict=True))
+        return tuple(_joined(list(each)) for each in zip(*outputs, strict=True))
     return torch.cat(outputs, dim=1) if isinstance(first, Tensor) else None
