@@ -77,7 +77,8 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
             return tensor
         kept[storage._cdata] = storage.nbytes()
         holders[storage._cdata] += 1
-        return _Held(tensor, storage._cdata, release)
+        # Detached, for an output that a function saves would hold that function, which then is never released.
+        return _Held(tensor.detach(), storage._cdata, release)
 
     def release(address: int) -> None:
         holders[address] -= 1
