@@ -55,17 +55,17 @@ class ChunkCache(KeyCache):
             raise UsageError("the model reshapes its tokens before attention, so it cannot be trained in chunks")
         if chunk.piece is None:
             return keys, values
-        whole = with_past(self._past(layer_idx), {"keys": flat(keys), "values": flat(values)})
+        whole = with_past(self._of_layer(layer_idx), {"keys": flat(keys), "values": flat(values)})
         return whole["keys"].transpose(0, 1)[None], whole["values"].transpose(0, 1)[None]
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
         """Do the same for the keys by which an indexer picks others, (1, tokens, channels), which get no gradient."""
         if self._chunk.piece is None:
             return keys
-        found = behind_past(self._past(-1 - layer_idx), {"keys": keys[0].unsqueeze(1)})  # a layer of its own
+        found = behind_past(self._of_layer(-1 - layer_idx), {"keys": keys[0].unsqueeze(1)})  # a layer of its own
         return found["keys"].transpose(0, 1)
 
-    def _past(self, layer: int) -> Past:
+    def _of_layer(self, layer: int) -> Past:
         piece = self._chunk.piece
         assert piece is not None
         return Past(piece, layer, piece.past, self._chunk.dependent_tokens)
