@@ -658,9 +658,6 @@ def test_guard_passes_more_architectures(tiny_config: Callable[..., Any], model_
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "recurrent_gemma, own code": (
-        "recurrent_gemma", {}, "'recurrent_gemma' cannot be trained exactly in chunks(.|\n)*keep their state in the model",
-    ),
     "inkling, position bias": (
         "inkling_text", {"d_rel": 8}, "'inkling_text' cannot be trained in chunks(.|\n)*learned function of the distance",
     ),

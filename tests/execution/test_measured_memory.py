@@ -235,7 +235,13 @@ def test_state_bytes_against_the_state_store(
     assert 0 <= rounded_up < (gradients_of_windows(shape, dtype.itemsize, size) if stored else 1), "more in between"
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "falcon_h1", "zamba2", "jamba"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "falcon_h1", "zamba2", "jamba", "zaya", "minimax",
+        "recurrent_gemma",
+    ],
+)  # fmt: skip
 def test_memory_of_recurrent_layers_without_a_model(name: str) -> None:
     """The state store to the byte, with an edge behind each chunk but the last, and activations within 4 %."""
     attention.register()

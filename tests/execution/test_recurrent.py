@@ -74,8 +74,9 @@ CASES = (
     Case(LENGTHS, 16, 2, fill_tails=False),
 )
 MATRIX = [(name, CASES[(3 * row + index) % 6]) for index, name in enumerate(RECURRENT) for row in range(2)]
-ONE_OF_EACH = ("qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "jamba")
-"""One architecture for each function that crosses tokens: a convolution alone, and the four scans."""
+ONE_OF_EACH = ("qwen3_5", "kimi_linear", "lfm2", "nemotron_h", "jamba", "zaya", "minimax", "recurrent_gemma")
+"""One architecture for each function that crosses tokens, a convolution alone and the four scans, and for each module
+that does so in code of its own."""
 
 
 def compared(model: Any, case: Case, **options: Any) -> Parity:
@@ -179,7 +180,9 @@ def test_a_broken_mechanism_shows(
     assert compared(recurrent_model(name), Case(LENGTHS, 13, 2)).grad_rel_error > 0.02
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "nemotron_h", "mamba", "falcon_mamba", "mamba2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", "kimi_linear", "nemotron_h", "mamba", "falcon_mamba", "mamba2", "zaya", "recurrent_gemma"]
+)
 def test_the_state_of_the_scan_alone_shows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A proof that saw convolutions only would pass with scans that begin from nothing in each chunk."""
     take = SequenceState.take_edge_gradient
@@ -192,7 +195,9 @@ def test_the_state_of_the_scan_alone_shows(monkeypatch: pytest.MonkeyPatch, name
 # Around the mechanism.
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1", "bamba", "jamba", "kimi_linear"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", "lfm2", "nemotron_h", "falcon_h1", "bamba", "jamba", "kimi_linear", "recurrent_gemma"]
+)
 def test_two_pipeline_stages(name: str) -> None:
     """A stage that took a layer's tuple for its hidden states, or lost the layer's kind, would fail or differ."""
     with float64_throughout():
@@ -200,19 +205,36 @@ def test_two_pipeline_stages(name: str) -> None:
     assert result.grad_rel_error <= TOLERANCE
 
 
-def test_stages_of_a_model_whose_layers_read_the_embeddings() -> None:
-    with pytest.raises(UsageError, match="its layers read the embeddings, which only the first stage has"):
-        compared(recurrent_model("zamba2"), CASES[1], stages=2)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("zamba2", "its layers read the embeddings, which only the first stage has"),
+        ("zaya", "each router reads what the one of the layer before has computed"),
+    ],
+)
+def test_stages_of_a_model_whose_layers_read_more_than_hidden_states(name: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot be cut into stages: {reason}"):
+        compared(recurrent_model(name), CASES[1], stages=2)
 
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("qwen3_5", ["all-linear"]), ("lfm2", ["out_proj"]), ("nemotron_h", ["in_proj", "q_proj"]), ("jamba", ["x_proj"])],
+    [
+        ("qwen3_5", ["all-linear"]),
+        ("lfm2", ["out_proj"]),
+        ("nemotron_h", ["in_proj", "q_proj"]),
+        ("jamba", ["x_proj"]),
+        ("zaya", ["v_proj_delayed"]),  # the first layer's adapters train one part of its state, and not its queries
+        ("minimax", ["all-linear"]),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("checkpointing", [NONE, FULL], ids=str)
-def test_lora(name: str, targets: list[str], checkpointing: ActivationCheckpointing) -> None:
+def test_lora(
+    monkeypatch: pytest.MonkeyPatch, name: str, targets: list[str], checkpointing: ActivationCheckpointing
+) -> None:
     """Under frozen weights, states of the first layers have no gradient, and those behind them do."""
+    closed = closed_states(monkeypatch)
     with float64_throughout():
         model = add_lora(
             recurrent_model(name, torch.float64), LoraConfig(enabled=True, r=4, alpha=8.0, target_modules=targets)
@@ -222,6 +244,8 @@ def test_lora(name: str, targets: list[str], checkpointing: ActivationCheckpoint
                 nn.init.normal_(parameter, std=0.05)
         result = compared(model, Case(LENGTHS, 13, 2, checkpointing=checkpointing))
     assert result.grad_rel_error <= TOLERANCE
+    assert len(closed) == 2
+    assert all(edge.gradient is None for state in closed for edge in state._edges.values())
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "jamba"])
@@ -301,10 +325,12 @@ def test_models_without_recurrent_layers_have_none(tiny_model: Any) -> None:
     assert prepare_recurrent_layers(tiny_model("llama")) == ()
 
 
-def test_a_layer_with_a_state_of_its_own_is_refused(tiny_model: Any) -> None:
-    """minimax and zaya hand a state to the cache without the known functions: it would be dropped between chunks."""
-    model = tiny_model("minimax", layer_types=["linear_attention", "full_attention"], block_size=8, num_local_experts=4)
-    with pytest.raises(UsageError, match="MiniMaxLightningAttention keeps a state between tokens by means of its own"):
+def test_a_layer_with_a_state_of_its_own_is_refused() -> None:
+    """Of a class that nobody has looked at, such as one in a model's own folder, the state would be dropped."""
+    model = recurrent_model("minimax")
+    layer = model.model.layers[0].self_attn
+    layer.__class__ = type("OwnAttention", (type(layer),), {"__module__": __name__})
+    with pytest.raises(UsageError, match="OwnAttention keeps a state between tokens by means of its own"):
         ChunkModel(model, ReferenceBackend())
 
 
@@ -363,15 +389,21 @@ def test_an_edge_goes_through_the_store() -> None:
     assert state.take_edge_gradient(key) is None
 
 
-def test_the_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every edge is used up when its sequence closes."""
-    left: list[int] = []
+def closed_states(monkeypatch: pytest.MonkeyPatch) -> list[SequenceState]:
+    """Return the states of sequences that have gone backward; filled later."""
+    closed: list[SequenceState] = []
     close = StateStore.close
     monkeypatch.setattr(
-        StateStore, "close", lambda self, sequence: (left.append(self.nbytes), close(self, sequence))[1]
+        StateStore, "close", lambda self, sequence: (closed.append(self._sequences[sequence]), close(self, sequence))[1]
     )
+    return closed
+
+
+def test_the_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every edge is used up when its sequence closes."""
+    closed = closed_states(monkeypatch)
     run_step(recurrent_model("nemotron_h"), Case(LENGTHS, 13, 2, checkpointing=FULL))
-    assert left == [0, 0]
+    assert [state.nbytes for state in closed] == [0, 0]
 
 
 # Segments.

@@ -112,6 +112,8 @@ CASES = {
     "short convolutions": Case("lfm2", recurrent=True),
     "mamba 2": Case("nemotron_h", recurrent=True, join_retained=True),
     "mamba": Case("jamba", recurrent=True, lengths=(40, 13, 9, 1)),
+    "modules for all tokens": Case("zaya", recurrent=True, lengths=(40, 13, 9, 1)),
+    "modules that take positions": Case("recurrent_gemma", recurrent=True, lengths=(40, 13, 9, 1)),
     "cpu kernel": Case("qwen2", k=2, dtype="float32"),
     "cpu kernel, window": Case("mistral", {"sliding_window": 20}, dtype="float32"),
 }  # fmt: skip

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
 def float64_throughout() -> Iterator[None]:
-    """Let `torch.float32` and `Tensor.float` mean float64.
+    """Let `torch.float32`, `Tensor.float` and `Tensor.type` mean float64.
 
     Models compute norms, routers and scans in float32 whatever their dtype, so two orders of the same sums differ by
     1e-8 to 1e-5. Within this context any larger difference is a mistake.
     """
     import torch
 
-    before = torch.float32, torch.float, torch.Tensor.float
+    before = torch.float32, torch.float, torch.Tensor.float, torch.Tensor.type
+    float32, to_type = torch.float32, torch.Tensor.type
+
+    def to_float64(self: torch.Tensor, dtype: Any = None, **options: Any) -> Any:
+        return to_type(self, torch.float64 if dtype is float32 else dtype, **options)  # a default that was bound before
+
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double  # type: ignore[assignment,method-assign]
+    torch.Tensor.type = to_float64  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        torch.float32, torch.float, torch.Tensor.float = before  # type: ignore[method-assign]
+        torch.float32, torch.float, torch.Tensor.float, torch.Tensor.type = before  # type: ignore[method-assign]

@@ -207,6 +207,21 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 4, "moe_intermediate_size": 16, "cca_time0": 3, "cca_time1": 2, "num_local_experts": 4,
         },
     ),
+    "minimax": (
+        "minimax",
+        {
+            "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "block_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "linear_attn_alpha_factor": 0.9,
+            "linear_attn_beta_factor": 1.1, "mlp_alpha_factor": 1.2,
+        },
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            "num_hidden_layers": 3, "block_types": ["recurrent", "attention", "recurrent"], "lru_width": 32,
+            "attention_window_size": 9, "conv1d_width": 4, "logits_soft_cap": 5.0, "num_key_value_heads": 1,
+        },
+    ),
     "zamba2": (
         "zamba2",
         {
@@ -286,6 +301,9 @@ def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any
             else:
                 parameter.add_(0.05 * noise)
     model = model.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "decay_factors"):  # minimax: tables that it has made in float32
+            module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(module.slope_rate)
     use_float64_experts(model, dtype)
     model.config.use_cache = False
     return model.train()

@@ -37,6 +37,7 @@ from chunkflow_cli.execution.state_home import Home, OnDevice
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch
 from chunkflow_cli.execution.whole_sequence import cross_entropies
 from chunkflow_cli.model.activation_checkpointing import without_activation_checkpointing
+from chunkflow_cli.model.mixers import forget_states
 from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
@@ -195,6 +196,7 @@ def _train_whole(
         else:
             loss, known = whole_preference_loss(model, *preferences, device)
             preferences = (*preferences[:2], known)
+    forget_states(model)
     return _Outcome(loss, _gradients(model)), preferences
 
 

@@ -27,6 +27,12 @@ from chunkflow_cli.execution.split_backward import PutOff, put_off_products
 from chunkflow_cli.model.language_part import decoder_of
 from chunkflow_cli.planning.stage_cut import StageLayers
 
+READ_FROM_OTHERS = {
+    "original_hidden_states": "its layers read the embeddings, which only the first stage has",  # zamba, zamba2
+    "prev_router_hidden_states": "each router reads what the one of the layer before has computed",  # zaya
+}
+"""Name of a layer's argument -> why the model cannot be cut."""
+
 
 class StageModel(ChunkModel):
     """One stage as a module: it maps hidden states to hidden states. The first takes ids, the last returns the loss."""
@@ -183,8 +189,9 @@ def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
     layers, norm = _layers_and_norm(base, decoder, stage.stages)
     if len(layers) != base.config.get_text_config().num_hidden_layers:  # longcat_flash counts two for each
         raise _uncuttable(base, stage.stages, f"it has {len(layers)} layers, and its configuration counts others")
-    if any("original_hidden_states" in inspect.signature(layer.forward).parameters for layer in layers):  # zamba2
-        raise _uncuttable(base, stage.stages, "its layers read the embeddings, which only the first stage has")
+    for name, reason in READ_FROM_OTHERS.items():
+        if any(name in inspect.signature(layer.forward).parameters for layer in layers):
+            raise _uncuttable(base, stage.stages, reason)
     entry = None
     for index, layer in enumerate(layers):
         if index == stage.first - 1:

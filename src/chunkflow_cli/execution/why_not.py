@@ -17,10 +17,8 @@ REASONS = {
     "inkling_text": "it adds a learned function of the distance of two tokens to their score, scales queries by "
     "positions that it counts itself, and its head has rows that no logit uses",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
-    "minimax": "its linear attention steps through tokens in code of its own, whose state cannot be handed on",
     "openai-gpt": "its attention takes no keys but those of the tokens in a forward (it has no cache); it knows 512 "
     "positions, so each of its samples fits into one forward",
-    "recurrent_gemma": _STATE_IN_MODULE,
     "rwkv": _STATE_IN_MODULE,
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
     "xlstm": "its recurrent layers run in code of their own, whose state cannot be handed on",

@@ -7,12 +7,14 @@ Most recurrent layers call functions that all modeling files share (`recurrent_f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Arguments: TypeAlias = Mapping[str, Any]
 """The arguments of a module's forward by name, all for one sequence, (1, tokens, ...)."""
@@ -69,7 +71,79 @@ def _with_cache(module: nn.Module, forward: Forward, arguments: Arguments, start
     return output, cache.last
 
 
+def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+    """Run linear attention, whose blocks begin with no state, and add before its norm what a token reads of a state.
+
+    From a state, transformers runs it token by token.
+    """
+    tokens = arguments["hidden_states"].shape[1]
+    without_cache = {**arguments, "past_key_values": None}
+    if start is None:
+        output, state = forward(module, **without_cache)
+        return (output, None), {"state0": state}
+    rate, activated = module.slope_rate.float(), []
+    steps = torch.arange(1, tokens + 1, device=rate.device)[:, None]
+    fading = torch.exp(-rate * steps).to(start["state0"].dtype)  # (heads, tokens, 1)
+
+    def add_past(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        by_head = activated[0].unflatten(-1, (len(rate), -1)).transpose(1, 2)
+        query = by_head.tensor_split(3, dim=-1)[0]  # (1, heads, tokens, head_dim)
+        past = (query * fading) @ start["state0"]
+        return inputs[0] + past.transpose(1, 2).flatten(2)
+
+    with _hooked(
+        module.act_fn.register_forward_hook(lambda *called: activated.append(called[-1])),
+        module.norm.register_forward_pre_hook(add_past),
+    ):
+        output, state = forward(module, **without_cache)
+    return (output, None), {"state0": start["state0"] * fading[:, -1:] + state}
+
+
+def _recurrent_gemma(
+    module: nn.Module, forward: Forward, arguments: Arguments, start: State | None
+) -> tuple[Any, State]:
+    """Run a convolution and a scan, with the last inputs and the state put in front of them.
+
+    transformers keeps both in the module, and takes them for one token at a time.
+    """
+    reach, scan = module.conv1d_width - 1, module.rg_lru
+    start, last = start or {}, {}
+
+    def join(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        before = start.get("conv0")
+        joined = nn.functional.pad(inputs[0], (reach, 0)) if before is None else torch.cat([before, inputs[0]], dim=-1)
+        last["conv0"] = joined[..., joined.shape[-1] - reach :]
+        return joined
+
+    def begin(*_: Any) -> None:
+        scan.recurrent_states = start.get("state0")
+
+    def end(*_: Any) -> None:
+        last["state0"], scan.recurrent_states = scan.recurrent_states, None
+
+    with _hooked(
+        module.conv_1d.register_forward_pre_hook(join),
+        module.conv_1d.register_forward_hook(lambda *called: called[-1][..., reach:]),
+        scan.register_forward_pre_hook(begin),
+        scan.register_forward_hook(end),
+    ):
+        output = forward(module, **{**arguments, "use_cache": False})
+    return output, last
+
+
+@contextmanager
+def _hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Remove hooks at the end of the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 MIXERS = {
+    "MiniMaxLightningAttention": Mixer(("state0",), _minimax),
+    "RecurrentGemmaRecurrentBlock": Mixer(("conv0", "state0"), _recurrent_gemma),
     "Qwen4ExpTextPLELayer": Mixer(("conv1", "conv2"), _with_cache),  # inputs of a convolution; the last ids
     "ZayaCCAProjection": Mixer(("conv0", "state0"), _with_cache),  # inputs of convolutions; the last token's values
 }
@@ -80,6 +154,13 @@ def mixer_of(cls: type) -> Mixer | None:
     """Return how to run the modules of a class of transformers; None if it is no such class."""
     is_of_transformers = cls.__module__.startswith("transformers.")
     return MIXERS.get(cls.__name__) if is_of_transformers else None
+
+
+def forget_states(model: nn.Module) -> None:
+    """Drop what modules keep of their last forward, and with it that forward's graph, which cannot be copied."""
+    for module in model.modules():
+        if "recurrent_states" in vars(module):  # recurrent_gemma
+            module.recurrent_states = None
 
 
 def arguments_of(forward: Forward, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,8 @@ class RecurrentTally:
     """Bytes that are kept for backward, of all tokens."""
     block: int | None = None
     """Tokens that scans compute at once; None if they do not compute in blocks."""
+    weights: int = 0
+    """Weights of modules that run for the tokens of all ranks."""
 
     def layers(self, tokens: int, other_edge_bytes: int = 0) -> RecurrentLayers:
         """Return what they do together in a forward of so many tokens."""
@@ -118,6 +120,7 @@ class RecurrentTally:
             self.input_elements_per_token,
             self.activation_bytes / tokens,
             self.block,
+            self.weights,
         )
 
     @contextmanager
@@ -215,7 +218,9 @@ def _mix(
 ) -> Any:
     """Run a module that lets tokens meet in code of its own."""
     arguments = arguments_of(in_torch, module, args, options)
-    output, last = mixer.run(module, in_torch, arguments, None)
+    with tally.counting():
+        output, last = mixer.run(module, in_torch, arguments, None)
+    tally.weights += sum(parameter.numel() for parameter in module.parameters())
     tally.edge_bytes += sum(part.nbytes for part in last.values())
     tally.flops_per_token += FLOPS_PER_STATE_ELEMENT * sum(part.numel() for part in last.values())
     given = [value for value in arguments.values() if isinstance(value, Tensor) and value.ndim >= 3]

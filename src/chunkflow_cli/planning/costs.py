@@ -72,7 +72,8 @@ class CostModel:
     shape: ModelShape | None = None
     """The model whose attention is counted; if None, every query attends to all of its past."""
     scan_share: float = 0.0
-    """Share of the seconds per token that convolutions and scans of recurrent layers take, where it is known."""
+    """Share of the seconds per token that a sequence-parallel group does not divide, where it is known: convolutions
+    and scans of recurrent layers, and modules that run for all tokens."""
     host_seconds_per_byte: float = 0.0
     """Seconds to copy a byte of state between device and host memory; 0 if state stays on the device."""
     is_of_one_stage: bool = False
@@ -114,7 +115,7 @@ class CostModel:
             network_seconds_per_byte=1 / (EXCHANGE_EFFICIENCY * device.link_bytes_per_second),
             devices_of_node=device.devices_of_node,
             shape=shape,
-            scan_share=scans / (token + scans),
+            scan_share=(scans + 2.0 * shape.recurrent.weights / rate) / (token + scans),
         )
 
     def with_state_on_host(self, device: DeviceProfile) -> CostModel:

@@ -25,3 +25,6 @@ class RecurrentLayers:
     """Bytes that are kept for backward."""
     block: int | None = None
     """Tokens that scans compute at once; None if they do not compute in blocks."""
+    weights: int = 0
+    """Weights of modules that let tokens meet in code of their own (`model.mixers`): each rank of a group runs them for
+    the tokens of all ranks. They are among the model's."""

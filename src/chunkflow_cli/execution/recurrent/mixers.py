@@ -56,9 +56,11 @@ def _mix_segments(
 
 
 def _leave(chunk: RunningChunk, part: str, value: Tensor, output: Any) -> Any:
-    if isinstance(output, tuple):
-        return chunk.leave(part, value, output[0]), *output[1:]
-    return chunk.leave(part, value, output)
+    """Leave a part through an output that has a gradient, if there is one: adapters may train values alone."""
+    if not isinstance(output, tuple):
+        return chunk.leave(part, value, output)
+    through = next((i for i, each in enumerate(output) if isinstance(each, Tensor) and each.requires_grad), 0)
+    return *output[:through], chunk.leave(part, value, output[through]), *output[through + 1 :]
 
 
 def _of_tokens(change: Callable[[Tensor], Tensor], value: Any, tokens: int) -> Any:

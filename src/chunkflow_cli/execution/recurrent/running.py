@@ -78,12 +78,15 @@ class RunningChunk:
         return entered
 
     def leave(self, part: str, value: Tensor, output: Tensor) -> Tensor:
-        """Store a state for the next chunk; return the output, through which that state gets its gradient."""
+        """Store a state for the next chunk; return the output, through which that state gets its gradient.
+
+        If only the output has a gradient, that of the state is still taken from the store, where nothing else needs it.
+        """
         piece = self.context.piece
         assert piece is not None
         key = self._key(part, piece.past + self.context.dependent_tokens)
         piece.state.write_edge(key, value)
-        if not value.requires_grad:
+        if not (value.requires_grad or output.requires_grad):
             return output
         left: Tensor = _Leave.apply(output, value, piece.state, key)
         return left

@@ -9,7 +9,8 @@ import pytest
 import transformers
 
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.layouts import CALLED_ONE_BY_ONE, check_calls_of_experts
+from chunkflow_cli.model.layouts import CALLED_ONE_BY_ONE, RUN_BY_SEGMENT, check_calls_of_modules
+from chunkflow_cli.model.mixers import MIXERS
 
 
 def test_experts_that_are_called_one_by_one_are_refused_under_zero_3() -> None:
@@ -29,7 +30,20 @@ def test_experts_that_are_called_one_by_one_are_refused_under_zero_3() -> None:
                 found.add(path.parent.name)
     assert found == CALLED_ONE_BY_ONE
     for kind in found:
-        check_calls_of_experts(1, kind)
+        check_calls_of_modules(1, kind)
         with pytest.raises(UsageError, match=rf"engine\.zero_stage=3 cannot run {kind} on several ranks"):
-            check_calls_of_experts(3, kind)
-    check_calls_of_experts(3, "mixtral")
+            check_calls_of_modules(3, kind)
+    check_calls_of_modules(3, "mixtral")
+
+
+def test_modules_that_run_once_for_each_segment_are_refused_under_zero_3() -> None:
+    """Found in the sources of transformers: every model with a class of `MIXERS`."""
+    found = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        if any(f"class {name}(" in path.read_text(encoding="utf-8") for name in MIXERS):
+            found.add(path.parent.name)
+    assert found == RUN_BY_SEGMENT
+    for kind in found:
+        check_calls_of_modules(1, kind)
+        with pytest.raises(UsageError, match=rf"zero_stage=3 cannot run {kind} on several ranks: it runs some modules"):
+            check_calls_of_modules(3, kind)
