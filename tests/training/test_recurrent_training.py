@@ -25,6 +25,7 @@ WORDS = (
 )  # fmt: skip
 FAMILIES = (
     "qwen3_5", "qwen3_next", "kimi_linear", "lfm2", "lfm3", "nemotron_h", "falcon_h1", "granitemoehybrid", "jamba", "mamba2",
+    "minimax", "recurrent_gemma",
 )  # fmt: skip
 
 
