@@ -4,7 +4,7 @@
     python benchmarks/recurrent.py --parts errors        the table of gradient errors alone
     python benchmarks/recurrent.py --parts cost --rounds 8
 
-`errors`: every recurrent and hybrid configuration of the tests, small and with random weights, in float64 and float32.
+`errors`: every recurrent and hybrid configuration of the tests, and those that attend to blocks of keys, small and with random weights, in float64 and float32.
 In float64, the relative distance of the chunked gradient from that of transformers' own training on whole sequences
 must be next to nothing; the largest of seven cases counts. In float32 both sides round. `rounding` is how far the
 gradient of whole sequences lies from its own float64 gradient. `from_whole` and `from_truth` are how far the chunked
@@ -53,7 +53,7 @@ from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
 from common import emit, hardware, median, say
 from support.exact import float64_throughout
-from support.models import RECURRENT, recurrent_model
+from support.models import BLOCKS, RECURRENT, recurrent_model
 
 LENGTHS = (53, 1, 3, 2, 1, 33, 5, 9)
 Case = tuple[tuple[int, ...], int, int, bool, str]
@@ -128,7 +128,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result: dict[str, Any] = {"benchmark": "recurrent", "hardware": hardware()}
     if "errors" in arguments.parts:
-        rows = [errors(name) for name in RECURRENT if arguments.only in name]
+        rows = [errors(name) for name in (*RECURRENT, *BLOCKS) if arguments.only in name]
         result["errors"] = rows
         result["largest_float64_error"] = max((row["float64"] for row in rows), default=None)
     if "cost" in arguments.parts:
@@ -140,8 +140,8 @@ def main() -> None:
 
 def errors(name: str) -> dict[str, Any]:
     with float64_throughout():
-        exact = max(error(name, case) for case in CASES)
-    distances = np.array([[float32_distances(name, case, seed) for seed in SEEDS] for case in CASES])
+        exact = max(error(name, case) for case in cases_of(name))
+    distances = np.array([[float32_distances(name, case, seed) for seed in SEEDS] for case in cases_of(name)])
     rounding, from_whole, from_truth = np.exp(np.log(distances).mean(axis=1)).T  # (cases,) each
     row = {"configuration": name, "float64": exact, "rounding": geometric_mean(rounding)}
     has_few_rows = np.array([chunk_size < ALIKE_ROWS for _, chunk_size, *_ in CASES])
@@ -152,6 +152,12 @@ def errors(name: str) -> dict[str, Any]:
         row[f"{key}_chunks_of_three"] = round(float(multiples[has_few_rows].max()), 2)
     say("  ".join(f"{value:.2g}" if isinstance(value, float) else f"{value:36}" for value in row.values()))
     return row
+
+
+def cases_of(name: str) -> list[Case]:
+    """Return the cases of a configuration; models that compute attention themselves refuse selective checkpointing."""
+    modes = {"selective": "full"} if name in BLOCKS else {}
+    return [(*how, modes.get(checkpointing, checkpointing)) for *how, checkpointing in CASES]  # type: ignore[misc]
 
 
 def geometric_mean(values: np.ndarray) -> float:

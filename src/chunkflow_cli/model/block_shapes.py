@@ -37,18 +37,18 @@ class BlockTally:
 
 
 @contextmanager
-def attention_to_blocks_on_meta(model: nn.Module, past: int | None) -> Iterator[BlockTally]:
+def attention_to_blocks_on_meta(model: nn.Module, past: int) -> Iterator[BlockTally]:
     """Run the attention of a model within the block as in a chunk of one segment.
 
     Args:
-        past: tokens before it in its sequence; None for a sequence that has no other chunk.
+        past: tokens before it in its sequence.
     """
     tally = BlockTally()
     changes = [(cls, _attend(past, tally)) for cls in {type(module) for _, module in attention_modules(model)}]
     names = {type(module).__name__: type(module) for module in model.modules()}
     changes += [(names[name], lambda _, pick=pick: pick) for name, pick in PICKS.items() if name in names]
     if (rotary := rotary_of_all_keys(model)) is not None:
-        changes.append((type(rotary), _rotate(past or 0)))
+        changes.append((type(rotary), _rotate(past)))
     before = [(cls, cls.forward) for cls, _ in changes]
     for cls, wrap in changes:
         cls.forward = wrap(cls.forward)
@@ -59,12 +59,12 @@ def attention_to_blocks_on_meta(model: nn.Module, past: int | None) -> Iterator[
             cls.forward = forward
 
 
-def _attend(past: int | None, tally: BlockTally) -> Any:
+def _attend(past: int, tally: BlockTally) -> Any:
     def wrap(forward: Any) -> Any:
         @functools.wraps(forward)
         def attend(module: nn.Module, *args: Any, **options: Any) -> Any:
             own = arguments_of(forward, module, args, options)
-            cache = _Cache(module, past or 0, tally, has_copies=past is not None)
+            cache = _Cache(module, past, tally)
             seen = cache.past - cache.first_visible(cache.past)
             own |= {"past_key_values": cache, "attention_mask": mask_of_segment(module, own["hidden_states"], seen)}
             return forward(module, **own)
@@ -83,9 +83,9 @@ def _rotate(past: int) -> Any:
 class _Cache(BlockCache):
     """A cache that notes the sizes of what it is given."""
 
-    def __init__(self, module: Any, past: int, tally: BlockTally, *, has_copies: bool) -> None:
+    def __init__(self, module: Any, past: int, tally: BlockTally) -> None:
         super().__init__(module, past)
-        self._tally, self._has_copies = tally, has_copies
+        self._tally = tally
         self._heads = int(module.config.num_attention_heads)
 
     def grow(self, what: Growing, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,8 +101,6 @@ class _Cache(BlockCache):
             keys_are_values=values is None and not is_index, has_gradients=not is_index,
         )  # fmt: skip
         self._tally.layers.append(sizes)
-        if not self._has_copies:
-            return dict(own)
         return {name: torch.cat([t.new_empty(before, *t.shape[1:]), t]) for name, t in own.items()}
 
     def store_compression_weights(self, name: str, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:

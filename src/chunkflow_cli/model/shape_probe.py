@@ -175,12 +175,15 @@ def _probe_own_attention(model: Any, kernels: frozenset[str]) -> Probed:
     """
     _forget_padding(model)
     model.train()
-    few, past = (BLOCK_TOKENS, BLOCK_PAST) if attends_to_blocks(model.config) else (FEW_TOKENS, 0)
+    is_of_blocks = attends_to_blocks(model.config)
+    few, past = (BLOCK_TOKENS, BLOCK_PAST) if is_of_blocks else (FEW_TOKENS, 0)
     run = functools.partial(_kept_of_length, model, kernels)
     with _fused_sdpa(), _grouped_products_of_any_dtype():
-        alone, in_long = ([run(times * few, before) for times in (1, 2, 3)] for before in (None, 0))
+        in_long = [run(times * few, 0) for times in (1, 2, 3)]
+        alone = in_long if is_of_blocks else [run(times * few, None) for times in (1, 2, 3)]
         # Beyond `past` tokens, a window hides what is added in front.
-        with_past = [run(tokens, past + few).kept - run(tokens, past).kept for tokens in (few, 2 * few)]
+        before = [run(tokens, past).kept for tokens in (few, 2 * few)] if past else [each.kept for each in in_long[:2]]
+        with_past = [run(times * few, past + few).kept - kept for times, kept in zip((1, 2), before, strict=True)]
     found = max(alone, in_long, key=lambda lengths: lengths[-1].kept)
     per_token, per_pair = _growth([each.kept for each in found], few)
     per_past_pair = max(0.0, (with_past[1] - with_past[0]) / few**2)
@@ -259,7 +262,7 @@ def _kept_of_length(model: Any, kernels: frozenset[str], tokens: int, past: int 
         if attends_to_blocks(model.config):
             with (
                 recurrent_functions_on_meta(model, kernels, kept) as tally,
-                attention_to_blocks_on_meta(model, past) as found,
+                attention_to_blocks_on_meta(model, past or 0) as found,
             ):
                 hidden = run(attention_mask=NO_MASKS)
             recurrent, layers = tally.layers(tokens, found.edge_bytes), found.layers
