@@ -4,7 +4,8 @@
     python benchmarks/recurrent.py --parts errors        the table of gradient errors alone
     python benchmarks/recurrent.py --parts cost --rounds 8
 
-`errors`: every recurrent and hybrid configuration of the tests, and those that attend to blocks of keys, small and with random weights, in float64 and float32.
+`errors`: every recurrent and hybrid configuration of the tests, and those that attend to blocks of keys, small and with
+random weights, in float64 and float32.
 In float64, the relative distance of the chunked gradient from that of transformers' own training on whole sequences
 must be next to nothing; the largest of seven cases counts. In float32 both sides round. `rounding` is how far the
 gradient of whole sequences lies from its own float64 gradient. `from_whole` and `from_truth` are how far the chunked
