@@ -13,9 +13,8 @@ from chunkflow_cli.planning.topology import Topology, key_value_copies
 
 CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
 """Types of models that call a module once for each expert that a token takes. The others multiply all in one call."""
-RUN_BY_SEGMENT = frozenset({"minimax", "recurrent_gemma", "zaya"}) | TO_BLOCKS
-"""Types of models with modules that let tokens meet in code of their own (`mixers`), or that attend to blocks of keys:
-they run once for each segment."""
+RUN_BY_SEGMENT = frozenset({"minimax", "recurrent_gemma", "zaya"})
+"""Types of models with modules that let tokens meet in code of their own (`mixers`): they run once for each segment."""
 
 
 def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
@@ -87,7 +86,7 @@ def check_calls_of_modules(zero_stage: int, model_type: str) -> None:
         return
     if model_type in CALLED_ONE_BY_ONE:
         reason = "it calls each expert that its tokens take, and ranks with other tokens"
-    elif model_type in RUN_BY_SEGMENT:
+    elif model_type in RUN_BY_SEGMENT | TO_BLOCKS:
         reason = "it runs some modules once for each sample of a chunk, and ranks with more or fewer samples"
     else:
         return
