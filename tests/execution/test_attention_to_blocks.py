@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import ActivationCheckpointing, LoraConfig, PreferenceConfig, Task
 from chunkflow_cli.execution.attention import own
+from chunkflow_cli.execution.attention.blocks import PieceCache
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, InChunks, Parity, compare, random_sequences
@@ -112,6 +114,21 @@ def _join_segments(patch: pytest.MonkeyPatch) -> None:
 def test_fails_without_its_mechanism(name: str, breakage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     breakage(monkeypatch)
     assert compared(name, SHORT, 4, 2, "none").grad_rel_error > 1e-4
+
+
+def test_a_cache_goes_with_the_forward_that_it_was_made_for() -> None:
+    """One that refers to itself would keep activations in memory until Python collects garbage."""
+    model = recurrent_model("deepseek_v4")
+    batch = StepBatch(build_chunks([33], 16), random_sequences([33], 67), np.ones(1))
+    step, module = StepContext(RunnerSettings(CPU), batch), ChunkModel(model, ReferenceBackend())
+    gc.disable()
+    try:
+        kept = [module.hidden(step.call(index)) for index in (0, 1)]
+        caches = [each for each in gc.get_objects() if type(each) is PieceCache]
+    finally:
+        gc.enable()
+    assert kept
+    assert caches == []
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "qwen4_exp"])

@@ -9,6 +9,7 @@ has a fixed size: the tokens of a block that is not complete yet, and a part of 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -37,6 +38,10 @@ class Growing(IntEnum):
     index_entries = 3
 
 
+def _first_visible(window: int | None, past: int) -> int:
+    return 0 if window is None else max(0, past - window + 1)
+
+
 class BlockCache(ABC):
     """What an attention module gets as its cache for a piece of a sequence; also as the layer of that cache."""
 
@@ -50,7 +55,8 @@ class BlockCache(ABC):
         self._compressor: Any = getattr(module, "compressor", None)
         self.leaving: dict[str, Tensor] = {}
         """What has a fixed size, behind the piece."""
-        self.layers = {self.layer: self}
+        self.first_visible = functools.partial(_first_visible, self._window)  # the store keeps it, and not the cache
+        """Gives the first position whose key a piece sees, from the tokens before it."""
 
     @abstractmethod
     def grow(self, what: Growing, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -65,17 +71,18 @@ class BlockCache(ABC):
         """Tokens of a block whose sum is an entry."""
         return int(self._compressor.compress_rate)
 
-    def first_visible(self, past: int) -> int:
-        """Return the first position whose key a piece sees with `past` tokens before it."""
-        return 0 if self._window is None else max(0, past - self._window + 1)
+    @property
+    def layers(self) -> dict[int, BlockCache]:
+        """The layers of transformers' caches. Made anew, for a cycle would keep the graph of a forward in memory."""
+        return {self.layer: self}
 
     def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         """Take the keys and values of a piece; return those that it sees, all (1, heads, keys, channels)."""
         own = {"keys": keys} if values is keys else {"keys": keys, "values": values}  # deepseek_v4 has one for both
         found = self.grow(Growing.keys, {name: tensor[0].transpose(0, 1) for name, tensor in own.items()})
         whole = {name: tensor.transpose(0, 1)[None] for name, tensor in found.items()}
-        self.keys = whole["keys"]
-        return self.keys, whole.get("values", self.keys)
+        self.keys = whole["keys"].detach()  # only their number is asked for
+        return whole["keys"], whole.get("values", whole["keys"])
 
     def get_seq_length(self) -> int:
         """Return the number of keys with those of the piece."""
