@@ -56,7 +56,7 @@ WRAPPERS: dict[str, Any] = {
 
 INDEXER = {
     "indexer_budget": 2048, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1,
-    "indexer_head_dim": 256,
+    "indexer_head_dim": 256, "ple_layer_ids": [1, 2], "eos_token_id": 0,
 }  # fmt: skip
 COMPASS = {
     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},

@@ -4,11 +4,12 @@
     python benchmarks/recurrent.py --parts errors        the table of gradient errors alone
     python benchmarks/recurrent.py --parts cost --rounds 8
 
-`errors`: every recurrent and hybrid configuration of the tests, small and with random weights, in nine cases. In
-float64, the relative distance of the chunked gradient from that of transformers' own training on whole sequences must
-be at most 1e-10. In float32 both sides round. `rounding` is how far the gradient of whole sequences lies from its own
-float64 gradient. `from_whole` and `from_truth` are how far the chunked gradient lies from the one of whole sequences,
-and from the float64 one, as multiples of `rounding`. `holds` says whether `from_whole` is at most 1 in each case, too.
+`errors`: every recurrent and hybrid configuration of the tests, and those that attend to blocks of keys, small and with
+random weights, in nine cases. In float64, the relative distance of the chunked gradient from that of transformers' own
+training on whole sequences must be at most 1e-10. In float32 both sides round. `rounding` is how far the gradient of
+whole sequences lies from its own float64 gradient. `from_whole` and `from_truth` are how far the chunked gradient lies
+from the one of whole sequences, and from the float64 one, as multiples of `rounding`. `holds` says whether `from_whole`
+is at most 1 in each case, too.
 
 Rounding is chance (one draw in ten is ill-conditioned and rounds ten times worse), so these are geometric means over
 draws of the tokens. A case that is not two standard errors away from 1 gets more draws, at most 128.
@@ -55,7 +56,7 @@ from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.schedule import plan
 from common import emit, hardware, median, say
 from support.exact import float64_throughout
-from support.models import RECURRENT, recurrent_model
+from support.models import BLOCKS, RECURRENT, recurrent_model
 
 LENGTHS = (53, 1, 3, 2, 1, 33, 5, 9)
 Case = tuple[tuple[int, ...], int, int, bool, str]
@@ -133,7 +134,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"benchmark": "recurrent", "hardware": hardware()}
     if "errors" in arguments.parts:
-        rows = [errors(name, arguments.draws) for name in RECURRENT if arguments.only in name]
+        rows = [errors(name, arguments.draws) for name in (*RECURRENT, *BLOCKS) if arguments.only in name]
         result["errors"] = rows
         result["largest_float64_error"] = max((row["float64"] for row in rows), default=None)
         result["largest_from_whole"] = max((row["from_whole_largest_case"] for row in rows), default=None)
@@ -147,10 +148,11 @@ def main() -> None:
 
 
 def errors(name: str, draws: int) -> dict[str, Any]:
+    cases = cases_of(name)
     with float64_throughout():
-        exact = max(error(name, case) for case in CASES)
-    found = [multiples(name, case, draws) for case in CASES]
-    worst = max(range(len(CASES)), key=lambda index: found[index].from_whole)
+        exact = max(error(name, case) for case in cases)
+    found = [multiples(name, case, draws) for case in cases]
+    worst = max(range(len(cases)), key=lambda index: found[index].from_whole)
     row = {
         "configuration": name,
         "float64": exact,
@@ -158,7 +160,7 @@ def errors(name: str, draws: int) -> dict[str, Any]:
         "from_whole": round(geometric_mean([case.from_whole for case in found]), 2),
         "from_whole_largest_case": round(found[worst].from_whole, 2),
         "its_standard_error": round(found[worst].standard_error, 2),
-        "its_chunk_size": CASES[worst][1],
+        "its_chunk_size": cases[worst][1],
         "its_draws": found[worst].draws,
         "from_truth": round(geometric_mean([case.from_truth for case in found]), 2),
         "from_truth_largest_case": round(max(case.from_truth for case in found), 2),
@@ -196,6 +198,12 @@ def multiples(name: str, case: Case, draws: int) -> Multiples:
 
 def geometric_mean(values: list[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
+
+
+def cases_of(name: str) -> list[Case]:
+    """Return the cases of a configuration; models that compute attention themselves refuse selective checkpointing."""
+    modes = {"selective": "full"} if name in BLOCKS else {}
+    return [(*how, modes.get(checkpointing, checkpointing)) for *how, checkpointing in CASES]  # type: ignore[misc]
 
 
 def error(name: str, case: Case) -> float:

@@ -26,6 +26,7 @@ from chunkflow_cli.model.activation_checkpointing import enable_activation_check
 from chunkflow_cli.model.adapter_merge import merge_adapters
 from chunkflow_cli.model.adapter_saving import adapter_card, save_adapters
 from chunkflow_cli.model.adapter_summary import summarize
+from chunkflow_cli.model.adapter_targets import linear_layers
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.identity import BLOCK_BYTES, BLOCKS, changed_files, model_files
@@ -168,6 +169,13 @@ def test_all_linear_reaches_dense_layers_beside_experts(tiny_model: Callable[...
     assert summarize(add_lora(tiny_model(kind, **settings), lora(target_parameters=BOTH))).warning is None
     with pytest.raises(UsageError, match=r"set model\.lora\.dropout=0"):
         add_lora(tiny_model(kind, **settings), lora("all-linear", dropout=0.1))
+
+
+def test_a_product_of_groups_has_no_adapter() -> None:
+    """peft would multiply all channels with each other, where deepseek_v4 multiplies each group with a part."""
+    model = recurrent_model("deepseek_v4")
+    with_weight = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert {name.rpartition(".")[2] for name in with_weight - {*linear_layers(model)}} == {"o_a_proj", "lm_head"}
 
 
 MERGES: dict[str, tuple[str, dict[str, Any], LoraConfig]] = {

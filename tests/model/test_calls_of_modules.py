@@ -11,6 +11,7 @@ import transformers
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.layouts import CALLED_ONE_BY_ONE, RUN_BY_SEGMENT, check_calls_of_modules
 from chunkflow_cli.model.mixers import MIXERS
+from chunkflow_cli.model.own_attention import TO_BLOCKS
 
 
 def test_experts_that_are_called_one_by_one_are_refused_under_zero_3() -> None:
@@ -37,14 +38,15 @@ def test_experts_that_are_called_one_by_one_are_refused_under_zero_3() -> None:
 
 
 def test_modules_that_run_once_for_each_segment_are_refused_under_zero_3() -> None:
-    """Found in the sources of transformers: every model with a class of `MIXERS`, but those that run once."""
+    """Found in the sources of transformers: every model that attends to blocks of keys, or with a class of `MIXERS`, but
+    those that run once."""
     names = [name for name, mixer in MIXERS.items() if mixer.reach is None]
     found = set()
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         if any(f"class {name}(" in path.read_text(encoding="utf-8") for name in names):
             found.add(path.parent.name)
-    assert found == RUN_BY_SEGMENT
-    for kind in found:
+    assert found == RUN_BY_SEGMENT | {"qwen4_exp"}
+    for kind in RUN_BY_SEGMENT | TO_BLOCKS:
         check_calls_of_modules(1, kind)
         with pytest.raises(UsageError, match=rf"zero_stage=3 cannot run {kind} on several ranks: it runs some modules"):
             check_calls_of_modules(3, kind)

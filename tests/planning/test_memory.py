@@ -394,7 +394,7 @@ def test_a_checkpointed_layer_runs_again_for_the_tokens_of_all_ranks() -> None:
 
 def test_scores_of_a_model_that_computes_attention_itself() -> None:
     """A layer of three keeps 2 bytes per pair of a token and one of 64 + 16 keys; the gradient of one's comes on top."""
-    shape = dataclasses.replace(SHAPE, score_bytes=6.0)
+    shape = dataclasses.replace(SHAPE, score_bytes=6.0, past_score_bytes=6.0)
     for checkpointing, rows in (("none", 3 * 32 + 16), ("full", 2 * 16)):
         settings = dataclasses.replace(BASE, checkpointing=checkpointing)
         more = [memory_parts(each, settings, live=32, stored=64).activations for each in (SHAPE, shape)]

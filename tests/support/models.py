@@ -292,22 +292,75 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
 """Architectures with recurrent layers; build them with `recurrent_model`."""
 
 
+_INDEXER = {"index_n_heads": 16, "index_head_dim": 8}  # of few heads, all may be negative: equal scores, at zero
+BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "minimax_m3": (
+        "minimax_m3_vl_text",
+        {
+            **_INDEXER, "num_hidden_layers": 3, "index_n_heads": 2, "index_block_size": 4, "index_topk_blocks": 3,
+            "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"], "rotary_dim": 4,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "dense_intermediate_size": 32,
+            "shared_intermediate_size": 16,
+        },
+    ),
+    "deepseek_v4": (
+        "deepseek_v4",
+        {
+            **_INDEXER, "num_hidden_layers": 4, "index_topk": 3, "sliding_window": 7,
+            "layer_types": [
+                "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+                "compressed_sparse_attention",
+            ],
+            "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 5},
+            "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 1,
+            "hc_mult": 2, "hc_sinkhorn_iters": 3, "partial_rotary_factor": 0.5,
+        },
+    ),
+    "glm5_next": (
+        "glm5_next",
+        {
+            **_LATENT, **_INDEXER, "num_hidden_layers": 4, "index_topk": 12, "index_kpool": 4, "q_lora_rank": 16,
+            "layer_types": ["linear_attention", "indexed_attention", "indexed_attention", "linear_attention"],
+            "indexer_types": ["full", "full", "shared", "full"], "qk_rope_head_dim": 0, "n_group": 1, "topk_group": 1,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "n_routed_experts": 4, "hc_mult": 2,
+            "linear_num_heads": 2, "linear_head_dim": 8, "head_dim": None, "num_local_experts": None,
+        },
+    ),
+    "qwen4_exp": (
+        "qwen4_exp_text",
+        {
+            **_DELTA, **_EXPERTS, "num_hidden_layers": 4, "indexer_budget": 12, "indexer_compress_ratio": 4,
+            "layer_types": ["linear_attention", "indexed_attention"] * 2, "indexer_n_heads": 16,
+            "indexer_kv_heads": 1, "indexer_head_dim": 8, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1, 3],
+            "ple_embed_dim": 32, "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "eos_token_id": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+    ),
+}  # fmt: skip
+"""Architectures that pick or sum up blocks of keys; build them with `recurrent_model`."""
+
+
 def recurrent_model(name: str, dtype: Any = None, seed: int = 0, **settings: Any) -> Any:
-    """Return a model of `RECURRENT` in train mode, with weights under which a lost state shows.
+    """Return a model of `RECURRENT` or `BLOCKS` in train mode, with weights under which a lost state shows.
 
     Its states fade slowly, and every weight, biases and norms too, differs from what would hide a mistake.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from chunkflow_cli.execution.precision import use_float64_parts
+    from chunkflow_cli.model.loading import random_model
 
     dtype = torch.float32 if dtype is None else dtype
-    model_type, changes = RECURRENT[name]
-    merged = {key: value for key, value in {**RECURRENT_TINY, **changes, **settings}.items() if value is not None}
+    model_type, changes = {**RECURRENT, **BLOCKS}[name]
+    merged: dict[str, Any] = {
+        key: value for key, value in {**RECURRENT_TINY, **changes, **settings}.items() if value is not None
+    }
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **merged), dtype=torch.float32)
+        config = AutoConfig.for_model(model_type, **({"text_config": merged} if model_type == "glm5_next" else merged))
+        model = random_model(config, dtype=torch.float32)
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
             if parameter_name.endswith(("A_log", "dt_bias", "dt_proj.bias", "dt_proj_bias")):

@@ -80,7 +80,7 @@ def test_kernels_that_promise_nothing_are_named(
         layers=1, hidden_size=8, intermediate_size=8, attention=(AttentionLayers(1, 1, 1, 8, 8),), vocab_size=9,
         matmul_parameters=1, parameters=1, trainable_parameters=1,
     )  # fmt: skip
-    recurrent = replace(plain, recurrent=RecurrentLayers(edge_bytes=1))
+    recurrent = replace(plain, recurrent=RecurrentLayers(edge_bytes=1, flops_per_token=1))
     warn_of_kernels(config, plain, cuda)
     warn_of_kernels(Config(), recurrent, cuda)
     warn_of_kernels(config, recurrent, torch.device("cpu"))

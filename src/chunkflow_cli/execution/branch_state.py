@@ -32,8 +32,14 @@ class BranchState(SequenceState):
         self._own = SequenceState(max(0, stored_tokens - shared_tokens), trunk.home)
 
     def write(
-        self, layer: int, start: int, pieces: Mapping[str, Tensor], first_visible: FirstVisible = lambda past: 0
+        self,
+        layer: int,
+        start: int,
+        pieces: Mapping[str, Tensor],
+        first_visible: FirstVisible = lambda past: 0,
+        in_all: int | None = None,
     ) -> None:
+        assert in_all is None, "a layer with fewer rows than tokens has edges"
         shared = self._shared
         self._own.write(layer, start - shared, pieces, lambda past: max(0, first_visible(past + shared) - shared))
 

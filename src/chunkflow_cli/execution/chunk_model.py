@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.backend import Backend, Packing
+from chunkflow_cli.execution.attention.blocks import prepare_attention_to_blocks
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, require_attention_interface
 from chunkflow_cli.execution.attention.own import cache_inputs, prepare_own_attention
 from chunkflow_cli.execution.batch import ChunkBatch
@@ -29,7 +30,7 @@ from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.hf_config import known_ids
 from chunkflow_cli.model.language_part import decoder_of, names_in_forward
-from chunkflow_cli.model.own_attention import computes_own_attention
+from chunkflow_cli.model.own_attention import attends_to_blocks, computes_own_attention
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,16 @@ class ChunkModel(nn.Module):
         base = base_model(causal_lm)
         widen_float32_weights(base)
         self.computes_own_attention = computes_own_attention(base.config)
-        if self.computes_own_attention:
+        leaving_edges: tuple[str, ...] = ()
+        if attends_to_blocks(base.config):
+            leaving_edges = prepare_attention_to_blocks(base)
+        elif self.computes_own_attention:
             prepare_own_attention(base)
         elif attention_heads(base.config):
             require_attention_interface(decoder_of(base))
         last = int(base.config.get_text_config().num_hidden_layers) - 1
         self.transform = logit_transform(base)
-        self.recurrent_layers = prepare_recurrent_layers(base)
+        self.recurrent_layers = (*prepare_recurrent_layers(base), *leaving_edges)
         """Module names of the layers that pass a recurrent state from chunk to chunk."""
         self._last_layer = None if comes_after_attention(base, last) else last
 

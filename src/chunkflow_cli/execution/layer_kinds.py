@@ -135,9 +135,10 @@ def _renumbered(values: Sequence[Any]) -> list[int]:
 def _cut_list(name: str, value: Sequence[Any], keep: Sequence[int], layers: int) -> Sequence[Any] | None:
     """Return what is left of a list with an entry for each layer, or of one of indices of layers; None for others."""
     is_of_indices = any(part in name for part in ("idx", "indices", "ids", "layers")) and "token" not in name
-    is_rising = all(type(each) is int and 0 <= each < layers for each in value) and list(value) == sorted(set(value))
-    if value and is_of_indices and is_rising:
-        return [keep.index(each) for each in value if each in keep]
+    first = int(name == "ple_layer_ids")  # qwen4_exp counts these from 1
+    is_rising = all(type(each) is int and 0 <= each - first < layers for each in value)
+    if value and is_of_indices and is_rising and list(value) == sorted(set(value)):
+        return [keep.index(each - first) + first for each in value if each - first in keep]
     if len(value) == layers > 1:
         kept = [value[index] for index in keep]
         return tuple(kept) if isinstance(value, tuple) else kept

@@ -18,7 +18,8 @@ FEED_FORWARD_WIDTH = 256
 REACH = 37
 """Tokens that windows, attention chunks and the like reach: fewer than in a chunk of the guard's test."""
 PICKED = 16
-"""Keys or blocks that sparse attention picks."""
+"""Keys that sparse attention picks, or sums up."""
+PICKED_BLOCKS = 3
 SCAN_BLOCK = 16
 """Tokens that the scan of a recurrent layer takes at once."""
 STATE = 32
@@ -64,7 +65,12 @@ def _lower(config: Any, names: Sequence[str], most: int) -> None:
 def shorten_reach(config: Any) -> None:
     """Shorten windows and other limits on what a token sees or counts, which a shorter test would not reach."""
     _lower(config, [name for name in vars(config) if _is_reach(name)], REACH)
-    _lower(config, ("index_topk", "index_block_size", "index_topk_blocks"), PICKED)
+    _lower(config, ("index_topk", "index_block_size"), PICKED)
+    _lower(config, ("index_topk_blocks",), PICKED_BLOCKS)
+    if ratio := number(config, "indexer_compress_ratio"):  # qwen4_exp picks tokens in blocks of these
+        config.indexer_budget = min(config.indexer_budget, max(1, PICKED // ratio) * ratio)
+    for kind, ratio in (vars(config).get("compress_rates") or {}).items():  # deepseek_v4
+        config.compress_rates[kind] = min(ratio, PICKED)
     rope = vars(config).get("rope_parameters") or {}
     for part in (rope, *rope.values()):
         if isinstance(part, dict) and "llama_4_scaling_beta" in part and "original_max_position_embeddings" in part:

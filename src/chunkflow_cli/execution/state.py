@@ -69,6 +69,8 @@ class _Layer:
     """The blocks of one layer."""
 
     first_visible: FirstVisible
+    rows: int
+    """Rows that it stores at most."""
     written: int = 0
     """Position after the last chunk that was written."""
     blocks: list[_Block] = field(default_factory=list)
@@ -152,13 +154,21 @@ class SequenceState:
     _edges: dict[EdgeKey, _Edge] = field(default_factory=dict)
 
     def write(
-        self, layer: int, start: int, pieces: Mapping[str, Tensor], first_visible: FirstVisible = lambda past: 0
+        self,
+        layer: int,
+        start: int,
+        pieces: Mapping[str, Tensor],
+        first_visible: FirstVisible = lambda past: 0,
+        in_all: int | None = None,
     ) -> None:
         """Store the pieces of a chunk, each (tokens, heads, head_dim), for positions from `start`.
 
         What no later chunk sees is dropped. A chunk that was written before, as in a recompute, stays as it is.
+
+        Args:
+            in_all: rows that the layer stores at most, if it has fewer than the sequence has tokens.
         """
-        stored = self._layers.setdefault(layer, _Layer(first_visible))
+        stored = self._layers.setdefault(layer, _Layer(first_visible, self.stored_tokens if in_all is None else in_all))
         stop = start + len(next(iter(pieces.values())))
         if stop <= stored.written:
             return
@@ -185,7 +195,7 @@ class SequenceState:
         device = next(iter(pieces.values())).device
         rows = self.home.block_tokens(device)
         if end is not None or self.home.look_ahead is None:
-            rows = min(rows, (end or self.stored_tokens) - position)
+            rows = min(rows, (end or layer.rows) - position)
         # Blocks of the host that later chunks go on with all have one size, to be used again.
         values = {name: self.home.room((rows, *piece.shape[1:]), piece.dtype, device) for name, piece in pieces.items()}
         layer.blocks.append(_Block(position, values, device, position))

@@ -242,9 +242,12 @@ def _is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
-        # Some of a modeling file have a forward of their own: llama4's router returns a tuple, which peft cannot wrap.
+        # Some of a modeling file have a forward of their own: llama4's router returns a tuple, which peft cannot wrap,
+        # and deepseek_v4 has one that multiplies each group of channels by a part of the weight.
         forward, is_of_model = type(module).forward, type(module).__module__.startswith("transformers")
-        return forward is nn.Linear.forward or not is_of_model or forward.__annotations__.get("return") is Tensor
+        return not hasattr(module, "n_groups") and (
+            forward is nn.Linear.forward or not is_of_model or forward.__annotations__.get("return") is Tensor
+        )
     return isinstance(module, Conv1D)
 
 

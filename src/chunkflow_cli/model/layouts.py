@@ -8,7 +8,7 @@ from typing import Any
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
-from chunkflow_cli.model.own_attention import computes_own_attention
+from chunkflow_cli.model.own_attention import TO_BLOCKS, computes_own_attention
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 
 CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
@@ -86,7 +86,7 @@ def check_calls_of_modules(zero_stage: int, model_type: str) -> None:
         return
     if model_type in CALLED_ONE_BY_ONE:
         reason = "it calls each expert that its tokens take, and ranks with other tokens"
-    elif model_type in RUN_BY_SEGMENT:
+    elif model_type in RUN_BY_SEGMENT | TO_BLOCKS:
         reason = "it runs some modules once for each sample of a chunk, and ranks with more or fewer samples"
     else:
         return

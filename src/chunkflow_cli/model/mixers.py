@@ -56,8 +56,18 @@ class _StateCache:
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self._start.get(f"state{state_idx}")
 
-    def update_conv_state(self, inputs: Tensor, layer_idx: int, state_idx: int = 0) -> None:
-        self.last[f"conv{state_idx}"] = inputs
+    def update_conv_state(
+        self, inputs: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None
+    ) -> Tensor:
+        """Take inputs, and return all that there are; if their size is given, together with those to begin with."""
+        name = f"conv{state_idx}"
+        if conv_kernel_size is not None:
+            before = self._start.get(name)
+            if before is None:
+                before = inputs.new_zeros(*inputs.shape[:-1], max(0, conv_kernel_size - inputs.shape[-1]))
+            inputs = torch.cat([before, inputs], dim=-1)
+        self.last[name] = inputs if conv_kernel_size is None else inputs[..., -conv_kernel_size:]
+        return inputs
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> None:
         self.last[f"state{state_idx}"] = state
@@ -211,6 +221,7 @@ MIXERS = {
     "Inkling2DynamicShortConvolution": Mixer(("conv0",), _inkling2, lambda module: module.conv_kernel_size - 1),
     "MiniMaxLightningAttention": Mixer(("state0",), _minimax),
     "RecurrentGemmaRecurrentBlock": Mixer(("conv0", "state0"), _recurrent_gemma),
+    "Qwen4ExpTextPLELayer": Mixer(("conv1", "conv2"), _with_cache),  # inputs of a convolution; the last ids
     "RwkvFeedForward": Mixer(("conv0",), _rwkv_feed_forward),  # inputs of the last token
     "RwkvSelfAttention": Mixer(("conv0", *_RWKV_SCAN), _rwkv_attention),
     "xLSTMLayer": Mixer(_XLSTM_STATE, _xlstm),

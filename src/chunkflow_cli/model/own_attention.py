@@ -12,6 +12,8 @@ from chunkflow_cli.config.schema import ActivationCheckpointing, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
 
+TO_BLOCKS = frozenset({"deepseek_v4", "glm5_next_text", "minimax_m3_vl_text", "qwen4_exp_text"})
+"""Those whose attention runs once for each segment of a chunk (`execution.attention.blocks`)."""
 OWN_ATTENTION = {
     **dict.fromkeys(
         ("bloom", "codegen", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "xglm"),
@@ -27,6 +29,10 @@ OWN_ATTENTION = {
         ("inkling2_text", "inkling_text"),
         "it adds a learned function of the distance between two tokens to their score",
     ),
+    **dict.fromkeys(
+        TO_BLOCKS,
+        "it picks or sums up blocks of keys, counted from the first key that it has",
+    ),
 }
 """Type of the decoder -> why the attention interface does not do for it."""
 POSITIONS_FROM_CACHE = {"inkling_text"}
@@ -36,6 +42,11 @@ POSITIONS_FROM_CACHE = {"inkling_text"}
 def computes_own_attention(hf_config: Any) -> bool:
     """Return whether a model takes its keys in chunks from its cache, and computes attention itself."""
     return hf_config.get_text_config().model_type in OWN_ATTENTION
+
+
+def attends_to_blocks(hf_config: Any) -> bool:
+    """Return whether a model picks or sums up blocks of keys."""
+    return hf_config.get_text_config().model_type in TO_BLOCKS
 
 
 def implementation_for(hf_config: Any, attention: str | None) -> str | None:

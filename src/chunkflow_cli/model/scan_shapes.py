@@ -25,6 +25,7 @@ from chunkflow_cli.model.recurrent_functions import (
     SCANS,
     SELECTIVE_SCAN,
 )
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
 FLOPS_PER_STATE_ELEMENT = 8
 """Operations of a scan's forward for one token. Megatron-LM counts 8 for Gated DeltaNet and 7 for Mamba."""
@@ -110,6 +111,17 @@ class RecurrentTally:
     """Tokens that scans compute at once; None if they do not compute in blocks."""
     weights: int = 0
     """Weights of modules that run for the tokens of all ranks."""
+
+    def layers(self, tokens: int, other_edge_bytes: int = 0) -> RecurrentLayers:
+        """Return what they do together in a forward of so many tokens."""
+        return RecurrentLayers(
+            self.edge_bytes + other_edge_bytes,
+            self.flops_per_token,
+            self.input_elements_per_token,
+            self.activation_bytes / tokens,
+            self.block,
+            self.weights,
+        )
 
     @contextmanager
     def counting(self) -> Iterator[None]:

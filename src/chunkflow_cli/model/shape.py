@@ -14,6 +14,7 @@ from chunkflow_cli.model.adapter_summary import adapted_layers, saved_modules, t
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.attention_heads import attention_heads, by_size
 from chunkflow_cli.model.loading import on_meta_device
+from chunkflow_cli.model.own_attention import attends_to_blocks
 from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
 from chunkflow_cli.model.trained_weights import apply_to, indexers
@@ -95,7 +96,9 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         layer_product_bytes=probed.product_bytes_per_token / layers,
         recurrent=probed.recurrent,
         score_bytes=probed.score_bytes,
+        past_score_bytes=probed.past_score_bytes,
         past_key_bytes=probed.past_key_bytes,
+        is_by_segment=attends_to_blocks(model.config),
     )
 
 

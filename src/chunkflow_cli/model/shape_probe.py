@@ -6,6 +6,7 @@ table of architectures is needed, and new ones are read as old ones are.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chunkflow_cli.config.schema import Dtype
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
+from chunkflow_cli.model.attention_blocks import NO_MASKS
 from chunkflow_cli.model.attention_heads import attention_heads, block_of, by_size
+from chunkflow_cli.model.block_shapes import attention_to_blocks_on_meta
 from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.language_part import decoder_of
-from chunkflow_cli.model.own_attention import KeyCache, computes_own_attention
-from chunkflow_cli.model.scan_shapes import KernelOnMeta, RecurrentTally, recurrent_functions_on_meta
+from chunkflow_cli.model.own_attention import KeyCache, attends_to_blocks, computes_own_attention
+from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
@@ -33,6 +36,8 @@ PROBE_TOKENS = 256
 per token do not depend on it."""
 FEW_TOKENS = 32
 """Length of the shortest forward of models that compute attention themselves: some have tables of few positions."""
+BLOCK_TOKENS, BLOCK_PAST = 512, 8192
+"""That of models that attend to blocks of keys, of which it holds several; and tokens of the past, beyond windows."""
 PROBE_ATTENTION = "chunkflow_shape"
 """Name under which transformers knows the attention of the forward."""
 
@@ -51,6 +56,8 @@ class Probed:
     """Bytes of the results of matrix products and attention, over all layers: selective checkpointing keeps them."""
     score_bytes: float = 0.0
     """Bytes per query-key pair that all layers keep for backward; 0 with a kernel."""
+    past_score_bytes: float = 0.0
+    """Bytes per pair of a query and a key of the past, likewise."""
     past_key_bytes: float = 0.0
     """Bytes per token of the past that all layers keep for backward; 0 with a kernel."""
 
@@ -71,7 +78,8 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
             return tensor
         kept[storage._cdata] = storage.nbytes()
         holders[storage._cdata] += 1
-        return _Held(tensor, storage._cdata, release)
+        # Detached, for an output that a function saves would hold that function, which then is never released.
+        return _Held(tensor.detach(), storage._cdata, release)
 
     def release(address: int) -> None:
         holders[address] -= 1
@@ -149,21 +157,10 @@ def probe(model: Any, kernels: frozenset[str]) -> Probed | None:
     del hidden
     return Probed(
         attention=by_size(seen.layers),
-        recurrent=_layers_of(recurrent, PROBE_TOKENS),
+        recurrent=recurrent.layers(PROBE_TOKENS),
         activation_bytes_per_token=total / PROBE_TOKENS,
         largest_layer_bytes_per_token=max(of_layers, default=0) / PROBE_TOKENS,
         product_bytes_per_token=(products.bytes + seen.bytes) / PROBE_TOKENS,
-    )
-
-
-def _layers_of(tally: RecurrentTally, tokens: int) -> RecurrentLayers:
-    return RecurrentLayers(
-        tally.edge_bytes,
-        tally.flops_per_token,
-        tally.input_elements_per_token,
-        tally.activation_bytes / tokens,
-        tally.block,
-        tally.weights,
     )
 
 
@@ -176,38 +173,44 @@ def _forget_padding(model: Any) -> None:
 def _probe_own_attention(model: Any, kernels: frozenset[str]) -> Probed:
     """Run forwards of three lengths, which tell apart what grows with the tokens, with their square, and not at all.
 
-    A chunk of a long sequence keeps copies of its keys, another one what they are views of: what is more is counted. A
-    last forward has a past, whose keys every layer puts in front of its own.
+    A chunk of a long sequence keeps copies of its keys, another one what they are views of: what is more is counted.
+    More forwards have a past, whose keys every layer puts in front of its own.
     """
     _forget_padding(model)
     model.train()
+    is_of_blocks = attends_to_blocks(model.config)
+    few, past = (BLOCK_TOKENS, BLOCK_PAST) if is_of_blocks else (FEW_TOKENS, 0)
+    run = functools.partial(_kept_of_length, model, kernels)
     with _fused_sdpa(), _grouped_products_of_any_dtype():
-        alone, in_long = (
-            [_kept_of_length(model, kernels, times * FEW_TOKENS, past) for times in (1, 2, 3)] for past in (None, 0)
-        )
-        with_past = _kept_of_length(model, kernels, FEW_TOKENS, past=FEW_TOKENS)
+        in_long = [run(times * few, 0) for times in (1, 2, 3)]
+        alone = in_long if is_of_blocks else [run(times * few, None) for times in (1, 2, 3)]
+        # Beyond `past` tokens, a window hides what is added in front.
+        before = [run(tokens, past).kept for tokens in (few, 2 * few)] if past else [each.kept for each in in_long[:2]]
+        with_past = [run(times * few, past + few).kept - kept for times, kept in zip((1, 2), before, strict=True)]
     found = max(alone, in_long, key=lambda lengths: lengths[-1].kept)
-    per_token, per_pair = _growth([each.kept for each in found])
-    per_past = max(0.0, (with_past.kept - in_long[0].kept) / FEW_TOKENS - per_pair * FEW_TOKENS)
+    per_token, per_pair = _growth([each.kept for each in found], few)
+    per_past_pair = max(0.0, (with_past[1] - with_past[0]) / few**2)
+    recurrent = found[0].recurrent
     return Probed(
         attention=by_size(found[0].attention),
-        recurrent=_layers_of(found[0].recurrent, FEW_TOKENS),
+        recurrent=recurrent,
         activation_bytes_per_token=per_token,
-        largest_layer_bytes_per_token=_growth([each.of_layer for each in found])[0],
+        largest_layer_bytes_per_token=_growth([each.of_layer for each in found], few)[0],
         product_bytes_per_token=0.0,  # these models cannot keep products alone
         score_bytes=per_pair,
-        past_key_bytes=per_past,
+        past_score_bytes=per_past_pair,
+        past_key_bytes=max(0.0, with_past[0] / few - per_past_pair * few),
     )
 
 
-def _growth(kept: Sequence[int]) -> tuple[float, float]:
-    """Return the bytes per token and per pair of tokens, given those of one, two and three times `FEW_TOKENS`.
+def _growth(kept: Sequence[int], few: int) -> tuple[float, float]:
+    """Return the bytes per token and per pair of tokens, given those of one, two and three times `few` tokens.
 
     What does not grow is left out: tables that the model has anyway (gpt_neo's mask), and small casts of weights.
     """
     once, twice, thrice = kept
-    per_pair = max(0.0, (thrice - 2 * twice + once) / (2 * FEW_TOKENS**2))
-    return (twice - once) / FEW_TOKENS - 3 * FEW_TOKENS * per_pair, per_pair
+    per_pair = max(0.0, (thrice - 2 * twice + once) / (2 * few**2))
+    return (twice - once) / few - 3 * few * per_pair, per_pair
 
 
 @contextmanager
@@ -248,22 +251,31 @@ class _Kept(NamedTuple):
     of_layer: int
     """Bytes of the layer that keeps the most."""
     attention: list[AttentionLayers]
-    recurrent: RecurrentTally
+    recurrent: RecurrentLayers
 
 
 def _kept_of_length(model: Any, kernels: frozenset[str], tokens: int, past: int | None) -> _Kept:
-    cache = _Cache(model.config.get_text_config(), past)
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    positions = torch.arange(tokens, device="meta")[None] + (past or 0)
+    run = functools.partial(
+        decoder_of(model), input_ids=ids, position_ids=torch.arange(tokens, device="meta")[None] + (past or 0),
+        use_cache=False,
+    )  # fmt: skip
     with (
         kept_for_backward(model) as kept,
         _kept_by_layers(model, kept) as of_layers,
-        recurrent_functions_on_meta(model, kernels, kept) as recurrent,
+        recurrent_functions_on_meta(model, kernels, kept) as tally,
     ):
-        hidden = decoder_of(model)(input_ids=ids, position_ids=positions, use_cache=False, past_key_values=cache)
-    found = _Kept(sum(kept.values()), max(of_layers, default=0), cache.layers, recurrent)
+        if attends_to_blocks(model.config):
+            with attention_to_blocks_on_meta(model, past or 0) as found:
+                hidden = run(attention_mask=NO_MASKS)
+            recurrent, layers = tally.layers(tokens, found.edge_bytes), found.layers
+        else:
+            cache = _Cache(model.config.get_text_config(), past)
+            hidden = run(past_key_values=cache)
+            recurrent, layers = tally.layers(tokens), cache.layers
+    found_kept = _Kept(sum(kept.values()), max(of_layers, default=0), layers, recurrent)
     del hidden
-    return found
+    return found_kept
 
 
 class _Cache(KeyCache):
@@ -289,7 +301,7 @@ class _Cache(KeyCache):
         return keys, values
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
-        self.layers.append(AttentionLayers(1, 1, 1, keys.shape[2], 0))
+        self.layers.append(AttentionLayers(1, 1, 1, keys.shape[2], 0, has_gradients=False))
         return torch.cat([keys.new_empty(len(keys), self._past, keys.shape[2]), keys], 1)
 
 

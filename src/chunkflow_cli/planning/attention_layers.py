@@ -26,6 +26,12 @@ class AttentionLayers:
     """Tokens of the blocks, counted from the start of a sequence, that attention stays within (Llama 4)."""
     owns_keys: bool = True
     """False if the layers attend to the keys and values of earlier layers (Gemma 3n, Gemma 4)."""
+    stride: int = 1
+    """Tokens that one key stands for (DeepSeek-V4 sums up blocks of them)."""
+    keys_are_values: bool = False
+    """True if they are stored once, as both (DeepSeek-V4)."""
+    has_gradients: bool = True
+    """False for the keys of an indexer."""
 
     @property
     def widest(self) -> int:
@@ -33,9 +39,9 @@ class AttentionLayers:
         return max(self.key_dim, self.value_dim)
 
     @property
-    def kv_elements_per_token(self) -> int:
+    def kv_elements_per_token(self) -> float:
         """Numbers in the keys and values of one token, over these layers, stored or not."""
-        return self.layers * self.kv_heads * (self.key_dim + self.value_dim)
+        return self.layers * self.kv_heads * (self.key_dim + self.value_dim * (not self.keys_are_values)) / self.stride
 
     @property
     def query_elements_per_token(self) -> int:
@@ -61,4 +67,13 @@ class AttentionLayers:
         if self.window is not None:
             window = float(self.window)
             pairs = np.where(tokens <= window, pairs, window**2 / 2 + window * (tokens - window))
-        return np.asarray(pairs)
+        return np.asarray(pairs / self.stride)
+
+    def scored_pairs(self, past: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the query-key pairs of pieces of a sequence in one layer that scores all of them, seen or not.
+
+        Args:
+            past: tokens before each piece, of which a window hides all but the last ones.
+        """
+        seen = past if self.window is None else np.minimum(past, self.window - 1)
+        return np.asarray(tokens * (seen + tokens) / self.stride)

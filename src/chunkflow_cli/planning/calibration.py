@@ -21,7 +21,7 @@ from chunkflow_cli.planning.costs import CostModel, OperationCost
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
-CALIBRATION_VERSION = 5
+CALIBRATION_VERSION = 6
 """Version of calibration files. Increase it when the measurements or the fits change."""
 
 

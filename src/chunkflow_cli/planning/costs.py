@@ -227,8 +227,11 @@ class CostModel:
     def chunk_pairs(self, chunks: Chunks) -> NDArray[np.float64]:
         """Return the query-key pairs of each chunk, (chunks,).
 
-        A model that computes attention itself scores every token with every key of its chunk, seen or not.
+        A model that computes attention itself scores every token with every key of its chunk, or segment, seen or not.
         """
+        if self.shape is not None and self.shape.is_by_segment:
+            past, tokens = chunks.start.astype(np.float64), (chunks.stop - chunks.start).astype(np.float64)
+            return np.add.reduceat(self.shape.scored_pairs(past, tokens), chunks.first_segment[:-1])
         if self.shape is not None and self.shape.score_bytes:
             tokens = chunk_tokens(chunks)
             return tokens * (chunks.start[chunks.first_segment[:-1]] + tokens)

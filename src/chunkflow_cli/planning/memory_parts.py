@@ -127,7 +127,7 @@ def activation_bytes(
     else:
         of_others = running * (again if scans else 0.0)
     copies = chunks * merged_bytes_per_chunk(shape, settings, layers) + merged_bytes_of_running(shape, settings)
-    of_token = (past + running) * shape.score_bytes / shape.layers
+    of_token = (past * shape.past_score_bytes + running * shape.score_bytes) / shape.layers
     of_past = past * shape.past_key_bytes / shape.layers
     if settings.checkpointing == "none":
         own = of_token * (live * layers + running) + of_past * (chunks * layers + 1)

@@ -39,8 +39,12 @@ class ModelShape:
     score_bytes: float = 0.0
     """Bytes per query-key pair that all layers keep for backward, if the model computes attention itself, for every
     query of a chunk with every key; 0 if a kernel does."""
+    past_score_bytes: float = 0.0
+    """Bytes per pair of a query and a key of the past, likewise: a model may see only some of those."""
     past_key_bytes: float = 0.0
     """Bytes per token of the past that all layers keep for backward in such a model: its keys, and copies."""
+    is_by_segment: bool = False
+    """True if each segment of a chunk has scores with its own keys only."""
     recurrent: RecurrentLayers = field(default_factory=RecurrentLayers)
     """The recurrent layers, together; by default, there are none."""
     merged_bytes: int = 0
@@ -77,6 +81,13 @@ class ModelShape:
         pairs = np.zeros_like(tokens)
         for part in self.attention:
             pairs += part.flops_per_pair / self.attention_flops_per_pair * part.attended_pairs(tokens)
+        return pairs
+
+    def scored_pairs(self, past: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the query-key pairs of pieces of a sequence that all layers score, seen or not; a mean as above."""
+        pairs = np.zeros_like(tokens)
+        for part in self.attention:
+            pairs += part.flops_per_pair / self.attention_flops_per_pair * part.scored_pairs(past, tokens)
         return pairs
 
     @property

@@ -16,7 +16,8 @@ class RecurrentLayers:
 
     edge_bytes: int = 0
     """Bytes of the state between two chunks: the last inputs of convolutions in the model's dtype, and the states of
-    scans in float32. They do not depend on the length of the chunks."""
+    scans in float32. They do not depend on the length of the chunks. Attention that sums up blocks of keys leaves
+    tokens of a block that is not complete (DeepSeek-V4): their mean is part of it."""
     flops_per_token: int = 0
     """Floating-point operations of a forward."""
     input_elements_per_token: int = 0

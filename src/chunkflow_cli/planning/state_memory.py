@@ -28,9 +28,9 @@ def page_lock_seconds(host_bytes: int) -> float:
     return host_bytes / PAGE_LOCK_BYTES_PER_SECOND
 
 
-def bytes_per_element(element_bytes: int) -> int:
-    """Return the bytes of a number of keys or values with its float32 gradient (float64 in float64)."""
-    return element_bytes + max(4, element_bytes)
+def bytes_of_token(part: AttentionLayers, element_bytes: int) -> float:
+    """Return the bytes of a token's keys and values in these layers, with float32 gradients (float64 in float64)."""
+    return part.kv_elements_per_token * (element_bytes + max(4, element_bytes) * part.has_gradients)
 
 
 def most_seen(part: AttentionLayers) -> int | None:
@@ -63,16 +63,15 @@ def state_bytes_per_token(shape: ModelShape, element_bytes: int, chunk_size: int
     for part in shape.attention:
         if part.owns_keys:
             share = kept_share(part, chunk_size)
-            total += (
-                part.kv_elements_per_token * share * (bytes_per_element(element_bytes) if share == 1 else element_bytes)
-            )
+            stored = part.kv_elements_per_token * element_bytes
+            total += bytes_of_token(part, element_bytes) if share == 1 else share * stored
     return total
 
 
 def gradients_of_windows(shape: ModelShape, element_bytes: int, chunk_size: int) -> int:
     """Return the bytes of gradients of layers with a window, or blocks, shorter than a chunk."""
     parts = [part for part in shape.attention if part.owns_keys and kept_share(part, chunk_size) < 1]
-    return sum(part.kv_elements_per_token * (most_seen(part) or 0) * max(4, element_bytes) for part in parts)
+    return round(sum(part.kv_elements_per_token * (most_seen(part) or 0) * max(4, element_bytes) for part in parts))
 
 
 def host_bytes(
@@ -85,8 +84,8 @@ def host_bytes(
         edges: chunk edges, likewise.
     """
     block, kept = STATE_BLOCK_TOKENS[device_type], np.asarray(stored, dtype=np.float64)
-    whole = sum(p.kv_elements_per_token for p in shape.attention if p.owns_keys and kept_share(p, chunk_size) == 1)
-    begun = (np.ceil(kept / block) * block - kept) * whole * bytes_per_element(element_bytes)
+    whole = [part for part in shape.attention if part.owns_keys and kept_share(part, chunk_size) == 1]
+    begun = (np.ceil(kept / block) * block - kept) * sum(bytes_of_token(part, element_bytes) for part in whole)
     of_tokens = kept * state_bytes_per_token(shape, element_bytes, chunk_size)
     of_windows = (kept > 0) * gradients_of_windows(shape, element_bytes, chunk_size)
     return of_tokens + begun + of_windows + np.asarray(edges) * shape.recurrent.edge_bytes
@@ -98,6 +97,6 @@ def bytes_of_blocks(shape: ModelShape, element_bytes: int, device_type: str, sto
     Args:
         stored: tokens of which state is kept; fewer than three blocks are never more than that.
     """
-    largest = max((part.kv_elements_per_token // part.layers for part in shape.attention), default=0)
+    largest = max((bytes_of_token(part, element_bytes) / part.layers for part in shape.attention), default=0.0)
     tokens = min(stored, BLOCKS_ON_DEVICE * STATE_BLOCK_TOKENS[device_type])
-    return int(tokens * largest * bytes_per_element(element_bytes))
+    return int(tokens * largest)

@@ -17,7 +17,7 @@ Shapes: queries (1, heads, tokens, head_dim), keys and values (1, kv_heads, toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from chunkflow_cli.execution.attention.layer import (
 )
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
-from chunkflow_cli.execution.state import PastBlock, StatePiece
+from chunkflow_cli.execution.state import PastBlock, SequenceState, StatePiece
 from chunkflow_cli.model.forward_scope import computed_once, forward_value
 
 NAME = "chunkflow"
@@ -220,7 +220,8 @@ class ChunkAttention(torch.autograd.Function):
         piece = chunk.piece
         if piece is not None and layer.owns_keys:  # its backward comes after those of the layers that share its keys
             if piece.continues:
-                add_from_later_chunks(grad_keys, grad_values, piece, layer.index, chunk.dependent_tokens)
+                own = {"keys": flat(grad_keys), "values": flat(grad_values)}
+                add_from_later_chunks(own, piece.state, layer.index, piece.past, chunk.dependent_tokens)
             piece.state.release(layer.index, piece.past)  # first: under a window, one chunk has gradients at a time
         for part in _past_in_sight(chunk, layer, with_gradients=True):
             queries, out, log_sum_exp = (
@@ -245,10 +246,14 @@ class ChunkAttention(torch.autograd.Function):
         )  # fmt: skip
 
 
-def add_from_later_chunks(grad_keys: Tensor, grad_values: Tensor, piece: StatePiece, layer: int, tokens: int) -> None:
-    """Add what later chunks have put into the store to the gradients of a chunk's first `tokens` keys and values."""
-    own = {"keys": flat(grad_keys), "values": flat(grad_values)}
-    for rows, from_later in piece.state.own_gradients(layer, piece.past, piece.past + tokens):
+def add_from_later_chunks(own: Mapping[str, Tensor], state: SequenceState, layer: int, start: int, count: int) -> None:
+    """Add what later chunks have put into the store to the gradients of a chunk's first `count` rows.
+
+    Args:
+        own: gradients by name, each (rows, heads, channels); changed in place.
+        start: the first row's number in the store.
+    """
+    for rows, from_later in state.own_gradients(layer, start, start + count):
         for name, gradient in from_later.items():
             own[name][rows] += gradient
 

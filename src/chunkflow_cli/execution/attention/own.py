@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, add_from_later_chunks, flat
 from chunkflow_cli.execution.precision import accumulation_dtype
-from chunkflow_cli.execution.state import StatePiece
+from chunkflow_cli.execution.state import FirstVisible, StatePiece
+from chunkflow_cli.model.attention_blocks import NO_MASKS
 from chunkflow_cli.model.forward_scope import forward_value
-from chunkflow_cli.model.own_attention import POSITIONS_FROM_CACHE, KeyCache
+from chunkflow_cli.model.own_attention import POSITIONS_FROM_CACHE, KeyCache, attends_to_blocks
 from chunkflow_cli.model.scan_shapes import modeling_files
 
 _EXCHANGED = "_runs_in_chunks"
@@ -53,16 +55,20 @@ class ChunkCache(KeyCache):
             raise UsageError("the model reshapes its tokens before attention, so it cannot be trained in chunks")
         if chunk.piece is None:
             return keys, values
-        both: tuple[Tensor, Tensor] = _WithPast.apply(keys, values, chunk.piece, layer_idx, chunk.dependent_tokens)
-        return both
+        whole = with_past(self._of_layer(layer_idx), {"keys": flat(keys), "values": flat(values)})
+        return whole["keys"].transpose(0, 1)[None], whole["values"].transpose(0, 1)[None]
 
     def update_indexer(self, keys: Tensor, layer_idx: int) -> Tensor:
         """Do the same for the keys by which an indexer picks others, (1, tokens, channels), which get no gradient."""
         if self._chunk.piece is None:
             return keys
-        own = {"keys": keys[0].unsqueeze(1)}
-        found = _with_past(own, self._chunk.piece, -1 - layer_idx, self._chunk.dependent_tokens)  # a layer of its own
+        found = behind_past(self._of_layer(-1 - layer_idx), {"keys": keys[0].unsqueeze(1)})  # a layer of its own
         return found["keys"].transpose(0, 1)
+
+    def _of_layer(self, layer: int) -> Past:
+        piece = self._chunk.piece
+        assert piece is not None
+        return Past(piece, layer, piece.past, self._chunk.dependent_tokens)
 
 
 class PositionCache(ChunkCache):
@@ -81,45 +87,73 @@ def _offsets(positions: Tensor) -> Tensor:
     return positions - torch.arange(len(positions), device=positions.device)
 
 
-def _with_past(own: Mapping[str, Tensor], piece: StatePiece, layer: int, tokens: int) -> dict[str, Tensor]:
-    """Store the first `tokens` of a chunk's tensors, (tokens, heads, channels); return all behind those of the past."""
-    if piece.continues:
-        piece.state.write(layer, piece.past, {name: tensor[:tokens] for name, tensor in own.items()})
-    whole = {name: t.new_empty(piece.past + len(t), *t.shape[1:]) for name, t in own.items()}
-    for block in piece.state.past(layer, piece.past) if piece.past else ():
+@dataclass(frozen=True)
+class Past:
+    """What the chunks of a long sequence write to one layer of the state store, row by row."""
+
+    piece: StatePiece
+    layer: int
+    """The number under which the store keeps it."""
+    rows: int
+    """Rows of earlier chunks: tokens, or something else that the layer has fewer of."""
+    own: int
+    """Rows of this chunk that later ones may see: its first ones."""
+    in_all: int | None = None
+    """Rows of all chunks at most; by default, one for each token."""
+    first_visible: FirstVisible = lambda past: 0
+
+    @property
+    def seen(self) -> slice:
+        """The rows of earlier chunks that this one sees."""
+        return slice(self.first_visible(self.rows), self.rows)
+
+
+def behind_past(past: Past, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Store a chunk's tensors, each (rows, heads, channels); return them behind what it sees, without gradient."""
+    state, seen = past.piece.state, past.seen
+    own = {name: tensor.detach() for name, tensor in own.items()}
+    if past.piece.continues:
+        pieces = {name: tensor[: past.own] for name, tensor in own.items()}
+        state.write(past.layer, past.rows, pieces, past.first_visible, past.in_all)
+    count = seen.stop - seen.start
+    whole = {name: t.new_empty(count + len(t), *t.shape[1:]) for name, t in own.items()}
+    for block in state.past(past.layer, past.rows) if count else ():
         for name, values in block.values.items():
-            whole[name][block.start : block.stop] = values
+            whole[name][block.start - seen.start : block.stop - seen.start] = values
     for name, tensor in own.items():
-        whole[name][piece.past :] = tensor
-    piece.state.look_ahead(piece.past)
+        whole[name][count:] = tensor
+    state.look_ahead(past.rows)
     return whole
 
 
+def with_past(past: Past, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Do the same with gradients, which pass through the store."""
+    return dict(zip(own, _WithPast.apply(past, tuple(own), *own.values()), strict=True))
+
+
 class _WithPast(torch.autograd.Function):
-    """The keys and values of a long sequence's past in front of a chunk's own. Gradients pass through the store."""
+    """Tensors of a long sequence's past in front of a chunk's own."""
 
     @staticmethod
-    def forward(
-        ctx: Any, keys: Tensor, values: Tensor, piece: StatePiece, layer: int, tokens: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.piece, ctx.layer, ctx.tokens = piece, layer, tokens
-        whole = _with_past({"keys": flat(keys), "values": flat(values)}, piece, layer, tokens)
-        return whole["keys"].transpose(0, 1)[None], whole["values"].transpose(0, 1)[None]
+    def forward(ctx: Any, past: Past, names: tuple[str, ...], *own: Tensor) -> tuple[Tensor, ...]:
+        ctx.past, ctx.names = past, names
+        return tuple(behind_past(past, dict(zip(names, own, strict=True))).values())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        piece, layer = ctx.piece, ctx.layer
-        grad_keys, grad_values = (
-            grad[:, :, piece.past :].to(accumulation_dtype(grad.dtype), copy=True) for grad in grads
-        )
-        if piece.continues:
-            add_from_later_chunks(grad_keys, grad_values, piece, layer, ctx.tokens)
-        piece.state.release(layer, piece.past)
-        for block in piece.state.past(layer, piece.past, with_gradients=True) if piece.past else ():
-            seen = slice(block.start, block.stop)
-            block.add_gradient({"keys": flat(grads[0])[seen], "values": flat(grads[1])[seen]})
-        piece.state.look_ahead(piece.past)
-        return grad_keys.to(grads[0].dtype), grad_values.to(grads[1].dtype), None, None, None
+        past: Past = ctx.past
+        state, seen = past.piece.state, past.seen
+        count = seen.stop - seen.start
+        of_all = dict(zip(ctx.names, grads, strict=True))
+        own = {name: grad[count:].to(accumulation_dtype(grad.dtype), copy=True) for name, grad in of_all.items()}
+        if past.piece.continues:
+            add_from_later_chunks(own, state, past.layer, past.rows, past.own)
+        state.release(past.layer, past.rows)
+        for block in state.past(past.layer, past.rows, with_gradients=True) if count else ():
+            rows = slice(block.start - seen.start, block.stop - seen.start)
+            block.add_gradient({name: grad[rows] for name, grad in of_all.items()})
+        state.look_ahead(past.rows)
+        return None, None, *(own[name].to(grad.dtype) for name, grad in of_all.items())
 
 
 def prepare_own_attention(model: nn.Module) -> None:
@@ -140,6 +174,8 @@ def prepare_own_attention(model: nn.Module) -> None:
 
 def cache_inputs(decoder: Any, chunk: ChunkAttentionContext) -> dict[str, Any]:
     """Return what the decoder of a prepared model takes in a chunk besides its usual input."""
+    if attends_to_blocks(decoder.config):
+        return {"attention_mask": NO_MASKS}  # each segment makes its own
     kind = PositionCache if decoder.config.model_type in POSITIONS_FROM_CACHE else ChunkCache
     inputs: dict[str, Any] = {"past_key_values": kind(chunk)}
     if hasattr(inspect.getmodule(type(decoder)), ALIBI):  # it counts the tokens of a mask

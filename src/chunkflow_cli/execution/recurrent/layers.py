@@ -52,7 +52,7 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
                 _exchange_functions(file)
             _hook_once(module, _FOUND, functools.partial(_begin_layer, name))
             found.append(name)
-        elif names_in_code[cls] & STATE_KEEPERS:
+        elif names_in_code[cls] & STATE_KEEPERS and not any(name.startswith(f"{each}.") for each in found):
             raise UsageError(
                 f"{cls.__name__} keeps a state between tokens by means of its own: it cannot be trained in chunks"
             )

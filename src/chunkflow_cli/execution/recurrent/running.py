@@ -71,7 +71,7 @@ class RunningChunk:
             return None
         key = self._key(part, piece.past)
         value = piece.state.read_edge(key, for_the_last_time=self.is_evaluated)
-        if not (needs_gradient and torch.is_grad_enabled()):
+        if not (needs_gradient and torch.is_grad_enabled() and value.is_floating_point()):  # ids have none
             return value
         anchor = value.new_empty(0, requires_grad=True)
         entered: Tensor = _Enter.apply(anchor, value, piece.state, key)
