@@ -123,6 +123,15 @@ SHARED = {"num_hidden_layers": 10, "num_kv_shared_layers": 5}
         # Kimi-Linear-48B. 20 of 27 layers, and latent attention with keys of 128 + 64 channels.
         ("kimi_linear", {}, [(6, 32, 32, 192, 128)], 21 * (3 * 3 * 32 * 128 * 2 + 32 * 128 * 128 * 4)),
         ("mamba2", {"num_hidden_layers": 2}, [], 2 * (3 * (8192 + 2 * 8 * 128) * 2 + 128 * 64 * 128 * 4)),
+        # ZAYA1-8B. Two columns of queries and keys, and half of the last token's values.
+        ("zaya", {}, [(40, 8, 2, 128, 128)], 40 * (2 * (8 + 2) * 128 + 128) * 2),
+        # MiniMax-Text-01 in small. A state of 128 x 128 for each head, in bfloat16.
+        ("minimax", {"num_hidden_layers": 4, "num_local_experts": 2}, [(2, 32, 8, 128, 128)], 2 * 32 * 128 * 128 * 2),
+        # RecurrentGemma-2B. Every third layer attends. Three columns in bfloat16, and a state in float32.
+        (
+            "recurrent_gemma", {"num_key_value_heads": 1, "num_hidden_layers": 3},
+            [(1, 10, 1, 256, 256, 2048)], 2 * (3 * 2560 * 2 + 2560 * 4),
+        ),
         ("deepseek_v3", LATENT, [(4, 128, 128, 192, 128)], 0),
         (
             "gemma3n_text", SHARED,

@@ -273,15 +273,19 @@ def test_costs_of_a_spread_chunk_by_hand() -> None:
     assert alone.spread_over(1) is alone
 
 
-def test_recurrent_layers_are_not_divided() -> None:
-    """By hand: each of two ranks gathers the ten inputs of every token and runs the scans, a fifth of the time."""
+@pytest.mark.parametrize(("weights", "share"), [(0, 0.2), (400, 0.4)])
+def test_recurrent_layers_are_not_divided(weights: int, share: float) -> None:
+    """By hand: each of two ranks gathers the ten inputs of every token and runs the scans, a fifth of the time.
+
+    Modules of their own with 400 of the layers' 1600 weights take another fifth.
+    """
     device = dataclasses.replace(DEVICE, node_bytes_per_second=1e4)
-    recurrent = RecurrentLayers(flops_per_token=160, input_elements_per_token=10)
+    recurrent = RecurrentLayers(flops_per_token=160, input_elements_per_token=10, weights=weights)
     alone = CostModel.profile(replace(SHAPE, attention=(), recurrent=recurrent), device, checkpointed=False)
     spread = alone.spread_over(2)
     gathered = 10 * 2 / 2 / 0.6e4
     assert spread.forward.seconds_per_token == pytest.approx(
-        alone.forward.seconds_per_token * (0.2 + 0.8 / 2) + gathered
+        alone.forward.seconds_per_token * (share + (1 - share) / 2) + gathered
     )
 
 

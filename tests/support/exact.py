@@ -15,6 +15,7 @@ def float64_throughout() -> Iterator[None]:
     1e-8 to 1e-5. Within this context any larger difference is a mistake.
     """
     import torch
+    import transformers.models.recurrent_gemma.modeling_recurrent_gemma  # noqa: F401  # its defaults name a dtype
 
     before = torch.float32, torch.float, torch.Tensor.float, torch.Tensor.type
     float32, to_type = torch.float32, torch.Tensor.type

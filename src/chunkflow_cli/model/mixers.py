@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Arguments: TypeAlias = Mapping[str, Any]
-"""The arguments of a module's forward by name, all for one sequence, (1, tokens, ...)."""
+"""The arguments of a module's forward by name, (rows, tokens, ...): a row for each sequence, and zeros behind it if
+it is shorter than others. From a state, and where the returned state is used, there is one row and nothing behind."""
 State: TypeAlias = dict[str, Tensor]
 """What a module hands on to the tokens behind, by part."""
 Forward = Callable[..., Any]
@@ -30,7 +31,7 @@ class Mixer:
 
     parts: tuple[str, ...]
     """The names of what it hands on."""
-    run: Callable[[nn.Module, Forward, Arguments, State | None], tuple[Any, State]]
+    run: Callable[[Any, Forward, Arguments, State | None], tuple[Any, State]]
     """Runs the module from a state, or from none at the beginning of a sequence; returns its output and its state."""
 
 
@@ -64,14 +65,14 @@ class _StateCache:
         self.last[f"state{state_idx}"] = state
 
 
-def _with_cache(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+def _with_cache(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run a module that takes its state from a cache for however many tokens, and leaves it there."""
     cache = _StateCache(start)
     output = forward(module, **{**arguments, "past_key_values": cache})
     return output, cache.last
 
 
-def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
+def _minimax(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run linear attention, whose blocks begin with no state, and add before its norm what a token reads of a state.
 
     From a state, transformers runs it token by token.
@@ -81,14 +82,15 @@ def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: S
     if start is None:
         output, state = forward(module, **without_cache)
         return (output, None), {"state0": state}
-    rate, activated = module.slope_rate.float(), []
+    rate = module.slope_rate.float()
+    activated: list[Tensor] = []
     steps = torch.arange(1, tokens + 1, device=rate.device)[:, None]
     fading = torch.exp(-rate * steps).to(start["state0"].dtype)  # (heads, tokens, 1)
 
     def add_past(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         by_head = activated[0].unflatten(-1, (len(rate), -1)).transpose(1, 2)
         query = by_head.tensor_split(3, dim=-1)[0]  # (1, heads, tokens, head_dim)
-        past = (query * fading) @ start["state0"]
+        past: Tensor = (query * fading) @ start["state0"]
         return inputs[0] + past.transpose(1, 2).flatten(2)
 
     with _hooked(
@@ -99,15 +101,14 @@ def _minimax(module: nn.Module, forward: Forward, arguments: Arguments, start: S
     return (output, None), {"state0": start["state0"] * fading[:, -1:] + state}
 
 
-def _recurrent_gemma(
-    module: nn.Module, forward: Forward, arguments: Arguments, start: State | None
-) -> tuple[Any, State]:
+def _recurrent_gemma(module: Any, forward: Forward, arguments: Arguments, start: State | None) -> tuple[Any, State]:
     """Run a convolution and a scan, with the last inputs and the state put in front of them.
 
     transformers keeps both in the module, and takes them for one token at a time.
     """
     reach, scan = module.conv1d_width - 1, module.rg_lru
-    start, last = start or {}, {}
+    start = start or {}
+    last: State = {}
 
     def join(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         before = start.get("conv0")
@@ -158,6 +159,7 @@ def mixer_of(cls: type) -> Mixer | None:
 
 def forget_states(model: nn.Module) -> None:
     """Drop what modules keep of their last forward, and with it that forward's graph, which cannot be copied."""
+    module: Any
     for module in model.modules():
         if "recurrent_states" in vars(module):  # recurrent_gemma
             module.recurrent_states = None

@@ -142,26 +142,27 @@ def recurrent_functions_on_meta(
         kept: what autograd saves, as `shape_probe.kept_for_backward` counts it.
     """
     tally = RecurrentTally(kept)
-    files = {file for cls in {type(module) for module in model.modules()} for file in modeling_files(cls)}
+    classes = {type(module) for module in model.modules()}
+    files = {file for cls in classes for file in modeling_files(cls)}
     originals = [
         (file, name, getattr(file, name))
         for file in files
         for name in (CONVOLUTION, *SCANS, *FUSED)
         if hasattr(file, name)
     ]
-    mixers = [(cls, cls.forward) for cls in {type(module) for module in model.modules()} if mixer_of(cls) is not None]
+    mixers: list[tuple[Any, Any, Mixer]] = [
+        (cls, cls.forward, mixer) for cls in classes if (mixer := mixer_of(cls)) is not None
+    ]
     for file, name, original in originals:
         setattr(file, name, _on_meta(name, inspect.unwrap(original), kernels, tally))
-    for cls, forward in mixers:
-        mixer = mixer_of(cls)
-        assert mixer is not None
+    for cls, forward, mixer in mixers:
         cls.forward = functools.partialmethod(_mix, inspect.unwrap(forward), mixer, tally)
     try:
         yield tally
     finally:
         for file, name, original in originals:
             setattr(file, name, original)
-        for cls, forward in mixers:
+        for cls, forward, _ in mixers:
             cls.forward = forward
 
 

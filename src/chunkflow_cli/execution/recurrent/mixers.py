@@ -1,19 +1,21 @@
 """Modules that let tokens meet in code of their own, over the segments of a chunk.
 
-Each segment runs by itself, the piece of a long sequence from its state and the others from none. So what such a module
-projects is projected once for each segment: it costs more launches than an exchanged function, and knows none.
+The piece of a long sequence runs from its state, short segments from none: on a CPU one after the other, on a GPU as
+padded batches, as in `scans`. So what such a module projects is projected for each of them: that takes more launches
+than an exchanged function, and knows none.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
+from chunkflow_cli.execution.recurrent.scans import batches
 from chunkflow_cli.execution.recurrent.sharing import Sharing
 from chunkflow_cli.model.mixers import Forward, Mixer, arguments_of, has_gradient
 
@@ -39,20 +41,48 @@ def mix_in_chunks(forward: Forward, mixer: Mixer) -> Forward:
 def _mix_segments(
     module: nn.Module, forward: Forward, mixer: Mixer, arguments: dict[str, Any], chunk: RunningChunk
 ) -> Any:
-    start = None
-    needs_gradient = has_gradient(module, arguments)
+    outputs: dict[int, Any] = {}
+    spans = chunk.spans
+
+    def of_segments(batch: Sequence[slice]) -> dict[str, Any]:
+        rows = functools.partial(_rows, batch)
+        return {name: _of_tokens(rows, value, chunk.tokens) for name, value in arguments.items()}
+
     if chunk.has_piece:
+        needs_gradient = has_gradient(module, arguments)
         found = {part: chunk.enter(part, needs_gradient=needs_gradient) for part in mixer.parts}
         start = {part: value for part, value in found.items() if value is not None} or None
-    outputs = []
-    for index, span in enumerate(chunk.spans):
-        own = {name: _of_tokens(lambda t, s=span: t[:, s], value, chunk.tokens) for name, value in arguments.items()}
-        output, last = mixer.run(module, forward, own, start if index == 0 else None)
-        if index == 0 and chunk.continues:
-            for part in mixer.parts:
-                output = _leave(chunk, part, last[part], output)
-        outputs.append(output)
-    return _joined(outputs)
+        output, last = mixer.run(module, forward, of_segments(spans[:1]), start)
+        for part in mixer.parts if chunk.continues else ():
+            output = _leave(chunk, part, last[part], output)
+        outputs[0] = output
+        spans = spans[1:]
+    for batch in batches(spans, chunk.context.packing.device):
+        output, _ = mixer.run(module, forward, of_segments(batch), None)
+        for row, span in enumerate(batch):
+            own = functools.partial(_of_row, row, _tokens(span))
+            outputs[span.start] = _of_tokens(own, output, max(map(_tokens, batch)), rows=len(batch))
+    return _joined([outputs[start] for start in sorted(outputs)])
+
+
+def _rows(batch: Sequence[slice], tensor: Tensor) -> Tensor:
+    """Return segments of a tensor (1, tokens, ...) as rows, with zeros behind those that are shorter."""
+    longest = max(map(_tokens, batch))
+    rows = [
+        nn.functional.pad(tensor[:, span], (0, 0) * (tensor.ndim - 2) + (0, longest - _tokens(span)))
+        if _tokens(span) < longest
+        else tensor[:, span]
+        for span in batch
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _of_row(row: int, tokens: int, tensor: Tensor) -> Tensor:
+    return tensor[row : row + 1, :tokens]
+
+
+def _tokens(span: slice) -> int:
+    return int(span.stop - span.start)
 
 
 def _leave(chunk: RunningChunk, part: str, value: Tensor, output: Any) -> Any:
@@ -63,11 +93,11 @@ def _leave(chunk: RunningChunk, part: str, value: Tensor, output: Any) -> Any:
     return *output[:through], chunk.leave(part, value, output[through]), *output[through + 1 :]
 
 
-def _of_tokens(change: Callable[[Tensor], Tensor], value: Any, tokens: int) -> Any:
-    """Change all tensors (1, tokens, ...) of an argument or output, within tuples, too."""
+def _of_tokens(change: Callable[[Tensor], Tensor], value: Any, tokens: int, rows: int = 1) -> Any:
+    """Change all tensors (rows, tokens, ...) of an argument or output, within tuples, too."""
     if isinstance(value, tuple):
-        return tuple(_of_tokens(change, each, tokens) for each in value)
-    is_of_tokens = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, tokens)
+        return tuple(_of_tokens(change, each, tokens, rows) for each in value)
+    is_of_tokens = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (rows, tokens)
     return change(value) if is_of_tokens else value
 
 
