@@ -18,7 +18,7 @@ from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
 from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
-from chunkflow_cli.execution.batch import build_batch
+from chunkflow_cli.execution.batch import build_batch, dummy_token
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.dropout import RandomReplay
 from chunkflow_cli.execution.parity import DirectEngine, InChunks, compare, random_sequences
@@ -29,7 +29,8 @@ from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepResult
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.planning.chunks import build_chunks
-from chunkflow_cli.planning.schedule import Schedule, plan
+from chunkflow_cli.planning.schedule import IDLE, Schedule, plan
+from support.models import SHAPES
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
@@ -185,6 +186,18 @@ def test_losses_of_sequences(tiny_model: Callable[..., Any], chunked: Callable[.
     np.testing.assert_allclose(runner_of(model).evaluate(batch).sequence_losses, truth, rtol=1e-12)
     lockstep = runner_of(model, lockstep=True).evaluate(batch, forwards=len(batch.chunks) + 2)
     np.testing.assert_allclose(lockstep.sequence_losses, truth, rtol=1e-12)
+
+
+def test_a_dummy_is_no_token_whose_embedding_is_zero(chunked: Callable[..., Any]) -> None:
+    """The padding of a new gemma3n has an embedding of zeros, where the root of a mean square has no gradient."""
+    model_type, settings = SHAPES["gemma3n, shared keys"]
+    model = chunked(model_type, **settings)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight[embedding.padding_idx] = 0
+    batch = StepBatch(build_chunks([], SIZE), [], np.zeros(0))
+    runner_of(model, dummy_token=dummy_token(model)).run((IDLE,), batch)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("counted", [slice(0, 10), slice(34, 44), slice(20, 24)], ids=["first", "third", "second"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from chunkflow_cli.data.sample import IGNORED, TokenizedSample
 from chunkflow_cli.execution.noise import SequenceNoise, TokenNoise
 from chunkflow_cli.execution.sending import on_device
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
+from chunkflow_cli.model.adapter_summary import trained_copy
 from chunkflow_cli.planning.chunks import Chunk
 
 BLOCK_ROWS, FEW_ROWS = 4, 32
@@ -129,10 +131,16 @@ def build_batch(
     )
 
 
-def dummy_batch(device: torch.device, weight_dtype: torch.dtype) -> ChunkBatch:
+def dummy_batch(token: int, device: torch.device, weight_dtype: torch.dtype) -> ChunkBatch:
     """Return a chunk of one token without a target."""
     zero, none = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return ChunkBatch(zero, zero, (0, 1), none, none, torch.zeros(0, dtype=weight_dtype, device=device))
+    return ChunkBatch(zero + token, zero, (0, 1), none, none, torch.zeros(0, dtype=weight_dtype, device=device))
+
+
+def dummy_token(model: Any) -> int:
+    """Return a token for a Hugging Face model's `dummy_batch`: one whose embedding is not all zeros as that of padding,
+    where some norms have no gradient (gemma3n)."""
+    return 1 if getattr(trained_copy(model.get_input_embeddings()), "padding_idx", None) == 0 else 0
 
 
 def with_idle_target(batch: ChunkBatch) -> ChunkBatch:

@@ -71,6 +71,8 @@ class RunnerSettings:
     """Device of the model and its batches."""
     weight_dtype: torch.dtype = torch.float32
     """Data type of target weights: float32, or float64 for a float64 model."""
+    dummy_token: int = 0
+    """The token of forwards that hold no chunk (`batch.dummy_token`)."""
     lockstep: bool = False
     """Let every forward touch the same weights, whichever chunk it runs, because other ranks run theirs at the same
     time."""
@@ -125,7 +127,7 @@ class StepContext:
         device, dtype = self.settings.device, self.settings.weight_dtype
         piece = group = None
         if index == DUMMY:
-            tensors = dummy_batch(device, dtype)
+            tensors = dummy_batch(self.settings.dummy_token, device, dtype)
         else:
             chunk, group = self.batch.chunks[index], self.sequence_group(index)
             starts = None if preferences is None else preferences.starts

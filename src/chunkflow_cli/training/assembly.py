@@ -14,6 +14,7 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.acceleration import Acceleration
 from chunkflow_cli.execution.attention import function as attention
 from chunkflow_cli.execution.attention.backend import Backend
+from chunkflow_cli.execution.batch import dummy_token
 from chunkflow_cli.execution.chunk_model import ChunkModel, head_of
 from chunkflow_cli.execution.cpu_quirks import convert_linear_layers
 from chunkflow_cli.execution.dropout import remove_dropout
@@ -76,6 +77,7 @@ def assemble(
     Acceleration.of(config).use_kernels(model)
     runner_settings = RunnerSettings(
         device,
+        dummy_token=dummy_token(model),
         sequence_group=SequenceGroup.join(processes.topology),
         state_home=state_home(config.chunk.offload_state, device),
         stop_requested=stop_requested,
