@@ -19,7 +19,7 @@ from chunkflow_cli.model.attention_blocks import (
     rotary_of_all_keys,
     rotate_all,
 )
-from chunkflow_cli.model.mixers import arguments_of
+from chunkflow_cli.model.exchange import arguments_of
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 
 

@@ -25,29 +25,20 @@ from chunkflow_cli.model.attention_blocks import (
     rotary_of_all_keys,
     rotate_all,
 )
-from chunkflow_cli.model.mixers import Forward, arguments_of, has_gradient
-
-_EXCHANGED = "_runs_in_chunks"
+from chunkflow_cli.model.exchange import Forward, arguments_of, exchanged, has_gradient
 
 
 def prepare_attention_to_blocks(model: nn.Module) -> tuple[str, ...]:
     """Make the attention of a model run once for each segment; return the names of modules that leave edges."""
     modules = attention_modules(model)
     for cls in {type(module) for _, module in modules}:
-        _exchange(cls, _by_segment)
+        cls.forward = exchanged(cls.forward, _by_segment)
     if (rotary := rotary_of_all_keys(model)) is not None:
-        _exchange(type(rotary), _with_past_positions)
+        type(rotary).forward = exchanged(type(rotary).forward, _with_past_positions)
     return tuple(name for name, module in modules if getattr(module, "compressor", None) is not None)
 
 
-def _exchange(cls: Any, wrap: Any) -> None:
-    if not hasattr(cls.forward, _EXCHANGED):
-        cls.forward = wrap(cls.forward)
-        setattr(cls.forward, _EXCHANGED, True)
-
-
 def _by_segment(forward: Forward) -> Forward:
-    @functools.wraps(forward)
     def attend(module: nn.Module, *args: Any, **options: Any) -> Any:
         chunk = running_chunk()
         if chunk is None:
@@ -88,7 +79,6 @@ def _joined(outputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
 def _with_past_positions(rotate: Forward) -> Forward:
     """Let a rotary embedding rotate the positions of the past as well, in front of a chunk's own."""
 
-    @functools.wraps(rotate)
     def rotate_chunk(module: nn.Module, hidden: Tensor, position_ids: Tensor) -> Any:
         chunk = running_chunk()
         past = 0 if chunk is None else chunk.context.past
