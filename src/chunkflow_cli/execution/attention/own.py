@@ -25,11 +25,12 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, add_from_later_chunks, flat
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.state import FirstVisible, StatePiece
-from chunkflow_cli.model.attention_blocks import NO_MASKS
 from chunkflow_cli.model.exchange import exchanged
 from chunkflow_cli.model.forward_scope import forward_value
-from chunkflow_cli.model.own_attention import POSITIONS_FROM_CACHE, KeyCache, attends_to_blocks
+from chunkflow_cli.model.key_blocks import NO_MASKS
+from chunkflow_cli.model.own_attention import KeyCache
 from chunkflow_cli.model.scan_shapes import modeling_files
+from chunkflow_cli.model.special_types import POSITIONS_FROM_CACHE, attends_to_blocks
 
 _WIDENED = "_widens_its_table"
 """Attribute of modules with a hook, so that none gets two."""

@@ -39,6 +39,7 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         cls = type(module)
         if hasattr(module, "_rescale_layers"):  # rwkv divides its weights for evaluation, and they could be saved so
+            assert not module.layers_are_rescaled, "it has run in evaluation before"
             module._rescale_layers = _leave_weights
         if "max_inference_chunksize" in names_in_code[cls]:  # xlstm cuts long inputs in evaluation
             _hook_once(module, _UNCUT, _run_as_in_training)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.own import Past, behind_past, with_past
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
-from chunkflow_cli.model.attention_blocks import (
+from chunkflow_cli.model.exchange import Forward, arguments_of, exchanged, has_gradient
+from chunkflow_cli.model.key_blocks import (
     INDEX,
     BlockCache,
     Growing,
@@ -25,7 +26,6 @@ from chunkflow_cli.model.attention_blocks import (
     rotary_of_all_keys,
     rotate_all,
 )
-from chunkflow_cli.model.exchange import Forward, arguments_of, exchanged, has_gradient
 
 
 def prepare_attention_to_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -98,14 +98,14 @@ class PieceCache(BlockCache):
     def grow(self, what: Growing, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         piece = self._chunk.context.piece
         assert piece is not None
-        rows, number, is_of_blocks = len(own["keys"]), -(3 * self.layer + what), what >= Growing.entries
+        rows, number = len(own["keys"]), -(3 * self.layer + what)  # what else a layer has is a layer of its own
         if what is Growing.keys:
             past = Past(piece, self.layer, self.past, rows, None, self.first_visible)
-        elif is_of_blocks:
+        elif what.is_of_blocks:
             past = Past(piece, number, self.past // self.block, rows, piece.state.stored_tokens // self.block)
         else:
             past = Past(piece, number, self.past, rows)
-        if what in (Growing.index, Growing.index_entries):
+        if what.is_of_index:
             return behind_past(past, own)
         if self._needs_gradient and not own["keys"].requires_grad:
             own = {"keys": own["keys"].detach().requires_grad_()}  # no rows, and yet those of the past get a gradient
