@@ -80,7 +80,7 @@ def train(name: str) -> Iterator[float]:
     from chunkflow_cli.execution.runner import Runner
     from chunkflow_cli.execution.step import RunnerSettings, StepBatch
     from chunkflow_cli.model.hf_config import known_ids
-    from chunkflow_cli.model.own_attention import computes_own_attention
+    from chunkflow_cli.model.special_types import computes_own_attention
     from chunkflow_cli.planning.chunks import build_chunks
     from chunkflow_cli.planning.schedule import plan_in_lockstep, tasks_of
 

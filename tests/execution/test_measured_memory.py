@@ -27,9 +27,9 @@ from chunkflow_cli.execution.state_home import OnDevice, host_home
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
-from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.model.shape import model_shape, with_adapters
 from chunkflow_cli.model.shape_probe import kept_for_backward
+from chunkflow_cli.model.special_types import computes_own_attention
 from chunkflow_cli.planning.chunks import build_chunks
 from chunkflow_cli.planning.memory_parts import (
     kept_bytes_per_token,

@@ -9,9 +9,9 @@ import pytest
 import transformers
 
 from chunkflow_cli.errors import UsageError
-from chunkflow_cli.model.layouts import CALLED_ONE_BY_ONE, RUN_BY_SEGMENT, check_calls_of_modules
+from chunkflow_cli.model.layouts import check_calls_of_modules
 from chunkflow_cli.model.mixers import MIXERS
-from chunkflow_cli.model.own_attention import TO_BLOCKS
+from chunkflow_cli.model.special_types import EXPERTS_ONE_BY_ONE, OWN_MIXERS, TO_BLOCKS
 
 
 def test_experts_that_are_called_one_by_one_are_refused_under_zero_3() -> None:
@@ -29,7 +29,7 @@ def test_experts_that_are_called_one_by_one_are_refused_under_zero_3() -> None:
             is_called = re.search(r"self\.(mlp|act_fn)\(", match[0])
             if "use_experts_implementation" not in (match[1] or "") and "expert_hit" in match[0] and is_called:
                 found.add(path.parent.name)
-    assert found == CALLED_ONE_BY_ONE
+    assert found == EXPERTS_ONE_BY_ONE
     for kind in found:
         check_calls_of_modules(1, kind)
         with pytest.raises(UsageError, match=rf"engine\.zero_stage=3 cannot run {kind} on several ranks"):
@@ -45,8 +45,8 @@ def test_modules_that_run_once_for_each_segment_are_refused_under_zero_3() -> No
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         if any(f"class {name}(" in path.read_text(encoding="utf-8") for name in names):
             found.add(path.parent.name)
-    assert found == RUN_BY_SEGMENT | {"qwen4_exp"}
-    for kind in RUN_BY_SEGMENT | TO_BLOCKS:
+    assert found == OWN_MIXERS | {"qwen4_exp"}
+    for kind in OWN_MIXERS | TO_BLOCKS:
         check_calls_of_modules(1, kind)
         with pytest.raises(UsageError, match=rf"zero_stage=3 cannot run {kind} on several ranks: it runs some modules"):
             check_calls_of_modules(3, kind)

@@ -205,7 +205,7 @@ def _sources_json(planned: PlannedRun) -> dict[str, Any]:
 
 def _recurrent_json(shape: ModelShape | None, element_bytes: int) -> dict[str, Any]:
     """Return what the recurrent layers of a model keep between two chunks; nothing for a model without them."""
-    if shape is None or not shape.recurrent.flops_per_token:
+    if shape is None or not shape.is_recurrent:
         return {}
     edge, of_a_token = shape.recurrent.edge_bytes, state_bytes_per_token(shape, element_bytes)
     equal_tokens = round(edge / of_a_token) if of_a_token else None
@@ -234,7 +234,7 @@ def _balance_json(totals: Totals, plan: RunPlan) -> dict[str, Any]:
 def _memory_json(parts: MemoryParts, setup: RunSetup) -> dict[str, Any]:
     device, shape = setup.device, setup.shape
     host_remedy = what_the_host_lacks(parts, setup)
-    remedy = what_does_not_fit(parts, device, is_recurrent=shape is not None and shape.recurrent.flops_per_token > 0)
+    remedy = what_does_not_fit(parts, device, is_recurrent=shape is not None and shape.is_recurrent)
     return {
         **{f"{name}_bytes": value for name, value in asdict(parts).items()},
         "total_bytes": parts.device_total,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.backend import Backend, Packing
-from chunkflow_cli.execution.attention.blocks import prepare_attention_to_blocks
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, require_attention_interface
+from chunkflow_cli.execution.attention.key_blocks import prepare_attention_to_blocks
 from chunkflow_cli.execution.attention.own import cache_inputs, prepare_own_attention
 from chunkflow_cli.execution.batch import ChunkBatch
 from chunkflow_cli.execution.loss import (
@@ -30,7 +30,7 @@ from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.hf_config import known_ids
 from chunkflow_cli.model.language_part import decoder_of, names_in_forward
-from chunkflow_cli.model.own_attention import attends_to_blocks, computes_own_attention
+from chunkflow_cli.model.special_types import attends_to_blocks, computes_own_attention
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from chunkflow_cli.execution.whole_sequence import cross_entropies
 from chunkflow_cli.model.activation_checkpointing import without_activation_checkpointing
 from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.mixers import forget_states
-from chunkflow_cli.model.own_attention import computes_own_attention
+from chunkflow_cli.model.special_types import computes_own_attention
 from chunkflow_cli.planning.chunks import Chunks, build_chunks
 from chunkflow_cli.planning.preferences import build_pair_chunks, preference_tasks
 from chunkflow_cli.planning.schedule import plan, plan_tasks

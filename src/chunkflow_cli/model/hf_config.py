@@ -16,8 +16,8 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.hub import go_offline_if_unreachable, import_models
 from chunkflow_cli.model.adapter_folder import explain_adapter_folder
 from chunkflow_cli.model.folder import check_settings
-from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.model.rope_scaling import apply_rope_scaling
+from chunkflow_cli.model.special_types import computes_own_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,13 +8,8 @@ from typing import Any
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
-from chunkflow_cli.model.own_attention import TO_BLOCKS, computes_own_attention
+from chunkflow_cli.model.special_types import EXPERTS_ONE_BY_ONE, OWN_MIXERS, TO_BLOCKS, computes_own_attention
 from chunkflow_cli.planning.topology import Topology, key_value_copies
-
-CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
-"""Types of models that call a module once for each expert that a token takes. The others multiply all in one call."""
-RUN_BY_SEGMENT = frozenset({"minimax", "recurrent_gemma", "rwkv", "xlstm", "zaya"})
-"""Types of models with modules that let tokens meet in code of their own (`mixers`): they run once for each segment."""
 
 
 def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
@@ -84,9 +79,9 @@ def check_calls_of_modules(zero_stage: int, model_type: str) -> None:
     """
     if zero_stage != 3:
         return
-    if model_type in CALLED_ONE_BY_ONE:
+    if model_type in EXPERTS_ONE_BY_ONE:
         reason = "it calls each expert that its tokens take, and ranks with other tokens"
-    elif model_type in RUN_BY_SEGMENT | TO_BLOCKS:
+    elif model_type in OWN_MIXERS | TO_BLOCKS:
         reason = "it runs some modules once for each sample of a chunk, and ranks with more or fewer samples"
     else:
         return

@@ -6,7 +6,6 @@ Most recurrent layers call functions that all modeling files share (`recurrent_f
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model.exchange import Forward
 from chunkflow_cli.model.rwkv_scan import scan
 
 Arguments: TypeAlias = Mapping[str, Any]
@@ -26,8 +26,6 @@ Arguments: TypeAlias = Mapping[str, Any]
 it is shorter than others. From a state, and where the returned state is used, there is one row and nothing behind."""
 State: TypeAlias = dict[str, Tensor]
 """What a module hands on to the tokens behind, by part."""
-Forward = Callable[..., Any]
-"""The forward of a class, as transformers defines it. Its first argument is the module."""
 
 
 @dataclass(frozen=True)
@@ -251,20 +249,3 @@ def forget_states(model: nn.Module) -> None:
     for module in model.modules():
         if "recurrent_states" in vars(module):  # recurrent_gemma
             module.recurrent_states = None
-
-
-def arguments_of(forward: Forward, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a module's forward by name, without the module."""
-    signature = inspect.signature(forward)
-    arguments = signature.bind(module, *args, **options).arguments
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(parameter.name, {})
-    del arguments[next(iter(signature.parameters))]
-    return arguments
-
-
-def has_gradient(module: nn.Module, arguments: Arguments) -> bool:
-    """Return whether what a module returns can have a gradient."""
-    given = [value for value in arguments.values() if isinstance(value, Tensor)]
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *module.parameters()))

@@ -46,7 +46,8 @@ def _by_name(attend: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]
     @functools.wraps(attend)
     def attend_by_name(module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> list[Tensor]:
         """Take queries and values, (1, heads, tokens, channels), and keys, (1, heads, channels, tokens)."""
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, None)
+        config = getattr(module, "config", None)  # models that were made before have none
+        attention = config and ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
         if attention is None:
             return attend(module, query, key, value, *others)
         dropout = module.attn_dropout.p if module.training else 0.0

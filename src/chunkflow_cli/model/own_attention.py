@@ -11,42 +11,7 @@ from typing import Any
 from chunkflow_cli.config.schema import ActivationCheckpointing, ModelConfig
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
-
-TO_BLOCKS = frozenset({"deepseek_v4", "glm5_next_text", "minimax_m3_vl_text", "qwen4_exp_text"})
-"""Those whose attention runs once for each segment of a chunk (`execution.attention.blocks`)."""
-OWN_ATTENTION = {
-    **dict.fromkeys(
-        ("bloom", "codegen", "falcon", "git", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "xglm"),
-        "it computes scores and their softmax in code of its own",
-    ),
-    "diffllama": "each layer attends twice with the same keys",
-    **dict.fromkeys(
-        ("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4", "mistral_large4_text"),
-        "an indexer picks the keys that a query sees (DSA)",
-    ),
-    "hrm_text": "its layers run several times in a forward, each time with other keys",
-    **dict.fromkeys(
-        ("inkling2_text", "inkling_text"),
-        "it adds a learned function of the distance between two tokens to their score",
-    ),
-    **dict.fromkeys(
-        TO_BLOCKS,
-        "it picks or sums up blocks of keys, counted from the first key that it has",
-    ),
-}
-"""Type of the decoder -> why the attention interface does not do for it."""
-POSITIONS_FROM_CACHE = {"inkling_text"}
-"""Types of decoders that ask their cache for positions, and compute with them."""
-
-
-def computes_own_attention(hf_config: Any) -> bool:
-    """Return whether a model takes its keys in chunks from its cache, and computes attention itself."""
-    return hf_config.get_text_config().model_type in OWN_ATTENTION
-
-
-def attends_to_blocks(hf_config: Any) -> bool:
-    """Return whether a model picks or sums up blocks of keys."""
-    return hf_config.get_text_config().model_type in TO_BLOCKS
+from chunkflow_cli.model.special_types import computes_own_attention
 
 
 def implementation_for(hf_config: Any, attention: str | None) -> str | None:

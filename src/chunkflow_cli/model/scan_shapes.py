@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkflow_cli.model.mixers import Mixer, arguments_of, mixer_of
+from chunkflow_cli.model.exchange import arguments_of
+from chunkflow_cli.model.mixers import Mixer, mixer_of
 from chunkflow_cli.model.recurrent_functions import (
     CONVOLUTION,
     CONVOLUTION_PACKAGE,

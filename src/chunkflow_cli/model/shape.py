@@ -14,9 +14,9 @@ from chunkflow_cli.model.adapter_summary import adapted_layers, saved_modules, t
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.attention_heads import attention_heads, by_size
 from chunkflow_cli.model.loading import on_meta_device
-from chunkflow_cli.model.own_attention import attends_to_blocks
 from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
+from chunkflow_cli.model.special_types import attends_to_blocks
 from chunkflow_cli.model.trained_weights import apply_to, indexers
 from chunkflow_cli.planning.model_shape import ModelShape
 

@@ -21,13 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chunkflow_cli.config.schema import Dtype
 from chunkflow_cli.errors import UsageError, first_line
 from chunkflow_cli.model.activation_checkpointing import COSTLY
-from chunkflow_cli.model.attention_blocks import NO_MASKS
 from chunkflow_cli.model.attention_heads import attention_heads, block_of, by_size
-from chunkflow_cli.model.block_shapes import attention_to_blocks_on_meta
 from chunkflow_cli.model.float32_weights import widen_float32_weights
+from chunkflow_cli.model.key_block_shapes import attention_to_blocks_on_meta
+from chunkflow_cli.model.key_blocks import NO_MASKS
 from chunkflow_cli.model.language_part import decoder_of
-from chunkflow_cli.model.own_attention import KeyCache, attends_to_blocks, computes_own_attention
+from chunkflow_cli.model.own_attention import KeyCache
 from chunkflow_cli.model.scan_shapes import KernelOnMeta, recurrent_functions_on_meta
+from chunkflow_cli.model.special_types import attends_to_blocks, computes_own_attention
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 

@@ -12,7 +12,7 @@ from chunkflow_cli.config.schema import Config, OptimConfig, OptimizerName
 from chunkflow_cli.config.weight_names import is_named
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.loading import skeleton
-from chunkflow_cli.model.own_attention import computes_own_attention
+from chunkflow_cli.model.special_types import computes_own_attention
 
 SHOWN = 4
 """Names of weights that an error lists."""

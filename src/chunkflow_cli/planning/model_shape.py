@@ -64,6 +64,11 @@ class ModelShape:
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
     @property
+    def is_recurrent(self) -> bool:
+        """True if it has recurrent layers. Not only these leave edges (`RecurrentLayers.edge_bytes`)."""
+        return self.recurrent.flops_per_token > 0
+
+    @property
     def attention_flops_per_pair(self) -> int:
         """Floating-point operations of a forward for one query-key pair, over all layers."""
         return sum(part.flops_per_pair for part in self.attention)

@@ -46,7 +46,7 @@ def ask_for_determinism(is_asked: bool) -> None:
 
 def warn_of_kernels(config: Config, shape: ModelShape, device: torch.device) -> None:
     """Say which kernels do not promise the same sums in every run, if `train.deterministic` asks for them."""
-    if not config.train.deterministic or device.type != "cuda" or not shape.recurrent.flops_per_token:
+    if not config.train.deterministic or device.type != "cuda" or not shape.is_recurrent:
         return
     if kernels := installed_kernels():
         warn_once(

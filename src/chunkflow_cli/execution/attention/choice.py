@@ -17,7 +17,7 @@ from chunkflow_cli.execution.attention.cpu import CpuBackend
 from chunkflow_cli.execution.attention.flash import LARGEST_FLASH_HEAD_DIM, FlashAttnBackend, TorchFlashBackend
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.model.attention_heads import attention_heads
-from chunkflow_cli.model.own_attention import computes_own_attention
+from chunkflow_cli.model.special_types import computes_own_attention
 
 BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (FlashAttnBackend, TorchFlashBackend, CpuBackend, ReferenceBackend)

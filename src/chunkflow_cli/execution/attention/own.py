@@ -11,7 +11,6 @@ segment are then right, for windows and for biases that only differ by a constan
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,13 +25,15 @@ from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.function import ChunkAttentionContext, add_from_later_chunks, flat
 from chunkflow_cli.execution.precision import accumulation_dtype
 from chunkflow_cli.execution.state import FirstVisible, StatePiece
-from chunkflow_cli.model.attention_blocks import NO_MASKS
+from chunkflow_cli.model.exchange import exchanged
 from chunkflow_cli.model.forward_scope import forward_value
-from chunkflow_cli.model.own_attention import POSITIONS_FROM_CACHE, KeyCache, attends_to_blocks
+from chunkflow_cli.model.key_blocks import NO_MASKS
+from chunkflow_cli.model.own_attention import KeyCache
 from chunkflow_cli.model.scan_shapes import modeling_files
+from chunkflow_cli.model.special_types import POSITIONS_FROM_CACHE, attends_to_blocks
 
-_EXCHANGED = "_runs_in_chunks"
-"""Attribute of functions and modules that are prepared, so that none is prepared twice."""
+_WIDENED = "_widens_its_table"
+"""Attribute of modules with a hook, so that none gets two."""
 ALIBI, ALIBI_FROM_LENGTH = "build_alibi_tensor", "build_mpt_alibi_tensor"
 """Functions of modeling files that make the bias of distances: for each token of a mask, or for a number of tokens."""
 
@@ -158,18 +159,20 @@ class _WithPast(torch.autograd.Function):
 
 def prepare_own_attention(model: nn.Module) -> None:
     """Make a model that computes attention itself run in chunks. A model that was prepared stays as it is."""
+    masks = AttentionMaskInterface._global_mapping
     for name in ("eager", "sdpa"):
-        _exchange(AttentionMaskInterface._global_mapping, name, _apart)
+        masks[name] = exchanged(masks[name], _apart)
     for file in {file for module in model.modules() for file in modeling_files(type(module))}:
-        _exchange(vars(file), ALIBI, _by_position)
-        _exchange(vars(file), ALIBI_FROM_LENGTH, _for_all_keys)
+        for name, wrap in ((ALIBI, _by_position), (ALIBI_FROM_LENGTH, _for_all_keys)):
+            if hasattr(file, name):
+                setattr(file, name, exchanged(getattr(file, name), wrap))
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True  # a recompute stores the same again, which changes nothing
         table = getattr(module, "bias", None)
-        if isinstance(table, Tensor) and table.ndim == 4 and not hasattr(module, _EXCHANGED):  # gpt_neo
+        if isinstance(table, Tensor) and table.ndim == 4 and not hasattr(module, _WIDENED):  # gpt_neo
             module.register_forward_pre_hook(_widen_table)
-            setattr(module, _EXCHANGED, True)
+            setattr(module, _WIDENED, True)
 
 
 def cache_inputs(decoder: Any, chunk: ChunkAttentionContext) -> dict[str, Any]:
@@ -182,13 +185,6 @@ def cache_inputs(decoder: Any, chunk: ChunkAttentionContext) -> dict[str, Any]:
         keys = chunk.past + chunk.packing.boundaries[-1]
         inputs["attention_mask"] = torch.ones(1, keys, dtype=torch.long, device=chunk.packing.device)
     return inputs
-
-
-def _exchange(home: dict[str, Any], name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    function = home.get(name)
-    if function is not None and not hasattr(function, _EXCHANGED):
-        home[name] = functools.wraps(function)(wrap(function))
-        setattr(home[name], _EXCHANGED, True)
 
 
 def _running() -> ChunkAttentionContext | None:

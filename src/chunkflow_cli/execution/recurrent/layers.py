@@ -15,15 +15,15 @@ from chunkflow_cli.execution.recurrent.mamba1 import pass_state_as_tokens
 from chunkflow_cli.execution.recurrent.mixers import mix_in_chunks
 from chunkflow_cli.execution.recurrent.running import running_chunk
 from chunkflow_cli.execution.recurrent.scans import scan_in_chunks
-from chunkflow_cli.model.mixers import Mixer, mixer_of
+from chunkflow_cli.model.exchange import exchanged
+from chunkflow_cli.model.mixers import mixer_of
 from chunkflow_cli.model.recurrent_functions import CONVOLUTION, FUSED, SCANS, SELECTIVE_SCAN
 from chunkflow_cli.model.scan_shapes import modeling_files
 
 STATE_KEEPERS = {"update_conv_state", "update_recurrent_state", "set_linear_cache"}
 """Methods of transformers' caches with which a layer keeps a state between tokens."""
-_EXCHANGED, _FOUND, _SHARED = "_runs_in_chunks", "_is_recurrent_layer", "_notes_its_layer"
-_UNCUT = "_runs_as_in_training"
-"""Attributes of functions and modules that are prepared."""
+_FOUND, _SHARED, _UNCUT = "_is_recurrent_layer", "_notes_its_layer", "_runs_as_in_training"
+"""Attributes of modules with a hook, so that none gets two."""
 
 
 def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
@@ -39,6 +39,7 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
     for name, module in model.named_modules():
         cls = type(module)
         if hasattr(module, "_rescale_layers"):  # rwkv divides its weights for evaluation, and they could be saved so
+            assert not module.layers_are_rescaled, "it has run in evaluation before"
             module._rescale_layers = _leave_weights
         if "max_inference_chunksize" in names_in_code[cls]:  # xlstm cuts long inputs in evaluation
             _hook_once(module, _UNCUT, _run_as_in_training)
@@ -47,7 +48,7 @@ def prepare_recurrent_layers(model: nn.Module) -> tuple[str, ...]:
         mixer = mixer_of(cls)
         if mixer is not None or names_in_code[cls] & {CONVOLUTION, *SCANS}:
             if mixer is not None:
-                _exchange_forward(cls, mixer)
+                cls.forward = exchanged(cls.forward, functools.partial(mix_in_chunks, mixer=mixer))
             for file in modeling_files(cls):
                 _exchange_functions(file)
             _hook_once(module, _FOUND, functools.partial(_begin_layer, name))
@@ -104,29 +105,21 @@ def _run_as_in_training(module: nn.Module, args: Any, kwargs: Any) -> None:
 def _exchange_functions(home: Any) -> None:
     """Exchange the functions of a modeling file, for all models of its kind, once."""
     for name in vars(home).keys() & {CONVOLUTION, *FUSED, *SCANS}:
-        function = getattr(home, name)
-        if hasattr(function, _EXCHANGED):
-            continue
         if name == CONVOLUTION:
-            exchanged = convolve_in_chunks(function)
+            wrap: Callable[..., Any] = convolve_in_chunks
         elif name in FUSED:
-            exchanged = _none_in_chunks(function)
+            wrap = _none_in_chunks
         else:
-            with_state = pass_state_as_tokens(function) if name == SELECTIVE_SCAN else function
-            exchanged = scan_in_chunks(with_state, SCANS[name])
-        setattr(exchanged, _EXCHANGED, True)
-        setattr(home, name, exchanged)
+            wrap = functools.partial(_scan_in_chunks, name)
+        setattr(home, name, exchanged(getattr(home, name), wrap))
 
 
-def _exchange_forward(cls: Any, mixer: Mixer) -> None:
-    """Exchange the forward of a class, for all its modules, once."""
-    if not hasattr(cls.forward, _EXCHANGED):
-        cls.forward = mix_in_chunks(cls.forward, mixer)
-        setattr(cls.forward, _EXCHANGED, True)
+def _scan_in_chunks(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    with_state = pass_state_as_tokens(function) if name == SELECTIVE_SCAN else function
+    return scan_in_chunks(with_state, SCANS[name])
 
 
 def _none_in_chunks(fused: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fused)
     def unless_in_a_chunk(*args: Any, **options: Any) -> Any:
         return None if running_chunk() is not None else fused(*args, **options)
 

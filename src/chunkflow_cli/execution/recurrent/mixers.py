@@ -18,13 +18,13 @@ from chunkflow_cli.execution.recurrent.convolution import convolve_segments
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.execution.recurrent.scans import batches
 from chunkflow_cli.execution.recurrent.sharing import Sharing
-from chunkflow_cli.model.mixers import Forward, Mixer, arguments_of, has_gradient
+from chunkflow_cli.model.exchange import Forward, arguments_of, has_gradient
+from chunkflow_cli.model.mixers import Mixer
 
 
 def mix_in_chunks(forward: Forward, mixer: Mixer) -> Forward:
     """Return the forward of a class, made to keep the segments of a running chunk apart."""
 
-    @functools.wraps(forward)
     def mix_chunk(module: nn.Module, *args: Any, **options: Any) -> Any:
         chunk = running_chunk()
         if chunk is None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkflow_cli.model.attention_blocks import (
+from chunkflow_cli.model.exchange import arguments_of
+from chunkflow_cli.model.key_blocks import (
     BlockCache,
     Growing,
     attention_modules,
@@ -19,7 +20,6 @@ from chunkflow_cli.model.attention_blocks import (
     rotary_of_all_keys,
     rotate_all,
 )
-from chunkflow_cli.model.mixers import arguments_of
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 
 
@@ -90,10 +90,8 @@ class _Cache(BlockCache):
 
     def grow(self, what: Growing, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         keys, values = own["keys"], own.get("values")
-        is_index, stride = what in (Growing.index, Growing.index_entries), 1
-        before = self.past - self.first_visible(self.past) if what is Growing.keys else self.past
-        if what >= Growing.entries:
-            stride, before = self.block, self.past // self.block
+        is_index, stride = what.is_of_index, self.block if what.is_of_blocks else 1
+        before = self.past - self.first_visible(self.past) if what is Growing.keys else self.past // stride
         value_dim = 0 if is_index else (keys if values is None else values).shape[2]
         sizes = AttentionLayers(
             1, 1 if is_index else self._heads, keys.shape[1], keys.shape[2], value_dim,

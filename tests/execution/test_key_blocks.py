@@ -12,7 +12,7 @@ import torch
 from chunkflow_cli.config.objective import Objective
 from chunkflow_cli.config.schema import ActivationCheckpointing, LoraConfig, PreferenceConfig, Task
 from chunkflow_cli.execution.attention import own
-from chunkflow_cli.execution.attention.blocks import PieceCache
+from chunkflow_cli.execution.attention.key_blocks import PieceCache
 from chunkflow_cli.execution.attention.reference import ReferenceBackend
 from chunkflow_cli.execution.chunk_model import ChunkModel
 from chunkflow_cli.execution.parity import DirectEngine, InChunks, Parity, compare, random_sequences

@@ -4,7 +4,7 @@ Such a module counts the borders of its blocks from the first key that it has, s
 time. What it asks are the methods of transformers' caches. Here they keep apart what grows with the sequence, and what
 has a fixed size: the tokens of a block that is not complete yet, and a part of the last complete one.
 
-`execution.attention.blocks` runs such modules in chunks; `block_shapes` counts what they keep.
+`execution.attention.key_blocks` runs such modules in chunks; `key_block_shapes` counts what they keep.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ class Growing(IntEnum):
     entries = 2
     """Sums of complete blocks."""
     index_entries = 3
+
+    @property
+    def is_of_index(self) -> bool:
+        """Whether it is compared by an indexer, and so gets no gradient."""
+        return self in (Growing.index, Growing.index_entries)
+
+    @property
+    def is_of_blocks(self) -> bool:
+        """Whether it has a row for each block; otherwise, for each token."""
+        return self >= Growing.entries
 
 
 def _first_visible(window: int | None, past: int) -> int:

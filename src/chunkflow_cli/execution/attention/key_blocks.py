@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.own import Past, behind_past, with_past
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
-from chunkflow_cli.model.attention_blocks import (
+from chunkflow_cli.model.exchange import Forward, arguments_of, exchanged, has_gradient
+from chunkflow_cli.model.key_blocks import (
     INDEX,
     BlockCache,
     Growing,
@@ -25,29 +26,19 @@ from chunkflow_cli.model.attention_blocks import (
     rotary_of_all_keys,
     rotate_all,
 )
-from chunkflow_cli.model.mixers import Forward, arguments_of, has_gradient
-
-_EXCHANGED = "_runs_in_chunks"
 
 
 def prepare_attention_to_blocks(model: nn.Module) -> tuple[str, ...]:
     """Make the attention of a model run once for each segment; return the names of modules that leave edges."""
     modules = attention_modules(model)
     for cls in {type(module) for _, module in modules}:
-        _exchange(cls, _by_segment)
+        cls.forward = exchanged(cls.forward, _by_segment)
     if (rotary := rotary_of_all_keys(model)) is not None:
-        _exchange(type(rotary), _with_past_positions)
+        type(rotary).forward = exchanged(type(rotary).forward, _with_past_positions)
     return tuple(name for name, module in modules if getattr(module, "compressor", None) is not None)
 
 
-def _exchange(cls: Any, wrap: Any) -> None:
-    if not hasattr(cls.forward, _EXCHANGED):
-        cls.forward = wrap(cls.forward)
-        setattr(cls.forward, _EXCHANGED, True)
-
-
 def _by_segment(forward: Forward) -> Forward:
-    @functools.wraps(forward)
     def attend(module: nn.Module, *args: Any, **options: Any) -> Any:
         chunk = running_chunk()
         if chunk is None:
@@ -88,7 +79,6 @@ def _joined(outputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
 def _with_past_positions(rotate: Forward) -> Forward:
     """Let a rotary embedding rotate the positions of the past as well, in front of a chunk's own."""
 
-    @functools.wraps(rotate)
     def rotate_chunk(module: nn.Module, hidden: Tensor, position_ids: Tensor) -> Any:
         chunk = running_chunk()
         past = 0 if chunk is None else chunk.context.past
@@ -108,14 +98,14 @@ class PieceCache(BlockCache):
     def grow(self, what: Growing, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         piece = self._chunk.context.piece
         assert piece is not None
-        rows, number, is_of_blocks = len(own["keys"]), -(3 * self.layer + what), what >= Growing.entries
+        rows, number = len(own["keys"]), -(3 * self.layer + what)  # what else a layer has is a layer of its own
         if what is Growing.keys:
             past = Past(piece, self.layer, self.past, rows, None, self.first_visible)
-        elif is_of_blocks:
+        elif what.is_of_blocks:
             past = Past(piece, number, self.past // self.block, rows, piece.state.stored_tokens // self.block)
         else:
             past = Past(piece, number, self.past, rows)
-        if what in (Growing.index, Growing.index_entries):
+        if what.is_of_index:
             return behind_past(past, own)
         if self._needs_gradient and not own["keys"].requires_grad:
             own = {"keys": own["keys"].detach().requires_grad_()}  # no rows, and yet those of the past get a gradient
