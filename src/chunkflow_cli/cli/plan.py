@@ -22,7 +22,6 @@ from chunkflow_cli.console import progress_bar, stdout_console
 from chunkflow_cli.data.tokenized import TokenizedData
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.layouts import check_fits
 from chunkflow_cli.planning.devices import DeviceProfile
 from chunkflow_cli.planning.memory_parts import MemoryParts, state_bytes
 from chunkflow_cli.planning.memory_settings import ELEMENT_BYTES
@@ -141,7 +140,9 @@ def make_plan(loaded: LoadedConfig, *, step: int, keys: Sequence[str] = ()) -> P
     config = loaded.config
     hf_config = load_config(config.model) if config.model.path else None
     if hf_config is not None:
-        check_fits(config, hf_config, [planned_topology(config)])
+        from chunkflow_cli.training.requirements import check_planned  # imports torch
+
+        check_planned(config, hf_config, [planned_topology(config)])
     data = load_run_data(config, hf_config, keys).train
     setup = read_setup(config, hf_config, planned_device(config))
     plan = setup.plan(data)

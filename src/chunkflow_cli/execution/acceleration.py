@@ -49,6 +49,19 @@ def check_acceleration(config: Config, hf_config: Any, device: torch.device) -> 
         UsageError: names the key and what to set instead.
     """
     check_kernels(config.model, hf_config.get_text_config().model_type, device)
+    check_compilation(config)
+    if config.model.compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UsageError(
+            "model.compile=true needs a C++ compiler on a CPU, and there is none\n  set model.compile=false"
+        )
+
+
+def check_compilation(config: Config) -> None:
+    """Refuse compilation with settings under which it cannot run anywhere, or would not be exact.
+
+    Raises:
+        UsageError: names the key and what to set instead.
+    """
     if not config.model.compile:
         return
     remedy = "set model.compile=false"
@@ -72,5 +85,3 @@ def check_acceleration(config: Config, hf_config: Any, device: torch.device) -> 
             f"model.compile=true with model.lora.dropout={config.model.lora.dropout:g}: compiled code draws other "
             f"random numbers when a chunk is recomputed\n  {remedy}, or model.lora.dropout=0"
         )
-    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise UsageError(f"model.compile=true needs a C++ compiler on a CPU, and there is none\n  {remedy}")

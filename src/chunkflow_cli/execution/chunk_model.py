@@ -29,7 +29,7 @@ from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.float32_weights import widen_float32_weights
 from chunkflow_cli.model.forward_scope import ForwardScope
 from chunkflow_cli.model.hf_config import known_ids
-from chunkflow_cli.model.language_part import decoder_of, names_in_forward
+from chunkflow_cli.model.language_part import decoder_of, module_before_head, names_in_forward
 from chunkflow_cli.model.special_types import attends_to_blocks, computes_own_attention
 
 
@@ -172,12 +172,6 @@ def base_model(causal_lm: nn.Module) -> Any:
 def head_of(causal_lm: nn.Module) -> Any:
     """Return the module that turns hidden states into logits: the trained copy if adapters come with one."""
     return trained_copy(base_model(causal_lm).get_output_embeddings())
-
-
-def module_before_head(model: Any) -> Any | None:
-    """Return what a Hugging Face model has between its decoder and the weights of its head (modernbert-decoder)."""
-    module = getattr(model, "lm_head", None)
-    return None if module is model.get_output_embeddings() else module
 
 
 def logit_transform(model: Any) -> LogitTransform:

@@ -22,16 +22,11 @@ from torch import Tensor, nn
 
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.attention.backend import Backend
-from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, head_of, module_before_head
+from chunkflow_cli.execution.chunk_model import ChunkCall, ChunkModel, base_model, head_of
 from chunkflow_cli.execution.split_backward import PutOff, put_off_products
 from chunkflow_cli.model.language_part import decoder_of
+from chunkflow_cli.model.stage_parts import layers_and_norm
 from chunkflow_cli.planning.stage_cut import StageLayers
-
-READ_FROM_OTHERS = {
-    "original_hidden_states": "its layers read the embeddings, which only the first stage has",  # zamba, zamba2
-    "prev_router_hidden_states": "each router reads what the one of the layer before has computed",  # zaya
-}
-"""Name of a layer's argument -> why the model cannot be cut."""
 
 
 class StageModel(ChunkModel):
@@ -106,7 +101,7 @@ def check_stages(causal_lm: nn.Module, stages: Sequence[StageLayers]) -> None:
     """
     base = base_model(causal_lm)
     decoder = decoder_of(base)
-    layers, norm = _layers_and_norm(base, decoder, len(stages))
+    layers, norm = layers_and_norm(base, len(stages))
     for stage in stages:
         parts = [*layers[stage.first : stage.stop]]
         parts += [base.get_input_embeddings()] if stage.is_first else []
@@ -186,12 +181,7 @@ def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
     """Remove the layers of other stages; return the entry of hidden states, or None on the first stage."""
     base = base_model(causal_lm)
     decoder = decoder_of(base)
-    layers, norm = _layers_and_norm(base, decoder, stage.stages)
-    if len(layers) != base.config.get_text_config().num_hidden_layers:  # longcat_flash counts two for each
-        raise _uncuttable(base, stage.stages, f"it has {len(layers)} layers, and its configuration counts others")
-    for name, reason in READ_FROM_OTHERS.items():
-        if any(name in inspect.signature(layer.forward).parameters for layer in layers):
-            raise _uncuttable(base, stage.stages, reason)
+    layers, norm = layers_and_norm(base, stage.stages)
     entry = None
     for index, layer in enumerate(layers):
         if index == stage.first - 1:
@@ -205,35 +195,6 @@ def _cut(causal_lm: nn.Module, stage: StageLayers) -> _Entry | None:
         setattr(decoder, norm, nn.Identity())
         _replace(base, base.get_output_embeddings())
     return entry
-
-
-def _layers_and_norm(base: Any, decoder: Any, stages: int) -> tuple[nn.ModuleList, str]:
-    """Return the layers, and the name of the final norm.
-
-    Raises:
-        UsageError: the decoder holds weights besides embedding, layers and final norm. A stage would not know when to
-            use them.
-    """
-    layers = getattr(decoder, "layers", None)
-    embedding = base.get_input_embeddings()
-    others = [
-        child
-        for child, module in decoder.named_children()
-        if module is not layers and module is not embedding and any(True for _ in module.parameters())
-    ]
-    has_head = base.get_output_embeddings() is not None and module_before_head(base) is None
-    if isinstance(layers, nn.ModuleList) and has_head and len(others) == 1 and "norm" in others[0]:
-        return layers, others[0]
-    others += ["lm_head"] if module_before_head(base) is not None else []
-    reason = ", ".join(sorted(others)) or "layers"
-    raise _uncuttable(base, stages, f"it is not an embedding, a list of layers, a norm and a head ({reason})")
-
-
-def _uncuttable(base: nn.Module, stages: int, reason: str) -> UsageError:
-    return UsageError(
-        f"parallel.pipeline={stages}: {type(base).__name__} cannot be cut into stages: {reason}\n"
-        "  use parallel.pipeline=1"
-    )
 
 
 def _replace(whole: nn.Module, module: nn.Module) -> None:

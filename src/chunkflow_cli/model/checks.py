@@ -8,7 +8,6 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.model.adapter_description import describe_adapters
 from chunkflow_cli.model.layouts import check_fits
 from chunkflow_cli.model.loading import check_files
-from chunkflow_cli.model.own_attention import check_own_attention
 from chunkflow_cli.model.rope_scaling import describe_rope_scaling
 from chunkflow_cli.model.trained_weights import describe_trained_weights
 from chunkflow_cli.planning.topology import Topology
@@ -26,7 +25,6 @@ def check_model(config: Config, hf_config: Any, topology: Topology) -> list[str]
     Raises:
         UsageError: names the key and what to set instead.
     """
-    check_own_attention(config.model, hf_config)
     check_files(config.model)
     scaled = describe_rope_scaling(config.model, hf_config)
     lines = [] if scaled is None else [scaled]

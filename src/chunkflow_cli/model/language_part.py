@@ -98,6 +98,12 @@ def decoder_of(model: Any) -> Any:
     return getattr(decoder, "model", decoder)  # llama4's is its text model with the head
 
 
+def module_before_head(model: Any) -> Any | None:
+    """Return what a Hugging Face model has between its decoder and the weights of its head (modernbert-decoder)."""
+    module = getattr(model, "lm_head", None)
+    return None if module is model.get_output_embeddings() else module
+
+
 def _whole_class(hf_config: PretrainedConfig) -> Any | None:
     import transformers
     from transformers.models.auto.modeling_auto import (

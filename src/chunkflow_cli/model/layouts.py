@@ -8,6 +8,7 @@ from typing import Any
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
+from chunkflow_cli.model.own_attention import check_own_attention
 from chunkflow_cli.model.special_types import EXPERTS_ONE_BY_ONE, OWN_MIXERS, TO_BLOCKS, computes_own_attention
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 
@@ -16,8 +17,10 @@ def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> N
     """Check what a plan of a run asks of the model: positions up to `data.max_length`, and these layouts.
 
     Raises:
-        UsageError: the model has learned fewer positions, or as `check_layouts` and `check_calls_of_modules`.
+        UsageError: the model has learned fewer positions, or as `check_own_attention`, `check_layouts` and
+            `check_calls_of_modules`.
     """
+    check_own_attention(config.model, hf_config)
     if config.data.max_length is not None:
         from chunkflow_cli.model.positions import check_positions  # imports torch
 
@@ -28,7 +31,7 @@ def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> N
 
 
 def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
-    """Refuse a layout that the model's heads or layers cannot be divided among.
+    """Refuse a layout that the model's heads or layers cannot be divided among. Nothing is loaded.
 
     A layout that is not the run's own was listed under `cluster.*`, which the error then names.
 
@@ -67,6 +70,13 @@ def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -
                 f"{key}={layout.pipeline}: the model has {layers} layers, and each stage needs one\n"
                 f"  choose {layers} stages or fewer"
             )
+    most = max(layouts, key=lambda layout: layout.pipeline, default=None)
+    if most is not None and most.pipeline > 1:
+        from chunkflow_cli.model.loading import on_meta_device  # imports torch
+        from chunkflow_cli.model.stage_parts import layers_and_norm
+
+        key = "parallel.pipeline" if most.pipeline == config.parallel.pipeline else "cluster.pipelines"
+        layers_and_norm(on_meta_device(config.model, hf_config), most.pipeline, key)
 
 
 def check_calls_of_modules(zero_stage: int, model_type: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from chunkflow_cli.config.schema import ModelConfig, OptimConfig, Quantization
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapter_summary import adapted_layers, saved_modules, trained_copy
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.attention_heads import attention_heads, by_size
@@ -37,7 +38,7 @@ def shape_without_weights(
         optim: says which weights are frozen; by default, none.
 
     Raises:
-        UsageError: a name in `optim` means no weight.
+        UsageError: a name in `optim` means no weight, or the model has no activation checkpointing.
     """
     model = on_meta_device(config, hf_config)
     layers = {} if config.quantization is Quantization.none else quantised_layers(model)
@@ -48,6 +49,7 @@ def shape_without_weights(
         # bitsandbytes dequantizes to float32 (int8), and a CPU multiplies in it (bfloat16).
         workspace_bytes=max((layer.weight.numel() * (dtype.itemsize + 4) for layer in layers.values()), default=0),
     )
+    enable_activation_checkpointing(model, config.activation_checkpointing)  # refuses models that have none
     if config.lora.enabled:
         with torch.device("meta"):
             model = add_lora(model, config.lora)

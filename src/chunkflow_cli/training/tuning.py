@@ -19,7 +19,6 @@ from chunkflow_cli.console import human_seconds, stderr_console
 from chunkflow_cli.errors import RunError, UsageError
 from chunkflow_cli.files import to_be_writable
 from chunkflow_cli.model.hf_config import load_config
-from chunkflow_cli.model.layouts import check_fits
 from chunkflow_cli.planning.choices import Choices, Search, lay_out
 from chunkflow_cli.planning.search import Candidate
 from chunkflow_cli.planning.topology import Topology
@@ -62,7 +61,9 @@ def prepare_tuning(loaded: LoadedConfig, config_dir: str | None, keys: Sequence[
     config = loaded.config
     layouts = tried_layouts(config)
     hf_config = load_config(config.model)
-    check_fits(config, hf_config, layouts)
+    from chunkflow_cli.training.requirements import check_planned  # imports torch
+
+    check_planned(config, hf_config, layouts)
     data = load_run_data(config, hf_config, keys).train
     setup = _setup(loaded, config_dir, hf_config)
     assert setup.shape is not None
