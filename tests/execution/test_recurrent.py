@@ -122,12 +122,13 @@ def test_float32(name: str) -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="about how MKL rounds")
-def test_few_tokens_are_rounded_as_in_a_whole_sequence() -> None:
+@pytest.mark.parametrize("name", ["lfm2", "xlstm"])  # xlstm runs its layers once for each segment
+def test_few_tokens_are_rounded_as_in_a_whole_sequence(name: str) -> None:
     """Chunks of three tokens share most of their rounding with whole sequences: they lie half as far from these as these
-    lie from the truth. Without padding to the rows that MKL multiplies together, it would be 1.2 times as far."""
+    lie from the truth. Without padding to the rows that MKL multiplies together, it would be 1.1 times as far."""
     ratios = []
     for seed in range(6):
-        truth, whole, chunked = float32_gradients("lfm2", CASES[1], seed)
+        truth, whole, chunked = float32_gradients(name, CASES[1], seed)
         ratios.append(distance(chunked, whole) / distance(whole, truth))
     assert np.exp(np.log(ratios).mean()) < 0.9
 

@@ -12,15 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkflow_cli.data.sample import IGNORED, TokenizedSample
+from chunkflow_cli.execution.few_rows import rows_in_blocks
 from chunkflow_cli.execution.noise import SequenceNoise, TokenNoise
 from chunkflow_cli.execution.sending import on_device
 from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.model.adapter_summary import trained_copy
 from chunkflow_cli.planning.chunks import Chunk
-
-BLOCK_ROWS, FEW_ROWS = 4, 32
-"""MKL multiplies blocks of four rows, and sums the one to three rows left over in another order. Alone they always are
-left over; of more rows, the more threads the more often, but of 32 rows and more they are few."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,9 @@ class ChunkBatch:
 def tokens_of_rank(tokens: int, ranks: int = 1) -> int:
     """Return how many tokens of a chunk of `tokens` each of its ranks gets, with the padding that the chunk needs.
 
-    Ranks get equal shares. A few tokens are padded to whole blocks of rows, so that each token is rounded as in the
-    products of a whole sequence. In float32, a chunk of three tokens would otherwise lie up to 1.5 times as far from
-    whole-sequence training as that lies from its own float64 gradient (benchmarks/LOG.md).
+    Ranks get equal shares, and few tokens are padded (`few_rows`).
     """
-    rows = -(-tokens // ranks)
-    return rows + (-rows % BLOCK_ROWS if rows < FEW_ROWS else 0)
+    return rows_in_blocks(-(-tokens // ranks))
 
 
 def build_batch(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.own import Past, behind_past, with_past
+from chunkflow_cli.execution.few_rows import LinearLayersInBlocks
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.model.exchange import Forward, arguments_of, exchanged, has_gradient
 from chunkflow_cli.model.key_blocks import (
@@ -52,7 +54,8 @@ def _by_segment(forward: Forward) -> Forward:
                 past = cache.past - cache.first_visible(cache.past)
             own = {name: _of_segment(value, chunk, index, span) for name, value in arguments.items()}
             own |= {"past_key_values": cache, "attention_mask": mask_of_segment(module, own["hidden_states"], past)}
-            output, _, *others = forward(module, **own)
+            with nullcontext() if cache is None else LinearLayersInBlocks():
+                output, _, *others = forward(module, **own)
             outputs.append((output if cache is None else cache.leave(output), None, *others))
         return _joined(outputs)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkflow_cli.execution.few_rows import LinearLayersInBlocks
 from chunkflow_cli.execution.recurrent.convolution import convolve_segments
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.execution.recurrent.scans import batches
@@ -54,7 +55,8 @@ def _mix_segments(
         needs_gradient = has_gradient(module, arguments)
         found = {part: chunk.enter(part, needs_gradient=needs_gradient) for part in mixer.parts}
         start = {part: value for part, value in found.items() if value is not None} or None
-        output, last = mixer.run(module, forward, of_segments(spans[:1]), start)
+        with LinearLayersInBlocks():
+            output, last = mixer.run(module, forward, of_segments(spans[:1]), start)
         for part in mixer.parts if chunk.continues else ():
             output = _leave(chunk, part, last[part], output)
         outputs[0] = output

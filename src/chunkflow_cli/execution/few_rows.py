@@ -1,0 +1,37 @@
+"""Few rows, padded so that a product rounds each of them as it would among many.
+
+MKL multiplies blocks of four rows, and sums the one to three rows left over in another order. Alone, so few rows are
+always left over; of more rows, the more threads the more often, but of 32 rows and more they are few. In float32, a
+chunk of three tokens would lie up to 1.5 times as far from whole-sequence training as that lies from its own float64
+gradient (benchmarks/LOG.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+BLOCK_ROWS, FEW_ROWS = 4, 32
+
+
+def rows_in_blocks(rows: int) -> int:
+    """Return the number of rows, or what few rows are padded to."""
+    return rows + (-rows % BLOCK_ROWS if rows < FEW_ROWS else 0)
+
+
+class LinearLayersInBlocks(TorchFunctionMode):
+    """Context within which linear layers pad few rows: those of a piece that a module runs by itself."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is nn.functional.linear:
+            inputs, *weights = args
+            rows = inputs.shape[:-1].numel()
+            if (padding := rows_in_blocks(rows) - rows) > 0:
+                padded = nn.functional.pad(inputs.reshape(rows, -1), (0, 0, 0, padding))
+                return function(padded, *weights, **(options or {}))[:rows].unflatten(0, inputs.shape[:-1])
+        return function(*args, **(options or {}))
