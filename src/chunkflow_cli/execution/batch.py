@@ -17,8 +17,8 @@ from chunkflow_cli.execution.sequence_parallel import SequenceGroup
 from chunkflow_cli.planning.chunks import Chunk
 
 BLOCK_ROWS, FEW_ROWS = 4, 32
-"""MKL multiplies blocks of four rows, and sums the one to three rows left over in another order. Alone they always are
-left over; of more rows, the more threads the more often, but of 32 rows and more they are few."""
+"""MKL multiplies blocks of four rows, and sums the one to three rows left over in another order. One to three rows
+alone are always left over. More threads leave more rows over, but few if there are 32 rows or more."""
 
 
 @dataclass(frozen=True)
