@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 
 @contextmanager
@@ -17,16 +18,12 @@ def float64_throughout() -> Iterator[None]:
     import torch
     import transformers.models.recurrent_gemma.modeling_recurrent_gemma  # noqa: F401  # its defaults name a dtype
 
-    before = torch.float32, torch.float, torch.Tensor.float, torch.Tensor.type
+    from chunkflow_cli.execution import precision
+
     float32, to_type = torch.float32, torch.Tensor.type
 
     def to_float64(self: torch.Tensor, dtype: Any = None, **options: Any) -> Any:
         return to_type(self, torch.float64 if dtype is float32 else dtype, **options)  # a default that was bound before
 
-    torch.float32 = torch.float = torch.float64
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[assignment,method-assign]
-    torch.Tensor.type = to_float64  # type: ignore[assignment,method-assign]
-    try:
+    with precision.float64_throughout(), mock.patch.object(torch.Tensor, "type", to_float64):
         yield
-    finally:
-        torch.float32, torch.float, torch.Tensor.float, torch.Tensor.type = before  # type: ignore[method-assign]

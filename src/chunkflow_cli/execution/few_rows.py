@@ -1,9 +1,9 @@
 """Few rows, padded so that a product rounds each of them as it would among many.
 
-MKL multiplies blocks of four rows, and sums the one to three rows left over in another order. Alone, so few rows are
-always left over; of more rows, the more threads the more often, but of 32 rows and more they are few. In float32, a
-chunk of three tokens would lie up to 1.5 times as far from whole-sequence training as that lies from its own float64
-gradient (benchmarks/LOG.md).
+MKL multiplies blocks of four rows, and sums the one to three rows left over in another order. One to three rows alone
+are always left over. More threads leave more rows over, but few if there are 32 rows or more. In float32, a chunk of
+three tokens would lie up to 1.5 times as far from whole-sequence training as that lies from its own float64 gradient
+(benchmarks/LOG.md).
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from chunkflow_cli.model.language_part import decoder_of
 
 NO_MASKS = {"indexed_attention": None, "linear_attention": None}
-"""What a decoder takes for its masks if each segment makes its own: it looks for one by the kind of layer, or takes the
-first."""
+"""The masks of a decoder whose segments make their own. It looks one up by the kind of a layer, or takes the first."""
 INDEX = "indexer"
 """The name under which a module hands over what belongs to its indexer, which gets no gradient."""
 

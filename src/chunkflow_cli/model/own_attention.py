@@ -24,7 +24,7 @@ def implementation_for(hf_config: Any, attention: str | None) -> str | None:
 
 
 class KeyCache:
-    """What such a model asks its cache. This one is empty."""
+    """What such a model asks of its cache. This one holds no keys."""
 
     is_compileable = False
     is_initialized = False

@@ -174,8 +174,8 @@ def _forget_padding(model: Any) -> None:
 def _probe_own_attention(model: Any, kernels: frozenset[str]) -> Probed:
     """Run forwards of three lengths, which tell apart what grows with the tokens, with their square, and not at all.
 
-    A chunk of a long sequence keeps copies of its keys, another one what they are views of: what is more is counted.
-    More forwards have a past, whose keys every layer puts in front of its own.
+    Behind a past, the keys of a layer are copies; without one, they may be views of a larger tensor. The forwards that
+    keep more are counted. Others have a longer past, and show what its keys add.
     """
     _forget_padding(model)
     model.train()

@@ -1,8 +1,8 @@
 """Modules that let tokens meet in code of their own, over the segments of a chunk.
 
 The piece of a long sequence runs from its state, short segments from none: on a CPU one after the other, on a GPU as
-padded batches, as in `scans`. So what such a module projects is projected for each of them: that takes more launches
-than an exchanged function, and knows none. Only a module that sees nothing but the last few inputs runs once for all.
+padded batches, as in `scans`. The projections in such a module run for each of them, too, which takes more launches
+than an exchanged function. Only a module that sees nothing but the last few inputs runs once for all segments.
 """
 
 from __future__ import annotations
