@@ -20,6 +20,7 @@ from chunkflow_cli.execution.recurrent import RunningChunk
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.state_home import OnDevice, host_home
 from chunkflow_cli.execution.step import RunnerSettings, StepBatch, StepContext
+from chunkflow_cli.execution.whole_sequence import cross_entropies
 from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.shape import model_shape
@@ -82,6 +83,19 @@ def test_adapters_of_a_compressor_alone() -> None:
     """A chunk that completes no block has nothing with a gradient, and yet entries of earlier chunks get one."""
     parity = compared("deepseek_v4", (33, 15), 3, 2, "full", lora=["compressor.kv_proj"])
     assert parity.grad_rel_error <= TOLERANCE
+
+
+def test_evaluation() -> None:
+    """It frees what a chunk hands on as soon as the next one has read it, so nothing may be read twice."""
+    with float64_throughout():
+        model = recurrent_model("deepseek_v4", torch.float64).eval()
+        sequences = random_sequences(SHORT, 67)
+        with torch.no_grad():
+            truth = sum(float(cross_entropies(model, sequence, CPU).sum()) for sequence in sequences)
+        batch = StepBatch(build_chunks(list(SHORT), 2), sequences, np.ones(len(SHORT)))
+        settings = RunnerSettings(CPU, weight_dtype=torch.float64)
+        result = Runner(DirectEngine(ChunkModel(model, ReferenceBackend())), settings).evaluate(batch)
+    assert result.loss == pytest.approx(truth, rel=TOLERANCE)
 
 
 def _lose_gradients_of_keys(patch: pytest.MonkeyPatch) -> None:

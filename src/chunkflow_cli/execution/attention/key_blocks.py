@@ -84,8 +84,9 @@ def _with_past_positions(rotate: Forward) -> Forward:
 
     def rotate_chunk(module: nn.Module, hidden: Tensor, position_ids: Tensor) -> Any:
         chunk = running_chunk()
-        past = 0 if chunk is None else chunk.context.past
-        return rotate_all(functools.partial(rotate, module), past, hidden, position_ids)
+        if chunk is None:
+            return rotate(module, hidden, position_ids)
+        return rotate_all(functools.partial(rotate, module), chunk.context.past, hidden, position_ids)
 
     return rotate_chunk
 
