@@ -112,10 +112,13 @@ class RecurrentTally:
     weights: int = 0
     """Weights of modules that run for the tokens of all ranks."""
 
-    def layers(self, tokens: int, other_edge_bytes: int = 0) -> RecurrentLayers:
+    def layers(
+        self, tokens: int, other_edge_bytes: int = 0, incomplete: tuple[tuple[int, float], ...] = ()
+    ) -> RecurrentLayers:
         """Return what they do together in a forward of so many tokens."""
         return RecurrentLayers(
             self.edge_bytes + other_edge_bytes,
+            incomplete,
             self.flops_per_token,
             self.input_elements_per_token,
             self.activation_bytes / tokens,
