@@ -111,6 +111,8 @@ class RecurrentTally:
     """Tokens that scans compute at once; None if they do not compute in blocks."""
     weights: int = 0
     """Weights of modules that run for the tokens of all ranks."""
+    launches_per_token: float = 0.0
+    """Kernels that modules which go through tokens in Python launch for each."""
 
     def layers(
         self, tokens: int, other_edge_bytes: int = 0, incomplete: tuple[tuple[int, float], ...] = ()
@@ -124,6 +126,7 @@ class RecurrentTally:
             self.activation_bytes / tokens,
             self.block,
             self.weights,
+            self.launches_per_token,
         )
 
     @contextmanager
@@ -224,6 +227,7 @@ def _mix(
     arguments = arguments_of(in_torch, module, args, options)
     looked_up = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}  # qwen4_exp's n-grams
     tally.weights += sum(parameter.numel() for parameter in module.parameters() if parameter not in looked_up)
+    tally.launches_per_token += mixer.launches_per_token
     with tally.counting():
         output, last = mixer.run(module, in_torch, arguments, None)
     tally.edge_bytes += sum(part.nbytes for part in last.values())

@@ -32,6 +32,9 @@ class RecurrentLayers:
     weights: int = 0
     """Weights of modules that let tokens meet in code of their own (`model.mixers`): each rank of a group runs them for
     the tokens of all ranks. They are among the model's."""
+    launches_per_token: float = 0.0
+    """Kernels that a forward launches for each token: some modules go through tokens, or short blocks of them, in
+    Python. On a GPU, that takes longer than what the kernels compute."""
 
     @property
     def has_edges(self) -> bool:

@@ -116,9 +116,10 @@ def attend(
     if not isinstance(chunk, ChunkAttentionContext):
         raise UsageError(f"{type(module).__name__} runs outside of a chunk, whose attention it was loaded with")
     if dropout != 0.0:
+        key = next((name for name in DROPOUT_KEYS if getattr(module.config, name, None) == dropout), DROPOUT_KEYS[0])
         raise UsageError(
             f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"
-            "  set attention_dropout to 0 in the model's config.json"
+            f"  set {key} to 0 in the model's config.json"
         )
     check_call(module, {"attention_mask": attention_mask, **others})
     group = chunk.sequence_group
