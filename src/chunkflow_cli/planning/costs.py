@@ -92,7 +92,7 @@ class CostModel:
         """Return the costs that follow from a chunk's floating-point operations and the device's rates.
 
         Forward: 2 per weight and token, those of attention per query-key pair, and those of scans per token. Modules
-        that go through tokens in Python also take the time of their kernel launches. Backward: twice that, and the forward
+        that go through tokens in Python also take the time of their launches. Backward: twice that, and the forward
         once more with checkpointing. Head and loss: 6 per weight of the head and target (4 if the head is frozen),
         because their gradient is computed with their value. A state pass leaves them out.
         """
