@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from chunkflow_cli.engine import close_process_group
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.execution.runner import Runner
 from chunkflow_cli.execution.step import StepBatch, StepResult
+from chunkflow_cli.model.activation_checkpointing import enable_activation_checkpointing
+from chunkflow_cli.model.loading import on_meta_device
 from chunkflow_cli.planning.devices import DeviceProfile
 from chunkflow_cli.planning.memory_parts import MemoryParts
 from chunkflow_cli.planning.schedule import OpKind, Schedule
@@ -34,6 +36,8 @@ from chunkflow_cli.planning.schedule_proof import validate
 from chunkflow_cli.planning.topology import Place, Topology
 from chunkflow_cli.planning.trace import TRACE_FILE, TracedOperation, chrome_trace
 from chunkflow_cli.training import train
+from chunkflow_cli.training.requirements import check_requirements
+from chunkflow_cli.training.tuning import prepare_tuning
 
 pytestmark = pytest.mark.processes
 
@@ -524,6 +528,46 @@ def test_a_trace_is_shown_next_to_the_plan(tmp_path: Path, capsys: pytest.Captur
 def test_a_model_with_fewer_layers_than_stages_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"parallel\.pipeline=16: the model has 4 layers"):
         planned(*TINY, f"data.cache_dir={tmp_path}", "launch.processes=16", "parallel.pipeline=16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("rwkv", ["parallel.pipeline=2"], "RwkvForCausalLM cannot be cut into stages"),
+        (
+            "gpt2",
+            ["cluster.pipelines=[1,2]", "tune.device=h100"],
+            "GPT2LMHeadModel cannot be cut .*\n  use cluster.pipe",
+        ),
+        ("llama", ["model.dtype=bfloat16", "engine.zero_stage=2"], "gradients of all chunks in bfloat16"),
+        ("llama", ["model.compile=true", "engine.zero_stage=3"], "gathers weights within each layer"),
+        ("gptj", ["model.activation_checkpointing=selective"], "would keep all scores"),
+        ("openai-gpt", ["model.activation_checkpointing=full"], "does not support activation checkpointing"),
+    ],
+)
+def test_a_plan_is_refused_as_the_run_is(
+    kind: str, words: list[str], message: str, tiny_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    """In the same words. Otherwise, a plan would promise what `train` refuses after it has read the data."""
+    hf_config = tiny_config(kind, vocab_size=512)
+    hf_config.save_pretrained(tmp_path)
+    common = (*TINY, f"model.path={tmp_path}", f"data.cache_dir={tmp_path}", "launch.processes=2")
+    loaded = load((*common, *words))
+
+    def train() -> None:
+        check_requirements(loaded)
+        model = loaded.config.model
+        enable_activation_checkpointing(on_meta_device(model, hf_config), model.activation_checkpointing)
+
+    asked: list[Callable[[], object]] = [lambda: prepare_tuning(loaded, None, ())]
+    if "cluster" not in words[0]:
+        asked += [lambda: plan.make_plan(loaded, step=1), train]
+    said = set()
+    for ask in asked:
+        with pytest.raises(UsageError, match=message) as error:
+            ask()
+        said.add(str(error.value))
+    assert len(said) == 1
 
 
 @pytest.fixture(scope="module")

@@ -145,17 +145,19 @@ def test_a_cache_goes_with_the_forward_that_it_was_made_for() -> None:
     assert caches == []
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "qwen4_exp"])
-def test_memory_is_planned(name: str) -> None:
-    """State within 1 % (of blocks that are not complete, the mean is planned), what layers keep within 4 %."""
+@pytest.mark.parametrize(("name", "size", "of_state"), [
+    ("deepseek_v4", 64, 0.01), ("deepseek_v4", 60, 0), ("qwen4_exp", 64, 0),
+])  # fmt: skip
+def test_memory_is_planned(name: str, size: int, of_state: float) -> None:
+    """State to the byte if chunks complete all blocks; else, their mean is planned. What layers keep within 4 %."""
     model = recurrent_model(name, torch.bfloat16)
-    shape, size, lengths = model_shape(model), 64, [4 * 64, 64]
+    shape, lengths = model_shape(model), [4 * size, size]
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     chunks = build_chunks(lengths, size)
     batch = StepBatch(chunks, random_sequences(lengths, 67), np.full(2, 1e-3))
     settings, module = RunnerSettings(CPU, weight_dtype=torch.float32), ChunkModel(model, ReferenceBackend())
     peak = Runner(DirectEngine(module), settings).run((plan(chunks, 1),), batch).peak_state_bytes
-    assert state_bytes(shape, lengths[0], size, 2) == pytest.approx(peak, rel=0.01)
+    assert state_bytes(shape, lengths[0], size, 2) == pytest.approx(peak, rel=of_state, abs=0)
     step = StepContext(settings, batch)
     for index in sorted(range(4), key=lambda index: chunks[index].is_dependent):
         with kept_for_backward(model) as kept:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chunkflow_cli.config.schema import Init, LoraConfig, ModelConfig
 from chunkflow_cli.errors import UsageError
+from chunkflow_cli.model import shape_probe
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.hf_config import load_config
 from chunkflow_cli.model.loading import empty_model, load_model
@@ -24,7 +26,7 @@ from chunkflow_cli.model.shape import model_shape, shape_without_weights, with_a
 from chunkflow_cli.model.shape_probe import kept_for_backward
 from chunkflow_cli.planning.attention_layers import AttentionLayers
 from chunkflow_cli.planning.model_shape import training_flops
-from support.models import RECURRENT, RECURRENT_TINY, TINY
+from support.models import RECURRENT, RECURRENT_TINY, TINY, recurrent_model
 from support.models import SHAPES as KINDS_OF_ATTENTION
 
 
@@ -251,3 +253,33 @@ def test_recurrent_layers_that_cannot_be_read_are_named(
 def test_unusual_configurations_are_read(kind: str, settings: dict[str, Any], tiny_config: Callable[..., Any]) -> None:
     config = tiny_config(kind, **settings)
     assert model_shape(empty_model(config, dtype=torch.float32)).layer_activation_bytes
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operations that compute something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, _: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        is_view = any(
+            each.alias_info is not None and not each.alias_info.is_write for each in operation._schema.returns
+        )
+        self.count += not (is_view or operation.name() in ("aten::_unsafe_view", "aten::empty_like"))
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("rwkv", {}), ("xlstm", {"chunk_size": 64}), ("recurrent_gemma", {}), ("minimax", {"block_size": 256})],
+)
+def test_launches_of_modules_that_go_through_tokens(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they take nearly all of the time. What all tokens share is launched once, and not counted."""
+    counts = []
+    for tokens in (256, 512):
+        monkeypatch.setattr(shape_probe, "PROBE_TOKENS", tokens)
+        with _Launches() as launches:
+            shape = model_shape(empty_model(recurrent_model(name, **settings).config, dtype=torch.bfloat16))
+        counts.append(launches.count)
+    assert shape.recurrent.launches_per_token == pytest.approx((counts[1] - counts[0]) / 256, rel=0.05, abs=0.2)

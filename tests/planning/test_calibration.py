@@ -22,10 +22,11 @@ from chunkflow_cli.planning.calibration import (
 )
 from chunkflow_cli.planning.costs import CostModel, OperationCost
 from chunkflow_cli.planning.model_shape import ModelShape
+from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
 SHAPE = ModelShape(
     layers=2, hidden_size=8, intermediate_size=16, attention=(AttentionLayers(2, 2, 1, 4, 4),), vocab_size=32,
-    matmul_parameters=1000, parameters=1200, trainable_parameters=1200,
+    matmul_parameters=1000, parameters=1200, trainable_parameters=1200, recurrent=RecurrentLayers(incomplete=((4, 8.0),)),
 )  # fmt: skip
 PLACES = [(size, past, share) for size in (64, 128, 256) for past in (0, size, 2 * size) for share in (1.0, 0.1)]
 

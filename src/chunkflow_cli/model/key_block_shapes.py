@@ -28,12 +28,22 @@ class BlockTally:
     """What the attention of all layers hands on."""
 
     layers: list[AttentionLayers] = field(default_factory=list)
-    edges: dict[tuple[int, str], float] = field(default_factory=dict)
-    """Bytes between two chunks by layer and part; of blocks that are not complete, the mean."""
+    edges: dict[tuple[int, str], int] = field(default_factory=dict)
+    """Bytes between two chunks by layer and part."""
+    tokens: dict[tuple[int, str], tuple[int, float]] = field(default_factory=dict)
+    """Tokens of a block by layer and part, and bytes of each token of one that is not complete."""
 
     @property
     def edge_bytes(self) -> int:
-        return round(sum(self.edges.values()))
+        return sum(self.edges.values())
+
+    @property
+    def incomplete(self) -> tuple[tuple[int, float], ...]:
+        """As in `RecurrentLayers`, by the tokens of a block."""
+        of_blocks: dict[int, float] = {}
+        for block, of_token in self.tokens.values():
+            of_blocks[block] = of_blocks.get(block, 0.0) + of_token
+        return tuple(of_blocks.items())
 
 
 @contextmanager
@@ -103,7 +113,7 @@ class _Cache(BlockCache):
 
     def store_compression_weights(self, name: str, values: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, int]:
         of_token = (values.nbytes + gate.nbytes) / values.shape[1]
-        self._tally.edges[self.layer, f"{name} tokens"] = of_token * (self.block - 1) / 2
+        self._tally.tokens[self.layer, name] = self.block, of_token
         return super().store_compression_weights(name, values, gate)
 
     def update_overlap_state(

@@ -39,6 +39,9 @@ class Mixer:
     reach: Callable[[Any], int] | None = None
     """Counts the inputs before a token that it sees, if it sees no others: such a module runs once for all segments.
     Its inputs are `hidden_states`, and zeros have no effect."""
+    launches_per_token: float = 0.0
+    """Kernels that its forward launches for each token, if it goes through tokens, or short blocks of them, in Python
+    (tests/model/test_shape.py counts them)."""
 
 
 class _StateCache:
@@ -218,11 +221,11 @@ def _xlstm(module: Any, forward: Forward, arguments: Arguments, start: State | N
 MIXERS = {
     "Inkling2DynamicShortConvolution": Mixer(("conv0",), _inkling2, lambda module: module.conv_kernel_size - 1),
     "MiniMaxLightningAttention": Mixer(("state0",), _minimax),
-    "RecurrentGemmaRecurrentBlock": Mixer(("conv0", "state0"), _recurrent_gemma),
+    "RecurrentGemmaRecurrentBlock": Mixer(("conv0", "state0"), _recurrent_gemma, launches_per_token=6.0),
     "Qwen4ExpTextPLELayer": Mixer(("conv1", "conv2"), _with_cache),  # inputs of a convolution; the last ids
     "RwkvFeedForward": Mixer(("conv0",), _rwkv_feed_forward),  # inputs of the last token
-    "RwkvSelfAttention": Mixer(("conv0", *_RWKV_SCAN), _rwkv_attention),
-    "xLSTMLayer": Mixer(_XLSTM_STATE, _xlstm),
+    "RwkvSelfAttention": Mixer(("conv0", *_RWKV_SCAN), _rwkv_attention, launches_per_token=2.2),
+    "xLSTMLayer": Mixer(_XLSTM_STATE, _xlstm, launches_per_token=0.27),  # in blocks of 64
     "ZayaCCAProjection": Mixer(("conv0", "state0"), _with_cache),  # inputs of convolutions; the last token's values
 }
 """Name of a class -> how to run it."""

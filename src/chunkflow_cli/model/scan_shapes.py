@@ -112,16 +112,22 @@ class RecurrentTally:
     """Tokens that scans compute at once; None if they do not compute in blocks."""
     weights: int = 0
     """Weights of modules that run for the tokens of all ranks."""
+    launches_per_token: float = 0.0
+    """Kernels that modules which go through tokens in Python launch for each."""
 
-    def layers(self, tokens: int, other_edge_bytes: int = 0) -> RecurrentLayers:
+    def layers(
+        self, tokens: int, other_edge_bytes: int = 0, incomplete: tuple[tuple[int, float], ...] = ()
+    ) -> RecurrentLayers:
         """Return what they do together in a forward of so many tokens."""
         return RecurrentLayers(
             self.edge_bytes + other_edge_bytes,
+            incomplete,
             self.flops_per_token,
             self.input_elements_per_token,
             self.activation_bytes / tokens,
             self.block,
             self.weights,
+            self.launches_per_token,
         )
 
     @contextmanager
@@ -220,7 +226,9 @@ def _mix(
 ) -> Any:
     """Run a module that lets tokens meet in code of its own."""
     arguments = arguments_of(in_torch, module, args, options)
-    tally.weights += sum(parameter.numel() for parameter in module.parameters())
+    looked_up = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}  # qwen4_exp's n-grams
+    tally.weights += sum(parameter.numel() for parameter in module.parameters() if parameter not in looked_up)
+    tally.launches_per_token += mixer.launches_per_token
     with tally.counting():
         output, last = mixer.run(module, in_torch, arguments, None)
     tally.edge_bytes += sum(part.nbytes for part in last.values())

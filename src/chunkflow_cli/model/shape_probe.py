@@ -269,7 +269,7 @@ def _kept_of_length(model: Any, kernels: frozenset[str], tokens: int, past: int 
         if attends_to_blocks(model.config):
             with attention_to_blocks_on_meta(model, past or 0) as found:
                 hidden = run(attention_mask=NO_MASKS)
-            recurrent, layers = tally.layers(tokens, found.edge_bytes), found.layers
+            recurrent, layers = tally.layers(tokens, found.edge_bytes, found.incomplete), found.layers
         else:
             cache = _Cache(model.config.get_text_config(), past)
             hidden = run(past_key_values=cache)

@@ -21,7 +21,7 @@ from chunkflow_cli.planning.costs import CostModel, OperationCost
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.recurrent_layers import RecurrentLayers
 
-CALIBRATION_VERSION = 6
+CALIBRATION_VERSION = 7
 """Version of calibration files. Increase it when the measurements or the fits change."""
 
 
@@ -122,7 +122,9 @@ class Calibration:
 
 def _shape(saved: dict[str, Any]) -> ModelShape:
     attention = tuple(AttentionLayers(**part) for part in saved["attention"])
-    return ModelShape(**{**saved, "attention": attention, "recurrent": RecurrentLayers(**saved["recurrent"])})
+    incomplete = tuple(tuple(part) for part in saved["recurrent"]["incomplete"])
+    recurrent = RecurrentLayers(**{**saved["recurrent"], "incomplete": incomplete})
+    return ModelShape(**{**saved, "attention": attention, "recurrent": recurrent})
 
 
 def fit_costs(

@@ -23,6 +23,8 @@ FIRST_PASS_OF_HEAD = 1 / 3
 
 EXCHANGE_EFFICIENCY = 0.6
 """Share of a link's rate that an all-to-all reaches; assumed, not measured."""
+LAUNCHES_OF_LAYER = 15
+"""Kernel launches in `DeviceProfile.layer_launch_seconds`."""
 ACTIVATION_BYTES = 2
 """Bytes of an activation element sent between stages or within a sequence-parallel group (bfloat16)."""
 
@@ -89,14 +91,16 @@ class CostModel:
     def profile(cls, shape: ModelShape, device: DeviceProfile, *, checkpointed: bool) -> CostModel:
         """Return the costs that follow from a chunk's floating-point operations and the device's rates.
 
-        Forward: 2 per weight and token, those of attention per query-key pair, and those of scans per token. Backward:
-        twice that, and the forward once more with checkpointing. Head and loss: 6 per weight of the head and target (4
-        if the head is frozen), because their gradient is computed with their value. A state pass leaves them out.
+        Forward: 2 per weight and token, those of attention per query-key pair, and those of scans per token. Modules
+        that go through tokens in Python also take the time of their launches. Backward: twice that, and the forward
+        once more with checkpointing. Head and loss: 6 per weight of the head and target (4 if the head is frozen),
+        because their gradient is computed with their value. A state pass leaves them out.
         """
         rate = device.matmul_flops * device.matmul_efficiency
         attention_rate = device.matmul_flops * device.attention_efficiency
         token = 2.0 * (shape.matmul_parameters - shape.head_parameters) / rate
         scans = shape.recurrent.flops_per_token / (device.matmul_flops * device.scan_efficiency)
+        scans += shape.recurrent.launches_per_token * device.layer_launch_seconds / LAUNCHES_OF_LAYER
         target = (6.0 if shape.is_head_trained else 4.0) * shape.head_parameters / rate
         pair = shape.attention_flops_per_pair / attention_rate
         launch = shape.layers * device.layer_launch_seconds

@@ -159,7 +159,7 @@ def state_bytes(shape: ModelShape, length: int, chunk_size: int, element_bytes: 
     chunks = (length - 1) // chunk_size
     of_tokens = round(chunk_size * state_bytes_per_token(shape, element_bytes, chunk_size))
     of_windows = gradients_of_windows(shape, element_bytes, chunk_size) if chunks else 0
-    return chunks * (of_tokens + shape.recurrent.edge_bytes) + of_windows
+    return chunks * (of_tokens + shape.recurrent.bytes_between(chunk_size)) + of_windows
 
 
 def live_tokens(
@@ -219,6 +219,7 @@ def memory_parts(
     if settings.offload_state == "host":  # counted by `peak_memory`
         stored = edges = 0
     of_windows = gradients_of_windows(shape, settings.element_bytes, settings.chunk_size) if stored else 0
+    of_edges = edges * shape.recurrent.bytes_between(settings.chunk_size)
     head = head_bytes(shape, settings) if held.is_last else 0
     parts = MemoryParts(
         weights=kept.weights,
@@ -226,7 +227,7 @@ def memory_parts(
         optimizer=kept.optimizer,
         activations=int(activations),
         head=head,
-        state=int((stored * a_token + of_windows + edges * shape.recurrent.edge_bytes) * held.layers / shape.layers),
+        state=int((stored * a_token + of_windows + of_edges) * held.layers / shape.layers),
         step=0,
         host=kept.host,
     )

@@ -59,7 +59,7 @@ class HeldAtOnce(NamedTuple):
             return np.full(len(self.stored), float(blocks))
         a_token = state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
         of_windows = (self.stored > 0) * gradients_of_windows(shape, settings.element_bytes, settings.chunk_size)
-        return self.stored * a_token + of_windows + self.edges * shape.recurrent.edge_bytes
+        return self.stored * a_token + of_windows + self.edges * shape.recurrent.bytes_between(settings.chunk_size)
 
 
 def memory_of_fullest(
@@ -231,7 +231,7 @@ class _TokensOfChunks:
         received hidden states.
         """
         of_layers = self.read_later * state_bytes_per_token(shape, settings.element_bytes, settings.chunk_size)
-        of_layers += self.continues * shape.recurrent.edge_bytes
+        of_layers += self.continues * shape.recurrent.bytes_between(settings.chunk_size)
         of_layers *= settings.offload_state == "none"
         received = self.received * shape.hidden_size * settings.element_bytes
         kept = kept_bytes_per_token(shape, settings.element_bytes, settings.checkpointing, held.layers)

@@ -88,7 +88,7 @@ def host_bytes(
     begun = (np.ceil(kept / block) * block - kept) * sum(bytes_of_token(part, element_bytes) for part in whole)
     of_tokens = kept * state_bytes_per_token(shape, element_bytes, chunk_size)
     of_windows = (kept > 0) * gradients_of_windows(shape, element_bytes, chunk_size)
-    return of_tokens + begun + of_windows + np.asarray(edges) * shape.recurrent.edge_bytes
+    return of_tokens + begun + of_windows + np.asarray(edges) * shape.recurrent.bytes_between(chunk_size)
 
 
 def bytes_of_blocks(shape: ModelShape, element_bytes: int, device_type: str, stored: float) -> int:

@@ -58,7 +58,7 @@ class RunSetup:
         """Return the plan of all steps over these samples, which `plan` prints and `train` runs."""
         config = self.config
         batches = global_batches_of(config, data)
-        is_recurrent = self.shape is not None and self.shape.recurrent.edge_bytes > 0
+        is_recurrent = self.shape is not None and self.shape.recurrent.has_edges
         answers = answers_of(config, data, batches, can_share=not is_recurrent)
         return RunPlan(
             batches=batches,

@@ -42,6 +42,8 @@ from chunkflow_cli.model.forward_scope import computed_once, forward_value
 
 NAME = "chunkflow"
 """The attention implementation that models are loaded with."""
+DROPOUT_KEYS = ("attention_dropout", "attn_pdrop")
+"""Names of attention dropout in a config.json: of most models, and of gpt2 and openai-gpt."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,11 @@ def attend(
     if not isinstance(chunk, ChunkAttentionContext):
         raise UsageError(f"{type(module).__name__} runs outside of a chunk, whose attention it was loaded with")
     if dropout != 0.0:
+        config = getattr(module, "config", None)
+        key = next((name for name in DROPOUT_KEYS if getattr(config, name, None) == dropout), DROPOUT_KEYS[0])
         raise UsageError(
             f"attention dropout is {dropout}: fused attention cannot replay it when a chunk is recomputed\n"
-            "  set attention_dropout to 0 in the model's config.json"
+            f"  set {key} to 0 in the model's config.json"
         )
     check_call(module, {"attention_mask": attention_mask, **others})
     group = chunk.sequence_group
