@@ -98,6 +98,13 @@ def test_evaluation() -> None:
     assert result.loss == pytest.approx(truth, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(("name", "module"), [("minimax_m3", "layers.0.self_attn.q_proj"), ("glm5_next", "q_b_proj")])
+def test_adapters_of_queries_alone(name: str, module: str) -> None:
+    """The first layer's keys and values have no gradient, and yet the output that depends on them has one."""
+    parity = compared(name, SHORT, 4, 2, "none", lora=[module])
+    assert max(parity.grad_rel_error, parity.loss_rel_error) <= TOLERANCE
+
+
 def _lose_gradients_of_keys(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(own, "add_from_later_chunks", lambda *_: None)
 

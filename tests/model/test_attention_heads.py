@@ -52,8 +52,8 @@ def test_state_counts_both_widths_and_shared_keys_once(tiny_config: Callable[...
 
 
 @pytest.mark.parametrize(("kind", "settings", "message"), [
-    ("deepseek_v4", {}, r"keys that an indexer picks \(index_topk=512 in config.json\), .* 'deepseek_v4'"),
-    ("minimax_m3_vl_text", {}, r"keys that an indexer picks \(index_topk_blocks=16"),
+    ("llama", {"index_topk": 512}, r"keys that an indexer picks \(index_topk=512 in config.json\), .* 'llama'"),
+    ("minimax_m3_vl_text", {"index_local_blocks": 2, "index_topk_blocks": 1}, "is more than index_topk_blocks=1"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "attends to later tokens"),
 ])  # fmt: skip
 def test_what_a_short_test_cannot_see_is_refused_by_its_setting(

@@ -171,6 +171,12 @@ def refuse_unsupported_attention(hf_config: Any) -> None:
                 f"config.json), and chunks do not support the indexer of {hf_config.model_type!r}\n"
                 "  train a model whose attention is full or has sliding windows"
             )
+    local, picked = getattr(hf_config, "index_local_blocks", 0), getattr(hf_config, "index_topk_blocks", 0)
+    if local > picked:  # all local blocks get the same score
+        raise UsageError(
+            f"index_local_blocks={local} in config.json is more than index_topk_blocks={picked}: which of the last "
+            f"blocks a token sees would depend on the order of a sort\n  set index_local_blocks to at most {picked}"
+        )
     if getattr(hf_config, "use_bidirectional_attention", None) in (True, "all"):
         raise UsageError(
             "the model attends to later tokens (use_bidirectional_attention in config.json), and chunkflow trains "
