@@ -14,7 +14,7 @@ complete, and that of a weight that no token has used is zero.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch

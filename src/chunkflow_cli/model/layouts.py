@@ -8,28 +8,21 @@ from typing import Any
 from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
-from chunkflow_cli.model.own_attention import TO_BLOCKS, computes_own_attention
+from chunkflow_cli.model.own_attention import computes_own_attention
 from chunkflow_cli.planning.topology import Topology, key_value_copies
-
-CALLED_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
-"""Types of models that call a module once for each expert that a token takes. The others multiply all in one call."""
-RUN_BY_SEGMENT = frozenset({"minimax", "recurrent_gemma", "rwkv", "xlstm", "zaya"})
-"""Types of models with modules that let tokens meet in code of their own (`mixers`): they run once for each segment."""
 
 
 def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
     """Check what a plan of a run asks of the model: positions up to `data.max_length`, and these layouts.
 
     Raises:
-        UsageError: the model has learned fewer positions, or as `check_layouts` and `check_calls_of_modules`.
+        UsageError: the model has learned fewer positions, or as `check_layouts`.
     """
     if config.data.max_length is not None:
         from chunkflow_cli.model.positions import check_positions  # imports torch
 
         check_positions(config, hf_config)
     check_layouts(config, hf_config, layouts)
-    if any(layout.processes > 1 for layout in layouts):
-        check_calls_of_modules(config.engine.zero_stage, hf_config.get_text_config().model_type)
 
 
 def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
@@ -72,25 +65,3 @@ def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -
                 f"{key}={layout.pipeline}: the model has {layers} layers, and each stage needs one\n"
                 f"  choose {layers} stages or fewer"
             )
-
-
-def check_calls_of_modules(zero_stage: int, model_type: str) -> None:
-    """Check that several ranks can run the modules of a model.
-
-    ZeRO-3 expects the same calls of modules on all ranks: they fetch the weights of each together.
-
-    Raises:
-        UsageError: how often modules are called depends on the tokens, or on the samples of a chunk.
-    """
-    if zero_stage != 3:
-        return
-    if model_type in CALLED_ONE_BY_ONE:
-        reason = "it calls each expert that its tokens take, and ranks with other tokens"
-    elif model_type in RUN_BY_SEGMENT | TO_BLOCKS:
-        reason = "it runs some modules once for each sample of a chunk, and ranks with more or fewer samples"
-    else:
-        return
-    raise UsageError(
-        f"engine.zero_stage=3 cannot run {model_type} on several ranks: {reason} would wait forever\n"
-        "  set engine.zero_stage=1"
-    )

@@ -18,6 +18,7 @@ from chunkflow_cli.model.own_attention import attends_to_blocks
 from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
 from chunkflow_cli.model.trained_weights import apply_to, indexers
+from chunkflow_cli.model.uneven_calls import modules_with_uneven_calls
 from chunkflow_cli.planning.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         parameters=parameters,
         trainable_parameters=parameters,
         largest_trained=max(weight.numel() for weight in model.parameters()),
+        gathered_together=_most_gathered(model),
         is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
     probed = probe(_on_meta(model), kernels)
@@ -100,6 +102,11 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         past_key_bytes=probed.past_key_bytes,
         is_by_segment=attends_to_blocks(model.config),
     )
+
+
+def _most_gathered(model: Any) -> int:
+    modules = modules_with_uneven_calls(model).values()
+    return max((sum(weight.numel() for weight in module.parameters()) for module in modules), default=0)
 
 
 def _on_meta(model: Any) -> Any:
@@ -123,6 +130,7 @@ def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
         parameters=parameters,
         trainable_parameters=trainable,
         largest_trained=max(weight.numel() for weight in peft_model.parameters() if weight.requires_grad),
+        gathered_together=_most_gathered(peft_model),
         merged_bytes=merged_bytes(peft_model),
         embedding_copy=copies.get(id(trained_copy(base.get_input_embeddings())), 0),
         head_copy=copies.get(id(trained_copy(base.get_output_embeddings())), 0),
