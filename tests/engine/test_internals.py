@@ -44,6 +44,7 @@ NAMES = {
         "_get_param_partition_rank", "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_epilogue",
         "checkpoint_event_prologue", "fp16_groups", "fp32_partitioned_groups_flat", "grad_position",
     ),
+    "torch:_C": ("_current_graph_task_id",),
     "torch:ops.aten": ("_unsafe_view",),
     "torch.utils._python_dispatch": ("_get_current_dispatch_mode_stack", "_pop_mode", "_push_mode"),
     "torch.utils.checkpoint": ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"),

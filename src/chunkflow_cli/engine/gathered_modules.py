@@ -37,6 +37,8 @@ class GatheredModule:
         self._users = 0
         self._whole = contextlib.ExitStack()
         self._call: _Call | None = None
+        self._is_kept = False
+        """A recompute has gathered the weights, and its backward has not ended yet."""
         self._edge = torch.empty((), requires_grad=True)
         """Gives the node behind the input a place in the graph, whether or not the input has a gradient."""
         module.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -57,10 +59,16 @@ class GatheredModule:
             with internals.without_selective_modes():
                 self._whole.close()
 
+    def end_backward(self) -> None:
+        self.free()
+        if self._is_kept:
+            self._is_kept = False
+            self.free()
+
     def _begin(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         self.gather()
         self._call = None
-        arguments = {**dict(enumerate(args)), **options}
+        arguments: dict[int | str, Any] = {**dict(enumerate(args)), **options}
         name, hidden = next((name, value) for name, value in arguments.items() if _is_float(value))
         if not torch.is_grad_enabled() or not (hidden.requires_grad or self._trained):
             return None
@@ -69,7 +77,10 @@ class GatheredModule:
         return tuple(arguments.pop(index) for index in range(len(args))), arguments
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.free()
+        if self._call is None or self._is_kept or not internals.is_in_backward():
+            self.free()
+        else:
+            self._is_kept = True  # what a recompute saves of a frozen weight is the weight itself, which is freed
         for tensor in output if isinstance(output, tuple) else (output,):
             if self._call is not None and _is_float(tensor) and tensor.requires_grad:
                 tensor.register_hook(self._call.begin_backward)
@@ -97,7 +108,7 @@ class _Call:
     def end_backward(self) -> None:
         if self._is_in_backward:
             self._is_in_backward = False
-            self._module.free()
+            self._module.end_backward()
 
 
 class _End(torch.autograd.Function):

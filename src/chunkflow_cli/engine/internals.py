@@ -145,6 +145,11 @@ def unknown_to_zero_3(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+def is_in_backward() -> bool:
+    """Return whether autograd runs at present: a forward is then a recompute of activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_empty(parameter: Any) -> bool:
     """Return whether a parameter that ZeRO-3 has divided is not gathered at present."""
     return bool(parameter.ds_status.name == "NOT_AVAILABLE")

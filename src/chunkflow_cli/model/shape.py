@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +106,11 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
 
 
 def _most_gathered(model: Any) -> int:
-    modules = modules_with_uneven_calls(model).values()
-    return max((sum(weight.numel() for weight in module.parameters()) for module in modules), default=0)
+    """Return the most weights in such modules of a layer: a recompute of the layer gathers them all."""
+    of_layer: Counter[str] = Counter()
+    for name, module in modules_with_uneven_calls(model).items():
+        of_layer[name.rpartition(".")[0]] += sum(weight.numel() for weight in module.parameters())
+    return max(of_layer.values(), default=0)
 
 
 def _on_meta(model: Any) -> Any:

@@ -43,7 +43,7 @@ class HeldWeights:
     spared_bytes: int = 0
     """Bytes that quantized weights take less than in the model's data type."""
     gathered_together: int = 0
-    """Most weights of a module that ZeRO-3 gathers at once on several ranks (`engine.gathered_modules`)."""
+    """Most weights in modules of a layer that ZeRO-3 gathers at once on several ranks (`engine.gathered_modules`)."""
 
     def bytes_in(self, element_bytes: int) -> int:
         """Return the bytes of all weights, of which those that are not quantized have elements of that size."""

@@ -61,7 +61,7 @@ class ModelShape:
     largest_trained: int = 0
     """Numbers in the largest weight that gets a gradient."""
     gathered_together: int = 0
-    """Most weights of a module that ZeRO-3 gathers at once on several ranks, because they differ in what it calls."""
+    """Most weights in modules of a layer that ZeRO-3 gathers at once on several ranks (`engine.gathered_modules`)."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 
