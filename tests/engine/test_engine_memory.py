@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ def engine_config(stage: int, offload: str) -> EngineConfig:
         (1, "optimizer", "bfloat16", 1),
         (1, "optimizer", "bfloat16", 4),
         (3, "none", "bfloat16", 4),
+        (3, "none, together", "bfloat16", 4),
         (3, "optimizer", "bfloat16", 1),
         (3, "parameters", "bfloat16", 1),
         (0, "none", "float32", 1),
@@ -76,6 +78,7 @@ def test_counted_on_deepspeeds_own_path(
     process_group: Callable[[int], None], tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Two steps of a sample of two chunks, in the second of which the optimizer has its states."""
+    offload, _, together = offload.partition(", ")
     process_group(ranks)
     memories = TwoMemories()
     as_accelerator(memories, monkeypatch)
@@ -86,6 +89,10 @@ def test_counted_on_deepspeeds_own_path(
         "llama", dtype=getattr(torch, dtype), hidden_size=128, intermediate_size=344, num_hidden_layers=5
     )
     shape = model_shape(model)
+    gathered = {name: each for name, each in model.named_modules() if together and name.endswith(".mlp")}
+    if together:
+        mlp = next(iter(gathered.values()))
+        shape = replace(shape, gathered_together=sum(weight.numel() for weight in mlp.parameters()))
     model.set_attn_implementation(attention.NAME)
     chunks = build_chunks([LENGTH], SIZE)
     batch = StepBatch(chunks, random_sequences([LENGTH], 96, seed=1), np.full(1, 1 / LENGTH))
@@ -94,7 +101,9 @@ def test_counted_on_deepspeeds_own_path(
         module = ChunkModel(model, CpuBackend())
         for tensor in [*module.parameters(), *module.buffers()]:
             tensor.data = tensor.data.to(DEVICE)
-        engine = Engine(module, EngineSettings(engine_config(stage, offload), OptimConfig(), Dtype(dtype), DEVICE))
+        config = engine_config(stage, offload)
+        of_engine = EngineSettings(config, OptimConfig(), Dtype(dtype), DEVICE, gathered_modules=frozenset(gathered))
+        engine = Engine(module, of_engine)
         runner = Runner(engine, RunnerSettings(DEVICE, weight_dtype=torch.float32))
         norms = []
         for _ in range(2):
@@ -103,7 +112,8 @@ def test_counted_on_deepspeeds_own_path(
             norms.append(engine.step())
     settings = MemorySettings(getattr(torch, dtype).itemsize, 2, stage, ranks, offload, "none", SIZE, "cpu", BUFFERS)
     parts = memory_parts(shape, settings, live=SIZE, stored=SIZE)
-    assert parts.device_total == pytest.approx(memories.most[DEVICE], rel=0.1)
+    most = memories.most[DEVICE]  # the gradients of a module come together when its activations are gone
+    assert parts.device_total == pytest.approx(most, rel=0.1) or (together and most < parts.device_total < 1.15 * most)
     assert parts.host == pytest.approx(memories.most[HOST], rel=0.1, abs=4096)
     if ranks == 1:  # collectives that do nothing add nothing
         assert norms[0] == pytest.approx(expected_norm, rel=0.01), "gradients of all chunks are summed"

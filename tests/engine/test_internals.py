@@ -28,8 +28,9 @@ NAMES = {
     "deepspeed.runtime.pipe.module:PipelineModule": ("ds_pipe_replicated", "get_tied_weights_and_groups", "mpu"),
     "deepspeed.runtime.pipe.topology:PipelineParallelGrid": ("get_data_parallel_group", "get_pipe_parallel_group"),
     "deepspeed.runtime.zero.linear": ("zero3_linear_wrap",),
+    "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload": ("_register_deepspeed_module",),
     "deepspeed.runtime.zero.partition_parameters": (
-        "InsertPostInitMethodToModuleSubClasses", "ds_id", "ds_numel", "ds_shape",
+        "InsertPostInitMethodToModuleSubClasses", "ds_id", "ds_numel", "ds_shape", "ds_status",
     ),
     "deepspeed.runtime.zero.partition_parameters:InsertPostInitMethodToModuleSubClasses": ("linear_bk",),
     "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator": (
@@ -43,6 +44,7 @@ NAMES = {
         "_get_param_partition_rank", "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_epilogue",
         "checkpoint_event_prologue", "fp16_groups", "fp32_partitioned_groups_flat", "grad_position",
     ),
+    "torch:_C": ("_current_graph_task_id",),
     "torch:ops.aten": ("_unsafe_view",),
     "torch.utils._python_dispatch": ("_get_current_dispatch_mode_stack", "_pop_mode", "_push_mode"),
     "torch.utils.checkpoint": ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.models import BEYOND, MODELS, RECURRENT, TINY, recurrent_model
+from support.models import BEYOND, BLOCKS, MODELS, RECURRENT, TINY, recurrent_model
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.ranks
@@ -36,22 +36,40 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+EXPERTS_ONE_BY_ONE: dict[str, dict[str, Any]] = {
+    "longcat_flash": {
+        "hidden_size": 32, "num_layers": 1, "num_attention_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "head_dim": 4, "v_head_dim": 8, "ffn_hidden_size": 32,
+        "n_routed_experts": 3, "zero_expert_num": 3, "moe_topk": 2, "expert_ffn_hidden_size": 16,
+    },
+}  # fmt: skip
 ONE_OF_EACH = list({model_type: name for name, (model_type, _) in reversed(ARCHITECTURES.items())}.values())
 HYBRIDS = ["lfm2", "nemotron_h", "jamba", "inkling2"]
 """Of `RECURRENT`. The weight of a convolution is used without a call of its module, and chunks have several segments."""
+UNEVEN = ["rwkv", "zaya", "deepseek_v4", "longcat_flash"]
+"""With modules that run once for each segment, and not at all for a segment without a complete block; or for each
+expert that a token takes. Here no weight stays gathered between two calls, and few gradients fit a bucket."""
+UNEVEN_KS = (1, 3)
+UNEVEN_SHARES = ((100, 13), (31, 70, 9, 2, 5, 1, 4))
+UNEVEN_ZERO = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 0, "reduce_bucket_size": 2000}
+ROUNDING = {"zaya": 1e-3}
+"""Its routers change much for a small change of their input."""
+
+
+NAMES = ONE_OF_EACH + HYBRIDS + UNEVEN
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, list[float]]:
-    (errors, _) = run_ranks(2, "test_zero3_families:train_all", ONE_OF_EACH + HYBRIDS, serial=True)
+    (errors, _) = run_ranks(2, "test_zero3_families:train_all", NAMES, serial=True)
     return errors
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH + HYBRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_three_steps(errors: dict[str, list[float]], name: str) -> None:
     """The update of each step equals that of plain SGD on whole sequences, up to float32 rounding."""
-    assert len(errors[name]) == len(KS)
-    assert max(errors[name]) < 2e-5
+    assert len(errors[name]) == len(UNEVEN_KS if name in UNEVEN else KS)
+    assert max(errors[name]) < ROUNDING.get(name, 2e-5)
 
 
 def train_all(names: list[str]) -> dict[str, list[float]]:
@@ -81,23 +99,29 @@ def train(name: str) -> Iterator[float]:
     from chunkflow_cli.execution.step import RunnerSettings, StepBatch
     from chunkflow_cli.model.hf_config import known_ids
     from chunkflow_cli.model.special_types import computes_own_attention
+    from chunkflow_cli.model.trained_weights import freeze
+    from chunkflow_cli.model.uneven_calls import modules_with_uneven_calls
     from chunkflow_cli.planning.chunks import build_chunks
     from chunkflow_cli.planning.schedule import plan_in_lockstep, tasks_of
 
     model: Any
     attention.register()
-    if name in RECURRENT:
+    if name in RECURRENT or name in BLOCKS:
         model = recurrent_model(name)
         own = computes_own_attention(model.config)
         model.set_attn_implementation("eager" if own else attention.NAME)
     else:
-        model_type, changes = ARCHITECTURES[name]
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **{**TINY, **changes})
+        if name in EXPERTS_ONE_BY_ONE:
+            config = AutoConfig.for_model(name, vocab_size=96, **EXPERTS_ONE_BY_ONE[name])
+        else:
+            model_type, changes = ARCHITECTURES[name]
+            config = AutoConfig.for_model(model_type, **{**TINY, **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME)
     truth = copy.deepcopy(model)
+    freeze(model, ())  # indexers
     device = torch.device("cpu")
-    learning_rate = SMALL_RATE if name in RECURRENT else LEARNING_RATE
+    learning_rate = SMALL_RATE if name in RECURRENT or name in BLOCKS else LEARNING_RATE
     optim = OptimConfig(
         name=OptimizerName.sgd,
         lr=learning_rate,
@@ -105,25 +129,33 @@ def train(name: str) -> Iterator[float]:
         schedule=LearningRateSchedule.constant,
         warmup_ratio=0.0,
     )
-    settings = EngineSettings(EngineConfig(zero_stage=3), optim, Dtype.float32, device)
+    zero = EngineConfig(zero_stage=3, deepspeed={"zero_optimization": UNEVEN_ZERO} if name in UNEVEN else {})
+    gathered = frozenset(modules_with_uneven_calls(model))
+    assert bool(gathered) == (name in UNEVEN)
+    settings = EngineSettings(zero, optim, Dtype.float32, device, gathered_modules=gathered)
     backend = choose_backend(Attention.auto, model.config, device, torch.float32).backend
     engine = Engine(ChunkModel(model, backend), settings)
     runner = Runner(engine, RunnerSettings(device, lockstep=engine.needs_lockstep))
     rank = torch.distributed.get_rank()
-    for step, k in enumerate(KS):
+    of_ranks = UNEVEN_SHARES if name in UNEVEN else SHARES
+    for step, k in enumerate(UNEVEN_KS if name in UNEVEN else KS):
         shares = [
-            random_sequences(lengths, known_ids(model.config), seed=10 * step + i) for i, lengths in enumerate(SHARES)
+            random_sequences(lengths, known_ids(model.config), seed=10 * step + i) for i, lengths in enumerate(of_ranks)
         ]
-        chunks = [build_chunks(lengths, CHUNK_SIZE) for lengths in SHARES]
+        chunks = [build_chunks(lengths, CHUNK_SIZE) for lengths in of_ranks]
         weight = 1 / sum(int((sequence.targets != -100).sum()) for share in shares for sequence in share)
         schedule = plan_in_lockstep([tasks_of(own, k) for own in chunks])[rank]
         batch = StepBatch(chunks[rank], shares[rank], np.full(len(shares[rank]), weight))
         runner.run((schedule,), batch)
         engine.step()
+        weights = engine.whole_weights(model, trained_only=False)
+        if weights is None:
+            yield 0.0
+            continue
         before = {key: value.detach().clone() for key, value in truth.state_dict().items()}
         plain_step(truth, [sequence for share in shares for sequence in share], weight, learning_rate)
-        weights = engine.whole_weights(model, trained_only=False)
-        yield 0.0 if weights is None else update_error(before, truth.state_dict(), weights)
+        yield update_error(before, truth.state_dict(), weights)
+        truth.load_state_dict(weights)
 
 
 def plain_step(model: Any, sequences: list[Any], weight: float, learning_rate: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,6 +14,7 @@ from chunkflow_cli.engine import internals
 from chunkflow_cli.engine.agreement import own_rank, process_count
 from chunkflow_cli.engine.base import BaseEngine
 from chunkflow_cli.engine.distributed import import_deepspeed, init_process_group, quiet
+from chunkflow_cli.engine.gathered_modules import GatheredModule
 from chunkflow_cli.engine.optimizers import check_optimizer, make_optimizer
 from chunkflow_cli.engine.settings import EngineSettings, check_settings, deepspeed_config
 from chunkflow_cli.files import moving
@@ -50,6 +52,14 @@ def _divide(module: nn.Module, settings: EngineSettings, config: dict[str, Any])
         buffer.data = buffer.data.to(settings.device)
 
 
+def _gathered_modules(module: nn.Module, settings: EngineSettings) -> list[nn.Module]:
+    """Return the modules whose weights are gathered together; none if no other rank could wait for this one."""
+    if settings.engine.zero_stage < 3 or process_count() == 1:
+        return []
+    names = settings.gathered_modules
+    return [each for name, each in module.named_modules() if name.removeprefix(WRAPPER) in names]
+
+
 class Engine(BaseEngine):
     """A training engine around a module that holds the whole model and whose forward returns a scalar loss."""
 
@@ -70,7 +80,11 @@ class Engine(BaseEngine):
         config, optimizer = deepspeed_config(settings), make_optimizer(module, settings, hf_names)
         if settings.engine.zero_stage == 3:
             _divide(module, settings, config)
-        super().__init__(module, module, optimizer, settings, config, hf_names=hf_names, replicas=process_count())
+        gathered = _gathered_modules(module, settings)
+        with internals.unknown_to_zero_3(gathered) if gathered else contextlib.nullcontext():
+            super().__init__(module, module, optimizer, settings, config, hf_names=hf_names, replicas=process_count())
+        for each in gathered:
+            GatheredModule(each)
         self.is_divided = self._zero_stage == 3
         self.needs_lockstep = self.is_divided and self._replicas > 1  # it gathers weights in every forward and backward
         self._coalescing: AbstractContextManager[Any] | None = None

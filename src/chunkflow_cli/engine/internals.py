@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -99,14 +100,14 @@ def hide_moves_from_checkpointing() -> None:
 
 def _hidden(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **keywords: Any) -> Any:
-        with _without_selective_modes():
+        with without_selective_modes():
             return method(*arguments, **keywords)
 
     return run
 
 
 @contextlib.contextmanager
-def _without_selective_modes() -> Iterator[None]:
+def without_selective_modes() -> Iterator[None]:
     """Take torch's modes of selective checkpointing off the stack within the block, and leave the others on it."""
     modes = _python_dispatch._get_current_dispatch_mode_stack()
     kept = [mode for mode in modes if not isinstance(mode, SELECTIVE_MODES)]
@@ -124,6 +125,34 @@ def _without_selective_modes() -> Iterator[None]:
             _python_dispatch._pop_mode()
         for mode in modes:
             _python_dispatch._push_mode(mode)
+
+
+@contextlib.contextmanager
+def unknown_to_zero_3(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let an engine that begins in the block not gather weights at calls of these modules, and of those inside them.
+
+    Leaf modules, DeepSpeed's own way, reduce their gradients once per call and not once per backward.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload as Offload
+
+    register, unknown = Offload._register_deepspeed_module, set(modules)
+
+    def register_others(offload: Any, module: nn.Module, *args: Any, **options: Any) -> None:
+        if module not in unknown:
+            register(offload, module, *args, **options)
+
+    with mock.patch.object(Offload, "_register_deepspeed_module", register_others):
+        yield
+
+
+def is_in_backward() -> bool:
+    """Return whether autograd runs at present: a forward is then a recompute of activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_empty(parameter: Any) -> bool:
+    """Return whether a parameter that ZeRO-3 has divided is not gathered at present."""
+    return bool(parameter.ds_status.name == "NOT_AVAILABLE")
 
 
 def begin_backward(optimizer: Any) -> None:

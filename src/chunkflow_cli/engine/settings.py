@@ -25,6 +25,9 @@ class EngineSettings:
     device: torch.device
     matrices: frozenset[str] = frozenset()
     """Names in the whole Hugging Face model of the trained weights that Muon steps."""
+    gathered_modules: frozenset[str] = frozenset()
+    """Names in that model of the modules in which ranks call others more or less often. With ZeRO-3 on several ranks,
+    the weights of each are gathered together."""
 
 
 FLOAT32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

@@ -9,7 +9,7 @@ from chunkflow_cli.config.schema import Config
 from chunkflow_cli.errors import UsageError
 from chunkflow_cli.model.attention_heads import attention_heads
 from chunkflow_cli.model.own_attention import check_own_attention
-from chunkflow_cli.model.special_types import EXPERTS_ONE_BY_ONE, OWN_MIXERS, TO_BLOCKS, computes_own_attention
+from chunkflow_cli.model.special_types import computes_own_attention
 from chunkflow_cli.planning.topology import Topology, key_value_copies
 
 
@@ -17,8 +17,7 @@ def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> N
     """Check what a plan of a run asks of the model: positions up to `data.max_length`, and these layouts.
 
     Raises:
-        UsageError: the model has learned fewer positions, or as `check_own_attention`, `check_layouts` and
-            `check_calls_of_modules`.
+        UsageError: the model has learned fewer positions, or as `check_own_attention` and `check_layouts`.
     """
     check_own_attention(config.model, hf_config)
     if config.data.max_length is not None:
@@ -26,8 +25,6 @@ def check_fits(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> N
 
         check_positions(config, hf_config)
     check_layouts(config, hf_config, layouts)
-    if any(layout.processes > 1 for layout in layouts):
-        check_calls_of_modules(config.engine.zero_stage, hf_config.get_text_config().model_type)
 
 
 def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -> None:
@@ -77,25 +74,3 @@ def check_layouts(config: Config, hf_config: Any, layouts: Sequence[Topology]) -
 
         key = "parallel.pipeline" if most.pipeline == config.parallel.pipeline else "cluster.pipelines"
         layers_and_norm(on_meta_device(config.model, hf_config), most.pipeline, key)
-
-
-def check_calls_of_modules(zero_stage: int, model_type: str) -> None:
-    """Check that several ranks can run the modules of a model.
-
-    ZeRO-3 expects the same calls of modules on all ranks: they fetch the weights of each together.
-
-    Raises:
-        UsageError: how often modules are called depends on the tokens, or on the samples of a chunk.
-    """
-    if zero_stage != 3:
-        return
-    if model_type in EXPERTS_ONE_BY_ONE:
-        reason = "it calls each expert that its tokens take, and ranks with other tokens"
-    elif model_type in OWN_MIXERS | TO_BLOCKS:
-        reason = "it runs some modules once for each sample of a chunk, and ranks with more or fewer samples"
-    else:
-        return
-    raise UsageError(
-        f"engine.zero_stage=3 cannot run {model_type} on several ranks: {reason} would wait forever\n"
-        "  set engine.zero_stage=1"
-    )

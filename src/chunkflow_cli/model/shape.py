@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from chunkflow_cli.model.quantised import quantised_layers, stored_bytes
 from chunkflow_cli.model.shape_probe import probe
 from chunkflow_cli.model.special_types import attends_to_blocks
 from chunkflow_cli.model.trained_weights import apply_to, indexers
+from chunkflow_cli.model.uneven_calls import modules_with_uneven_calls
 from chunkflow_cli.planning.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         parameters=parameters,
         trainable_parameters=parameters,
         largest_trained=max(weight.numel() for weight in model.parameters()),
+        gathered_together=_most_gathered(model),
         is_head_tied=head is not None and head.weight is model.get_input_embeddings().weight,
     )
     probed = probe(_on_meta(model), kernels)
@@ -102,6 +105,14 @@ def model_shape(model: Any, kernels: frozenset[str] = frozenset()) -> ModelShape
         past_key_bytes=probed.past_key_bytes,
         is_by_segment=attends_to_blocks(model.config),
     )
+
+
+def _most_gathered(model: Any) -> int:
+    """Return the most weights in such modules of a layer: a recompute of the layer gathers them all."""
+    of_layer: Counter[str] = Counter()
+    for name, module in modules_with_uneven_calls(model).items():
+        of_layer[name.rpartition(".")[0]] += sum(weight.numel() for weight in module.parameters())
+    return max(of_layer.values(), default=0)
 
 
 def _on_meta(model: Any) -> Any:
@@ -125,6 +136,7 @@ def with_adapters(shape: ModelShape, peft_model: Any) -> ModelShape:
         parameters=parameters,
         trainable_parameters=trainable,
         largest_trained=max(weight.numel() for weight in peft_model.parameters() if weight.requires_grad),
+        gathered_together=_most_gathered(peft_model),
         merged_bytes=merged_bytes(peft_model),
         embedding_copy=copies.get(id(trained_copy(base.get_input_embeddings())), 0),
         head_copy=copies.get(id(trained_copy(base.get_output_embeddings())), 0),

@@ -20,10 +20,6 @@ OWN_ATTENTION = TO_BLOCKS | {
 """They compute attention themselves, and do not leave it to transformers' attention interface."""
 POSITIONS_FROM_CACHE = frozenset({"inkling_text"})
 """They ask their cache for positions, and compute with them."""
-OWN_MIXERS = frozenset({"minimax", "recurrent_gemma", "rwkv", "xlstm", "zaya"})
-"""They have modules that let tokens meet in code of their own (`mixers`), which run once for each segment."""
-EXPERTS_ONE_BY_ONE = frozenset({"dbrx", "longcat_flash"})
-"""They call a module for each expert that a token takes. The others multiply all in one call."""
 
 
 def computes_own_attention(hf_config: Any) -> bool:

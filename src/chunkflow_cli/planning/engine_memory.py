@@ -13,6 +13,7 @@ that divide them, b the bytes of an element.
 | `stage_1_and_2` | ZeRO-1 and 2 in float32 | 4 T of gradients, 4 T / n of master weights, states / n |
 | `stage_1_and_2` | ... with the optimizer on the host | 4 T of gradients |
 | `stage3` | ZeRO-3 | all of it divided by n, and the weights that are gathered |
+| `stage3` | ... and a module's weights gathered together | and in its backward, all gradients of that module |
 | `stage3` | ... with the optimizer on the host | weights / n, and those that are gathered |
 | `stage3` | ... with the weights on the host as well | the gathered weights |
 """
@@ -41,6 +42,8 @@ class HeldWeights:
     """Of the largest trained weight: its gradient is reduced alone if it is larger than a bucket."""
     spared_bytes: int = 0
     """Bytes that quantized weights take less than in the model's data type."""
+    gathered_together: int = 0
+    """Most weights in modules of a layer that ZeRO-3 gathers at once on several ranks (`engine.gathered_modules`)."""
 
     def bytes_in(self, element_bytes: int) -> int:
         """Return the bytes of all weights, of which those that are not quantized have elements of that size."""
@@ -135,17 +138,19 @@ def _stage_3(weights: HeldWeights, settings: MemorySettings) -> EngineBytes:
     """Count ZeRO-3: gradients are summed over ranks as they come, so that whole ones exist for a moment only."""
     b, buffers = settings.element_bytes, settings.buffers
     share, largest = _share(weights.trained, settings), weights.largest_trained
+    together = weights.gathered_together if settings.data_parallel > 1 else 0
     is_on_host = settings.offload != "none"
     own = 0 if settings.offload == "parameters" else _share(weights.bytes_in(b), settings)
     gathered = 0
     if settings.data_parallel > 1 or not own:  # one rank takes a view of what it has
-        gathered = b * min(weights.all, buffers.gathered + weights.largest)
+        gathered = b * min(weights.all, buffers.gathered + max(weights.largest, together))
     optimizer = 0 if is_on_host else _optimizer_bytes(share, settings)
     bucket = 4 * buffers.reduce
     gradients = bucket + (0 if is_on_host else 4 * share)
     # __avg_scatter_grads: a gradient, its float32 copy, and the copy that is scattered.
     alone = largest * (b + (4 if b == 2 else 0) + (4 if settings.data_parallel > 1 else 0))
     reduced = max(alone, bucket + b * largest)
+    reduced += b * max(0, min(together, weights.trained) - largest)  # all of the module are complete at its end
     at_step = own + optimizer + gradients
     if is_on_host:
         of_largest = _share(largest, settings)

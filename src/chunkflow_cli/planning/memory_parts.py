@@ -241,6 +241,7 @@ def _held_weights(shape: ModelShape, held: StageLayers) -> HeldWeights:
         shape.head_parameters,
         shape.largest_trained,
         shape.spared_bytes * held.layers // shape.layers,
+        shape.gathered_together,
     )
 
 

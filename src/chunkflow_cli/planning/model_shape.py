@@ -60,6 +60,8 @@ class ModelShape:
     """Bytes that quantized layers take less than in the model's data type, all together."""
     largest_trained: int = 0
     """Numbers in the largest weight that gets a gradient."""
+    gathered_together: int = 0
+    """Most weights in modules of a layer that ZeRO-3 gathers at once on several ranks (`engine.gathered_modules`)."""
     is_head_tied: bool = False
     """True if embedding and head share a weight; the first and last stage of a pipeline then hold a copy each."""
 

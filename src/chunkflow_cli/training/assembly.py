@@ -30,6 +30,7 @@ from chunkflow_cli.model.activation_checkpointing import enable_activation_check
 from chunkflow_cli.model.adapters import add_lora
 from chunkflow_cli.model.shape import shape_without_weights, with_frozen
 from chunkflow_cli.model.trained_weights import layer_matrices
+from chunkflow_cli.model.uneven_calls import modules_with_uneven_calls
 from chunkflow_cli.planning.model_shape import ModelShape
 from chunkflow_cli.planning.stage_cut import StageLayers
 from chunkflow_cli.training.loading import load_on_every_rank
@@ -73,7 +74,8 @@ def assemble(
     processes = processes or Processes()
     model, shape = _trained_model(config, hf_config, processes)
     matrices = layer_matrices(model) if config.optim.name is OptimizerName.muon else frozenset()
-    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device, matrices)
+    gathered = frozenset(modules_with_uneven_calls(model))
+    settings = EngineSettings(config.engine, config.optim, config.model.dtype, device, matrices, gathered)
     Acceleration.of(config).use_kernels(model)
     runner_settings = RunnerSettings(
         device,

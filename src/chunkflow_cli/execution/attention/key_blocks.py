@@ -111,7 +111,7 @@ class PieceCache(BlockCache):
             past = Past(piece, number, self.past, rows)
         if what.is_of_index:
             return behind_past(past, own)
-        if is_of_blocks and self._needs_gradient and not own["keys"].requires_grad:
+        if what.is_of_blocks and self._needs_gradient and not own["keys"].requires_grad:
             own = {"keys": own["keys"].detach().requires_grad_()}  # no rows, and yet those of the past get a gradient
         return with_past(past, own)
 
