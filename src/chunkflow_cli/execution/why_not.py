@@ -8,8 +8,8 @@ REASONS = {
     "blt": "its layers attend to patches of bytes, whose borders a second model draws, and not to tokens",
     "cpmant": "its tokens see later ones: all of them count as context",
     "diffusion_gemma": "it restores blocks of tokens that see each other (diffusion), and predicts no next token",
-    "doge": "it keeps only the keys with the largest gates. In the first layer, equal tokens have equal gates, and which of "
-    "them it keeps depends on how many keys are compared at once",
+    "doge": "it keeps only the keys with the largest gates. In the first layer, equal tokens have equal gates, and "
+    "which of them it keeps depends on how many keys are compared at once",
     "kosmos-2.5": "it numbers positions by the ids of its tokens, and from 2 on, whatever positions it is given",
     "xlnet": "its tokens see later ones, and its scores have a term for the distance of two tokens",
 }
