@@ -49,7 +49,7 @@ HYBRIDS = ["lfm2", "nemotron_h", "jamba", "inkling2"]
 UNEVEN = ["rwkv", "zaya", "deepseek_v4", "longcat_flash"]
 """With modules that run once for each segment, and not at all for a segment without a complete block; or for each
 expert that a token takes. Here no weight stays gathered between two calls, and few gradients fit a bucket."""
-UNEVEN_KS = (1, 3)
+UNEVEN_KS = (2,)
 UNEVEN_SHARES = ((100, 13), (31, 70, 9, 2, 5, 1, 4))
 UNEVEN_ZERO = {"stage3_param_persistence_threshold": 1000, "stage3_max_reuse_distance": 0, "reduce_bucket_size": 2000}
 ROUNDING = {"zaya": 1e-3}

@@ -39,8 +39,6 @@ class GatheredModule:
         self._call: _Call | None = None
         self._is_kept = False
         """A recompute has gathered the weights, and its backward has not ended yet."""
-        self._edge = torch.empty((), requires_grad=True)
-        """Gives the node behind the input a place in the graph, whether or not the input has a gradient."""
         module.register_forward_pre_hook(self._begin, with_kwargs=True)
         module.register_forward_hook(self._end, always_call=True)  # a recompute ends where it has all it needs
 
@@ -60,6 +58,7 @@ class GatheredModule:
                 self._whole.close()
 
     def end_backward(self) -> None:
+        """Free what the backward of a call and its recompute have gathered."""
         self.free()
         if self._is_kept:
             self._is_kept = False
@@ -73,7 +72,7 @@ class GatheredModule:
         if not torch.is_grad_enabled() or not (hidden.requires_grad or self._trained):
             return None
         self._call = _Call(self)
-        arguments[name] = self._call.pass_nodes(hidden, self._edge, self._trained)
+        arguments[name] = self._call.pass_nodes(hidden, self._trained)
         return tuple(arguments.pop(index) for index in range(len(args))), arguments
 
     def _end(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -93,7 +92,9 @@ class _Call:
         self._module = module
         self._is_in_backward = False
 
-    def pass_nodes(self, hidden: Tensor, edge: Tensor, weights: Iterable[Tensor]) -> Tensor:
+    def pass_nodes(self, hidden: Tensor, weights: Iterable[Tensor]) -> Tensor:
+        """Return the input of the module behind the nodes that complete the gradients of its weights."""
+        edge = torch.empty((), device=hidden.device, requires_grad=True)  # so that backward comes there in any case
         hidden = _End.apply(hidden, edge, self)
         for weight in weights:
             hidden = _Complete.apply(hidden, weight)
@@ -106,6 +107,7 @@ class _Call:
             self._module.gather()
 
     def end_backward(self) -> None:
+        """Run when all gradients of the call are complete."""
         if self._is_in_backward:
             self._is_in_backward = False
             self._module.end_backward()
