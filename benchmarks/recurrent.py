@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()  # it would list the weights of each new model as missing
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"benchmark": "recurrent", "hardware": hardware()}
     if "errors" in arguments.parts:
