@@ -446,4 +446,5 @@ def test_stages_that_would_part_shared_keys_are_refused_by_name(tiny_config: Cal
     config = Config(model=ModelConfig(path="my-model"), parallel=ParallelConfig(pipeline=2))
     with pytest.raises(UsageError, match="pipeline=2: the last layers of my-model attend to keys of earlier"):
         check_layouts(config, model, [planned_topology(config)])
-    check_layouts(config, tiny_config("gemma4_text", num_kv_shared_layers=0), [planned_topology(config)])
+    large = tiny_config("gemma4_text", num_kv_shared_layers=0, hidden_size_per_layer_input=0)
+    check_layouts(config, large, [planned_topology(config)])
