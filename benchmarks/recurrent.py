@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()  # it would list the weights of each new model as missing
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"benchmark": "recurrent", "hardware": hardware()}
