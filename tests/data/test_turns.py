@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from chunkflow_cli.config.load import load as load_config
@@ -168,7 +168,8 @@ def spans(text: MarkedText) -> list[str]:
 @example(messages=[{"role": "assistant", "content": " <think></think>A"}, *chat("", "")])
 def test_a_target_is_what_the_model_generates_or_the_row_is_refused(name: str, messages: list[dict[str, str]]) -> None:
     # Tags stay in a skeleton, so one that is written twice is not seen to be the same.
-    assume(name != "says it twice" or not set("Abcé").isdisjoint(messages[1]["content"]))
+    if name == "says it twice" and set("Abcé").isdisjoint(messages[1]["content"]):
+        return
     text, expected = truth(name, messages)
     try:
         found = template(name).render(as_sample(messages), mark_targets=True)
