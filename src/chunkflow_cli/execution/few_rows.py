@@ -9,6 +9,7 @@ three tokens would lie up to 1.5 times as far from whole-sequence training as th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -22,9 +23,15 @@ def rows_in_blocks(rows: int) -> int:
     return rows + (-rows % BLOCK_ROWS if rows < FEW_ROWS else 0)
 
 
-class LinearLayersInBlocks(TorchFunctionMode):
-    """Context within which linear layers pad few rows: those of a piece that a module runs by itself."""
+def linear_layers_in_blocks(tokens: int) -> AbstractContextManager[Any]:
+    """Return a context within which linear layers pad few rows: those of a piece that a module runs by itself.
 
+    It does nothing for more tokens, for it makes every call of torch slower.
+    """
+    return _LinearLayersInBlocks() if rows_in_blocks(tokens) > tokens else nullcontext()
+
+
+class _LinearLayersInBlocks(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), options: Mapping[str, Any] | None = None
     ) -> Any:

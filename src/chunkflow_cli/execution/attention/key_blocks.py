@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from chunkflow_cli.execution.attention.own import Past, behind_past, with_past
-from chunkflow_cli.execution.few_rows import LinearLayersInBlocks
+from chunkflow_cli.execution.few_rows import linear_layers_in_blocks
+from chunkflow_cli.execution.recurrent.mixers import joined
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.model.exchange import Forward, arguments_of, exchanged, has_gradient
 from chunkflow_cli.model.key_blocks import (
@@ -54,10 +54,10 @@ def _by_segment(forward: Forward) -> Forward:
                 past = cache.past - cache.first_visible(cache.past)
             own = {name: _of_segment(value, chunk, index, span) for name, value in arguments.items()}
             own |= {"past_key_values": cache, "attention_mask": mask_of_segment(module, own["hidden_states"], past)}
-            with nullcontext() if cache is None else LinearLayersInBlocks():
+            with nullcontext() if cache is None else linear_layers_in_blocks(span.stop - span.start):
                 output, _, *others = forward(module, **own)
             outputs.append((output if cache is None else cache.leave(output), None, *others))
-        return _joined(outputs)
+        return joined(outputs)
 
     return attend
 
@@ -72,11 +72,6 @@ def _of_segment(value: Any, chunk: RunningChunk, index: int, span: slice) -> Any
         return value
     past = value.shape[1] - chunk.tokens  # some rotations are those of the past, too
     return value[:, past + span.start if index else 0 : past + span.stop]
-
-
-def _joined(outputs: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Join the outputs of all segments, each (1, tokens, ...) or None."""
-    return tuple(torch.cat(each, dim=1) if isinstance(each[0], Tensor) else None for each in zip(*outputs, strict=True))
 
 
 def _with_past_positions(rotate: Forward) -> Forward:

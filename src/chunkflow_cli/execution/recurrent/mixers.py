@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunkflow_cli.execution.few_rows import LinearLayersInBlocks
+from chunkflow_cli.execution.few_rows import linear_layers_in_blocks
 from chunkflow_cli.execution.recurrent.convolution import convolve_segments
 from chunkflow_cli.execution.recurrent.running import RunningChunk, running_chunk
 from chunkflow_cli.execution.recurrent.scans import batches
@@ -55,7 +55,7 @@ def _mix_segments(
         needs_gradient = has_gradient(module, arguments)
         found = {part: chunk.enter(part, needs_gradient=needs_gradient) for part in mixer.parts}
         start = {part: value for part, value in found.items() if value is not None} or None
-        with LinearLayersInBlocks():
+        with linear_layers_in_blocks(_tokens(spans[0])):
             output, last = mixer.run(module, forward, of_segments(spans[:1]), start)
         for part in mixer.parts if chunk.continues else ():
             output = _leave(chunk, part, last[part], output)
@@ -66,7 +66,7 @@ def _mix_segments(
         for row, span in enumerate(batch):
             own = functools.partial(_of_row, row, _tokens(span))
             outputs[span.start] = _of_tokens(own, output, max(map(_tokens, batch)), rows=len(batch))
-    return _joined([outputs[start] for start in sorted(outputs)])
+    return joined([outputs[start] for start in sorted(outputs)])
 
 
 def _rows(batch: Sequence[slice], tensor: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ def _of_tokens(change: Callable[[Tensor], Tensor], value: Any, tokens: int, rows
     return change(value) if is_of_tokens else value
 
 
-def _joined(outputs: list[Any]) -> Any:
+def joined(outputs: list[Any]) -> Any:
     """Join the outputs of all segments, (1, tokens, ...); what has no tokens is left out."""
     first = outputs[0]
     if isinstance(first, tuple):
-        return tuple(_joined(list(each)) for each in zip(*outputs, strict=True))
+        return tuple(joined(list(each)) for each in zip(*outputs, strict=True))
     return torch.cat(outputs, dim=1) if isinstance(first, Tensor) else None
